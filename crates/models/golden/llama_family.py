@@ -1,0 +1,194 @@
+"""Writes the golden files of the Llama family. See README.md for names and shapes; pins in benches/peers/requirements.txt.
+
+Usage: llama_family.py [case ...]
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2] / "benches" / "peers"))
+
+import torch  # noqa: E402
+from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config  # noqa: E402
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM  # noqa: E402
+
+import reference as ref  # noqa: E402
+
+STD = 0.2
+NEW_TOKENS = 16
+# Below this gap between best and second logit, rounding could turn a greedy token over.
+LEAST_MARGIN = 0.03
+
+COMMON = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              vocab_size=56, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+# One key-value head of 16: eight frequencies, so that a ramp over them has an inside.
+ROPE = COMMON | dict(intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=40)
+
+
+def llama(**k):
+    return LlamaForCausalLM, LlamaConfig(**(COMMON | k))
+
+
+def rope(max_positions, **parameters):
+    return LlamaForCausalLM, LlamaConfig(**(ROPE | dict(max_position_embeddings=max_positions, rope_parameters={"rope_theta": 100.0} | parameters)))
+
+
+def mistral(**k):
+    return MistralForCausalLM, MistralConfig(**(COMMON | dict(rms_norm_eps=1e-3) | k))
+
+
+def qwen2(**k):
+    return Qwen2ForCausalLM, Qwen2Config(**(COMMON | dict(tie_word_embeddings=True, rms_norm_eps=1e-3) | k))
+
+
+# name: (maker, rows of the document, rows of the packed documents or None, gradients?, prompt rows or None, largest shard)
+CASES = {
+    "llama": (lambda: llama(), 40, (13, 22), True, 12, "1MB"),
+    "llama_head_dim": (lambda: llama(hidden_size=24, head_dim=8, tie_word_embeddings=True, rope_parameters={"rope_theta": 500.0, "rope_type": "default"}), 24, None, False, 12, "1MB"),
+    "llama_attention_bias": (lambda: llama(attention_bias=True), 24, None, False, 12, "1MB"),
+    "llama_rope_linear": (lambda: rope(32, rope_type="linear", factor=2.0), 56, None, False, 28, "1MB"),
+    "llama_rope_dynamic": (lambda: rope(32, rope_type="dynamic", factor=2.0), 56, (20, 44), False, None, "1MB"),
+    "llama_rope_llama3": (lambda: rope(128, rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32), 56, None, False, 28, "1MB"),
+    "llama_rope_yarn": (lambda: rope(128, rope_type="yarn", factor=4.0, original_max_position_embeddings=32), 56, None, True, 28, "1MB"),
+    "mistral": (lambda: mistral(sliding_window=8), 40, (13, 22), True, 12, "40KB"),
+    "mistral_no_window": (lambda: mistral(sliding_window=None), 40, None, False, 12, "1MB"),
+    "qwen2": (lambda: qwen2(), 40, (13, 22), True, 12, "1MB"),
+    "qwen2_window": (lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1), 40, None, False, 12, "1MB"),
+}
+
+# Folders with the same weights and answers, whose config is spelt as transformers 4 wrote it.
+# name: (case, keys that change, keys that go)
+NEWER_KEYS = ["rope_parameters", "dtype", "head_dim", "layer_types"]
+OLD_CONFIGS = {
+    "llama_old_config": ("llama", dict(rope_theta=10000.0, rope_scaling=None, torch_dtype="float32"), NEWER_KEYS),
+    "llama_rope_linear_old_config": ("llama_rope_linear", dict(rope_theta=100.0, rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="float32"), ["rope_parameters", "dtype"]),
+    "llama_rope_dynamic_old_config": ("llama_rope_dynamic", dict(rope_theta=100.0, rope_scaling={"type": "dynamic", "factor": 2.0}, torch_dtype="float32"), ["rope_parameters", "dtype"]),
+    "llama_rope_llama3_old_config": ("llama_rope_llama3", dict(rope_theta=100.0, rope_scaling={"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32, "rope_type": "llama3"}, torch_dtype="float32"), ["rope_parameters", "dtype"]),
+    "llama_rope_yarn_old_config": ("llama_rope_yarn", dict(rope_theta=100.0, rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32, "type": "yarn"}, torch_dtype="float32"), ["rope_parameters", "dtype"]),
+    "qwen2_old_config": ("qwen2", dict(rope_theta=10000.0, use_sliding_window=False, sliding_window=8, max_window_layers=1, torch_dtype="float32"), NEWER_KEYS),
+}
+
+
+def randomise(model, seed):
+    g = ref.generator(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=g) * STD + (1.0 if "norm" in name else 0.0))
+
+
+def check(folder, doc, expected):
+    """The reference agrees with itself: sdpa with eager, f64 matrix products with f32; attention is not uniform."""
+    want = expected["logits"]
+    sdpa = (ref.logits_of(ref.load(folder, "sdpa"), doc.ids) - want).abs().max().item()
+    double = (ref.logits_of(ref.load(folder).double(), doc.ids) - want).abs().max().item()
+    with torch.no_grad():
+        attentions = ref.load(folder)(input_ids=doc.ids[None], output_attentions=True, use_cache=False).attentions
+    # Entropy of the last row's attention over the log of what it may see: 1 = uniform.
+    share = []
+    for a in attentions:
+        last = a[0, :, -1]
+        seen = last > 0
+        share.append((-(last * last.clamp_min(1e-30).log()).sum(-1) / seen.sum(-1).float().log()).mean().item())
+    print(f"  sdpa {sdpa:.1e}  f64 {double:.1e}  attention entropy {share[0]:.2f} {share[1]:.2f}  logits std {want.std():.2f}")
+    assert sdpa < 2e-5 and double < 2e-5, "the reference does not agree with itself"
+    assert max(share) < 0.95, "attention is close to uniform"
+    # A loader that ignores what the case is about must fail by far.
+    plain = ref.load(folder).config
+    if plain.rope_parameters["rope_type"] != "default":
+        plain.rope_parameters = {"rope_type": "default", "rope_theta": plain.rope_parameters["rope_theta"]}
+    elif getattr(plain, "sliding_window", None) is not None:
+        plain.sliding_window = 10_000
+    else:
+        return
+    ignorant = ref.load(folder, config=plain)
+    difference = (ref.logits_of(ignorant, doc.ids) - want).abs().max().item()
+    print(f"  without the scaling or the window the logits differ by {difference:.2f}")
+    assert difference > 0.1
+
+
+def generate(folder, rows, vocab):
+    """Greedy tokens with a cache, of the first seed whose answer has no close call and no end of text."""
+    how = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    for seed in range(7000, 7200):
+        prompt = ref.document(rows, vocab, seed).ids
+        out = ref.load(folder).generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), generation_config=how, return_dict_in_generate=True, output_logits=True)
+        new, logits = out.sequences[0, rows:], torch.cat(out.logits)
+        best = logits.topk(2).values
+        margin = (best[:, 0] - best[:, 1]).min()
+        if margin < LEAST_MARGIN or (new == 2).any() or len(new) != NEW_TOKENS or len(set(new.tolist())) < 5:
+            continue
+        whole = ref.logits_of(ref.load(folder), torch.cat([prompt, new]))[rows - 1 : -1]
+        difference = (whole - logits).abs().max().item()
+        assert difference < 2e-5, f"{folder.name}: the cache changes the logits by {difference}"
+        print(f"  generated with seed {seed}: margin {margin:.3f}, without cache the same within {difference:.1e}")
+        return {"prompt": prompt, "generated": new, "logits": logits, "margin": margin.reshape(1)}
+    raise AssertionError(f"{folder.name}: no prompt without a close call")
+
+
+def seed_of(name):
+    """Stable whatever the order of the cases."""
+    return sum((i + 1) * b for i, b in enumerate(name.encode())) % 10_000
+
+
+def write(name):
+    make, rows, packed, gradients, prompt, shard = CASES[name]
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    kind, config = make()
+    config._attn_implementation = "eager"
+    model = kind(config)
+    randomise(model, seed_of(name))
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    print(name)
+    fresh = lambda: ref.load(folder)  # noqa: E731
+    document = ref.document(rows, config.vocab_size, seed_of(name) + 1)
+    expected, grads = ref.run(fresh, [document])
+    assert torch.equal(expected["logits"], ref.logits_of(fresh(), document.ids)), "embeddings as input change the logits"
+    check(folder, document, expected)
+    ref.save(expected, folder / "expected.safetensors")
+    if gradients:
+        ref.save(grads, folder / "gradients.safetensors")
+    if packed:
+        documents = [ref.document(n, config.vocab_size, seed_of(name) + 2 + i) for i, n in enumerate(packed)]
+        expected, grads = ref.run(fresh, documents)
+        ref.save(expected, folder / "packed.safetensors")
+        if name == "llama":
+            ref.save(grads, folder / "packed_gradients.safetensors")
+    if prompt:
+        ref.save(generate(folder, prompt, config.vocab_size), folder / "generated.safetensors")
+    for f in folder.iterdir():
+        ref.check_size(f)
+
+
+def write_old_config(name):
+    case, changed, gone = OLD_CONFIGS[name]
+    source, folder = HERE / case, HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in gone} | changed | {"transformers_version": "4.44.0"}
+    ref.save_json(config, folder / "config.json")
+    for f in source.iterdir():
+        if f.name == "generation_config.json" or (f.suffix == ".safetensors" and "gradients" not in f.name):
+            shutil.copy(f, folder / f.name)
+    from safetensors.torch import load_file
+
+    expected = load_file(folder / "expected.safetensors")
+    difference = (ref.logits_of(ref.load(folder), expected["input_ids"]) - expected["logits"]).abs().max().item()
+    print(f"{name}: differs from {case} by {difference}")
+    assert difference == 0.0
+
+
+def main():
+    ref.deterministic()
+    wanted = sys.argv[1:] or [*CASES, *OLD_CONFIGS]
+    for name in wanted:
+        write(name) if name in CASES else write_old_config(name)
+
+
+if __name__ == "__main__":
+    main()
