@@ -12,4 +12,6 @@ pub mod id;
 pub mod fault;
 pub mod suggest;
 
+pub mod method;
+
 pub use fault::{Fault, FieldPath};

@@ -1,0 +1,150 @@
+//! What a method says about itself, as data.
+
+use serde::{Deserialize, Serialize};
+
+/// The extension points: which question a method answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Point {
+    /// Which attachments at which sites, with which tensors, and what do they merge to?
+    Adapter,
+    /// Given base weight and statistics, what are the starting tensors?
+    Init,
+    /// Layout and outputs to loss.
+    Objective,
+    /// Which domain does the next batch come from, given feedback?
+    Mixing,
+    /// How does one optimiser step use the engine?
+    StepRule,
+    /// Gradients to update.
+    Optimizer,
+    /// How does the learning rate run over time?
+    Schedule,
+}
+
+impl Point {
+    /// All points, in the order of the documentation.
+    pub const ALL: [Self; 7] =
+        [Self::Adapter, Self::Init, Self::Objective, Self::Mixing, Self::StepRule, Self::Optimizer, Self::Schedule];
+
+    /// The point's name as it is written in files and on the wire, such as `step_rule`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Adapter => "adapter",
+            Self::Init => "init",
+            Self::Objective => "objective",
+            Self::Mixing => "mixing",
+            Self::StepRule => "step_rule",
+            Self::Optimizer => "optimizer",
+            Self::Schedule => "schedule",
+        }
+    }
+
+    /// What the point decides, as a question.
+    pub const fn question(self) -> &'static str {
+        match self {
+            Self::Adapter => "which attachments at which sites, with which tensors, and what do they merge to?",
+            Self::Init => "given the base weight, what are the starting tensors?",
+            Self::Objective => "what is the loss?",
+            Self::Mixing => "which domain does the next document come from?",
+            Self::StepRule => "how does one optimiser step use the engine?",
+            Self::Optimizer => "how do gradients change the parameters?",
+            Self::Schedule => "how does the learning rate run over time?",
+        }
+    }
+}
+
+/// Where a method was published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Paper {
+    /// The title.
+    pub title: &'static str,
+    /// The first authors.
+    pub authors: &'static str,
+    /// The year.
+    pub year: u16,
+}
+
+/// What kind of operator a site is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SiteKind {
+    /// A matrix multiplication.
+    Linear,
+    /// A table of vectors.
+    Embedding,
+    /// A normalisation.
+    Norm,
+}
+
+/// What becomes of a component when it is merged into the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Merges {
+    /// A low-rank change of the weight.
+    Factors,
+    /// A new weight.
+    Weight,
+    /// It cannot be merged.
+    No,
+    /// The question does not apply to this point.
+    NotApplicable,
+}
+
+/// A condition between fields that a schema cannot express. `when` and `require` are expressions over the method's
+/// parameters (see [`super::expression`]); if `when` holds and `require` does not, `path` is at fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Rule {
+    /// When the rule applies; `true` for always.
+    pub when: &'static str,
+    /// What must hold then.
+    pub require: &'static str,
+    /// What is wrong and what would be right; reads on from the quoted path.
+    pub message: &'static str,
+    /// The field at fault, relative to the method.
+    pub path: &'static str,
+}
+
+/// What a method says about itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Card {
+    /// Its name in job files, kebab-case; unique over all points.
+    pub name: &'static str,
+    /// The point that it answers.
+    pub point: Point,
+    /// Other spellings under which it is known.
+    pub aliases: &'static [&'static str],
+    /// One sentence: what it does and when one would choose it.
+    pub summary: &'static str,
+    /// Where it was published; `None` for common practice.
+    pub paper: Option<Paper>,
+    /// The kinds of sites that it can be put on; empty for points without sites.
+    pub applies: &'static [SiteKind],
+    /// Trainable parameters per site as an expression over the method's parameters and the site's input width `i` and
+    /// output width `o`; empty for points without parameters.
+    pub parameters: &'static str,
+    /// Whether it can be merged.
+    pub merges: Merges,
+    /// `peft_type` in Hugging Face PEFT's layout, where PEFT has the method.
+    pub peft_type: Option<&'static str>,
+    /// Conditions between fields.
+    pub rules: &'static [Rule],
+}
+
+impl Card {
+    /// A card with a name, a point and a sentence, from which others are made by struct update.
+    pub const fn new(name: &'static str, point: Point, summary: &'static str) -> Self {
+        Self {
+            name,
+            point,
+            aliases: &[],
+            summary,
+            paper: None,
+            applies: &[],
+            parameters: "",
+            merges: Merges::NotApplicable,
+            peft_type: None,
+            rules: &[],
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! A method as it travels: card, schema and defaults, as written in `methods/<name>.json`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::card::{Merges, Point, SiteKind};
+
+/// Where a method was published (the travelling form of [`super::Paper`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PaperDocument {
+    /// The title.
+    pub title: String,
+    /// The first authors.
+    pub authors: String,
+    /// The year.
+    pub year: u16,
+}
+
+/// A condition between fields (the travelling form of [`super::Rule`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleDocument {
+    /// When the rule applies.
+    pub when: String,
+    /// What must hold then.
+    pub require: String,
+    /// What is wrong and what would be right.
+    pub message: String,
+    /// The field at fault, relative to the method.
+    pub path: String,
+}
+
+/// Everything about a method that leaves its file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MethodDocument {
+    /// Its name in job files.
+    pub name: String,
+    /// The point that it answers.
+    pub point: Point,
+    /// Other spellings.
+    pub aliases: Vec<String>,
+    /// What it does and when one would choose it.
+    pub summary: String,
+    /// Where it was published.
+    pub paper: Option<PaperDocument>,
+    /// The kinds of sites that it can be put on.
+    pub applies: Vec<SiteKind>,
+    /// Trainable parameters per site, as an expression.
+    pub parameters: String,
+    /// Whether it can be merged.
+    pub merges: Merges,
+    /// `peft_type` in PEFT's layout.
+    pub peft_type: Option<String>,
+    /// Conditions between fields.
+    pub rules: Vec<RuleDocument>,
+    /// Default parameters.
+    pub defaults: Value,
+    /// JSON Schema of the parameters.
+    pub schema: Value,
+}
+
+impl MethodDocument {
+    /// Puts a card, a schema and defaults together.
+    pub(super) fn new(card: &super::Card, schema: Value, defaults: Value) -> Self {
+        let own = |text: &&str| (*text).to_owned();
+        Self {
+            name: card.name.to_owned(),
+            point: card.point,
+            aliases: card.aliases.iter().map(own).collect(),
+            summary: card.summary.to_owned(),
+            paper: card.paper.map(|paper| PaperDocument {
+                title: paper.title.to_owned(),
+                authors: paper.authors.to_owned(),
+                year: paper.year,
+            }),
+            applies: card.applies.to_vec(),
+            parameters: card.parameters.to_owned(),
+            merges: card.merges,
+            peft_type: card.peft_type.as_ref().map(own),
+            rules: card
+                .rules
+                .iter()
+                .map(|rule| RuleDocument {
+                    when: rule.when.to_owned(),
+                    require: rule.require.to_owned(),
+                    message: rule.message.to_owned(),
+                    path: rule.path.to_owned(),
+                })
+                .collect(),
+            defaults,
+            schema,
+        }
+    }
+}
