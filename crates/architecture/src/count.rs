@@ -1,0 +1,81 @@
+//! Counts in closed form, for forecasts of memory and time before anything is loaded.
+
+use crate::decoder::Architecture;
+use crate::site::SiteKind;
+
+impl Architecture {
+    /// Parameters of the model; a tied head counts once.
+    pub fn parameters(&self) -> u64 {
+        let head = if self.tied { 0 } else { self.table() };
+        self.table() + self.layers as u64 * self.layer_parameters() + self.hidden as u64 + head
+    }
+
+    /// Parameters of one decoder layer.
+    pub fn layer_parameters(&self) -> u64 {
+        self.layer_linears().iter().map(SiteKind::parameters).sum::<u64>() + 2 * self.hidden as u64
+    }
+
+    /// Floating-point operations of one token's forward pass, a multiplication and an addition counted apart, when it
+    /// attends to `context` rows on average. The head is counted for `supervised` of the tokens, a share in 0 ..= 1.
+    /// A backward pass with frozen weights costs about as much again, with trained weights twice as much.
+    pub fn forward_flops_per_token(&self, context: f64, supervised: f64) -> f64 {
+        let matrices: u64 = self
+            .layer_linears()
+            .iter()
+            .map(|kind| match *kind {
+                SiteKind::Linear { output, input, .. } => output as u64 * input as u64,
+                SiteKind::Embedding { .. } | SiteKind::Norm { .. } => 0,
+            })
+            .sum();
+        let attention: f64 = self
+            .windows
+            .iter()
+            .map(|window| 4.0 * self.query_width() as f64 * window.map_or(context, |w| context.min(w as f64)))
+            .sum();
+        2.0 * (self.layers as u64 * matrices) as f64 + attention + 2.0 * self.table() as f64 * supervised
+    }
+
+    /// Bytes of all weights with `element_bytes` each.
+    pub fn weight_bytes(&self, element_bytes: u64) -> u64 {
+        self.parameters() * element_bytes
+    }
+
+    /// Bytes that a forward pass keeps for the backward pass per token: the input of each block.
+    pub fn saved_bytes_per_token(&self, element_bytes: u64) -> u64 {
+        (2 * self.layers as u64 + 1) * self.hidden as u64 * element_bytes
+    }
+
+    /// Bytes that re-running the widest block with its backward link takes per token, for documents of `length` rows:
+    /// about six tensors of the inner width, or the projections and three tensors of scores per head.
+    pub fn block_bytes_per_token(&self, length: u64, element_bytes: u64) -> u64 {
+        let mlp = 6 * self.inner as u64 + 4 * self.hidden as u64;
+        let scores = self.heads as u64 * length;
+        let attention =
+            3 * scores + 6 * self.query_width() as u64 + 6 * self.kv_width() as u64 + 4 * self.hidden as u64;
+        mlp.max(attention) * element_bytes
+    }
+
+    /// Bytes of keys and values that generation keeps per token.
+    pub fn cache_bytes_per_token(&self, element_bytes: u64) -> u64 {
+        2 * self.layers as u64 * self.kv_width() as u64 * element_bytes
+    }
+
+    /// Elements of the embedding's table.
+    const fn table(&self) -> u64 {
+        self.vocab as u64 * self.hidden as u64
+    }
+
+    fn layer_linears(&self) -> [SiteKind; 7] {
+        let (query, kv, hidden, inner) = (self.query_width(), self.kv_width(), self.hidden, self.inner);
+        let linear = |output, input, bias| SiteKind::Linear { output, input, bias };
+        [
+            linear(query, hidden, self.qkv_bias),
+            linear(kv, hidden, self.qkv_bias),
+            linear(kv, hidden, self.qkv_bias),
+            linear(hidden, query, self.output_bias),
+            linear(inner, hidden, self.mlp_bias),
+            linear(inner, hidden, self.mlp_bias),
+            linear(hidden, inner, self.mlp_bias),
+        ]
+    }
+}

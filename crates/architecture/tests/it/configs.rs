@@ -1,0 +1,185 @@
+use attune_architecture::{Architecture, Family, RopeScaling};
+
+pub(crate) const LLAMA_31_8B: &str = r#"{
+  "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096,
+  "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false,
+  "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+  "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+  "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+  "rope_theta": 500000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+  "vocab_size": 128256
+}"#;
+
+pub(crate) const MISTRAL_7B: &str = r#"{
+  "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+  "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+  "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32000
+}"#;
+
+pub(crate) const QWEN25_05B: &str = r#"{
+  "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+  "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+  "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+  "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+  "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true,
+  "use_sliding_window": false, "vocab_size": 151936
+}"#;
+
+/// `base` with some fields replaced, or removed by `null` under a key that starts with `-`.
+pub(crate) fn edited(base: &str, edits: serde_json::Value) -> String {
+    let mut config: serde_json::Value = serde_json::from_str(base).unwrap();
+    let object = config.as_object_mut().unwrap();
+    for (key, value) in edits.as_object().unwrap() {
+        match key.strip_prefix('-') {
+            Some(key) => drop(object.remove(key)),
+            None => drop(object.insert(key.clone(), value.clone())),
+        }
+    }
+    config.to_string()
+}
+
+pub(crate) fn read(config: &str) -> Architecture {
+    Architecture::from_json(config.as_bytes()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+#[test]
+fn llama_31_8b_has_its_published_size() {
+    let model = read(LLAMA_31_8B);
+    assert_eq!(model.family, Family::Llama);
+    assert_eq!(model.parameters(), 8_030_261_248);
+    assert_eq!((model.head_dim, model.query_width(), model.kv_width()), (128, 4096, 1024));
+    assert_eq!(model.eos, [128_001, 128_008, 128_009]);
+    let scaling = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8192 };
+    assert_eq!((model.rope.theta, model.rope.scaling), (500_000.0, scaling));
+    assert_eq!(model.windows, vec![None; 32]);
+    assert!(!model.tied && !model.qkv_bias && !model.output_bias && !model.mlp_bias);
+}
+
+#[test]
+fn mistral_7b_slides_in_every_layer() {
+    let model = read(MISTRAL_7B);
+    assert_eq!(model.parameters(), 7_241_732_096);
+    assert_eq!(model.windows, vec![Some(4096); 32]);
+    let v3 = read(&edited(MISTRAL_7B, serde_json::json!({"sliding_window": null})));
+    assert_eq!(v3.windows, vec![None; 32]);
+    let silent = read(&edited(MISTRAL_7B, serde_json::json!({"-sliding_window": null, "-num_key_value_heads": null})));
+    assert_eq!((silent.windows[0], silent.kv_heads), (Some(4096), 8));
+}
+
+#[test]
+fn qwen25_05b_is_tied_with_bias_on_qkv_only() {
+    let model = read(QWEN25_05B);
+    assert_eq!(model.parameters(), 494_032_768);
+    assert!(model.tied && model.qkv_bias && !model.output_bias && !model.mlp_bias);
+    assert_eq!(model.windows, vec![None; 24]);
+    let on = read(&edited(QWEN25_05B, serde_json::json!({"use_sliding_window": true})));
+    assert_eq!((on.windows[20], on.windows[21]), (None, Some(32_768)));
+    let types: Vec<_> = (0..24).map(|l| if l % 2 == 0 { "sliding_attention" } else { "full_attention" }).collect();
+    let typed = serde_json::json!({"use_sliding_window": true, "sliding_window": 7, "layer_types": types});
+    assert_eq!(read(&edited(QWEN25_05B, typed)).windows[..3], [Some(7), None, Some(7)]);
+}
+
+#[test]
+fn the_newer_form_says_the_same_as_the_older() {
+    let newer = serde_json::json!({"-rope_theta": null, "-rope_scaling": null, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}});
+    assert_eq!(read(&edited(LLAMA_31_8B, newer)), read(LLAMA_31_8B));
+    let plain =
+        serde_json::json!({"-rope_theta": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
+    assert_eq!(read(&edited(QWEN25_05B, plain)), read(QWEN25_05B));
+}
+
+#[test]
+fn every_scaling_variant_is_read_in_its_spellings() {
+    for (scaling, expected) in [
+        (serde_json::json!({"type": "linear", "factor": 4}), RopeScaling::Linear { factor: 4.0 }),
+        (
+            serde_json::json!({"rope_type": "dynamic", "factor": 2.0}),
+            RopeScaling::Dynamic { factor: 2.0, max_position: 131_072 },
+        ),
+        (
+            serde_json::json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+            RopeScaling::Yarn {
+                factor: 4.0,
+                attention_factor: 0.1 * 4f64.ln() + 1.0,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                original: 32_768,
+                truncate: true,
+            },
+        ),
+        (serde_json::json!({"rope_type": "default"}), RopeScaling::Default),
+    ] {
+        let model = read(&edited(LLAMA_31_8B, serde_json::json!({"rope_scaling": scaling})));
+        assert_eq!(model.rope.scaling, expected, "{scaling}");
+    }
+}
+
+#[test]
+fn the_tensors_and_sites_add_up_to_the_count() {
+    let untied = edited(QWEN25_05B, serde_json::json!({"tie_word_embeddings": false}));
+    let biased = edited(LLAMA_31_8B, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
+    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, &untied, &biased] {
+        let model = read(config);
+        let tensors: u64 = model.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
+        assert_eq!(tensors, model.parameters());
+        let tied = if model.tied { (model.vocab * model.hidden) as u64 } else { 0 };
+        assert_eq!(model.sites().iter().map(|site| site.kind.parameters()).sum::<u64>(), model.parameters() + tied);
+        assert_eq!(model.blocks().len(), 2 * model.layers + 2);
+    }
+}
+
+#[test]
+fn names_and_shapes_are_hugging_faces() {
+    let tensors = read(QWEN25_05B).tensors();
+    let text: Vec<String> = tensors[..14].iter().map(|t| format!("{} {:?}", t.name, t.shape)).collect();
+    insta::assert_snapshot!(text.join("\n"), @r"
+    model.embed_tokens.weight [151936, 896]
+    model.layers.0.input_layernorm.weight [896]
+    model.layers.0.self_attn.q_proj.weight [896, 896]
+    model.layers.0.self_attn.q_proj.bias [896]
+    model.layers.0.self_attn.k_proj.weight [128, 896]
+    model.layers.0.self_attn.k_proj.bias [128]
+    model.layers.0.self_attn.v_proj.weight [128, 896]
+    model.layers.0.self_attn.v_proj.bias [128]
+    model.layers.0.self_attn.o_proj.weight [896, 896]
+    model.layers.0.post_attention_layernorm.weight [896]
+    model.layers.0.mlp.gate_proj.weight [4864, 896]
+    model.layers.0.mlp.up_proj.weight [4864, 896]
+    model.layers.0.mlp.down_proj.weight [896, 4864]
+    model.layers.1.input_layernorm.weight [896]
+    ");
+    assert_eq!(tensors.last().unwrap().name, "model.norm.weight");
+}
+
+#[test]
+fn flops_are_two_per_weight_and_token_plus_attention() {
+    let model = read(LLAMA_31_8B);
+    let weights = (model.parameters() - 2 * (model.vocab * model.hidden) as u64) as f64;
+    let norms = (65 * model.hidden) as f64;
+    let expected = 2.0 * (weights - norms) + 32.0 * 4.0 * 4096.0 * 100.0;
+    assert_eq!(model.forward_flops_per_token(100.0, 0.0), expected);
+    let windowed = read(&edited(MISTRAL_7B, serde_json::json!({"sliding_window": 10})));
+    let difference = windowed.forward_flops_per_token(1e9, 0.0) - windowed.forward_flops_per_token(10.0, 0.0);
+    assert_eq!(difference, 0.0);
+    assert_eq!(model.cache_bytes_per_token(2), 2 * 32 * 1024 * 2);
+}
+
+#[test]
+fn the_reference_model_is_read() {
+    let Some(folder) = std::env::var_os("ATTUNE_REFERENCE") else {
+        println!("skipped: ATTUNE_REFERENCE names no folder with models/base");
+        return;
+    };
+    let path = std::path::Path::new(&folder).join("models/base/config.json");
+    let model = read(&std::fs::read_to_string(path).unwrap());
+    assert_eq!((model.hidden, model.layers, model.inner, model.vocab), (256, 6, 688, 4096));
+    assert!(model.tied);
+    assert_eq!(model.eos, [0]);
+    assert!((5_300_000..5_500_000).contains(&model.parameters()));
+}

@@ -1,0 +1,145 @@
+use attune_architecture::{Architecture, Error};
+use proptest::prelude::*;
+use serde_json::json;
+
+use crate::configs::{LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, edited};
+
+fn refused(config: &str) -> Error {
+    match Architecture::from_json(config.as_bytes()) {
+        Ok(_) => panic!("accepted: {config}"),
+        Err(error) => error,
+    }
+}
+
+#[test]
+fn another_family_is_refused_by_name() {
+    let error = refused(&edited(LLAMA_31_8B, json!({"model_type": "gpt2"})));
+    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "gpt2"; supported are llama, mistral, qwen2"#);
+    assert!(matches!(refused("{}"), Error::Family { given, .. } if given.is_empty()));
+}
+
+#[test]
+fn malformed_json_has_line_and_column() {
+    let error = refused("{\n  \"hidden_size\": ,\n}");
+    assert!(matches!(error, Error::Json { line: 2, .. }), "{error}");
+    insta::assert_snapshot!(refused("[1]"), @"config.json line 0 column 0: the document is [1]; expected one JSON object");
+    assert!(Architecture::from_json(b"\xff\xfe").is_err());
+    assert!(Architecture::from_json(b"").is_err());
+}
+
+#[test]
+fn each_fault_names_its_field() {
+    for (edit, path, message) in [
+        (json!({"hidden_size": "big"}), "hidden_size", "is \"big\"; expected a whole number in 1 ..= 1048576"),
+        (json!({"-vocab_size": null}), "vocab_size", "is missing; expected a whole number in 1 ..= 16777216"),
+        (json!({"num_hidden_layers": 0}), "num_hidden_layers", "is 0; expected a whole number in 1 ..= 4096"),
+        (json!({"num_hidden_layers": -3}), "num_hidden_layers", "is -3; expected a whole number in 1 ..= 4096"),
+        (
+            json!({"intermediate_size": u64::MAX}),
+            "intermediate_size",
+            "is 18446744073709551615; expected a whole number in 1 ..= 4194304",
+        ),
+        (
+            json!({"intermediate_size": 1e300}),
+            "intermediate_size",
+            "is 1e+300; expected a whole number in 1 ..= 4194304",
+        ),
+        (
+            json!({"num_key_value_heads": 5}),
+            "num_key_value_heads",
+            "is 5; expected a divisor of `num_attention_heads`, which is 32",
+        ),
+        (
+            json!({"num_attention_heads": 24}),
+            "num_attention_heads",
+            "is 24; expected a divisor of `hidden_size`, which is 4096, or a `head_dim`",
+        ),
+        (json!({"head_dim": 7}), "head_dim", "is 7; expected an even number, since rotary embedding turns pairs"),
+        (
+            json!({"hidden_act": "gelu"}),
+            "hidden_act",
+            "is \"gelu\"; expected \"silu\", the only activation that is supported",
+        ),
+        (
+            json!({"eos_token_id": [5, 128256]}),
+            "eos_token_id",
+            "is [5,128256]; expected a token id below the vocabulary's 128256, or a list of them",
+        ),
+        (json!({"rms_norm_eps": -1}), "rms_norm_eps", "is -1; expected a number in 0 ..= 1"),
+        (json!({"tie_word_embeddings": 1}), "tie_word_embeddings", "is 1; expected true or false"),
+        (
+            json!({"quantization_config": {"bits": 4}}),
+            "quantization_config",
+            "describes quantised weights; expected a folder with f32, bf16 or f16 weights",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "longrope"}}),
+            "rope_scaling.rope_type",
+            "is \"longrope\"; supported are default, linear, dynamic, llama3, yarn",
+        ),
+        (
+            json!({"rope_scaling": {"type": "yran", "factor": 2}}),
+            "rope_scaling.type",
+            "is \"yran\"; supported are default, linear, dynamic, llama3, yarn; did you mean \"yarn\"?",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear"}}),
+            "rope_scaling.factor",
+            "is missing; expected a number in 1 ..= 1000000",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 0.5}}),
+            "rope_scaling.factor",
+            "is 0.5; expected a number in 1 ..= 1000000",
+        ),
+        (json!({"rope_scaling": 4}), "rope_scaling", "is 4; expected an object"),
+        (json!({"rope_theta": 0}), "rope_theta", "is 0; expected a number in 1 ..= 1000000000000000000"),
+    ] {
+        let faults = refused(&edited(LLAMA_31_8B, edit.clone())).faults();
+        let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
+        assert!(found.contains(&(path, message)), "{edit}: {found:#?}");
+    }
+}
+
+#[test]
+fn layer_types_must_fit_the_layers_and_the_window() {
+    for (base, edit, path) in [
+        (QWEN25_05B, json!({"layer_types": ["full_attention"]}), "layer_types"),
+        (QWEN25_05B, json!({"layer_types": vec!["sliding_attention"; 24]}), "layer_types[0]"),
+        (QWEN25_05B, json!({"layer_types": vec!["linear_attention"; 24]}), "layer_types[0]"),
+        (MISTRAL_7B, json!({"layer_types": vec!["full_attention"; 32]}), "layer_types[0]"),
+    ] {
+        let faults = refused(&edited(base, edit)).faults();
+        assert_eq!(faults[0].path.as_str(), path, "{faults:?}");
+    }
+}
+
+#[test]
+fn all_faults_come_at_once() {
+    let error = refused(&edited(LLAMA_31_8B, json!({"hidden_act": "relu", "hidden_size": 0, "rope_theta": "x"})));
+    assert_eq!(error.faults().len(), 3, "{error}");
+}
+
+proptest! {
+    /// Whatever stands in one field, reading ends in a consistent architecture or an error, never in a panic.
+    #[test]
+    fn no_value_of_a_field_panics(
+        field in prop::sample::select(vec![
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling", "layer_types",
+            "sliding_window", "max_window_layers", "eos_token_id", "use_sliding_window", "tie_word_embeddings",
+        ]),
+        value in prop_oneof![
+            Just(json!(null)), any::<i64>().prop_map(|n| json!(n)), any::<u64>().prop_map(|n| json!(n)),
+            (1u64..5000).prop_map(|n| json!(n)), any::<f64>().prop_map(|x| json!(x)), ".*".prop_map(|s| json!(s)),
+            Just(json!([])), Just(json!({})), Just(json!([{}, null, 3])), any::<bool>().prop_map(|b| json!(b)),
+        ],
+    ) {
+        if let Ok(model) = Architecture::from_json(edited(QWEN25_05B, json!({field: value})).as_bytes()) {
+            prop_assert_eq!(model.heads % model.kv_heads, 0);
+            prop_assert_eq!(model.windows.len(), model.layers);
+            prop_assert!(model.weight_bytes(4) / 4 == model.parameters());
+            prop_assert!(model.rope.frequencies(model.head_dim, 10).iter().all(|f| f.is_finite()));
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! `config.json` texts of public models, and what is read from them.
+
+mod configs;
+mod faults;
+mod resolve;
