@@ -14,4 +14,6 @@ pub mod suggest;
 
 pub mod method;
 
+pub mod job;
+
 pub use fault::{Fault, FieldPath};

@@ -120,6 +120,8 @@ pub struct Card {
     pub paper: Option<Paper>,
     /// The kinds of sites that it can be put on; empty for points without sites.
     pub applies: &'static [SiteKind],
+    /// The sites of a slot that names none: an entry as in `targets`; empty for points without sites.
+    pub targets: &'static str,
     /// Trainable parameters per site as an expression over the method's parameters and the site's input width `i` and
     /// output width `o`; empty for points without parameters.
     pub parameters: &'static str,
@@ -141,6 +143,7 @@ impl Card {
             summary,
             paper: None,
             applies: &[],
+            targets: "",
             parameters: "",
             merges: Merges::NotApplicable,
             peft_type: None,

@@ -150,6 +150,7 @@ mod tests {
             summary: String::new(),
             paper: None,
             applies: Vec::new(),
+            targets: "all-linear".to_owned(),
             parameters: "rank*(i+o)".to_owned(),
             merges: Merges::Factors,
             peft_type: None,

@@ -47,6 +47,8 @@ pub struct MethodDocument {
     pub paper: Option<PaperDocument>,
     /// The kinds of sites that it can be put on.
     pub applies: Vec<SiteKind>,
+    /// The sites of a slot that names none.
+    pub targets: String,
     /// Trainable parameters per site, as an expression.
     pub parameters: String,
     /// Whether it can be merged.
@@ -76,6 +78,7 @@ impl MethodDocument {
                 year: paper.year,
             }),
             applies: card.applies.to_vec(),
+            targets: card.targets.to_owned(),
             parameters: card.parameters.to_owned(),
             merges: card.merges,
             peft_type: card.peft_type.as_ref().map(own),

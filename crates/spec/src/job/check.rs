@@ -1,0 +1,178 @@
+//! The checks of a job file, in three layers: structure, methods, relations between fields.
+
+use std::collections::BTreeSet;
+use std::sync::LazyLock;
+
+use jsonschema::Validator;
+use serde_json::Value;
+
+use super::plan::logical_shards;
+use super::tune::SlotSpec;
+use super::{JobSpec, VERSION};
+use crate::fault::{Fault, FieldPath};
+use crate::method::{Catalogue, MethodRef, Point, schema};
+
+static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
+    let schema = JobSpec::schema();
+    let validator = jsonschema::validator_for(&schema).expect("generated schemas are valid");
+    (schema, validator)
+});
+
+/// Faults against the schema of the job file.
+pub(super) fn structure(value: &Value) -> Vec<Fault> {
+    let (schema, validator) = &*SCHEMA;
+    let mut faults = schema::check_with(validator, schema, value, &FieldPath::root());
+    if let Some(version) = value.get("version").and_then(Value::as_u64).filter(|v| *v != u64::from(VERSION)) {
+        faults.push(Fault::new("version", format!("is {version}; this build reads version {VERSION}")));
+    }
+    faults
+}
+
+/// Faults of methods and their parameters. Works on the value, so that they are found beside faults of structure.
+pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    let tune = FieldPath::from("tune");
+    for (field, point) in [
+        ("objective", Point::Objective),
+        ("step", Point::StepRule),
+        ("optimizer", Point::Optimizer),
+        ("schedule", Point::Schedule),
+    ] {
+        faults.extend(method_at(value.pointer(&format!("/tune/{field}")), point, &tune.field(field), catalogue));
+    }
+    let mixing = FieldPath::from("data").field("mixing");
+    faults.extend(method_at(value.pointer("/data/mixing"), Point::Mixing, &mixing, catalogue));
+    let stack = value.pointer("/tune/stack").and_then(Value::as_array).into_iter().flatten().enumerate();
+    let slots = stack.map(|(index, slot)| (tune.field("stack").index(index), slot));
+    for (path, slot) in slots.chain(value.pointer("/tune/adapter").map(|slot| (tune.field("adapter"), slot))) {
+        faults.extend(slot_at(slot, &path, catalogue));
+    }
+    faults
+}
+
+fn method_at(value: Option<&Value>, point: Point, path: &FieldPath, catalogue: &Catalogue) -> Vec<Fault> {
+    // What is no method reference at all is a fault of structure, found there.
+    let named = value.and_then(|value| serde_json::from_value::<MethodRef>(value.clone()).ok());
+    named.map(|named| catalogue.check(point, &named, path)).unwrap_or_default()
+}
+
+fn slot_at(slot: &Value, path: &FieldPath, catalogue: &Catalogue) -> Vec<Fault> {
+    let Some(fields) = slot.as_object() else { return Vec::new() };
+    let mut faults = method_at(fields.get("init"), Point::Init, &path.field("init"), catalogue);
+    let params = fields.iter().filter(|(name, _)| !SlotSpec::FIELDS.contains(&name.as_str()));
+    let params: serde_json::Map<String, Value> = params.map(|(name, value)| (name.clone(), value.clone())).collect();
+    match (fields.get("method").and_then(Value::as_str), fields.contains_key("from")) {
+        (Some(method), false) => {
+            let named = MethodRef { method: method.to_owned(), params };
+            faults.extend(catalogue.check(Point::Adapter, &named, path));
+        }
+        (None, false) if !fields.contains_key("method") => faults.push(Fault::new(path.field("method"), "is missing")),
+        (_, true) => {
+            let taken = params.keys().map(String::as_str).chain(["method", "targets", "exclude", "init"]);
+            for name in taken.filter(|name| fields.contains_key(*name)) {
+                let message = "cannot be given together with `from`: it is read from the adapter";
+                faults.push(Fault::new(path.field(name), message));
+            }
+        }
+        _ => {}
+    }
+    faults
+}
+
+/// Faults between fields that are each right by themselves.
+pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    length(spec, &mut faults);
+    slots(spec, catalogue, &mut faults);
+    data(spec, &mut faults);
+    shards(spec, &mut faults);
+    if spec.outputs.merged_tag.is_some() && !spec.outputs.merged {
+        faults.push(Fault::new("outputs.merged_tag", "is given, but `outputs.merged` is false"));
+    }
+    faults
+}
+
+fn length(spec: &JobSpec, faults: &mut Vec<Fault>) {
+    let given = [
+        ("steps", spec.tune.steps.is_some()),
+        ("epochs", spec.tune.epochs.is_some()),
+        ("tokens", spec.tune.tokens.is_some()),
+    ];
+    let given: Vec<&str> = given.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+    match given.as_slice() {
+        [] => faults.push(Fault::new("tune", "says no length; expected one of `steps`, `epochs`, `tokens`")),
+        [_] => {}
+        several => {
+            let message = format!("gives {}; expected exactly one of them", several.join(" and "));
+            faults.push(Fault::new("tune", message));
+        }
+    }
+}
+
+fn slots(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    if spec.tune.adapter.is_some() && !spec.tune.stack.is_empty() {
+        faults.push(Fault::new("tune.adapter", "cannot be given together with `tune.stack`; it is a stack of one"));
+    }
+    let slots = spec.tune.slots();
+    if slots.is_empty() {
+        faults.push(Fault::new("tune", "says nothing to train; expected an `adapter` or a `stack`"));
+    } else if !slots.iter().any(|(_, slot)| slot.train) {
+        faults.push(Fault::new("tune.stack", "trains nothing; expected one slot with `train: true`"));
+    }
+    let mut names = BTreeSet::new();
+    for (path, slot) in slots {
+        let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
+        let name = slot.name.as_ref().map(ToString::to_string);
+        let name = name.or_else(|| method.map(|document| document.name.clone())).unwrap_or_else(|| "from".to_owned());
+        if !names.insert(name.clone()) {
+            faults.push(Fault::new(
+                path.field("name"),
+                format!("is {name:?}, as another slot is called; give each its own"),
+            ));
+        }
+        if slot.method.is_some() && slot.from.is_none() && !slot.train {
+            faults.push(Fault::new(path.field("train"), "is false for a fresh component, which would do nothing"));
+        }
+    }
+}
+
+fn data(spec: &JobSpec, faults: &mut Vec<Fault>) {
+    let data = FieldPath::from("data");
+    let mut check = |list: &str, names: Vec<String>| {
+        let mut seen = BTreeSet::new();
+        for (index, name) in names.into_iter().enumerate() {
+            if !seen.insert(name.clone()) {
+                let path = data.field(list).index(index).field("name");
+                faults.push(Fault::new(path, format!("is {name:?} for the second time; give each its own")));
+            }
+        }
+    };
+    check("domains", spec.data.domains.iter().map(|domain| domain.name.to_string()).collect());
+    check("validation", spec.data.validation.iter().map(|set| set.name.to_string()).collect());
+    if spec.data.domains.iter().all(|domain| domain.weight == 0.0) {
+        faults.push(Fault::new("data.domains", "all have weight 0; expected one above"));
+    }
+}
+
+fn shards(spec: &JobSpec, faults: &mut Vec<Fault>) {
+    let (batch, longest) = (spec.tune.batch_tokens, spec.data.max_length);
+    let shards = logical_shards(spec);
+    if u64::from(batch) < u64::from(longest) * u64::from(shards) {
+        let message = if spec.tune.logical_shards.is_some() {
+            format!(
+                "is {batch}; expected at least logical_shards × data.max_length = {}",
+                u64::from(longest) * u64::from(shards)
+            )
+        } else {
+            format!("is {batch}; expected at least data.max_length = {longest}")
+        };
+        faults.push(Fault::new("tune.batch_tokens", message));
+    }
+    let ranks = spec.resources.workers * spec.resources.devices_per_worker;
+    if ranks > 0 && shards % ranks != 0 {
+        let message = format!(
+            "makes {ranks} ranks, which do not divide the {shards} logical shards; set `tune.logical_shards` to a multiple"
+        );
+        faults.push(Fault::new("resources.devices_per_worker", message));
+    }
+}

@@ -1,0 +1,267 @@
+//! What will run: every default, digest and size in place. The lineage of a result hashes this.
+
+use serde::{Deserialize, Serialize};
+
+use super::data::{Form, OnBadRow, TooLong};
+use super::reference::Reference;
+use super::targets::Targets;
+use super::tune::Precision;
+use super::{JobKind, JobSpec, VERSION};
+use crate::fault::{Fault, FieldPath};
+use crate::id::{Digest, Name};
+use crate::method::{Catalogue, MethodRef};
+
+/// Something that the run reads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Input {
+    /// An artifact of the job's project.
+    Artifact(Digest),
+    /// An object that is read where it lies; its content digest is recorded by the run.
+    Url(String),
+    /// A file or folder under the server's data root, read where it lies.
+    Path(String),
+}
+
+/// How long the run is.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Length {
+    /// Optimiser steps.
+    Steps(u64),
+    /// Passes over the whole mixture.
+    Epochs(f64),
+    /// Packed tokens.
+    Tokens(u64),
+}
+
+/// A part of the training mixture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanDomain {
+    /// Its name.
+    pub name: Name,
+    /// Where its rows are.
+    pub input: Input,
+    /// Its weight.
+    pub weight: f64,
+    /// How rows are to be understood; `None` lets the columns decide.
+    pub form: Option<Form>,
+}
+
+/// A validation set.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanValidation {
+    /// Its name.
+    pub name: Name,
+    /// Where its rows are.
+    pub input: Input,
+    /// How rows are to be understood; `None` lets the columns decide.
+    pub form: Option<Form>,
+    /// How many rows count; `None` for all.
+    pub rows: Option<u64>,
+}
+
+/// A component of the stack.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanSlot {
+    /// Its name.
+    pub name: Name,
+    /// The method with all its parameters; `None` if the adapter of `from` says it.
+    pub method: Option<MethodRef>,
+    /// The sites.
+    pub targets: Targets,
+    /// Sites that are left alone.
+    pub exclude: Option<Targets>,
+    /// Starting values; `None` for the method's own.
+    pub init: Option<MethodRef>,
+    /// An adapter to start from.
+    pub from: Option<Input>,
+    /// Whether it trains.
+    pub train: bool,
+}
+
+/// What will run. Two jobs with the same plan, code and kernel profile give the same bits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The version of the job file that it was made from.
+    pub version: u32,
+    /// What is done.
+    pub kind: JobKind,
+    /// The base model.
+    pub base: Input,
+    /// Whether the base's weights are random.
+    pub from_scratch: bool,
+    /// The training mixture.
+    pub domains: Vec<PlanDomain>,
+    /// Which domain the next document comes from.
+    pub mixing: MethodRef,
+    /// The validation sets.
+    pub validation: Vec<PlanValidation>,
+    /// The longest document, in tokens.
+    pub max_length: u32,
+    /// What happens to longer ones.
+    pub too_long: TooLong,
+    /// What happens to rows that cannot be used.
+    pub on_bad_row: OnBadRow,
+    /// A chat template in place of the model's own.
+    pub template: Option<String>,
+    /// The components.
+    pub stack: Vec<PlanSlot>,
+    /// The loss.
+    pub objective: MethodRef,
+    /// How one step uses the engine.
+    pub step: MethodRef,
+    /// How gradients change parameters.
+    pub optimizer: MethodRef,
+    /// How the learning rate runs over time.
+    pub schedule: MethodRef,
+    /// Tokens in one batch.
+    pub batch_tokens: u32,
+    /// Batches summed for one step.
+    pub accumulation: u32,
+    /// The length of the run.
+    pub length: Length,
+    /// The norm to which gradients are clipped; `None` for no clipping.
+    pub max_grad_norm: Option<f64>,
+    /// The number format of the frozen base.
+    pub precision: Precision,
+    /// Steps between checkpoints; `None` for on request only.
+    pub checkpoint_every: Option<u64>,
+    /// Steps between measurements of the validation loss; `None` for before and after only.
+    pub evaluate_every: Option<u64>,
+    /// Parts into which each batch is split.
+    pub logical_shards: u32,
+    /// The seed.
+    pub seed: u64,
+    /// Whether a plain model folder is made as well.
+    pub merged: bool,
+}
+
+/// The largest number of logical shards that is chosen by itself.
+const SHARDS_MAX: u32 = 8;
+
+/// The number of logical shards: as written, or as many as fit the longest document each, up to 8, as a power of two (so
+/// that 2, 4 and 8 ranks divide it).
+pub(super) fn logical_shards(spec: &JobSpec) -> u32 {
+    spec.tune.logical_shards.unwrap_or_else(|| {
+        let fit = (spec.tune.batch_tokens / spec.data.max_length.max(1)).clamp(1, SHARDS_MAX);
+        1 << fit.ilog2()
+    })
+}
+
+impl Plan {
+    /// Resolves a checked job. `resolve` turns a reference into an input, or says why there is none.
+    ///
+    /// # Errors
+    /// All references that cannot be resolved, with their paths.
+    pub fn resolve(
+        spec: &JobSpec,
+        catalogue: &Catalogue,
+        mut resolve: impl FnMut(&Reference) -> Result<Input, String>,
+    ) -> Result<Self, Vec<Fault>> {
+        let mut faults = Vec::new();
+        let mut input = |path: FieldPath, reference: &Reference| {
+            resolve(reference).unwrap_or_else(|message| {
+                faults.push(Fault::new(path, message));
+                Input::Url(String::new())
+            })
+        };
+        let base = input("base".into(), &spec.base);
+        let data = FieldPath::from("data");
+        let domains = spec.data.domains.iter().enumerate().map(|(index, domain)| PlanDomain {
+            name: domain.name.clone(),
+            input: input(data.field("domains").index(index).field("source"), &domain.source),
+            weight: domain.weight,
+            form: domain.form,
+        });
+        let domains = domains.collect();
+        let validation = spec.data.validation.iter().enumerate().map(|(index, set)| PlanValidation {
+            name: set.name.clone(),
+            input: input(data.field("validation").index(index).field("source"), &set.source),
+            form: set.form,
+            rows: set.rows,
+        });
+        let validation = validation.collect();
+        let mut stack = Vec::new();
+        for (path, slot) in spec.tune.slots() {
+            let method = slot.method_ref().map(|named| catalogue.resolve(&named));
+            let document = method.as_ref().and_then(|method| catalogue.get(&method.method));
+            let by_method = || document.and_then(|document| Name::new(document.name.as_str()).ok());
+            let name = slot.name.clone().or_else(by_method);
+            stack.push(PlanSlot {
+                name: name.unwrap_or_else(|| Name::new("from").expect("a literal name")),
+                targets: slot.targets.clone().unwrap_or_else(|| {
+                    Targets::from(document.map_or("all-linear", |document| document.targets.as_str()))
+                }),
+                exclude: slot.exclude.clone(),
+                init: slot.init.as_ref().map(|init| catalogue.resolve(init)),
+                from: slot.from.as_ref().map(|from| input(path.field("from"), from)),
+                train: slot.train,
+                method,
+            });
+        }
+        if !faults.is_empty() {
+            return Err(faults);
+        }
+        let tune = &spec.tune;
+        let length = match (tune.steps, tune.tokens) {
+            (Some(steps), _) => Length::Steps(steps),
+            (None, Some(tokens)) => Length::Tokens(tokens),
+            (None, None) => Length::Epochs(tune.epochs.unwrap_or(1.0)),
+        };
+        Ok(Self {
+            version: VERSION,
+            kind: spec.kind,
+            base,
+            from_scratch: tune.from_scratch,
+            domains,
+            mixing: catalogue.resolve(&spec.data.mixing),
+            validation,
+            max_length: spec.data.max_length,
+            too_long: spec.data.too_long,
+            on_bad_row: spec.data.on_bad_row,
+            template: spec.data.template.clone(),
+            stack,
+            objective: catalogue.resolve(&tune.objective),
+            step: catalogue.resolve(&tune.step),
+            optimizer: catalogue.resolve(&tune.optimizer),
+            schedule: catalogue.resolve(&tune.schedule),
+            batch_tokens: tune.batch_tokens,
+            accumulation: tune.accumulation,
+            length,
+            max_grad_norm: tune.max_grad_norm,
+            precision: tune.precision,
+            checkpoint_every: tune.checkpoint.every_steps,
+            evaluate_every: tune.evaluate.every_steps,
+            logical_shards: logical_shards(spec),
+            seed: tune.seed,
+            merged: spec.outputs.merged,
+        })
+    }
+
+    /// The artifacts that the run reads, each once, in the order of their digests.
+    pub fn artifacts(&self) -> Vec<Digest> {
+        let mut digests: Vec<Digest> = self
+            .inputs()
+            .filter_map(|input| match input {
+                Input::Artifact(digest) => Some(*digest),
+                Input::Url(_) | Input::Path(_) => None,
+            })
+            .collect();
+        digests.sort_unstable();
+        digests.dedup();
+        digests
+    }
+
+    /// Everything that the run reads.
+    pub fn inputs(&self) -> impl Iterator<Item = &Input> {
+        let domains = self.domains.iter().map(|domain| &domain.input);
+        let validation = self.validation.iter().map(|set| &set.input);
+        let slots = self.stack.iter().filter_map(|slot| slot.from.as_ref());
+        std::iter::once(&self.base).chain(domains).chain(validation).chain(slots)
+    }
+}

@@ -1,0 +1,72 @@
+//! `resources:`, `limits:` and `outputs:` — where to run, when to give up, what to keep.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::id::Tag;
+
+/// What a job computes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// Whatever is free first.
+    #[default]
+    Any,
+    /// Processor cores.
+    Cpu,
+}
+
+/// Where to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct Resources {
+    /// Worker nodes that run the job together. This version runs a job on one.
+    #[schemars(range(min = 1, max = 1))]
+    pub workers: u32,
+    /// Devices on each worker; each is one rank of data-parallel training.
+    #[schemars(range(min = 1, max = 64))]
+    pub devices_per_worker: u32,
+    /// The kind of device.
+    pub device: Device,
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Self { workers: 1, devices_per_worker: 1, device: Device::Any }
+    }
+}
+
+/// When to give up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct Limits {
+    /// Attempts before the job fails; a preempted or paused attempt does not count.
+    #[schemars(range(min = 1, max = 1000))]
+    pub max_attempts: u32,
+    /// Seconds without a finished step after which an attempt counts as hung and is killed.
+    #[schemars(range(min = 1, max = 604_800))]
+    pub stall_seconds: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_attempts: 3, stall_seconds: 600 }
+    }
+}
+
+/// What to keep.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct Outputs {
+    /// A tag that moves to the result.
+    #[schemars(with = "Option<String>")]
+    pub tag: Option<Tag>,
+    /// Whether a plain model folder with the adapter merged in is made as well.
+    pub merged: bool,
+    /// A tag that moves to the merged model.
+    #[schemars(with = "Option<String>")]
+    pub merged_tag: Option<Tag>,
+}

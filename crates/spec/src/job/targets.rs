@@ -1,0 +1,32 @@
+//! Which sites a slot adapts, as people write it.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Sites by name. Each entry is `all-linear` (every linear but the head), `all` (every site), a module name or the end of a
+/// path on whole components (`q_proj`, `self_attn.q_proj`), a full path, or a pattern with `*` that must match the full path
+/// (`model.layers.1*.mlp.*`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Targets {
+    /// One entry.
+    One(String),
+    /// Several entries; a site that any of them names is meant.
+    Many(Vec<String>),
+}
+
+impl Targets {
+    /// The entries in the order written.
+    pub fn entries(&self) -> &[String] {
+        match self {
+            Self::One(entry) => std::slice::from_ref(entry),
+            Self::Many(entries) => entries,
+        }
+    }
+}
+
+impl From<&str> for Targets {
+    fn from(entry: &str) -> Self {
+        Self::One(entry.to_owned())
+    }
+}

@@ -1,0 +1,204 @@
+//! `tune:` — how to learn.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::reference::Reference;
+use super::targets::Targets;
+use crate::fault::FieldPath;
+use crate::id::Name;
+use crate::method::MethodRef;
+
+/// One component of the stack.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SlotSpec {
+    /// Its name; the method's name when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<Name>,
+    /// The method; read from the adapter when `from` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    /// The sites; the method's own default when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub targets: Option<Targets>,
+    /// Sites that `targets` names and that are left alone all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exclude: Option<Targets>,
+    /// Starting values in place of the method's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<MethodRef>,
+    /// An adapter to start from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Reference>,
+    /// Whether it trains.
+    #[serde(default = "yes")]
+    pub train: bool,
+    /// The method's parameters.
+    #[serde(flatten)]
+    pub params: Map<String, Value>,
+}
+
+impl SlotSpec {
+    /// The fields that every slot has; all others are parameters of the method.
+    pub const FIELDS: [&str; 7] = ["name", "method", "targets", "exclude", "init", "from", "train"];
+
+    /// The slot's method with its parameters, where it names one.
+    pub fn method_ref(&self) -> Option<MethodRef> {
+        self.method.clone().map(|method| MethodRef { method, params: self.params.clone() })
+    }
+}
+
+// A hand-written schema: `flatten` over a map accepts any further field, which is then checked against the method's own.
+impl JsonSchema for SlotSpec {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "SlotSpec".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let targets = generator.subschema_for::<Targets>();
+        let method = generator.subschema_for::<MethodRef>();
+        schemars::json_schema!({
+            "type": "object",
+            "properties": {
+                "name": { "type": "string", "description": "Its name; the method's name when it is left out." },
+                "method": { "type": "string", "description": "A method of the point adapter." },
+                "targets": targets,
+                "exclude": targets,
+                "init": method,
+                "from": { "type": "string", "description": "An adapter to start from." },
+                "train": { "type": "boolean", "description": "Whether it trains.", "default": true },
+            },
+            "additionalProperties": true,
+        })
+    }
+}
+
+/// The number format of the frozen base. What trains always has f32 values, optimiser state and reductions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// The base is held in 32 bits.
+    #[default]
+    F32,
+    /// The base is held in bfloat16 and widened site by site where it is used.
+    Bf16,
+}
+
+/// When the whole state of the run is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct CheckpointSpec {
+    /// Steps between checkpoints; only on request when it is left out.
+    #[schemars(range(min = 1))]
+    pub every_steps: Option<u64>,
+    /// How many of the latest are kept.
+    #[schemars(range(min = 1, max = 100))]
+    pub keep: u32,
+}
+
+impl Default for CheckpointSpec {
+    fn default() -> Self {
+        Self { every_steps: None, keep: 1 }
+    }
+}
+
+/// When the validation loss is measured, beside before the first and after the last step.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct EvaluateSpec {
+    /// Steps between measurements; only before and after when it is left out.
+    #[schemars(range(min = 1))]
+    pub every_steps: Option<u64>,
+}
+
+/// How to learn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct TuneSpec {
+    /// The components, in the order in which they apply at a site.
+    pub stack: Vec<SlotSpec>,
+    /// Shorthand for a stack of one.
+    pub adapter: Option<SlotSpec>,
+    /// Starts from random weights: the base needs a configuration and a tokenizer only.
+    pub from_scratch: bool,
+    /// The loss.
+    pub objective: MethodRef,
+    /// How one step uses the engine.
+    pub step: MethodRef,
+    /// How gradients change parameters.
+    pub optimizer: MethodRef,
+    /// How the learning rate runs over time.
+    pub schedule: MethodRef,
+    /// Tokens in one batch, packed; at least `logical_shards × data.max_length`.
+    #[schemars(range(min = 2, max = 268_435_456))]
+    pub batch_tokens: u32,
+    /// Batches whose gradients are summed for one step.
+    #[schemars(range(min = 1, max = 65_536))]
+    pub accumulation: u32,
+    /// Length of the run in steps. Exactly one of `steps`, `epochs` and `tokens`.
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub steps: Option<u64>,
+    /// Length of the run in passes over the whole mixture.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub epochs: Option<f64>,
+    /// Length of the run in packed tokens.
+    #[schemars(range(min = 1))]
+    pub tokens: Option<u64>,
+    /// Gradients whose norm is larger are scaled down to it; `null` for no clipping.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub max_grad_norm: Option<f64>,
+    /// The number format of the frozen base.
+    pub precision: Precision,
+    /// When the state of the run is kept.
+    pub checkpoint: CheckpointSpec,
+    /// When the validation loss is measured.
+    pub evaluate: EvaluateSpec,
+    /// Parts into which each batch is split for good; any number of ranks that divides it gives the same bits. As many as
+    /// `batch_tokens` allows, up to 8, when it is left out.
+    #[schemars(range(min = 1, max = 4096))]
+    pub logical_shards: Option<u32>,
+    /// The seed of everything random.
+    pub seed: u64,
+}
+
+impl Default for TuneSpec {
+    fn default() -> Self {
+        Self {
+            stack: Vec::new(),
+            adapter: None,
+            from_scratch: false,
+            objective: MethodRef::named("sft"),
+            step: MethodRef::named("plain"),
+            optimizer: MethodRef::named("adamw"),
+            schedule: MethodRef::named("cosine"),
+            batch_tokens: 4096,
+            accumulation: 1,
+            steps: None,
+            epochs: None,
+            tokens: None,
+            max_grad_norm: Some(1.0),
+            precision: Precision::F32,
+            checkpoint: CheckpointSpec::default(),
+            evaluate: EvaluateSpec::default(),
+            logical_shards: None,
+            seed: 0,
+        }
+    }
+}
+
+impl TuneSpec {
+    /// The slots with their paths, the shorthand included.
+    pub fn slots(&self) -> Vec<(FieldPath, &SlotSpec)> {
+        let tune = FieldPath::from("tune");
+        let stack = self.stack.iter().enumerate().map(|(i, slot)| (tune.field("stack").index(i), slot));
+        stack.chain(self.adapter.iter().map(|slot| (tune.field("adapter"), slot))).collect()
+    }
+}
+
+const fn yes() -> bool {
+    true
+}
