@@ -1,0 +1,124 @@
+//! What can go wrong, by what the caller can do about it.
+
+use std::path::PathBuf;
+
+use attune_spec::id::Epoch;
+
+/// The result of a store operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a store operation was not done. Nothing of a refused change is stored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The named thing does not exist in its project.
+    #[error("{what} {name:?} does not exist in project {project:?}")]
+    NotFound {
+        /// `job`, `artifact`, `tag`, …
+        what: &'static str,
+        /// Its name as asked for.
+        name: String,
+        /// The project looked into.
+        project: String,
+    },
+    /// The stored state is not the one the change was decided on, or the name is taken.
+    #[error("{0}")]
+    Conflict(String),
+    /// The same request id came with another body.
+    #[error("request id {request:?} was used before with another body; use a new id for a new request")]
+    RequestReused {
+        /// The id.
+        request: String,
+    },
+    /// A write under an epoch that is not the job's current one, or after the job ended.
+    #[error("epoch {given} of job {job:?} is not current ({current}); the attempt was replaced or has ended")]
+    StaleEpoch {
+        /// The job.
+        job: String,
+        /// The epoch of the write.
+        given: Epoch,
+        /// `epoch N` or `the job is cancelled`.
+        current: String,
+    },
+    /// The deletion would break something that still refers to the artifact.
+    #[error("{0}")]
+    InUse(String),
+    /// A value that the store cannot keep or look up, such as a page token that it did not give out.
+    #[error("{0}")]
+    Invalid(String),
+    /// The database cannot take writes now (disk full, busy, out of connections); later it may.
+    #[error("the control plane's database is unavailable: {0}; free space or wait, then try again")]
+    Unavailable(String),
+    /// Another process holds the database.
+    #[error("database {path:?} is in use by another scheduler; stop that one first")]
+    Locked {
+        /// The database file.
+        path: PathBuf,
+    },
+    /// The database's schema does not fit this binary.
+    #[error("{0}")]
+    Schema(String),
+    /// The database holds what this room would never write.
+    #[error("the control plane's database is damaged: {0}; restore it from a backup")]
+    Corrupt(String),
+    /// Anything else the database said; retrying will not help.
+    #[error("the control plane's database failed: {0}")]
+    Other(String),
+}
+
+impl Error {
+    pub(crate) fn not_found(what: &'static str, name: impl ToString, project: impl ToString) -> Self {
+        Self::NotFound { what, name: name.to_string(), project: project.to_string() }
+    }
+
+    /// Whether the same call can succeed later without any change by the caller.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Unavailable(_) => true,
+            Self::NotFound { .. }
+            | Self::Conflict(_)
+            | Self::RequestReused { .. }
+            | Self::StaleEpoch { .. }
+            | Self::InUse(_)
+            | Self::Invalid(_)
+            | Self::Locked { .. }
+            | Self::Schema(_)
+            | Self::Corrupt(_)
+            | Self::Other(_) => false,
+        }
+    }
+}
+
+/// SQLite's primary result codes (<https://sqlite.org/rescode.html>); the extended ones add bits above the lowest byte.
+mod code {
+    pub(super) const BUSY: i32 = 5;
+    pub(super) const LOCKED: i32 = 6;
+    pub(super) const CORRUPT: i32 = 11;
+    pub(super) const FULL: i32 = 13;
+    pub(super) const CANTOPEN: i32 = 14;
+    pub(super) const CONSTRAINT: i32 = 19;
+    pub(super) const NOTADB: i32 = 26;
+}
+
+/// Sorts a database error into the classes above. A function and not `From`, so that the library's type stays inside.
+pub(crate) fn db(error: sqlx::Error) -> Error {
+    match &error {
+        sqlx::Error::Database(inner) => {
+            let primary = inner.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
+            let message = inner.message().to_owned();
+            match primary {
+                Some(code::FULL | code::BUSY | code::LOCKED | code::CANTOPEN) => Error::Unavailable(message),
+                Some(code::CORRUPT | code::NOTADB) => Error::Corrupt(message),
+                Some(code::CONSTRAINT) => Error::Conflict(format!("the change breaks a rule of the schema: {message}")),
+                _ => Error::Other(message),
+            }
+        }
+        sqlx::Error::PoolTimedOut => Error::Unavailable("no free connection within the time limit".to_owned()),
+        sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Error::Unavailable(error.to_string()),
+        sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => Error::Unavailable(io.to_string()),
+        sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) | sqlx::Error::Decode(_) => {
+            Error::Corrupt(error.to_string())
+        }
+        _ => Error::Other(error.to_string()),
+    }
+}

@@ -1,0 +1,84 @@
+//! Brings a database to this binary's schema: numbered steps, forward only, each in its own transaction.
+
+use sqlx::{Acquire as _, Row as _, SqliteConnection};
+
+use crate::error::{Error, Result, db};
+
+/// All steps, oldest first; a published step is never edited.
+const STEPS: &[&str] = &[include_str!("../../../../migrations/sqlite/0001_control_plane.sql")];
+
+const TABLE: &str =
+    "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER NOT NULL PRIMARY KEY, sql TEXT NOT NULL) STRICT";
+
+/// Runs the steps that the database lacks.
+pub(super) async fn migrate(connection: &mut SqliteConnection) -> Result<()> {
+    migrate_to(connection, STEPS).await
+}
+
+async fn migrate_to(connection: &mut SqliteConnection, steps: &[&'static str]) -> Result<()> {
+    sqlx::query(TABLE).execute(&mut *connection).await.map_err(db)?;
+    let rows = sqlx::query("SELECT step, sql FROM schema_steps ORDER BY step")
+        .fetch_all(&mut *connection)
+        .await
+        .map_err(db)?;
+    if rows.len() > steps.len() {
+        return Err(Error::Schema(format!(
+            "the database has schema {}, newer than {}, the newest that this binary knows; use a newer binary",
+            rows.len(),
+            steps.len()
+        )));
+    }
+    for (index, row) in rows.iter().enumerate() {
+        let (step, sql): (i64, String) = (row.try_get("step").map_err(db)?, row.try_get("sql").map_err(db)?);
+        if usize::try_from(step) != Ok(index + 1) || sql != steps[index] {
+            return Err(Error::Schema(format!(
+                "schema step {} of the database is not the one that this binary knows; it was edited by hand or belongs \
+                 to another program",
+                index + 1
+            )));
+        }
+    }
+    for (index, &sql) in steps.iter().enumerate().skip(rows.len()) {
+        let mut transaction = connection.begin().await.map_err(db)?;
+        sqlx::raw_sql(sql).execute(&mut *transaction).await.map_err(db)?;
+        sqlx::query("INSERT INTO schema_steps (step, sql) VALUES ($1, $2)")
+            .bind(i64::try_from(index + 1).expect("there are few steps"))
+            .bind(sql)
+            .execute(&mut *transaction)
+            .await
+            .map_err(db)?;
+        transaction.commit().await.map_err(db)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection as _, SqliteConnection};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn steps_run_once_and_a_newer_or_edited_schema_is_refused() {
+        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        let (one, two) = ("CREATE TABLE a (x INTEGER) STRICT", "CREATE TABLE b (x INTEGER) STRICT");
+        migrate_to(&mut connection, &[one]).await.unwrap();
+        migrate_to(&mut connection, &[one, two]).await.unwrap();
+        migrate_to(&mut connection, &[one, two]).await.unwrap();
+        let newer = migrate_to(&mut connection, &[one]).await.unwrap_err().to_string();
+        assert_eq!(
+            newer,
+            "the database has schema 2, newer than 1, the newest that this binary knows; use a newer binary"
+        );
+        let edited = migrate_to(&mut connection, &[two, two]).await.unwrap_err();
+        assert!(matches!(edited, Error::Schema(_)), "{edited}");
+    }
+
+    #[tokio::test]
+    async fn a_step_that_fails_leaves_the_schema_before_it() {
+        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        let broken = "CREATE TABLE a (x INTEGER) STRICT; CREATE TABLE a (x INTEGER) STRICT";
+        migrate_to(&mut connection, &[broken]).await.unwrap_err();
+        migrate_to(&mut connection, &["CREATE TABLE a (x INTEGER) STRICT"]).await.unwrap();
+    }
+}

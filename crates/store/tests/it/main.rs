@@ -1,0 +1,4 @@
+//! The store's contract, run over every backend.
+
+mod sqlite;
+mod suite;
