@@ -60,7 +60,7 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
     let kv_default = if fields.has("num_key_value_heads") { None } else { row.kv_heads };
     let kv_heads = fields.count("num_key_value_heads", HEADS_MAX).or(kv_default).unwrap_or(heads);
     // A stand-in for a faulty number would contradict the others, and the reader is told of the cause already.
-    if fields.faults.is_empty() && heads % kv_heads != 0 {
+    if fields.faults.is_empty() && !heads.is_multiple_of(kv_heads) {
         fields.fault(
             "num_key_value_heads",
             format!("is {kv_heads}; expected a divisor of `num_attention_heads`, which is {heads}"),
@@ -99,7 +99,7 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
 fn head_dim(fields: &mut Fields<'_>, hidden: u64, heads: u64) -> u64 {
     let head_dim = match fields.count("head_dim", 1 << 12) {
         Some(head_dim) => head_dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None if !fields.faults.is_empty() => return 2,
         None => {
             fields.fault(
@@ -109,7 +109,7 @@ fn head_dim(fields: &mut Fields<'_>, hidden: u64, heads: u64) -> u64 {
             return 2;
         }
     };
-    if fields.faults.is_empty() && head_dim % 2 != 0 {
+    if fields.faults.is_empty() && !head_dim.is_multiple_of(2) {
         fields.fault("head_dim", format!("is {head_dim}; expected an even number, since rotary embedding turns pairs"));
     }
     if heads * head_dim > INNER_MAX {
@@ -163,7 +163,8 @@ fn windows(row: &FamilyRow, fields: &mut Fields<'_>, layers: u64) -> Vec<Option<
             };
             if let Some(layer) = types.iter().position(contradicts) {
                 let kind = if types[layer] { "sliding_attention" } else { "full_attention" };
-                let have = window.map_or("no window in use".to_owned(), |w| format!("a window of {w} in every layer"));
+                let have =
+                    window.map_or_else(|| "no window in use".to_owned(), |w| format!("a window of {w} in every layer"));
                 fields.fault(
                     &format!("layer_types[{layer}]"),
                     format!("is {kind:?}, but `sliding_window` gives {have}; expected the two to agree"),

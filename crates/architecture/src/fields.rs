@@ -99,7 +99,7 @@ impl<'a> Fields<'a> {
             return missing.filter(|&id| u64::from(id) < vocab).into_iter().collect();
         }
         let Some(value) = self.get(name) else { return Vec::new() };
-        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        let list = value.as_array().map_or_else(|| std::slice::from_ref(value), Vec::as_slice);
         let ids: Option<Vec<u32>> =
             list.iter().map(|id| whole(id).filter(|id| *id < vocab).and_then(|id| u32::try_from(id).ok())).collect();
         ids.unwrap_or_else(|| {

@@ -26,4 +26,3 @@ pub use error::Error;
 pub use family::Family;
 pub use rope::{Rope, RopeScaling};
 pub use site::{Site, SiteId, SiteKind, TensorInfo, TensorPart};
-pub use targets::Targets;

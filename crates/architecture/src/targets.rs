@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use attune_spec::job::Targets;
 use attune_spec::{Fault, FieldPath, suggest};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use crate::decoder::{Architecture, HEAD};
 use crate::site::{Site, SiteId, SiteKind};
@@ -12,100 +11,69 @@ use crate::site::{Site, SiteId, SiteKind};
 /// All linears except the head.
 const ALL_LINEAR: &str = "all-linear";
 
-/// Sites by name. Each entry is `all-linear` (every linear but the head), a module name or the end of a path on whole
-/// components (`q_proj`, `self_attn.q_proj`), a full path, or a pattern with `*` that must match the full path
-/// (`model.layers.1*.mlp.*`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum Targets {
-    /// One entry.
-    One(String),
-    /// Several entries; a site that any of them names is meant.
-    Many(Vec<String>),
+/// Every site.
+const ALL: &str = "all";
+
+/// The sites of `architecture` that `targets` names and `exclude` does not, in forward order. `applies` says which
+/// kinds of site the method can adapt; others that an entry catches along the way are left out, but an entry that
+/// catches nothing else is a fault.
+///
+/// # Errors
+/// One fault for each entry that names no site (with the nearest names), and one if nothing is left. Paths are
+/// `targets`, `targets[1]`, `exclude[0]`, …: prefix them with where the slot stands.
+pub fn resolve(
+    targets: &Targets,
+    exclude: Option<&Targets>,
+    architecture: &Architecture,
+    applies: impl Fn(&Site) -> bool,
+) -> Result<Vec<Site>, Vec<Fault>> {
+    let sites = architecture.sites();
+    let mut faults = Vec::new();
+    let mut chosen = BTreeSet::new();
+    for (entry, path) in located(targets, "targets") {
+        let named: Vec<&Site> = sites.iter().filter(|site| names(entry, site)).collect();
+        if named.is_empty() {
+            faults.push(Fault { path, message: no_site(entry, &sites, architecture) });
+        } else if !named.iter().any(|site| applies(site)) {
+            let message = format!(
+                "{entry:?} names only sites that this method does not adapt: {} is a {}",
+                named[0].id,
+                named[0].kind.name()
+            );
+            faults.push(Fault { path, message });
+        }
+        chosen.extend(named.into_iter().filter(|site| applies(site)).map(|site| site.id.clone()));
+    }
+    for (entry, path) in exclude.map(|exclude| located(exclude, "exclude")).unwrap_or_default() {
+        let named: Vec<&SiteId> = sites.iter().filter(|site| names(entry, site)).map(|site| &site.id).collect();
+        if named.is_empty() {
+            faults.push(Fault { path, message: no_site(entry, &sites, architecture) });
+        }
+        for id in named {
+            chosen.remove(id);
+        }
+    }
+    if faults.is_empty() && chosen.is_empty() {
+        let message = if targets.entries().is_empty() {
+            "is an empty list; expected at least one module name, path or pattern, or \"all-linear\""
+        } else {
+            "names no site that `exclude` leaves; expected at least one"
+        };
+        faults.push(Fault::new("targets", message));
+    }
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    Ok(sites.into_iter().filter(|site| chosen.contains(&site.id)).collect())
 }
 
-impl Default for Targets {
-    fn default() -> Self {
-        Self::One(ALL_LINEAR.to_owned())
-    }
-}
-
-impl Targets {
-    /// The entries in the order written.
-    pub fn entries(&self) -> &[String] {
-        match self {
-            Self::One(entry) => std::slice::from_ref(entry),
-            Self::Many(entries) => entries,
+fn located<'a>(targets: &'a Targets, field: &str) -> Vec<(&'a str, FieldPath)> {
+    let field = FieldPath::root().field(field);
+    match targets {
+        Targets::One(entry) => vec![(entry.as_str(), field)],
+        Targets::Many(entries) => {
+            entries.iter().enumerate().map(|(i, entry)| (entry.as_str(), field.index(i))).collect()
         }
-    }
-
-    /// The sites of `architecture` that are named here and not in `exclude`, in forward order. `applies` says which
-    /// kinds of site the method can adapt; others that a pattern catches along the way are left out, but an entry that
-    /// catches nothing else is a fault.
-    ///
-    /// # Errors
-    /// One fault for each entry that names no site (with the nearest names), and one if nothing is left. Paths are
-    /// `targets`, `targets[1]`, `exclude[0]`, …: prefix them with where the slot stands.
-    pub fn resolve(
-        &self,
-        exclude: Option<&Self>,
-        architecture: &Architecture,
-        applies: impl Fn(&Site) -> bool,
-    ) -> Result<Vec<Site>, Vec<Fault>> {
-        let sites = architecture.sites();
-        let mut faults = Vec::new();
-        let mut chosen = BTreeSet::new();
-        for (entry, path) in self.located("targets") {
-            let named: Vec<&Site> = sites.iter().filter(|site| names(entry, site)).collect();
-            if named.is_empty() {
-                faults.push(Fault { path, message: no_site(entry, &sites, architecture) });
-            } else if !named.iter().any(|site| applies(site)) {
-                let message = format!(
-                    "{entry:?} names only sites that this method does not adapt: {} is a {}",
-                    named[0].id,
-                    named[0].kind.name()
-                );
-                faults.push(Fault { path, message });
-            }
-            chosen.extend(named.into_iter().filter(|site| applies(site)).map(|site| site.id.clone()));
-        }
-        for (entry, path) in exclude.map(|exclude| exclude.located("exclude")).unwrap_or_default() {
-            let named: Vec<&SiteId> = sites.iter().filter(|site| names(entry, site)).map(|site| &site.id).collect();
-            if named.is_empty() {
-                faults.push(Fault { path, message: no_site(entry, &sites, architecture) });
-            }
-            for id in named {
-                chosen.remove(id);
-            }
-        }
-        if faults.is_empty() && chosen.is_empty() {
-            let message = if self.entries().is_empty() {
-                "is an empty list; expected at least one module name, path or pattern, or \"all-linear\""
-            } else {
-                "names no site that `exclude` leaves; expected at least one"
-            };
-            faults.push(Fault::new("targets", message));
-        }
-        if !faults.is_empty() {
-            return Err(faults);
-        }
-        Ok(sites.into_iter().filter(|site| chosen.contains(&site.id)).collect())
-    }
-
-    fn located(&self, field: &str) -> Vec<(&str, FieldPath)> {
-        let field = FieldPath::root().field(field);
-        match self {
-            Self::One(entry) => vec![(entry.as_str(), field)],
-            Self::Many(entries) => {
-                entries.iter().enumerate().map(|(i, entry)| (entry.as_str(), field.index(i))).collect()
-            }
-        }
-    }
-}
-
-impl From<&str> for Targets {
-    fn from(entry: &str) -> Self {
-        Self::One(entry.to_owned())
     }
 }
 
@@ -113,6 +81,8 @@ fn names(entry: &str, site: &Site) -> bool {
     let id = site.id.as_str();
     if entry == ALL_LINEAR {
         matches!(site.kind, SiteKind::Linear { .. }) && id != HEAD
+    } else if entry == ALL {
+        true
     } else if entry.contains('*') {
         glob(entry, id)
     } else {

@@ -1,4 +1,5 @@
-use attune_architecture::{Site, SiteKind, Targets};
+use attune_architecture::{Site, SiteKind, targets};
+use attune_spec::job::Targets;
 
 use crate::configs::{QWEN25_05B, edited, read};
 
@@ -8,8 +9,7 @@ fn linear_or_embedding(site: &Site) -> bool {
 
 fn resolve(targets: Targets, exclude: Option<Targets>) -> Result<Vec<String>, Vec<String>> {
     let model = read(&edited(QWEN25_05B, serde_json::json!({"num_hidden_layers": 12})));
-    targets
-        .resolve(exclude.as_ref(), &model, linear_or_embedding)
+    targets::resolve(&targets, exclude.as_ref(), &model, linear_or_embedding)
         .map(|sites| sites.iter().map(|site| site.id.to_string()).collect())
         .map_err(|faults| faults.iter().map(ToString::to_string).collect())
 }
@@ -22,6 +22,7 @@ fn many(entries: &[&str]) -> Targets {
 fn each_form_names_its_sites() {
     for (entry, count) in [
         ("all-linear", 84),
+        ("all", 86),
         ("q_proj", 12),
         ("self_attn.q_proj", 12),
         ("1.self_attn.q_proj", 1),
@@ -85,18 +86,4 @@ fn other_faults_say_what_would_do() {
         faults[0].starts_with("`exclude[0]` \"k_prj\" matches no site") && faults[0].contains("\"k_proj\""),
         "{faults:?}"
     );
-}
-
-#[test]
-fn targets_are_a_text_or_a_list_in_files_and_schema() {
-    for (json, targets) in
-        [("\"all-linear\"", Targets::default()), ("[\"q_proj\",\"v_proj\"]", many(&["q_proj", "v_proj"]))]
-    {
-        assert_eq!(serde_json::from_str::<Targets>(json).unwrap(), targets);
-        assert_eq!(serde_json::to_string(&targets).unwrap(), json);
-    }
-    assert!(serde_json::from_str::<Targets>("{\"a\": 1}").is_err());
-    let schema = serde_json::to_value(schemars::schema_for!(Targets)).unwrap();
-    assert_eq!(schema["anyOf"][0]["type"], "string");
-    assert_eq!(schema["anyOf"][1]["items"]["type"], "string");
 }

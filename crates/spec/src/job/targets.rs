@@ -30,3 +30,18 @@ impl From<&str> for Targets {
         Self::One(entry.to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_a_text_or_a_list_in_files() {
+        let many = Targets::Many(vec!["q_proj".to_owned(), "v_proj".to_owned()]);
+        for (json, targets) in [("\"all-linear\"", Targets::from("all-linear")), ("[\"q_proj\",\"v_proj\"]", many)] {
+            assert_eq!(serde_json::from_str::<Targets>(json).unwrap(), targets);
+            assert_eq!(serde_json::to_string(&targets).unwrap(), json);
+        }
+        assert!(serde_json::from_str::<Targets>("{\"a\": 1}").is_err());
+    }
+}

@@ -1,0 +1,140 @@
+//! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
+
+use attune_architecture::{Architecture, Site, SiteId};
+use attune_spec::Fault;
+use attune_tensor::rng::Rng;
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::params::{Locals, TensorSpec};
+use crate::weight::Weight;
+
+/// What an adapter puts at one site.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attachment {
+    /// The site.
+    pub site: SiteId,
+    /// The tensors that it reads there.
+    pub tensors: Vec<TensorSpec>,
+}
+
+/// A component of a model with parameters of its own, made from a slot of the job's stack.
+pub trait Adapter: Send + Sync {
+    /// The attachments at `sites` (the slot's resolved targets) of a model of this architecture.
+    ///
+    /// # Errors
+    /// One fault for each site that this method cannot be put on, with the field path relative to the slot.
+    fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>>;
+
+    /// Starting values of the tensors at `at`, and what has to happen to the base weight for them. Randomness comes from
+    /// `rng` alone, which is keyed by the site.
+    ///
+    /// # Errors
+    /// Whatever computing them raises.
+    fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)>;
+
+    /// How the component takes part in the computation at `at`.
+    fn port(&self, at: &Attachment) -> Port<'_>;
+
+    /// What the component at `at` becomes without itself.
+    ///
+    /// # Errors
+    /// Whatever computing it raises.
+    fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> Result<Merged>;
+
+    /// How the adapter is written down in Hugging Face PEFT's layout; `None` if its result is a whole model.
+    fn peft(&self) -> Option<Peft>;
+}
+
+/// What an initialisation needs done to the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BaseEdit {
+    /// Nothing: the component starts as the identity.
+    None,
+}
+
+/// Where a component takes part. More ports (weight, input, output, branch, attention, router, sequence, side, head,
+/// mixture) join with their first users.
+#[non_exhaustive]
+pub enum Port<'a> {
+    /// `y + delta(x)` at a linear operator.
+    Delta(&'a dyn RowMap),
+    /// The component's tensors `weight` and `bias` stand in for the operator's own.
+    Weights,
+}
+
+/// A map from the rows at a site to rows of its output.
+pub trait RowMap: Send + Sync {
+    /// The contribution `[T, o]` for input rows `x_ti`, in differentiable operations only and valid in f64: the definition,
+    /// the oracle of tests and the default backward. A `Delta` does not see the operator's own output.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor>;
+}
+
+/// What a component may know about the pass it runs in.
+pub struct RowCx<'a> {
+    /// The site.
+    pub site: &'a SiteId,
+    /// Whether dropout applies; `None` in evaluation. Keyed by step and site: ask it for row-wise streams.
+    pub dropout: Option<&'a dyn DropoutMask>,
+}
+
+/// Makes the keep-masks of dropout, from logical indices only, so that neither packing nor ranks change them.
+pub trait DropoutMask: Sync {
+    /// A tensor `[T, width]` like `x`'s dtype: `1 / (1 - p)` where a value is kept, 0 where it is dropped. Each row's values
+    /// depend only on (seed, step, site, the row's example and its position in it).
+    ///
+    /// # Errors
+    /// Whatever making the tensor raises.
+    fn mask(&self, site: &SiteId, width: usize, p: f64, like: &Tensor) -> Result<Tensor>;
+}
+
+/// What a component becomes when it is merged.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Merged {
+    /// A low-rank change of the weight: `w_oi + scale * left_or right_ri`.
+    Factors {
+        /// `[o, r]`.
+        left: Tensor,
+        /// `[r, i]`.
+        right: Tensor,
+        /// The factor on the product.
+        scale: f64,
+    },
+    /// A new weight (and bias) in place of the operator's own.
+    Weight {
+        /// In the shape of the operator's weight.
+        weight: Tensor,
+        /// `[o]`, where the operator has one.
+        bias: Option<Tensor>,
+    },
+}
+
+/// An adapter in Hugging Face PEFT's layout: the configuration beyond the common keys, and how local names are spelt in
+/// `adapter_model.safetensors`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Peft {
+    /// `peft_type`, such as `LORA`.
+    pub peft_type: &'static str,
+    /// Keys and values of this method, as JSON.
+    pub config: Vec<(&'static str, PeftValue)>,
+    /// Local tensor name and its spelling after the module path, such as `lora_A` and `lora_A.weight`.
+    pub tensors: Vec<(&'static str, &'static str)>,
+}
+
+/// A value in `adapter_config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PeftValue {
+    /// A flag.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// A real number.
+    Float(f64),
+    /// A text.
+    Text(String),
+}

@@ -1,0 +1,132 @@
+//! What one optimiser step may ask of the machinery, and the point `StepRule` that asks.
+
+use std::sync::Arc;
+
+use attune_spec::id::Step;
+use attune_tensor::rng::Rng;
+
+use crate::error::Result;
+use crate::layout::{LabelCounts, Layout};
+use crate::objective::Objective;
+use crate::sink::{GradSink, Grads};
+use crate::theta::Theta;
+
+/// Where a batch comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Source {
+    /// The next batch of the training mixture.
+    Train,
+    /// The validation data of a domain, from the start.
+    Validation(u16),
+}
+
+/// The micro-batches of one optimiser step that this rank owns, in the order of their logical shards, and the counts over
+/// all ranks.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// One layout a micro-batch, with the index of its logical shard.
+    pub parts: Vec<(u32, Arc<Layout>)>,
+    /// What is supervised in the whole step, on all ranks.
+    pub counts: LabelCounts,
+}
+
+/// Sums that a pass made.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LossReport {
+    /// Sum of the weighted token losses, not divided.
+    pub loss_sum: f64,
+    /// What was supervised.
+    pub counts: LabelCounts,
+    /// The same, by domain.
+    pub by_domain: Vec<(f64, LabelCounts)>,
+}
+
+impl LossReport {
+    /// Adds another report.
+    pub fn add(&mut self, other: &Self) {
+        self.loss_sum += other.loss_sum;
+        self.counts = self.counts + other.counts;
+        if self.by_domain.len() < other.by_domain.len() {
+            self.by_domain.resize(other.by_domain.len(), Default::default());
+        }
+        for (sum, part) in self.by_domain.iter_mut().zip(&other.by_domain) {
+            *sum = (sum.0 + part.0, sum.1 + part.1);
+        }
+    }
+
+    /// Mean loss a supervised token.
+    pub fn mean(&self) -> f64 {
+        self.loss_sum / self.counts.tokens.max(1) as f64
+    }
+}
+
+/// What one optimiser step did.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepReport {
+    /// The loss over the whole step.
+    pub loss: LossReport,
+    /// Norm of the whole gradient before clipping.
+    pub grad_norm: f64,
+    /// Rows that went through the model, on all ranks.
+    pub n_rows: u64,
+}
+
+/// The machinery of a run, as a step rule sees it. Every pass takes the parameters that it runs at.
+pub trait Engine {
+    /// The parameters that are being trained.
+    fn theta(&self) -> &Theta;
+
+    /// Replaces them (an average, a merge).
+    fn set(&mut self, theta: Theta);
+
+    /// The next batch from `source`.
+    ///
+    /// # Errors
+    /// Data that cannot be read.
+    fn batch(&mut self, source: Source) -> Result<Batch>;
+
+    /// The loss at `at`, without gradients.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    fn score(&mut self, at: &Theta, on: &Layout, of: &dyn Objective) -> Result<LossReport>;
+
+    /// The gradient of `scale × (sum of losses)` at `at`, into `sink`.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    fn grad(&mut self, at: &Theta, on: &Layout, of: &dyn Objective, scale: f64, sink: &mut dyn GradSink) -> Result<LossReport>;
+
+    /// The objective of the job.
+    fn objective(&self) -> Arc<dyn Objective>;
+
+    /// Sums per-shard gradients and reports over all shards and ranks, in the order of the shards.
+    ///
+    /// # Errors
+    /// A rank that is gone.
+    fn reduce(&mut self, parts: Vec<(u32, Grads, LossReport)>) -> Result<(Grads, LossReport)>;
+
+    /// Clips, then applies the optimiser to the trained parameters; returns the gradient's norm before clipping.
+    ///
+    /// # Errors
+    /// A gradient that is not finite, missing (connection guard) or always zero (signal guard).
+    fn update(&mut self, gradients: Grads) -> Result<f64>;
+
+    /// The random stream for `purpose` at the current step.
+    fn rng(&self, purpose: &'static str) -> Rng;
+}
+
+/// How one optimiser step uses the engine. At most one in a job.
+pub trait StepRule: Send {
+    /// Does one step.
+    ///
+    /// # Errors
+    /// Whatever the engine raises.
+    fn step(&mut self, step: Step, engine: &mut dyn Engine) -> Result<StepReport>;
+
+    /// Everything that a resumed run needs.
+    fn state(&self) -> Vec<u8> {
+        Vec::new()
+    }
+}

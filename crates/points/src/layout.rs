@@ -1,0 +1,306 @@
+//! What each row of a packed batch is.
+//!
+//! Activations are `[T, D]`: documents end to end, no padding. A layout says for each of the T rows which token (or
+//! virtual row) it holds and for each document which rows it owns; everything else about rows and documents travels in
+//! typed columns. Documents never see one another.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+
+/// Label of a row that is not supervised.
+pub const NO_LABEL: u32 = u32::MAX;
+
+/// The column of next-token labels, one `u32` a row; [`NO_LABEL`] where the row is not supervised.
+pub const LABELS: &str = "labels";
+
+/// What one row of a batch holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Row {
+    /// A token of the vocabulary.
+    Token(u32),
+    /// A row that a slot's sequence adapter fills (prompt tuning): planned at packing, counted in the token budget.
+    Virtual {
+        /// The slot of the stack that fills it.
+        slot: u16,
+        /// Which of the slot's rows.
+        index: u32,
+    },
+    /// A vector that a column carries (an image patch, an embedding).
+    Payload {
+        /// Which payload column.
+        column: u16,
+        /// Which vector of that column.
+        index: u32,
+    },
+}
+
+/// Which role a document plays for its example.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum View {
+    /// The only document of the example.
+    Main,
+    /// The preferred answer of a pair.
+    Chosen,
+    /// The other answer of a pair.
+    Rejected,
+    /// What the teacher reads.
+    Teacher,
+    /// One of several sampled answers.
+    Sample(u16),
+    /// The query of a retrieval group.
+    Query,
+    /// A passage of a retrieval group.
+    Passage(u16),
+}
+
+/// One document: a contiguous run of rows with positions from 0.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Doc {
+    /// The rows it owns.
+    pub rows: Range<u32>,
+    /// The example it comes from: its index in its domain.
+    pub example: u64,
+    /// Its role for that example.
+    pub view: View,
+    /// The job it belongs to among those that share the batch.
+    pub lane: u16,
+    /// The domain of the data mixture it was drawn from.
+    pub domain: u16,
+    /// Documents of one pair or group share this number; unique within a batch.
+    pub group: u32,
+}
+
+impl Doc {
+    /// Number of rows.
+    pub fn n_rows(&self) -> usize {
+        (self.rows.end - self.rows.start) as usize
+    }
+}
+
+/// What a column has one value for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Axis {
+    /// One value a row.
+    Row,
+    /// One value a document.
+    Doc,
+}
+
+/// The values of a column.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    /// Token ids, class labels, graph nodes.
+    U32(Vec<u32>),
+    /// Weights, advantages, old log-probabilities.
+    F32(Vec<f32>),
+}
+
+impl Values {
+    fn len(&self) -> usize {
+        match self {
+            Self::U32(values) => values.len(),
+            Self::F32(values) => values.len(),
+        }
+    }
+}
+
+/// A typed column beside the rows or the documents.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Column {
+    /// What it has one value for.
+    pub axis: Axis,
+    /// The values.
+    pub values: Values,
+}
+
+/// One supervised row: the model at `row` is asked for `label`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Supervised {
+    /// Index of the row in the batch.
+    pub row: u32,
+    /// The token that follows.
+    pub label: u32,
+}
+
+/// A packed batch: rows, documents, columns.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Layout {
+    rows: Vec<Row>,
+    docs: Vec<Doc>,
+    columns: BTreeMap<String, Column>,
+}
+
+impl Layout {
+    /// An empty batch to which documents are added.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A batch of one document without labels, as generation and scoring use it.
+    pub fn single(tokens: &[u32]) -> Self {
+        let mut layout = Self::new();
+        layout.push(Source::default(), tokens.iter().map(|&token| (Row::Token(token), NO_LABEL)));
+        layout
+    }
+
+    /// Appends a document; each row comes with its label ([`NO_LABEL`] if it is not supervised).
+    pub fn push(&mut self, source: Source, rows: impl IntoIterator<Item = (Row, u32)>) {
+        let start = self.rows.len() as u32;
+        let labels = self
+            .columns
+            .entry(LABELS.to_owned())
+            .or_insert_with(|| Column { axis: Axis::Row, values: Values::U32(Vec::new()) });
+        let Values::U32(labels) = &mut labels.values else { unreachable!("labels are integers by construction") };
+        for (row, label) in rows {
+            self.rows.push(row);
+            labels.push(label);
+        }
+        let Source { example, view, lane, domain, group } = source;
+        let group = group.unwrap_or(self.docs.len() as u32);
+        self.docs.push(Doc { rows: start..self.rows.len() as u32, example, view, lane, domain, group });
+    }
+
+    /// Adds or replaces a column.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the number of values is not the number of rows or documents.
+    pub fn set_column(&mut self, name: &str, column: Column) -> Result<()> {
+        let expected = match column.axis {
+            Axis::Row => self.rows.len(),
+            Axis::Doc => self.docs.len(),
+        };
+        if column.values.len() != expected {
+            let got = column.values.len();
+            return Err(Error::Refused(format!("column {name:?} has {got} values; expected {expected}")));
+        }
+        self.columns.insert(name.to_owned(), column);
+        Ok(())
+    }
+
+    /// A column by name.
+    pub fn column(&self, name: &str) -> Option<&Column> {
+        self.columns.get(name)
+    }
+
+    /// What each row holds.
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
+    /// The documents, in row order.
+    pub fn docs(&self) -> &[Doc] {
+        &self.docs
+    }
+
+    /// Number of rows, T.
+    pub fn n_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The label of each row, [`NO_LABEL`] where it is not supervised.
+    pub fn labels(&self) -> &[u32] {
+        match self.columns.get(LABELS) {
+            Some(Column { values: Values::U32(labels), .. }) => labels,
+            _ => &[],
+        }
+    }
+
+    /// The supervised rows, in row order.
+    pub fn supervised(&self) -> Vec<Supervised> {
+        let labelled = self.labels().iter().enumerate().filter(|(_, label)| **label != NO_LABEL);
+        labelled.map(|(row, &label)| Supervised { row: row as u32, label }).collect()
+    }
+
+    /// The position of each row within its document.
+    pub fn positions(&self) -> Vec<u32> {
+        self.docs.iter().flat_map(|doc| 0..doc.rows.end - doc.rows.start).collect()
+    }
+
+    /// What objectives divide by.
+    pub fn counts(&self) -> LabelCounts {
+        let is_supervised = |doc: &&Doc| {
+            let rows = doc.rows.start as usize..doc.rows.end as usize;
+            self.labels().get(rows).is_some_and(|labels| labels.iter().any(|&label| label != NO_LABEL))
+        };
+        LabelCounts {
+            tokens: self.labels().iter().filter(|&&label| label != NO_LABEL).count() as u64,
+            documents: self.docs.iter().filter(is_supervised).count() as u64,
+        }
+    }
+}
+
+/// Where a document comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// Its index in its domain.
+    pub example: u64,
+    /// Its role for that example.
+    pub view: View,
+    /// The job it belongs to among those that share the batch.
+    pub lane: u16,
+    /// The domain of the mixture.
+    pub domain: u16,
+    /// The pair or group it belongs to; a group of its own if `None`.
+    pub group: Option<u32>,
+}
+
+impl Default for Source {
+    fn default() -> Self {
+        Self { example: 0, view: View::Main, lane: 0, domain: 0, group: None }
+    }
+}
+
+/// How much is supervised in a batch, a step or a data set; counts add.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LabelCounts {
+    /// Supervised rows.
+    pub tokens: u64,
+    /// Documents with at least one supervised row.
+    pub documents: u64,
+}
+
+impl std::ops::Add for LabelCounts {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self { tokens: self.tokens + other.tokens, documents: self.documents + other.documents }
+    }
+}
+
+impl std::iter::Sum for LabelCounts {
+    fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
+        counts.fold(Self::default(), std::ops::Add::add)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two_documents() -> Layout {
+        let mut layout = Layout::new();
+        layout.push(Source::default(), [(Row::Token(5), NO_LABEL), (Row::Token(6), 7)]);
+        layout.push(Source { example: 1, ..Source::default() }, [(Row::Token(8), NO_LABEL)]);
+        layout
+    }
+
+    #[test]
+    fn positions_restart_and_labels_are_counted() {
+        let layout = two_documents();
+        assert_eq!(layout.positions(), [0, 1, 0]);
+        assert_eq!(layout.supervised(), [Supervised { row: 1, label: 7 }]);
+        assert_eq!(layout.counts(), LabelCounts { tokens: 1, documents: 1 });
+        assert_eq!(layout.docs()[1].rows, 2..3);
+        assert_eq!(layout.docs()[1].group, 1);
+    }
+
+    #[test]
+    fn a_column_must_fit_its_axis() {
+        let mut layout = two_documents();
+        let weights = |n| Column { axis: Axis::Doc, values: Values::F32(vec![1.0; n]) };
+        assert!(layout.set_column("weights", weights(2)).is_ok());
+        let error = layout.set_column("weights", weights(3)).unwrap_err();
+        assert_eq!(error.to_string(), "column \"weights\" has 3 values; expected 2");
+    }
+}

@@ -1,0 +1,127 @@
+//! Parameters as an argument of a pass.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::params::{Owner, Params, TensorId, TensorName};
+
+/// What the sets of a bank are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BankKind {
+    /// Tensors of an adapter, read through its ports.
+    Adapter,
+    /// Weights that stand in for those of the base with the same name: full fine-tuning, an average, a merge.
+    Weights,
+}
+
+/// The parameters of one slot of the stack.
+#[derive(Debug, Clone)]
+pub struct Bank {
+    /// The slot's name in the job file.
+    pub slot: Arc<str>,
+    /// What the sets hold.
+    pub kind: BankKind,
+    /// One set a lane, or one an example (then frozen); usually a single one.
+    pub sets: Vec<Arc<Params>>,
+    /// Whether the sets get gradients.
+    pub train: bool,
+}
+
+/// Which rows of the batch use which set of a bank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rows {
+    /// Every row uses this set, whatever the layout.
+    All(u32),
+    /// Contiguous rows and the set they use, ascending and disjoint; rows in no segment use no set.
+    Segments(Vec<(Range<u32>, u32)>),
+}
+
+/// Binds rows of the batch to a set of a bank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binding {
+    /// Index of the bank.
+    pub slot: u16,
+    /// The rows and their sets.
+    pub rows: Rows,
+}
+
+/// The parameters of a pass beyond the frozen base: banks, and which rows use which set.
+///
+/// Cloning is cheap: sets are shared. "Adapters off" is a `Theta` without bindings; an average, a perturbed or a
+/// generated set is another `Theta` with other sets.
+#[derive(Debug, Clone, Default)]
+pub struct Theta {
+    /// The slots of the stack, in the order in which they apply at a site.
+    pub banks: Vec<Bank>,
+    /// Which rows use which sets.
+    pub bindings: Vec<Binding>,
+}
+
+impl Theta {
+    /// One set a bank, bound to every row: a single job.
+    pub fn single(banks: impl IntoIterator<Item = Bank>) -> Self {
+        let banks: Vec<Bank> = banks.into_iter().collect();
+        let bindings = (0..banks.len() as u16).map(|slot| Binding { slot, rows: Rows::All(0) }).collect();
+        Self { banks, bindings }
+    }
+
+    /// The same banks with no row bound: the base model alone.
+    #[must_use]
+    pub fn adapters_off(&self) -> Self {
+        Self { banks: self.banks.clone(), bindings: Vec::new() }
+    }
+
+    /// The ids of all tensors in trained banks, bank by bank and set by set, in the order of their names.
+    pub fn trained(&self) -> impl Iterator<Item = (TensorId, &candle_core::Tensor)> {
+        self.banks.iter().enumerate().filter(|(_, bank)| bank.train).flat_map(|(slot, bank)| {
+            bank.sets.iter().enumerate().flat_map(move |(set, params)| {
+                let owner = Owner::Bank { slot: slot as u16, set: set as u32 };
+                params.iter().map(move |(name, tensor)| (TensorId { owner, name: name.clone() }, tensor))
+            })
+        })
+    }
+
+    /// A tensor by id.
+    pub fn get(&self, id: &TensorId) -> Option<&candle_core::Tensor> {
+        match id.owner {
+            Owner::Base => None,
+            Owner::Bank { slot, set } => self.set(slot, set)?.get(&id.name),
+        }
+    }
+
+    /// The set `set` of bank `slot`.
+    pub fn set(&self, slot: u16, set: u32) -> Option<&Arc<Params>> {
+        self.banks.get(slot as usize)?.sets.get(set as usize)
+    }
+
+    /// The weight that stands in for the base's `name` in every row, with its id: the last bank of weights wins.
+    pub fn weight(&self, name: &TensorName) -> Option<(TensorId, &candle_core::Tensor)> {
+        self.bindings.iter().rev().find_map(|binding| {
+            let Rows::All(set) = binding.rows else { return None };
+            let bank = self.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Weights)?;
+            let tensor = bank.sets.get(set as usize)?.get(name)?;
+            let owner = Owner::Bank { slot: binding.slot, set };
+            Some((TensorId { owner, name: name.clone() }, tensor))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn weights_stand_in_for_the_base_only_while_bound() {
+        let name = TensorName::from_path("lm_head.weight");
+        let tensor = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let set = Arc::new(Params::from_iter([(name.clone(), tensor)]));
+        let theta = Theta::single([Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![set], train: true }]);
+        let (id, _) = theta.weight(&name).unwrap();
+        assert_eq!(id.owner, Owner::Bank { slot: 0, set: 0 });
+        assert!(theta.get(&id).is_some());
+        assert_eq!(theta.trained().count(), 1);
+        assert!(theta.adapters_off().weight(&name).is_none());
+    }
+}
