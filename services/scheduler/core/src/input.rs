@@ -1,0 +1,163 @@
+//! Everything that can happen to the scheduler: a closed list.
+
+use std::collections::BTreeMap;
+
+use attune_spec::id::{CohortId, Digest, Epoch, JobId, Step, WorkerId};
+
+use crate::{Cause, Devices, Holding, JobKey, Request, Session, State};
+
+/// What an attempt commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Commit {
+    /// The whole state of training after this many optimiser steps; the next attempt goes on from there.
+    Checkpoint(Step),
+    /// A result of the job.
+    Output,
+}
+
+/// How an attempt ended, as its worker reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Outcome {
+    /// All is done and committed.
+    Succeeded,
+    /// It was asked to stop and did, after its last checkpoint.
+    Stopped,
+    /// It failed.
+    Failed(Cause),
+}
+
+/// One thing that happened. The shell makes an input of every request, message and timer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// A person submits a job. Repeating it with the same request changes nothing.
+    Submit {
+        /// The new job.
+        key: JobKey,
+        /// What it asks for.
+        request: Request,
+        /// The final states, as stored, of jobs in `request.after` that the core may not hold any more.
+        finished: BTreeMap<JobId, State>,
+    },
+    /// A person ends a job; legal from every state that is not final.
+    Cancel {
+        /// The job.
+        key: JobKey,
+    },
+    /// A person stops a starting or running job until further notice.
+    Pause {
+        /// The job.
+        key: JobKey,
+    },
+    /// A person lets a paused job queue again.
+    Resume {
+        /// The job.
+        key: JobKey,
+    },
+    /// A person cuts the wait after a failed attempt short. A finished job stays finished: submit it anew.
+    Retry {
+        /// The job.
+        key: JobKey,
+    },
+    /// Somebody wants the job's devices. Refused when it has made no progress since its last preemption.
+    Preempt {
+        /// The job.
+        key: JobKey,
+    },
+    /// Drops a finished job from memory; its row stays where it is. Late messages about it are refused as about an
+    /// unknown job from now on.
+    Forget {
+        /// The job.
+        key: JobKey,
+    },
+    /// A worker connects and says what it has and what it still runs.
+    Register {
+        /// The worker.
+        worker: WorkerId,
+        /// The new connection.
+        session: Session,
+        /// All its devices.
+        devices: Devices,
+        /// Its labels.
+        labels: BTreeMap<String, String>,
+        /// Whether it wants nothing new.
+        draining: bool,
+        /// The cohorts that it runs.
+        holding: Vec<Holding>,
+    },
+    /// A worker lives and vouches for the cohorts that it runs.
+    Heartbeat {
+        /// The worker.
+        worker: WorkerId,
+        /// Its connection.
+        session: Session,
+        /// Grows with every heartbeat of a session, from 1.
+        beat: u64,
+        /// The cohorts that it runs.
+        holding: Vec<CohortId>,
+    },
+    /// A worker shall get nothing new; its jobs are preempted.
+    Drain {
+        /// The worker.
+        worker: WorkerId,
+    },
+    /// A connection broke. This is not a death: leases run on.
+    Disconnect {
+        /// The worker.
+        worker: WorkerId,
+        /// The connection that broke.
+        session: Session,
+    },
+    /// No process of this cohort is left on the worker.
+    CohortGone {
+        /// The worker.
+        worker: WorkerId,
+        /// Its connection.
+        session: Session,
+        /// The cohort.
+        cohort: CohortId,
+    },
+    /// A worker's processes of this cohort died; all its attempts have failed.
+    CohortCrashed {
+        /// The worker that says so.
+        worker: WorkerId,
+        /// The cohort.
+        cohort: CohortId,
+        /// Why.
+        cause: Cause,
+    },
+    /// The inputs are there, the rehearsal is over, training begins.
+    AttemptRunning {
+        /// The job.
+        key: JobKey,
+        /// The attempt's epoch.
+        epoch: Epoch,
+        /// The worker that says so.
+        worker: WorkerId,
+    },
+    /// An attempt ended. Success and an orderly stop are for the leader of the gang to report.
+    AttemptFinished {
+        /// The job.
+        key: JobKey,
+        /// The attempt's epoch.
+        epoch: Epoch,
+        /// The worker that says so.
+        worker: WorkerId,
+        /// How.
+        outcome: Outcome,
+    },
+    /// An attempt wants to make an artifact visible.
+    Commit {
+        /// The job.
+        key: JobKey,
+        /// The attempt's epoch.
+        epoch: Epoch,
+        /// The worker that says so.
+        worker: WorkerId,
+        /// What it is.
+        commit: Commit,
+        /// The artifact.
+        digest: Digest,
+    },
+    /// Time passed. The only input at which deadlines end.
+    Tick,
+}

@@ -1,0 +1,132 @@
+//! A job as the scheduler keeps it: one row.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::num::NonZeroU32;
+
+use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, Step, WorkerId};
+
+use crate::{Reason, Resources, State};
+
+/// The key of a job: its project is always part of it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobKey {
+    /// The tenant.
+    pub project: Project,
+    /// The job, unique in its project.
+    pub job: JobId,
+}
+
+impl JobKey {
+    /// The key of `job` in `project`.
+    pub const fn new(project: Project, job: JobId) -> Self {
+        Self { project, job }
+    }
+}
+
+impl fmt::Display for JobKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "projects/{}/jobs/{}", self.project, self.job)
+    }
+}
+
+/// What the scheduler must know of a specification. It never changes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Request {
+    /// Higher goes first.
+    pub priority: i32,
+    /// The gang it needs.
+    pub resources: Resources,
+    /// After how many failed attempts without a new checkpoint between them the job is given up.
+    pub max_attempts: NonZeroU32,
+    /// Jobs of the same project that must succeed first.
+    pub after: BTreeSet<JobId>,
+}
+
+impl Default for Request {
+    /// One device, three attempts, no dependency.
+    fn default() -> Self {
+        Self {
+            priority: 0,
+            resources: Resources::default(),
+            max_attempts: NonZeroU32::MIN.saturating_add(2),
+            after: BTreeSet::new(),
+        }
+    }
+}
+
+/// A committed state of training from which the next attempt goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Checkpoint {
+    /// The artifact.
+    pub digest: Digest,
+    /// The optimiser steps in it.
+    pub step: Step,
+    /// The epoch of the attempt that committed it.
+    pub epoch: Epoch,
+}
+
+/// A job's row. The core hands out whole rows; a store writes them as they are and reads them back on restart.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Job {
+    /// Its key.
+    pub key: JobKey,
+    /// Grows by one with every change of the row: the value to compare with when the row is written.
+    pub version: u64,
+    /// Its place among jobs of equal priority: the number of its submission.
+    pub order: u64,
+    /// What it asks for.
+    pub request: Request,
+    /// Where it is.
+    pub state: State,
+    /// Why it is there.
+    pub reason: Reason,
+    /// The epoch of its newest grant; 0 when it was never granted.
+    pub epoch: Epoch,
+    /// The cohort of its live attempt; some exactly while the state is live.
+    pub cohort: Option<CohortId>,
+    /// Failed attempts since the last progress.
+    pub n_failed: u32,
+    /// Lost offers since an attempt last ran or failed otherwise. The first two are nobody's fault.
+    pub n_offers_lost: u32,
+    /// The newest committed checkpoint.
+    pub checkpoint: Option<Checkpoint>,
+    /// The highest step of any committed checkpoint. A higher one is progress.
+    pub progress: Step,
+    /// What the attempt of this epoch committed as results.
+    pub outputs: BTreeSet<Digest>,
+    /// The jobs that it comes after and that have not succeeded yet; empty exactly when it has left `Waiting` for the queue.
+    pub pending: BTreeSet<JobId>,
+    /// The workers of its newest gang, which have its inputs on their disks.
+    pub workers: BTreeSet<WorkerId>,
+    /// Workers that were lost while they ran it, since the last progress.
+    pub lost_workers: BTreeSet<WorkerId>,
+    /// The progress at its last preemption on request; it is not preempted again without more.
+    pub preempted_at: Option<Step>,
+}
+
+impl Job {
+    /// Whether `epoch` is the one whose commits are accepted.
+    pub fn is_live(&self, epoch: Epoch) -> bool {
+        self.state.is_live() && self.epoch == epoch
+    }
+
+    /// Its place in the queue: priority, then submission.
+    pub(crate) fn place(&self) -> Place {
+        Place { priority: Reverse(self.request.priority), order: self.order, key: self.key.clone() }
+    }
+
+    /// The keys of the jobs that it still waits for.
+    pub(crate) fn awaited(&self) -> Vec<JobKey> {
+        self.pending.iter().map(|job| JobKey::new(self.key.project.clone(), job.clone())).collect()
+    }
+}
+
+/// Where a job stands in the queue; the smallest goes first.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Place {
+    pub(crate) priority: Reverse<i32>,
+    pub(crate) order: u64,
+    pub(crate) key: JobKey,
+}

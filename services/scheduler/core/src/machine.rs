@@ -1,0 +1,267 @@
+//! The state of the scheduler, and the one function that changes it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use attune_spec::id::{CohortId, WorkerId};
+
+use crate::job::Place;
+use crate::placement::{self, Ask, Blocked, Seat};
+use crate::plant::Plant;
+use crate::step::Draft;
+use crate::timers::{Timer, Timers};
+use crate::{
+    Answer, Attempt, Backoff, Cohort, Effects, Input, Job, JobKey, RestoreError, State, Timestamp, Worker, invariants,
+};
+
+/// The limits that a scheduler works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Settings {
+    /// How long a lease lasts without a heartbeat; workers send one about every third of it.
+    pub ttl: Duration,
+    /// After how long a job that was asked to stop counts as stopped. Longer than the grace time of the workers, which
+    /// kill first.
+    pub stop_limit: Duration,
+    /// The waits after failed attempts.
+    pub backoff: Backoff,
+    /// After how many distinct lost workers, without progress between them, a job is given up.
+    pub quarantine_after: u32,
+}
+
+impl Default for Settings {
+    /// Leases of 10 s, 45 s to stop (workers kill after 30 s), three lost workers.
+    fn default() -> Self {
+        Self {
+            ttl: Duration::from_secs(10),
+            stop_limit: Duration::from_secs(45),
+            backoff: Backoff::default(),
+            quarantine_after: 3,
+        }
+    }
+}
+
+/// The numbers to be given out next; stored, because a number is never given out twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Counters {
+    /// The next cohort.
+    pub next_cohort: CohortId,
+    /// The next place in the queue.
+    pub next_order: u64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self { next_cohort: CohortId(1), next_order: 1 }
+    }
+}
+
+/// The scheduler's whole state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Core {
+    pub(crate) settings: Settings,
+    pub(crate) now: Timestamp,
+    // Stored by the shell.
+    pub(crate) counters: Counters,
+    pub(crate) jobs: BTreeMap<JobKey, Job>,
+    pub(crate) cohorts: BTreeMap<CohortId, Cohort>,
+    // Told by the workers.
+    pub(crate) workers: BTreeMap<WorkerId, Worker>,
+    // Derived from the above.
+    pub(crate) queue: BTreeSet<Place>,
+    pub(crate) dependants: BTreeMap<JobKey, BTreeSet<JobKey>>,
+    pub(crate) leases: BTreeMap<(WorkerId, CohortId), crate::lease::Lease>,
+    pub(crate) timers: Timers,
+    #[cfg(test)]
+    pub(crate) plant: Option<Plant>,
+}
+
+impl Core {
+    /// A scheduler without jobs.
+    pub fn new(settings: Settings, now: Timestamp) -> Self {
+        Self {
+            settings,
+            now,
+            counters: Counters::default(),
+            jobs: BTreeMap::new(),
+            cohorts: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            queue: BTreeSet::new(),
+            dependants: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            timers: Timers::default(),
+            #[cfg(test)]
+            plant: None,
+        }
+    }
+
+    /// The scheduler that stored these rows, started again.
+    ///
+    /// `jobs` holds every job whose state is not final (others may be left out), `cohorts` every cohort that is not over.
+    /// Every deadline starts anew: each lease has its whole length in which its worker may come back.
+    ///
+    /// # Errors
+    /// When the rows do not fit together.
+    pub fn restore(
+        settings: Settings,
+        jobs: impl IntoIterator<Item = Job>,
+        cohorts: impl IntoIterator<Item = Cohort>,
+        counters: Counters,
+        now: Timestamp,
+    ) -> Result<Self, RestoreError> {
+        let mut core = Self::new(settings, now);
+        core.counters = counters;
+        core.jobs = jobs.into_iter().map(|job| (job.key.clone(), job)).collect();
+        core.cohorts = cohorts.into_iter().map(|cohort| (cohort.id, cohort)).collect();
+        core.build_indexes();
+        invariants::all(&core)?;
+        Ok(core)
+    }
+
+    fn build_indexes(&mut self) {
+        for job in self.jobs.values() {
+            match job.state {
+                State::Queued => {
+                    self.queue.insert(job.place());
+                }
+                State::Waiting => {
+                    for dependency in job.awaited() {
+                        self.dependants.entry(dependency).or_default().insert(job.key.clone());
+                    }
+                }
+                State::Stopping(_) => {
+                    self.timers.set(Timer::Stop(job.key.clone()), self.now.plus(self.settings.stop_limit));
+                }
+                State::Backoff => {
+                    let wait = self.wait_after_failure(job);
+                    self.timers.set(Timer::Backoff(job.key.clone()), self.now.plus(wait));
+                }
+                State::Starting
+                | State::Running
+                | State::Paused
+                | State::Succeeded
+                | State::Failed
+                | State::Cancelled => {}
+            }
+        }
+        for cohort in self.cohorts.keys().copied().collect::<Vec<_>>() {
+            // An attempt that got beyond its start was on its workers; of one that starts nobody knows.
+            let arrived = |attempt: &Attempt| self.jobs.get(&attempt.key).is_some_and(|j| j.state != State::Starting);
+            let arrived = self.cohorts[&cohort].attempts.iter().any(arrived);
+            self.open_leases(cohort, arrived);
+        }
+    }
+
+    /// Takes one input and says what follows from it.
+    ///
+    /// # Panics
+    /// When an invariant is broken, which is a defect of this crate: going on could lose work.
+    pub fn step(&mut self, input: Input, now: Timestamp) -> Effects {
+        self.advance(now);
+        let mut draft = Draft::new(self.counters);
+        let answer = self.dispatch(input, &mut draft).unwrap_or_else(Answer::Refused);
+        self.follow_dependencies(&mut draft);
+        if draft.has_room() {
+            self.grant(&mut draft);
+        }
+        self.finish(draft, answer)
+    }
+
+    /// Takes the time, and spares the workers when it was this scheduler that stood still.
+    fn advance(&mut self, now: Timestamp) {
+        let now = now.max(self.now);
+        if now.since(self.now) > self.settings.ttl / 2 && self.timers.watches_workers() {
+            self.timers.spare_workers_until(now.plus(self.settings.ttl));
+        }
+        self.now = now;
+    }
+
+    /// When the next tick is needed. While workers are watched that is at least four times per lease, so that a longer
+    /// silence can be recognised as a stall of the scheduler.
+    pub fn wake(&self) -> Option<Timestamp> {
+        let watch = self.timers.watches_workers().then(|| self.now.plus(self.settings.ttl / 4));
+        self.timers.next().into_iter().chain(watch).min()
+    }
+
+    /// The limits that it works with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The numbers to be given out next.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// One job.
+    pub fn job(&self, key: &JobKey) -> Option<&Job> {
+        self.jobs.get(key)
+    }
+
+    /// All jobs, by key.
+    pub fn jobs(&self) -> impl Iterator<Item = &Job> {
+        self.jobs.values()
+    }
+
+    /// One cohort.
+    pub fn cohort(&self, id: CohortId) -> Option<&Cohort> {
+        self.cohorts.get(&id)
+    }
+
+    /// All cohorts, by number.
+    pub fn cohorts(&self) -> impl Iterator<Item = &Cohort> {
+        self.cohorts.values()
+    }
+
+    /// One worker.
+    pub fn worker(&self, id: &WorkerId) -> Option<&Worker> {
+        self.workers.get(id)
+    }
+
+    /// All registered workers, by name.
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.workers.values()
+    }
+
+    /// The keys of the queued jobs, first one first.
+    pub fn queue(&self) -> impl Iterator<Item = &JobKey> {
+        self.queue.iter().map(|place| &place.key)
+    }
+
+    /// Why a queued job is not granted; nothing for a job that is not queued.
+    pub fn blocked(&self, key: &JobKey) -> Option<Blocked> {
+        let place = self.jobs.get(key).filter(|job| job.state == State::Queued)?.place();
+        let ahead = self.queue.range(..&place).filter_map(|place| self.ask(&place.key));
+        placement::blocked(ahead, self.ask(key)?, &self.seats())
+    }
+
+    pub(crate) fn ask<'a>(&'a self, key: &'a JobKey) -> Option<Ask<'a>> {
+        let job = self.jobs.get(key)?;
+        Some(Ask { key, resources: &job.request.resources, prefer: &job.workers })
+    }
+
+    pub(crate) fn seats(&self) -> Vec<Seat<'_>> {
+        let takes_work = |worker: &&Worker| worker.connected && !worker.draining;
+        let seat = |worker| {
+            let Worker { id, devices, labels, .. }: &Worker = worker;
+            Seat { worker: id, devices: *devices, free: worker.free(), labels }
+        };
+        self.workers.values().filter(takes_work).map(seat).collect()
+    }
+
+    pub(crate) fn wait_after_failure(&self, job: &Job) -> Duration {
+        let attempt = Attempt { key: job.key.clone(), epoch: job.epoch };
+        self.settings.backoff.wait(&attempt, job.n_failed)
+    }
+
+    /// Whether a test has planted this defect.
+    #[cfg_attr(not(test), expect(clippy::unused_self, reason = "defects exist in tests only"))]
+    pub(crate) fn has(&self, plant: Plant) -> bool {
+        #[cfg(test)]
+        return self.plant == Some(plant);
+        #[cfg(not(test))]
+        {
+            let _ = plant;
+            false
+        }
+    }
+}

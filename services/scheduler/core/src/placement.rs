@@ -1,0 +1,246 @@
+//! Which jobs go where: one pure function.
+//!
+//! The queue is walked by priority, then by age. A gang gets all its workers or none. A job that fits the fleet but not
+//! what is free keeps the workers that it is waiting for: nobody behind it is placed there, so a large gang is never
+//! starved by small ones, while the rest of the fleet goes on working. A job that fits no fleet of today blocks nobody.
+//! Among workers that will do, one that ran the job before is taken first (it has the inputs on its disk), then the one
+//! with the fewest free devices of the kind, so that large holes stay for large shares.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use attune_spec::id::WorkerId;
+
+use crate::{Device, Devices, JobKey, Resources};
+
+/// A job that waits for a gang.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// The job.
+    pub key: &'a JobKey,
+    /// What it asks for.
+    pub resources: &'a Resources,
+    /// The workers that ran it last.
+    pub prefer: &'a BTreeSet<WorkerId>,
+}
+
+/// A worker that takes new work. Draining, disconnected and lost ones have no seat.
+#[derive(Debug, Clone)]
+pub struct Seat<'a> {
+    /// The worker.
+    pub worker: &'a WorkerId,
+    /// All its devices.
+    pub devices: Devices,
+    /// Those that nothing occupies.
+    pub free: Devices,
+    /// Its labels.
+    pub labels: &'a BTreeMap<String, String>,
+}
+
+/// A gang that was found: whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// The job.
+    pub key: JobKey,
+    /// The kind of all devices.
+    pub device: Device,
+    /// The workers, by rank.
+    pub workers: Vec<WorkerId>,
+}
+
+/// Why a queued job is not granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Blocked {
+    /// No worker is there that takes new work.
+    NoWorkers,
+    /// No worker has enough devices of the kind, or the labels.
+    NoSuchWorker,
+    /// Some have, but fewer than the gang needs.
+    TooFewWorkers,
+    /// The fleet is large enough; other jobs occupy it.
+    Occupied,
+    /// Enough is free, but it is kept for a job that goes first.
+    Behind,
+}
+
+/// Walks the queue, first job first, and returns the gangs that can be granted now.
+pub fn place<'a>(queue: impl IntoIterator<Item = Ask<'a>>, seats: &[Seat<'_>]) -> Vec<Placement> {
+    let mut free: Vec<Devices> = seats.iter().map(|seat| seat.free).collect();
+    let mut kept = vec![false; seats.len()];
+    let mut placements = Vec::new();
+    for ask in queue {
+        let idle = |seat_idx: usize| !kept[seat_idx] && free[seat_idx] != Devices::default();
+        if !(0..seats.len()).any(idle) {
+            break;
+        }
+        if let Some((device, gang)) = gang(&ask, seats, |idx, kind| if kept[idx] { 0 } else { free[idx].of(kind) }) {
+            for &idx in &gang {
+                free[idx] = free[idx].without(device, ask.resources.n_devices.get());
+            }
+            let workers = gang.into_iter().map(|idx| seats[idx].worker.clone()).collect();
+            placements.push(Placement { key: ask.key.clone(), device, workers });
+        } else {
+            keep(&ask, seats, &free, &mut kept);
+        }
+    }
+    placements
+}
+
+/// Why the job at the end of `ahead` is not granted, or nothing when it would be.
+pub fn blocked<'a>(ahead: impl IntoIterator<Item = Ask<'a>>, ask: Ask<'a>, seats: &[Seat<'_>]) -> Option<Blocked> {
+    let needed = ask.resources.n_workers.get() as usize;
+    let most = ask.resources.device.kinds().iter().map(|kind| able(&ask, seats, *kind).count()).max().unwrap_or(0);
+    if seats.is_empty() {
+        Some(Blocked::NoWorkers)
+    } else if most == 0 {
+        Some(Blocked::NoSuchWorker)
+    } else if most < needed {
+        Some(Blocked::TooFewWorkers)
+    } else if gang(&ask, seats, |idx, kind| seats[idx].free.of(kind)).is_none() {
+        Some(Blocked::Occupied)
+    } else {
+        let placed = place(ahead.into_iter().chain([ask]), seats);
+        let granted = placed.iter().any(|placement| placement.key == *ask.key);
+        if granted { None } else { Some(Blocked::Behind) }
+    }
+}
+
+/// The seats that could hold a share of the job if they were empty.
+fn able<'s>(ask: &Ask<'s>, seats: &'s [Seat<'s>], kind: Device) -> impl Iterator<Item = usize> + use<'s> {
+    let resources = ask.resources;
+    (0..seats.len()).filter(move |&idx| {
+        let labels = seats[idx].labels;
+        seats[idx].devices.of(kind) >= resources.n_devices.get()
+            && resources.labels.iter().all(|(name, value)| labels.get(name) == Some(value))
+    })
+}
+
+/// The best gang of the first kind that has one, given what is free.
+fn gang(ask: &Ask<'_>, seats: &[Seat<'_>], free: impl Fn(usize, Device) -> u32) -> Option<(Device, Vec<usize>)> {
+    let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
+    ask.resources.device.kinds().iter().find_map(|&kind| {
+        let mut fit: Vec<usize> = able(ask, seats, kind).filter(|&idx| free(idx, kind) >= n_devices).collect();
+        fit.sort_by_key(|&idx| (!ask.prefer.contains(seats[idx].worker), free(idx, kind), seats[idx].worker));
+        fit.truncate(n_workers);
+        (fit.len() == n_workers).then_some((kind, fit))
+    })
+}
+
+/// Keeps the workers that this job will get first; none when the fleet cannot hold it at all.
+fn keep(ask: &Ask<'_>, seats: &[Seat<'_>], free: &[Devices], kept: &mut [bool]) {
+    let n_workers = ask.resources.n_workers.get() as usize;
+    for &kind in ask.resources.device.kinds() {
+        let mut fit: Vec<usize> = able(ask, seats, kind).filter(|&idx| !kept[idx]).collect();
+        if fit.len() < n_workers {
+            continue;
+        }
+        // The freest ones: they only get freer while they are kept, so the choice stays.
+        fit.sort_by_key(|&idx| (std::cmp::Reverse(free[idx].of(kind)), seats[idx].worker));
+        for &idx in &fit[..n_workers] {
+            kept[idx] = true;
+        }
+        return;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Wanted;
+    use attune_spec::id::{JobId, Project};
+    use std::num::NonZeroU32;
+
+    /// `name:workers x devices:kind`, or `name:workers x devices:kind:preferred worker`.
+    fn asks(text: &str) -> Vec<(JobKey, Resources, BTreeSet<WorkerId>)> {
+        let number = |text: &str| NonZeroU32::new(text.parse().unwrap()).unwrap();
+        text.split_whitespace()
+            .map(|ask| {
+                let part: Vec<&str> = ask.split(':').collect();
+                let (n_workers, n_devices) = part[1].split_once('x').unwrap();
+                let resources = Resources {
+                    n_workers: number(n_workers),
+                    n_devices: number(n_devices),
+                    device: part[2].parse::<Wanted>().unwrap(),
+                    labels: part.get(4).map(|zone| ("zone".to_owned(), (*zone).to_owned())).into_iter().collect(),
+                };
+                let prefer = part.get(3).filter(|p| !p.is_empty()).map(|p| WorkerId::new(*p).unwrap());
+                (JobKey::new(Project::default(), JobId::new(part[0]).unwrap()), resources, prefer.into_iter().collect())
+            })
+            .collect()
+    }
+
+    type Row = (WorkerId, Devices, Devices, BTreeMap<String, String>);
+
+    /// `name:cpu free/cpu:cuda free/cuda`, or with `:zone` after it.
+    fn rows(text: &str) -> Vec<Row> {
+        let pair = |text: &str| {
+            let (free, all) = text.split_once('/').unwrap();
+            (free.parse::<u32>().unwrap(), all.parse::<u32>().unwrap())
+        };
+        text.split_whitespace()
+            .map(|seat| {
+                let part: Vec<&str> = seat.split(':').collect();
+                let ((cpu_free, n_cpu), (cuda_free, n_cuda)) = (pair(part[1]), pair(part[2]));
+                let labels = part.get(3).map(|zone| ("zone".to_owned(), (*zone).to_owned())).into_iter().collect();
+                let worker = WorkerId::new(part[0]).unwrap();
+                (worker, Devices { n_cpu, n_cuda }, Devices { n_cpu: cpu_free, n_cuda: cuda_free }, labels)
+            })
+            .collect()
+    }
+
+    fn seats(rows: &[Row]) -> Vec<Seat<'_>> {
+        rows.iter()
+            .map(|(worker, devices, free, labels)| Seat { worker, devices: *devices, free: *free, labels })
+            .collect()
+    }
+
+    fn placed(queue: &str, fleet: &str) -> String {
+        let (asks, rows) = (asks(queue), rows(fleet));
+        let queue = asks.iter().map(|(key, resources, prefer)| Ask { key, resources, prefer });
+        let text = |p: &Placement| {
+            let workers: Vec<&str> = p.workers.iter().map(WorkerId::as_str).collect();
+            format!("{}={}@{}", p.key.job, p.device, workers.join("+"))
+        };
+        place(queue, &seats(&rows)).iter().map(text).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn placements() {
+        let table = [
+            ("an empty fleet takes nothing", "a:1x1:any", "", ""),
+            ("first come, first placed", "a:1x1:any b:1x1:any", "w:1/1:0/0", "a=cpu@w"),
+            ("cards before processors", "a:1x1:any", "w:4/4:1/1", "a=cuda@w"),
+            ("processors when cards are taken", "a:1x1:any", "w:4/4:0/1", "a=cpu@w"),
+            ("the kind asked for", "a:1x1:cpu", "w:4/4:1/1", "a=cpu@w"),
+            ("a gang has distinct workers", "a:2x1:cpu", "w:4/4:0/0", ""),
+            ("a gang whole", "a:2x2:cpu", "v:2/2:0/0 w:2/2:0/0", "a=cpu@v+w"),
+            ("a gang of one kind", "a:2x1:any", "v:0/1:1/1 w:1/1:0/1", ""),
+            ("where it ran before", "a:1x1:cpu:w", "v:1/1:0/0 w:9/9:0/0", "a=cpu@w"),
+            ("the tightest hole", "a:1x1:cpu", "v:4/4:0/0 w:2/4:0/0", "a=cpu@w"),
+            ("nobody overtakes onto kept workers", "a:2x2:cpu b:1x1:cpu", "v:1/2:0/0 w:2/2:0/0", ""),
+            ("others work on", "a:2x2:cpu b:1x1:cpu", "u:1/1:0/0 v:1/2:0/0 w:2/2:0/0", "b=cpu@u"),
+            ("what fits no fleet blocks nobody", "a:3x1:cpu b:1x1:cpu", "v:1/1:0/0 w:1/1:0/0", "b=cpu@v"),
+            ("labels", "a:1x1:cpu::eu", "v:1/1:0/0:us w:1/1:0/0:eu", "a=cpu@w"),
+        ];
+        for (name, queue, fleet, expected) in table {
+            assert_eq!(placed(queue, fleet), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_reason_for_waiting_is_named() {
+        let table = [
+            ("", "a:1x1:any", "", Some(Blocked::NoWorkers)),
+            ("", "a:1x1:cuda", "w:4/4:0/0", Some(Blocked::NoSuchWorker)),
+            ("", "a:2x1:cpu", "w:4/4:0/0", Some(Blocked::TooFewWorkers)),
+            ("", "a:1x2:cpu", "w:1/4:0/0", Some(Blocked::Occupied)),
+            ("b:1x4:cpu", "a:1x2:cpu", "w:4/4:0/0", Some(Blocked::Behind)),
+            ("b:1x2:cpu", "a:1x2:cpu", "w:4/4:0/0", None),
+        ];
+        for (ahead, ask, fleet, expected) in table {
+            let (ahead, ask, rows) = (asks(ahead), asks(ask), rows(fleet));
+            let ahead = ahead.iter().map(|(key, resources, prefer)| Ask { key, resources, prefer });
+            let (key, resources, prefer) = &ask[0];
+            assert_eq!(blocked(ahead, Ask { key, resources, prefer }, &seats(&rows)), expected, "{key} on {fleet}");
+        }
+    }
+}

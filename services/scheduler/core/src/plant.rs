@@ -1,0 +1,32 @@
+//! Defects that tests plant, to prove that the simulation would find them. Outside of tests there are none.
+
+/// A defect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Plant {
+    /// A message of an old epoch is taken for one of the newest.
+    EpochUnchecked,
+    /// An attempt may commit after it is over.
+    CommitAfterEnd,
+    /// A grant does not raise the epoch.
+    EpochReused,
+    /// A failed job waits without a timer.
+    BackoffForgotten,
+    /// Devices of a cohort that is over stay occupied.
+    DevicesForgotten,
+    /// A job whose dependencies are met stays where it is.
+    DependantsForgotten,
+    /// A job that ignores the request to stop is waited for without end.
+    StopForgotten,
+    /// Failures are not counted.
+    FailuresUncounted,
+    /// A repeated checkpoint message takes the job back to it.
+    CheckpointGoesBack,
+    /// A worker that comes back is not asked what it runs.
+    HoldingIgnored,
+    /// The lease of a lost worker never ends.
+    LeaseEndless,
+    /// After a restart, leases end at once.
+    NoGrace,
+    /// Jobs behind a cancelled one are not looked at.
+    KeptForgotten,
+}

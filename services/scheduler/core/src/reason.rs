@@ -1,0 +1,169 @@
+//! Why a job is in its state: a closed list.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::{Cause, ParseError};
+
+/// Why a job is in its state. [`State::allows`](crate::State::allows) says which reason goes with which state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// A job that it comes after has not succeeded yet.
+    DependencyPending,
+    /// It was just submitted.
+    Submitted,
+    /// All jobs that it comes after have succeeded.
+    DependenciesMet,
+    /// A person resumed it.
+    Resumed,
+    /// It was preempted and waits for its next turn.
+    Preempted,
+    /// The wait after a failed attempt is over.
+    BackoffOver,
+    /// A person cut the wait after a failed attempt short.
+    RetryAsked,
+    /// A gang was found.
+    Granted,
+    /// The attempt said that it runs.
+    Started,
+    /// Its devices are wanted for something else.
+    PreemptAsked,
+    /// A worker of its gang is being drained.
+    WorkerDraining,
+    /// A person asked for a pause.
+    PauseAsked,
+    /// A person cancelled it.
+    CancelAsked,
+    /// An attempt failed.
+    Failure(Cause),
+    /// As many attempts failed, without a new checkpoint, as the job allows; the last one for this cause.
+    AttemptsExhausted(Cause),
+    /// Several distinct workers were lost while they ran it; the last one for this cause.
+    Quarantined(Cause),
+    /// A job that it comes after failed or was cancelled.
+    DependencyFailed,
+    /// The attempt said that all is done and committed.
+    Finished,
+}
+
+const PLAIN: [Reason; 15] = [
+    Reason::DependencyPending,
+    Reason::Submitted,
+    Reason::DependenciesMet,
+    Reason::Resumed,
+    Reason::Preempted,
+    Reason::BackoffOver,
+    Reason::RetryAsked,
+    Reason::Granted,
+    Reason::Started,
+    Reason::PreemptAsked,
+    Reason::WorkerDraining,
+    Reason::PauseAsked,
+    Reason::CancelAsked,
+    Reason::DependencyFailed,
+    Reason::Finished,
+];
+
+impl Reason {
+    /// The name of the reason, without its cause; one of a closed list, fit for a metric's label.
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::DependencyPending => "dependency_pending",
+            Self::Submitted => "submitted",
+            Self::DependenciesMet => "dependencies_met",
+            Self::Resumed => "resumed",
+            Self::Preempted => "preempted",
+            Self::BackoffOver => "backoff_over",
+            Self::RetryAsked => "retry_asked",
+            Self::Granted => "granted",
+            Self::Started => "started",
+            Self::PreemptAsked => "preempt_asked",
+            Self::WorkerDraining => "worker_draining",
+            Self::PauseAsked => "pause_asked",
+            Self::CancelAsked => "cancel_asked",
+            Self::Failure(_) => "failure",
+            Self::AttemptsExhausted(_) => "attempts_exhausted",
+            Self::Quarantined(_) => "quarantined",
+            Self::DependencyFailed => "dependency_failed",
+            Self::Finished => "finished",
+        }
+    }
+
+    /// The cause of the failure that this reason reports, if it reports one.
+    pub const fn cause(self) -> Option<Cause> {
+        match self {
+            Self::Failure(cause) | Self::AttemptsExhausted(cause) | Self::Quarantined(cause) => Some(cause),
+            Self::DependencyPending
+            | Self::Submitted
+            | Self::DependenciesMet
+            | Self::Resumed
+            | Self::Preempted
+            | Self::BackoffOver
+            | Self::RetryAsked
+            | Self::Granted
+            | Self::Started
+            | Self::PreemptAsked
+            | Self::WorkerDraining
+            | Self::PauseAsked
+            | Self::CancelAsked
+            | Self::DependencyFailed
+            | Self::Finished => None,
+        }
+    }
+}
+
+/// The stored form: the code, with the cause in parentheses where there is one.
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cause() {
+            Some(cause) => write!(f, "{}({cause})", self.code()),
+            None => f.write_str(self.code()),
+        }
+    }
+}
+
+impl FromStr for Reason {
+    type Err = ParseError;
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let error = || ParseError::new("reason", text);
+        if let Some(plain) = PLAIN.into_iter().find(|reason| reason.code() == text) {
+            return Ok(plain);
+        }
+        let (code, rest) = text.split_once('(').ok_or_else(error)?;
+        let cause: Cause = rest.strip_suffix(')').ok_or_else(error)?.parse().map_err(|_| error())?;
+        match code {
+            "failure" => Ok(Self::Failure(cause)),
+            "attempts_exhausted" => Ok(Self::AttemptsExhausted(cause)),
+            "quarantined" => Ok(Self::Quarantined(cause)),
+            _ => Err(error()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::State;
+
+    #[test]
+    fn every_reason_round_trips_and_stands_beside_some_state() {
+        let cause = Cause::ChildKilled { signal: 9 };
+        let with_cause = [Reason::Failure(cause), Reason::AttemptsExhausted(cause), Reason::Quarantined(cause)];
+        for reason in PLAIN.into_iter().chain(with_cause) {
+            assert_eq!(reason.to_string().parse::<Reason>().unwrap(), reason);
+            assert!(State::ALL.iter().any(|state| state.allows(reason)), "{reason}");
+        }
+        assert_eq!(with_cause[0].to_string(), "failure(child_killed(9))");
+        for bad in ["", "failure", "failure(", "failure(rust)", "submitted(hung)", "failure(hung))"] {
+            assert!(bad.parse::<Reason>().is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn every_state_has_a_reason() {
+        let failure = Reason::Failure(Cause::Hung);
+        for state in State::ALL {
+            assert!(PLAIN.into_iter().chain([failure]).any(|reason| state.allows(reason)), "{state}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What a job asks for and what a worker has.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroU32;
+use std::str::FromStr;
+
+use crate::ParseError;
+
+/// A kind of device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Device {
+    /// A share of the processor.
+    Cpu,
+    /// An NVIDIA card.
+    Cuda,
+}
+
+impl Device {
+    /// The kind's stored name.
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.code())
+    }
+}
+
+impl FromStr for Device {
+    type Err = ParseError;
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda),
+            _ => Err(ParseError::new("device", text)),
+        }
+    }
+}
+
+/// Which kind of device a job takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Wanted {
+    /// Cards where a whole gang of them is free, else processors.
+    Any,
+    /// This kind only.
+    Only(Device),
+}
+
+impl Wanted {
+    /// The kinds to try, best first.
+    pub const fn kinds(self) -> &'static [Device] {
+        match self {
+            Self::Any => &[Device::Cuda, Device::Cpu],
+            Self::Only(Device::Cpu) => &[Device::Cpu],
+            Self::Only(Device::Cuda) => &[Device::Cuda],
+        }
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("any"),
+            Self::Only(device) => device.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Wanted {
+    type Err = ParseError;
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        if text == "any" { Ok(Self::Any) } else { text.parse().map(Self::Only) }
+    }
+}
+
+/// The gang that a job asks for. It is granted whole or not at all.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Resources {
+    /// Number of distinct workers.
+    pub n_workers: NonZeroU32,
+    /// Number of devices on each of them.
+    pub n_devices: NonZeroU32,
+    /// The kind of all devices.
+    pub device: Wanted,
+    /// Labels that every worker of the gang must carry.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Default for Resources {
+    /// One device of any kind on one worker.
+    fn default() -> Self {
+        Self { n_workers: NonZeroU32::MIN, n_devices: NonZeroU32::MIN, device: Wanted::Any, labels: BTreeMap::new() }
+    }
+}
+
+/// A number of devices of each kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Devices {
+    /// Number of shares of the processor.
+    pub n_cpu: u32,
+    /// Number of cards.
+    pub n_cuda: u32,
+}
+
+impl Devices {
+    /// The number of devices of one kind.
+    pub const fn of(self, kind: Device) -> u32 {
+        match kind {
+            Device::Cpu => self.n_cpu,
+            Device::Cuda => self.n_cuda,
+        }
+    }
+
+    /// What is left when `n` devices of `kind` are taken away; never less than none.
+    #[must_use]
+    pub const fn without(self, kind: Device, n: u32) -> Self {
+        match kind {
+            Device::Cpu => Self { n_cpu: self.n_cpu.saturating_sub(n), ..self },
+            Device::Cuda => Self { n_cuda: self.n_cuda.saturating_sub(n), ..self },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for wanted in [Wanted::Any, Wanted::Only(Device::Cpu), Wanted::Only(Device::Cuda)] {
+            assert_eq!(wanted.to_string().parse::<Wanted>().unwrap(), wanted);
+        }
+        assert!("tpu".parse::<Wanted>().is_err());
+    }
+
+    #[test]
+    fn taking_more_than_there_is_leaves_none() {
+        let devices = Devices { n_cpu: 2, n_cuda: 1 };
+        assert_eq!(devices.without(Device::Cpu, 3), Devices { n_cpu: 0, n_cuda: 1 });
+        assert_eq!(devices.without(Device::Cuda, 1).of(Device::Cuda), 0);
+    }
+}

@@ -1,0 +1,129 @@
+//! What workers report about attempts: that one runs, how one ended, that a cohort crashed.
+
+use attune_spec::id::{CohortId, Epoch, WorkerId};
+
+use crate::plant::Plant;
+use crate::step::Draft;
+use crate::{Answer, Cause, Core, JobKey, Outcome, Reason, Refusal, Retry, State, Stop};
+
+/// Lost offers in a row that are not charged to the job: a broken connection is not its fault.
+const FREE_LOST_OFFERS: u32 = 2;
+
+impl Core {
+    pub(super) fn attempt_running(
+        &mut self,
+        key: &JobKey,
+        epoch: Epoch,
+        worker: &WorkerId,
+        draft: &mut Draft,
+    ) -> Result<Answer, Refusal> {
+        let job = self.spoken_for(key, epoch, worker)?;
+        let (state, cohort) = (job.state, self.live_cohort(job, worker, true)?.id);
+        match state {
+            State::Starting => {
+                self.acknowledge(worker, cohort);
+                self.edit(key, draft).n_offers_lost = 0;
+                self.move_to(key, State::Running, Reason::Started, draft);
+                Ok(Answer::Done)
+            }
+            State::Running => Ok(Answer::Repeated),
+            _ => Err(Refusal::WrongState { key: key.clone(), state, wanted: "only a starting job begins to run" }),
+        }
+    }
+
+    pub(super) fn attempt_finished(
+        &mut self,
+        key: &JobKey,
+        epoch: Epoch,
+        worker: &WorkerId,
+        outcome: Outcome,
+        draft: &mut Draft,
+    ) -> Result<Answer, Refusal> {
+        let job = self.spoken_for(key, epoch, worker)?;
+        if (job.state, outcome) == (State::Succeeded, Outcome::Succeeded) {
+            return Ok(Answer::Repeated);
+        }
+        let is_failure = matches!(outcome, Outcome::Failed(_));
+        let (state, cohort) = (job.state, self.live_cohort(job, worker, !is_failure)?.id);
+        self.acknowledge(worker, cohort);
+        match (outcome, state) {
+            (Outcome::Failed(cause), _) => self.fail_attempt(key, cause, None, draft),
+            // Whoever asked for the stop was first: it is carried out, also when the attempt had just reached its end.
+            (Outcome::Stopped | Outcome::Succeeded, State::Stopping(stop)) => self.settle_stop(key, stop, draft),
+            (Outcome::Succeeded, _) => {
+                if state == State::Starting {
+                    self.move_to(key, State::Running, Reason::Started, draft);
+                }
+                self.move_to(key, State::Succeeded, Reason::Finished, draft);
+            }
+            // The worker is going away and has asked its children itself.
+            (Outcome::Stopped, _) => {
+                self.move_to(key, State::Stopping(Stop::Preempt), Reason::WorkerDraining, draft);
+                self.settle_stop(key, Stop::Preempt, draft);
+            }
+        }
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn cohort_crashed(
+        &mut self,
+        worker: &WorkerId,
+        cohort: CohortId,
+        cause: Cause,
+        draft: &mut Draft,
+    ) -> Result<Answer, Refusal> {
+        let known = self.cohorts.get(&cohort).ok_or(Refusal::CohortOver { cohort })?;
+        if known.share(worker).is_none() {
+            return Err(Refusal::NotItsLease { worker: worker.clone(), what: format!("cohort {cohort}") });
+        }
+        self.acknowledge(worker, cohort);
+        self.fail_cohort(cohort, cause, None, draft);
+        Ok(Answer::Done)
+    }
+
+    /// A stopping job becomes what the stop was for.
+    pub(super) fn settle_stop(&mut self, key: &JobKey, stop: Stop, draft: &mut Draft) {
+        let reason = match stop {
+            Stop::Preempt => Reason::Preempted,
+            Stop::Pause => Reason::PauseAsked,
+            Stop::Cancel => Reason::CancelAsked,
+        };
+        self.move_to(key, stop.target(), reason, draft);
+    }
+
+    /// Fails every attempt of a cohort. `lost` is the worker that is to blame, if one is.
+    pub(super) fn fail_cohort(&mut self, cohort: CohortId, cause: Cause, lost: Option<&WorkerId>, draft: &mut Draft) {
+        let attempts = self.cohorts.get(&cohort).map(|cohort| cohort.attempts.clone()).unwrap_or_default();
+        for attempt in attempts {
+            self.fail_attempt(&attempt.key, cause, lost, draft);
+        }
+    }
+
+    pub(super) fn fail_attempt(&mut self, key: &JobKey, cause: Cause, lost: Option<&WorkerId>, draft: &mut Draft) {
+        if let State::Stopping(stop) = self.jobs[key].state {
+            // It was to end anyway; what it had committed is there.
+            return self.settle_stop(key, stop, draft);
+        }
+        let is_counted = !self.has(Plant::FailuresUncounted);
+        let quarantine_after = self.settings.quarantine_after as usize;
+        let job = self.edit(key, draft);
+        let is_free = cause == Cause::OfferLost && job.n_offers_lost < FREE_LOST_OFFERS;
+        job.n_offers_lost = if cause == Cause::OfferLost { job.n_offers_lost.saturating_add(1) } else { 0 };
+        if !is_free && is_counted {
+            job.n_failed = job.n_failed.saturating_add(1);
+        }
+        if cause == Cause::WorkerLost && is_counted {
+            job.lost_workers.extend(lost.cloned());
+        }
+        let (state, reason) = if cause.retry() == Retry::No {
+            (State::Failed, Reason::Failure(cause))
+        } else if job.lost_workers.len() >= quarantine_after {
+            (State::Failed, Reason::Quarantined(cause))
+        } else if job.n_failed >= job.request.max_attempts.get() {
+            (State::Failed, Reason::AttemptsExhausted(cause))
+        } else {
+            (State::Backoff, Reason::Failure(cause))
+        };
+        self.move_to(key, state, reason, draft);
+    }
+}

@@ -1,0 +1,55 @@
+//! Grants: a queued job, a whole gang, a new epoch.
+
+use attune_spec::id::WorkerId;
+
+use crate::placement::{self, Placement};
+use crate::plant::Plant;
+use crate::step::Draft;
+use crate::{Action, Attempt, Cohort, Core, Granted, Occupied, Offer, Reason, Share, State};
+
+impl Core {
+    /// Grants every job that finds a gang now.
+    pub(crate) fn grant(&mut self, draft: &mut Draft) {
+        let seats = self.seats();
+        let queue = self.queue.iter().filter_map(|place| self.ask(&place.key));
+        for placement in placement::place(queue, &seats) {
+            self.grant_one(placement, draft);
+        }
+    }
+
+    fn grant_one(&mut self, placement: Placement, draft: &mut Draft) {
+        let Placement { key, device, workers } = placement;
+        let id = self.counters.next_cohort;
+        self.counters.next_cohort = id.next();
+        let is_raised = !self.has(Plant::EpochReused) || self.jobs[&key].epoch.0 == 0;
+
+        let job = self.edit(&key, draft);
+        if is_raised {
+            job.epoch = job.epoch.next();
+        }
+        job.cohort = Some(id);
+        job.outputs.clear();
+        job.workers = workers.iter().cloned().collect();
+        let attempt = Attempt { key: key.clone(), epoch: job.epoch };
+        let granted = Granted { attempt: attempt.clone(), checkpoint: job.checkpoint };
+        let n_devices = job.request.resources.n_devices.get();
+        self.move_to(&key, State::Starting, Reason::Granted, draft);
+
+        let share = |(rank, worker): (u32, &WorkerId)| Share { worker: worker.clone(), rank, device, n_devices };
+        let shares: Vec<Share> = (0..).zip(&workers).map(share).collect();
+        for share in &shares {
+            let worker = self.workers.get_mut(&share.worker).expect("gang_whole: a placed worker is registered");
+            worker.occupied.insert(id, Occupied { device, n_devices, releasing: false });
+            draft.actions.push(Action::Offer(Offer {
+                cohort: id,
+                attempts: vec![granted.clone()],
+                share: share.clone(),
+                gang: workers.clone(),
+                ttl: self.settings.ttl,
+            }));
+        }
+        self.cohorts.insert(id, Cohort { id, attempts: vec![attempt], shares });
+        draft.cohorts.insert(id, None);
+        self.open_leases(id, false);
+    }
+}

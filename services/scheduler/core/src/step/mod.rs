@@ -1,0 +1,295 @@
+//! What each input does: one file per idea. All of them go through [`Core::move_to`], which keeps every index.
+
+mod attempt;
+mod commit;
+mod expiry;
+mod fleet;
+mod grant;
+mod request;
+
+use std::collections::BTreeMap;
+
+use attune_spec::id::{CohortId, Epoch, WorkerId};
+
+use crate::plant::Plant;
+use crate::timers::Timer;
+use crate::{
+    Action, Answer, Attempt, Change, Cohort, Committed, Core, Counters, Effects, Event, EventKind, Input, Job, JobKey,
+    Reason, Refusal, State, invariants,
+};
+
+/// What a step has done so far.
+pub(crate) struct Draft {
+    counters: Counters,
+    /// The jobs that were touched, as they were before; nothing for a new one.
+    before: BTreeMap<JobKey, Option<Job>>,
+    /// The cohorts that were touched; the last form of those that are over.
+    cohorts: BTreeMap<CohortId, Option<Cohort>>,
+    log: Vec<Event>,
+    committed: Option<Committed>,
+    actions: Vec<Action>,
+    /// Jobs that became final.
+    ended: Vec<JobKey>,
+    has_room: bool,
+}
+
+impl Draft {
+    pub(crate) fn new(counters: Counters) -> Self {
+        Self {
+            counters,
+            before: BTreeMap::new(),
+            cohorts: BTreeMap::new(),
+            log: Vec::new(),
+            committed: None,
+            actions: Vec::new(),
+            ended: Vec::new(),
+            has_room: false,
+        }
+    }
+
+    /// Whether a queued job may find a gang now that found none before.
+    pub(crate) fn has_room(&self) -> bool {
+        self.has_room
+    }
+}
+
+impl Core {
+    pub(crate) fn dispatch(&mut self, input: Input, draft: &mut Draft) -> Result<Answer, Refusal> {
+        match input {
+            Input::Submit { key, request, finished } => self.submit(key, request, &finished, draft),
+            Input::Cancel { key } => self.cancel(&key, draft),
+            Input::Pause { key } => self.pause(&key, draft),
+            Input::Resume { key } => self.resume(&key, draft),
+            Input::Retry { key } => self.retry(&key, draft),
+            Input::Preempt { key } => self.preempt(&key, draft),
+            Input::Forget { key } => self.forget(&key),
+            Input::Register { worker, session, devices, labels, draining, holding } => {
+                let registration = fleet::Registration { session, devices, labels, draining, holding };
+                self.register(worker, registration, draft)
+            }
+            Input::Heartbeat { worker, session, beat, holding } => {
+                self.heartbeat(&worker, session, beat, &holding, draft)
+            }
+            Input::Drain { worker } => self.drain(&worker, draft),
+            Input::Disconnect { worker, session } => self.disconnect(&worker, session, draft),
+            Input::CohortGone { worker, session, cohort } => self.cohort_gone(&worker, session, cohort, draft),
+            Input::CohortCrashed { worker, cohort, cause } => self.cohort_crashed(&worker, cohort, cause, draft),
+            Input::AttemptRunning { key, epoch, worker } => self.attempt_running(&key, epoch, &worker, draft),
+            Input::AttemptFinished { key, epoch, worker, outcome } => {
+                self.attempt_finished(&key, epoch, &worker, outcome, draft)
+            }
+            Input::Commit { key, epoch, worker, commit, digest } => {
+                self.commit(Committed { key, epoch, worker, commit, digest }, draft)
+            }
+            Input::Tick => Ok(self.tick(draft)),
+        }
+    }
+
+    /// Makes rows, events and actions of a draft.
+    pub(crate) fn finish(&mut self, draft: Draft, answer: Answer) -> Effects {
+        let Draft { counters, before, cohorts, log, committed, actions, ended: _, has_room: _ } = draft;
+        let mut changes = Vec::new();
+        if self.counters != counters {
+            changes.push(Change::Counters(self.counters));
+        }
+        for (key, before) in before {
+            let job = self.jobs.get_mut(&key).expect("a touched job exists");
+            if before.as_ref() == Some(&*job) {
+                continue;
+            }
+            job.version += 1;
+            changes.push(Change::Job(Box::new(job.clone())));
+            let checked = invariants::job_is_whole(self, &key).and_then(|()| match &before {
+                Some(before) => invariants::terminal_is_final(before, &self.jobs[&key]),
+                None => Ok(()),
+            });
+            assert!(checked.is_ok() || self.is_planted(), "{checked:?}");
+        }
+        for (id, last) in cohorts {
+            match (self.cohorts.get(&id), last) {
+                (Some(cohort), _) => changes.push(Change::Cohort(cohort.clone())),
+                (None, Some(last)) => changes.push(Change::CohortEnded(last)),
+                (None, None) => {}
+            }
+        }
+        changes.extend(committed.map(Change::Commit));
+        changes.extend(log.into_iter().map(Change::Event));
+        Effects { answer, changes, actions, wake: self.wake() }
+    }
+
+    /// With a planted defect it is for the observers, not for our own assertions, to find it.
+    fn is_planted(&self) -> bool {
+        #[cfg(test)]
+        return self.plant.is_some();
+        #[cfg(not(test))]
+        false
+    }
+
+    /// A job's row, to be changed.
+    pub(crate) fn edit(&mut self, key: &JobKey, draft: &mut Draft) -> &mut Job {
+        let job = self.jobs.get_mut(key).expect("only jobs that exist are edited");
+        if !draft.before.contains_key(key) {
+            draft.before.insert(key.clone(), Some(job.clone()));
+        }
+        job
+    }
+
+    fn known(&self, key: &JobKey) -> Result<&Job, Refusal> {
+        self.jobs.get(key).ok_or_else(|| Refusal::UnknownJob { key: key.clone() })
+    }
+
+    /// Moves a job along one arrow: the only place where a state changes.
+    fn move_to(&mut self, key: &JobKey, to: State, reason: Reason, draft: &mut Draft) {
+        let from = self.jobs[key].state;
+        assert!(from.may_become(to), "legal_arrow: {key} cannot become {to} from {from}");
+        assert!(to.allows(reason), "legal_reason: {key} cannot be {to} because of {reason}");
+        self.leave(key, from, to, draft);
+        let job = self.edit(key, draft);
+        (job.state, job.reason) = (to, reason);
+        let epoch = job.epoch;
+        self.enter(key, from, to, draft);
+        draft.log.push(Event { key: key.clone(), epoch, kind: EventKind::Moved { from, to, reason } });
+    }
+
+    /// Takes a job out of the indexes of the state that it leaves.
+    fn leave(&mut self, key: &JobKey, from: State, to: State, draft: &mut Draft) {
+        match from {
+            State::Waiting => {
+                for dependency in self.jobs[key].awaited() {
+                    self.await_no_more(key, &dependency);
+                }
+            }
+            State::Queued => {
+                self.queue.remove(&self.jobs[key].place());
+                // It may have kept workers from the jobs behind it.
+                draft.has_room |= to == State::Cancelled && !self.has(Plant::KeptForgotten);
+            }
+            State::Backoff => self.timers.clear(&Timer::Backoff(key.clone())),
+            State::Stopping(_) if !matches!(to, State::Stopping(_)) => self.timers.clear(&Timer::Stop(key.clone())),
+            State::Stopping(_)
+            | State::Starting
+            | State::Running
+            | State::Paused
+            | State::Succeeded
+            | State::Failed
+            | State::Cancelled => {}
+        }
+        if from.is_live() && !to.is_live() {
+            self.leave_cohort(key, draft);
+        }
+    }
+
+    /// Puts a job into the indexes of its new state.
+    fn enter(&mut self, key: &JobKey, from: State, to: State, draft: &mut Draft) {
+        let job = &self.jobs[key];
+        match to {
+            State::Queued => {
+                self.queue.insert(job.place());
+                draft.has_room = true;
+            }
+            State::Backoff if !self.has(Plant::BackoffForgotten) => {
+                let until = self.now.plus(self.wait_after_failure(job));
+                self.timers.set(Timer::Backoff(key.clone()), until);
+            }
+            // A stronger wish does not give more time.
+            State::Stopping(_) if !matches!(from, State::Stopping(_)) && !self.has(Plant::StopForgotten) => {
+                self.timers.set(Timer::Stop(key.clone()), self.now.plus(self.settings.stop_limit));
+            }
+            State::Succeeded | State::Failed | State::Cancelled => draft.ended.push(key.clone()),
+            State::Backoff | State::Stopping(_) | State::Waiting | State::Starting | State::Running | State::Paused => {
+            }
+        }
+    }
+
+    /// Takes an attempt out of its cohort; the last one ends it.
+    fn leave_cohort(&mut self, key: &JobKey, draft: &mut Draft) {
+        let job = self.edit(key, draft);
+        let attempt = Attempt { key: key.clone(), epoch: job.epoch };
+        let id = job.cohort.take().expect("one_live_epoch: a live job has a cohort");
+        let cohort = self.cohorts.get_mut(&id).expect("one_live_epoch: the cohort of a live job exists");
+        let last = cohort.clone();
+        cohort.attempts.retain(|member| member.key != *key);
+        let workers: Vec<WorkerId> = cohort.shares.iter().map(|share| share.worker.clone()).collect();
+        let is_over = cohort.attempts.is_empty();
+        draft.cohorts.insert(id, is_over.then_some(last));
+        if is_over {
+            self.cohorts.remove(&id);
+            self.close_leases(id, workers.iter().cloned());
+        }
+        for worker in workers {
+            let Some(known) = self.workers.get_mut(&worker) else { continue };
+            if !is_over {
+                draft.actions.push(Action::Drop { worker, cohort: id, attempt: attempt.clone() });
+                continue;
+            }
+            if let Some(occupied) = known.occupied.get_mut(&id) {
+                occupied.releasing = true;
+            }
+            draft.actions.push(Action::Release { worker, cohort: id });
+        }
+    }
+
+    /// Lets the jobs go on, or fail, that waited for jobs that ended in this step.
+    pub(crate) fn follow_dependencies(&mut self, draft: &mut Draft) {
+        while let Some(ended) = draft.ended.pop() {
+            if self.has(Plant::DependantsForgotten) {
+                continue;
+            }
+            let has_succeeded = self.jobs[&ended].state == State::Succeeded;
+            for key in self.dependants.get(&ended).cloned().unwrap_or_default() {
+                if !has_succeeded {
+                    self.move_to(&key, State::Failed, Reason::DependencyFailed, draft);
+                    continue;
+                }
+                self.await_no_more(&key, &ended);
+                let job = self.edit(&key, draft);
+                job.pending.remove(&ended.job);
+                if job.pending.is_empty() {
+                    self.move_to(&key, State::Queued, Reason::DependenciesMet, draft);
+                } else {
+                    let (epoch, dependency) = (job.epoch, ended.job.clone());
+                    draft.log.push(Event { key, epoch, kind: EventKind::DependencyMet { dependency } });
+                }
+            }
+        }
+    }
+
+    fn await_no_more(&mut self, key: &JobKey, dependency: &JobKey) {
+        if let Some(dependants) = self.dependants.get_mut(dependency) {
+            dependants.remove(key);
+            if dependants.is_empty() {
+                self.dependants.remove(dependency);
+            }
+        }
+    }
+
+    /// The job of an attempt for which a worker speaks, live or over; an older or unheard-of epoch is refused.
+    fn spoken_for(&self, key: &JobKey, epoch: Epoch, worker: &WorkerId) -> Result<&Job, Refusal> {
+        let job = self.known(key)?;
+        let (key, newest) = (key.clone(), job.epoch);
+        if self.has(Plant::EpochUnchecked) {
+            return Ok(job);
+        }
+        if epoch < newest {
+            return Err(Refusal::StaleEpoch { key, epoch, newest });
+        }
+        if epoch > newest || newest == Epoch(0) {
+            return Err(Refusal::UnknownEpoch { key, epoch, newest });
+        }
+        if !job.workers.contains(worker) {
+            let what = format!("epoch {epoch} of job {key}");
+            return Err(Refusal::NotItsLease { worker: worker.clone(), what });
+        }
+        Ok(job)
+    }
+
+    /// The cohort of a live attempt for which a worker speaks.
+    fn live_cohort(&self, job: &Job, worker: &WorkerId, leads: bool) -> Result<&Cohort, Refusal> {
+        let over = || Refusal::AttemptOver { key: job.key.clone(), epoch: job.epoch, state: job.state };
+        let cohort = job.cohort.and_then(|id| self.cohorts.get(&id)).ok_or_else(over)?;
+        if leads && !cohort.is_led_by(worker) && !self.has(Plant::EpochUnchecked) {
+            return Err(Refusal::NotTheLeader { worker: worker.clone(), key: job.key.clone() });
+        }
+        Ok(cohort)
+    }
+}
