@@ -24,7 +24,7 @@ pub trait Adapter: Send + Sync {
     ///
     /// # Errors
     /// One fault for each site that this method cannot be put on, with the field path relative to the slot.
-    fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>>;
+    fn attach(&self, arch: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>>;
 
     /// Starting values of the tensors at `at`, and what has to happen to the base weight for them. Randomness comes from
     /// `rng` alone, which is keyed by the site.

@@ -96,7 +96,14 @@ pub trait Engine {
     ///
     /// # Errors
     /// Whatever the pass raises.
-    fn grad(&mut self, at: &Theta, on: &Layout, of: &dyn Objective, scale: f64, sink: &mut dyn GradSink) -> Result<LossReport>;
+    fn grad(
+        &mut self,
+        at: &Theta,
+        on: &Layout,
+        of: &dyn Objective,
+        scale: f64,
+        sink: &mut dyn GradSink,
+    ) -> Result<LossReport>;
 
     /// The objective of the job.
     fn objective(&self) -> Arc<dyn Objective>;

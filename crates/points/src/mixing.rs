@@ -15,7 +15,9 @@ impl Simplex {
     /// [`crate::Error::Refused`] naming the weight at fault.
     pub fn new(weights: Vec<f64>) -> Result<Self> {
         if let Some((index, weight)) = weights.iter().enumerate().find(|(_, w)| !w.is_finite() || **w < 0.0) {
-            return Err(crate::Error::Refused(format!("weight {index} of the mixture is {weight}; expected 0 or more")));
+            return Err(crate::Error::Refused(format!(
+                "weight {index} of the mixture is {weight}; expected 0 or more"
+            )));
         }
         let sum: f64 = weights.iter().sum();
         if sum <= 0.0 {
@@ -78,7 +80,11 @@ pub trait Mixing: Send {
     /// # Errors
     /// A state that was not written by this method.
     fn restore(&mut self, state: &[u8]) -> Result<()> {
-        if state.is_empty() { Ok(()) } else { Err(crate::Error::Refused("this mixing method keeps no state".to_owned())) }
+        if state.is_empty() {
+            Ok(())
+        } else {
+            Err(crate::Error::Refused("this mixing method keeps no state".to_owned()))
+        }
     }
 }
 

@@ -117,7 +117,8 @@ mod tests {
         let name = TensorName::from_path("lm_head.weight");
         let tensor = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
         let set = Arc::new(Params::from_iter([(name.clone(), tensor)]));
-        let theta = Theta::single([Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![set], train: true }]);
+        let theta =
+            Theta::single([Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![set], train: true }]);
         let (id, _) = theta.weight(&name).unwrap();
         assert_eq!(id.owner, Owner::Bank { slot: 0, set: 0 });
         assert!(theta.get(&id).is_some());

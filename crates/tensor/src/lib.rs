@@ -1,1 +1,25 @@
-//! Placeholder while the room is being furnished.
+//! What candle lacks for training, with no idea of a model: reproducible randomness, safe differentiable operations,
+//! frozen weights whose gradient is never computed, a local reverse pass, weights in memory-mapped files.
+//!
+//! The one invariant: no operation here cuts a gradient silently, and no random number depends on anything but its
+//! logical index. Everything differentiable is checked in f64 against central differences.
+//!
+//! Deliberately absent: models, sites, adapters, losses, and any other room of this project.
+
+pub mod error;
+
+pub mod permutation;
+pub mod rng;
+
+pub mod autograd;
+pub mod frozen;
+pub mod ops;
+
+pub mod mapped;
+
+pub mod testing;
+
+pub use error::Error;
+pub use frozen::FrozenWeight;
+pub use mapped::{Mapped, MappedTensor};
+pub use rng::Rng;

@@ -1,0 +1,273 @@
+//! Frozen weights: matrices that no gradient is ever computed for, kept as they are stored and widened block by block
+//! where they are used.
+//!
+//! # Update
+//! ```text
+//! y_to  = x_ti W_oiᵀ
+//! dx_ti = dy_to W_oi                (no dW: candle's own matmul would compute and keep it)
+//! ```
+//! The product is computed in the dtype of `x`. Blocks are cut by the width of `W` alone, so that neither the number of
+//! rows nor of threads changes the order of a sum.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+
+use crate::mapped::MappedTensor;
+
+/// Bytes of a widened block: it stays in the last-level cache while the block's rows are multiplied.
+const BLOCK_BYTES: usize = 8 << 20;
+
+/// A frozen matrix `w_oi`. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct FrozenWeight(Arc<Stored>);
+
+#[derive(Debug)]
+enum Stored {
+    Dense(Tensor),
+    Mapped(MappedTensor),
+}
+
+impl FrozenWeight {
+    /// A matrix in memory, in any float type.
+    ///
+    /// # Errors
+    /// A tensor that is not a matrix.
+    pub fn dense(w_oi: &Tensor) -> Result<Self> {
+        w_oi.dims2()?;
+        Ok(Self(Arc::new(Stored::Dense(w_oi.detach().contiguous()?))))
+    }
+
+    /// A matrix in a memory-mapped file.
+    ///
+    /// # Errors
+    /// A tensor that is not a matrix.
+    pub fn mapped(w_oi: MappedTensor) -> Result<Self> {
+        if w_oi.shape().len() != 2 {
+            bail!("a weight of shape {:?}; expected a matrix", w_oi.shape());
+        }
+        Ok(Self(Arc::new(Stored::Mapped(w_oi))))
+    }
+
+    /// Output and input width, `(o, i)`.
+    pub fn shape(&self) -> (usize, usize) {
+        let dims = match &*self.0 {
+            Stored::Dense(tensor) => tensor.dims(),
+            Stored::Mapped(tensor) => tensor.shape(),
+        };
+        (dims[0], dims[1])
+    }
+
+    /// The type that it is stored in.
+    pub fn dtype(&self) -> DType {
+        match &*self.0 {
+            Stored::Dense(tensor) => tensor.dtype(),
+            Stored::Mapped(tensor) => tensor.dtype(),
+        }
+    }
+
+    /// Some rows as a tensor of `dtype`, `[rows, i]`.
+    ///
+    /// # Errors
+    /// A range outside of the matrix.
+    pub fn rows(&self, rows: Range<usize>, dtype: DType) -> Result<Tensor> {
+        match &*self.0 {
+            Stored::Dense(tensor) => tensor.narrow(0, rows.start, rows.len())?.to_dtype(dtype),
+            Stored::Mapped(tensor) => tensor.rows(rows, dtype),
+        }
+    }
+
+    /// The rows of the given numbers as a tensor of `dtype`, `[ids, i]`.
+    ///
+    /// # Errors
+    /// A number that is not below the number of rows.
+    pub fn select(&self, ids: &[u32], dtype: DType) -> Result<Tensor> {
+        match &*self.0 {
+            Stored::Dense(tensor) => tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(dtype),
+            Stored::Mapped(tensor) => tensor.select(ids, dtype),
+        }
+    }
+
+    /// The matrix as it can enter a product of `dtype` without widening, if it is stored so.
+    fn in_place(&self, dtype: DType) -> Option<&Tensor> {
+        match &*self.0 {
+            Stored::Dense(tensor) if tensor.dtype() == dtype => Some(tensor),
+            Stored::Dense(_) | Stored::Mapped(_) => None,
+        }
+    }
+
+    /// The row ranges of its blocks when it is widened to `dtype`.
+    fn blocks(&self, dtype: DType) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (o, i) = self.shape();
+        let rows = (BLOCK_BYTES / (i * dtype.size_in_bytes()).max(1)).max(1);
+        (0..o).step_by(rows).map(move |start| start..(start + rows).min(o))
+    }
+}
+
+/// `y [.., O] = x [.., I] Wᵀ` with a backward link to `x` alone. `x` is f32 or f64; `W` may be stored in another float type.
+///
+/// # Errors
+/// A width that does not fit.
+pub fn linear(x: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
+    let (o, i) = weight.shape();
+    let dims = x.dims();
+    let (Some((&width, before)), true) = (dims.split_last(), matches!(x.dtype(), DType::F32 | DType::F64)) else {
+        bail!("a frozen linear on {:?} {:?}; expected rows of f32 or f64", x.shape(), x.dtype());
+    };
+    if width != i {
+        bail!("a frozen linear [{o}, {i}] on {:?}; expected a last axis of {i}", x.shape());
+    }
+    let rows: usize = before.iter().product();
+    let y = x.contiguous()?.reshape((rows, i))?.apply_op1(FrozenLinear { weight: weight.clone() })?;
+    y.reshape([before, &[o]].concat())
+}
+
+struct FrozenLinear {
+    weight: FrozenWeight,
+}
+
+impl CustomOp1 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (t, _) = layout.shape().dims2()?;
+        let (o, _) = self.weight.shape();
+        let shape = Shape::from((t, o));
+        if let Some(w_oi) = self.weight.in_place(x.dtype()) {
+            return Ok((times_transposed(x, layout, w_oi)?, shape));
+        }
+        let y = match x {
+            CpuStorage::F32(_) => CpuStorage::F32(self.widened(x, layout, |block| match block {
+                CpuStorage::F32(values) => Some(values),
+                _ => None,
+            })?),
+            _ => CpuStorage::F64(self.widened(x, layout, |block| match block {
+                CpuStorage::F64(values) => Some(values),
+                _ => None,
+            })?),
+        };
+        Ok((y, shape))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy_to: &Tensor) -> Result<Option<Tensor>> {
+        if let Some(w_oi) = self.weight.in_place(x.dtype()) {
+            return dy_to.matmul(w_oi).map(Some);
+        }
+        let mut dx_ti: Option<Tensor> = None;
+        for rows in self.weight.blocks(x.dtype()) {
+            let dy = dy_to.narrow(1, rows.start, rows.len())?.contiguous()?;
+            let part = dy.matmul(&self.weight.rows(rows, x.dtype())?)?;
+            dx_ti = Some(match dx_ti {
+                None => part,
+                Some(sum) => (sum + part)?,
+            });
+        }
+        Ok(dx_ti)
+    }
+}
+
+impl FrozenLinear {
+    /// The product with a weight of another dtype: block by block, each written to its columns of the result.
+    fn widened<T: Copy + Default>(
+        &self,
+        x: &CpuStorage,
+        layout: &Layout,
+        values: impl Fn(&CpuStorage) -> Option<&Vec<T>>,
+    ) -> Result<Vec<T>> {
+        let (t, _) = layout.shape().dims2()?;
+        let (o, _) = self.weight.shape();
+        let mut y = vec![T::default(); t * o];
+        for rows in self.weight.blocks(x.dtype()) {
+            let product = times_transposed(x, layout, &self.weight.rows(rows.clone(), x.dtype())?)?;
+            let Some(block) = values(&product) else { bail!("a product in another type than its factors") };
+            for (y_o, block) in y.chunks_exact_mut(o).zip(block.chunks_exact(rows.len())) {
+                y_o[rows.clone()].copy_from_slice(block);
+            }
+        }
+        Ok(y)
+    }
+}
+
+/// `x_ti w_oiᵀ` on the CPU.
+fn times_transposed(x: &CpuStorage, layout: &Layout, w_oi: &Tensor) -> Result<CpuStorage> {
+    let (t, i) = layout.shape().dims2()?;
+    let (o, _) = w_oi.dims2()?;
+    let (storage, w_layout) = w_oi.storage_and_layout();
+    let Storage::Cpu(w) = &*storage else { bail!("a weight on another device than its input") };
+    x.matmul(w, (1, t, o, i), layout, &w_layout.transpose(0, 1)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::autograd;
+    use crate::rng::Rng;
+    use crate::testing::{assert_close, assert_same_bits, check_gradients};
+
+    fn normal(name: &str, shape: &[usize], dtype: DType) -> Tensor {
+        Rng::new(2, name).normal_tensor(shape, 1.0, dtype).unwrap()
+    }
+
+    #[test]
+    fn it_is_the_plain_product() {
+        for (shape, w_shape) in
+            [(vec![7, 5], (3, 5)), (vec![2, 3, 4], (6, 4)), (vec![1, 4], (1, 4)), (vec![0, 4], (2, 4))]
+        {
+            let (x, w) = (normal("x", &shape, DType::F32), normal("w", &[w_shape.0, w_shape.1], DType::F32));
+            let y = linear(&x, &FrozenWeight::dense(&w).unwrap()).unwrap();
+            let plain = x.reshape(((), w_shape.1)).unwrap().matmul(&w.t().unwrap()).unwrap();
+            assert_same_bits("product", &y.reshape(plain.shape()).unwrap(), &plain);
+            assert_eq!(y.dims()[..shape.len() - 1], shape[..shape.len() - 1]);
+        }
+    }
+
+    #[test]
+    fn its_gradient_is_right_also_for_strided_rows_and_narrow_types() {
+        let (x, w) = (normal("x", &[4, 3, 6], DType::F64), normal("w", &[5, 6], DType::F64));
+        for dtype in [DType::F64, DType::F32, DType::BF16] {
+            let weight = FrozenWeight::dense(&w.to_dtype(dtype).unwrap()).unwrap();
+            check_gradients(std::slice::from_ref(&x), |v| linear(&v[0].transpose(0, 1)?, &weight));
+        }
+    }
+
+    /// More rows than one block holds: 8 MiB are 2048 rows of 1024 values in f32.
+    #[test]
+    fn blocks_do_not_change_the_product() {
+        let w = normal("w", &[4100, 1024], DType::BF16);
+        let (narrow, wide) =
+            (FrozenWeight::dense(&w).unwrap(), FrozenWeight::dense(&w.to_dtype(DType::F32).unwrap()).unwrap());
+        assert_eq!(narrow.blocks(DType::F32).count(), 3);
+        let x = autograd::leaf(&normal("x", &[3, 1024], DType::F32)).unwrap();
+        let (a, b) = (linear(&x, &narrow).unwrap(), linear(&x, &wide).unwrap());
+        assert_close("forward", &a, &b, 1024);
+        let dy = normal("dy", &[3, 4100], DType::F32);
+        let pull = |y: &Tensor| autograd::pull(&[&x], &[(y, &dy)]).unwrap().remove(0).unwrap();
+        assert_close("backward", &pull(&a), &pull(&b), 4100);
+    }
+
+    #[test]
+    fn rows_and_selected_rows_are_widened() {
+        let w = normal("w", &[4, 2], DType::BF16);
+        let weight = FrozenWeight::dense(&w).unwrap();
+        let wide = w.to_dtype(DType::F32).unwrap();
+        assert_same_bits("rows", &weight.rows(1..3, DType::F32).unwrap(), &wide.narrow(0, 1, 2).unwrap());
+        let picked = wide.index_select(&Tensor::new(&[3u32, 3, 0], &Device::Cpu).unwrap(), 0).unwrap();
+        assert_same_bits("select", &weight.select(&[3, 3, 0], DType::F32).unwrap(), &picked);
+        assert!(weight.rows(3..5, DType::F32).is_err());
+        assert!(weight.select(&[4], DType::F32).is_err());
+    }
+
+    #[test]
+    fn widths_that_do_not_fit_are_named() {
+        let weight = FrozenWeight::dense(&normal("w", &[3, 5], DType::F32)).unwrap();
+        let message = linear(&normal("x", &[2, 4], DType::F32), &weight).unwrap_err().to_string();
+        assert!(message.contains("a frozen linear [3, 5] on [2, 4]; expected a last axis of 5"), "{message}");
+        assert!(FrozenWeight::dense(&normal("w", &[3], DType::F32)).is_err());
+    }
+}

@@ -1,0 +1,141 @@
+//! Differentiable operations that keep their backward link in any dtype: candle's own fast paths (`rms_norm`,
+//! `softmax_last_dim`, `rope`, …) drop it without an error.
+//!
+//! Axes: T rows, D width, H heads, O output, I input, V vocabulary.
+
+use candle_core::{D, Result, Tensor};
+
+/// `y_td = x_td / sqrt(mean_d(x²) + eps) · w_d`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn rms_norm(x_td: &Tensor, w_d: &Tensor, eps: f64) -> Result<Tensor> {
+    let scale_t1 = (x_td.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    x_td.broadcast_mul(&scale_t1)?.broadcast_mul(w_d)
+}
+
+/// `exp(x - max) / sum(exp(x - max))` along the last axis. Entries of minus infinity get 0; a row of nothing else is not a
+/// number.
+///
+/// # Errors
+/// Whatever the operations raise.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    // The result does not depend on what is subtracted, so no gradient is due through the maximum.
+    let exp = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}
+
+/// `x - max - log(sum(exp(x - max)))` along the last axis.
+///
+/// # Errors
+/// Whatever the operations raise.
+pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    let shifted = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?;
+    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
+}
+
+/// `x · sigmoid(x)`.
+///
+/// # Errors
+/// Whatever the operation raises.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    // candle's gradient at x → -∞ is sigmoid·(1 - y) + y with y = -0 and sigmoid = 0: finite.
+    x.silu()
+}
+
+/// Rotary embedding of heads `x [.., T, D]` by tables `cos, sin [T, D/2]`; the first half of a head is paired with the
+/// second, as in Hugging Face's models.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let half = x.dim(D::Minus1)? / 2;
+    let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+    let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
+    let second = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
+    Tensor::cat(&[first, second], D::Minus1)
+}
+
+/// `y_to = x_ti W_oiᵀ (+ b_o)` with gradients for all three: for trained weights. Frozen ones go through
+/// [`crate::frozen::linear`].
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn linear(x_ti: &Tensor, w_oi: &Tensor, b_o: Option<&Tensor>) -> Result<Tensor> {
+    let y_to = x_ti.matmul(&w_oi.t()?)?;
+    match b_o {
+        None => Ok(y_to),
+        Some(b_o) => y_to.broadcast_add(b_o),
+    }
+}
+
+/// The rows `ids` of a table `w_vd`, as `[T, D]`; the gradient adds up rows that were taken more than once.
+///
+/// # Errors
+/// An id that is not below the number of rows.
+pub fn embedding(ids_t: &Tensor, w_vd: &Tensor) -> Result<Tensor> {
+    w_vd.index_select(ids_t, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::rng::Rng;
+    use crate::testing::{assert_close, check_gradients};
+
+    fn normal(name: &str, shape: &[usize]) -> Tensor {
+        Rng::new(1, name).normal_tensor(shape, 1.0, DType::F64).unwrap()
+    }
+
+    #[test]
+    fn rms_norm_has_its_gradient() {
+        check_gradients(&[normal("x", &[5, 8]), normal("w", &[8])], |v| rms_norm(&v[0], &v[1], 1e-5));
+    }
+
+    #[test]
+    fn softmax_and_its_logarithm_have_their_gradients() {
+        check_gradients(&[normal("x", &[2, 3, 7])], |v| softmax(&v[0]));
+        check_gradients(&[normal("x", &[2, 3, 7])], |v| log_softmax(&v[0]));
+    }
+
+    #[test]
+    fn softmax_holds_at_extremes_and_under_masks() {
+        let x =
+            Tensor::new(&[[1000f32, 1000.0, f32::NEG_INFINITY], [-1000.0, -2000.0, -3000.0]], &Device::Cpu).unwrap();
+        assert_eq!(softmax(&x).unwrap().to_vec2::<f32>().unwrap(), [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]);
+        let log = log_softmax(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(log[1], [0.0, -1000.0, -2000.0]);
+    }
+
+    #[test]
+    fn silu_has_its_gradient_also_at_extremes() {
+        check_gradients(&[normal("x", &[4, 6])], |v| silu(&v[0]));
+        let x = crate::autograd::leaf(&Tensor::new(&[-1000f32, 0.0, 1000.0], &Device::Cpu).unwrap()).unwrap();
+        let ones = Tensor::ones(3, DType::F32, &Device::Cpu).unwrap();
+        let found = crate::autograd::pull(&[&x], &[(&silu(&x).unwrap(), &ones)]).unwrap();
+        assert_eq!(found[0].as_ref().unwrap().to_vec1::<f32>().unwrap(), [0.0, 0.5, 1.0]);
+    }
+
+    #[test]
+    fn rope_turns_pairs_and_has_its_gradient() {
+        let angles = normal("angles", &[5, 4]);
+        let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+        check_gradients(&[normal("x", &[2, 5, 8])], |v| rope(&v[0], &cos, &sin));
+        let x = normal("x", &[2, 5, 8]);
+        let turned = rope(&x, &cos, &sin).unwrap();
+        let norm = |x: &Tensor| x.sqr().unwrap().sum_keepdim(D::Minus1).unwrap();
+        assert_close("length of a head", &norm(&turned), &norm(&x), 8);
+    }
+
+    #[test]
+    fn linear_and_embedding_have_their_gradients() {
+        let inputs = [normal("x", &[5, 4]), normal("w", &[3, 4]), normal("b", &[3])];
+        check_gradients(&inputs, |v| linear(&v[0], &v[1], Some(&v[2])));
+        let ids = Tensor::new(&[2u32, 0, 2, 1], &Device::Cpu).unwrap();
+        check_gradients(&[normal("w", &[3, 4])], |v| embedding(&ids, &v[0]));
+        let outside = Tensor::new(&[3u32], &Device::Cpu).unwrap();
+        assert!(embedding(&outside, &normal("w", &[3, 4])).is_err());
+    }
+}
