@@ -63,6 +63,9 @@ mod timers;
 pub mod invariants;
 pub mod placement;
 
+#[cfg(test)]
+mod testing;
+
 pub use backoff::Backoff;
 pub use cause::{Cause, Retry};
 pub use cohort::{Attempt, Cohort, Share};

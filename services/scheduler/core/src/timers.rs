@@ -8,13 +8,14 @@ use attune_spec::id::{CohortId, WorkerId};
 
 use crate::{JobKey, Timestamp};
 
-/// What happens at a deadline.
+/// What happens at a deadline. Of two at the same time, the one written first here ends first: a silent worker is lost
+/// itself, before its leases could be said to have run out one by one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Timer {
-    /// The lease of one share of a cohort ends.
-    Lease(CohortId, WorkerId),
     /// A worker that stayed silent is given up.
     Worker(WorkerId),
+    /// The lease of one share of a cohort ends.
+    Lease(CohortId, WorkerId),
     /// A job that ignores the request to stop is killed.
     Stop(JobKey),
     /// A failed job queues again.

@@ -10,6 +10,9 @@ use crate::{Action, Attempt, Cohort, Core, Granted, Occupied, Offer, Reason, Sha
 impl Core {
     /// Grants every job that finds a gang now.
     pub(crate) fn grant(&mut self, draft: &mut Draft) {
+        if self.queue.is_empty() {
+            return;
+        }
         let seats = self.seats();
         let queue = self.queue.iter().filter_map(|place| self.ask(&place.key));
         for placement in placement::place(queue, &seats) {
