@@ -1,1 +1,37 @@
-//! Placeholder while the room is being furnished.
+//! A model's structure put to work: loading, the walk forward and in reverse, generation, export.
+//!
+//! The one invariant: the walk is layer by layer. A block is a small `graph` of differentiable operations; the forward walk
+//! keeps each block's input and nothing else, the reverse walk takes the blocks from the top, differentiates one at a time
+//! and stops below the lowest block that anybody wants a gradient from. Logits of a whole batch never exist. Frozen
+//! weights get no gradient unless a sink asks for it.
+//!
+//! Deliberately absent: methods (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
+//!
+//! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees),
+//! [`block`], [`model`] (the walks), [`generate`], [`export`].
+
+pub mod error;
+
+pub mod base;
+mod folder;
+pub mod stack;
+
+mod attention;
+pub mod context;
+mod rope;
+
+pub mod block;
+mod cache;
+mod head;
+mod loss;
+pub mod model;
+
+pub mod dropout;
+pub mod export;
+pub mod generate;
+
+pub use base::Base;
+pub use error::Error;
+pub use generate::{Generated, Sampling};
+pub use model::{Model, Pass};
+pub use stack::{Slot, Stack};

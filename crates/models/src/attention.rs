@@ -1,0 +1,146 @@
+//! Attention within documents: rows of a pack are grouped by the length of their document, and documents of one length
+//! attend together. Nothing is padded, no document sees another, and no matrix over the whole pack exists.
+//!
+//! Axes: N documents of one length, L query rows, S key rows, H heads, K key/value heads, G = H / K, W width of a head.
+
+use std::collections::BTreeMap;
+
+use attune_architecture::Architecture;
+use attune_points::{Layout, Result};
+use attune_tensor::ops;
+use candle_core::{DType, Device, Tensor};
+
+use crate::rope::RopeTables;
+
+/// How the rows of a batch attend: the same for all layers.
+#[derive(Debug)]
+pub(crate) struct RowPlan {
+    pub(crate) rope: RopeTables,
+    /// Row numbers in the order of the groups, and the way back; `None` if the rows are in that order already.
+    reorder: Option<(Tensor, Tensor)>,
+    /// Number of documents and their length, group by group.
+    groups: Vec<(usize, usize)>,
+    /// Additive masks `[L, L]` by length and window.
+    masks: BTreeMap<(usize, Option<u64>), Tensor>,
+}
+
+impl RowPlan {
+    pub(crate) fn new(architecture: &Architecture, layout: &Layout, dtype: DType) -> Result<Self> {
+        let lengths: Vec<usize> = layout.docs().iter().map(attune_points::Doc::n_rows).collect();
+        let mut by_length: BTreeMap<usize, Vec<std::ops::Range<u32>>> = BTreeMap::new();
+        for doc in layout.docs().iter().filter(|doc| doc.n_rows() > 0) {
+            by_length.entry(doc.n_rows()).or_default().push(doc.rows.clone());
+        }
+        let order: Vec<u32> = by_length.values().flatten().cloned().flatten().collect();
+        let in_order = order.iter().enumerate().all(|(place, &row)| place as u32 == row);
+        let reorder = if in_order {
+            None
+        } else {
+            let mut back = vec![0u32; order.len()];
+            for (place, &row) in order.iter().enumerate() {
+                back[row as usize] = place as u32;
+            }
+            Some((Tensor::new(order, &Device::Cpu)?, Tensor::new(back, &Device::Cpu)?))
+        };
+        let mut masks = BTreeMap::new();
+        for &length in by_length.keys() {
+            for &window in &architecture.windows {
+                if let Some(mask) = mask(length, length, window, dtype)? {
+                    masks.insert((length, window), mask);
+                }
+            }
+        }
+        Ok(Self {
+            rope: RopeTables::new(architecture, &lengths, 0, dtype)?,
+            reorder,
+            groups: by_length.into_iter().map(|(length, docs)| (docs.len(), length)).collect(),
+            masks,
+        })
+    }
+
+    /// Attention of all rows, each within its document: `q [T, H, W]`, `k` and `v [T, K, W]`, all rotated already, to
+    /// `[T, H W]`.
+    pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, window: Option<u64>) -> Result<Tensor> {
+        let select = |x: &Tensor| match &self.reorder {
+            Some((order, _)) => x.index_select(order, 0),
+            None => Ok(x.clone()),
+        };
+        let (q, k, v) = (select(q)?, select(k)?, select(v)?);
+        let mut outputs = Vec::with_capacity(self.groups.len());
+        let mut start = 0;
+        for &(n, length) in &self.groups {
+            let rows = n * length;
+            let part = |x: &Tensor| {
+                let (_, heads, width) = x.dims3()?;
+                x.narrow(0, start, rows)?.reshape((n, length, heads, width))
+            };
+            outputs.push(attend(&part(&q)?, &part(&k)?, &part(&v)?, self.masks.get(&(length, window)))?);
+            start += rows;
+        }
+        let o = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 0)? };
+        match &self.reorder {
+            Some((_, back)) => Ok(o.index_select(back, 0)?),
+            None => Ok(o),
+        }
+    }
+}
+
+/// The additive mask of `rows` queries that are the last of `keys` rows: 0 where a query sees a key, minus infinity where
+/// not. A query sees itself and, with a window, the `window - 1` rows before it. `None` if every query sees every key.
+pub(crate) fn mask(rows: usize, keys: usize, window: Option<u64>, dtype: DType) -> Result<Option<Tensor>> {
+    let before = keys - rows;
+    let sees = |row: usize, key: usize| {
+        let position = before + row;
+        key <= position && window.is_none_or(|window| (position - key) < window as usize)
+    };
+    let values: Vec<f32> = (0..rows)
+        .flat_map(|row| (0..keys).map(move |key| if sees(row, key) { 0.0 } else { f32::NEG_INFINITY }))
+        .collect();
+    if values.iter().all(|&value| value == 0.0) {
+        return Ok(None);
+    }
+    Ok(Some(Tensor::from_vec(values, (rows, keys), &Device::Cpu)?.to_dtype(dtype)?))
+}
+
+/// `softmax(q kᵀ / sqrt(W) + mask) v` for documents of one shape: `q [N, L, H, W]`, `k` and `v [N, S, K, W]`, mask `[L, S]`,
+/// to `[N L, H W]`. Query head h reads key head h / G.
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    let (n, l, h, w) = q.dims4()?;
+    let (_, s, kv, _) = k.dims4()?;
+    let g = h / kv;
+    let scaled = (q * (1.0 / (w as f64).sqrt()))?;
+    let q_nkgl =
+        scaled.reshape((n, l, kv, g, w))?.permute((0, 2, 3, 1, 4))?.contiguous()?.reshape((n, kv, g * l, w))?;
+    let k_nkws = k.permute((0, 2, 3, 1))?.contiguous()?;
+    let v_nksw = v.transpose(1, 2)?.contiguous()?;
+    let scores = q_nkgl.matmul(&k_nkws)?;
+    let scores = match mask {
+        Some(mask) => scores.reshape((n * kv * g, l, s))?.broadcast_add(mask)?.reshape((n, kv, g * l, s))?,
+        None => scores,
+    };
+    let o = ops::softmax(&scores)?.matmul(&v_nksw)?;
+    Ok(o.reshape((n, kv, g, l, w))?.permute((0, 3, 1, 2, 4))?.contiguous()?.reshape((n * l, h * w))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_show_the_past_within_the_window() {
+        let of = |rows, keys, window| {
+            let mask = mask(rows, keys, window, DType::F32).unwrap();
+            mask.map(|mask| {
+                mask.to_vec2::<f32>().unwrap().iter().map(|row| row.iter().map(|v| *v == 0.0).collect()).collect()
+            })
+        };
+        let expect = |rows: &[&[u8]]| -> Option<Vec<Vec<bool>>> {
+            Some(rows.iter().map(|row| row.iter().map(|v| *v == 1).collect()).collect())
+        };
+        assert_eq!(of(3, 3, None), expect(&[&[1, 0, 0], &[1, 1, 0], &[1, 1, 1]]));
+        assert_eq!(of(3, 3, Some(2)), expect(&[&[1, 0, 0], &[1, 1, 0], &[0, 1, 1]]));
+        assert_eq!(of(1, 4, Some(2)), expect(&[&[0, 0, 1, 1]]));
+        assert_eq!(of(1, 4, None), None);
+        assert_eq!(of(2, 3, None), expect(&[&[1, 1, 0], &[1, 1, 1]]));
+    }
+}

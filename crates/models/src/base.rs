@@ -1,0 +1,183 @@
+//! The frozen base: an architecture and its weights, mapped, in memory, or made at random.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use attune_architecture::{Architecture, Site, SiteKind, TensorPart};
+use attune_points::{TensorName, Weight};
+use attune_spec::job::Precision;
+use attune_tensor::{FrozenWeight, Rng};
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::Error;
+use crate::folder;
+
+/// The head's module path and the embedding's, which a tied model keeps one matrix for.
+const HEAD: &str = attune_architecture::decoder::HEAD;
+const EMBEDDING: &str = attune_architecture::decoder::EMBEDDING;
+
+/// A model's architecture and frozen weights.
+#[derive(Debug)]
+pub struct Base {
+    architecture: Architecture,
+    matrices: BTreeMap<TensorName, FrozenWeight>,
+    vectors: BTreeMap<TensorName, Tensor>,
+}
+
+impl Base {
+    /// Opens a Hugging Face folder. Matrices that are stored in the asked precision stay mapped files; others are converted
+    /// once. Vectors (norms, biases) are held in 32 bits.
+    ///
+    /// # Errors
+    /// [`Error`] naming the file, and the tensor where one is at fault.
+    pub fn open(folder: &Path, precision: Precision) -> Result<Self, Error> {
+        let architecture = folder::architecture(folder)?;
+        let mut base = Self { matrices: BTreeMap::new(), vectors: BTreeMap::new(), architecture };
+        for (name, tensor) in folder::tensors(folder, &base.architecture)? {
+            let name = TensorName::from_path(&name);
+            if tensor.shape().len() == 2 {
+                let weight = match precision {
+                    Precision::Bf16 if tensor.dtype() == DType::BF16 => FrozenWeight::mapped(tensor)?,
+                    Precision::Bf16 => FrozenWeight::dense(&tensor.to_tensor(DType::BF16)?)?,
+                    Precision::F32 => FrozenWeight::dense(&tensor.to_tensor(DType::F32)?)?,
+                };
+                base.matrices.insert(name, weight);
+            } else {
+                base.vectors.insert(name, tensor.to_tensor(DType::F32)?);
+            }
+        }
+        Ok(base)
+    }
+
+    /// Reads the architecture of a folder and makes random weights for it: matrices normal with the configuration's
+    /// `initializer_range`, norms 1, biases 0. Each tensor's numbers depend on the seed and its name only.
+    ///
+    /// # Errors
+    /// [`Error`] if `config.json` cannot be used.
+    pub fn from_scratch(folder: &Path, seed: u64) -> Result<Self, Error> {
+        Self::random(folder::architecture(folder)?, seed, DType::F32)
+    }
+
+    /// Random weights of `dtype` for an architecture, as for [`Base::from_scratch`].
+    ///
+    /// # Errors
+    /// Whatever making the tensors raises.
+    pub fn random(architecture: Architecture, seed: u64, dtype: DType) -> Result<Self, Error> {
+        let stream = Rng::new(seed, "base weights");
+        let mut base = Self { matrices: BTreeMap::new(), vectors: BTreeMap::new(), architecture };
+        for info in base.architecture.tensors() {
+            let name = TensorName::from_path(&info.name);
+            if info.shape.len() == 2 {
+                let mut stream = stream.named(&info.name);
+                let weight = stream.normal_tensor(info.shape, base.architecture.initializer_range, dtype)?;
+                base.matrices.insert(name, FrozenWeight::dense(&weight)?);
+            } else {
+                let value = if info.part == TensorPart::Bias { 0.0 } else { 1.0 };
+                base.vectors.insert(name, Tensor::full(value, info.shape, &Device::Cpu)?.to_dtype(dtype)?);
+            }
+        }
+        Ok(base)
+    }
+
+    /// A base of given tensors, which must be those that the architecture names.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn from_tensors(architecture: Architecture, tensors: &BTreeMap<String, Tensor>) -> Result<Self, Error> {
+        let mut base = Self { matrices: BTreeMap::new(), vectors: BTreeMap::new(), architecture };
+        for info in base.architecture.tensors() {
+            let missing = || Error::MissingTensor { folder: "(memory)".into(), name: info.name.clone() };
+            let tensor = tensors.get(&info.name).ok_or_else(missing)?;
+            let name = TensorName::from_path(&info.name);
+            if info.shape.len() == 2 {
+                base.matrices.insert(name, FrozenWeight::dense(tensor)?);
+            } else {
+                base.vectors.insert(name, tensor.clone());
+            }
+        }
+        Ok(base)
+    }
+
+    /// The model's structure.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// The name under which the tensor `local` of `site` is kept: a tied head's weight is the embedding's.
+    pub fn tensor_name(&self, site: &str, local: &str) -> TensorName {
+        let owner = if self.architecture.tied && site == HEAD { EMBEDDING } else { site };
+        TensorName::new(owner, local)
+    }
+
+    pub(crate) fn matrix(&self, name: &TensorName) -> attune_points::Result<&FrozenWeight> {
+        self.matrices.get(name).ok_or_else(|| self.unknown(name))
+    }
+
+    pub(crate) fn vector(&self, name: &TensorName) -> attune_points::Result<&Tensor> {
+        self.vectors.get(name).ok_or_else(|| self.unknown(name))
+    }
+
+    fn unknown(&self, name: &TensorName) -> attune_points::Error {
+        attune_points::Error::UnknownTensor {
+            component: name.owner().to_owned(),
+            name: name.local().to_owned(),
+            declared: self.architecture.tensors().into_iter().map(|info| info.name).collect(),
+        }
+    }
+
+    /// A tensor of the base by name, as a tensor of `dtype`.
+    ///
+    /// # Errors
+    /// A name that the model does not have.
+    pub fn tensor(&self, name: &TensorName, dtype: DType) -> attune_points::Result<Tensor> {
+        match self.matrices.get(name) {
+            Some(matrix) => Ok(matrix.rows(0..matrix.shape().0, dtype)?),
+            None => Ok(self.vector(name)?.to_dtype(dtype)?),
+        }
+    }
+
+    /// The type that a tensor of the base is held in.
+    pub fn dtype(&self, name: &TensorName) -> Option<DType> {
+        self.matrices.get(name).map(FrozenWeight::dtype).or_else(|| self.vectors.get(name).map(Tensor::dtype))
+    }
+
+    /// The weight of a site, as adapters see it.
+    pub fn weight<'a>(&'a self, site: &'a Site) -> SiteWeight<'a> {
+        SiteWeight { base: self, site }
+    }
+}
+
+/// The frozen weight (and bias) of one site.
+pub struct SiteWeight<'a> {
+    base: &'a Base,
+    site: &'a Site,
+}
+
+impl Weight for SiteWeight<'_> {
+    fn shape(&self) -> (usize, usize) {
+        match self.site.kind {
+            SiteKind::Linear { output, input, .. } => (output, input),
+            SiteKind::Embedding { vocab, width } => (vocab, width),
+            SiteKind::Norm { width } => (width, 1),
+        }
+    }
+
+    fn rows(&self, rows: Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
+        let name = self.base.tensor_name(self.site.id.as_str(), "weight");
+        match self.site.kind {
+            SiteKind::Norm { .. } => Ok(self.base.vector(&name)?.narrow(0, rows.start, rows.len())?.to_dtype(dtype)?),
+            SiteKind::Linear { .. } | SiteKind::Embedding { .. } => Ok(self.base.matrix(&name)?.rows(rows, dtype)?),
+        }
+    }
+
+    fn bias(&self, dtype: DType) -> attune_points::Result<Option<Tensor>> {
+        match self.site.kind {
+            SiteKind::Linear { bias: true, .. } => {
+                let name = self.base.tensor_name(self.site.id.as_str(), "bias");
+                Ok(Some(self.base.vector(&name)?.to_dtype(dtype)?))
+            }
+            SiteKind::Linear { .. } | SiteKind::Embedding { .. } | SiteKind::Norm { .. } => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Keys and values of rows that were decoded before.
+
+use attune_points::Result;
+use candle_core::Tensor;
+
+/// The cache of one block; empty for blocks that look at one row at a time.
+#[derive(Debug, Clone, Default)]
+pub struct BlockCache {
+    keys_values: Option<(Tensor, Tensor)>,
+}
+
+impl BlockCache {
+    /// Appends the keys and values of new rows, `[T, K, W]`, and returns those of all rows.
+    pub(crate) fn extend(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let all = match self.keys_values.take() {
+            None => (k.clone(), v.clone()),
+            Some((keys, values)) => (Tensor::cat(&[&keys, k], 0)?, Tensor::cat(&[&values, v], 0)?),
+        };
+        self.keys_values = Some(all.clone());
+        Ok(all)
+    }
+}

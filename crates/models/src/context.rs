@@ -1,0 +1,182 @@
+//! What a block's graph sees: its weights, whichever set holds them, and the components at its sites.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use attune_architecture::{Site, SiteId};
+use attune_points::adapter::{Port, RowCx};
+use attune_points::error::Context as _;
+use attune_points::{BankKind, Binding, Layout, Locals, Owner, Result, Rows, TensorId, Theta};
+use attune_tensor::{FrozenWeight, frozen, ops};
+use candle_core::{DType, Tensor, Var};
+
+use crate::attention::RowPlan;
+use crate::base::Base;
+use crate::dropout::{Dropout, RowMasks};
+use crate::stack::Stack;
+
+/// Tensors whose gradient is asked for in the pass at hand, as leaves of the local graph.
+pub(crate) type Tracked = BTreeMap<TensorId, Var>;
+
+/// A block's view of a pass.
+pub struct GraphCx<'a> {
+    pub(crate) base: &'a Base,
+    pub(crate) stack: &'a Stack,
+    pub(crate) theta: &'a Theta,
+    pub(crate) layout: &'a Layout,
+    pub(crate) plan: &'a RowPlan,
+    pub(crate) dropout: Option<Dropout>,
+    /// The rows at hand, where a block sees only some (the head's chunks).
+    pub(crate) rows: Option<&'a [u32]>,
+    pub(crate) tracked: &'a Tracked,
+    pub(crate) dtype: DType,
+}
+
+/// A weight matrix as a graph may use it.
+pub(crate) enum Matrix<'a> {
+    /// It gets a gradient, or it stands in for the base's.
+    Tensor(Tensor),
+    /// It is the base's, and nobody wants its gradient.
+    Frozen(&'a FrozenWeight),
+}
+
+impl<'a> GraphCx<'a> {
+    /// The same view with other leaves, and on some rows only.
+    pub(crate) fn with(&self, tracked: &'a Tracked, rows: Option<&'a [u32]>) -> Self {
+        Self { tracked, rows, ..*self }
+    }
+
+    /// The trained or replaced tensor `local` of `site`; `None` if it is the base's own.
+    fn own(&self, site: &SiteId, local: &str) -> Option<Tensor> {
+        let name = self.base.tensor_name(site.as_str(), local);
+        if let Some((id, tensor)) = self.theta.weight(&name) {
+            return Some(self.tracked.get(&id).map_or_else(|| tensor.clone(), |var| var.as_tensor().clone()));
+        }
+        let id = TensorId { owner: Owner::Base, name };
+        self.tracked.get(&id).map(|var| var.as_tensor().clone())
+    }
+
+    /// The weight of a linear or an embedding.
+    pub(crate) fn matrix(&self, site: &SiteId) -> Result<Matrix<'a>> {
+        match self.own(site, "weight") {
+            Some(tensor) => Ok(Matrix::Tensor(tensor)),
+            None => Ok(Matrix::Frozen(self.base.matrix(&self.base.tensor_name(site.as_str(), "weight"))?)),
+        }
+    }
+
+    /// A vector: the scale of a norm, a bias.
+    pub(crate) fn vector(&self, site: &SiteId, local: &str) -> Result<Tensor> {
+        match self.own(site, local) {
+            Some(tensor) => Ok(tensor),
+            None => Ok(self.base.vector(&self.base.tensor_name(site.as_str(), local))?.to_dtype(self.dtype)?),
+        }
+    }
+
+    /// `x_ti` through the linear operator at `site` and every component there: `y_to`.
+    ///
+    /// # Errors
+    /// Whatever the operator or a component raises, with the site's name.
+    pub fn linear(&self, site: &Site, x_ti: &Tensor) -> Result<Tensor> {
+        let at = || format!("linear {}", site.id);
+        let mut y_to = match self.matrix(&site.id)? {
+            Matrix::Tensor(w_oi) => ops::linear(x_ti, &w_oi, None).context(at)?,
+            Matrix::Frozen(w_oi) => frozen::linear(x_ti, w_oi).context(at)?,
+        };
+        if matches!(site.kind, attune_architecture::SiteKind::Linear { bias: true, .. }) {
+            y_to = y_to.broadcast_add(&self.vector(&site.id, "bias")?).context(at)?;
+        }
+        for binding in &self.theta.bindings {
+            y_to = self.component(site, binding, x_ti, y_to)?;
+        }
+        Ok(y_to)
+    }
+
+    /// Root-mean-square normalisation at `site`.
+    ///
+    /// # Errors
+    /// Whatever the operation raises, with the site's name.
+    pub fn norm(&self, site: &Site, x_td: &Tensor) -> Result<Tensor> {
+        let w_d = self.vector(&site.id, "weight")?;
+        ops::rms_norm(x_td, &w_d, self.base.architecture().rms_eps).context(|| format!("norm {}", site.id))
+    }
+
+    /// Adds what the component of one bank contributes at `site`.
+    fn component(&self, site: &Site, binding: &Binding, x_ti: &Tensor, y_to: Tensor) -> Result<Tensor> {
+        let bank = self.theta.banks.get(binding.slot as usize);
+        let slot = self.stack.slot(binding.slot).filter(|_| bank.is_some_and(|bank| bank.kind == BankKind::Adapter));
+        let Some((slot, at)) = slot.and_then(|slot| Some((slot, slot.at(&site.id)?))) else { return Ok(y_to) };
+        let Port::Delta(map) = slot.adapter().port(at) else {
+            return Err(attune_points::Error::Refused(format!(
+                "the component at {} has a port that no linear offers",
+                site.id
+            )));
+        };
+        let delta = |rows: Option<&[u32]>, x_ti: &Tensor, set: u32| {
+            let masks = self.dropout.map(|key| RowMasks { key, layout: self.layout, rows });
+            let dropout = masks.as_ref().map(|masks| masks as &dyn attune_points::adapter::DropoutMask);
+            map.graph(x_ti, &self.locals(binding.slot, set, at)?, &RowCx { site: &site.id, dropout })
+        };
+        if let Rows::All(set) = binding.rows {
+            return Ok((y_to + delta(self.rows, x_ti, set)?)?);
+        }
+        let n_rows = x_ti.dim(0)?;
+        let ids: Vec<u32> = self.rows.map_or_else(|| (0..n_rows as u32).collect(), <[u32]>::to_vec);
+        let mut parts = Vec::new();
+        for (run, set) in runs(&binding.rows, &ids) {
+            let y = y_to.narrow(0, run.start, run.len())?;
+            parts.push(match set {
+                None => y,
+                Some(set) => (y + delta(Some(&ids[run.clone()]), &x_ti.narrow(0, run.start, run.len())?, set)?)?,
+            });
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// The tensors of an attachment, leaves where a gradient is asked for.
+    fn locals(&self, slot: u16, set: u32, at: &attune_points::adapter::Attachment) -> Result<Locals> {
+        let site = at.site.as_str();
+        let found = at.tensors.iter().map(|spec| {
+            let id = TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site) };
+            let tensor = match self.tracked.get(&id) {
+                Some(var) => Some(var.as_tensor()),
+                None => self.theta.get(&id),
+            };
+            let tensor = tensor.ok_or_else(|| attune_points::Error::UnknownTensor {
+                component: site.to_owned(),
+                name: spec.local.to_owned(),
+                declared: Vec::new(),
+            })?;
+            Ok((spec.local, tensor.clone()))
+        });
+        Ok(Locals::new(site, found.collect::<Result<Vec<_>>>()?))
+    }
+}
+
+/// Runs of `ids` that are bound to one set: places in `ids`, and the set.
+fn runs(rows: &Rows, ids: &[u32]) -> Vec<(Range<usize>, Option<u32>)> {
+    let set_of = |row: u32| match rows {
+        Rows::All(set) => Some(*set),
+        Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),
+    };
+    let mut runs: Vec<(Range<usize>, Option<u32>)> = Vec::new();
+    for (place, &row) in ids.iter().enumerate() {
+        let set = set_of(row);
+        match runs.last_mut() {
+            Some((run, last)) if *last == set => run.end = place + 1,
+            _ => runs.push((place..place + 1, set)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_fall_into_runs_of_one_set() {
+        let rows = Rows::Segments(vec![(1..3, 0), (3..5, 1)]);
+        assert_eq!(runs(&rows, &[0, 1, 2, 3, 5]), [(0..1, None), (1..3, Some(0)), (3..4, Some(1)), (4..5, None)]);
+        assert_eq!(runs(&Rows::All(2), &[0, 7]), [(0..2, Some(2))]);
+    }
+}

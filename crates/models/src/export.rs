@@ -1,0 +1,91 @@
+//! Writes a plain Hugging Face model folder.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use attune_points::TensorName;
+use candle_core::{DType, Tensor};
+
+use crate::base::Base;
+use crate::error::Error;
+use crate::folder::CONFIG;
+
+/// Files that travel with a model, beside its weights.
+const COMPANIONS: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// Writes the base with `replaced` weights in place of its own into the folder `to`, which is made. Configuration, tokenizer
+/// and chat template are copied from `from`. Tensors are written in `dtype`; `config.json` names it. The same weights give
+/// the same bytes.
+///
+/// # Errors
+/// A name in `replaced` that the model does not have; whatever writing raises.
+pub fn write(
+    base: &Base,
+    replaced: &BTreeMap<TensorName, Tensor>,
+    dtype: DType,
+    from: &Path,
+    to: &Path,
+) -> Result<(), Error> {
+    std::fs::create_dir_all(to).map_err(Error::io(to))?;
+    let mut tensors: HashMap<String, Tensor> = HashMap::new();
+    let infos = base.architecture().tensors();
+    for name in replaced.keys() {
+        if !infos.iter().any(|info| info.name == name.to_string()) {
+            let message = format!("tensor {name} is not one of the model's");
+            return Err(Error::Format { path: to.to_owned(), message });
+        }
+    }
+    for info in infos {
+        let name = TensorName::from_path(&info.name);
+        let tensor = match replaced.get(&name) {
+            Some(tensor) => tensor.to_dtype(dtype)?,
+            None => base.tensor(&name, dtype)?,
+        };
+        tensors.insert(info.name, tensor.contiguous()?);
+    }
+    let file = to.join("model.safetensors");
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    // The library orders tensors by type and name, so the order of the map does not show.
+    safetensors::serialize_to_file(tensors, Some(metadata), &file)
+        .map_err(|error| Error::Format { path: file, message: error.to_string() })?;
+    let config = from.join(CONFIG);
+    let text = std::fs::read(&config).map_err(Error::io(&config))?;
+    let to_config = to.join(CONFIG);
+    std::fs::write(&to_config, with_dtype(&text, dtype, &config)?).map_err(Error::io(&to_config))?;
+    for name in COMPANIONS {
+        match std::fs::copy(from.join(name), to.join(name)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(from.join(name))(error)),
+        }
+    }
+    Ok(())
+}
+
+/// The text of a `config.json` naming the type that the weights are written in, under the spelling that it used.
+fn with_dtype(text: &[u8], dtype: DType, path: &Path) -> Result<Vec<u8>, Error> {
+    let format = |error: serde_json::Error| Error::Format { path: path.to_owned(), message: error.to_string() };
+    let mut config: serde_json::Value = serde_json::from_slice(text).map_err(format)?;
+    let name = match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F64 => "float64",
+        _ => "float32",
+    };
+    if let Some(config) = config.as_object_mut() {
+        let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
+        config.insert(key.to_owned(), name.into());
+    }
+    let mut text = serde_json::to_vec_pretty(&config).map_err(format)?;
+    text.push(b'\n');
+    Ok(text)
+}

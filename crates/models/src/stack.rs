@@ -1,0 +1,77 @@
+//! The components of a job at the sites of a model: slot by slot, what is attached where.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use attune_architecture::SiteId;
+use attune_points::adapter::{Adapter, Attachment};
+use attune_points::{Locals, Params, Result};
+
+/// One slot: a component and its attachments.
+#[derive(Clone)]
+pub struct Slot {
+    adapter: Arc<dyn Adapter>,
+    attachments: BTreeMap<SiteId, Attachment>,
+}
+
+impl Slot {
+    /// A component with the attachments that it made for a model.
+    pub fn new(adapter: Arc<dyn Adapter>, attachments: impl IntoIterator<Item = Attachment>) -> Self {
+        Self { adapter, attachments: attachments.into_iter().map(|at| (at.site.clone(), at)).collect() }
+    }
+
+    /// The component.
+    pub fn adapter(&self) -> &dyn Adapter {
+        &*self.adapter
+    }
+
+    /// Its attachments, by site.
+    pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
+        self.attachments.values()
+    }
+
+    /// What is attached at `site`.
+    pub fn at(&self, site: &SiteId) -> Option<&Attachment> {
+        self.attachments.get(site)
+    }
+}
+
+/// The tensors of an attachment under their local names, taken from a set.
+///
+/// # Errors
+/// A tensor that the set does not hold.
+pub fn locals(at: &Attachment, params: &Params) -> Result<Locals> {
+    let site = at.site.as_str();
+    let found = at.tensors.iter().map(|spec| {
+        let tensor = params.get(&spec.name(site)).ok_or_else(|| attune_points::Error::UnknownTensor {
+            component: site.to_owned(),
+            name: spec.local.to_owned(),
+            declared: params.iter().map(|(name, _)| name.to_string()).collect(),
+        })?;
+        Ok((spec.local, tensor.clone()))
+    });
+    Ok(Locals::new(site, found.collect::<Result<Vec<_>>>()?))
+}
+
+/// All slots, in the order of the banks of a [`attune_points::Theta`]: slot `i` reads bank `i`.
+#[derive(Clone, Default)]
+pub struct Stack {
+    slots: Vec<Slot>,
+}
+
+impl Stack {
+    /// A stack of these slots.
+    pub fn new(slots: Vec<Slot>) -> Self {
+        Self { slots }
+    }
+
+    /// The slots.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// The slot that reads bank `index`.
+    pub fn slot(&self, index: u16) -> Option<&Slot> {
+        self.slots.get(index as usize)
+    }
+}

@@ -1,0 +1,159 @@
+//! Every folder under `golden/`, computed by transformers (`golden/llama_family.py` names the versions).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use attune_models::generate::{Finish, generate};
+use attune_models::{Base, Model, Pass, Sampling, Stack};
+use attune_points::{Bank, BankKind, Grads, Params, TensorId, TensorName, Theta};
+use attune_spec::job::Precision;
+use candle_core::DType;
+
+use crate::support::{CrossEntropy, Golden, difference, golden, largest};
+
+const CASES: [&str; 17] = [
+    "llama",
+    "llama_attention_bias",
+    "llama_head_dim",
+    "llama_old_config",
+    "llama_rope_dynamic",
+    "llama_rope_dynamic_old_config",
+    "llama_rope_linear",
+    "llama_rope_linear_old_config",
+    "llama_rope_llama3",
+    "llama_rope_llama3_old_config",
+    "llama_rope_yarn",
+    "llama_rope_yarn_old_config",
+    "mistral",
+    "mistral_no_window",
+    "qwen2",
+    "qwen2_old_config",
+    "qwen2_window",
+];
+
+/// Both sides compute in f32; the bound that logits have to keep.
+const TOLERANCE: f64 = 1e-4;
+
+fn model(case: &str) -> Model {
+    Model::new(Base::open(&golden(case), Precision::F32).unwrap(), Stack::default())
+}
+
+fn all_files(file: &str) -> impl Iterator<Item = (&'static str, Golden)> {
+    CASES.into_iter().filter_map(move |case| Some((case, Golden::open(case, file)?)))
+}
+
+#[test]
+fn the_list_is_complete() {
+    let folder = golden("");
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let mut found: Vec<String> = entries
+        .filter(|entry| entry.file_type().unwrap().is_dir() && !entry.file_name().to_string_lossy().starts_with('_'))
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    assert_eq!(found, CASES);
+}
+
+#[test]
+fn hidden_rows_logits_and_loss_are_the_references() {
+    let mut compared = 0;
+    for file in ["expected.safetensors", "packed.safetensors"] {
+        for (case, expected) in all_files(file) {
+            let (model, layout, theta) = (model(case), expected.layout(), Theta::default());
+            let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+            for (index, hidden) in model.hidden(&pass).unwrap().iter().enumerate() {
+                // A block of the reference is our attention and MLP blocks together.
+                if index % 2 == 0 {
+                    let name = format!("hidden.{}", index / 2);
+                    let off = difference(hidden, expected.tensor(&name));
+                    assert!(off < TOLERANCE, "{case}/{file}: {name} is off by {off}");
+                }
+            }
+            let off = difference(&model.logits(&pass).unwrap(), expected.tensor("logits"));
+            assert!(off < TOLERANCE, "{case}/{file}: logits are off by {off}");
+            let report = model.score(&pass, &CrossEntropy).unwrap();
+            assert_eq!(report.counts.tokens as i64, expected.ints("label_count")[0], "{case}/{file}");
+            let off = (report.mean() - expected.float("loss")).abs() / expected.float("loss");
+            assert!(off < 1e-5, "{case}/{file}: the loss is off by a factor of {off}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 24, "{compared} files");
+}
+
+#[test]
+fn gradients_of_all_weights_are_the_references() {
+    let mut compared = 0;
+    for (file, batch) in
+        [("gradients.safetensors", "expected.safetensors"), ("packed_gradients.safetensors", "packed.safetensors")]
+    {
+        for (case, expected) in all_files(file) {
+            let model = model(case);
+            let (theta, ids) = all_trained(&model);
+            let layout = Golden::open(case, batch).unwrap().layout();
+            let mut sink = Grads::wanting(ids);
+            let scale = 1.0 / layout.counts().tokens as f64;
+            let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+            model.grad(&pass, &CrossEntropy, scale, &mut sink).unwrap();
+            let found: BTreeMap<String, _> = sink.iter().map(|(id, g)| (id.name.to_string(), g.unwrap())).collect();
+            assert_eq!(
+                found.keys().map(String::as_str).collect::<Vec<_>>(),
+                expected.names().collect::<Vec<_>>(),
+                "{case}"
+            );
+            for (name, gradient) in found {
+                let reference = expected.tensor(&name);
+                let off = difference(gradient, reference) / largest(reference);
+                assert!(off < TOLERANCE, "{case}/{file}: the gradient of {name} is off by a factor of {off}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 80, "{compared} tensors");
+}
+
+/// Every weight of the base as a trained weight.
+fn all_trained(model: &Model) -> (Theta, Vec<TensorId>) {
+    let names = model.base().architecture().tensors().into_iter().map(|info| TensorName::from_path(&info.name));
+    let params: Params = names.map(|name| (name.clone(), model.base().tensor(&name, DType::F32).unwrap())).collect();
+    let bank = Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true };
+    let theta = Theta::single([bank]);
+    let ids = theta.trained().map(|(id, _)| id).collect();
+    (theta, ids)
+}
+
+#[test]
+fn frozen_weights_give_their_gradient_to_a_sink_that_asks() {
+    let expected = Golden::open("qwen2", "gradients.safetensors").unwrap();
+    let (model, theta) = (model("qwen2"), Theta::default());
+    let layout = Golden::open("qwen2", "expected.safetensors").unwrap().layout();
+    let name = TensorName::from_path("model.layers.1.mlp.up_proj.weight");
+    let id = TensorId { owner: attune_points::Owner::Base, name: name.clone() };
+    let mut sink = Grads::wanting([id.clone()]);
+    let scale = 1.0 / layout.counts().tokens as f64;
+    model.grad(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy, scale, &mut sink).unwrap();
+    let reference = expected.tensor(&name.to_string());
+    assert!(difference(sink.get(&id).unwrap(), reference) / largest(reference) < TOLERANCE);
+}
+
+#[test]
+fn greedy_generation_with_a_cache_is_the_references() {
+    let mut compared = 0;
+    for (case, expected) in all_files("generated.safetensors") {
+        let model = model(case);
+        let prompt: Vec<u32> = expected.ints("prompt").into_iter().map(|id| id as u32).collect();
+        let reference: Vec<u32> = expected.ints("generated").into_iter().map(|id| id as u32).collect();
+        let sampling = Sampling { max_tokens: reference.len(), ..Sampling::default() };
+        let mut streamed = Vec::new();
+        let each = |token| {
+            streamed.push(token);
+            true
+        };
+        let generated = generate(&model, &Theta::default(), &prompt, &sampling, each).unwrap();
+        assert_eq!(generated.tokens, reference, "{case}");
+        assert_eq!(streamed, reference, "{case}");
+        assert_eq!(generated.finish, Finish::Length);
+        compared += 1;
+    }
+    assert_eq!(compared, 15);
+}

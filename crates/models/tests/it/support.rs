@@ -1,0 +1,81 @@
+//! What the tests share: golden folders, batches, an objective.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use attune_points::layout::{NO_LABEL, Source};
+use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
+use attune_points::{Layout, Result, Row};
+use candle_core::{DType, Device, Tensor};
+
+pub(crate) fn golden(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden").join(case)
+}
+
+/// The tensors of a golden file.
+pub(crate) struct Golden(BTreeMap<String, Tensor>);
+
+impl Golden {
+    pub(crate) fn open(case: &str, file: &str) -> Option<Self> {
+        let path = golden(case).join(file);
+        let tensors = path.is_file().then(|| candle_core::safetensors::load(path, &Device::Cpu).unwrap())?;
+        Some(Self(tensors.into_iter().collect()))
+    }
+
+    pub(crate) fn tensor(&self, name: &str) -> &Tensor {
+        self.0.get(name).unwrap_or_else(|| panic!("no golden tensor {name}"))
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    pub(crate) fn ints(&self, name: &str) -> Vec<i64> {
+        self.tensor(name).to_dtype(DType::I64).unwrap().to_vec1().unwrap()
+    }
+
+    pub(crate) fn float(&self, name: &str) -> f64 {
+        self.tensor(name).to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()[0]
+    }
+
+    /// The batch: documents, tokens, labels.
+    pub(crate) fn layout(&self) -> Layout {
+        let (ids, labels) = (self.ints("input_ids"), self.ints("labels"));
+        let mut layout = Layout::new();
+        let mut start = 0;
+        for length in self.ints("doc_lengths") {
+            let rows = start..start + length as usize;
+            let label = |label: i64| u32::try_from(label).unwrap_or(NO_LABEL);
+            let rows: Vec<_> = rows.map(|row| (Row::Token(ids[row] as u32), label(labels[row]))).collect();
+            start += rows.len();
+            layout.push(Source::default(), rows);
+        }
+        layout
+    }
+}
+
+/// Plain cross-entropy.
+pub(crate) struct CrossEntropy;
+
+impl Objective for CrossEntropy {
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn chunk(&self, chunk: &ChunkView<'_>) -> Result<ChunkLoss> {
+        Ok(ChunkLoss::CrossEntropy { weight_t: vec![1.0; chunk.rows.len()] })
+    }
+}
+
+/// The largest absolute difference of two tensors.
+pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.shape(), b.shape());
+    let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
+    let difference = (wide(a) - wide(b)).unwrap().abs().unwrap().flatten_all().unwrap();
+    difference.max(0).unwrap().to_scalar().unwrap()
+}
+
+/// The largest absolute value.
+pub(crate) fn largest(a: &Tensor) -> f64 {
+    a.to_dtype(DType::F64).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
