@@ -169,7 +169,8 @@ impl Core {
     /// Takes the time, and spares the workers when it was this scheduler that stood still.
     pub(crate) fn advance(&mut self, now: Timestamp) {
         let now = now.max(self.now);
-        if now.since(self.now) > self.settings.ttl / 2 && self.timers.watches_workers() {
+        let is_stall = now.since(self.now) > self.settings.ttl / 2 && !self.has(Plant::StallBlamed);
+        if is_stall && self.timers.watches_workers() {
             self.timers.spare_workers_until(now.plus(self.settings.ttl));
         }
         self.now = now;

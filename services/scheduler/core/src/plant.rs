@@ -29,4 +29,38 @@ pub(crate) enum Plant {
     NoGrace,
     /// Jobs behind a cancelled one are not looked at.
     KeptForgotten,
+    /// Whoever is in the gang speaks for it.
+    LeaderUnchecked,
+    /// Whoever knows the epoch speaks for it.
+    WorkerUnchecked,
+    /// An offer leaves the checkpoint out.
+    OfferFromScratch,
+    /// The row of a new cohort is not stored.
+    CohortUnstored,
+    /// Workers are expired for the scheduler's own silence.
+    StallBlamed,
+}
+
+#[cfg(test)]
+impl Plant {
+    pub(crate) const ALL: [Self; 18] = [
+        Self::EpochUnchecked,
+        Self::CommitAfterEnd,
+        Self::EpochReused,
+        Self::BackoffForgotten,
+        Self::DevicesForgotten,
+        Self::DependantsForgotten,
+        Self::StopForgotten,
+        Self::FailuresUncounted,
+        Self::CheckpointGoesBack,
+        Self::HoldingIgnored,
+        Self::LeaseEndless,
+        Self::NoGrace,
+        Self::KeptForgotten,
+        Self::LeaderUnchecked,
+        Self::WorkerUnchecked,
+        Self::OfferFromScratch,
+        Self::CohortUnstored,
+        Self::StallBlamed,
+    ];
 }

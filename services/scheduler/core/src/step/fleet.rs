@@ -110,13 +110,14 @@ impl Core {
         holding: &[CohortId],
         draft: &mut Draft,
     ) -> Result<Answer, Refusal> {
+        let forgets = self.has(Plant::DevicesForgotten);
         let worker = self.at_session(id, session)?;
         if beat <= worker.beat {
             return Err(Refusal::StaleBeat { worker: id.clone(), beat, newest: worker.beat });
         }
         worker.beat = beat;
         let n_before = worker.occupied.len();
-        worker.occupied.retain(|cohort, occupied| !occupied.releasing || holding.contains(cohort));
+        worker.occupied.retain(|cohort, occupied| forgets || !occupied.releasing || holding.contains(cohort));
         draft.has_room |= worker.occupied.len() < n_before;
         self.timers.set(Timer::Worker(id.clone()), self.now.plus(self.settings.ttl));
 

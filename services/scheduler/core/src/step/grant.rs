@@ -26,6 +26,8 @@ impl Core {
         self.counters.next_cohort = id.next();
         let is_raised = !self.has(Plant::EpochReused) || self.jobs[&key].epoch.0 == 0;
 
+        let starts_over = self.has(Plant::OfferFromScratch);
+
         let job = self.edit(&key, draft);
         if is_raised {
             job.epoch = job.epoch.next();
@@ -34,7 +36,7 @@ impl Core {
         job.outputs.clear();
         job.workers = workers.iter().cloned().collect();
         let attempt = Attempt { key: key.clone(), epoch: job.epoch };
-        let granted = Granted { attempt: attempt.clone(), checkpoint: job.checkpoint };
+        let granted = Granted { attempt: attempt.clone(), checkpoint: job.checkpoint.filter(|_| !starts_over) };
         let n_devices = job.request.resources.n_devices.get();
         self.move_to(&key, State::Starting, Reason::Granted, draft);
 

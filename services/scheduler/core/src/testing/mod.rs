@@ -59,8 +59,5 @@ pub(crate) fn checked_step(core: &mut Core, input: &Input, now: Timestamp) -> Re
             return Err(format!("{input:?} was {:?} and changed the state", effects.answer));
         }
     }
-    if effects.wake.is_some_and(|wake| wake < now) {
-        return Err(format!("a tick is wanted at {:?}, before {now}", effects.wake));
-    }
     Ok(effects)
 }
