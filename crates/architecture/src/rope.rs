@@ -66,9 +66,10 @@ pub enum RopeScaling {
 }
 
 impl Rope {
-    /// Whether frequencies depend on the length of the document.
-    pub const fn depends_on_length(&self) -> bool {
-        matches!(self.scaling, RopeScaling::Dynamic { .. })
+
+    /// Whether the frequencies for `length` positions differ from those for one position fewer.
+    pub const fn changes_at(&self, length: usize) -> bool {
+        matches!(self.scaling, RopeScaling::Dynamic { max_position, .. } if length as u64 > max_position)
     }
 
     /// The factor on cos and sin.

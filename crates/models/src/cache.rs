@@ -10,7 +10,12 @@ pub struct BlockCache {
 }
 
 impl BlockCache {
-    /// Appends the keys and values of new rows, `[T, K, W]`, and returns those of all rows.
+    /// Number of rows that it holds.
+    pub(crate) fn rows(&self) -> usize {
+        self.keys_values.as_ref().map_or(0, |(keys, _)| keys.dims()[0])
+    }
+
+    /// Appends the (rotated) keys and the values of new rows, `[T, K, W]`, and returns those of all rows.
     pub(crate) fn extend(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let all = match self.keys_values.take() {
             None => (k.clone(), v.clone()),

@@ -77,7 +77,14 @@ pub fn generate(
             return Ok(Generated { tokens, finish: Finish::Callback });
         }
         if tokens.len() < sampling.max_tokens {
-            logits = model.decode(theta, &[token], &mut caches)?;
+            let length = prompt.len() + tokens.len();
+            logits = if model.base().architecture().rope.changes_at(length) {
+                // Every frequency has changed, so nothing that was computed for the shorter text can be kept.
+                caches = model.caches();
+                model.decode(theta, &[prompt, &tokens].concat(), &mut caches)?
+            } else {
+                model.decode(theta, &[token], &mut caches)?
+            };
         }
     }
 }

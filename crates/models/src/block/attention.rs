@@ -47,13 +47,11 @@ impl Block for Attention {
     fn decode(&self, x: &[Tensor], cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let x_td = &x[0];
         let (q, k, v) = self.project(x_td, cx)?;
-        // Keys are kept as they are before rotation: with dynamic scaling every rotation changes as the document grows.
+        let (start, rows) = (cache.rows(), q.dim(0)?);
+        let RopeTables { cos, sin } = RopeTables::new(cx.base.architecture(), &[rows], start, cx.dtype)?;
+        let (q, k) = (ops::rope(&q, &cos, &sin)?, ops::rope(&k, &cos, &sin)?);
         let (k, v) = cache.extend(&k, &v)?;
-        let (rows, keys) = (q.dim(0)?, k.dim(0)?);
-        let tables = RopeTables::new(cx.base.architecture(), &[keys], 0, cx.dtype)?;
-        let of_new = |table: &Tensor| table.narrow(0, keys - rows, rows);
-        let q = ops::rope(&q, &of_new(&tables.cos)?, &of_new(&tables.sin)?)?;
-        let k = ops::rope(&k, &tables.cos, &tables.sin)?;
+        let keys = start + rows;
         let mask = mask(rows, keys, self.window, cx.dtype)?;
         let o = attend(&q.unsqueeze(0)?, &k.unsqueeze(0)?, &v.unsqueeze(0)?, mask.as_ref())?;
         Ok(vec![(x_td + cx.linear(&self.sites[4], &o)?)?])
