@@ -46,7 +46,7 @@ pub(super) struct Inner {
     pub(super) place: String,
     /// Blobs whose stored bytes were found wrong by this process: they count as missing, so that the next push of the
     /// right bytes replaces them.
-    corrupt: Mutex<BTreeSet<(Project, Digest)>>,
+    corrupt: Mutex<BTreeSet<(Project, BlobRef)>>,
 }
 
 impl BlobStore {
@@ -98,7 +98,7 @@ impl BlobStore {
             let put = objects.put_opts(&key, payload, PutMode::Overwrite.into()).await;
             put.map_err(|e| Error::from_store(self.place(), format!("storing blob {}", blob.digest), e))?;
         }
-        self.corrupt().remove(&(project.clone(), blob.digest));
+        self.corrupt().remove(&(project.clone(), blob));
         fail::fail_point!("artifacts::blob_stored", |_| Err(self.injected("artifacts::blob_stored")));
         Ok(Put::Stored)
     }
@@ -128,12 +128,12 @@ impl BlobStore {
             let mut corrupt = inner.corrupt.lock().unwrap_or_else(PoisonError::into_inner);
             if right {
                 // An earlier read may have been spoiled on its way.
-                corrupt.remove(&(project, blob.digest));
+                corrupt.remove(&(project, blob));
                 return;
             }
             tracing::error!(place = inner.place, %project, blob = %blob, "stored blob is corrupt");
             if corrupt.len() < CORRUPT_MAX {
-                corrupt.insert((project, blob.digest));
+                corrupt.insert((project, blob));
             }
         });
         BlobBody::new(found, blob, self.place(), verdict)
@@ -191,7 +191,7 @@ impl BlobStore {
     /// What the store answered, other than that it has no such object.
     pub async fn has(&self, project: &Project, blob: BlobRef) -> Result<bool> {
         match self.inner.objects.head(&blob_key(project, &blob.digest)).await {
-            Ok(meta) => Ok(meta.size == blob.size_bytes && !self.corrupt().contains(&(project.clone(), blob.digest))),
+            Ok(meta) => Ok(meta.size == blob.size_bytes && !self.corrupt().contains(&(project.clone(), blob))),
             Err(StoreError::NotFound { .. }) => Ok(false),
             Err(e) => Err(Error::from_store(self.place(), format!("looking for blob {}", blob.digest), e)),
         }
@@ -240,7 +240,7 @@ impl BlobStore {
     /// What the store answered.
     pub async fn delete_blob(&self, project: &Project, digest: &Digest) -> Result<()> {
         self.delete(&blob_key(project, digest)).await?;
-        self.corrupt().remove(&(project.clone(), *digest));
+        self.corrupt().retain(|(of, blob)| of != project || blob.digest != *digest);
         Ok(())
     }
 
@@ -262,7 +262,7 @@ impl BlobStore {
         Error::Unavailable { place: self.place().into(), doing, source: "injected".into() }
     }
 
-    fn corrupt(&self) -> std::sync::MutexGuard<'_, BTreeSet<(Project, Digest)>> {
+    fn corrupt(&self) -> std::sync::MutexGuard<'_, BTreeSet<(Project, BlobRef)>> {
         self.inner.corrupt.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,33 +1,17 @@
-//! PEFT's layout of a LoRA adapter: `adapter_config.json`, the names of its tensors, and the folder that holds both.
-//!
-//! Follows what peft 0.21.2 writes. Keys that are not known here are ignored on reading; on writing every key below is
-//! there, sorted, with two spaces of indent.
+//! `adapter_config.json`. Keys that are not known here are ignored on reading; on writing every key below is there,
+//! sorted, with two spaces of indent.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{Read as _, Write as _};
-use std::path::Path;
 
 use attune_spec::Fault;
 use serde::{Deserialize, Serialize};
 
-use super::safetensors::{self, Tensor};
-use super::write_file;
 use crate::error::{Error, Result};
 
 /// The configuration's file name.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The tensors' file name.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// The model card's file name.
-pub const CARD_FILE: &str = "README.md";
 /// The version whose layout is followed, written as `peft_version`.
 pub const PEFT_VERSION: &str = "0.21.2";
-/// What PEFT puts before a module's path in the name of a tensor.
-pub const PREFIX: &str = "base_model.model.";
-
-/// Largest `adapter_config.json`: rank patterns of every site of a large model fit many times.
-const CONFIG_BYTES_MAX: u64 = 16 << 20;
 
 /// Modules by name or by pattern.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,6 +160,10 @@ impl LoraConfig {
         if config.r == 0 {
             return Err(refuse("r", "is 0; expected at least 1".into()));
         }
+        if let Some((key, _)) = config.rank_pattern.iter().find(|(_, rank)| **rank == 0) {
+            let shown: String = key.chars().take(200).collect();
+            return Err(refuse("rank_pattern", format!("has the rank 0 for {shown:?}; expected at least 1")));
+        }
         Ok(config)
     }
 
@@ -227,12 +215,6 @@ impl LoraConfig {
         let message = "asks for more than plain LoRA, which this version does not read";
         asked.into_iter().filter(|(_, asked)| *asked).map(|(key, _)| Fault::new(key, message)).collect()
     }
-
-    /// The factor on `B A x` at rank `rank` and alpha `alpha`, which are the configuration's own or a pattern's.
-    pub fn scaling(&self, rank: u32, alpha: f64) -> f64 {
-        let rank = f64::from(rank);
-        if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank }
-    }
 }
 
 /// Whether `name` has the form of a hub id: `name` or `owner/name`, nothing that could be a path.
@@ -248,72 +230,99 @@ pub fn is_hub_id(name: &str) -> bool {
     parts.by_ref().take(2).all(part) && parts.next().is_none()
 }
 
-/// Which half of a pair of factors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Factor {
-    /// `A`, shape `[r, in]`.
-    A,
-    /// `B`, shape `[out, r]`.
-    B,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The name of a factor's tensor: `base_model.model.<module>.lora_A.weight`.
-pub fn tensor_name(module: &str, factor: Factor) -> String {
-    let letter = match factor {
-        Factor::A => 'A',
-        Factor::B => 'B',
-    };
-    format!("{PREFIX}{module}.lora_{letter}.weight")
-}
-
-/// The module and factor that a tensor's name says; nothing when it is no factor of a linear LoRA.
-pub fn parse_tensor_name(name: &str) -> Option<(&str, Factor)> {
-    let rest = name.strip_prefix(PREFIX)?;
-    let by = |suffix: &str, factor| {
-        rest.strip_suffix(suffix).filter(|module| !module.is_empty()).map(|module| (module, factor))
-    };
-    by(".lora_A.weight", Factor::A).or_else(|| by(".lora_B.weight", Factor::B))
-}
-
-/// Writes an adapter folder (made if absent): configuration, tensors with `format: pt`, and a card if there is one.
-/// The same input gives the same bytes. Blocks.
-///
-/// # Errors
-/// As [`LoraConfig::render`] and [`safetensors::write`]; [`Error::Io`], [`Error::Full`].
-pub fn write_folder(folder: &Path, config: &LoraConfig, tensors: &[Tensor<'_>], card: Option<&str>) -> Result<()> {
-    let text = config.render()?;
-    fs::create_dir_all(folder).map_err(|e| Error::io("create the folder", folder, e))?;
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::write(&folder.join(WEIGHTS_FILE), tensors, &metadata)?;
-    if let Some(card) = card {
-        write_file(&folder.join(CARD_FILE), |file| file.write_all(card.as_bytes()))?;
-    }
-    write_file(&folder.join(CONFIG_FILE), |file| file.write_all(text.as_bytes()))
-}
-
-/// Reads the configuration and validates the tensors' header of an adapter folder. Blocks.
-///
-/// # Errors
-/// As [`LoraConfig::parse`] and [`safetensors::Header::read`]; [`Error::NotFound`] when a file is missing.
-pub fn read_folder(folder: &Path) -> Result<(LoraConfig, safetensors::Header)> {
-    let path = folder.join(CONFIG_FILE);
-    let mut text = Vec::new();
-    let read = fs::File::open(&path).and_then(|file| file.take(CONFIG_BYTES_MAX + 1).read_to_end(&mut text));
-    read.map_err(|e| missing(folder, CONFIG_FILE, Error::io("read", &path, e)))?;
-    if text.len() as u64 > CONFIG_BYTES_MAX {
-        let faults = vec![Fault::new("", format!("is larger than {CONFIG_BYTES_MAX} bytes"))];
-        return Err(Error::Refused { what: path.display().to_string(), faults });
-    }
-    let config = LoraConfig::parse(&text)?;
-    let header = safetensors::Header::read(&folder.join(WEIGHTS_FILE)).map_err(|e| missing(folder, WEIGHTS_FILE, e))?;
-    Ok((config, header))
-}
-
-fn missing(folder: &Path, name: &str, error: Error) -> Error {
-    match error {
-        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            Error::NotFound { what: name.into(), place: folder.display().to_string() }
+    #[test]
+    fn a_written_configuration_has_sorted_keys_and_reads_back() {
+        let config = LoraConfig {
+            base_model_name_or_path: Some("HuggingFaceTB/SmolLM2-135M".into()),
+            lora_alpha: 32.0,
+            r: 16,
+            target_modules: Some(Modules::Names(vec!["model.layers.0.self_attn.q_proj".into()])),
+            alpha_pattern: BTreeMap::from([("q_proj".into(), 1.5)]),
+            ..LoraConfig::default()
+        };
+        let text = config.render().unwrap();
+        assert_eq!(LoraConfig::parse(text.as_bytes()).unwrap(), config);
+        assert!(text.contains("\n  \"lora_alpha\": 32,\n") && text.contains("\"q_proj\": 1.5"), "{text}");
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let keys: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+        assert!(keys.is_sorted(), "{keys:?}");
+        // What other tools look at, and must therefore be there whatever the values are.
+        for key in [
+            "peft_type",
+            "task_type",
+            "base_model_name_or_path",
+            "revision",
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "bias",
+            "fan_in_fan_out",
+            "init_lora_weights",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+            "layers_to_transform",
+            "layers_pattern",
+            "use_rslora",
+            "use_dora",
+            "inference_mode",
+            "peft_version",
+        ] {
+            assert!(value.get(key).is_some(), "{key} is not written");
         }
-        other => other,
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_named() {
+        let parse = |text: &str| LoraConfig::parse(text.as_bytes()).map(|_| ()).unwrap_err().to_string();
+        assert!(parse("{\"peft_type\": \"LOHA\", \"r\": 8}").contains("`peft_type` is \"LOHA\""));
+        assert!(parse("{\"r\": 0}").contains("`r` is 0"));
+        assert!(parse("{\"rank_pattern\": {\"q\": 0}}").contains("`rank_pattern` has the rank 0 for \"q\""));
+        assert!(parse("{\"r\": -1}").contains("cannot be read"));
+        assert!(parse(&"[".repeat(100_000)).contains("cannot be read"));
+        let odd = br#"{"use_dora": true, "bias": "all", "modules_to_save": ["lm_head"], "layer_replication": [[0, 1]],
+            "target_parameters": ["experts.up"], "trainable_token_indices": [1], "lora_bias": true, "fan_in_fan_out": true}"#;
+        let keys: Vec<_> =
+            LoraConfig::parse(odd).unwrap().beyond_plain().into_iter().map(|f| f.path.to_string()).collect();
+        assert_eq!(
+            keys,
+            [
+                "bias",
+                "fan_in_fan_out",
+                "layer_replication",
+                "lora_bias",
+                "modules_to_save",
+                "target_parameters",
+                "trainable_token_indices",
+                "use_dora",
+            ]
+        );
+        assert!(LoraConfig::default().beyond_plain().is_empty());
+    }
+
+    #[test]
+    fn a_local_path_is_no_name_of_a_base() {
+        let render =
+            |base: &str| LoraConfig { base_model_name_or_path: Some(base.into()), ..LoraConfig::default() }.render();
+        let digest = format!("blake3:{}", "0".repeat(64));
+        for good in ["gpt2", "owner/name-1.5_b", digest.as_str()] {
+            render(good).unwrap();
+        }
+        for bad in
+            ["/models/base", "./base", "../base", "a/b/c", "~/base", "C:\\base", "file:///x", "", "a/", "-x/y", "a/..b"]
+        {
+            let error = render(bad).unwrap_err().to_string();
+            assert!(
+                error.contains("`base_model_name_or_path`") && error.contains("never a local path"),
+                "{bad}: {error}"
+            );
+        }
+        let error = LoraConfig { lora_alpha: f64::NAN, ..LoraConfig::default() }.render().unwrap_err().to_string();
+        assert!(error.contains("`lora_alpha` is NaN"), "{error}");
     }
 }
