@@ -64,6 +64,8 @@ pub mod invariants;
 pub mod placement;
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod sim;
 #[cfg(test)]
 mod testing;

@@ -222,7 +222,7 @@ impl World {
             Next::Revive { agent, adopts } => self.revive(agent, adopts),
             Next::Heal(agent) => self.cut[agent] = Link::default(),
             Next::Person => self.person()?,
-            Next::Fault => self.fault(),
+            Next::Fault => self.fault()?,
             Next::Calm => self.calm()?,
             Next::Resume => {
                 let paused = self.store.jobs.values().filter(|job| job.state == State::Paused);
@@ -468,16 +468,16 @@ impl World {
     }
 
     /// Something breaks.
-    fn fault(&mut self) {
+    fn fault(&mut self) -> Result<(), String> {
         if self.is_calm {
-            return;
+            return Ok(());
         }
         let wait_ms = self.rng.between(200, 3000);
         self.after(wait_ms, Next::Fault);
         let agent = self.rng.below(self.agents.len() as u64) as usize;
         let long_ms = self.rng.between(100, 9000);
         match self.rng.below(10) {
-            9 => self.lie(agent),
+            9 => self.lie(agent)?,
             0 => {
                 self.tally.fault("a worker died");
                 let adopts = self.rng.chance(300);
@@ -519,16 +519,21 @@ impl World {
             7 => self.crash = Some(Crash::BeforeStore),
             _ => self.crash = Some(Crash::AfterStore),
         }
+        Ok(())
     }
 
     /// A worker speaks for an attempt that is not its own, or that nobody has.
-    fn lie(&mut self, agent: usize) {
+    fn lie(&mut self, agent: usize) -> Result<(), String> {
+        if self.stalled_until_ms > self.now_ms {
+            // Until it is heard it might have become true.
+            return Ok(());
+        }
         let jobs: Vec<&Job> = self.store.jobs.values().filter(|job| job.state.is_live()).collect();
-        let Some(job) = self.rng.pick(&jobs) else { return };
+        let Some(job) = self.rng.pick(&jobs) else { return Ok(()) };
         let (key, epoch) = (job.key.clone(), job.epoch);
         let leads = |cohort: &Cohort| cohort.is_led_by(&self.agents[agent].id);
         if job.cohort.and_then(|id| self.store.cohorts.get(&id)).is_some_and(leads) {
-            return;
+            return Ok(());
         }
         self.tally.fault("a lie");
         let worker = self.agents[agent].id.clone();
@@ -539,7 +544,7 @@ impl World {
         } else {
             Input::AttemptFinished { key, epoch, worker, outcome: Outcome::Succeeded }
         };
-        self.after(1, Next::ToCore { input, from: None });
+        self.feed(input, None)
     }
 
     /// The faults stop, and everybody comes back.
