@@ -63,7 +63,10 @@ pub(crate) fn check(root: &Path, files: &[Found], kind: Kind) -> Result<Vec<Faul
             match safetensors::Header::read_from(&mut file, size, path) {
                 Ok(header) => drop(headers.insert(path, header)),
                 Err(Error::Refused { faults: found, .. }) => {
-                    faults.extend(found.into_iter().map(|fault| Fault::new(path, fault.to_string())));
+                    faults.extend(found.into_iter().map(|fault| match fault.path.as_str() {
+                        "" => Fault::new(path, fault.message),
+                        tensor => Fault::new(path, format!("has the tensor {tensor:?}, which {}", fault.message)),
+                    }));
                 }
                 Err(other) => return Err(other),
             }

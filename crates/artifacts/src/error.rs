@@ -186,7 +186,12 @@ fn is_full(error: &io::Error) -> bool {
 
 fn join(faults: &[Fault]) -> String {
     const SHOWN: usize = 20;
-    let mut text = faults.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    // A fault of the whole needs no name: what it is about stands before the list.
+    let shown = |fault: &Fault| match fault.path.as_str() {
+        "" => fault.message.clone(),
+        _ => fault.to_string(),
+    };
+    let mut text = faults.iter().take(SHOWN).map(shown).collect::<Vec<_>>().join("; ");
     if faults.len() > SHOWN {
         text.push_str(&format!("; and {} more", faults.len() - SHOWN));
     }

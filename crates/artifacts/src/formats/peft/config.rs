@@ -48,6 +48,7 @@ pub enum InitWeights {
 #[serde(default)]
 pub struct LoraConfig {
     /// Alpha by pattern of module paths.
+    #[serde(serialize_with = "numbers")]
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Set by PEFT for models without a task type.
     pub auto_mapping: Option<serde_json::Value>,
@@ -134,6 +135,16 @@ impl Default for LoraConfig {
             use_rslora: false,
         }
     }
+}
+
+fn numbers<S: serde::Serializer>(values: &BTreeMap<String, f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    struct Number(f64);
+    impl Serialize for Number {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            number(&self.0, serializer)
+        }
+    }
+    serializer.collect_map(values.iter().map(|(key, value)| (key, Number(*value))))
 }
 
 /// PEFT writes whole alphas as integers.
