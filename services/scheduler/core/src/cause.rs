@@ -125,6 +125,32 @@ impl Cause {
     }
 }
 
+impl Cause {
+    /// The cause in words, for people; lower case, no full stop.
+    pub fn words(self) -> String {
+        let text = match self {
+            Self::ChildKilled { signal } => return format!("the training process was killed by signal {signal}"),
+            Self::ChildExited { code } => return format!("the training process exited with status {code}"),
+            Self::ChildPanicked => "the training process panicked",
+            Self::OutOfMemory => "memory ran out; a smaller batch_tokens or max_length needs less",
+            Self::WorkerLost => "the worker was not heard of for a whole lease, or came back without the attempt",
+            Self::LeaseExpired => "the worker stopped reporting the attempt",
+            Self::OfferLost => "the worker never received the attempt",
+            Self::Hung => "the training process made no progress within its limit",
+            Self::StoreUnavailable => "the artifact store could not be reached",
+            Self::DiskFull => "a disk is full",
+            Self::Corrupt => "bytes did not match their digest",
+            Self::SpecFault => "the job's specification is at fault",
+            Self::DataFault => "the job's data is at fault",
+            Self::NotFinite => "a loss, gradient or weight was not finite; a lower learning rate may help",
+            Self::NoGradient => "a tensor that should train got no gradient",
+            Self::TimeLimit => "the job ran for longer than it may",
+            Self::Internal => "an internal error",
+        };
+        text.to_owned()
+    }
+}
+
 /// The stored form: the code, with the signal or exit status in parentheses where there is one.
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

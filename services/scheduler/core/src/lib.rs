@@ -79,7 +79,7 @@ pub use input::{Commit, Input, Outcome};
 pub use job::{Checkpoint, Job, JobKey, Request};
 pub use machine::{Core, Counters, Settings};
 pub use reason::Reason;
-pub use refusal::Refusal;
+pub use refusal::{Refusal, RefusalKind};
 pub use resources::{Device, Devices, Resources, Wanted};
 pub use state::{State, Stop};
 pub use time::Timestamp;

@@ -243,4 +243,46 @@ mod tests {
             assert_eq!(blocked(ahead, Ask { key, resources, prefer }, &seats(&rows)), expected, "{key} on {fleet}");
         }
     }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+        #[test]
+        fn gangs_are_whole_and_one_look_is_enough(
+            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3), 0..9),
+            fleet in proptest::collection::vec((0_u32..5, 0_u32..5, 0_u32..3, 0_u32..3, 0_usize..2), 0..7),
+        ) {
+            let (kinds, zones) = (["any", "cpu", "cuda"], ["", "us", "eu"]);
+            let ask = |(n, &(workers, devices, kind, zone)): (usize, &(u32, u32, usize, usize))| {
+                let zone = if zone == 0 { String::new() } else { format!("::{}", zones[zone]) };
+                format!("j{n}:{workers}x{devices}:{}{zone}", kinds[kind])
+            };
+            let seat = |(n, &(cpu, n_cpu, cuda, n_cuda, zone)): (usize, &(u32, u32, u32, u32, usize))| {
+                format!("w{n}:{}/{n_cpu}:{}/{n_cuda}:{}", cpu.min(n_cpu), cuda.min(n_cuda), zones[1 + zone])
+            };
+            let asks = asks(&queue.iter().enumerate().map(ask).collect::<Vec<_>>().join(" "));
+            let mut rows = rows(&fleet.iter().enumerate().map(seat).collect::<Vec<_>>().join(" "));
+            let view = |(key, resources, prefer)| Ask { key, resources, prefer };
+            let queue = || asks.iter().map(|(key, resources, prefer)| view((key, resources, prefer)));
+            let placements = place(queue(), &seats(&rows));
+
+            // The order in which workers are listed decides nothing.
+            let reversed: Vec<Row> = rows.iter().rev().cloned().collect();
+            proptest::prop_assert_eq!(&placements, &place(queue(), &seats(&reversed)));
+            for Placement { key, device, workers } in &placements {
+                let (_, resources, _) = asks.iter().find(|(asked, ..)| asked == key).unwrap();
+                let distinct: BTreeSet<_> = workers.iter().collect();
+                proptest::prop_assert_eq!((workers.len(), distinct.len()), (resources.n_workers.get() as usize, workers.len()));
+                proptest::prop_assert!(resources.device.kinds().contains(device));
+                for (worker, _, free, labels) in &mut rows {
+                    if workers.contains(worker) {
+                        proptest::prop_assert!(free.of(*device) >= resources.n_devices.get());
+                        proptest::prop_assert!(resources.labels.iter().all(|(name, value)| labels.get(name) == Some(value)));
+                        *free = free.without(*device, resources.n_devices.get());
+                    }
+                }
+            }
+            let rest = queue().filter(|ask| placements.iter().all(|placement| placement.key != *ask.key));
+            proptest::prop_assert_eq!(place(rest, &seats(&rows)), Vec::new());
+        }
+    }
 }

@@ -89,6 +89,35 @@ impl Reason {
         }
     }
 
+    /// The reason in words, for people; lower case, no full stop.
+    pub fn words(self) -> String {
+        let text = match self {
+            Self::DependencyPending => "a job that it comes after has not succeeded yet",
+            Self::Submitted => "submitted",
+            Self::DependenciesMet => "all jobs that it comes after have succeeded",
+            Self::Resumed => "resumed",
+            Self::Preempted => "preempted; it waits for its next turn",
+            Self::BackoffOver => "the wait after a failed attempt is over",
+            Self::RetryAsked => "the wait after a failed attempt was cut short",
+            Self::Granted => "granted to its workers",
+            Self::Started => "training",
+            Self::PreemptAsked => "its devices are wanted for another job",
+            Self::WorkerDraining => "one of its workers is being drained",
+            Self::PauseAsked => "paused on request",
+            Self::CancelAsked => "cancelled on request",
+            Self::DependencyFailed => "a job that it comes after failed or was cancelled",
+            Self::Finished => "done",
+            Self::Failure(cause) => return cause.words(),
+            Self::AttemptsExhausted(cause) => {
+                return format!("no attempts are left; the last failed: {}", cause.words());
+            }
+            Self::Quarantined(cause) => {
+                return format!("several workers were lost while they ran it, the last like this: {}", cause.words());
+            }
+        };
+        text.to_owned()
+    }
+
     /// The cause of the failure that this reason reports, if it reports one.
     pub const fn cause(self) -> Option<Cause> {
         match self {
@@ -152,6 +181,7 @@ mod tests {
         for reason in PLAIN.into_iter().chain(with_cause) {
             assert_eq!(reason.to_string().parse::<Reason>().unwrap(), reason);
             assert!(State::ALL.iter().any(|state| state.allows(reason)), "{reason}");
+            assert!(!reason.words().is_empty() && !reason.words().ends_with('.'), "{reason}");
         }
         assert_eq!(with_cause[0].to_string(), "failure(child_killed(9))");
         for bad in ["", "failure", "failure(", "failure(rust)", "submitted(hung)", "failure(hung))"] {

@@ -135,3 +135,41 @@ pub enum Refusal {
         newest: u64,
     },
 }
+
+/// What whoever was refused can do: a closed list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RefusalKind {
+    /// Nothing of that name is known. A worker lets go of the attempt.
+    NotFound,
+    /// The name is taken.
+    Exists,
+    /// Wait for another state, or ask for something else.
+    Precondition,
+    /// The worker lets go of the attempt: it is over, or was never its own.
+    AttemptOver,
+    /// Nothing: something newer has arrived before.
+    Superseded,
+    /// The worker registers again.
+    Unregistered,
+}
+
+impl Refusal {
+    /// What whoever was refused can do.
+    pub const fn kind(&self) -> RefusalKind {
+        match self {
+            Self::UnknownJob { .. } => RefusalKind::NotFound,
+            Self::JobExists { .. } => RefusalKind::Exists,
+            Self::UnknownDependency { .. } | Self::WrongState { .. } | Self::NoProgress { .. } => {
+                RefusalKind::Precondition
+            }
+            Self::StaleEpoch { .. }
+            | Self::UnknownEpoch { .. }
+            | Self::AttemptOver { .. }
+            | Self::NotItsLease { .. }
+            | Self::NotTheLeader { .. }
+            | Self::CohortOver { .. } => RefusalKind::AttemptOver,
+            Self::OlderCheckpoint { .. } | Self::StaleBeat { .. } => RefusalKind::Superseded,
+            Self::UnknownWorker { .. } | Self::StaleSession { .. } => RefusalKind::Unregistered,
+        }
+    }
+}
