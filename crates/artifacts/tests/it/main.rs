@@ -7,6 +7,8 @@ mod caching;
 mod compatibility;
 mod conformance;
 mod disk;
+#[cfg(feature = "failpoints")]
+mod failpoints;
 mod golden;
 mod support;
 mod unpacking;

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs a command beside an S3 server of its own (moto, in memory) and ends the server with it:
+#
+#   tests/services/s3.sh cargo nextest run -p attune-artifacts s3::
+#
+# Needs Python 3 with venv; moto is installed once from PyPI into target/services.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ $# -gt 0 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+venv="${CARGO_TARGET_DIR:-target}/services/moto"
+[ -x "$venv/bin/moto_server" ] || {
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet 'moto[server]==5.2.5'
+}
+
+log="$(mktemp)"
+PYTHONUNBUFFERED=1 "$venv/bin/moto_server" -H 127.0.0.1 -p 0 >"$log" 2>&1 &
+server=$!
+trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; rm -f "$log"' EXIT
+for _ in $(seq 300); do
+  url="$(sed -n 's/.*Running on \(http:[^ ]*\).*/\1/p' "$log" | head -1)"
+  [ -z "$url" ] || break
+  kill -0 "$server" 2>/dev/null || { cat "$log" >&2; exit 1; }
+  sleep 0.1
+done
+[ -n "$url" ] || { echo "the server did not say where it listens:" >&2; cat "$log" >&2; exit 1; }
+
+export AWS_ENDPOINT_URL="$url" AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test AWS_REGION=us-east-1
+python3 - "$url/attune" <<'EOF'
+import sys, urllib.request
+urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="PUT")).read()
+EOF
+export ATTUNE_TEST_S3="s3://attune/test"
+"$@"
