@@ -1,1 +1,3 @@
-//! Placeholder while the room is being furnished.
+//! One run: from a resolved plan to its artifacts.
+
+pub mod protocol;

@@ -1,0 +1,238 @@
+//! What a worker's agent and the process that trains say to each other: JSON, one message a line.
+//!
+//! The agent writes one [`Request`], then [`Command`]s, to the process's standard input and reads [`Event`]s from its
+//! standard output; standard error is the log. The process ends when its input ends, so that it never outlives its agent.
+//! It knows no server and no store: inputs are folders that the agent has verified, outputs are folders that it announces.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use attune_spec::Fault;
+use attune_spec::id::{Digest, Step, Tokens};
+use attune_spec::job::Plan;
+use serde::{Deserialize, Serialize};
+
+/// The version of these messages; both sides are built together, so another version is refused.
+pub const VERSION: u32 = 1;
+
+/// What is to be done. The first line of the process's input.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The job's name, for model cards.
+    pub name: String,
+    /// What will run.
+    pub plan: Plan,
+    /// Where each input artifact lies: a file's or a folder's verified copy, by digest.
+    pub inputs: BTreeMap<Digest, PathBuf>,
+    /// An empty folder for checkpoints and outputs.
+    pub work: PathBuf,
+    /// Ranks of data-parallel training in this process.
+    pub ranks: u32,
+    /// The checkpoint to go on from: a folder as this program wrote it.
+    pub resume: Option<PathBuf>,
+}
+
+/// What the agent asks for while the run goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// Write a checkpoint after the current step, then end.
+    CheckpointAndStop,
+    /// Write a checkpoint after the current step, and go on.
+    Checkpoint,
+    /// The announced checkpoint is stored; its folder may be deleted.
+    CheckpointStored {
+        /// The checkpoint's step.
+        step: Step,
+    },
+}
+
+/// Which part of starting is going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// The base and its tokeniser are loaded.
+    Base,
+    /// Data is read, checked and tokenised.
+    Data,
+    /// One forward and backward pass over the largest batch that can occur.
+    Rehearsal,
+    /// The validation loss before the first step is measured.
+    Evaluation,
+}
+
+/// What a folder that is announced as output holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputKind {
+    /// An adapter in PEFT's layout.
+    Adapter,
+    /// A whole model.
+    Model,
+    /// What was measured.
+    Report,
+}
+
+/// Which of a run's results an output is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputRole {
+    /// What the job is for: it gets the job's tag.
+    Result,
+    /// A plain model folder with the adapter merged in.
+    Merged,
+    /// The report.
+    Report,
+}
+
+/// One thing that was measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Metric {
+    /// Its name, as in `train/loss`.
+    pub name: String,
+    /// Its value.
+    pub value: f64,
+}
+
+/// What the run was like; no part of any output.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// Steps of the whole run.
+    pub steps: Step,
+    /// Tokens of the whole run.
+    pub tokens: Tokens,
+    /// Trained parameters.
+    pub trained_parameters: u64,
+    /// Mean speed of this attempt's steps.
+    pub tokens_per_second: f64,
+    /// The largest resident memory of the process.
+    pub peak_memory_bytes: u64,
+    /// Validation loss by set, before the first step.
+    pub before: BTreeMap<String, f64>,
+    /// Validation loss by set, after the last step.
+    pub after: BTreeMap<String, f64>,
+}
+
+/// Why a run failed, by what can be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureClass {
+    /// The job asks for something that cannot be: its file, its data or its base is wrong.
+    Input,
+    /// A gradient or a loss was not finite, or did not reach the weights.
+    Numeric,
+    /// There was not enough memory.
+    Memory,
+    /// A file could not be read or written, or a remote object did not answer.
+    Io,
+    /// A fault of this program.
+    Internal,
+}
+
+impl FailureClass {
+    /// Whether the same attempt may succeed when it is made again.
+    pub const fn is_retryable(self) -> bool {
+        match self {
+            Self::Input | Self::Numeric => false,
+            Self::Memory | Self::Io | Self::Internal => true,
+        }
+    }
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A part of starting begins.
+    Starting {
+        /// Which.
+        phase: Phase,
+    },
+    /// Everything is ready; steps begin.
+    Running {
+        /// The step that the run goes on from.
+        step: Step,
+        /// Steps of the whole run.
+        total_steps: Step,
+        /// What the run will compute with: instruction set and versions. The same profile gives the same bits.
+        kernel_profile: String,
+        /// Content digests of inputs that are read where they lie, by URL or path.
+        pinned: BTreeMap<String, Digest>,
+    },
+    /// A step is done.
+    Progress {
+        /// Steps done.
+        step: Step,
+        /// Steps of the whole run.
+        total_steps: Step,
+        /// Tokens of the whole run so far.
+        tokens: Tokens,
+        /// Speed of the last steps.
+        tokens_per_second: f64,
+        /// Seconds to the end at that speed.
+        eta_seconds: f64,
+    },
+    /// Things that were measured at a step.
+    Metrics {
+        /// Steps done.
+        step: Step,
+        /// Tokens of the whole run so far.
+        tokens: Tokens,
+        /// What was measured.
+        metrics: Vec<Metric>,
+    },
+    /// A checkpoint is complete in `folder`.
+    Checkpoint {
+        /// Steps done.
+        step: Step,
+        /// Where it lies.
+        folder: PathBuf,
+    },
+    /// A result is complete in `folder`.
+    Output {
+        /// Which of the results it is.
+        role: OutputRole,
+        /// What the folder holds.
+        kind: OutputKind,
+        /// Where it lies.
+        folder: PathBuf,
+    },
+    /// The run has written its last checkpoint and ends, as it was asked to.
+    Stopped {
+        /// Steps done.
+        step: Step,
+    },
+    /// The run is done; all outputs were announced.
+    Finished {
+        /// What it was like.
+        summary: Summary,
+    },
+    /// The run cannot go on.
+    Failed {
+        /// By what can be done about it.
+        class: FailureClass,
+        /// What is wrong, where, and what would do.
+        message: String,
+        /// Fields of the job at fault, if any.
+        faults: Vec<Fault>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_one_line_and_name_themselves() {
+        let event = Event::Checkpoint { step: Step(5), folder: "/work/a\nb".into() };
+        let line = serde_json::to_string(&event).unwrap();
+        assert_eq!(line, r#"{"event":"checkpoint","step":5,"folder":"/work/a\nb"}"#);
+        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+        let command = Command::CheckpointStored { step: Step(5) };
+        assert_eq!(serde_json::to_string(&command).unwrap(), r#"{"command":"checkpoint_stored","step":5}"#);
+        assert!(serde_json::from_str::<Command>(r#"{"command":"checkpoint","now":true}"#).is_err());
+    }
+}
