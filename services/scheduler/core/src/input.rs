@@ -29,7 +29,8 @@ pub enum Outcome {
 /// One thing that happened. The shell makes an input of every request, message and timer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// A person submits a job. Repeating it with the same request changes nothing.
+    /// A person submits a job. Repeating it with the same request changes nothing. A key is never used again, also not
+    /// after its job was forgotten: whoever makes keys sees to that.
     Submit {
         /// The new job.
         key: JobKey,

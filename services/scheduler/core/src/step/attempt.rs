@@ -56,8 +56,12 @@ impl Core {
                 }
                 self.move_to(key, State::Succeeded, Reason::Finished, draft);
             }
-            // The worker is going away and has asked its children itself.
+            // The worker is going away and has asked its children itself. It gets nothing new until it registers again,
+            // or the job would go straight back to it.
             (Outcome::Stopped, _) => {
+                if let Some(worker) = self.workers.get_mut(worker) {
+                    worker.draining = true;
+                }
                 self.move_to(key, State::Stopping(Stop::Preempt), Reason::WorkerDraining, draft);
                 self.settle_stop(key, Stop::Preempt, draft);
             }

@@ -7,7 +7,8 @@ use attune_spec::id::{CohortId, Epoch};
 
 use super::desk::{Desk, checkpoint, finished, gang, job, running, worker};
 use crate::{
-    Action, Attempt, Device, Devices, Holding, Input, JobKey, Outcome, Refusal, Request, Session, Stop, Timestamp,
+    Action, Attempt, Device, Devices, Holding, Input, JobKey, Outcome, Refusal, RefusalKind, Request, Session, Stop,
+    Timestamp,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -47,10 +48,10 @@ fn a_zombie_is_refused_in_every_word() {
     desk.wait(Duration::from_secs(30));
     assert_eq!(desk.state(&key), "queued backoff_over");
     desk.refused(checkpoint(&key, 1, 1));
-    desk.refused(running(&key, 1));
-    desk.refused(finished(&key, 1, Outcome::Succeeded));
+    assert_eq!(desk.refused(running(&key, 1)).kind(), RefusalKind::AttemptOver);
+    assert_eq!(desk.refused(finished(&key, 1, Outcome::Succeeded)).kind(), RefusalKind::AttemptOver);
     let beat = Input::Heartbeat { worker: worker("w"), session: old, beat: 9, holding: vec![cohort] };
-    assert!(matches!(desk.refused(beat), Refusal::UnknownWorker { .. }));
+    assert_eq!(desk.refused(beat).kind(), RefusalKind::Unregistered);
     // It registers with what it believes to run, is told to let go, and gets the job anew.
     let attempts = vec![Attempt { key: key.clone(), epoch: Epoch(1) }];
     let held = Holding { cohort, attempts, device: Device::Cpu, n_devices: 1 };
@@ -153,6 +154,16 @@ fn a_draining_worker_gives_its_jobs_away() {
     desk.done(finished(&key, 1, Outcome::Stopped));
     assert_eq!(desk.state(&key), "queued preempted");
     desk.register("v", 1, Vec::new());
+    assert_eq!((desk.state(&key).as_str(), desk.row(&key).epoch), ("starting granted", Epoch(2)));
+}
+
+#[test]
+fn a_worker_that_stops_of_its_own_accord_gets_nothing_new() {
+    let (mut desk, key) = Desk::running();
+    desk.done(finished(&key, 1, Outcome::Stopped));
+    assert_eq!(desk.state(&key), "queued preempted");
+    assert!(desk.core.worker(&worker("w")).unwrap().draining);
+    desk.register("w", 4, Vec::new());
     assert_eq!((desk.state(&key).as_str(), desk.row(&key).epoch), ("starting granted", Epoch(2)));
 }
 
