@@ -1,0 +1,3 @@
+//! The whole repository and the whole system from outside.
+
+mod tidy;
