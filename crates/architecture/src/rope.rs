@@ -66,7 +66,6 @@ pub enum RopeScaling {
 }
 
 impl Rope {
-
     /// Whether the frequencies for `length` positions differ from those for one position fewer.
     pub const fn changes_at(&self, length: usize) -> bool {
         matches!(self.scaling, RopeScaling::Dynamic { max_position, .. } if length as u64 > max_position)

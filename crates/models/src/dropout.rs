@@ -30,7 +30,7 @@ impl DropoutMask for RowMasks<'_> {
         // A word below the threshold drops the value.
         let threshold = (p * 4_294_967_296.0) as u64;
         let keep = (1.0 / (1.0 - p)) as f32;
-        let n_rows = self.rows.map_or(self.layout.n_rows(), <[u32]>::len);
+        let n_rows = self.rows.map_or_else(|| self.layout.n_rows(), <[u32]>::len);
         let mut values = Vec::with_capacity(n_rows * width);
         let mut draw = |doc: &attune_points::Doc, row: u32| {
             let example = stream.sub(u64::from(doc.domain)).sub(doc.example);

@@ -3,7 +3,7 @@
 use attune_points::engine::LossReport;
 use attune_points::layout::{LabelCounts, Supervised};
 use attune_points::objective::{ChunkLoss, ChunkView, Objective};
-use attune_points::{Error, GradSink, Result, TensorId};
+use attune_points::{Doc, Error, GradSink, Result, TensorId};
 use attune_tensor::{autograd, ops};
 use candle_core::{D, DType, Device, Tensor, Var};
 
@@ -89,10 +89,22 @@ pub(crate) fn losses(
         };
         count(&mut report, rows, &weight_t, &nll_c, cx)?;
     }
-    // Documents are counted once, not once a chunk.
-    let counts = cx.layout.counts();
-    report.counts.documents = counts.documents;
+    count_documents(&mut report, &supervised, cx.layout.docs());
     Ok(Losses { report, dh_td })
+}
+
+/// Counts each document with a supervised row once, however many chunks it was cut into.
+fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
+    let mut last = None;
+    for row in supervised {
+        let index = docs.partition_point(|doc| doc.rows.end <= row.row);
+        if last.replace(index) != Some(index) {
+            report.counts.documents += 1;
+            if let Some((_, counts)) = report.by_domain.get_mut(usize::from(docs[index].domain)) {
+                counts.documents += 1;
+            }
+        }
+    }
 }
 
 /// Adds a chunk to the report, in f64.

@@ -244,7 +244,7 @@ mod tests {
             assert!(matches!(error, Error::Format { .. }), "{cut}: {error}");
             assert!(error.to_string().contains("damaged.safetensors: is no complete safetensors file"), "{error}");
         }
-        let mut huge = whole.clone();
+        let mut huge = whole;
         huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
         std::fs::write(&path, &huge).unwrap();
         assert!(matches!(Mapped::open(&path), Err(Error::Format { .. })));

@@ -1,5 +1,8 @@
 //! Models against the reference implementation, and the properties of the walk.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
+
+mod components;
 mod export;
 mod folder;
 mod golden;

@@ -104,6 +104,8 @@ fn a_packs_loss_is_the_token_weighted_mean_of_its_documents() {
     assert!((whole.mean() - sum / tokens as f64).abs() < 1e-12);
     let by_domain: f64 = whole.by_domain.iter().map(|(loss, _)| loss).sum();
     assert!((by_domain - whole.loss_sum).abs() < 1e-12);
+    let counts: attune_points::layout::LabelCounts = whole.by_domain.iter().map(|(_, counts)| *counts).sum();
+    assert_eq!((counts, whole.counts), (packed.counts(), packed.counts()));
 }
 
 #[test]
