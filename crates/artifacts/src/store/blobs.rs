@@ -47,11 +47,16 @@ pub(super) struct Inner {
     /// Blobs whose stored bytes were found wrong by this process: they count as missing, so that the next push of the
     /// right bytes replaces them.
     corrupt: Mutex<BTreeSet<(Project, BlobRef)>>,
+    /// Tells whoever opens the folder later that its unfinished uploads may still be wanted.
+    _writers: Option<std::fs::File>,
 }
 
 impl BlobStore {
     /// Opens a store and proves that it can be one: a folder (made if absent), `file:///folder`, `s3://bucket/prefix`
     /// (credentials, region and endpoint from the `AWS_*` variables) or `memory://` for tests.
+    ///
+    /// What a killed process left unfinished in a folder is removed by the next one that has the folder for itself. In
+    /// S3 a bucket's lifecycle rule does that (`AbortIncompleteMultipartUpload`).
     ///
     /// # Errors
     /// [`Error::Unusable`] when the location is none of these or fails its proof; otherwise what the store answered.
@@ -59,12 +64,17 @@ impl BlobStore {
         let opened = location::open(location).await?;
         probe::run(opened.objects.as_ref(), &opened.place).await?;
         tracing::info!(place = opened.place, "artifact store opened");
-        Ok(Self::over(opened.objects, opened.place))
+        Ok(Self::holding(opened.objects, opened.place, opened.writers))
     }
 
     /// A store over any object store, unproved.
+    #[cfg(test)]
     pub(crate) fn over(objects: Arc<dyn ObjectStore>, place: impl Into<String>) -> Self {
-        Self { inner: Arc::new(Inner { objects, place: place.into(), corrupt: Mutex::default() }) }
+        Self::holding(objects, place.into(), None)
+    }
+
+    fn holding(objects: Arc<dyn ObjectStore>, place: String, writers: Option<std::fs::File>) -> Self {
+        Self { inner: Arc::new(Inner { objects, place, corrupt: Mutex::default(), _writers: writers }) }
     }
 
     /// Where it is, for messages; holds no credentials.

@@ -1,5 +1,6 @@
 //! From a location as a person writes it to an object store.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use url::Url;
 
+use super::unfinished;
 use crate::error::{Error, Result};
 
 const FORM: &str = "expected a folder, file:///folder, s3://bucket/prefix or memory://";
@@ -19,6 +21,8 @@ const FORM: &str = "expected a folder, file:///folder, s3://bucket/prefix or mem
 pub(super) struct Opened {
     pub(super) objects: Arc<dyn ObjectStore>,
     pub(super) place: String,
+    /// A folder's lock, to be held as long as the store is used.
+    pub(super) writers: Option<fs::File>,
 }
 
 /// Opens `location`, making the folder if it is a local one.
@@ -38,23 +42,27 @@ pub(super) async fn open(location: &str) -> Result<Opened> {
                 url.to_file_path().map_err(|()| unusable("a file URL has three slashes: file:///folder".into()))?;
             open_folder(path).await
         }
-        "memory" => Ok(Opened { objects: Arc::new(InMemory::new()), place: "memory://".into() }),
+        "memory" => Ok(Opened { objects: Arc::new(InMemory::new()), place: "memory://".into(), writers: None }),
         "s3" => open_s3(&url),
         scheme => Err(unusable(format!("{scheme:?} is not a known scheme; {FORM}"))),
     }
 }
 
 async fn open_folder(path: PathBuf) -> Result<Opened> {
-    let made = tokio::task::spawn_blocking(move || make_folder(&path));
-    let root = made.await.expect("making a folder does not panic and is not cancelled")?;
+    let opened = tokio::task::spawn_blocking(move || {
+        let root = make_folder(&path)?;
+        let writers = unfinished::lock_and_sweep(&root)?;
+        Ok::<_, Error>((root, writers))
+    });
+    let (root, writers) = opened.await.expect("opening a folder does not panic and is not cancelled")?;
     let place = root.display().to_string();
     let store = LocalFileSystem::new_with_prefix(&root).map_err(|e| Error::from_store(&place, "opening it", e))?;
     // Without fsync a power cut could lose an artifact whose row the database has already made durable.
-    Ok(Opened { objects: Arc::new(store.with_fsync(true)), place })
+    Ok(Opened { objects: Arc::new(store.with_fsync(true)), place, writers })
 }
 
 fn make_folder(path: &Path) -> Result<PathBuf> {
-    std::fs::create_dir_all(path).map_err(|e| Error::io("create the folder", path, e))?;
+    fs::create_dir_all(path).map_err(|e| Error::io("create the folder", path, e))?;
     path.canonicalize().map_err(|e| Error::io("open", path, e))
 }
 
@@ -91,7 +99,7 @@ fn open_s3(url: &Url) -> Result<Opened> {
     let store = builder.build().map_err(|e| Error::from_store(&place, "opening it", e))?;
     let objects: Arc<dyn ObjectStore> =
         if prefix.is_empty() { Arc::new(store) } else { Arc::new(PrefixStore::new(store, prefix)) };
-    Ok(Opened { objects, place })
+    Ok(Opened { objects, place, writers: None })
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod manifests;
 mod probe;
 #[cfg(test)]
 mod testing;
+mod unfinished;
 mod upload;
 
 pub use blobs::{BlobStore, Put};

@@ -81,8 +81,37 @@ async fn a_process_killed_while_it_uploads_leaves_nothing_visible() {
     assert!(!store.has(&project, blob).await.unwrap());
     assert_eq!(store.blobs(&project).await.unwrap(), []);
     assert!(matches!(store.bytes(&project, blob).await, Err(Error::NotFound { .. })));
+    // What it wrote takes no room for long.
+    let files: Vec<_> = tree(dir.path()).into_iter().filter(|path| !path.ends_with('/')).collect();
+    assert_eq!(files, [".writers"]);
     store.put(&project, blob, body(&all, 1 << 20)).await.unwrap();
     store.verify(&project, blob).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_store_that_is_opened_twice_keeps_its_uploads() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = store(dir.path()).await;
+    let (project, all) = (Project::default(), bytes(7, 24 << 20));
+    let (blob, opened) = (named(&all), std::sync::Arc::new(tokio::sync::Notify::new()));
+    let (start, rest) = (body(&all.slice(..20 << 20), 1 << 20), body(&all.slice(20 << 20..), 1 << 20));
+    let (half_way, wait) = (std::sync::Arc::new(tokio::sync::Notify::new()), opened.clone());
+    let signal = half_way.clone();
+    let pause = stream::once(async move {
+        signal.notify_one();
+        wait.notified().await;
+        Ok(Bytes::new())
+    });
+    let put = one.put(&project, blob, start.chain(pause).chain(rest).boxed());
+    let other = async {
+        half_way.notified().await;
+        let two = store(dir.path()).await;
+        opened.notify_one();
+        two
+    };
+    let (put, two) = tokio::join!(put, other);
+    assert_eq!(put.unwrap(), Put::Stored);
+    two.verify(&project, blob).await.unwrap();
 }
 
 /// A file system of 1 MiB, unmounted when dropped.
