@@ -114,27 +114,13 @@ pub enum Merged {
     },
 }
 
-/// An adapter in Hugging Face PEFT's layout: the configuration beyond the common keys, and how local names are spelt in
+/// An adapter in Hugging Face PEFT's layout: its configuration, and how local names are spelt in
 /// `adapter_model.safetensors`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Peft {
-    /// `peft_type`, such as `LORA`.
-    pub peft_type: &'static str,
-    /// Keys and values of this method, as JSON.
-    pub config: Vec<(&'static str, PeftValue)>,
+    /// Keys and values of `adapter_config.json`, `peft_type` among them; the writer adds what it knows of the base and the
+    /// sites.
+    pub config: serde_json::Map<String, serde_json::Value>,
     /// Local tensor name and its spelling after the module path, such as `lora_A` and `lora_A.weight`.
     pub tensors: Vec<(&'static str, &'static str)>,
-}
-
-/// A value in `adapter_config.json`.
-#[derive(Debug, Clone, PartialEq)]
-pub enum PeftValue {
-    /// A flag.
-    Bool(bool),
-    /// A whole number.
-    Int(i64),
-    /// A real number.
-    Float(f64),
-    /// A text.
-    Text(String),
 }

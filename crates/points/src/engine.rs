@@ -8,6 +8,7 @@ use attune_tensor::rng::Rng;
 use crate::error::Result;
 use crate::layout::{LabelCounts, Layout};
 use crate::objective::Objective;
+use crate::params::TensorId;
 use crate::sink::{GradSink, Grads};
 use crate::theta::Theta;
 
@@ -29,6 +30,8 @@ pub struct Batch {
     pub parts: Vec<(u32, Arc<Layout>)>,
     /// What is supervised in the whole step, on all ranks.
     pub counts: LabelCounts,
+    /// Rows of the whole step, on all ranks.
+    pub n_rows: u64,
 }
 
 /// Sums that a pass made.
@@ -107,6 +110,9 @@ pub trait Engine {
 
     /// The objective of the job.
     fn objective(&self) -> Arc<dyn Objective>;
+
+    /// The tensors that train, in order: what an update needs the gradient of.
+    fn wanted(&self) -> Vec<TensorId>;
 
     /// Sums per-shard gradients and reports over all shards and ranks, in the order of the shards.
     ///

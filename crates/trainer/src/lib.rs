@@ -1,3 +1,46 @@
 //! One run: from a resolved plan to its artifacts.
+//!
+//! The one invariant: everything that a step depends on is in the plan or in the checkpoint. A run that is killed and goes
+//! on from a checkpoint ends with the bytes of one that was left alone; so does one with more ranks.
+//!
+//! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
+//!
+//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), `setup` (plan to parts), [`run`] (the
+//! loop), `engine`, [`steps`], `guard`, `checkpoint`, `evaluate`, `output`.
+//!
+//! As a library, a run is ten lines:
+//!
+//! ```no_run
+//! use attune_trainer::{control::Quiet, protocol::Request, run};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let text = std::fs::read_to_string("request.json")?;
+//!     let request: Request = serde_json::from_str(&text)?;
+//!     let end = run::run(&request, &Quiet)?;
+//!     println!("{end:?}");
+//!     Ok(())
+//! }
+//! ```
 
+pub mod error;
 pub mod protocol;
+
+pub mod attempt;
+pub mod control;
+pub mod run;
+
+mod checkpoint;
+mod engine;
+mod evaluate;
+mod guard;
+mod output;
+mod setup;
+pub mod steps;
+
+mod clock;
+pub mod kernel;
+pub mod methods;
+mod resident;
+
+pub use error::Error;
+pub use steps::STEP_RULES;

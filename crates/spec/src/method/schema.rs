@@ -19,11 +19,23 @@ pub fn check(schema: &Value, value: &Value, path: &FieldPath) -> Vec<Fault> {
 
 /// [`check`] with a compiled schema.
 pub fn check_with(validator: &Validator, schema: &Value, value: &Value, path: &FieldPath) -> Vec<Fault> {
+    if let Some(faults) = beyond_no_fields(schema, value, path) {
+        return faults;
+    }
     let mut faults: Vec<Fault> =
         validator.iter_errors(value).flat_map(|error| faults_of(&error, schema, path)).collect();
     faults.sort();
     faults.dedup();
     faults
+}
+
+/// Faults of a mapping that must be empty. The library reports them without the name of the field.
+fn beyond_no_fields(schema: &Value, value: &Value, path: &FieldPath) -> Option<Vec<Fault>> {
+    let closed = schema.get("additionalProperties") == Some(&Value::Bool(false));
+    let none = schema.get("properties").and_then(Value::as_object).is_none_or(serde_json::Map::is_empty);
+    let fields = value.as_object().filter(|_| closed && none)?;
+    let fault = |name: &String| Fault::new(path.field(name), "is not a known field; there are none here");
+    Some(fields.keys().map(fault).collect())
 }
 
 /// The path of an instance location, such as `tune.stack[0].rank`.

@@ -1,0 +1,96 @@
+//! Full fine-tuning: the weights themselves train, which learns the most and costs the most memory.
+//!
+//! # Update
+//! ```text
+//! W_oi is trained, from the base's values; so are biases, norms and embeddings where the targets name them
+//! ```
+//!
+//! # Symbols
+//! `weight` and `bias` of each site, in the base's shapes, f32, trained, started from the base.
+//!
+//! # Cost
+//! All parameters of the targeted sites: `i*o + b*o`. Each has a 32-bit value beside the frozen base, a gradient and the
+//! optimiser's buffers.
+//!
+//! # Limits
+//! Before the first step it is the base, bit for bit (where the base is held in 32 bits).
+//!
+//! # Departures
+//! none. A tied head is the embedding and is trained as such. Norms and biases have no weight decay, as is usual.
+//!
+//! # Paper
+//! none: common practice.
+
+use attune_architecture::{Architecture, Site, SiteKind, TensorPart};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port};
+use attune_points::{Locals, TensorSpec, Weight};
+use attune_spec::Fault;
+use attune_spec::method::{self, BuildCx, Card, Merges, Method, Point};
+use attune_tensor::rng::Rng;
+use candle_core::DType;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// It has no parameters.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub(super) struct Config {}
+
+pub(super) struct Full;
+
+impl Method for Full {
+    const CARD: Card = Card {
+        applies: &[method::SiteKind::Linear, method::SiteKind::Embedding, method::SiteKind::Norm],
+        targets: "all",
+        parameters: "i*o + b*o",
+        merges: Merges::Weight,
+        ..Card::new(
+            "full",
+            Point::Adapter,
+            "Full fine-tuning: the weights themselves train, which learns the most and costs the most memory.",
+        )
+    };
+    type Config = Config;
+    type Object = dyn Adapter;
+
+    fn build(_: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
+        Ok(Box::new(Self))
+    }
+}
+
+impl Adapter for Full {
+    fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
+        let infos = arch.tensors();
+        let attachments = sites.iter().map(|site| {
+            let own = infos.iter().filter(|info| info.site == site.id).map(|info| {
+                let local = if info.part == TensorPart::Bias { "bias" } else { "weight" };
+                let matrix = info.part == TensorPart::Weight && !matches!(site.kind, SiteKind::Norm { .. });
+                TensorSpec { decay: matrix, ..TensorSpec::trained(local, info.shape.clone()) }
+            });
+            Attachment { site: site.id.clone(), tensors: own.collect() }
+        });
+        // A tied head has no tensor of its own.
+        Ok(attachments.filter(|at| !at.tensors.is_empty()).collect())
+    }
+
+    fn init(&self, at: &Attachment, weight: &dyn Weight, _: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+        let mut tensors = vec![("weight", weight.dense(DType::F32)?)];
+        tensors.extend(weight.bias(DType::F32)?.map(|bias| ("bias", bias)));
+        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Weights
+    }
+
+    fn merge(&self, at: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
+        let has_bias = at.tensors.iter().any(|spec| spec.local == "bias");
+        let bias = has_bias.then(|| tensors.get("bias").cloned()).transpose()?;
+        Ok(Merged::Weight { weight: tensors.get("weight")?.clone(), bias })
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}

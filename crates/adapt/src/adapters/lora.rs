@@ -1,0 +1,310 @@
+//! Low-rank adaptation: a product of two thin matrices beside each frozen weight; the standard choice, cheap to train, to
+//! store and to serve.
+//!
+//! # Update
+//! ```text
+//! y_to = x_ti W_oi^T + s · (drop(x_ti) A_ri^T) B_or^T
+//! s    = alpha / r        or, with rslora,  alpha / sqrt(r)
+//! ```
+//!
+//! # Symbols
+//! `lora_A` `A_ri` and `lora_B` `B_or`, f32, trained; A starts uniform in ±1/sqrt(i) (Kaiming with a = sqrt(5)), B at 0.
+//! `drop` is dropout on the component's input.
+//!
+//! # Cost
+//! `r*(i+o)` parameters per linear; `2 r (i+o)` extra FLOPs per token forward.
+//!
+//! # Limits
+//! With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight.
+//!
+//! # Departures
+//! none; agrees with PEFT. `rank_pattern` and `alpha_pattern` name whole paths, not patterns: reading a PEFT folder resolves
+//! its patterns.
+//!
+//! # Paper
+//! LoRA: Low-Rank Adaptation of Large Language Models. Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, 2021. Scaling
+//! by the root of the rank: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. Kalajdzievski, 2023.
+
+use std::collections::BTreeMap;
+
+use attune_architecture::{Architecture, Site};
+use attune_artifacts::formats::peft::LoraConfig;
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::{Locals, Weight};
+use attune_spec::Fault;
+use attune_spec::job::Targets;
+use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::rng::Rng;
+use candle_core::Tensor;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::parts::factors;
+
+const A: &str = "lora_A";
+const B: &str = "lora_B";
+
+/// Parameters of LoRA.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub(super) struct Config {
+    /// Rank of the change.
+    #[schemars(range(min = 1, max = 4096))]
+    rank: u32,
+    /// Numerator of the scaling.
+    #[schemars(range(min = 0.0, max = 1e6))]
+    alpha: f64,
+    /// Share of the component's input that is dropped in training.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    dropout: f64,
+    /// Scales by `alpha / sqrt(rank)` instead of `alpha / rank`.
+    rslora: bool,
+    /// Rank at single sites, by whole path.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    rank_pattern: BTreeMap<String, u32>,
+    /// Alpha at single sites, by whole path.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    alpha_pattern: BTreeMap<String, f64>,
+}
+
+impl Default for Config {
+    /// PEFT's values.
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: 8.0,
+            dropout: 0.0,
+            rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+        }
+    }
+}
+
+pub(super) struct Lora {
+    config: Config,
+    /// The map of each site that has a scaling of its own.
+    own: BTreeMap<String, Rows>,
+    /// The map of all others.
+    rows: Rows,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Rows {
+    scale: f64,
+    dropout: f64,
+}
+
+impl Method for Lora {
+    const CARD: Card = Card {
+        paper: Some(Paper {
+            title: "LoRA: Low-Rank Adaptation of Large Language Models",
+            authors: "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen",
+            year: 2021,
+        }),
+        applies: &[SiteKind::Linear],
+        targets: "all-linear",
+        parameters: "rank*(i+o)",
+        merges: Merges::Factors,
+        peft_type: Some("LORA"),
+        ..Card::new(
+            "lora",
+            Point::Adapter,
+            "Low-rank adaptation: a product of two thin matrices beside each frozen weight; the standard choice, cheap to \
+             train, to store and to serve.",
+        )
+    };
+    type Config = Config;
+    type Object = dyn Adapter;
+
+    fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
+        let mut faults = Vec::new();
+        for (site, rank) in config.rank_pattern.iter().filter(|(_, rank)| !(1..=4096).contains(*rank)) {
+            faults.push(Fault::new("rank_pattern", format!("has {rank} for {site:?}; expected 1 to 4096")));
+        }
+        for (site, alpha) in config.alpha_pattern.iter().filter(|(_, alpha)| !(0.0..=1e6).contains(*alpha)) {
+            faults.push(Fault::new("alpha_pattern", format!("has {alpha} for {site:?}; expected 0 to 1000000")));
+        }
+        if faults.is_empty() { Ok(Box::new(Self::new(config))) } else { Err(faults) }
+    }
+}
+
+impl Lora {
+    fn new(config: Config) -> Self {
+        let rows = |site: Option<&str>| {
+            let (rank, alpha) = (f64::from(config.rank_at(site)), config.alpha_at(site));
+            Rows { scale: alpha / if config.rslora { rank.sqrt() } else { rank }, dropout: config.dropout }
+        };
+        let sites = config.rank_pattern.keys().chain(config.alpha_pattern.keys());
+        let own = sites.map(|site| (site.clone(), rows(Some(site)))).collect();
+        Self { own, rows: rows(None), config }
+    }
+
+    fn rows_at(&self, site: &str) -> &Rows {
+        self.own.get(site).unwrap_or(&self.rows)
+    }
+}
+
+impl Config {
+    fn rank_at(&self, site: Option<&str>) -> u32 {
+        site.and_then(|site| self.rank_pattern.get(site)).copied().unwrap_or(self.rank)
+    }
+
+    fn alpha_at(&self, site: Option<&str>) -> f64 {
+        site.and_then(|site| self.alpha_pattern.get(site)).copied().unwrap_or(self.alpha)
+    }
+}
+
+impl Adapter for Lora {
+    fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
+        factors::attach(sites, A, B, |site| self.config.rank_at(Some(site)))
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+        Ok((factors::kaiming(at, rng)?, BaseEdit::None))
+    }
+
+    fn port(&self, at: &Attachment) -> Port<'_> {
+        Port::Delta(self.rows_at(at.site.as_str()))
+    }
+
+    fn merge(&self, at: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
+        let scale = self.rows_at(at.site.as_str()).scale;
+        Ok(Merged::Factors { left: tensors.get(B)?.clone(), right: tensors.get(A)?.clone(), scale })
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        let Config { rank, alpha, dropout, rslora, rank_pattern, alpha_pattern } = self.config.clone();
+        let config = LoraConfig {
+            r: rank,
+            lora_alpha: alpha,
+            lora_dropout: dropout,
+            use_rslora: rslora,
+            rank_pattern,
+            alpha_pattern,
+            ..LoraConfig::default()
+        };
+        let config = serde_json::to_value(config).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
+        Some(Peft { config, tensors: vec![(A, "lora_A.weight"), (B, "lora_B.weight")] })
+    }
+}
+
+impl RowMap for Rows {
+    fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
+        let (a_ri, b_or) = (tensors.get(A)?, tensors.get(B)?);
+        let dropped = match cx.dropout {
+            Some(masks) if self.dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, self.dropout, x_ti)?)?),
+            _ => None,
+        };
+        let h_tr = dropped.as_ref().unwrap_or(x_ti).matmul(&a_ri.t()?)?;
+        // The scaling goes on the thin side: T r values instead of T o.
+        Ok((h_tr * self.scale)?.matmul(&b_or.t()?)?)
+    }
+}
+
+/// What `adapter_config.json` of a PEFT LoRA says in our words.
+pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
+    let text = Value::Object(config.clone()).to_string();
+    let config = LoraConfig::parse(text.as_bytes()).map_err(|error| vec![Fault::new("", error.to_string())])?;
+    let beyond = config.beyond_plain();
+    if !beyond.is_empty() {
+        return Err(beyond);
+    }
+    let patterns = config.patterns().map_err(|error| vec![Fault::new("", error.to_string())])?;
+    let mut params = Map::from_iter([
+        ("rank".to_owned(), json!(config.r)),
+        ("alpha".to_owned(), json!(config.lora_alpha)),
+        ("dropout".to_owned(), json!(config.lora_dropout)),
+        ("rslora".to_owned(), json!(config.use_rslora)),
+    ]);
+    let ranks = modules.iter().map(|module| (module, patterns.rank(module))).filter(|(_, rank)| *rank != config.r);
+    let ranks: BTreeMap<&String, u32> = ranks.collect();
+    let alphas = modules.iter().map(|module| (module, patterns.alpha(module)));
+    let alphas: BTreeMap<&String, f64> = alphas.filter(|(_, alpha)| *alpha != config.lora_alpha).collect();
+    if !ranks.is_empty() {
+        params.insert("rank_pattern".to_owned(), json!(ranks));
+    }
+    if !alphas.is_empty() {
+        params.insert("alpha_pattern".to_owned(), json!(alphas));
+    }
+    Ok((MethodRef { method: Lora::CARD.name.to_owned(), params }, Targets::Many(modules.to_vec())))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    fn tensors() -> Locals {
+        let tensor =
+            |name: &str, shape: [usize; 2]| Rng::new(1, name).normal_tensor(&shape[..], 1.0, DType::F64).unwrap();
+        Locals::new("q_proj", [(A, tensor("a", [2, 4])), (B, tensor("b", [3, 2]))])
+    }
+
+    fn delta(config: Config) -> Vec<f64> {
+        let lora = Lora::new(config);
+        let x = Rng::new(1, "x").normal_tensor(&[5, 4][..], 1.0, DType::F64).unwrap();
+        let site = attune_architecture::SiteId::new("q_proj");
+        let cx = RowCx { site: &site, dropout: None };
+        lora.rows_at("q_proj").graph(&x, &tensors(), &cx).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn the_scaling_is_alpha_over_rank_or_over_its_root() {
+        let plain = delta(Config { rank: 2, alpha: 2.0, ..Config::default() });
+        for (config, factor) in [
+            (Config { rank: 2, alpha: 8.0, ..Config::default() }, 4.0),
+            (Config { rank: 2, alpha: 2.0, rslora: true, ..Config::default() }, 2f64.sqrt()),
+            (
+                Config {
+                    rank: 2,
+                    alpha: 2.0,
+                    alpha_pattern: BTreeMap::from([("q_proj".to_owned(), 6.0)]),
+                    ..Config::default()
+                },
+                3.0,
+            ),
+            (
+                Config {
+                    rank: 2,
+                    alpha: 2.0,
+                    alpha_pattern: BTreeMap::from([("k_proj".to_owned(), 6.0)]),
+                    ..Config::default()
+                },
+                1.0,
+            ),
+        ] {
+            for (scaled, plain) in delta(config.clone()).iter().zip(&plain) {
+                assert!((scaled - factor * plain).abs() < 1e-12, "{config:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dropout_of_a_mask_is_applied_to_the_input_only() {
+        struct Keep(Tensor);
+        impl attune_points::adapter::DropoutMask for Keep {
+            fn mask(
+                &self,
+                _: &attune_architecture::SiteId,
+                _: usize,
+                p: f64,
+                _: &Tensor,
+            ) -> attune_points::Result<Tensor> {
+                assert_eq!(p, 0.5);
+                Ok(self.0.clone())
+            }
+        }
+        let site = attune_architecture::SiteId::new("q_proj");
+        let x = Tensor::ones((1, 4), DType::F64, &Device::Cpu).unwrap();
+        let mask = Tensor::new(&[[2.0f64, 0.0, 2.0, 0.0]], &Device::Cpu).unwrap();
+        let rows = Rows { scale: 1.0, dropout: 0.5 };
+        let masks = Keep(mask.clone());
+        let dropped = rows.graph(&x, &tensors(), &RowCx { site: &site, dropout: Some(&masks) }).unwrap();
+        let by_hand = rows.graph(&(x * mask).unwrap(), &tensors(), &RowCx { site: &site, dropout: None }).unwrap();
+        assert_eq!(dropped.to_vec2::<f64>().unwrap(), by_hand.to_vec2::<f64>().unwrap());
+    }
+}

@@ -1,0 +1,11 @@
+//! The point `Init`: given the base weight, what are the starting tensors?
+
+mod gaussian;
+mod kaiming;
+
+use attune_points::init::Init;
+use attune_spec::method::{Point, Registry, entry};
+
+/// All initialisations.
+pub static INITS: Registry<dyn Init> =
+    Registry::new(Point::Init, &[entry::<gaussian::Gaussian>(), entry::<kaiming::Kaiming>()]);

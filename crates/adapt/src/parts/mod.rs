@@ -1,0 +1,3 @@
+//! What methods share.
+
+pub(crate) mod factors;

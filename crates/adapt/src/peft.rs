@@ -1,0 +1,195 @@
+//! Adapter folders in Hugging Face PEFT's layout: `adapter_config.json`, `adapter_model.safetensors`, a model card.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use attune_architecture::Architecture;
+use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
+use attune_artifacts::formats::safetensors::{self, Dtype};
+use attune_points::Params;
+use attune_points::adapter::{Adapter, Attachment};
+use attune_spec::Fault;
+use attune_spec::id::Digest;
+use attune_spec::job::Targets;
+use attune_spec::method::MethodRef;
+use attune_tensor::Mapped;
+use candle_core::{DType, Tensor};
+use serde_json::{Map, Value};
+
+use crate::adapters::FROM_PEFT;
+use crate::error::Error;
+
+/// An adapter folder, read but not yet attached to a base.
+#[derive(Debug)]
+pub struct Folder {
+    /// The method with its parameters.
+    pub method: MethodRef,
+    /// The sites.
+    pub targets: Targets,
+    path: std::path::PathBuf,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+/// Reads an adapter folder. Tensors are widened to 32 bits.
+///
+/// # Errors
+/// [`Error`] naming the file and the key or tensor at fault.
+pub fn read(folder: &Path) -> Result<Folder, Error> {
+    let config = read_config(folder)?;
+    let file = folder.join(WEIGHTS_FILE);
+    // The header is checked as untrusted input before anything is mapped.
+    let header = safetensors::Header::read(&file)?;
+    let mapped = Mapped::open(&file)?;
+    let mut tensors = BTreeMap::new();
+    for name in header.tensors().keys() {
+        if let Some(tensor) = mapped.get(name)? {
+            tensors.insert(name.clone(), tensor.to_tensor(DType::F32)?);
+        }
+    }
+    let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
+    let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
+    let reader = FROM_PEFT.iter().find(|(known, _)| *known == peft_type).ok_or_else(|| {
+        let known: Vec<&str> = FROM_PEFT.iter().map(|(known, _)| *known).collect();
+        let message = format!("is {peft_type:?}; this version reads {}", known.join(", "));
+        unsupported(vec![Fault::new("peft_type", message)])
+    })?;
+    let (method, targets) = (reader.1)(&config, &modules(&tensors)).map_err(unsupported)?;
+    Ok(Folder { method, targets, path: folder.to_owned(), tensors })
+}
+
+fn read_config(folder: &Path) -> Result<Map<String, Value>, Error> {
+    let path = folder.join(CONFIG_FILE);
+    let mismatch = |message: String| Error::Mismatch { file: path.clone(), message };
+    let text = std::fs::read(&path).map_err(|error| mismatch(format!("cannot be read: {error}")))?;
+    match serde_json::from_slice(&text) {
+        Ok(Value::Object(config)) => Ok(config),
+        Ok(_) => Err(mismatch("is not a JSON object".to_owned())),
+        Err(error) => Err(mismatch(format!("is not JSON: {error}"))),
+    }
+}
+
+/// The modules that the tensors' names speak of: between the prefix and the method's own part.
+fn modules(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
+    let module = |name: &String| {
+        let rest = name.strip_prefix(PREFIX)?;
+        // The method's part is what follows the module: `lora_A.weight`, `ia3_l`, …
+        let at = rest.rfind(".lora_").or_else(|| rest.rfind('.'))?;
+        Some(rest[..at].to_owned())
+    };
+    tensors.keys().filter_map(module).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+impl Folder {
+    /// The parameters of `adapter` at `attachments`, which were made from the folder's own method and targets.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for a tensor that is missing, has another shape, or belongs to no attachment.
+    pub fn params(&self, adapter: &dyn Adapter, attachments: &[Attachment]) -> Result<Params, Error> {
+        let mismatch = |message: String| Error::Mismatch { file: self.path.join(WEIGHTS_FILE), message };
+        let mut left: BTreeSet<&String> = self.tensors.keys().collect();
+        let mut params = Params::new();
+        for (name, spelt, shape) in spelt(adapter, attachments) {
+            let tensor = self.tensors.get(&spelt).ok_or_else(|| mismatch(format!("has no tensor {spelt:?}")))?;
+            if tensor.dims() != shape {
+                let found = tensor.dims();
+                return Err(mismatch(format!(
+                    "tensor {spelt:?} has shape {found:?}; the base and adapter_config.json make it {shape:?}"
+                )));
+            }
+            left.remove(&spelt);
+            params.insert(name, tensor.clone());
+        }
+        match left.first() {
+            None => Ok(params),
+            Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),
+        }
+    }
+}
+
+/// Name, spelling in the file and shape of each tensor.
+fn spelt(adapter: &dyn Adapter, attachments: &[Attachment]) -> Vec<(attune_points::TensorName, String, Vec<usize>)> {
+    let Some(peft) = adapter.peft() else { return Vec::new() };
+    let mut found = Vec::new();
+    for at in attachments {
+        for spec in &at.tensors {
+            let suffix =
+                peft.tensors.iter().find(|(local, _)| *local == spec.local).map_or(spec.local, |(_, suffix)| suffix);
+            found.push((spec.name(at.site.as_str()), format!("{PREFIX}{}.{suffix}", at.site), spec.shape.clone()));
+        }
+    }
+    found
+}
+
+/// Writes an adapter folder. `base_name` is a hub id or a digest, never a local path. The same parameters give the same
+/// bytes.
+///
+/// # Errors
+/// [`Error::Unsupported`] if the method has no such layout or the base is named by a path; whatever writing raises.
+pub fn write(
+    folder: &Path,
+    adapter: &dyn Adapter,
+    attachments: &[Attachment],
+    params: &Params,
+    architecture: &Architecture,
+    base_name: &str,
+    card: &str,
+) -> Result<(), Error> {
+    let unsupported = |path: &str, message: &str| Error::Unsupported {
+        folder: folder.to_owned(),
+        faults: vec![Fault::new(path, message)],
+    };
+    let peft = adapter.peft().ok_or_else(|| unsupported("method", "makes a whole model, not an adapter"))?;
+    if !is_hub_id(base_name) && base_name.parse::<Digest>().is_err() {
+        let message = format!("is {base_name:?}; expected a hub id (`owner/name`) or a digest, never a local path");
+        return Err(unsupported("base_model_name_or_path", &message));
+    }
+    let mut config: BTreeMap<String, Value> = peft.config.into_iter().collect();
+    config.insert("base_model_name_or_path".to_owned(), base_name.into());
+    config.insert("target_modules".to_owned(), target_modules(attachments, architecture).into());
+    let text = serde_json::to_string_pretty(&config).unwrap_or_default();
+
+    let mut bytes = Vec::new();
+    for (name, spelt, shape) in spelt(adapter, attachments) {
+        let tensor = params.get(&name).ok_or_else(|| unsupported(&spelt, "is not among the parameters"))?;
+        let values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        bytes.push((spelt, shape, data));
+    }
+    let tensors: Vec<safetensors::Tensor<'_>> = bytes
+        .iter()
+        .map(|(name, shape, data)| safetensors::Tensor {
+            name: name.clone(),
+            dtype: Dtype::F32,
+            shape: shape.clone(),
+            data,
+        })
+        .collect();
+    std::fs::create_dir_all(folder).map_err(|error| io(folder, error))?;
+    safetensors::write(
+        &folder.join(WEIGHTS_FILE),
+        &tensors,
+        &BTreeMap::from([("format".to_owned(), "pt".to_owned())]),
+    )?;
+    for (name, text) in [(CARD_FILE, card), (CONFIG_FILE, text.as_str())] {
+        std::fs::write(folder.join(name), text).map_err(|error| io(&folder.join(name), error))?;
+    }
+    Ok(())
+}
+
+fn io(path: &Path, source: std::io::Error) -> Error {
+    Error::Tensor(attune_points::Error::Io { what: format!("writing {}", path.display()), source })
+}
+
+/// `target_modules`: module names where every site of that name has an attachment (which servers understand best), else
+/// whole paths.
+fn target_modules(attachments: &[Attachment], architecture: &Architecture) -> Vec<String> {
+    let attached: BTreeSet<&str> = attachments.iter().map(|at| at.site.as_str()).collect();
+    let module = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
+    let names: BTreeSet<String> = attached.iter().map(|path| module(path)).collect();
+    let named = architecture.sites().into_iter().filter(|site| names.contains(&module(site.id.as_str())));
+    if named.clone().all(|site| attached.contains(site.id.as_str())) {
+        names.into_iter().collect()
+    } else {
+        attached.into_iter().map(str::to_owned).collect()
+    }
+}

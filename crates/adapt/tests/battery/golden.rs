@@ -1,0 +1,107 @@
+//! Every folder under `golden/`, computed by PEFT (`golden/lora.py` names the versions).
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use attune_adapt::peft;
+use attune_models::{Base, Pass};
+use attune_points::adapter::Merged;
+use attune_points::layout::{NO_LABEL, Source};
+use attune_points::{Grads, Layout, Row};
+use attune_spec::job::Precision;
+use candle_core::{DType, Device, Tensor};
+use libtest_mimic::{Failed, Trial};
+
+use crate::support::{CrossEntropy, Setup, difference, largest};
+
+/// Each case and the base that it was made on.
+const CASES: [(&str, &str); 5] = [
+    ("llama_all_linear", "llama"),
+    ("llama_patterns", "llama"),
+    ("llama_some", "llama"),
+    ("qwen2_all_linear", "qwen2"),
+    ("qwen2_some_rslora", "qwen2"),
+];
+
+/// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.
+const TOLERANCE: f64 = 1e-4;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    CASES
+        .into_iter()
+        .map(|(case, base)| Trial::test(format!("golden::{case}::agrees_with_peft"), move || run(case, base)))
+        .collect()
+}
+
+type Tensors = HashMap<String, Tensor>;
+
+fn open(path: PathBuf) -> Result<Option<Tensors>, Failed> {
+    Ok(if path.is_file() { Some(candle_core::safetensors::load(path, &Device::Cpu)?) } else { None })
+}
+
+fn layout(golden: &Tensors) -> Result<Layout, Failed> {
+    let ints = |name: &str| -> Result<Vec<i64>, Failed> { Ok(golden[name].to_dtype(DType::I64)?.to_vec1()?) };
+    let (ids, labels) = (ints("input_ids")?, ints("labels")?);
+    let mut layout = Layout::new();
+    let mut start = 0;
+    for length in ints("doc_lengths")? {
+        let rows = start..start + length as usize;
+        start = rows.end;
+        let row = |row: usize| (Row::Token(ids[row] as u32), u32::try_from(labels[row]).unwrap_or(NO_LABEL));
+        layout.push(Source::default(), rows.map(row).collect::<Vec<_>>());
+    }
+    Ok(layout)
+}
+
+fn run(case: &str, base: &str) -> Result<(), Failed> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let golden = here.join("golden").join(case);
+    let folder = peft::read(&golden.join("adapter"))?;
+    let base = Base::open(&here.join("../models/golden").join(base), Precision::F32)?;
+    let adapter = super::build(serde_json::to_value(&folder.method)?).map_err(super::fail)?;
+    let mut setup = Setup::on(base, adapter, &folder.targets, DType::F32);
+    setup.theta = setup.with_params(folder.params(&*setup.adapter, &setup.attachments)?);
+
+    let mut compared = 0;
+    for (batch, gradients) in
+        [("expected.safetensors", "gradients.safetensors"), ("packed.safetensors", "packed_gradients.safetensors")]
+    {
+        let (Some(expected), Some(gradients)) = (open(golden.join(batch))?, open(golden.join(gradients))?) else {
+            continue;
+        };
+        let layout = layout(&expected)?;
+        let pass = Pass { theta: &setup.theta, layout: &layout, dropout: None };
+        let off = difference(&setup.model.logits(&pass)?, &expected["logits"]);
+        assert!(off < TOLERANCE, "{batch}: logits are off by {off}");
+        let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+        let scale = 1.0 / layout.counts().tokens as f64;
+        let report = setup.model.grad(&pass, &CrossEntropy, scale, &mut sink)?;
+        let loss: f64 = expected["loss"].to_dtype(DType::F64)?.to_vec1::<f64>()?[0];
+        assert!(
+            (report.mean() - loss).abs() < TOLERANCE * loss,
+            "{batch}: the loss is {} against {loss}",
+            report.mean()
+        );
+        assert_eq!(sink.iter().count(), gradients.len());
+        for (id, gradient) in sink.iter() {
+            let reference = &gradients[&format!("base_model.model.{id}.weight")];
+            let off = difference(gradient.ok_or("no gradient")?, reference) / largest(reference);
+            assert!(off < TOLERANCE, "{batch}: the gradient of {id} is off by a factor of {off}");
+        }
+        compared += 1;
+    }
+    assert!(compared > 0, "nothing was compared");
+
+    for (name, reference) in open(golden.join("merged.safetensors"))?.ok_or("no merged weight")? {
+        let site = name.strip_suffix(".weight").ok_or("no weight")?;
+        let at = setup.attachments.iter().find(|at| at.site.as_str() == site).ok_or("no attachment")?;
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        let base = setup.model.base();
+        let Merged::Factors { left, right, scale } = setup.adapter.merge(at, &locals, &*setup.weight(at)?)? else {
+            return Err("no factors".into());
+        };
+        let weight = (base.tensor(&base.tensor_name(site, "weight"), DType::F32)? + (left.matmul(&right)? * scale)?)?;
+        assert!(difference(&weight, &reference) < TOLERANCE, "{name}");
+    }
+    Ok(())
+}

@@ -1,0 +1,317 @@
+//! The battery of the point `Adapter`: one named trial for each method and property.
+//!
+//! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is its own trial, run
+//! on both: it must pass on the method and fail on LoRA.
+
+mod golden;
+mod support;
+
+use std::collections::BTreeMap;
+
+use attune_adapt::{ADAPTERS, INITS, peft, slot};
+use attune_models::{Base, Model, Pass};
+use attune_points::adapter::{Adapter, Merged};
+use attune_points::{Grads, TensorName};
+use attune_spec::id::Step;
+use attune_spec::method::{BuildCx, Card, Merges, MethodRef, expression};
+use attune_tensor::Rng;
+use candle_core::{DType, Tensor};
+use libtest_mimic::{Arguments, Failed, Trial};
+use serde_json::{Value, json};
+use support::{CrossEntropy, Setup, batch, difference, largest};
+
+type Property = fn(&'static Card) -> Result<(), Failed>;
+
+const PROPERTIES: [(&str, Property); 8] = [
+    ("defaults_parse", defaults_parse),
+    ("an_unknown_field_is_refused_with_its_path", unknown_field),
+    ("it_starts_as_the_base", starts_as_the_base),
+    ("its_gradient_agrees_with_central_differences", gradient),
+    ("save_and_load_keep_the_bits", save_and_load),
+    ("merged_equals_unmerged", merged_equals_unmerged),
+    ("the_cost_formula_counts_its_tensors", cost),
+    ("its_start_depends_on_seed_and_site_only", start),
+];
+
+/// The plain member of the point, against which the others show what is their own.
+const PLAIN: &str = "lora";
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials: Vec<Trial> = ADAPTERS
+        .cards()
+        .flat_map(|card| {
+            PROPERTIES.into_iter().map(move |(property, run)| {
+                Trial::test(format!("adapter::{}::{property}", card.name), move || run(card))
+            })
+        })
+        .collect();
+    trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
+    trials.push(Trial::test("adapter::inits::a_named_start_replaces_the_own_one", named_start));
+    trials.push(Trial::test("adapter::lora::a_rank_beyond_the_width_is_refused_with_the_site", too_wide));
+    trials.extend(golden::trials());
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn build(method: Value) -> Result<Box<dyn Adapter>, Vec<String>> {
+    let method: MethodRef = serde_json::from_value(method).map_err(|error| vec![error.to_string()])?;
+    let cx = BuildCx { steps: Step(10), domains: &[] };
+    ADAPTERS
+        .build(&method, &"tune.adapter".into(), &cx)
+        .map_err(|faults| faults.iter().map(ToString::to_string).collect())
+}
+
+fn fail<E: std::fmt::Debug>(error: E) -> Failed {
+    Failed::from(format!("{error:?}"))
+}
+
+fn defaults_parse(card: &'static Card) -> Result<(), Failed> {
+    let document = ADAPTERS.documents().find(|document| document.name == card.name).ok_or("no document")?;
+    let mut method = document.defaults.clone();
+    method["method"] = card.name.into();
+    build(method).map_err(fail)?;
+    for field in document.defaults.as_object().ok_or("the defaults are no mapping")?.keys() {
+        let schema = &document.schema["properties"][field];
+        assert!(schema["description"].is_string(), "parameter {field} is not described");
+    }
+    assert!(card.summary.ends_with('.'), "the summary is no sentence");
+    Ok(())
+}
+
+fn unknown_field(card: &'static Card) -> Result<(), Failed> {
+    let Err(faults) = build(json!({"method": card.name, "no_such_field": 1})) else { return Err("accepted".into()) };
+    assert!(faults[0].starts_with("`tune.adapter.no_such_field` is not a known field"), "{faults:?}");
+    Ok(())
+}
+
+fn starts_as_the_base(card: &'static Card) -> Result<(), Failed> {
+    let setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    let layout = batch();
+    let with = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;
+    let without = setup.model.logits(&Pass { theta: &setup.theta.adapters_off(), layout: &layout, dropout: None })?;
+    assert_eq!(difference(&with, &without), 0.0);
+    Ok(())
+}
+
+/// The derivative along a random direction in each tensor against a central difference, in f64.
+fn gradient(card: &'static Card) -> Result<(), Failed> {
+    let mut setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F64);
+    setup.disturb(0.1);
+    let layout = batch();
+    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+    setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
+    let mut rng = Rng::new(4, "directions");
+    let step = 1e-5;
+    for (id, value) in setup.theta.trained() {
+        let direction = rng.normal_tensor(value.shape(), 1.0, DType::F64)?;
+        let loss = |sign: f64| -> Result<f64, Failed> {
+            let theta = setup.with(&id.name, (value + (&direction * (sign * step))?)?);
+            Ok(setup.model.score(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy)?.loss_sum)
+        };
+        let numeric = (loss(1.0)? - loss(-1.0)?) / (2.0 * step);
+        let gradient = sink.get(&id).ok_or_else(|| format!("{id} has no gradient"))?;
+        let exact = (gradient * &direction)?.sum_all()?.to_scalar::<f64>()?;
+        assert!((numeric - exact).abs() <= 1e-6 * (1.0 + exact.abs()), "{id}: {numeric} against {exact}");
+    }
+    Ok(())
+}
+
+fn save_and_load(card: &'static Card) -> Result<(), Failed> {
+    let mut setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    if setup.adapter.peft().is_none() {
+        // Its result is a whole model, whose writing and reading the models' own tests cover.
+        assert_eq!(card.merges, Merges::Weight, "neither an adapter folder nor a whole model");
+        return Ok(());
+    }
+    setup.disturb(0.1);
+    let folder = tempfile::tempdir()?;
+    let architecture = setup.model.base().architecture();
+    let write = |to: &std::path::Path| {
+        peft::write(to, &*setup.adapter, &setup.attachments, &setup.params(), architecture, "owner/base", "a card\n")
+    };
+    write(folder.path())?;
+    let read = peft::read(folder.path())?;
+    let method = serde_json::to_value(&read.method)?;
+    let adapter = build(method).map_err(fail)?;
+    let params = read.params(&*adapter, &setup.attachments)?;
+    for (name, tensor) in setup.params().iter() {
+        let loaded = params.get(name).ok_or_else(|| format!("{name} was lost"))?;
+        assert_eq!(difference(loaded, tensor), 0.0, "{name}");
+    }
+    let again = tempfile::tempdir()?;
+    write(again.path())?;
+    for file in ["adapter_model.safetensors", "adapter_config.json", "README.md"] {
+        assert_eq!(std::fs::read(folder.path().join(file))?, std::fs::read(again.path().join(file))?, "{file}");
+    }
+    let error =
+        peft::write(again.path(), &*setup.adapter, &setup.attachments, &setup.params(), architecture, "/models/x", "");
+    assert!(error.is_err_and(|error| error.to_string().contains("never a local path")));
+    Ok(())
+}
+
+fn merged_equals_unmerged(card: &'static Card) -> Result<(), Failed> {
+    let mut setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F64);
+    setup.disturb(0.1);
+    let layout = batch();
+    let unmerged = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;
+    let base = setup.model.base();
+    let infos = base.architecture().tensors().into_iter();
+    let mut tensors: BTreeMap<String, Tensor> = infos
+        .map(|info| Ok((info.name.clone(), base.tensor(&TensorName::from_path(&info.name), DType::F64)?)))
+        .collect::<Result<_, attune_points::Error>>()?;
+    for at in &setup.attachments {
+        let site = base.architecture().site(at.site.as_str()).ok_or("no site")?;
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        let name = base.tensor_name(at.site.as_str(), "weight").to_string();
+        match setup.adapter.merge(at, &locals, &base.weight(&site))? {
+            Merged::Factors { left, right, scale } => {
+                let delta = (left.matmul(&right)? * scale)?;
+                tensors.insert(name.clone(), (&tensors[&name] + delta)?);
+            }
+            Merged::Weight { weight, bias } => {
+                tensors.insert(name, weight);
+                tensors.extend(bias.map(|bias| (base.tensor_name(at.site.as_str(), "bias").to_string(), bias)));
+            }
+            other => return Err(format!("{other:?} does not merge").into()),
+        }
+    }
+    let merged = Model::new(Base::from_tensors(base.architecture().clone(), &tensors)?, Default::default()).in_f64();
+    let theta = attune_points::Theta::default();
+    let merged = merged.logits(&Pass { theta: &theta, layout: &layout, dropout: None })?;
+    // Two ways to compute the same in f64: a few hundred roundings of 1e-16.
+    assert!(difference(&merged, &unmerged) < 1e-12 * (1.0 + largest(&unmerged)), "{}", difference(&merged, &unmerged));
+    Ok(())
+}
+
+fn cost(card: &'static Card) -> Result<(), Failed> {
+    let document = ADAPTERS.documents().find(|document| document.name == card.name).ok_or("no document")?;
+    let setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    for at in &setup.attachments {
+        let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
+        let mut names = document.defaults.as_object().cloned().unwrap_or_default();
+        let (o, i) = site.out_in().unwrap_or_else(|| (site.kind.parameters() as usize, 1));
+        let bias = matches!(site.kind, attune_architecture::SiteKind::Linear { bias: true, .. });
+        names.extend([("i".to_owned(), json!(i)), ("o".to_owned(), json!(o)), ("b".to_owned(), json!(u8::from(bias)))]);
+        let expected = expression::number(card.parameters, &names)?;
+        let counted: usize = at.tensors.iter().filter(|t| t.train).map(|t| t.shape.iter().product::<usize>()).sum();
+        assert_eq!(counted as f64, expected, "{}", at.site);
+    }
+    Ok(())
+}
+
+fn start(card: &'static Card) -> Result<(), Failed> {
+    let setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    let fresh = |seed: u64, attachments: &[attune_points::adapter::Attachment]| {
+        slot::fresh(&*setup.adapter, None, attachments, |at| setup.weight(at), &Rng::new(seed, "init"))
+    };
+    let all = fresh(7, &setup.attachments)?;
+    let alone = fresh(7, &setup.attachments[3..4])?;
+    for (name, tensor) in alone.iter() {
+        assert_eq!(difference(tensor, all.get(name).ok_or("missing")?), 0.0, "{name} depends on other sites");
+    }
+    Ok(())
+}
+
+/// The numeric rank of a matrix by elimination with full pivots.
+fn rank(matrix: &Tensor) -> Result<usize, Failed> {
+    let mut rows: Vec<Vec<f64>> = matrix.to_dtype(DType::F64)?.to_vec2()?;
+    let limit = 1e-9 * largest(matrix);
+    let mut rank = 0;
+    while let Some((row, col)) = (rank..rows.len())
+        .flat_map(|row| (0..rows[row].len()).map(move |col| (row, col)))
+        .max_by(|a, b| rows[a.0][a.1].abs().total_cmp(&rows[b.0][b.1].abs()))
+        .filter(|(row, col)| rows[*row][*col].abs() > limit)
+    {
+        rows.swap(rank, row);
+        let pivot = rows[rank].clone();
+        for other in &mut rows[rank + 1..] {
+            let factor = other[col] / pivot[col];
+            other.iter_mut().zip(&pivot).for_each(|(value, pivot)| *value -= factor * pivot);
+            other[col] = 0.0;
+        }
+        rank += 1;
+    }
+    Ok(rank)
+}
+
+/// How far one gradient step reaches: the rank of the change of a square weight.
+fn step_rank(method: Value) -> Result<usize, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    setup.disturb(0.1);
+    let at = &setup.attachments[0];
+    let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
+    let weight = |setup: &Setup| -> Result<Tensor, Failed> {
+        let base = setup.model.base();
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        Ok(match setup.adapter.merge(at, &locals, &base.weight(&site))? {
+            Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
+            Merged::Weight { weight, .. } => {
+                (weight - base.tensor(&base.tensor_name(at.site.as_str(), "weight"), DType::F64)?)?
+            }
+            other => return Err(format!("{other:?} does not merge").into()),
+        })
+    };
+    let layout = batch();
+    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+    setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
+    let mut stepped = setup.clone_with(setup.theta.clone());
+    for (id, value) in setup.theta.trained() {
+        let gradient = sink.get(&id).ok_or("no gradient")?;
+        stepped.theta = stepped.with(&id.name, (value - (gradient * 0.1)?)?);
+    }
+    rank(&(weight(&stepped)? - weight(&setup)?)?)
+}
+
+/// LoRA's change before and after a step has rank r at most, so a step changes it by 2 r at most; a weight has no such bound.
+fn full_rank() -> Result<(), Failed> {
+    let bound = 2 * 2;
+    let (full, plain) = (step_rank(json!({"method": "full"}))?, step_rank(json!({"method": PLAIN, "rank": 2}))?);
+    assert!(full > bound, "a step of full has rank {full}");
+    assert!(plain <= bound, "a step of {PLAIN} has rank {plain}");
+    Ok(())
+}
+
+fn named_start() -> Result<(), Failed> {
+    let setup = Setup::new(build(json!({"method": "lora"})).map_err(fail)?, "q_proj", DType::F32);
+    let fresh = |init: Option<Value>| -> Result<Tensor, Failed> {
+        let cx = BuildCx { steps: Step(10), domains: &[] };
+        let init = init.map(|init| {
+            INITS.build(&serde_json::from_value(init).unwrap_or_else(|_| MethodRef::named("")), &"init".into(), &cx)
+        });
+        let init = init.transpose().map_err(fail)?;
+        let params = slot::fresh(
+            &*setup.adapter,
+            init.as_deref(),
+            &setup.attachments,
+            |at| setup.weight(at),
+            &Rng::new(1, "init"),
+        )?;
+        Ok(params.iter().next().ok_or("no tensor")?.1.clone())
+    };
+    let (own, kaiming, gaussian) = (
+        fresh(None)?,
+        fresh(Some(json!({"method": "kaiming"})))?,
+        fresh(Some(json!({"method": "gaussian", "std": 3.0})))?,
+    );
+    assert_eq!(difference(&own, &kaiming), 0.0);
+    assert!(largest(&own) <= 1.0 / (own.dims()[1] as f64).sqrt());
+    assert!(largest(&gaussian) > 3.0);
+    let full = Setup::new(build(json!({"method": "full"})).map_err(fail)?, "q_proj", DType::F32);
+    let cx = BuildCx { steps: Step(10), domains: &[] };
+    let init = INITS.build(&MethodRef::named("gaussian"), &"init".into(), &cx).map_err(fail)?;
+    let refused =
+        slot::fresh(&*full.adapter, Some(&*init), &full.attachments, |at| full.weight(at), &Rng::new(1, "init"));
+    assert!(refused.is_err_and(|error| error.to_string().contains("is for a pair of factors")));
+    Ok(())
+}
+
+fn too_wide() -> Result<(), Failed> {
+    let adapter = build(json!({"method": "lora", "rank": 4096})).map_err(fail)?;
+    let setup = Setup::new(build(json!({"method": "lora"})).map_err(fail)?, "q_proj", DType::F32);
+    let architecture = setup.model.base().architecture();
+    let faults = adapter.attach(architecture, &architecture.sites()[1..3]).expect_err("accepted");
+    let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    assert!(faults[0].contains("which is a norm; expected linears"), "{faults:?}");
+    assert!(faults[1].starts_with("`rank` is 4096; model.layers.0.self_attn.q_proj is"), "{faults:?}");
+    Ok(())
+}

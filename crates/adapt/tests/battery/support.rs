@@ -1,0 +1,156 @@
+//! A small model with one component, for every trial.
+
+use std::sync::Arc;
+
+use attune_adapt::slot;
+use attune_architecture::{Architecture, targets};
+use attune_models::{Base, Model, Slot, Stack};
+use attune_points::adapter::{Adapter, Attachment, Port};
+use attune_points::layout::{NO_LABEL, Source};
+use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
+use attune_points::{Bank, BankKind, Layout, Params, Row, TensorName, Theta, Weight};
+use attune_spec::job::Targets;
+use attune_tensor::Rng;
+use candle_core::{DType, Tensor};
+
+const CONFIG: &str = r#"{
+    "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 37, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": true, "rope_theta": 100.0, "initializer_range": 0.3
+}"#;
+
+/// A model, a component at its targets, and the component's parameters.
+pub(crate) struct Setup {
+    pub(crate) model: Arc<Model>,
+    pub(crate) adapter: Arc<dyn Adapter>,
+    pub(crate) attachments: Vec<Attachment>,
+    pub(crate) theta: Theta,
+}
+
+impl Setup {
+    pub(crate) fn new(adapter: Box<dyn Adapter>, targets: &str, dtype: DType) -> Self {
+        let architecture = Architecture::from_json(CONFIG.as_bytes()).unwrap();
+        let base = Base::random(architecture, 5, dtype).unwrap();
+        Self::on(base, adapter, &Targets::from(targets), dtype)
+    }
+
+    pub(crate) fn on(base: Base, adapter: Box<dyn Adapter>, named: &Targets, dtype: DType) -> Self {
+        let sites = targets::resolve(named, None, base.architecture(), |_| true).unwrap();
+        let attachments = adapter.attach(base.architecture(), &sites).unwrap();
+        let adapter: Arc<dyn Adapter> = adapter.into();
+        let stack = Stack::new(vec![Slot::new(Arc::clone(&adapter), attachments.iter().cloned())]);
+        let kind = match adapter.port(&attachments[0]) {
+            Port::Weights => BankKind::Weights,
+            _ => BankKind::Adapter,
+        };
+        let model = Model::new(base, stack);
+        let model = if dtype == DType::F64 { model.in_f64() } else { model };
+        let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
+        let params =
+            slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &Rng::new(7, "init"));
+        let params: Params =
+            params.unwrap().iter().map(|(name, tensor)| (name.clone(), tensor.to_dtype(dtype).unwrap())).collect();
+        setup.theta = Theta::single([Bank { slot: "x".into(), kind, sets: vec![Arc::new(params)], train: true }]);
+        setup
+    }
+
+    /// The base weight at an attachment.
+    pub(crate) fn weight<'a>(&'a self, at: &Attachment) -> attune_points::Result<Box<dyn Weight + 'a>> {
+        let site = self.model.base().architecture().site(at.site.as_str()).unwrap();
+        let base = self.model.base();
+        let dense = base.weight(&site).dense(DType::F32)?;
+        let bias = base.weight(&site).bias(DType::F32)?;
+        Ok(Box::new(Owned { dense, bias }))
+    }
+
+    pub(crate) fn params(&self) -> Params {
+        (*self.theta.banks[0].sets[0]).clone()
+    }
+
+    pub(crate) fn clone_with(&self, theta: Theta) -> Self {
+        let (model, adapter) = (Arc::clone(&self.model), Arc::clone(&self.adapter));
+        Self { model, adapter, attachments: self.attachments.clone(), theta }
+    }
+
+    /// The parameters with one tensor replaced.
+    pub(crate) fn with(&self, name: &TensorName, tensor: Tensor) -> Theta {
+        let mut params = self.params();
+        params.insert(name.clone(), tensor);
+        self.with_params(params)
+    }
+
+    pub(crate) fn with_params(&self, params: Params) -> Theta {
+        let mut theta = self.theta.clone();
+        theta.banks[0].sets[0] = Arc::new(params);
+        theta
+    }
+
+    /// Moves every tensor away from its start.
+    pub(crate) fn disturb(&mut self, std: f64) {
+        let mut rng = Rng::new(11, "disturb");
+        let disturbed: Params = self
+            .params()
+            .iter()
+            .map(|(name, tensor)| {
+                let noise = rng.normal_tensor(tensor.shape(), std, tensor.dtype()).unwrap();
+                (name.clone(), (tensor + noise).unwrap())
+            })
+            .collect();
+        self.theta = self.with_params(disturbed);
+    }
+}
+
+struct Owned {
+    dense: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Weight for Owned {
+    fn shape(&self) -> (usize, usize) {
+        Weight::shape(&self.dense)
+    }
+
+    fn rows(&self, rows: std::ops::Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
+        self.dense.rows(rows, dtype)
+    }
+
+    fn bias(&self, dtype: DType) -> attune_points::Result<Option<Tensor>> {
+        Ok(self.bias.as_ref().map(|bias| bias.to_dtype(dtype)).transpose()?)
+    }
+}
+
+/// Three documents, two of one length.
+pub(crate) fn batch() -> Layout {
+    let mut layout = Layout::new();
+    let mut rng = Rng::new(9, "documents");
+    for (example, length) in [6usize, 9, 6].into_iter().enumerate() {
+        let ids: Vec<u32> = (0..length).map(|_| rng.below(37) as u32).collect();
+        let label = |row: usize| if row % 3 == 1 { NO_LABEL } else { ids.get(row + 1).copied().unwrap_or(NO_LABEL) };
+        let rows: Vec<_> = ids.iter().enumerate().map(|(row, &id)| (Row::Token(id), label(row))).collect();
+        layout.push(Source { example: example as u64, ..Source::default() }, rows);
+    }
+    layout
+}
+
+/// Plain cross-entropy.
+pub(crate) struct CrossEntropy;
+
+impl Objective for CrossEntropy {
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn chunk(&self, chunk: &ChunkView<'_>) -> attune_points::Result<ChunkLoss> {
+        Ok(ChunkLoss::CrossEntropy { weight_t: vec![1.0; chunk.rows.len()] })
+    }
+}
+
+pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.shape(), b.shape());
+    let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
+    largest(&(wide(a) - wide(b)).unwrap())
+}
+
+pub(crate) fn largest(a: &Tensor) -> f64 {
+    a.to_dtype(DType::F64).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}

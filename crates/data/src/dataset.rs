@@ -1,0 +1,285 @@
+//! A file's rows as tokens in memory.
+
+use attune_spec::job::{Form, OnBadRow};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::encode::{Encoded, Encoder};
+use crate::error::Error;
+use crate::forms;
+use crate::origin::{BadRow, BadRows, Reason, RowFault};
+use crate::readers;
+use crate::source::Source;
+
+/// Rows that are tokenised together: enough to keep every thread busy, few enough to stop soon at a bad one.
+const BATCH_ROWS: usize = 1024;
+
+/// How a file is to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reading {
+    /// How rows are to be understood; recognised from the first row's columns when it is `None`.
+    pub form: Option<Form>,
+    /// What happens to a row that cannot be used.
+    pub on_bad_row: OnBadRow,
+    /// Only the first rows are read, if this is given.
+    pub rows: Option<u64>,
+}
+
+/// What reading a file found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The file as written.
+    pub file: String,
+    /// The form of its rows.
+    pub form: Form,
+    /// Rows that are used.
+    pub rows: u64,
+    /// Their tokens.
+    pub tokens: u64,
+    /// Those of them that are learned.
+    pub trained_tokens: u64,
+    /// Rows whose end was cut off.
+    pub truncated: u64,
+    /// Rows that are left out.
+    pub bad: BadRows,
+}
+
+/// The documents of a file: tokens, end to end, and a mark on each that is learned.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    ids: Vec<u32>,
+    trained: Vec<bool>,
+    /// Where each document ends in `ids`.
+    ends: Vec<usize>,
+    report: Report,
+}
+
+/// A document: its tokens and marks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Document<'a> {
+    /// The tokens.
+    pub ids: &'a [u32],
+    /// Which of them are learned.
+    pub trained: &'a [bool],
+}
+
+impl Dataset {
+    /// Reads and tokenises a file.
+    ///
+    /// # Errors
+    /// [`Error::BadRows`] with file and line under `on_bad_row: fail`; [`Error::NoRows`] if nothing usable is in it; errors of
+    /// the file as a whole.
+    pub fn read(source: &Source, encoder: &Encoder, reading: Reading) -> Result<Self, Error> {
+        let mut rows = readers::open(source)?;
+        let file = source.name().to_string();
+        let mut form = reading.form;
+        let mut dataset = Building::default();
+        let mut left = reading.rows.unwrap_or(u64::MAX);
+        loop {
+            let mut batch = Vec::with_capacity(BATCH_ROWS);
+            while batch.len() < BATCH_ROWS && left > 0 {
+                let Some(row) = rows.next().transpose()? else { break };
+                left -= 1;
+                batch.push(row);
+            }
+            if batch.is_empty() {
+                break;
+            }
+            if form.is_none() {
+                form = first_form(&file, &batch)?;
+            }
+            let encode = |row: readers::Item| -> Result<Encoded, BadRow> {
+                let row = row?;
+                // A file of nothing but unreadable rows has no form; its rows are bad for that reason already.
+                let Some(form) = form else {
+                    return Err(RowFault::new(Reason::MissingField, "no row says the form").at(row.origin));
+                };
+                let record = forms::read(form, &row.fields);
+                record.and_then(|record| encoder.encode(&record)).map_err(|fault| fault.at(row.origin))
+            };
+            let encoded: Vec<Result<Encoded, BadRow>> = batch.into_par_iter().map(encode).collect();
+            for row in encoded {
+                dataset.push(row);
+            }
+            if reading.on_bad_row == OnBadRow::Fail && !dataset.bad.is_empty() {
+                dataset.bad.stopped_early = true;
+                return Err(Error::BadRows(Box::new(dataset.bad)));
+            }
+        }
+        dataset.finish(file, form)
+    }
+
+    /// Number of documents.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there is no document.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// The document `index`.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Dataset::len`].
+    pub fn document(&self, index: usize) -> Document<'_> {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        let range = start..self.ends[index];
+        Document { ids: &self.ids[range.clone()], trained: &self.trained[range] }
+    }
+
+    /// What reading the file found.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// The lengths of all documents, in order.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> {
+        (0..self.len()).map(|index| self.document(index).ids.len())
+    }
+
+    /// A digest of tokens, marks and borders: what a run saw, however the file was stored.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        for index in 0..self.len() {
+            let Document { ids, trained } = self.document(index);
+            hasher.update(&(ids.len() as u64).to_le_bytes());
+            for (id, trained) in ids.iter().zip(trained) {
+                hasher.update(&id.to_le_bytes());
+                hasher.update(&[u8::from(*trained)]);
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+/// The form that the first readable row's columns say.
+fn first_form(file: &str, batch: &[readers::Item]) -> Result<Option<Form>, Error> {
+    let Some(row) = batch.iter().find_map(|row| row.as_ref().ok()) else { return Ok(None) };
+    forms::recognise(&row.fields)
+        .map(Some)
+        .map_err(|words| Error::File { file: file.to_owned(), message: format!("its columns {words}") })
+}
+
+#[derive(Default)]
+struct Building {
+    ids: Vec<u32>,
+    trained: Vec<bool>,
+    ends: Vec<usize>,
+    truncated: u64,
+    bad: BadRows,
+}
+
+impl Building {
+    fn push(&mut self, row: Result<Encoded, BadRow>) {
+        match row {
+            Ok(encoded) => {
+                self.ids.extend(&encoded.ids);
+                self.trained.extend(&encoded.trained);
+                self.ends.push(self.ids.len());
+                self.truncated += u64::from(encoded.truncated);
+            }
+            Err(bad) => self.bad.push(bad),
+        }
+    }
+
+    fn finish(self, file: String, form: Option<Form>) -> Result<Dataset, Error> {
+        let Self { ids, trained, ends, truncated, bad } = self;
+        let (false, Some(form)) = (ends.is_empty(), form) else {
+            let message = match bad.first.first() {
+                None => "holds no row".to_owned(),
+                Some(first) => {
+                    format!("holds no usable row; {} were left out, the first because {}", bad.count(), first.message)
+                }
+            };
+            return Err(Error::NoRows { file, message });
+        };
+        // The first token of a document is never predicted.
+        let firsts = std::iter::once(0).chain(ends.iter().copied().take(ends.len() - 1));
+        let unpredicted = firsts.filter(|&start| trained[start]).count();
+        let report = Report {
+            file,
+            form,
+            rows: ends.len() as u64,
+            tokens: ids.len() as u64,
+            trained_tokens: (trained.iter().filter(|trained| **trained).count() - unpredicted) as u64,
+            truncated,
+            bad,
+        };
+        Ok(Dataset { ids, trained, ends, report })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use attune_spec::job::TooLong;
+
+    use super::*;
+    use crate::tokenizer::byte_level;
+
+    fn read(text: &str, name: &str, on_bad_row: OnBadRow, form: Option<Form>) -> Result<Dataset, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let encoder = Encoder::new(byte_level(&["<|endoftext|>"]), None, 64, TooLong::Refuse).unwrap();
+        let source = Source::parse(path.to_str().unwrap()).unwrap();
+        let reading = Reading { form, on_bad_row, rows: None };
+        let shown = folder.path().display().to_string();
+        Dataset::read(&source, &encoder, reading).map_err(|error| error.to_string().replace(&shown, "DIR"))
+    }
+
+    /// A data set of texts, for tests of what comes after reading.
+    pub(crate) fn texts(texts: &[String]) -> Dataset {
+        let rows: Vec<String> = texts.iter().map(|text| serde_json::json!({ "text": text }).to_string()).collect();
+        read(&rows.join("\n"), "a.jsonl", OnBadRow::Fail, None).unwrap()
+    }
+
+    #[test]
+    fn documents_keep_their_order_and_their_marks() {
+        let dataset = texts(&["ab".to_owned(), "c".to_owned()]);
+        assert_eq!(dataset.document(0), Document { ids: &[97, 98, 256], trained: &[true; 3] });
+        assert_eq!(dataset.document(1), Document { ids: &[99, 256], trained: &[true; 2] });
+        assert_eq!(dataset.report().trained_tokens, 3);
+        assert_ne!(dataset.digest(), texts(&["a".to_owned(), "bc".to_owned()]).digest());
+    }
+
+    #[test]
+    fn a_bad_row_fails_with_file_and_line_or_is_skipped_and_counted() {
+        let text = "{\"text\": \"good\"}\n{\"text\": }\n{\"text\": 3}\n{\"text\": \"also good\"}\n";
+        let error = read(text, "a.jsonl", OnBadRow::Fail, None).unwrap_err();
+        assert_eq!(
+            error,
+            "DIR/a.jsonl:2: not valid JSON at column 10: expected value (and at least 1 more bad row; `on_bad_row: skip` leaves them out)"
+        );
+        let dataset = read(text, "a.jsonl", OnBadRow::Skip, None).unwrap();
+        assert_eq!((dataset.len(), dataset.report().bad.count()), (2, 2));
+        assert_eq!(dataset.report().bad.by_reason[&Reason::WrongType], 1);
+        let long = format!("{{\"text\": \"{}\"}}\n", "x".repeat(100));
+        let error = read(&long, "a.jsonl", OnBadRow::Fail, None).unwrap_err();
+        assert!(error.starts_with("DIR/a.jsonl:1: has 101 tokens; `data.max_length` is 64"), "{error}");
+    }
+
+    #[test]
+    fn files_without_a_usable_row_say_so() {
+        assert_eq!(read("", "a.jsonl", OnBadRow::Fail, None).unwrap_err(), "DIR/a.jsonl: holds no row");
+        let error = read("[1]\n", "a.jsonl", OnBadRow::Skip, None).unwrap_err();
+        assert!(
+            error
+                .starts_with("DIR/a.jsonl: holds no usable row; 1 were left out, the first because the line is a list"),
+            "{error}"
+        );
+        let error = read("{\"question\": \"a\"}\n", "a.jsonl", OnBadRow::Fail, None).unwrap_err();
+        assert!(error.contains("[\"question\"] are no known form"), "{error}");
+        let error = read("{\"question\": \"a\"}\n", "a.jsonl", OnBadRow::Fail, Some(Form::Text)).unwrap_err();
+        assert!(error.starts_with("DIR/a.jsonl:1: `text` is missing"), "{error}");
+    }
+
+    #[test]
+    fn csv_rows_are_read_by_their_header() {
+        let dataset = read("prompt,completion\n\"a, b\",c\nd,e\n", "a.csv", OnBadRow::Fail, None).unwrap();
+        assert_eq!(dataset.document(0).ids, [97, 44, 32, 98, 99, 256]);
+        assert_eq!(dataset.document(0).trained, [false, false, false, false, true, true]);
+        assert_eq!(dataset.report().form, Form::PromptCompletion);
+    }
+}

@@ -1,0 +1,145 @@
+//! Forms of training rows: which columns a row has and what they mean.
+//!
+//! The form is one decision per file, taken from the first row's columns or from `form:` in the job file, and then holds
+//! for every row.
+
+mod alpaca;
+mod chat;
+mod prompt_completion;
+mod text;
+
+use attune_spec::job::Form;
+use serde_json::{Map, Value};
+
+pub(crate) use alpaca::prompt as alpaca_prompt;
+pub(crate) use chat::ASSISTANT;
+pub use chat::{Conversation, Message};
+
+use crate::origin::{Reason, RowFault};
+use crate::readers::kind;
+
+/// What a row says.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Record {
+    /// A conversation, for the chat template.
+    Chat(Conversation),
+    /// An instruction with its answer: a two-turn conversation where there is a chat template, else Alpaca's own prompt.
+    Instruction {
+        /// What to do.
+        instruction: String,
+        /// On what; may be empty.
+        input: String,
+        /// The answer.
+        output: String,
+    },
+    /// A prompt and its continuation, joined as they stand.
+    PromptCompletion {
+        /// Not trained.
+        prompt: String,
+        /// Trained.
+        completion: String,
+    },
+    /// Plain text.
+    Text(String),
+}
+
+/// All forms, in the order in which they are listed to people.
+const ALL: [Form; 4] = [Form::Chat, Form::PromptCompletion, Form::Alpaca, Form::Text];
+
+/// A form's name in a job file.
+pub(crate) const fn name(form: Form) -> &'static str {
+    match form {
+        Form::Chat => "chat",
+        Form::PromptCompletion => "prompt_completion",
+        Form::Alpaca => "alpaca",
+        Form::Text => "text",
+    }
+}
+
+/// The columns without which a row is not of a form.
+const fn columns(form: Form) -> &'static [&'static str] {
+    match form {
+        Form::Chat => &["messages"],
+        Form::PromptCompletion => &["prompt", "completion"],
+        Form::Alpaca => &["instruction", "output"],
+        Form::Text => &["text"],
+    }
+}
+
+/// The one form whose columns are all there. Fails with words to follow "the columns", when none fits or several do.
+pub(crate) fn recognise(fields: &Map<String, Value>) -> Result<Form, String> {
+    let fits = |form: &Form| columns(*form).iter().all(|column| fields.contains_key(*column));
+    let found: Vec<Form> = ALL.into_iter().filter(fits).collect();
+    match found.as_slice() {
+        [form] => Ok(*form),
+        [] => {
+            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+            let known = "`messages`, `prompt` + `completion`, `instruction` + `output`, or `text`";
+            Err(format!("{names:?} are no known form; expected {known}"))
+        }
+        many => {
+            let names: Vec<&str> = many.iter().map(|form| name(*form)).collect();
+            Err(format!("fit the forms {}; say which by `form:`", names.join(" and ")))
+        }
+    }
+}
+
+/// Reads a row in a form.
+pub(crate) fn read(form: Form, fields: &Map<String, Value>) -> Result<Record, RowFault> {
+    match form {
+        Form::Chat => chat::read(fields),
+        Form::PromptCompletion => prompt_completion::read(fields),
+        Form::Alpaca => alpaca::read(fields),
+        Form::Text => text::read(fields),
+    }
+}
+
+/// The text in a column that must be there.
+fn text_of<'a>(fields: &'a Map<String, Value>, column: &str) -> Result<&'a str, RowFault> {
+    match fields.get(column) {
+        Some(Value::String(text)) => Ok(text),
+        Some(other) => {
+            let message = format!("`{column}` is {}; expected a text", kind(other));
+            Err(RowFault::new(Reason::WrongType, message))
+        }
+        None => {
+            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+            let message = format!("`{column}` is missing; the row has {names:?}");
+            Err(RowFault::new(Reason::MissingField, message))
+        }
+    }
+}
+
+/// The same, and it must say something.
+fn filled_text_of<'a>(fields: &'a Map<String, Value>, column: &str) -> Result<&'a str, RowFault> {
+    let text = text_of(fields, column)?;
+    if text.trim().is_empty() {
+        return Err(RowFault::new(Reason::EmptyText, format!("`{column}` is empty; expected the text to train on")));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+pub(crate) fn fields(json: &str) -> Map<String, Value> {
+    serde_json::from_str(json).unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_form_is_recognised_by_its_columns_or_refused_with_what_is_expected() {
+        for (row, form) in [
+            (r#"{"messages": [], "domain": "x"}"#, Form::Chat),
+            (r#"{"completion": "", "prompt": ""}"#, Form::PromptCompletion),
+            (r#"{"instruction": "", "input": "", "output": ""}"#, Form::Alpaca),
+            (r#"{"text": "", "label": ""}"#, Form::Text),
+        ] {
+            assert_eq!(recognise(&fields(row)), Ok(form));
+            assert_eq!(serde_json::to_value(form).unwrap(), name(form));
+        }
+        insta::assert_snapshot!(recognise(&fields(r#"{"messages": [], "text": ""}"#)).unwrap_err(), @"fit the forms chat and text; say which by `form:`");
+        insta::assert_snapshot!(recognise(&fields(r#"{"conversations": []}"#)).unwrap_err(), @r#"["conversations"] are no known form; expected `messages`, `prompt` + `completion`, `instruction` + `output`, or `text`"#);
+    }
+}

@@ -1,0 +1,353 @@
+//! Packs the documents of one optimiser step into the micro-batches of its logical shards.
+//!
+//! Next fit in the order of drawing: a document that does not fit into what is left of a micro-batch opens the next one.
+//! Documents are never split and none is passed over, so the sequence of documents does not depend on the budget.
+
+use std::sync::Arc;
+
+use attune_points::engine::Batch;
+use attune_points::layout::{LabelCounts, NO_LABEL, Source as DocSource};
+use attune_points::mixing::{Feedback, Mixing, Simplex};
+use attune_points::{Layout, Row};
+use attune_spec::id::Step;
+use attune_spec::job::plan::Length;
+use serde::{Deserialize, Serialize};
+
+use crate::dataset::{Dataset, Document};
+use crate::error::Error;
+use crate::stream::{Counters, Drawn, Stream};
+
+/// How documents are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packing {
+    /// Tokens in one batch; each logical shard gets its part.
+    pub batch_tokens: u32,
+    /// Parts of a batch.
+    pub logical_shards: u32,
+    /// Batches in one optimiser step.
+    pub accumulation: u32,
+    /// The longest document.
+    pub max_length: u32,
+}
+
+impl Packing {
+    /// Tokens that one micro-batch holds.
+    pub const fn shard_tokens(&self) -> usize {
+        (self.batch_tokens / self.logical_shards) as usize
+    }
+}
+
+/// A named domain of the mixture.
+#[derive(Debug, Clone)]
+pub struct Domain {
+    /// Its name.
+    pub name: String,
+    /// Its documents.
+    pub data: Arc<Dataset>,
+}
+
+/// All that a resumed run needs to go on with its data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Counters of the stream.
+    pub counters: Counters,
+    /// State of the mixing method.
+    pub mixing: Vec<u8>,
+    /// What the mixing method hears next.
+    pub feedback: Vec<Option<f64>>,
+}
+
+/// Hands out the batches of a run.
+pub struct Loader {
+    domains: Vec<Domain>,
+    stream: Stream,
+    mixing: Box<dyn Mixing>,
+    packing: Packing,
+    feedback: Feedback,
+    /// Documents after which the run's data ends, if it is counted in epochs.
+    documents_max: u64,
+}
+
+impl Loader {
+    /// The batches of a run from its beginning.
+    pub fn new(seed: u64, domains: Vec<Domain>, mixing: Box<dyn Mixing>, packing: Packing, length: Length) -> Self {
+        let stream = Stream::new(seed, domains.iter().map(|domain| (domain.name.clone(), domain.data.len())));
+        let all: u64 = domains.iter().map(|domain| domain.data.len() as u64).sum();
+        let documents_max = match length {
+            Length::Epochs(epochs) => (epochs * all as f64).ceil() as u64,
+            Length::Steps(_) | Length::Tokens(_) => u64::MAX,
+        };
+        Self { domains, stream, mixing, packing, feedback: Feedback::default(), documents_max }
+    }
+
+    /// The micro-batches of step `step` for all logical shards, in order; number `a * logical_shards + s` is the part of
+    /// shard `s` in accumulated batch `a`. A micro-batch is empty when the run's data has ended.
+    ///
+    /// # Errors
+    /// Whatever the mixing method raises.
+    pub fn batch(&mut self, step: Step) -> Result<Batch, attune_points::Error> {
+        let shares = self.mixing.decide(step, &self.feedback)?;
+        let n_parts = self.packing.accumulation * self.packing.logical_shards;
+        let mut parts = Vec::with_capacity(n_parts as usize);
+        for part in 0..n_parts {
+            parts.push((part, Arc::new(self.pack(&shares))));
+        }
+        let counts = parts.iter().map(|(_, layout)| layout.counts()).sum::<LabelCounts>();
+        let n_rows = parts.iter().map(|(_, layout)| layout.n_rows() as u64).sum();
+        Ok(Batch { parts, counts, n_rows })
+    }
+
+    fn pack(&mut self, shares: &Simplex) -> Layout {
+        let budget = self.packing.shard_tokens();
+        let mut layout = Layout::new();
+        while self.stream.counters().draws < self.documents_max {
+            let Drawn { domain, index } = self.stream.peek(shares);
+            let document = self.domains[domain].data.document(index);
+            if layout.n_rows() + document.ids.len() > budget {
+                break;
+            }
+            self.stream.take(domain, document.ids.len());
+            push(&mut layout, document, domain, index);
+        }
+        layout
+    }
+
+    /// Tells what the step showed, for the mixing method.
+    pub fn hear(&mut self, feedback: Feedback) {
+        self.feedback = feedback;
+    }
+
+    /// What was drawn so far.
+    pub fn counters(&self) -> &Counters {
+        self.stream.counters()
+    }
+
+    /// The domains.
+    pub fn domains(&self) -> &[Domain] {
+        &self.domains
+    }
+
+    /// All that a resumed run needs.
+    pub fn state(&self) -> State {
+        State {
+            counters: self.stream.counters().clone(),
+            mixing: self.mixing.state(),
+            feedback: self.feedback.loss.clone(),
+        }
+    }
+
+    /// Goes on from a saved state.
+    ///
+    /// # Errors
+    /// A state that is not of this job.
+    pub fn restore(&mut self, state: State) -> Result<(), Error> {
+        self.stream.restore(state.counters)?;
+        self.mixing.restore(&state.mixing).map_err(|error| Error::State(error.to_string()))?;
+        self.feedback = Feedback { loss: state.feedback };
+        Ok(())
+    }
+
+    /// The number of steps that `length` comes to. Epochs and tokens are counted by walking the packer once from the start,
+    /// with the shares that the mixing method decides before it has heard anything.
+    ///
+    /// # Errors
+    /// Whatever the mixing method raises.
+    pub fn steps(&mut self, length: Length) -> Result<Step, attune_points::Error> {
+        let done = |counters: &Counters| match length {
+            Length::Steps(_) => true,
+            Length::Epochs(_) => counters.draws >= self.documents_max,
+            Length::Tokens(tokens) => counters.tokens.iter().sum::<u64>() >= tokens,
+        };
+        if let Length::Steps(steps) = length {
+            return Ok(Step(steps));
+        }
+        let shares = self.mixing.decide(Step(0), &Feedback::default())?;
+        let mut stream = self.stream.clone();
+        let (budget, n_parts) = (self.packing.shard_tokens(), self.packing.accumulation * self.packing.logical_shards);
+        let mut steps = 0;
+        while !done(stream.counters()) {
+            steps += 1;
+            for _ in 0..n_parts {
+                let mut rows = 0;
+                while stream.counters().draws < self.documents_max {
+                    let Drawn { domain, index } = stream.peek(&shares);
+                    let length = self.domains[domain].data.document(index).ids.len();
+                    if rows + length > budget {
+                        break;
+                    }
+                    rows += length;
+                    stream.take(domain, length);
+                }
+            }
+        }
+        Ok(Step(steps))
+    }
+}
+
+/// Appends a document; the label of a row is the next token where that is learned.
+fn push(layout: &mut Layout, document: Document<'_>, domain: usize, index: usize) {
+    let next =
+        document.ids.iter().zip(document.trained).skip(1).map(|(id, trained)| if *trained { *id } else { NO_LABEL });
+    let rows = document.ids.iter().map(|id| Row::Token(*id)).zip(next.chain([NO_LABEL]));
+    layout.push(DocSource { example: index as u64, domain: domain as u16, ..DocSource::default() }, rows);
+}
+
+/// The documents of a validation set in file order, packed into batches of at most `tokens`.
+pub fn in_order(data: &Dataset, tokens: usize) -> Vec<Layout> {
+    let mut layouts = Vec::new();
+    let mut layout = Layout::new();
+    for index in 0..data.len() {
+        let document = data.document(index);
+        if layout.n_rows() > 0 && layout.n_rows() + document.ids.len() > tokens {
+            layouts.push(std::mem::take(&mut layout));
+        }
+        push(&mut layout, document, 0, index);
+    }
+    layouts.push(layout);
+    layouts
+}
+
+/// The micro-batch that costs the most memory: full of documents of the longest length, every token supervised.
+pub fn largest(packing: &Packing) -> Layout {
+    let mut layout = Layout::new();
+    let mut left = packing.shard_tokens();
+    let longest = packing.max_length as usize;
+    while left > 0 {
+        let length = left.min(longest);
+        left -= length;
+        let rows = (0..length).map(|row| (Row::Token(0), if row + 1 < length { 0 } else { NO_LABEL }));
+        layout.push(DocSource::default(), rows);
+    }
+    layout
+}
+
+#[cfg(test)]
+mod tests {
+    use attune_spec::method::{BuildCx, MethodRef};
+    use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
+
+    use super::*;
+    use crate::dataset::tests::texts;
+    use crate::mixing::MIXINGS;
+
+    fn domain(name: &str, lengths: &[usize]) -> Domain {
+        // The tokeniser appends the end of the text.
+        let rows: Vec<String> =
+            lengths.iter().enumerate().map(|(i, n)| char::from(b'a' + i as u8).to_string().repeat(n - 1)).collect();
+        Domain { name: name.to_owned(), data: Arc::new(texts(&rows)) }
+    }
+
+    fn loader(domains: &[Domain], packing: Packing, length: Length) -> Loader {
+        let weights: Vec<_> = domains.iter().map(|domain| (domain.name.parse().unwrap(), 1.0)).collect();
+        let cx = BuildCx { steps: Step(1), domains: &weights };
+        let mixing = MIXINGS.build(&MethodRef::named("static"), &"mixing".into(), &cx).unwrap();
+        Loader::new(7, domains.to_vec(), mixing, packing, length)
+    }
+
+    const PACKING: Packing = Packing { batch_tokens: 60, logical_shards: 3, accumulation: 1, max_length: 12 };
+
+    /// The documents of some steps, as (domain, example), shard by shard.
+    fn documents(loader: &mut Loader, from: u64, steps: u64) -> Vec<(u16, u64)> {
+        (from..from + steps)
+            .flat_map(|step| loader.batch(Step(step)).unwrap().parts)
+            .flat_map(|(_, layout)| layout.docs().iter().map(|doc| (doc.domain, doc.example)).collect::<Vec<_>>())
+            .collect()
+    }
+
+    #[test]
+    fn labels_are_the_next_tokens_and_documents_start_anew() {
+        let mut loader = loader(&[domain("a", &[3, 4])], PACKING, Length::Steps(1));
+        let batch = loader.batch(Step(0)).unwrap();
+        let layout = &batch.parts[0].1;
+        for doc in layout.docs() {
+            let rows = doc.rows.start as usize..doc.rows.end as usize;
+            let (tokens, labels) = (&layout.rows()[rows.clone()], &layout.labels()[rows.clone()]);
+            for (next, label) in tokens[1..].iter().zip(labels) {
+                assert_eq!(*next, Row::Token(*label));
+            }
+            assert_eq!(labels.last(), Some(&NO_LABEL));
+        }
+        assert_eq!(batch.counts, batch.parts.iter().map(|(_, layout)| layout.counts()).sum());
+    }
+
+    #[test]
+    fn regrouping_into_accumulated_batches_gives_the_same_micro_batches() {
+        let domains = [domain("a", &[3, 9, 12, 5]), domain("b", &[2, 7, 7])];
+        let whole = Packing { batch_tokens: 120, logical_shards: 6, ..PACKING };
+        let halves = Packing { batch_tokens: 60, logical_shards: 3, accumulation: 2, ..PACKING };
+        let mut a = loader(&domains, whole, Length::Steps(1));
+        let mut b = loader(&domains, halves, Length::Steps(1));
+        for step in 0..5 {
+            let (a, b) = (a.batch(Step(step)).unwrap(), b.batch(Step(step)).unwrap());
+            assert_eq!((a.parts, a.counts), (b.parts, b.counts));
+        }
+    }
+
+    #[test]
+    fn epochs_show_every_document_that_often_and_the_last_step_may_be_short() {
+        let domains = [domain("a", &[3, 9, 12, 5, 6])];
+        let mut counted = loader(&domains, PACKING, Length::Epochs(2.0));
+        let steps = counted.steps(Length::Epochs(2.0)).unwrap().0;
+        let mut found = documents(&mut counted, 0, steps);
+        assert!(documents(&mut counted, steps, 1).is_empty());
+        found.sort_unstable();
+        let expected: Vec<(u16, u64)> = (0..5).flat_map(|i| [(0, i), (0, i)]).collect();
+        assert_eq!(found, expected);
+        let mut by_tokens = loader(&domains, PACKING, Length::Tokens(100));
+        let steps = by_tokens.steps(Length::Tokens(100)).unwrap().0;
+        documents(&mut by_tokens, 0, steps);
+        let tokens: u64 = by_tokens.counters().tokens.iter().sum();
+        assert!((100..160).contains(&tokens), "{tokens}");
+    }
+
+    #[test]
+    fn validation_sets_are_packed_in_file_order() {
+        let data = domain("a", &[3, 9, 12, 5, 6]).data;
+        let layouts = in_order(&data, 20);
+        let examples: Vec<Vec<u64>> =
+            layouts.iter().map(|layout| layout.docs().iter().map(|doc| doc.example).collect()).collect();
+        assert_eq!(examples, [vec![0, 1], vec![2, 3], vec![4]]);
+    }
+
+    #[test]
+    fn the_largest_micro_batch_is_full_of_longest_documents() {
+        let layout = largest(&PACKING);
+        let lengths: Vec<usize> = layout.docs().iter().map(attune_points::Doc::n_rows).collect();
+        assert_eq!(lengths, [12, 8]);
+        assert_eq!(layout.counts().tokens, 18);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_split_or_passed_over_and_any_cut_resumes(
+            a in proptest::collection::vec(2usize..12, 1..12),
+            b in proptest::collection::vec(2usize..12, 1..12),
+            cut in 0u64..6,
+        ) {
+            let domains = [domain("a", &a), domain("b", &b)];
+            let mut whole = loader(&domains, PACKING, Length::Steps(6));
+            let all = documents(&mut whole, 0, 6);
+            let mut first = loader(&domains, PACKING, Length::Steps(6));
+            let before = documents(&mut first, 0, cut);
+            let state = serde_json::to_string(&first.state()).unwrap();
+            let mut second = loader(&domains, PACKING, Length::Steps(6));
+            second.restore(serde_json::from_str(&state).unwrap()).unwrap();
+            let after = documents(&mut second, cut, 6 - cut);
+            prop_assert_eq!([before, after].concat(), all.clone());
+            // Every document of a domain comes once before any comes twice.
+            for (index, lengths) in [a, b].iter().enumerate() {
+                let seen: Vec<u64> = all.iter().filter(|(d, _)| usize::from(*d) == index).map(|(_, e)| *e).collect();
+                for epoch in seen.chunks_exact(lengths.len()) {
+                    let mut epoch = epoch.to_vec();
+                    epoch.sort_unstable();
+                    prop_assert_eq!(epoch, (0..lengths.len() as u64).collect::<Vec<_>>());
+                }
+            }
+            let mut sizes = loader(&domains, PACKING, Length::Steps(6));
+            for (_, layout) in sizes.batch(Step(0)).unwrap().parts {
+                prop_assert!(layout.n_rows() <= PACKING.shard_tokens());
+            }
+        }
+    }
+}

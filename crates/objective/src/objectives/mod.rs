@@ -1,0 +1,9 @@
+//! The point `Objective`: layout and outputs to loss.
+
+mod sft;
+
+use attune_points::objective::Objective;
+use attune_spec::method::{Point, Registry, entry};
+
+/// All objectives.
+pub static OBJECTIVES: Registry<dyn Objective> = Registry::new(Point::Objective, &[entry::<sft::Sft>()]);

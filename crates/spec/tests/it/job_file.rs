@@ -1,0 +1,135 @@
+use attune_spec::Fault;
+use attune_spec::id::Digest;
+use attune_spec::job::plan::{Input, Length};
+use attune_spec::job::{JobSpec, Plan, ReadError, Reference, read_value, read_yaml};
+use attune_spec::method::Catalogue;
+use serde_json::{Value, json};
+
+const SMALL: &str = "
+version: 1
+name: debian-helper
+base: file:///models/base
+data:
+  domains:
+    - {name: packages, source: file:///data/packages.train.jsonl}
+  max_length: 256
+tune:
+  adapter: {method: lora, rank: 16, alpha: 32}
+  steps: 200
+";
+
+fn read(text: &str) -> Result<JobSpec, ReadError> {
+    read_value(&read_yaml(text)?, Catalogue::embedded())
+}
+
+/// The faults of the small job with `changes` made to it, as lines.
+fn faults(changes: &[(&str, Value)]) -> Vec<String> {
+    let mut value = read_yaml(SMALL).unwrap();
+    for (path, new) in changes {
+        attune_spec::job::set_path(&mut value, path, &new.to_string()).unwrap();
+    }
+    match read_value(&value, Catalogue::embedded()) {
+        Ok(_) => Vec::new(),
+        Err(ReadError::Faults(faults)) => faults.iter().map(Fault::to_string).collect(),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn a_short_job_has_the_documented_defaults() {
+    let spec = read(SMALL).unwrap();
+    assert_eq!(spec.tune.batch_tokens, 4096);
+    assert_eq!(spec.limits.max_attempts, 3);
+    assert_eq!(spec.tune.objective.method, "sft");
+    assert_eq!(spec.base, "file:///models/base".parse::<Reference>().unwrap());
+    assert_eq!(spec.references().len(), 2);
+}
+
+#[test]
+fn each_fault_has_its_path_and_says_what_would_do() {
+    let cases: &[(&str, Value, &str)] = &[
+        ("tune.adapter.method", json!("lroa"), "`tune.adapter.method` is \"lroa\", which no method of point adapter is called; known are"),
+        ("tune.adapter.method", json!("adamw"), "`tune.adapter.method` is \"adamw\", which is a method of point optimizer; expected one of point adapter"),
+        ("tune.adapter.rank", json!(-4), "`tune.adapter.rank` is -4; expected 1 or more"),
+        ("tune.adapter.rank", json!("8"), "`tune.adapter.rank` is \"8\"; expected a whole number"),
+        ("tune.adapter.rnak", json!(8), "`tune.adapter.rnak` is not a known field; did you mean \"rank\"?"),
+        ("tune.adapter", json!(3), "`tune.adapter` is 3; expected a mapping"),
+        ("tune.steps", json!(0), "`tune.steps` is 0; expected 1 or more"),
+        ("tune.epochs", json!(1), "`tune` gives steps and epochs; expected exactly one of them"),
+        ("tune.steps", json!(null), "`tune` says no length; expected one of `steps`, `epochs`, `tokens`"),
+        ("tune.optimiser", json!({"method": "adamw"}), "`tune.optimiser` is not a known field; did you mean \"optimizer\"?"),
+        ("tune.optimizer", json!({"method": "adamw", "lr": "fast"}), "`tune.optimizer.lr` is \"fast\"; expected a number"),
+        ("tune.optimizer", json!({"method": "adamw", "lr": 1e30}), "`tune.optimizer.lr` is 1e+30; expected 10.0 or less"),
+        ("data.on_bad_row", json!("ignore"), "`data.on_bad_row` is \"ignore\"; expected one of fail, skip"),
+        ("data.domains", json!([]), "`data.domains` has too few entries; expected 1 or more"),
+        ("data.domains[0].weight", json!(-1), "`data.domains[0].weight` is -1; expected 0 or more"),
+        ("data.domains[0].source", json!("ftp://x"), "`data.domains[0].source` is wrong: reference \"ftp://x\" is not valid"),
+        ("data.max_length", json!(8192), "`tune.batch_tokens` is 4096; expected at least data.max_length = 8192"),
+        ("version", json!(2), "`version` is 2; this build reads version 1"),
+        ("name", json!("Not A Name"), "`name` is wrong: name \"Not A Name\" is not valid"),
+        ("resources.devices_per_worker", json!(3), "`resources.devices_per_worker` makes 3 ranks, which do not divide the 8 logical shards"),
+        ("outputs.tag", json!("a:b:c"), "`outputs.tag` is wrong: tag \"a:b:c\" is not valid"),
+        ("outputs.merged_tag", json!("m"), "`outputs.merged_tag` is given, but `outputs.merged` is false"),
+        ("base", json!(null), "`base` is null; expected a text"),
+    ];
+    for (path, value, expected) in cases {
+        let faults = faults(&[(path, value.clone())]);
+        assert!(faults.iter().any(|fault| fault.starts_with(expected)), "{path}: {value}: {faults:#?}");
+    }
+}
+
+#[test]
+fn faults_of_all_layers_come_together() {
+    let all = faults(&[
+        ("tune.adapter.rank", json!(0)),
+        ("tune.schedule", json!({"method": "cosin"})),
+        ("data.max_length", json!(1)),
+        ("extra", json!(1)),
+    ]);
+    assert_eq!(all.len(), 4, "{all:#?}");
+}
+
+#[test]
+fn malformed_yaml_has_line_and_column() {
+    let error = read("version: 1\nname: [a\nbase: x\n").unwrap_err();
+    assert!(matches!(error, ReadError::Syntax { line: 2..=4, .. }), "{error}");
+}
+
+#[test]
+fn a_plan_leaves_no_default_open_and_does_not_change_with_names_of_people() {
+    let digest = Digest::from_bytes([7; 32]);
+    let plan = |spec: &JobSpec| Plan::resolve(spec, Catalogue::embedded(), |_| Ok(Input::Artifact(digest))).unwrap();
+    let mut spec = read(SMALL).unwrap();
+    let before = plan(&spec);
+    assert_eq!(before.length, Length::Steps(200));
+    assert_eq!(before.logical_shards, 8);
+    assert_eq!(before.artifacts(), [digest]);
+    let slot = &before.stack[0];
+    assert_eq!((slot.name.as_str(), slot.targets.entries()), ("lora", &["all-linear".to_owned()][..]));
+    let params = &slot.method.as_ref().unwrap().params;
+    assert_eq!(params["rank"], json!(16));
+    assert!(params.contains_key("dropout"), "a default is missing: {params:?}");
+    spec.name = "another".parse().unwrap();
+    spec.priority = 5;
+    assert_eq!(plan(&spec), before);
+    let text = serde_json::to_string(&before).unwrap();
+    assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), before);
+}
+
+#[test]
+fn references_that_cannot_be_resolved_are_told_with_their_paths() {
+    let spec = read(SMALL).unwrap();
+    let faults = Plan::resolve(&spec, Catalogue::embedded(), |reference| match reference {
+        Reference::Path(path) => Err(format!("names {path:?}, which is outside of the data root")),
+        _ => Ok(Input::Url(String::new())),
+    });
+    let paths: Vec<String> = faults.unwrap_err().into_iter().map(|fault| fault.path.to_string()).collect();
+    assert_eq!(paths, ["base", "data.domains[0].source"]);
+}
+
+#[test]
+fn a_job_survives_being_written_and_read_again() {
+    let spec = read(SMALL).unwrap();
+    let value = serde_json::to_value(&spec).unwrap();
+    assert_eq!(read_value(&value, Catalogue::embedded()).unwrap(), spec);
+}

@@ -1,0 +1,176 @@
+//! The whole state of a run in a folder: values, optimiser buffers, counters. It holds everything, or it is an error.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use attune_data::loader;
+use attune_points::{TensorId, Theta};
+use attune_spec::id::{Digest, Step, Tokens};
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::guard::Guard;
+
+/// The version of this layout.
+const FORMAT: u32 = 1;
+const STATE_FILE: &str = "state.json";
+const VALUES_FILE: &str = "values.safetensors";
+const BUFFERS_FILE: &str = "optimizer.safetensors";
+
+/// Everything of a run that is no tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    /// The version of the layout.
+    pub(crate) format: u32,
+    /// The plan that the run follows.
+    pub(crate) plan: Digest,
+    /// The code that wrote it.
+    pub(crate) code_version: String,
+    /// The kernel profiles that the run was computed with so far, in order of use.
+    pub(crate) kernel_profiles: Vec<String>,
+    /// Steps done.
+    pub(crate) step: Step,
+    /// Tokens seen.
+    pub(crate) tokens: Tokens,
+    /// The data's counters and the mixing method's state.
+    pub(crate) data: loader::State,
+    /// The step rule's state.
+    pub(crate) step_rule: Vec<u8>,
+    /// What the guard has seen.
+    pub(crate) guard: Guard,
+    /// Validation loss by set at each step where it was measured.
+    pub(crate) validation: Vec<Measured>,
+    /// Content digests of inputs that are read where they lie.
+    pub(crate) pinned: BTreeMap<String, Digest>,
+}
+
+/// Validation losses at a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Measured {
+    /// Steps done.
+    pub(crate) step: Step,
+    /// Mean loss a supervised token, by set.
+    pub(crate) loss: BTreeMap<String, f64>,
+}
+
+/// Optimiser buffers by tensor and name.
+pub(crate) type Buffers = BTreeMap<TensorId, Vec<Vec<f32>>>;
+
+/// Writes a checkpoint into `folder`, which is made. `names` are the names of an update's buffers, tensor by tensor.
+pub(crate) fn save(
+    folder: &Path,
+    state: &State,
+    theta: &Theta,
+    buffers: &Buffers,
+    names: impl Fn(&TensorId) -> Vec<&'static str>,
+) -> Result<(), Error> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let values: BTreeMap<String, Tensor> = theta.trained().map(|(id, tensor)| (key(&id), tensor.clone())).collect();
+    write(&folder.join(VALUES_FILE), values)?;
+    let mut flat = BTreeMap::new();
+    for (id, of_tensor) in buffers {
+        for (name, buffer) in names(id).into_iter().zip(of_tensor) {
+            flat.insert(format!("{}/{name}", key(id)), Tensor::new(buffer.as_slice(), &Device::Cpu)?);
+        }
+    }
+    write(&folder.join(BUFFERS_FILE), flat)?;
+    let path = folder.join(STATE_FILE);
+    let text = serde_json::to_vec_pretty(&State { format: FORMAT, ..state.clone() })
+        .map_err(|error| wrong(folder, error.to_string()))?;
+    std::fs::write(&path, text).map_err(Error::io(path))
+}
+
+/// Reads the state of a checkpoint that must be of the plan `plan`.
+pub(crate) fn load_state(folder: &Path, plan: Digest) -> Result<State, Error> {
+    let path = folder.join(STATE_FILE);
+    let text = std::fs::read(&path).map_err(Error::io(path))?;
+    let state: State =
+        serde_json::from_slice(&text).map_err(|error| wrong(folder, format!("{STATE_FILE}: {error}")))?;
+    if state.format != FORMAT {
+        return Err(wrong(folder, format!("has format {}; this build reads {FORMAT}", state.format)));
+    }
+    if state.plan != plan {
+        return Err(wrong(folder, format!("is of plan {}; this run follows {plan}", state.plan)));
+    }
+    Ok(state)
+}
+
+/// Reads the trained values and the optimiser's buffers into those of a fresh run, which say what has to be there.
+pub(crate) fn load_tensors(
+    folder: &Path,
+    theta: &mut Theta,
+    buffers: &mut Buffers,
+    names: impl Fn(&TensorId) -> Vec<&'static str>,
+) -> Result<(), Error> {
+    let mut values = read(&folder.join(VALUES_FILE))?;
+    let ids: Vec<(TensorId, Vec<usize>)> = theta.trained().map(|(id, tensor)| (id, tensor.dims().to_vec())).collect();
+    for (id, shape) in ids {
+        let tensor = take(folder, VALUES_FILE, &mut values, &key(&id), &shape)?;
+        crate::engine::put(theta, &id, tensor);
+    }
+    none_left(folder, VALUES_FILE, &values)?;
+    let mut flat = read(&folder.join(BUFFERS_FILE))?;
+    for (id, of_tensor) in buffers {
+        for (name, buffer) in names(id).into_iter().zip(of_tensor) {
+            let tensor = take(folder, BUFFERS_FILE, &mut flat, &format!("{}/{name}", key(id)), &[buffer.len()])?;
+            *buffer = tensor.to_vec1()?;
+        }
+    }
+    none_left(folder, BUFFERS_FILE, &flat)
+}
+
+fn wrong(folder: &Path, message: String) -> Error {
+    Error::Checkpoint { folder: folder.to_owned(), message }
+}
+
+fn key(id: &TensorId) -> String {
+    match id.owner {
+        attune_points::Owner::Base => format!("base/{}", id.name),
+        attune_points::Owner::Bank { slot, set } => format!("{slot}/{set}/{}", id.name),
+    }
+}
+
+fn write(path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<(), Error> {
+    let folder = path.parent().unwrap_or(path);
+    safetensors::serialize_to_file(tensors, None, path).map_err(|error| wrong(folder, error.to_string()))
+}
+
+fn read(path: &Path) -> Result<BTreeMap<String, Tensor>, Error> {
+    let mapped = attune_tensor::Mapped::open(path).map_err(attune_models::Error::from)?;
+    let names: Vec<String> = mapped.names().map(str::to_owned).collect();
+    let mut tensors = BTreeMap::new();
+    for name in names {
+        if let Some(tensor) = mapped.get(&name).map_err(attune_models::Error::from)? {
+            tensors.insert(name, tensor.to_tensor(DType::F32)?);
+        }
+    }
+    Ok(tensors)
+}
+
+fn take(
+    folder: &Path,
+    file: &str,
+    tensors: &mut BTreeMap<String, Tensor>,
+    name: &str,
+    shape: &[usize],
+) -> Result<Tensor, Error> {
+    let tensor = tensors.remove(name).ok_or_else(|| wrong(folder, format!("{file} has no tensor {name:?}")))?;
+    if tensor.dims() == shape {
+        Ok(tensor)
+    } else {
+        Err(wrong(
+            folder,
+            format!("{file}: tensor {name:?} has shape {:?}; this run makes it {shape:?}", tensor.dims()),
+        ))
+    }
+}
+
+fn none_left(folder: &Path, file: &str, tensors: &BTreeMap<String, Tensor>) -> Result<(), Error> {
+    match tensors.keys().next() {
+        None => Ok(()),
+        Some(name) => Err(wrong(folder, format!("{file} has tensor {name:?}, which this run does not know"))),
+    }
+}

@@ -1,0 +1,212 @@
+//! The engine of one rank: batches, passes, sums over shards, updates.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use attune_collective::{Collective, owned};
+use attune_data::Loader;
+use attune_models::dropout::Dropout;
+use attune_models::{Model, Pass};
+use attune_optim::clip;
+use attune_points::engine::{Batch, Engine, LossReport, Source};
+use attune_points::objective::Objective;
+use attune_points::optimizer::{Optimizer, UpdateCx};
+use attune_points::schedule::Schedule;
+use attune_points::{Error, GradSink, Grads, Layout, Owner, Params, Result, TensorId, TensorSpec, Theta};
+use attune_spec::id::Step;
+use attune_tensor::Rng;
+use candle_core::{Device, Tensor};
+
+use crate::checkpoint::Buffers;
+use crate::guard::Guard;
+
+/// What ranks send one another.
+#[derive(Debug, Clone)]
+pub(crate) enum Message {
+    /// A micro-batch's gradient and loss, and whether the rank was asked to stop.
+    Part { gradients: Grads, report: LossReport, stop: bool },
+    /// The loss of a part of a validation set.
+    Report(LossReport),
+}
+
+/// What all ranks of a run share.
+pub(crate) struct Shared {
+    pub(crate) model: Model,
+    pub(crate) objective: Arc<dyn Objective>,
+    pub(crate) optimizer: Box<dyn Optimizer>,
+    pub(crate) schedule: Box<dyn Schedule>,
+    /// How each trained tensor was declared.
+    pub(crate) specs: BTreeMap<TensorId, TensorSpec>,
+    /// Validation sets: name, and batches in file order.
+    pub(crate) validation: Vec<(String, Vec<Arc<Layout>>)>,
+    pub(crate) total_steps: Step,
+    pub(crate) max_grad_norm: Option<f64>,
+    pub(crate) logical_shards: u32,
+    pub(crate) seed: u64,
+}
+
+/// One rank's engine.
+pub(crate) struct RankEngine<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) loader: Loader,
+    pub(crate) collective: Box<dyn Collective<Message> + 'a>,
+    pub(crate) theta: Theta,
+    pub(crate) buffers: Buffers,
+    pub(crate) guard: Guard,
+    /// Steps done.
+    pub(crate) step: Step,
+    /// Whether this rank was asked to stop; told to the others with the next gradients.
+    pub(crate) stop_wanted: bool,
+    /// Whether any rank was, by the last sum: all ranks agree on it.
+    pub(crate) stop_agreed: bool,
+}
+
+impl RankEngine<'_> {
+    /// Names of the optimiser's buffers for a tensor.
+    pub(crate) fn buffer_names(&self, id: &TensorId) -> Vec<&'static str> {
+        let shape = self.shared.specs.get(id).map(|spec| spec.shape.as_slice()).unwrap_or_default();
+        self.shared.optimizer.buffers(shape).into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// The learning rate that the next update starts from.
+    pub(crate) fn lr(&self) -> f64 {
+        self.shared.optimizer.lr() * self.shared.schedule.factor(self.step, self.shared.total_steps)
+    }
+
+    /// Exchanges parts with the other ranks.
+    pub(crate) fn exchange(&mut self, parts: Vec<(u32, Message)>) -> Result<Vec<(u32, Message)>> {
+        self.collective.exchange(parts).map_err(|error| Error::Refused(error.to_string()))
+    }
+
+    fn shards(&self) -> std::ops::Range<u32> {
+        owned(self.collective.rank(), self.collective.size(), self.shared.logical_shards)
+    }
+}
+
+/// The optimiser's buffers of every trained tensor, at zero.
+pub(crate) fn empty_buffers(optimizer: &dyn Optimizer, specs: &BTreeMap<TensorId, TensorSpec>) -> Buffers {
+    let zeros =
+        |spec: &TensorSpec| optimizer.buffers(&spec.shape).into_iter().map(|(_, length)| vec![0.0; length]).collect();
+    specs.iter().map(|(id, spec)| (id.clone(), zeros(spec))).collect()
+}
+
+/// Puts a tensor in place of the one of the same id.
+pub(crate) fn put(theta: &mut Theta, id: &TensorId, tensor: Tensor) {
+    if let Owner::Bank { slot, set } = id.owner
+        && let Some(params) = theta.banks.get_mut(slot as usize).and_then(|bank| bank.sets.get_mut(set as usize))
+    {
+        Arc::make_mut(params).insert(id.name.clone(), tensor);
+    }
+}
+
+impl Engine for RankEngine<'_> {
+    fn theta(&self) -> &Theta {
+        &self.theta
+    }
+
+    fn set(&mut self, theta: Theta) {
+        self.theta = theta;
+    }
+
+    fn batch(&mut self, source: Source) -> Result<Batch> {
+        match source {
+            Source::Train => {
+                let mut batch = self.loader.batch(self.step)?;
+                let (mine, shards) = (self.shards(), self.shared.logical_shards);
+                batch.parts.retain(|(part, layout)| mine.contains(&(part % shards)) && layout.n_rows() > 0);
+                Ok(batch)
+            }
+            Source::Validation(index) => {
+                let layouts = self.shared.validation.get(usize::from(index)).map(|(_, layouts)| layouts.as_slice());
+                let layouts = layouts.ok_or_else(|| Error::Refused(format!("there is no validation set {index}")))?;
+                let parts = (0u32..).zip(layouts.iter().cloned()).collect();
+                let counts = layouts.iter().map(|layout| layout.counts()).sum();
+                let n_rows = layouts.iter().map(|layout| layout.n_rows() as u64).sum();
+                Ok(Batch { parts, counts, n_rows })
+            }
+            _ => Err(Error::Refused("this engine has training and validation batches only".to_owned())),
+        }
+    }
+
+    fn score(&mut self, at: &Theta, on: &Layout, of: &dyn Objective) -> Result<LossReport> {
+        self.shared.model.score(&Pass { theta: at, layout: on, dropout: None }, of)
+    }
+
+    fn grad(
+        &mut self,
+        at: &Theta,
+        on: &Layout,
+        of: &dyn Objective,
+        scale: f64,
+        sink: &mut dyn GradSink,
+    ) -> Result<LossReport> {
+        let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
+        self.shared.model.grad(&Pass { theta: at, layout: on, dropout }, of, scale, sink)
+    }
+
+    fn objective(&self) -> Arc<dyn Objective> {
+        Arc::clone(&self.shared.objective)
+    }
+
+    fn wanted(&self) -> Vec<TensorId> {
+        self.shared.specs.keys().cloned().collect()
+    }
+
+    fn reduce(&mut self, parts: Vec<(u32, Grads, LossReport)>) -> Result<(Grads, LossReport)> {
+        let stop = self.stop_wanted;
+        let message = |(part, gradients, report)| (part, Message::Part { gradients, report, stop });
+        let mut messages: Vec<(u32, Message)> = parts.into_iter().map(message).collect();
+        if messages.is_empty() {
+            // A rank without data still tells whether it was asked to stop, under a number that no part has.
+            let nothing = Message::Part { gradients: Grads::default(), report: LossReport::default(), stop };
+            messages.push((u32::MAX - self.collective.rank(), nothing));
+        }
+        let mut gradients = Grads::wanting(self.wanted());
+        let mut loss = LossReport::default();
+        self.stop_agreed = false;
+        // The parts of all ranks come in the order of their numbers: the sum is the same for every number of ranks.
+        for (_, message) in self.exchange(messages)? {
+            let Message::Part { gradients: part, report, stop } = message else {
+                return Err(Error::Refused("a rank sent a validation loss where a gradient was due".to_owned()));
+            };
+            gradients.add(&part)?;
+            loss.add(&report);
+            self.stop_agreed |= stop;
+        }
+        Ok((gradients, loss))
+    }
+
+    fn update(&mut self, gradients: Grads) -> Result<f64> {
+        let number = self.step.next();
+        self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
+        let mut values = Vec::new();
+        for (id, gradient) in gradients.iter() {
+            if let Some(gradient) = gradient {
+                values.push((id.clone(), gradient.flatten_all()?.to_vec1::<f32>()?));
+            }
+        }
+        let norm = clip::norm(values.iter().map(|(_, gradient)| gradient.as_slice()));
+        let factor = clip::factor(norm, self.shared.max_grad_norm);
+        let lr = self.lr();
+        for (id, mut gradient) in values {
+            let (Some(spec), Some(buffers)) = (self.shared.specs.get(&id), self.buffers.get_mut(&id)) else { continue };
+            gradient.iter_mut().for_each(|g| *g *= factor);
+            let tensor = self.theta.get(&id).ok_or_else(|| Error::Refused(format!("{id} has no value to update")))?;
+            let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
+            let cx = UpdateCx { step: number, lr: lr * spec.lr_factor, decay: spec.decay, shape: &spec.shape };
+            self.shared.optimizer.update(&cx, &mut value, &gradient, buffers)?;
+            let updated = Tensor::from_vec(value, spec.shape.as_slice(), &Device::Cpu)?;
+            put(&mut self.theta, &id, updated);
+        }
+        Ok(norm)
+    }
+
+    fn rng(&self, purpose: &'static str) -> Rng {
+        Rng::new(self.shared.seed, purpose).sub(self.step.0)
+    }
+}
+
+/// The parameters of a slot that trains or not, for export.
+pub(crate) fn params(theta: &Theta, slot: usize) -> Option<&Params> {
+    theta.banks.get(slot)?.sets.first().map(|set| &**set)
+}

@@ -1,0 +1,102 @@
+//! Why a run ended without its result.
+
+use std::path::PathBuf;
+
+use attune_spec::Fault;
+
+use crate::protocol::FailureClass;
+
+/// A run that cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Fields of the job do not fit its inputs.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Faults(Vec<Fault>),
+    /// Data cannot be used; names file and line.
+    #[error(transparent)]
+    Data(#[from] attune_data::Error),
+    /// The base cannot be used; names file and tensor.
+    #[error(transparent)]
+    Model(#[from] attune_models::Error),
+    /// An adapter folder cannot be used.
+    #[error(transparent)]
+    Adapter(#[from] attune_adapt::Error),
+    /// A pass or a guard failed.
+    #[error(transparent)]
+    Pass(#[from] attune_points::Error),
+    /// Another rank is gone.
+    #[error(transparent)]
+    Collective(#[from] attune_collective::Error),
+    /// A checkpoint cannot be written, or is not of this job.
+    #[error("checkpoint {}: {message}", folder.display())]
+    Checkpoint {
+        /// The checkpoint.
+        folder: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// A file of the run's own cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's own account.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An artifact that the plan names was not handed over, or is not what the plan needs.
+    #[error("input {input}: {message}")]
+    Input {
+        /// The artifact or the path.
+        input: String,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// A thread of the run panicked.
+    #[error("a rank of the run panicked: {0}")]
+    Panic(String),
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(source: candle_core::Error) -> Self {
+        Self::Pass(source.into())
+    }
+}
+
+impl Error {
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    /// What can be done about it.
+    pub fn class(&self) -> FailureClass {
+        use attune_points::Error as Pass;
+        match self {
+            Self::Faults(_) | Self::Input { .. } => FailureClass::Input,
+            Self::Data(error) if error.retry() => FailureClass::Io,
+            Self::Data(attune_data::Error::Read { .. }) => FailureClass::Io,
+            Self::Data(_) | Self::Adapter(_) => FailureClass::Input,
+            Self::Model(attune_models::Error::Io { source, .. }) if source.kind() != std::io::ErrorKind::NotFound => {
+                FailureClass::Io
+            }
+            Self::Model(_) => FailureClass::Input,
+            Self::Pass(Pass::NotFinite { .. } | Pass::Disconnected { .. } | Pass::NoSignal { .. }) => {
+                FailureClass::Numeric
+            }
+            Self::Pass(Pass::Refused(_)) => FailureClass::Input,
+            Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
+            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) => FailureClass::Internal,
+        }
+    }
+
+    /// The fields of the job at fault.
+    pub fn faults(&self) -> Vec<Fault> {
+        match self {
+            Self::Faults(faults) => faults.clone(),
+            Self::Data(attune_data::Error::Fault(fault)) => vec![fault.clone()],
+            _ => Vec::new(),
+        }
+    }
+}

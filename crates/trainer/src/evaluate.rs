@@ -1,0 +1,33 @@
+//! Validation loss, set by set.
+
+use std::collections::BTreeMap;
+
+use attune_points::engine::{Engine, LossReport, Source};
+use attune_points::{Error, Result};
+
+use crate::engine::{Message, RankEngine};
+
+/// The mean loss a supervised token on each validation set, at the current parameters; the same on every rank. Batches are
+/// dealt out to the ranks, and their losses are added in file order.
+pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String, f64>> {
+    let names: Vec<String> = engine.shared.validation.iter().map(|(name, _)| name.clone()).collect();
+    let mut losses = BTreeMap::new();
+    for (index, name) in (0u16..).zip(names) {
+        let batch = engine.batch(Source::Validation(index))?;
+        let (objective, theta) = (engine.objective(), engine.theta().clone());
+        let (rank, size) = (engine.collective.rank(), engine.collective.size());
+        let mut mine = Vec::new();
+        for (part, layout) in batch.parts.iter().filter(|(part, _)| part % size == rank) {
+            mine.push((*part, Message::Report(engine.score(&theta, layout, &*objective)?)));
+        }
+        let mut total = LossReport::default();
+        for (_, message) in engine.exchange(mine)? {
+            let Message::Report(report) = message else {
+                return Err(Error::Refused("a rank sent a gradient where a validation loss was due".to_owned()));
+            };
+            total.add(&report);
+        }
+        losses.insert(name, total.loss_sum / objective.denominator().of(total.counts));
+    }
+    Ok(losses)
+}

@@ -1,0 +1,192 @@
+//! What a run leaves behind: an adapter or a model, a merged model, a report. The same run gives the same bytes: no times,
+//! no speeds, no paths.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use attune_adapt::peft;
+use attune_artifacts::formats::card::Card;
+use attune_models::{Slot, export, stack};
+use attune_points::adapter::Merged;
+use attune_points::{BankKind, TensorName, Theta};
+use attune_spec::job::Precision;
+use attune_spec::job::plan::Input;
+use candle_core::{DType, Tensor};
+use serde::Serialize;
+
+use crate::checkpoint::{Measured, State};
+use crate::engine::params;
+use crate::error::Error;
+use crate::protocol::{OutputKind, OutputRole, Request};
+use crate::setup::Prepared;
+
+/// An output folder.
+pub(crate) struct Output {
+    pub(crate) role: OutputRole,
+    pub(crate) kind: OutputKind,
+    pub(crate) folder: PathBuf,
+}
+
+/// What was measured, as kept beside the result.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    steps: u64,
+    tokens: u64,
+    trained_parameters: u64,
+    validation: &'a [Measured],
+    data: &'a BTreeMap<String, attune_data::dataset::Report>,
+    documents: BTreeMap<&'a str, u64>,
+}
+
+/// Writes all outputs of a finished run.
+pub(crate) fn write(
+    request: &Request,
+    prepared: &Prepared,
+    theta: &Theta,
+    state: &State,
+) -> Result<Vec<Output>, Error> {
+    let mut outputs = Vec::new();
+    let slot = &prepared.shared.model.stack().slots()[prepared.trained_slot];
+    let attachments: Vec<_> = slot.attachments().cloned().collect();
+    let trained = params(theta, prepared.trained_slot).cloned().unwrap_or_default();
+    let dtype = match request.plan.precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    };
+    let whole_model = slot.adapter().peft().is_none();
+    if whole_model {
+        let folder = request.work.join("model");
+        model(prepared, theta, dtype, &folder)?;
+        outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Model, folder });
+    } else {
+        let folder = request.work.join("adapter");
+        let base_name = match &request.plan.base {
+            Input::Artifact(digest) => digest.to_string(),
+            // A path means nothing elsewhere, so the base is named by its content.
+            Input::Path(_) | Input::Url(_) => content(&prepared.base_folder)?,
+        };
+        let card = card(request, prepared, &base_name, state);
+        let architecture = prepared.shared.model.base().architecture();
+        peft::write(&folder, slot.adapter(), &attachments, &trained, architecture, &base_name, &card)?;
+        outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Adapter, folder });
+    }
+    if request.plan.merged && !whole_model {
+        let folder = request.work.join("merged");
+        model(prepared, theta, dtype, &folder)?;
+        outputs.push(Output { role: OutputRole::Merged, kind: OutputKind::Model, folder });
+    }
+    let folder = request.work.join("report");
+    std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+    let report = Report {
+        steps: state.step.0,
+        tokens: state.tokens.0,
+        trained_parameters: trained.n_values() as u64,
+        validation: &state.validation,
+        data: &prepared.reports,
+        documents: prepared
+            .domains
+            .iter()
+            .map(|domain| domain.name.as_str())
+            .zip(state.data.counters.documents.iter().copied())
+            .collect(),
+    };
+    let path = folder.join("report.json");
+    let mut text = serde_json::to_string_pretty(&report).unwrap_or_default();
+    text.push('\n');
+    std::fs::write(&path, text).map_err(Error::io(path))?;
+    outputs.push(Output { role: OutputRole::Report, kind: OutputKind::Report, folder });
+    Ok(outputs)
+}
+
+/// The digest of a base's weights and configuration, for a base that is no artifact.
+fn content(folder: &Path) -> Result<String, Error> {
+    let mut names: Vec<PathBuf> = std::fs::read_dir(folder)
+        .map_err(Error::io(folder))?
+        .map(|entry| entry.map(|entry| entry.path()).map_err(Error::io(folder)))
+        .collect::<Result<_, _>>()?;
+    names.retain(|path| path.is_file());
+    names.sort();
+    let mut hasher = blake3::Hasher::new();
+    for path in names {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        hasher.update(name.as_bytes());
+        hasher.update(&std::fs::read(&path).map_err(Error::io(&path))?);
+    }
+    Ok(attune_spec::id::Digest::from_bytes(*hasher.finalize().as_bytes()).to_string())
+}
+
+fn card(request: &Request, prepared: &Prepared, base_name: &str, state: &State) -> String {
+    let method =
+        request.plan.stack[prepared.trained_slot].method.as_ref().map_or("adapter", |method| method.method.as_str());
+    let mut facts = vec![
+        ("method", method.to_owned()),
+        ("steps", state.step.to_string()),
+        ("tokens", state.tokens.to_string()),
+        ("seed", request.plan.seed.to_string()),
+    ];
+    let ends = (state.validation.first(), state.validation.last());
+    if let (Some(before), Some(after)) = ends {
+        for (set, loss) in &after.loss {
+            let started = before.loss.get(set).copied().unwrap_or(f64::NAN);
+            facts.push(("validation loss", format!("{set}: {started:.4} before, {loss:.4} after")));
+        }
+    }
+    let card = Card {
+        title: &request.name,
+        base_model: Some(base_name),
+        method,
+        pipeline_tag: "text-generation",
+        facts: &facts,
+    };
+    card.render()
+}
+
+/// Writes a plain model folder with every component merged in, in the order of the stack.
+fn model(prepared: &Prepared, theta: &Theta, dtype: DType, folder: &Path) -> Result<(), Error> {
+    let model = &prepared.shared.model;
+    let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
+    for (index, slot) in model.stack().slots().iter().enumerate() {
+        merge_slot(prepared, theta, index, slot, &mut replaced)?;
+    }
+    // A model from scratch has no weights but those: all of them are written, trained or not.
+    export::write(model.base(), &replaced, dtype, &prepared.base_folder, folder)?;
+    Ok(())
+}
+
+fn merge_slot(
+    prepared: &Prepared,
+    theta: &Theta,
+    index: usize,
+    slot: &Slot,
+    replaced: &mut BTreeMap<TensorName, Tensor>,
+) -> Result<(), Error> {
+    let base = prepared.shared.model.base();
+    let Some(own) = params(theta, index) else { return Ok(()) };
+    if theta.banks.get(index).is_some_and(|bank| bank.kind == BankKind::Weights) {
+        replaced.extend(own.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+        return Ok(());
+    }
+    let sites = base.architecture().sites();
+    for at in slot.attachments() {
+        let Some(site) = sites.iter().find(|site| site.id == at.site) else { continue };
+        let name = base.tensor_name(at.site.as_str(), "weight");
+        let weight = match replaced.get(&name) {
+            Some(weight) => weight.clone(),
+            None => base.tensor(&name, DType::F32)?,
+        };
+        match slot.adapter().merge(at, &stack::locals(at, own)?, &base.weight(site))? {
+            Merged::Factors { left, right, scale } => {
+                replaced.insert(name, (weight + (left.matmul(&right)? * scale)?)?);
+            }
+            Merged::Weight { weight, bias } => {
+                replaced.insert(name, weight);
+                replaced.extend(bias.map(|bias| (base.tensor_name(at.site.as_str(), "bias"), bias)));
+            }
+            other => {
+                let message = format!("the component at {} does not merge: {other:?}", at.site);
+                return Err(attune_points::Error::Refused(message).into());
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,371 @@
+//! The loop of a run: rehearse, evaluate, step, save, write the results.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use attune_collective::local;
+use attune_data::loader::largest;
+use attune_points::Grads;
+use attune_points::engine::{Engine, StepReport};
+use attune_points::mixing::Feedback;
+use attune_spec::id::{Step, Tokens};
+
+use crate::checkpoint::{self, Measured, State};
+use crate::clock::Stopwatch;
+use crate::control::Control;
+use crate::engine::{Message, RankEngine, empty_buffers};
+use crate::error::Error;
+use crate::evaluate;
+use crate::guard::Guard;
+use crate::kernel;
+use crate::output;
+use crate::protocol::{Event, Metric, Phase, Request, Summary};
+use crate::resident;
+use crate::setup::{self, Prepared};
+
+/// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
+/// hangs.
+const EXCHANGE_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum End {
+    /// It is done, and its outputs are announced.
+    Finished(Summary),
+    /// It was asked to stop, and its last checkpoint is announced.
+    Stopped(Step),
+}
+
+/// Runs a request to its end.
+///
+/// # Errors
+/// [`Error`], by whose class the caller knows what can be done.
+pub fn run(request: &Request, control: &dyn Control) -> Result<End, Error> {
+    let prepared = setup::prepare(request, control)?;
+    let resumed = match &request.resume {
+        Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest)?),
+        None => None,
+    };
+    check_ranks(request)?;
+    let ranks = local::group::<Message>(request.ranks, EXCHANGE_DEADLINE);
+    let mut ends: Vec<Result<Option<End>, Error>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = ranks
+            .into_iter()
+            .map(|rank| {
+                let (prepared, resumed) = (&prepared, resumed.clone());
+                scope.spawn(move || Rank::new(request, prepared, control, rank, resumed)?.run())
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| Err(Error::Panic(words(&*panic)))))
+            .collect()
+    });
+    // The first error that is not "another rank is gone" is the cause.
+    if let Some(index) = ends.iter().position(|end| matches!(end, Err(error) if !is_echo(error))) {
+        return ends.swap_remove(index).map(|_| unreachable!("an error was found"));
+    }
+    let ends = ends.into_iter().collect::<Result<Vec<_>, _>>()?;
+    ends.into_iter().flatten().next().ok_or_else(|| Error::Panic("no rank reported the end".to_owned()))
+}
+
+fn check_ranks(request: &Request) -> Result<(), Error> {
+    let shards = request.plan.logical_shards;
+    if request.ranks == 0 || !shards.is_multiple_of(request.ranks) {
+        let message = format!("makes {} ranks, which do not divide the {shards} logical shards", request.ranks);
+        return Err(Error::Faults(vec![attune_spec::Fault::new("resources.devices_per_worker", message)]));
+    }
+    Ok(())
+}
+
+/// Whether an error only says that another rank has failed.
+fn is_echo(error: &Error) -> bool {
+    matches!(error, Error::Pass(attune_points::Error::Refused(message)) if message.contains("left the group"))
+}
+
+/// What a panic said.
+pub(crate) fn words(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+/// One rank of a run.
+struct Rank<'a> {
+    request: &'a Request,
+    prepared: &'a Prepared,
+    control: &'a dyn Control,
+    engine: RankEngine<'a>,
+    rule: Box<dyn attune_points::engine::StepRule>,
+    tokens: Tokens,
+    validation: Vec<Measured>,
+    kernel_profiles: Vec<String>,
+    watch: Stopwatch,
+    /// Tokens of this attempt's steps, and the time that they took.
+    speed: (u64, Duration),
+}
+
+impl<'a> Rank<'a> {
+    fn new(
+        request: &'a Request,
+        prepared: &'a Prepared,
+        control: &'a dyn Control,
+        rank: local::LocalRank<Message>,
+        resumed: Option<State>,
+    ) -> Result<Self, Error> {
+        let shared = &prepared.shared;
+        let mut engine = RankEngine {
+            shared,
+            loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing)?,
+            collective: Box::new(rank),
+            theta: prepared.theta.clone(),
+            buffers: empty_buffers(&*shared.optimizer, &shared.specs),
+            guard: Guard::default(),
+            step: Step(0),
+            stop_wanted: false,
+            stop_agreed: false,
+        };
+        let mut made = Self {
+            request,
+            prepared,
+            control,
+            rule: setup::step_rule(&request.plan, shared.total_steps)?,
+            tokens: Tokens(0),
+            validation: Vec::new(),
+            kernel_profiles: vec![kernel::profile()],
+            watch: Stopwatch::start(),
+            speed: (0, Duration::ZERO),
+            engine: {
+                if let (Some(state), Some(folder)) = (&resumed, &request.resume) {
+                    restore(&mut engine, state, folder)?;
+                }
+                engine
+            },
+        };
+        if let Some(state) = resumed {
+            made.tokens = state.tokens;
+            made.validation = state.validation;
+            made.kernel_profiles = state.kernel_profiles;
+            if made.kernel_profiles.last() != Some(&kernel::profile()) {
+                made.kernel_profiles.push(kernel::profile());
+            }
+        }
+        Ok(made)
+    }
+
+    fn leads(&self) -> bool {
+        self.engine.collective.rank() == 0
+    }
+
+    fn emit(&self, event: Event) {
+        if self.leads() {
+            self.control.emit(event);
+        }
+    }
+
+    /// Runs to the end. The leading rank returns it.
+    fn run(mut self) -> Result<Option<End>, Error> {
+        self.rehearse()?;
+        let total = self.prepared.shared.total_steps;
+        if self.validation.is_empty() {
+            self.emit(Event::Starting { phase: Phase::Evaluation });
+            self.measure()?;
+        }
+        self.emit(Event::Running {
+            step: self.engine.step,
+            total_steps: total,
+            kernel_profile: self.kernel_profiles.join(", "),
+            pinned: self.prepared.pinned.clone(),
+        });
+        while self.engine.step < total {
+            self.engine.stop_wanted = self.leads() && self.control.stop_requested();
+            self.step()?;
+            let (done, plan) = (self.engine.step, &self.request.plan);
+            let due = |every: Option<u64>| every.is_some_and(|every| done.0.is_multiple_of(every));
+            if due(plan.evaluate_every) && done < total {
+                self.measure()?;
+            }
+            if self.engine.stop_agreed && done < total {
+                self.save()?;
+                self.emit(Event::Stopped { step: done });
+                return Ok(self.leads().then_some(End::Stopped(done)));
+            }
+            let asked = self.leads() && self.control.take_checkpoint_request();
+            if (due(plan.checkpoint_every) || asked) && done < total {
+                self.save()?;
+            }
+        }
+        if self.validation.last().is_none_or(|last| last.step != total) {
+            self.measure()?;
+        }
+        self.finish()
+    }
+
+    /// Runs the largest batch that can occur once, forward and backward, and writes a checkpoint, so that a lack of memory
+    /// shows now. Nothing of it is kept.
+    fn rehearse(&mut self) -> Result<(), Error> {
+        self.emit(Event::Starting { phase: Phase::Rehearsal });
+        let layout = largest(&self.prepared.packing);
+        let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
+        let mut sink = Grads::wanting(self.engine.wanted());
+        self.engine.grad(&theta, &layout, &*objective, 1.0, &mut sink)?;
+        if self.leads() {
+            let folder = self.request.work.join("rehearsal");
+            self.write(&folder)?;
+            std::fs::remove_dir_all(&folder).map_err(Error::io(folder))?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<(), Error> {
+        let before = self.watch.elapsed();
+        let lr = self.engine.lr();
+        let report = self.rule.step(self.engine.step, &mut self.engine)?;
+        if !report.loss.loss_sum.is_finite() {
+            let tensor = attune_points::TensorId {
+                owner: attune_points::Owner::Base,
+                name: attune_points::TensorName::new("", "loss"),
+            };
+            return Err(
+                attune_points::Error::NotFinite { what: "value", tensor, step: self.engine.step.next().0 }.into()
+            );
+        }
+        self.engine.step = self.engine.step.next();
+        self.tokens = Tokens(self.tokens.0 + report.n_rows);
+        self.engine.loader.hear(feedback(&report));
+        let took = self.watch.elapsed() - before;
+        self.speed = (self.speed.0 + report.n_rows, self.speed.1 + took);
+        self.report(&report, lr, took);
+        Ok(())
+    }
+
+    fn report(&self, report: &StepReport, lr: f64, took: Duration) {
+        let (step, total_steps) = (self.engine.step, self.prepared.shared.total_steps);
+        let tokens_per_second = report.n_rows as f64 / took.as_secs_f64().max(1e-9);
+        let mean_seconds = self.speed.1.as_secs_f64() / (self.speed.0.max(1) as f64) * report.n_rows as f64;
+        let eta_seconds = mean_seconds * (total_steps.0 - step.0) as f64;
+        let metric = |name: String, value: f64| Metric { name, value };
+        let mut metrics = vec![
+            metric("train/loss".to_owned(), report.loss.mean()),
+            metric("train/grad_norm".to_owned(), report.grad_norm),
+            metric("train/lr".to_owned(), lr),
+            metric("train/tokens_per_second".to_owned(), tokens_per_second),
+        ];
+        for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
+            if counts.tokens > 0 {
+                metrics.push(metric(format!("data/{}/loss", domain.name), loss / counts.tokens as f64));
+            }
+        }
+        for (domain, tokens) in self.prepared.domains.iter().zip(&self.engine.loader.counters().tokens) {
+            metrics.push(metric(format!("data/{}/tokens", domain.name), *tokens as f64));
+        }
+        self.emit(Event::Metrics { step, tokens: self.tokens, metrics });
+        self.emit(Event::Progress { step, total_steps, tokens: self.tokens, tokens_per_second, eta_seconds });
+    }
+
+    /// Measures the validation loss and keeps it.
+    fn measure(&mut self) -> Result<(), Error> {
+        let loss = evaluate::validation(&mut self.engine)?;
+        let step = self.engine.step;
+        let metrics = loss
+            .iter()
+            .map(|(set, loss)| Metric { name: format!("eval/{set}/loss"), value: *loss })
+            .collect::<Vec<_>>();
+        if !metrics.is_empty() {
+            self.emit(Event::Metrics { step, tokens: self.tokens, metrics });
+        }
+        self.validation.push(Measured { step, loss });
+        Ok(())
+    }
+
+    fn state(&self) -> State {
+        State {
+            format: 0,
+            plan: self.prepared.plan_digest,
+            code_version: kernel::CODE_VERSION.to_owned(),
+            kernel_profiles: self.kernel_profiles.clone(),
+            step: self.engine.step,
+            tokens: self.tokens,
+            data: self.engine.loader.state(),
+            step_rule: self.rule.state(),
+            guard: self.engine.guard.clone(),
+            validation: self.validation.clone(),
+            pinned: self.prepared.pinned.clone(),
+        }
+    }
+
+    fn write(&self, folder: &std::path::Path) -> Result<(), Error> {
+        let names = |id: &attune_points::TensorId| self.engine.buffer_names(id);
+        checkpoint::save(folder, &self.state(), &self.engine.theta, &self.engine.buffers, names)
+    }
+
+    /// Writes a checkpoint: first under another name, so that a folder of the final name is complete.
+    fn save(&self) -> Result<(), Error> {
+        if !self.leads() {
+            return Ok(());
+        }
+        let step = self.engine.step;
+        let folder = self.request.work.join(format!("checkpoint-{step}"));
+        let partial = self.request.work.join(format!(".checkpoint-{step}"));
+        for left in [&folder, &partial] {
+            match std::fs::remove_dir_all(left) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(left)(error)),
+                _ => {}
+            }
+        }
+        self.write(&partial)?;
+        fail::fail_point!("trainer::checkpoint_written");
+        std::fs::rename(&partial, &folder).map_err(Error::io(&folder))?;
+        self.emit(Event::Checkpoint { step, folder });
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Option<End>, Error> {
+        if !self.leads() {
+            return Ok(None);
+        }
+        fail::fail_point!("trainer::before_outputs");
+        for output in output::write(self.request, self.prepared, &self.engine.theta, &self.state())? {
+            let output::Output { role, kind, folder } = output;
+            self.emit(Event::Output { role, kind, folder });
+        }
+        let losses = |measured: Option<&Measured>| measured.map(|measured| measured.loss.clone()).unwrap_or_default();
+        let summary = Summary {
+            steps: self.engine.step,
+            tokens: self.tokens,
+            trained_parameters: self.engine.theta.trained().map(|(_, tensor)| tensor.elem_count() as u64).sum(),
+            tokens_per_second: self.speed.0 as f64 / self.speed.1.as_secs_f64().max(1e-9),
+            peak_memory_bytes: resident::peak_bytes(),
+            before: losses(self.validation.first()),
+            after: losses(self.validation.last()),
+        };
+        self.emit(Event::Finished { summary: summary.clone() });
+        Ok(Some(End::Finished(summary)))
+    }
+}
+
+fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &PathBuf) -> Result<(), Error> {
+    let mut theta = engine.theta.clone();
+    let mut buffers = std::mem::take(&mut engine.buffers);
+    checkpoint::load_tensors(folder, &mut theta, &mut buffers, |id| engine.buffer_names(id))?;
+    engine.theta = theta;
+    engine.buffers = buffers;
+    engine.step = state.step;
+    engine.guard = state.guard.clone();
+    engine.loader.restore(state.data.clone())?;
+    Ok(())
+}
+
+/// The mean loss of each domain, for the mixing method.
+fn feedback(report: &StepReport) -> Feedback {
+    let mean = |(loss, counts): &(f64, attune_points::layout::LabelCounts)| {
+        (counts.tokens > 0).then(|| loss / counts.tokens as f64)
+    };
+    Feedback { loss: report.loss.by_domain.iter().map(mean).collect() }
+}
+
+/// Losses before and after, by set: what most callers want of a summary.
+pub fn change(summary: &Summary) -> BTreeMap<String, (f64, f64)> {
+    let after = |set: &String| summary.after.get(set).copied();
+    summary.before.iter().filter_map(|(set, before)| Some((set.clone(), (*before, after(set)?)))).collect()
+}

@@ -1,0 +1,311 @@
+//! From a plan to the parts of a run: base, data, components, rules.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use attune_adapt::{ADAPTERS, INITS, peft, slot};
+use attune_architecture::{Architecture, Site, SiteKind, targets};
+use attune_artifacts::{canonical, hash};
+use attune_data::loader::{Domain, in_order};
+use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
+use attune_models::{Base, Model, Slot, Stack};
+use attune_objective::OBJECTIVES;
+use attune_optim::{OPTIMIZERS, SCHEDULES};
+use attune_points::adapter::{Adapter, Port};
+use attune_points::engine::StepRule;
+use attune_points::{Bank, BankKind, Owner, Params, TensorId, Theta};
+use attune_spec::id::{Digest, Name, Step};
+use attune_spec::job::plan::{Input, PlanSlot};
+use attune_spec::job::{Form, Plan};
+use attune_spec::method::{self, BuildCx};
+use attune_spec::{Fault, FieldPath};
+use attune_tensor::Rng;
+
+use crate::control::Control;
+use crate::engine::Shared;
+use crate::error::Error;
+use crate::protocol::{Event, Phase, Request};
+use crate::steps::STEP_RULES;
+
+/// Everything that a run is made of.
+pub(crate) struct Prepared {
+    pub(crate) shared: Shared,
+    pub(crate) theta: Theta,
+    pub(crate) domains: Vec<Domain>,
+    pub(crate) packing: Packing,
+    pub(crate) base_folder: PathBuf,
+    /// Index of the slot that trains.
+    pub(crate) trained_slot: usize,
+    /// What reading each file found, by domain or validation set.
+    pub(crate) reports: BTreeMap<String, attune_data::dataset::Report>,
+    /// Content digests of inputs that are read where they lie.
+    pub(crate) pinned: BTreeMap<String, Digest>,
+    pub(crate) plan_digest: Digest,
+}
+
+/// The name of a plan in a lineage.
+pub(crate) fn plan_digest(plan: &Plan) -> Digest {
+    canonical::digest(&serde_json::to_value(plan).unwrap_or_default())
+}
+
+/// Reads everything that the plan names.
+pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepared, Error> {
+    let plan = &request.plan;
+    let mut pinned = BTreeMap::new();
+    control.emit(Event::Starting { phase: Phase::Base });
+    let base_folder = folder(request, &plan.base, &mut pinned)?;
+    let base = if plan.from_scratch {
+        Base::from_scratch(&base_folder, plan.seed)?
+    } else {
+        Base::open(&base_folder, plan.precision)?
+    };
+    let tokenizer = Tokenizer::open(&base_folder)?;
+    check_fit(plan, base.architecture(), &tokenizer)?;
+    let encoder = Encoder::new(tokenizer, plan.template.as_deref(), plan.max_length, plan.too_long)?;
+
+    control.emit(Event::Starting { phase: Phase::Data });
+    let mut reports = BTreeMap::new();
+    let mut domains = Vec::new();
+    for domain in &plan.domains {
+        let data = read(request, &domain.input, domain.form, None, &encoder, &mut pinned)?;
+        reports.insert(format!("data/{}", domain.name), data.report().clone());
+        domains.push(Domain { name: domain.name.to_string(), data: Arc::new(data) });
+    }
+    let mut validation = Vec::new();
+    for set in &plan.validation {
+        let data = read(request, &set.input, set.form, set.rows, &encoder, &mut pinned)?;
+        reports.insert(format!("validation/{}", set.name), data.report().clone());
+        let tokens = (plan.batch_tokens / plan.logical_shards).max(plan.max_length) as usize;
+        validation.push((set.name.to_string(), in_order(&data, tokens).into_iter().map(Arc::new).collect()));
+    }
+    let packing = Packing {
+        batch_tokens: plan.batch_tokens,
+        logical_shards: plan.logical_shards,
+        accumulation: plan.accumulation,
+        max_length: plan.max_length,
+    };
+    let total_steps = loader(plan, domains.clone(), packing)?.steps(plan.length)?;
+
+    let weights = weights(plan);
+    let cx = BuildCx { steps: total_steps, domains: &weights };
+    let tune = FieldPath::from("tune");
+    let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
+    let optimizer = OPTIMIZERS.build(&plan.optimizer, &tune.field("optimizer"), &cx).map_err(Error::Faults)?;
+    let schedule = SCHEDULES.build(&plan.schedule, &tune.field("schedule"), &cx).map_err(Error::Faults)?;
+
+    let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
+    for (index, planned) in plan.stack.iter().enumerate() {
+        let path = tune.field("stack").index(index);
+        let made = component(request, planned, &base, &path, &cx, &mut pinned)?;
+        if planned.train {
+            let owner = Owner::Bank { slot: index as u16, set: 0 };
+            for at in made.slot.attachments() {
+                for spec in at.tensors.iter().filter(|spec| spec.train) {
+                    let id = TensorId { owner, name: spec.name(at.site.as_str()) };
+                    specs.insert(id, spec.clone());
+                }
+            }
+        }
+        banks.push(Bank {
+            slot: planned.name.as_str().into(),
+            kind: made.kind,
+            sets: vec![Arc::new(made.params)],
+            train: planned.train,
+        });
+        slots.push(made.slot);
+    }
+    let trained: Vec<usize> = plan.stack.iter().enumerate().filter(|(_, slot)| slot.train).map(|(i, _)| i).collect();
+    let [trained_slot] = trained.as_slice() else {
+        let message =
+            format!("trains {} slots; this version trains exactly one (others with `train: false`)", trained.len());
+        return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
+    };
+    let shared = Shared {
+        model: Model::new(base, Stack::new(slots)),
+        objective: objective.into(),
+        optimizer,
+        schedule,
+        specs,
+        validation,
+        total_steps,
+        max_grad_norm: plan.max_grad_norm,
+        logical_shards: plan.logical_shards,
+        seed: plan.seed,
+    };
+    Ok(Prepared {
+        shared,
+        theta: Theta::single(banks),
+        domains,
+        packing,
+        base_folder,
+        trained_slot: *trained_slot,
+        reports,
+        pinned,
+        plan_digest: plan_digest(plan),
+    })
+}
+
+/// The batches of a run, from its beginning.
+pub(crate) fn loader(plan: &Plan, domains: Vec<Domain>, packing: Packing) -> Result<Loader, Error> {
+    let weights = weights(plan);
+    // How the shares develop may depend on the number of steps only after that number is known, which needs the shares.
+    let cx = BuildCx { steps: Step(0), domains: &weights };
+    let mixing = MIXINGS.build(&plan.mixing, &"data.mixing".into(), &cx).map_err(Error::Faults)?;
+    Ok(Loader::new(plan.seed, domains, mixing, packing, plan.length))
+}
+
+/// The step rule of a run.
+pub(crate) fn step_rule(plan: &Plan, total_steps: Step) -> Result<Box<dyn StepRule>, Error> {
+    let weights = weights(plan);
+    let cx = BuildCx { steps: total_steps, domains: &weights };
+    STEP_RULES.build(&plan.step, &"tune.step".into(), &cx).map_err(Error::Faults)
+}
+
+fn weights(plan: &Plan) -> Vec<(Name, f64)> {
+    plan.domains.iter().map(|domain| (domain.name.clone(), domain.weight)).collect()
+}
+
+/// What the plan and the base have to agree on.
+fn check_fit(plan: &Plan, architecture: &Architecture, tokenizer: &Tokenizer) -> Result<(), Error> {
+    let mut faults = Vec::new();
+    let (needs, has) = (tokenizer.vocabulary() as usize, architecture.vocab);
+    if needs > has {
+        let message =
+            format!("has a tokenizer of {needs} tokens and a vocabulary of {has}; they do not belong together");
+        faults.push(Fault::new("base", message));
+    }
+    let context = architecture.max_position;
+    if u64::from(plan.max_length) > context && !architecture.rope.changes_at(plan.max_length as usize) {
+        faults.push(Fault::new("data.max_length", format!("is {}; the base's context is {context}", plan.max_length)));
+    }
+    if faults.is_empty() { Ok(()) } else { Err(Error::Faults(faults)) }
+}
+
+struct Made {
+    slot: Slot,
+    params: Params,
+    kind: BankKind,
+}
+
+/// A slot's component: fresh, or from an adapter.
+fn component(
+    request: &Request,
+    planned: &PlanSlot,
+    base: &Base,
+    path: &FieldPath,
+    cx: &BuildCx<'_>,
+    pinned: &mut BTreeMap<String, Digest>,
+) -> Result<Made, Error> {
+    let from = planned.from.as_ref().map(|from| folder(request, from, pinned)).transpose()?;
+    let read = from.as_deref().map(peft::read).transpose()?;
+    let (named, named_targets) = match (&read, &planned.method) {
+        (Some(read), _) => (read.method.clone(), read.targets.clone()),
+        (None, Some(method)) => (method.clone(), planned.targets.clone()),
+        (None, None) => return Err(Error::Faults(vec![Fault::new(path.field("method"), "is missing")])),
+    };
+    let adapter: Arc<dyn Adapter> = ADAPTERS.build(&named, path, cx).map_err(Error::Faults)?.into();
+    let applies = ADAPTERS.card(&named.method).map(|card| card.applies).unwrap_or_default();
+    let under = |faults: Vec<Fault>| Error::Faults(faults.into_iter().map(|fault| fault.under(path)).collect());
+    let takes = |site: &Site| applies.contains(&kind_of(site));
+    let sites =
+        targets::resolve(&named_targets, planned.exclude.as_ref(), base.architecture(), takes).map_err(under)?;
+    let attachments = adapter.attach(base.architecture(), &sites).map_err(under)?;
+    let params = match &read {
+        Some(read) => read.params(&*adapter, &attachments)?,
+        None => {
+            let init = planned.init.as_ref().map(|init| INITS.build(init, &path.field("init"), cx));
+            let init = init.transpose().map_err(Error::Faults)?;
+            let weight = |at: &attune_points::adapter::Attachment| {
+                let site = sites.iter().find(|site| site.id == at.site);
+                let site = site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", at.site)))?;
+                Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
+            };
+            let stream = Rng::new(request.plan.seed, "init").named(planned.name.as_str());
+            slot::fresh(&*adapter, init.as_deref(), &attachments, weight, &stream)?
+        }
+    };
+    let weights = attachments.iter().any(|at| matches!(adapter.port(at), Port::Weights));
+    let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
+    Ok(Made { slot: Slot::new(adapter, attachments), params, kind })
+}
+
+fn kind_of(site: &Site) -> method::SiteKind {
+    match site.kind {
+        SiteKind::Linear { .. } => method::SiteKind::Linear,
+        SiteKind::Embedding { .. } => method::SiteKind::Embedding,
+        SiteKind::Norm { .. } => method::SiteKind::Norm,
+    }
+}
+
+/// Where an input lies.
+fn folder(request: &Request, input: &Input, pinned: &mut BTreeMap<String, Digest>) -> Result<PathBuf, Error> {
+    match input {
+        Input::Artifact(digest) => {
+            let missing = || Error::Input { input: digest.to_string(), message: "was not handed over".to_owned() };
+            request.inputs.get(digest).cloned().ok_or_else(missing)
+        }
+        Input::Path(path) => {
+            let path = PathBuf::from(path);
+            if path.is_file() {
+                pin(&path, path.display().to_string(), pinned)?;
+            }
+            Ok(path)
+        }
+        Input::Url(url) => Err(Error::Input {
+            input: url.clone(),
+            message: "is a URL; a base or an adapter has to be an artifact or a folder".to_owned(),
+        }),
+    }
+}
+
+fn pin(path: &Path, name: String, pinned: &mut BTreeMap<String, Digest>) -> Result<(), Error> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    pinned.insert(name, hash::bytes(&bytes));
+    Ok(())
+}
+
+/// Reads a data set.
+fn read(
+    request: &Request,
+    input: &Input,
+    form: Option<Form>,
+    rows: Option<u64>,
+    encoder: &Encoder,
+    pinned: &mut BTreeMap<String, Digest>,
+) -> Result<Dataset, Error> {
+    let source = match input {
+        Input::Url(url) => Source::parse(url)?,
+        Input::Artifact(_) | Input::Path(_) => {
+            let path = folder(request, input, pinned)?;
+            let file = if path.is_dir() { only_file(&path)? } else { path };
+            let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            Source::cached(&file, &name)?
+        }
+    };
+    let dataset = Dataset::read(&source, encoder, Reading { form, on_bad_row: request.plan.on_bad_row, rows })?;
+    if let Input::Url(url) = input {
+        pinned.insert(url.clone(), Digest::from_bytes(dataset.digest()));
+    }
+    Ok(dataset)
+}
+
+/// The one file of a data set's folder.
+fn only_file(folder: &Path) -> Result<PathBuf, Error> {
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(Error::io(folder))?.path();
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if path.is_file() && !hidden {
+            files.push(path);
+        }
+    }
+    match files.as_slice() {
+        [file] => Ok(file.clone()),
+        _ => Err(Error::Input {
+            input: folder.display().to_string(),
+            message: format!("holds {} files; expected the one file of a data set", files.len()),
+        }),
+    }
+}
