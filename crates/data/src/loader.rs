@@ -334,7 +334,7 @@ mod tests {
             let mut second = loader(&domains, PACKING, Length::Steps(6));
             second.restore(serde_json::from_str(&state).unwrap()).unwrap();
             let after = documents(&mut second, cut, 6 - cut);
-            prop_assert_eq!([before, after].concat(), all.clone());
+            prop_assert_eq!(&[before, after].concat(), &all);
             // Every document of a domain comes once before any comes twice.
             for (index, lengths) in [a, b].iter().enumerate() {
                 let seen: Vec<u64> = all.iter().filter(|(d, _)| usize::from(*d) == index).map(|(_, e)| *e).collect();

@@ -1,6 +1,6 @@
 //! The words for states in the APIs that Attune speaks: its own, OpenAI's fine-tuning jobs and Tinker's training runs.
 
-use crate::v1::{FailureCause, JobReason, JobState, StopPurpose};
+use crate::v1::{self, FailureCause, JobReason, JobState, StopPurpose};
 
 /// What one state is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +52,8 @@ pub fn state(word: &str) -> Option<JobState> {
     STATES.into_iter().find(|state| state_words(*state).is_some_and(|words| words.attune == word))
 }
 
-/// Attune's word for an enum value: the value's name without its prefix, in kebab-case; `unspecified` for zero.
+/// Attune's word for an enum value: the value's name without its prefix, in snake_case; `unspecified` for zero. The words
+/// are those of the job file, the scheduler's core and the manifests.
 pub trait Word: Copy {
     /// The word.
     fn word(self) -> String;
@@ -64,10 +65,10 @@ macro_rules! words {
     ($($type:ty => $prefix:literal),* $(,)?) => {$(
         impl Word for $type {
             fn word(self) -> String {
-                self.as_str_name().trim_start_matches($prefix).to_ascii_lowercase().replace('_', "-")
+                self.as_str_name().trim_start_matches($prefix).to_ascii_lowercase()
             }
             fn from_word(word: &str) -> Option<Self> {
-                let name = format!("{}{}", $prefix, word.to_ascii_uppercase().replace('-', "_"));
+                let name = format!("{}{}", $prefix, word.to_ascii_uppercase());
                 Self::from_str_name(&name).filter(|value| *value as i32 != 0)
             }
         }
@@ -79,14 +80,19 @@ words! {
     JobReason => "JOB_REASON_",
     StopPurpose => "STOP_PURPOSE_",
     FailureCause => "FAILURE_CAUSE_",
-    crate::v1::ArtifactKind => "ARTIFACT_KIND_",
-    crate::v1::JobKind => "JOB_KIND_",
-    crate::v1::Precision => "PRECISION_",
-    crate::v1::Activations => "ACTIVATIONS_",
-    crate::v1::BadRowPolicy => "BAD_ROW_POLICY_",
-    crate::v1::LongDocumentPolicy => "LONG_DOCUMENT_POLICY_",
-    crate::v1::DeviceKind => "DEVICE_KIND_",
-    crate::v1::Severity => "SEVERITY_",
+    v1::ArtifactKind => "ARTIFACT_KIND_",
+    v1::DeviceKind => "DEVICE_KIND_",
+    v1::ExtensionPoint => "EXTENSION_POINT_",
+    v1::JobKind => "JOB_KIND_",
+    v1::LeaseRefusal => "LEASE_REFUSAL_",
+    v1::MergeForm => "MERGE_FORM_",
+    v1::OnBadRow => "ON_BAD_ROW_",
+    v1::Precision => "PRECISION_",
+    v1::RefusalReason => "REFUSAL_REASON_",
+    v1::RowForm => "ROW_FORM_",
+    v1::Severity => "SEVERITY_",
+    v1::SiteKind => "SITE_KIND_",
+    v1::TooLong => "TOO_LONG_",
 }
 
 #[cfg(test)]
@@ -109,10 +115,11 @@ mod tests {
     }
 
     #[test]
-    fn words_are_kebab_case_and_come_back() {
-        assert_eq!(JobReason::NoCapacity.word(), "no-capacity");
-        assert_eq!(JobReason::from_word("no-capacity"), Some(JobReason::NoCapacity));
-        assert_eq!(FailureCause::from_word("out-of-memory"), Some(FailureCause::OutOfMemory));
+    fn words_are_snake_case_and_come_back() {
+        assert_eq!(JobReason::DependencyPending.word(), "dependency_pending");
+        assert_eq!(JobReason::from_word("dependency_pending"), Some(JobReason::DependencyPending));
+        assert_eq!(FailureCause::from_word("out_of_memory"), Some(FailureCause::OutOfMemory));
+        assert_eq!(v1::ArtifactKind::TaskVector.word(), "task_vector");
         assert_eq!(JobReason::from_word("unspecified"), None);
         assert_eq!(JobReason::from_word("tired"), None);
     }

@@ -1,7 +1,7 @@
 //! The loop of a run: rehearse, evaluate, step, save, write the results.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use attune_collective::local;
@@ -344,7 +344,7 @@ impl<'a> Rank<'a> {
     }
 }
 
-fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &PathBuf) -> Result<(), Error> {
+fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &Path) -> Result<(), Error> {
     let mut theta = engine.theta.clone();
     let mut buffers = std::mem::take(&mut engine.buffers);
     checkpoint::load_tensors(folder, &mut theta, &mut buffers, |id| engine.buffer_names(id))?;

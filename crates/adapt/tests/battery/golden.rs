@@ -1,6 +1,6 @@
 //! Every folder under `golden/`, computed by PEFT (`golden/lora.py` names the versions).
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use attune_adapt::peft;
@@ -33,10 +33,13 @@ pub(crate) fn trials() -> Vec<Trial> {
         .collect()
 }
 
-type Tensors = HashMap<String, Tensor>;
+type Tensors = BTreeMap<String, Tensor>;
 
 fn open(path: PathBuf) -> Result<Option<Tensors>, Failed> {
-    Ok(if path.is_file() { Some(candle_core::safetensors::load(path, &Device::Cpu)?) } else { None })
+    if !path.is_file() {
+        return Ok(None);
+    }
+    Ok(Some(candle_core::safetensors::load(path, &Device::Cpu)?.into_iter().collect()))
 }
 
 fn layout(golden: &Tensors) -> Result<Layout, Failed> {

@@ -2,6 +2,7 @@
 //!
 //! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is its own trial, run
 //! on both: it must pass on the method and fail on LoRA.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod golden;
 mod support;

@@ -60,6 +60,7 @@ pub(super) fn describe(error: &Error) -> String {
 
 /// `json.dumps(value, ensure_ascii=False, …)`: what `transformers` puts in place of Jinja's own `tojson`, which would
 /// escape HTML.
+#[expect(clippy::needless_pass_by_value, reason = "the template engine hands keyword arguments over by value")]
 fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let json = serde_json::to_value(value)
         .map_err(|e| Error::new(ErrorKind::InvalidOperation, "cannot be written as JSON").with_source(e))?;

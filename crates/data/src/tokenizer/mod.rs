@@ -180,7 +180,13 @@ fn keep_white_space(value: &mut Value) -> bool {
             Value::Bool(trim) if name == "trim_offsets" => std::mem::replace(trim, false) || changed,
             value => keep_white_space(value) || changed,
         }),
-        Value::Array(items) => items.iter_mut().fold(false, |changed, item| keep_white_space(item) || changed),
+        Value::Array(items) => {
+            let mut changed = false;
+            for item in items {
+                changed |= keep_white_space(item);
+            }
+            changed
+        }
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
     }
 }

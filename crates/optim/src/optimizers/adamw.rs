@@ -90,10 +90,19 @@ impl Optimizer for AdamW {
         vec![("exp_avg", length), ("exp_avg_sq", length)]
     }
 
-    fn update(&self, cx: &UpdateCx<'_>, value: &mut [f32], gradient: &[f32], buffers: &mut [Vec<f32>]) -> attune_points::Result<()> {
+    fn update(
+        &self,
+        cx: &UpdateCx<'_>,
+        value: &mut [f32],
+        gradient: &[f32],
+        buffers: &mut [Vec<f32>],
+    ) -> attune_points::Result<()> {
         let Config { weight_decay, beta1, beta2, eps, .. } = self.config;
         let [m, v] = buffers else {
-            return Err(attune_points::Error::Refused(format!("AdamW was given {} buffers; expected 2", buffers.len())));
+            return Err(attune_points::Error::Refused(format!(
+                "AdamW was given {} buffers; expected 2",
+                buffers.len()
+            )));
         };
         let t = cx.step.0 as i32;
         let decay = if cx.decay { (1.0 - cx.lr * weight_decay) as f32 } else { 1.0 };

@@ -49,7 +49,8 @@ pub(super) struct Constant {
 }
 
 impl Method for Constant {
-    const CARD: Card = Card::new("constant", Point::Schedule, "Holds the learning rate, after a warm-up if there is one.");
+    const CARD: Card =
+        Card::new("constant", Point::Schedule, "Holds the learning rate, after a warm-up if there is one.");
     type Config = Config;
     type Object = dyn Schedule;
 
@@ -60,10 +61,7 @@ impl Method for Constant {
 
 impl Schedule for Constant {
     fn factor(&self, done: Step, total: Step) -> f64 {
-        match self.warmup.split(done.0, total.0) {
-            Ok(rising) => rising,
-            Err(_) => 1.0,
-        }
+        self.warmup.split(done.0, total.0).unwrap_or(1.0)
     }
 }
 

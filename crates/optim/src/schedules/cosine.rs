@@ -49,7 +49,11 @@ pub(super) struct Cosine {
 }
 
 impl Method for Cosine {
-    const CARD: Card = Card::new("cosine", Point::Schedule, "Lets the learning rate fall to 0 along half a cosine, after a warm-up: slow at first and at the end.");
+    const CARD: Card = Card::new(
+        "cosine",
+        Point::Schedule,
+        "Lets the learning rate fall to 0 along half a cosine, after a warm-up: slow at first and at the end.",
+    );
     type Config = Config;
     type Object = dyn Schedule;
 

@@ -49,7 +49,8 @@ pub(super) struct Linear {
 }
 
 impl Method for Linear {
-    const CARD: Card = Card::new("linear", Point::Schedule, "Lets the learning rate fall to 0 in a straight line, after a warm-up.");
+    const CARD: Card =
+        Card::new("linear", Point::Schedule, "Lets the learning rate fall to 0 in a straight line, after a warm-up.");
     type Config = Config;
     type Object = dyn Schedule;
 

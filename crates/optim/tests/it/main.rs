@@ -1,4 +1,5 @@
 //! Twenty steps against PyTorch (`golden/adamw.py` names the versions).
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -43,7 +44,8 @@ const NAMES: [&str; 2] = ["weight", "bias"];
 
 impl Run {
     fn open(case: &str) -> Self {
-        let tensors = candle_core::safetensors::load(golden(&format!("adamw_{case}.safetensors")), &Device::Cpu).unwrap();
+        let tensors =
+            candle_core::safetensors::load(golden(&format!("adamw_{case}.safetensors")), &Device::Cpu).unwrap();
         let settings = std::fs::read(golden(&format!("adamw_{case}.json"))).unwrap();
         let values = NAMES.iter().map(|name| floats(&tensors[&format!("initial.{name}")])).collect();
         Self { tensors, settings: serde_json::from_slice(&settings).unwrap(), values, buffers: Vec::new() }
@@ -109,6 +111,8 @@ fn parameters_out_of_range_are_refused_with_their_path() {
     );
     assert_eq!(
         build(json!({"method": "adamv"})),
-        ["`tune.optimizer.method` is \"adamv\", which no method of point optimizer is called; known are adamw; did you mean \"adamw\"?"]
+        [
+            "`tune.optimizer.method` is \"adamv\", which no method of point optimizer is called; known are adamw; did you mean \"adamw\"?"
+        ]
     );
 }

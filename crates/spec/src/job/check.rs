@@ -169,7 +169,7 @@ fn shards(spec: &JobSpec, faults: &mut Vec<Fault>) {
         faults.push(Fault::new("tune.batch_tokens", message));
     }
     let ranks = spec.resources.workers * spec.resources.devices_per_worker;
-    if ranks > 0 && shards % ranks != 0 {
+    if ranks > 0 && !shards.is_multiple_of(ranks) {
         let message = format!(
             "makes {ranks} ranks, which do not divide the {shards} logical shards; set `tune.logical_shards` to a multiple"
         );

@@ -31,7 +31,7 @@ pub enum ReadError {
 /// [`ReadError::Syntax`] with line and column.
 pub fn read_yaml(text: &str) -> Result<Value, ReadError> {
     serde_saphyr::from_str(text).map_err(|error| {
-        let (line, column) = error.location().map_or((1, 1), |at| (u64::from(at.line()), u64::from(at.column())));
+        let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
         let whole = error.without_snippet().to_string();
         let message = whole.lines().next().unwrap_or_default().to_owned();
         ReadError::Syntax { line, column, message }

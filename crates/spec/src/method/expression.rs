@@ -202,7 +202,7 @@ impl Parser<'_> {
             return Ok(Outcome::Text(text));
         }
         let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
-        let length = self.rest().find(|c| !is_word(c)).unwrap_or(self.rest().len());
+        let length = self.rest().find(|c| !is_word(c)).unwrap_or_else(|| self.rest().len());
         let word = self.rest()[..length].to_owned();
         if word.is_empty() {
             return Err(self.error("expected a value"));
@@ -269,7 +269,6 @@ impl Parser<'_> {
         }
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "callers have no further use for the operand")]
     fn truth(&self, outcome: Outcome) -> Result<bool, ExpressionError> {
         match outcome {
             Outcome::Bool(value) => Ok(value),

@@ -48,8 +48,16 @@ fn a_short_job_has_the_documented_defaults() {
 #[test]
 fn each_fault_has_its_path_and_says_what_would_do() {
     let cases: &[(&str, Value, &str)] = &[
-        ("tune.adapter.method", json!("lroa"), "`tune.adapter.method` is \"lroa\", which no method of point adapter is called; known are"),
-        ("tune.adapter.method", json!("adamw"), "`tune.adapter.method` is \"adamw\", which is a method of point optimizer; expected one of point adapter"),
+        (
+            "tune.adapter.method",
+            json!("lroa"),
+            "`tune.adapter.method` is \"lroa\", which no method of point adapter is called; known are",
+        ),
+        (
+            "tune.adapter.method",
+            json!("adamw"),
+            "`tune.adapter.method` is \"adamw\", which is a method of point optimizer; expected one of point adapter",
+        ),
         ("tune.adapter.rank", json!(-4), "`tune.adapter.rank` is -4; expected 1 or more"),
         ("tune.adapter.rank", json!("8"), "`tune.adapter.rank` is \"8\"; expected a whole number"),
         ("tune.adapter.rnak", json!(8), "`tune.adapter.rnak` is not a known field; did you mean \"rank\"?"),
@@ -57,17 +65,37 @@ fn each_fault_has_its_path_and_says_what_would_do() {
         ("tune.steps", json!(0), "`tune.steps` is 0; expected 1 or more"),
         ("tune.epochs", json!(1), "`tune` gives steps and epochs; expected exactly one of them"),
         ("tune.steps", json!(null), "`tune` says no length; expected one of `steps`, `epochs`, `tokens`"),
-        ("tune.optimiser", json!({"method": "adamw"}), "`tune.optimiser` is not a known field; did you mean \"optimizer\"?"),
-        ("tune.optimizer", json!({"method": "adamw", "lr": "fast"}), "`tune.optimizer.lr` is \"fast\"; expected a number"),
-        ("tune.optimizer", json!({"method": "adamw", "lr": 1e30}), "`tune.optimizer.lr` is 1e+30; expected 10.0 or less"),
+        (
+            "tune.optimiser",
+            json!({"method": "adamw"}),
+            "`tune.optimiser` is not a known field; did you mean \"optimizer\"?",
+        ),
+        (
+            "tune.optimizer",
+            json!({"method": "adamw", "lr": "fast"}),
+            "`tune.optimizer.lr` is \"fast\"; expected a number",
+        ),
+        (
+            "tune.optimizer",
+            json!({"method": "adamw", "lr": 1e30}),
+            "`tune.optimizer.lr` is 1e+30; expected 10.0 or less",
+        ),
         ("data.on_bad_row", json!("ignore"), "`data.on_bad_row` is \"ignore\"; expected one of fail, skip"),
         ("data.domains", json!([]), "`data.domains` has too few entries; expected 1 or more"),
         ("data.domains[0].weight", json!(-1), "`data.domains[0].weight` is -1; expected 0 or more"),
-        ("data.domains[0].source", json!("ftp://x"), "`data.domains[0].source` is wrong: reference \"ftp://x\" is not valid"),
+        (
+            "data.domains[0].source",
+            json!("ftp://x"),
+            "`data.domains[0].source` is wrong: reference \"ftp://x\" is not valid",
+        ),
         ("data.max_length", json!(8192), "`tune.batch_tokens` is 4096; expected at least data.max_length = 8192"),
         ("version", json!(2), "`version` is 2; this build reads version 1"),
         ("name", json!("Not A Name"), "`name` is wrong: name \"Not A Name\" is not valid"),
-        ("resources.devices_per_worker", json!(3), "`resources.devices_per_worker` makes 3 ranks, which do not divide the 8 logical shards"),
+        (
+            "resources.devices_per_worker",
+            json!(3),
+            "`resources.devices_per_worker` makes 3 ranks, which do not divide the 8 logical shards",
+        ),
         ("outputs.tag", json!("a:b:c"), "`outputs.tag` is wrong: tag \"a:b:c\" is not valid"),
         ("outputs.merged_tag", json!("m"), "`outputs.merged_tag` is given, but `outputs.merged` is false"),
         ("base", json!(null), "`base` is null; expected a text"),

@@ -1,0 +1,134 @@
+//! The same bytes, whatever happens on the way.
+
+use std::path::PathBuf;
+
+use attune_spec::id::Step;
+use attune_trainer::protocol::{Event, Phase};
+use attune_trainer::run::{End, run};
+
+use crate::support::{Outside, Small, files, metric};
+
+const METHODS: [(&str, &str); 2] =
+    [("lora", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}"), ("full", "{method: full}")];
+
+#[test]
+fn a_run_goes_through_its_phases_and_learns() {
+    let small = Small::new();
+    let (events, files) = small.finish(small.plan(&[("tune.steps", "30"), ("tune.evaluate.every_steps", "10")]), 1);
+    let phases: Vec<Phase> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Starting { phase } => Some(*phase),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(phases, [Phase::Base, Phase::Data, Phase::Rehearsal, Phase::Evaluation]);
+    let losses = metric(&events, "eval/sums/loss");
+    assert_eq!(losses.len(), 4, "before, at 10, at 20, after");
+    assert!(losses[3] < 0.9 * losses[0], "{losses:?}");
+    assert_eq!(metric(&events, "train/loss").len(), 30);
+    assert!(files.keys().any(|name| name == "Result/adapter_model.safetensors"), "{:?}", files.keys());
+    let config = String::from_utf8(files["Result/adapter_config.json"].clone()).unwrap();
+    assert!(config.contains("\"base_model_name_or_path\": \"blake3:"), "{config}");
+}
+
+#[test]
+fn a_stopped_run_goes_on_to_the_same_bytes() {
+    let small = Small::new();
+    for (name, adapter) in METHODS {
+        let plan = small.plan(&[("tune.adapter", adapter), ("tune.evaluate.every_steps", "4")]);
+        let (_, whole) = small.finish(plan.clone(), 1);
+        for cut in [1, 5, 9] {
+            let (request, _work) = small.request(plan.clone(), 1, None);
+            let outside = Outside::stopping_after(cut);
+            assert_eq!(run(&request, &outside).unwrap(), End::Stopped(Step(cut)), "{name}");
+            let checkpoint = checkpoint(&outside);
+            let (request, _work) = small.request(plan.clone(), 1, Some(&checkpoint));
+            let outside = Outside::default();
+            run(&request, &outside).unwrap();
+            assert_eq!(files(&outside.events.into_inner().unwrap()), whole, "{name} cut at {cut}");
+        }
+    }
+}
+
+fn checkpoint(outside: &Outside) -> PathBuf {
+    let events = outside.events.lock().unwrap();
+    let last = events.iter().rev().find_map(|event| match event {
+        Event::Checkpoint { folder, .. } => Some(folder.clone()),
+        _ => None,
+    });
+    last.unwrap()
+}
+
+#[test]
+fn more_ranks_give_the_same_bytes() {
+    let small = Small::new();
+    for (name, adapter) in METHODS {
+        let plan = small.plan(&[("tune.adapter", adapter), ("tune.steps", "5")]);
+        let (_, one) = small.finish(plan.clone(), 1);
+        for ranks in [2, 4] {
+            assert_eq!(small.finish(plan.clone(), ranks).1, one, "{name} on {ranks} ranks");
+        }
+    }
+}
+
+#[test]
+fn accumulated_batches_equal_the_whole_batch() {
+    let small = Small::new();
+    let steps = ("tune.steps", "5");
+    let whole = small.plan(&[steps, ("tune.batch_tokens", "256"), ("tune.logical_shards", "8")]);
+    let halves = small.plan(&[steps, ("tune.accumulation", "2")]);
+    let (whole, halves) = (small.finish(whole, 1).1, small.finish(halves, 1).1);
+    assert_eq!(whole["Result/adapter_model.safetensors"], halves["Result/adapter_model.safetensors"]);
+}
+
+#[test]
+fn checkpoints_on_the_way_and_another_seed_do_what_they_should() {
+    let small = Small::new();
+    let (events, with) = small.finish(small.plan(&[("tune.checkpoint.every_steps", "3")]), 2);
+    let steps: Vec<u64> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Checkpoint { step, .. } => Some(step.0),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(steps, [3, 6, 9]);
+    let (_, without) = small.finish(small.plan(&[]), 1);
+    assert_eq!(with["Result/adapter_model.safetensors"], without["Result/adapter_model.safetensors"]);
+    let (_, other) = small.finish(small.plan(&[("tune.seed", "8")]), 1);
+    assert_ne!(other["Result/adapter_model.safetensors"], without["Result/adapter_model.safetensors"]);
+}
+
+#[test]
+fn a_merged_model_is_the_base_with_the_adapter_and_goes_on_as_a_base() {
+    let small = Small::new();
+    let (_, files) = small.finish(small.plan(&[("outputs.merged", "true"), ("tune.adapter.dropout", "0")]), 1);
+    let model = tempfile::tempdir().unwrap();
+    for (name, bytes) in files.iter().filter_map(|(name, bytes)| Some((name.strip_prefix("Merged/")?, bytes))) {
+        std::fs::write(model.path().join(name), bytes).unwrap();
+    }
+    let mut plan = small.plan(&[("tune.from_scratch", "false"), ("tune.steps", "1")]);
+    plan.base = attune_spec::job::plan::Input::Path(model.path().display().to_string());
+    let (events, _) = small.finish(plan, 1);
+    let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
+    let adapted = report["validation"].as_array().unwrap().last().unwrap()["loss"]["sums"].as_f64().unwrap();
+    let merged = metric(&events, "eval/sums/loss")[0];
+    assert!((adapted - merged).abs() < 1e-4, "{adapted} with the adapter, {merged} merged");
+}
+
+#[test]
+fn an_adapter_is_a_start_and_a_frozen_layer_under_another() {
+    let small = Small::new();
+    let (events, _) = small.finish(small.plan(&[("tune.steps", "20"), ("tune.adapter.dropout", "0")]), 1);
+    let after = *metric(&events, "eval/sums/loss").last().unwrap();
+    let (request, work) = small.request(small.plan(&[("tune.steps", "20"), ("tune.adapter.dropout", "0")]), 1, None);
+    run(&request, &Outside::default()).unwrap();
+    std::fs::rename(work.path().join("adapter"), small.path("before")).unwrap();
+    for stack in ["[{from: ./before}]", "[{name: facts, from: ./before, train: false}, {method: lora, rank: 2}]"] {
+        let plan = small.plan(&[("tune.adapter", "null"), ("tune.stack", stack), ("tune.steps", "1")]);
+        let (events, _) = small.finish(plan, 1);
+        let before = metric(&events, "eval/sums/loss")[0];
+        assert!((before - after).abs() < 1e-6, "{stack}: {before} against {after}");
+    }
+}

@@ -1,0 +1,110 @@
+//! Runs that cannot go on say why, where, and what would do.
+
+use attune_trainer::Error;
+use attune_trainer::protocol::FailureClass;
+use attune_trainer::run::run;
+
+use crate::support::{Outside, Small};
+
+fn fail(small: &Small, changes: &[(&str, &str)], resume: Option<&std::path::Path>) -> (FailureClass, String) {
+    let (request, _work) = small.request(small.plan(changes), 1, resume);
+    let error: Error = run(&request, &Outside::default()).unwrap_err();
+    (error.class(), error.to_string().replace(&small.path("").display().to_string(), ""))
+}
+
+#[test]
+fn bad_rows_and_files_are_named_with_their_line() {
+    let small = Small::new();
+    std::fs::write(small.path("bad.jsonl"), "{\"text\": \"a\"}\n{\"text\": 1}\n").unwrap();
+    std::fs::write(small.path("empty.jsonl"), "").unwrap();
+    let source = "data.domains[1].source";
+    for (changes, expected) in [
+        (vec![(source, "./bad.jsonl")], "bad.jsonl:2: `text` is a number; expected a text"),
+        (vec![(source, "./empty.jsonl")], "empty.jsonl: holds no row"),
+        (vec![(source, "./missing.jsonl")], "missing.jsonl: there is no such file"),
+        (
+            vec![("data.max_length", "8"), ("data.too_long", "refuse"), ("data.domains[0].weight", "0")],
+            "greetings.jsonl:1: has",
+        ),
+    ] {
+        let (class, message) = fail(&small, &changes, None);
+        assert!(message.starts_with(expected), "{message}");
+        assert!(!class.is_retryable(), "{message}");
+    }
+    let skipping = small.plan(&[(source, "./bad.jsonl"), ("data.on_bad_row", "skip"), ("tune.steps", "1")]);
+    let (_, files) = small.finish(skipping, 1);
+    let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
+    assert_eq!(report["data"]["data/sums"]["bad"]["by_reason"]["wrong_type"], 1);
+}
+
+#[test]
+fn what_does_not_fit_the_base_has_its_field_path() {
+    let small = Small::new();
+    for (changes, expected) in [
+        (
+            vec![("tune.adapter.targets", "q_porj")],
+            "`tune.stack[0].targets` \"q_porj\" matches no site of this llama model",
+        ),
+        (vec![("tune.adapter.rank", "64")], "`tune.stack[0].rank` is 64; model.layers.0"),
+        (
+            vec![("tune.adapter.targets", "norm")],
+            "`tune.stack[0].targets` \"norm\" names only sites that this method does not adapt",
+        ),
+        (
+            vec![("data.max_length", "65"), ("tune.batch_tokens", "1024")],
+            "`data.max_length` is 65; the base's context is 64",
+        ),
+        (vec![("tune.from_scratch", "false")], "base/model.safetensors: cannot be opened"),
+    ] {
+        let (class, message) = fail(&small, &changes, None);
+        assert!(message.starts_with(expected), "{message}");
+        assert_eq!(class, FailureClass::Input, "{message}");
+    }
+}
+
+#[test]
+fn an_exploding_run_fails_as_numeric_and_names_the_tensor() {
+    let small = Small::new();
+    let changes = [
+        ("tune.optimizer.lr", "10"),
+        ("tune.max_grad_norm", "null"),
+        ("tune.steps", "400"),
+        ("tune.adapter.alpha", "1000000"),
+    ];
+    let (class, message) = fail(&small, &changes, None);
+    assert_eq!(class, FailureClass::Numeric, "{message}");
+    assert!(message.contains("is not finite at step"), "{message}");
+}
+
+#[test]
+fn a_checkpoint_that_is_not_whole_or_not_of_this_plan_is_refused() {
+    let small = Small::new();
+    let (request, work) = small.request(small.plan(&[]), 1, None);
+    run(&request, &Outside::stopping_after(2)).unwrap();
+    let checkpoint = work.path().join("checkpoint-2");
+    let (_, message) = fail(&small, &[("tune.seed", "9")], Some(&checkpoint));
+    assert!(message.contains("is of plan blake3:"), "{message}");
+    let state = std::fs::read_to_string(checkpoint.join("state.json")).unwrap();
+    for (text, expected) in [
+        (state.replace("\"tokens\"", "\"tokenz\""), "unknown field `tokenz`"),
+        (state.replace("\"seen\"", "\"sene\""), "unknown field `sene`"),
+        (state[..state.len() / 2].to_owned(), "EOF"),
+    ] {
+        std::fs::write(checkpoint.join("state.json"), text).unwrap();
+        let (_, message) = fail(&small, &[], Some(&checkpoint));
+        assert!(message.contains(expected), "{message}");
+    }
+    std::fs::write(checkpoint.join("state.json"), state).unwrap();
+    std::fs::remove_file(checkpoint.join("optimizer.safetensors")).unwrap();
+    let (class, message) = fail(&small, &[], Some(&checkpoint));
+    assert!(message.contains("optimizer.safetensors"), "{message}");
+    assert!(class.is_retryable() || class == FailureClass::Input, "{message}");
+}
+
+#[test]
+fn ranks_that_do_not_divide_the_shards_are_refused() {
+    let small = Small::new();
+    let (request, _work) = small.request(small.plan(&[]), 3, None);
+    let message = run(&request, &Outside::default()).unwrap_err().to_string();
+    assert!(message.contains("makes 3 ranks, which do not divide the 4 logical shards"), "{message}");
+}

@@ -1,0 +1,8 @@
+//! Whole runs in one process: the same bytes after a stop, on more ranks, with accumulation; PyTorch's parameters.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod bits;
+mod faults;
+mod peft_steps;
+mod support;
