@@ -5,6 +5,7 @@
 use attune_spec::Fault;
 
 pub mod id;
+pub mod job;
 pub mod structure;
 pub mod time;
 
