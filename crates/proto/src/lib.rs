@@ -8,7 +8,14 @@
 //! only get their gRPC code, HTTP status and exit status.
 
 /// Messages, clients and servers generated from `proto/attune/v1`; documented there, field by field.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::large_futures, reason = "generated code")]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::allow_attributes_without_reason,
+    clippy::large_futures,
+    reason = "generated code"
+)]
 pub mod v1 {
     tonic::include_proto!("attune.v1");
 }
@@ -25,10 +32,12 @@ pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Largest piece of a blob or file in one message of a stream.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 
+pub mod client;
 pub mod convert;
 pub mod error;
 pub mod words;
 
+pub use client::Client;
 pub use error::{Class, Retry};
 
 #[cfg(test)]

@@ -82,9 +82,9 @@ impl Error {
                 FailureClass::Io
             }
             Self::Model(_) => FailureClass::Input,
-            Self::Pass(Pass::NotFinite { .. } | Pass::Disconnected { .. } | Pass::NoSignal { .. }) => {
-                FailureClass::Numeric
-            }
+            Self::Pass(Pass::NotFinite { .. }) => FailureClass::NotFinite,
+            Self::Pass(Pass::Disconnected { .. } | Pass::NoSignal { .. }) => FailureClass::NoGradient,
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => FailureClass::DiskFull,
             Self::Pass(Pass::Refused(_)) => FailureClass::Input,
             Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
             Self::Pass(_) | Self::Collective(_) | Self::Panic(_) => FailureClass::Internal,

@@ -122,12 +122,16 @@ pub struct Summary {
 pub enum FailureClass {
     /// The job asks for something that cannot be: its file, its data or its base is wrong.
     Input,
-    /// A gradient or a loss was not finite, or did not reach the weights.
-    Numeric,
+    /// A loss, gradient or weight was not finite.
+    NotFinite,
+    /// A tensor that should train got no gradient.
+    NoGradient,
     /// There was not enough memory.
     Memory,
     /// A file could not be read or written, or a remote object did not answer.
     Io,
+    /// A disk was full.
+    DiskFull,
     /// A fault of this program.
     Internal,
 }
@@ -136,8 +140,8 @@ impl FailureClass {
     /// Whether the same attempt may succeed when it is made again.
     pub const fn is_retryable(self) -> bool {
         match self {
-            Self::Input | Self::Numeric => false,
-            Self::Memory | Self::Io | Self::Internal => true,
+            Self::Input | Self::NotFinite | Self::NoGradient => false,
+            Self::Memory | Self::Io | Self::DiskFull | Self::Internal => true,
         }
     }
 }

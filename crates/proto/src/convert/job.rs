@@ -112,7 +112,9 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         schedule: method(&spec.schedule, &path.field("schedule"), faults),
         batch_tokens: Some(spec.batch_tokens),
         accumulation: Some(spec.accumulation),
-        length: (spec.steps.map(Length::Steps)).or(spec.epochs.map(Length::Epochs)).or(spec.tokens.map(Length::Tokens)),
+        length: (spec.steps.map(Length::Steps))
+            .or_else(|| spec.epochs.map(Length::Epochs))
+            .or_else(|| spec.tokens.map(Length::Tokens)),
         max_grad_norm: Some(spec.max_grad_norm.unwrap_or(0.0)),
         precision: match spec.precision {
             Precision::F32 => v1::Precision::F32,
@@ -169,7 +171,7 @@ pub fn from_message(message: &v1::JobSpec) -> Result<JobSpec, Vec<Fault>> {
         Err(error) => {
             reader.faults.take::<()>(Err(match error {
                 ReadError::Faults(faults) => faults,
-                other => vec![Fault::new("", other.to_string())],
+                other @ ReadError::Syntax { .. } => vec![Fault::new("", other.to_string())],
             }));
             reader.faults.finish(None)
         }

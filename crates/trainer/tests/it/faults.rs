@@ -72,7 +72,7 @@ fn an_exploding_run_fails_as_numeric_and_names_the_tensor() {
         ("tune.adapter.alpha", "1000000"),
     ];
     let (class, message) = fail(&small, &changes, None);
-    assert_eq!(class, FailureClass::Numeric, "{message}");
+    assert_eq!(class, FailureClass::NotFinite, "{message}");
     assert!(message.contains("is not finite at step"), "{message}");
 }
 

@@ -1,0 +1,352 @@
+//! A thin typed client of the four services: where the server is, for which project one speaks, deadlines, retries of
+//! calls that are safe to retry, and the two streams that carry an artifact's bytes.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use attune_spec::id::{Digest, Project};
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt as _};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status, Streaming};
+
+use crate::v1::{
+    self, artifact_service_client::ArtifactServiceClient, job_service_client::JobServiceClient,
+    method_service_client::MethodServiceClient, worker_service_client::WorkerServiceClient,
+};
+use crate::{CHUNK_BYTES_MAX, Class, MESSAGE_BYTES_MAX, Retry};
+
+/// Largest number of digests in one question for missing blobs.
+const QUERY_DIGESTS_MAX: usize = 10_000;
+
+/// How a client behaves.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The project that it speaks for.
+    pub project: Project,
+    /// Longest time until a connection stands.
+    pub connect_timeout: Duration,
+    /// Longest time of one unary call.
+    pub call_timeout: Duration,
+    /// How often a call that is safe to retry is made again when the server cannot answer now.
+    pub retries: u32,
+    /// Wait before the first retry; doubles with each.
+    pub retry_wait: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            project: Project::default(),
+            connect_timeout: Duration::from_secs(5),
+            call_timeout: Duration::from_secs(60),
+            retries: 4,
+            retry_wait: Duration::from_millis(200),
+        }
+    }
+}
+
+/// Why no client could be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The address cannot be one.
+    #[error("server {url:?} is not a URL such as http://127.0.0.1:7070")]
+    Url {
+        /// What was given.
+        url: String,
+    },
+    /// Nobody answers there.
+    #[error("no server answers at {url}: {reason}")]
+    Unreachable {
+        /// The address.
+        url: String,
+        /// The deepest cause.
+        reason: String,
+    },
+}
+
+/// A client. Cheap to clone; clones share connections.
+#[derive(Debug, Clone)]
+pub struct Client {
+    channel: Channel,
+    options: Arc<Options>,
+}
+
+/// The blobs of an artifact that is pushed, by digest.
+pub trait Blobs: Send + Sync {
+    /// The bytes of a blob, in pieces of any size.
+    fn open(&self, digest: &Digest) -> BoxStream<'static, Result<Bytes, String>>;
+}
+
+/// An artifact to push.
+#[derive(Debug, Clone, Default)]
+pub struct Push {
+    /// The manifest file.
+    pub manifest: Bytes,
+    /// The digests of its blobs, without repetition.
+    pub blobs: Vec<Digest>,
+    /// The attempt on whose behalf it is committed.
+    pub attempt: Option<v1::AttemptCommit>,
+    /// Tags that move to it.
+    pub tags: Vec<String>,
+}
+
+fn deepest(error: &dyn std::error::Error) -> String {
+    let mut at = error;
+    while let Some(source) = at.source() {
+        at = source;
+    }
+    at.to_string()
+}
+
+impl Client {
+    /// A client of the server at `url`, which need not be up yet: connections are made when they are needed.
+    ///
+    /// # Errors
+    /// [`ConnectError::Url`]. Must be called within a tokio runtime.
+    pub fn lazy(url: &str, options: Options) -> Result<Self, ConnectError> {
+        Ok(Self { channel: endpoint(url, &options)?.connect_lazy(), options: Arc::new(options) })
+    }
+
+    /// A client of the server at `url`, connected.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect(url: &str, options: Options) -> Result<Self, ConnectError> {
+        let channel = endpoint(url, &options)?
+            .connect()
+            .await
+            .map_err(|error| ConnectError::Unreachable { url: url.to_owned(), reason: deepest(&error) })?;
+        Ok(Self { channel, options: Arc::new(options) })
+    }
+
+    /// The project that this client speaks for.
+    pub fn project(&self) -> &Project {
+        &self.options.project
+    }
+
+    /// The same connection, for another project.
+    #[must_use]
+    pub fn for_project(&self, project: Project) -> Self {
+        let options = Options { project, ..(*self.options).clone() };
+        Self { channel: self.channel.clone(), options: Arc::new(options) }
+    }
+
+    /// Jobs.
+    pub fn jobs(&self) -> JobServiceClient<Channel> {
+        JobServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Artifacts.
+    pub fn artifacts(&self) -> ArtifactServiceClient<Channel> {
+        ArtifactServiceClient::new(self.channel.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Methods.
+    pub fn methods(&self) -> MethodServiceClient<Channel> {
+        MethodServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// The workers' stream.
+    pub fn workers(&self) -> WorkerServiceClient<Channel> {
+        WorkerServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// A request with this client's deadline for unary calls.
+    pub fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.options.call_timeout);
+        request
+    }
+
+    /// Makes a call that is safe to retry, again while the server cannot answer now.
+    ///
+    /// # Errors
+    /// The last status.
+    pub async fn retrying<T, F>(&self, call: impl Fn() -> F) -> Result<T, Status>
+    where
+        F: Future<Output = Result<tonic::Response<T>, Status>>,
+    {
+        let mut wait = self.options.retry_wait;
+        for _ in 0..self.options.retries {
+            match call().await {
+                Err(status) if Class::of(&status).row().retry == Retry::Later => tokio::time::sleep(wait).await,
+                other => return other.map(tonic::Response::into_inner),
+            }
+            wait *= 2;
+        }
+        call().await.map(tonic::Response::into_inner)
+    }
+
+    /// The blobs of `digests` that the server does not have.
+    ///
+    /// # Errors
+    /// The server's status.
+    pub async fn missing(&self, digests: &[Digest]) -> Result<Vec<Digest>, Status> {
+        let mut missing = Vec::new();
+        for part in digests.chunks(QUERY_DIGESTS_MAX) {
+            let asked = v1::QueryMissingBlobsRequest {
+                project: self.project().to_string(),
+                digests: part.iter().map(ToString::to_string).collect(),
+            };
+            let answer = self
+                .retrying(|| {
+                    let (mut artifacts, asked) = (self.artifacts(), self.request(asked.clone()));
+                    async move { artifacts.query_missing_blobs(asked).await }
+                })
+                .await?;
+            for digest in &answer.missing {
+                let known = part.iter().find(|known| known.to_string() == *digest);
+                missing.push(*known.ok_or_else(|| {
+                    Class::Internal.status(format!("the server misses {digest:?}, which nobody asked about"))
+                })?);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Stores an artifact: sends the blobs that the server does not have. Not retried here; a push that is made again
+    /// sends only what is still missing.
+    ///
+    /// # Errors
+    /// The server's status, or one of class [`Class::Aborted`] with what `blobs` says when it cannot be read.
+    pub async fn push(&self, push: &Push, blobs: Arc<dyn Blobs>) -> Result<v1::PushArtifactResponse, Status> {
+        use v1::push_artifact_request::Part;
+        let missing = self.missing(&push.blobs).await?;
+        let header = v1::PushHeader {
+            project: self.project().to_string(),
+            manifest: push.manifest.clone(),
+            attempt: push.attempt.clone(),
+            tags: push.tags.clone(),
+        };
+        let broken: Arc<Mutex<Option<String>>> = Arc::default();
+        let seen = Arc::clone(&broken);
+        let chunks = stream::iter(missing).flat_map(move |digest| chunks(digest, blobs.open(&digest)));
+        // A source that breaks ends the stream early; the server refuses what is not whole.
+        let chunks = chunks.scan((), move |(), chunk| {
+            let chunk = chunk.map_err(|message| *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(message));
+            std::future::ready(chunk.ok())
+        });
+        let parts = stream::iter([Part::Header(header)])
+            .chain(chunks.map(Part::Chunk))
+            .map(|part| v1::PushArtifactRequest { part: Some(part) });
+        let answer = self.artifacts().push_artifact(parts).await;
+        if let Some(message) = broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Err(Class::Aborted.status(message));
+        }
+        answer.map(tonic::Response::into_inner)
+    }
+
+    /// Starts reading the artifact `reference` (a digest or tag), or only its files `paths`.
+    ///
+    /// # Errors
+    /// The server's status; one of class [`Class::Internal`] if it does not begin with a header.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        paths: &[String],
+    ) -> Result<(v1::PullHeader, Streaming<v1::PullArtifactResponse>), Status> {
+        use v1::pull_artifact_response::Part;
+        let asked = v1::PullArtifactRequest {
+            project: self.project().to_string(),
+            reference: reference.to_owned(),
+            paths: paths.to_vec(),
+        };
+        let mut parts = self
+            .retrying(|| {
+                let (mut artifacts, asked) = (self.artifacts(), asked.clone());
+                async move { artifacts.pull_artifact(asked).await }
+            })
+            .await?;
+        match parts.message().await?.and_then(|message| message.part) {
+            Some(Part::Header(header)) => Ok((header, parts)),
+            _ => Err(Class::Internal.status("the server's stream does not begin with a header")),
+        }
+    }
+}
+
+fn endpoint(url: &str, options: &Options) -> Result<Endpoint, ConnectError> {
+    let bad = || ConnectError::Url { url: url.to_owned() };
+    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| bad())?;
+    if endpoint.uri().scheme().is_none() || endpoint.uri().host().is_none() {
+        return Err(bad());
+    }
+    Ok(endpoint
+        .connect_timeout(options.connect_timeout)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(15))
+        .keep_alive_timeout(Duration::from_secs(20)))
+}
+
+/// The pieces of a blob, cut to the largest size of a chunk; an empty blob is one empty chunk.
+fn chunks(
+    digest: Digest,
+    pieces: BoxStream<'static, Result<Bytes, String>>,
+) -> BoxStream<'static, Result<v1::BlobChunk, String>> {
+    let name = digest.to_string();
+    let cut = pieces.flat_map(|piece| match piece {
+        Ok(mut piece) => {
+            let mut parts = Vec::new();
+            while !piece.is_empty() {
+                parts.push(Ok(piece.split_to(piece.len().min(CHUNK_BYTES_MAX))));
+            }
+            stream::iter(parts).boxed()
+        }
+        Err(message) => stream::iter([Err(message)]).boxed(),
+    });
+    let numbered = cut.scan(0, {
+        let name = name.clone();
+        move |offset, piece| {
+            let chunk = piece.map(|data| {
+                let at = *offset;
+                *offset += data.len() as u64;
+                v1::BlobChunk { digest: name.clone(), offset_bytes: at, data }
+            });
+            std::future::ready(Some(chunk))
+        }
+    });
+    // The digest of no bytes is known: such a blob has no pieces but must be mentioned.
+    if digest == Digest::from_bytes(*blake3::hash(b"").as_bytes()) {
+        let empty = v1::BlobChunk { digest: name, offset_bytes: 0, data: Bytes::new() };
+        return stream::iter([Ok(empty)]).boxed();
+    }
+    numbered.boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn collect(digest: Digest, pieces: Vec<Result<Bytes, String>>) -> Vec<Result<(u64, usize), String>> {
+        let all = chunks(digest, stream::iter(pieces).boxed()).collect::<Vec<_>>().await;
+        all.into_iter().map(|chunk| chunk.map(|chunk| (chunk.offset_bytes, chunk.data.len()))).collect()
+    }
+
+    #[tokio::test]
+    async fn pieces_are_cut_and_numbered() {
+        let digest = Digest::from_bytes([1; 32]);
+        let big = Bytes::from(vec![7; CHUNK_BYTES_MAX + 5]);
+        let found = collect(digest, vec![Ok(Bytes::from_static(b"abc")), Ok(big), Err("gone".to_owned())]).await;
+        let end = 3 + CHUNK_BYTES_MAX as u64;
+        assert_eq!(found, [Ok((0, 3)), Ok((3, CHUNK_BYTES_MAX)), Ok((end, 5)), Err("gone".to_owned())]);
+    }
+
+    #[tokio::test]
+    async fn an_empty_blob_is_mentioned() {
+        let digest = Digest::from_bytes(*blake3::hash(b"").as_bytes());
+        assert_eq!(collect(digest, Vec::new()).await, [Ok((0, 0))]);
+    }
+
+    #[tokio::test]
+    async fn an_address_that_cannot_be_one_is_refused_and_a_silent_one_is_named() {
+        for bad in ["", "not a url", "127.0.0.1:7070", "http://"] {
+            assert!(matches!(Client::lazy(bad, Options::default()), Err(ConnectError::Url { .. })), "{bad}");
+        }
+        let error = Client::connect("http://127.0.0.1:1", Options::default()).await.unwrap_err();
+        assert!(error.to_string().starts_with("no server answers at http://127.0.0.1:1: "), "{error}");
+    }
+}
