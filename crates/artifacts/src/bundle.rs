@@ -45,8 +45,9 @@ impl Bundle {
         if !listing.faults.is_empty() {
             return Err(Error::Refused { what, faults: listing.faults });
         }
-        let hashed = stream::iter(listing.files).map(|found| hash_file(root.clone(), found)).buffered(HASHING_AT_ONCE);
-        let files = hashed.try_collect().await?;
+        let at = root.clone();
+        let hashed = stream::iter(listing.files).map(move |found| hash_file(at.clone(), found));
+        let files = hashed.buffered(HASHING_AT_ONCE).boxed().try_collect().await?;
         Ok(Self { root, kind, files, skipped: listing.skipped })
     }
 

@@ -2,12 +2,14 @@
 //! calls that are safe to retry, and the two streams that carry an artifact's bytes.
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use attune_spec::id::{Digest, Project};
 use bytes::Bytes;
-use futures::stream::{self, BoxStream, StreamExt as _};
+use futures::stream::{self, BoxStream, Stream, StreamExt as _};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status, Streaming};
 
@@ -193,12 +195,12 @@ impl Client {
                 project: self.project().to_string(),
                 digests: part.iter().map(ToString::to_string).collect(),
             };
-            let answer = self
-                .retrying(|| {
-                    let (mut artifacts, asked) = (self.artifacts(), self.request(asked.clone()));
-                    async move { artifacts.query_missing_blobs(asked).await }
-                })
-                .await?;
+            let client = self.clone();
+            let query = move || {
+                let (mut artifacts, asked) = (client.artifacts(), client.request(asked.clone()));
+                async move { artifacts.query_missing_blobs(asked).await }
+            };
+            let answer = self.retrying(query).await?;
             for digest in &answer.missing {
                 let known = part.iter().find(|known| known.to_string() == *digest);
                 missing.push(*known.ok_or_else(|| {
@@ -215,7 +217,6 @@ impl Client {
     /// # Errors
     /// The server's status, or one of class [`Class::Aborted`] with what `blobs` says when it cannot be read.
     pub async fn push(&self, push: &Push, blobs: Arc<dyn Blobs>) -> Result<v1::PushArtifactResponse, Status> {
-        use v1::push_artifact_request::Part;
         let missing = self.missing(&push.blobs).await?;
         let header = v1::PushHeader {
             project: self.project().to_string(),
@@ -224,16 +225,7 @@ impl Client {
             tags: push.tags.clone(),
         };
         let broken: Arc<Mutex<Option<String>>> = Arc::default();
-        let seen = Arc::clone(&broken);
-        let chunks = stream::iter(missing).flat_map(move |digest| chunks(digest, blobs.open(&digest)));
-        // A source that breaks ends the stream early; the server refuses what is not whole.
-        let chunks = chunks.scan((), move |(), chunk| {
-            let chunk = chunk.map_err(|message| *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(message));
-            std::future::ready(chunk.ok())
-        });
-        let parts = stream::iter([Part::Header(header)])
-            .chain(chunks.map(Part::Chunk))
-            .map(|part| v1::PushArtifactRequest { part: Some(part) });
+        let parts = parts(header, missing, blobs, Arc::clone(&broken));
         let answer = self.artifacts().push_artifact(parts).await;
         if let Some(message) = broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(Class::Aborted.status(message));
@@ -256,12 +248,12 @@ impl Client {
             reference: reference.to_owned(),
             paths: paths.to_vec(),
         };
-        let mut parts = self
-            .retrying(|| {
-                let (mut artifacts, asked) = (self.artifacts(), asked.clone());
-                async move { artifacts.pull_artifact(asked).await }
-            })
-            .await?;
+        let client = self.clone();
+        let ask = move || {
+            let (mut artifacts, asked) = (client.artifacts(), asked.clone());
+            async move { artifacts.pull_artifact(asked).await }
+        };
+        let mut parts = self.retrying(ask).await?;
         match parts.message().await?.and_then(|message| message.part) {
             Some(Part::Header(header)) => Ok((header, parts)),
             _ => Err(Class::Internal.status("the server's stream does not begin with a header")),
@@ -280,6 +272,35 @@ fn endpoint(url: &str, options: &Options) -> Result<Endpoint, ConnectError> {
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(15))
         .keep_alive_timeout(Duration::from_secs(20)))
+}
+
+/// The messages of a push. A blob that cannot be read leaves its error in `broken` and ends the stream early; the server
+/// refuses what is not whole.
+fn parts(
+    header: v1::PushHeader,
+    missing: Vec<Digest>,
+    blobs: Arc<dyn Blobs>,
+    broken: Arc<Mutex<Option<String>>>,
+) -> Parts {
+    use v1::push_artifact_request::Part;
+    let chunks = stream::iter(missing).flat_map(move |digest| chunks(digest, blobs.open(&digest)));
+    let chunks = chunks.scan((), move |(), chunk| {
+        let chunk = chunk.map_err(|message| *broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(message));
+        std::future::ready(chunk.ok())
+    });
+    let all = stream::iter([Part::Header(header)]).chain(chunks.map(Part::Chunk));
+    Parts(all.map(|part| v1::PushArtifactRequest { part: Some(part) }).boxed())
+}
+
+/// A boxed stream under a name of its own: the compiler cannot see that a call with the bare box may move between threads.
+struct Parts(BoxStream<'static, v1::PushArtifactRequest>);
+
+impl Stream for Parts {
+    type Item = v1::PushArtifactRequest;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_next_unpin(cx)
+    }
 }
 
 /// The pieces of a blob, cut to the largest size of a chunk; an empty blob is one empty chunk.

@@ -1,0 +1,518 @@
+//! The stream to the scheduler: who this worker is, what it runs, what it is told.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use attune_artifacts::Cache;
+use attune_proto::client::Options;
+use attune_proto::convert::id::{self, AttemptId};
+use attune_proto::convert::{job, time};
+use attune_proto::v1::{
+    self, attempt_report::Report, connect_request::Message as Say, connect_response::Message as Hear,
+};
+use attune_proto::{Client, WORKER_PROTOCOL_VERSION};
+use attune_spec::id::{CohortId, Digest, Step, WorkerId};
+use attune_spec::job::plan::Input;
+use attune_spec::job::{JobSpec, Plan, Reference};
+use attune_spec::method::Catalogue;
+use attune_telemetry::{Stop, Task as Background, TaskGroup};
+use attune_trainer::kernel;
+use futures::future::{BoxFuture, OptionFuture};
+use futures::{FutureExt as _, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use crate::attempt::{self, Killed, News, Node, Order, Task, Wire};
+use crate::node::{self, Home};
+use crate::outbox::Outbox;
+use crate::{Config, Error};
+
+/// Messages that may wait for the network; a scheduler that is further behind counts as gone.
+const OUT_MESSAGES_MAX: usize = 16_384;
+/// News of attempts that may wait for the agent.
+const NEWS_MAX: usize = 256;
+/// Longest time for a scheduler to answer a connection and a registration.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// First and longest wait before the next try to connect.
+const RECONNECT_WAIT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Time for processes and reports to end once the agent must go.
+const LEAVE_TIME: Duration = Duration::from_secs(5);
+
+/// Runs an agent until `stop` is requested: it then takes nothing new, lets its attempts stop at a checkpoint for
+/// [`Config::grace`], and ends.
+///
+/// # Errors
+/// [`Error`]: the folder cannot be used, or the scheduler refuses this worker for good. A scheduler that is not there is
+/// waited for.
+pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
+    let home = Home::open(&config.work_dir)?;
+    let client = Client::lazy(&config.scheduler, Options::default())?;
+    let node = Arc::new(Node {
+        client,
+        cache: Cache::open(&home.cache).await?,
+        worker: home.worker.to_string(),
+        program: config.program.clone(),
+        attempts: home.attempts.clone(),
+        grace: config.grace,
+        store_patience: config.store_patience,
+    });
+    let (news, inbox) = mpsc::channel(NEWS_MAX);
+    let mut agent = Agent {
+        worker: home.worker.clone(),
+        work_dir: config.work_dir.clone(),
+        config,
+        node,
+        group: TaskGroup::new(),
+        cohorts: BTreeMap::new(),
+        news,
+        line: None,
+        connecting: None,
+        wait: RECONNECT_WAIT.0,
+        try_at: Instant::now(),
+        lease: None,
+        leaving: None,
+    };
+    let end = agent.serve(inbox, &stop).await;
+    agent.leave().await;
+    drop(home);
+    end
+}
+
+/// A cohort on this node.
+#[derive(Debug)]
+struct Cohort {
+    attempt: AttemptId,
+    device: i32,
+    device_count: u32,
+    orders: mpsc::Sender<Order>,
+    outbox: Outbox,
+    /// Its process and its task are gone.
+    gone: bool,
+    /// The scheduler has let it go.
+    released: bool,
+}
+
+/// A connection.
+#[derive(Debug)]
+struct Line {
+    out: mpsc::Sender<v1::ConnectRequest>,
+    inbound: Streaming<v1::ConnectResponse>,
+    opened: Instant,
+    /// Set once the scheduler has answered the registration.
+    heartbeat: Option<Duration>,
+    next_beat: Instant,
+    beats: u64,
+    /// When each unanswered heartbeat was sent.
+    unanswered: VecDeque<(u64, Instant)>,
+}
+
+/// What the scheduler granted last.
+#[derive(Debug, Clone, Copy)]
+struct Lease {
+    ttl: Duration,
+    /// When the last answered heartbeat, or registration, was sent.
+    renewed: Instant,
+}
+
+impl Lease {
+    /// When this node must have ended its processes: a quarter of the lease before the scheduler may give them away.
+    fn fence(&self) -> Instant {
+        self.renewed + self.ttl.mul_f64(0.75)
+    }
+}
+
+struct Agent {
+    worker: WorkerId,
+    work_dir: PathBuf,
+    config: Config,
+    node: Arc<Node>,
+    group: TaskGroup,
+    cohorts: BTreeMap<CohortId, Cohort>,
+    news: mpsc::Sender<(CohortId, News)>,
+    line: Option<Line>,
+    connecting: Option<BoxFuture<'static, Result<Line, String>>>,
+    wait: Duration,
+    try_at: Instant,
+    lease: Option<Lease>,
+    /// When to go at the latest, once asked to.
+    leaving: Option<Instant>,
+}
+
+impl Agent {
+    async fn serve(&mut self, mut inbox: mpsc::Receiver<(CohortId, News)>, stop: &Stop) -> Result<(), Error> {
+        loop {
+            if let Some(latest) = self.leaving
+                && (self.cohorts.is_empty() || Instant::now() >= latest)
+            {
+                return Ok(());
+            }
+            if self.line.is_none() && self.connecting.is_none() {
+                self.connecting = Some(self.connect());
+            }
+            let connecting: OptionFuture<_> = self.connecting.as_mut().into();
+            let beat_at = self.line.as_ref().filter(|line| line.heartbeat.is_some()).map(|line| line.next_beat);
+            let fence_at = self.lease.filter(|_| self.cohorts.values().any(|c| !c.gone)).map(|lease| lease.fence());
+            let inbound: OptionFuture<_> = self.line.as_mut().map(|line| line.inbound.next()).into();
+            let beat: OptionFuture<_> = beat_at.map(sleep_until).into();
+            let fence: OptionFuture<_> = fence_at.map(sleep_until).into();
+            let leave: OptionFuture<_> = self.leaving.map(sleep_until).into();
+            tokio::select! {
+                biased;
+                Some(()) = fence => self.fence(),
+                Some(()) = leave => {}
+                () = stop.requested(), if self.leaving.is_none() => self.ask_to_leave(),
+                Some((cohort, news)) = inbox.recv() => self.news(cohort, news),
+                Some(()) = beat => self.beat(),
+                Some(message) = inbound => match message {
+                    Some(Ok(message)) => self.hear(message)?,
+                    Some(Err(status)) => self.disconnected(status.message()),
+                    None => self.disconnected("the scheduler closed the stream"),
+                },
+                Some(line) = connecting => {
+                    self.connecting = None;
+                    match line {
+                        Ok(line) => self.line = Some(line),
+                        Err(message) => self.disconnected(&message),
+                    }
+                }
+            }
+        }
+    }
+
+    fn connect(&self) -> BoxFuture<'static, Result<Line, String>> {
+        let (client, at, register) = (self.node.client.clone(), self.try_at, self.registration());
+        async move {
+            sleep_until(at).await;
+            let (out, queue) = mpsc::channel(OUT_MESSAGES_MAX);
+            let opened = Instant::now();
+            // The queue is new and empty: there is room.
+            let _ = out.try_send(say(Say::Register(register)));
+            let mut workers = client.workers();
+            let answer = timeout(CONNECT_TIMEOUT, workers.connect(ReceiverStream::new(queue))).await;
+            let inbound = answer
+                .map_err(|_| "the scheduler does not answer".to_owned())?
+                .map_err(|status| status.message().to_owned())?
+                .into_inner();
+            let line = Line {
+                out,
+                inbound,
+                opened,
+                heartbeat: None,
+                next_beat: opened,
+                beats: 0,
+                unanswered: VecDeque::new(),
+            };
+            Ok(line)
+        }
+        .boxed()
+    }
+
+    fn registration(&self) -> v1::Register {
+        v1::Register {
+            worker_id: self.worker.to_string(),
+            name: self.config.name.clone(),
+            protocol_version: WORKER_PROTOCOL_VERSION,
+            devices: node::devices(self.config.devices),
+            labels: self.config.labels.clone().into_iter().collect(),
+            kernel_profile: kernel::profile(),
+            code_version: kernel::CODE_VERSION.to_owned(),
+            running: self.running(),
+            draining: self.leaving.is_some(),
+        }
+    }
+
+    fn running(&self) -> Vec<v1::RunningCohort> {
+        let running = |(id, cohort): (&CohortId, &Cohort)| v1::RunningCohort {
+            cohort_id: id.0,
+            attempts: vec![(&cohort.attempt).into()],
+            device: cohort.device,
+            device_count: cohort.device_count,
+        };
+        self.cohorts.iter().map(running).collect()
+    }
+
+    fn disconnected(&mut self, message: &str) {
+        tracing::info!(worker = %self.worker, message, "no connection to the scheduler; trying again");
+        self.line = None;
+        // Workers that lost the same scheduler come back at different times.
+        let spread = f64::from(uuid::Uuid::now_v7().as_bytes()[15]) / 255.0;
+        self.try_at = Instant::now() + self.wait.mul_f64(0.5 + spread / 2.0);
+        self.wait = (self.wait * 2).min(RECONNECT_WAIT.1);
+    }
+
+    fn say(&mut self, message: Say) {
+        let Some(line) = &self.line else { return };
+        if line.out.try_send(say(message)).is_err() {
+            self.disconnected("the scheduler does not read");
+        }
+    }
+
+    fn is_registered(&self) -> bool {
+        self.line.as_ref().is_some_and(|line| line.heartbeat.is_some())
+    }
+
+    fn beat(&mut self) {
+        let running = self.running();
+        let disk_free_bytes = node::disk_free_bytes(&self.work_dir);
+        let Some(line) = &mut self.line else { return };
+        let now = Instant::now();
+        line.next_beat = now + line.heartbeat.unwrap_or(CONNECT_TIMEOUT);
+        line.beats += 1;
+        line.unanswered.push_back((line.beats, now));
+        let sequence = line.beats;
+        self.say(Say::Heartbeat(v1::Heartbeat { sequence, running, disk_free_bytes }));
+    }
+
+    /// The lease has ended by this node's own clock: nothing may run here any more.
+    fn fence(&mut self) {
+        self.lease = None;
+        for (id, cohort) in self.cohorts.iter().filter(|(_, cohort)| !cohort.gone) {
+            tracing::warn!(cohort = %id, attempt = %cohort.attempt, "no word from the scheduler for a lease; ending it");
+            // A full queue means that an order to stop waits there; the process is killed when the task is dropped.
+            let _ = cohort.orders.try_send(Order::Kill(Killed::Fenced));
+        }
+    }
+
+    fn ask_to_leave(&mut self) {
+        self.leaving = Some(Instant::now() + self.config.grace);
+        if self.is_registered() {
+            self.say(Say::Drain(v1::Drain { grace: Some(time::duration(self.config.grace)) }));
+        }
+    }
+
+    /// Ends what still runs and waits for it, so that no process outlives the agent.
+    async fn leave(&mut self) {
+        for cohort in self.cohorts.values().filter(|cohort| !cohort.gone) {
+            let _ = cohort.orders.try_send(Order::Kill(Killed::Leaving));
+        }
+        self.group.shutdown(LEAVE_TIME).await;
+    }
+
+    fn news(&mut self, id: CohortId, news: News) {
+        let Some(cohort) = self.cohorts.get_mut(&id) else { return };
+        match news {
+            News::Report(report) => cohort.outbox.push(report),
+            News::Gone => {
+                cohort.gone = true;
+                if cohort.released {
+                    self.cohorts.remove(&id);
+                    self.say(Say::CohortGone(v1::CohortGone { cohort_id: id.0 }));
+                    return;
+                }
+            }
+        }
+        self.send_reports(id);
+    }
+
+    fn send_reports(&mut self, id: CohortId) {
+        if !self.is_registered() {
+            return;
+        }
+        let Some(cohort) = self.cohorts.get_mut(&id) else { return };
+        let attempt = (&cohort.attempt).into();
+        for report in cohort.outbox.take_unsent(&attempt) {
+            self.say(Say::AttemptReport(report));
+        }
+    }
+
+    fn hear(&mut self, message: v1::ConnectResponse) -> Result<(), Error> {
+        // A message of a newer scheduler that this agent does not know needs nothing from it.
+        let Some(message) = message.message else { return Ok(()) };
+        match message {
+            Hear::Registered(registered) => self.registered(&registered),
+            Hear::Refused(refused) => match refused.reason() {
+                v1::RefusalReason::Unavailable | v1::RefusalReason::Unspecified => self.disconnected(&refused.message),
+                _ => return Err(Error::Refused { message: refused.message }),
+            },
+            Hear::HeartbeatAck(ack) => self.acknowledged(ack.sequence),
+            Hear::LeaseOffer(offer) => self.offered(offer),
+            Hear::StopAttempt(stop) => {
+                let purpose = stop.purpose();
+                let order = Order::Stop { purpose, grace: time::span(stop.grace.as_ref()) };
+                self.order(stop.attempt.as_ref(), order);
+            }
+            Hear::DropAttempt(drop) => self.order(drop.attempt.as_ref(), Order::Kill(Killed::Released)),
+            Hear::KillCohort(kill) => self.killed(CohortId(kill.cohort_id)),
+            Hear::ReportAck(ack) => {
+                let Ok(attempt) = id::attempt("attempt", ack.attempt.as_ref()) else { return Ok(()) };
+                if let Some(cohort) = self.cohorts.values_mut().find(|cohort| cohort.attempt == attempt) {
+                    cohort.outbox.acknowledged(ack.sequence);
+                }
+            }
+            Hear::DrainWorker(drain) => {
+                self.leaving = Some(Instant::now() + time::span(drain.grace.as_ref()).unwrap_or(self.config.grace));
+            }
+        }
+        Ok(())
+    }
+
+    fn registered(&mut self, registered: &v1::Registered) {
+        let Some(line) = &mut self.line else { return };
+        let ttl = time::span(registered.lease_ttl.as_ref()).unwrap_or(CONNECT_TIMEOUT);
+        let interval = time::span(registered.heartbeat_interval.as_ref()).unwrap_or(ttl / 4);
+        line.heartbeat = Some(interval.max(Duration::from_millis(10)));
+        line.next_beat = Instant::now() + interval;
+        self.lease = Some(Lease { ttl, renewed: line.opened });
+        self.wait = RECONNECT_WAIT.0;
+        tracing::info!(worker = %self.worker, "registered with the scheduler");
+        for id in self.cohorts.keys().copied().collect::<Vec<_>>() {
+            if let Some(cohort) = self.cohorts.get_mut(&id) {
+                cohort.outbox.reconnected();
+            }
+            self.send_reports(id);
+        }
+        if self.leaving.is_some() {
+            self.say(Say::Drain(v1::Drain { grace: Some(time::duration(self.config.grace)) }));
+        }
+    }
+
+    fn acknowledged(&mut self, sequence: u64) {
+        let Some(line) = &mut self.line else { return };
+        while let Some((number, sent)) = line.unanswered.front().copied().filter(|(number, _)| *number <= sequence) {
+            line.unanswered.pop_front();
+            if number == sequence
+                && let Some(lease) = &mut self.lease
+            {
+                lease.renewed = lease.renewed.max(sent);
+            }
+        }
+    }
+
+    fn order(&mut self, attempt: Option<&v1::AttemptRef>, order: Order) {
+        let Ok(attempt) = id::attempt("attempt", attempt) else { return };
+        if let Some(cohort) = self.cohorts.values().find(|cohort| cohort.attempt == attempt && !cohort.gone) {
+            // A full queue already holds an order like this one: the scheduler repeats itself.
+            let _ = cohort.orders.try_send(order);
+        }
+    }
+
+    fn killed(&mut self, id: CohortId) {
+        match self.cohorts.get_mut(&id) {
+            Some(cohort) if !cohort.gone => {
+                cohort.released = true;
+                let _ = cohort.orders.try_send(Order::Kill(Killed::Released));
+            }
+            _ => {
+                self.cohorts.remove(&id);
+                self.say(Say::CohortGone(v1::CohortGone { cohort_id: id.0 }));
+            }
+        }
+    }
+
+    fn offered(&mut self, offer: v1::LeaseOffer) {
+        let id = CohortId(offer.cohort_id);
+        if self.cohorts.contains_key(&id) {
+            return self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
+        }
+        if let Err((refusal, message)) = self.take(id, offer) {
+            let refused = v1::LeaseRefused { cohort_id: id.0, refusal: refusal as i32, message };
+            self.say(Say::LeaseRefused(refused));
+        }
+    }
+
+    fn take(&mut self, id: CohortId, offer: v1::LeaseOffer) -> Result<(), (v1::LeaseRefusal, String)> {
+        let unsupported = |message: &str| (v1::LeaseRefusal::Unsupported, message.to_owned());
+        if self.leaving.is_some() {
+            return Err((v1::LeaseRefusal::Draining, "the worker is leaving".to_owned()));
+        }
+        let busy: u32 = self.cohorts.values().map(|cohort| cohort.device_count).sum();
+        if busy.saturating_add(offer.device_count) > self.config.devices {
+            let message = format!("{busy} of {} devices are in use", self.config.devices);
+            return Err((v1::LeaseRefusal::Busy, message));
+        }
+        let (device, device_count) = (offer.device, offer.device_count);
+        let [attempt] = <[_; 1]>::try_from(offer.attempts)
+            .map_err(|attempts| unsupported(&format!("{} attempts in one cohort", attempts.len())))?;
+        let key = id::attempt("attempt", attempt.attempt.as_ref())
+            .map_err(|faults| unsupported(&format!("the offer cannot be read: {faults:?}")))?;
+        let (orders, inbox) = mpsc::channel(16);
+        let cohort = Cohort {
+            attempt: key.clone(),
+            device,
+            device_count,
+            orders,
+            outbox: Outbox::default(),
+            gone: false,
+            released: false,
+        };
+        self.cohorts.insert(id, cohort);
+        self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
+        match task(id, key, &attempt, device_count) {
+            Ok(task) => {
+                let (node, wire) = (Arc::clone(&self.node), Wire { cohort: id, news: self.news.clone() });
+                self.group.spawn(Background::new("attempt"), async move {
+                    attempt::run(node, task, inbox, wire).await;
+                    Ok::<_, std::convert::Infallible>(())
+                });
+            }
+            // The offer is taken and fails: the job is at fault, not this worker.
+            Err(faults) => {
+                let text = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                let fault = |fault: &attune_spec::Fault| v1::FieldFault {
+                    path: fault.path.as_str().to_owned(),
+                    message: fault.message.clone(),
+                };
+                let failure = v1::Failure {
+                    cause: v1::FailureCause::SpecFault as i32,
+                    message: text,
+                    faults: faults.iter().map(fault).collect(),
+                    ..Default::default()
+                };
+                let outcome = Some(v1::attempt_finished::Outcome::Failed(failure));
+                self.news(id, News::Report(Report::Finished(v1::AttemptFinished { outcome })));
+                self.news(id, News::Gone);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn say(message: Say) -> v1::ConnectRequest {
+    v1::ConnectRequest { message: Some(message) }
+}
+
+/// What an offer asks for.
+fn task(
+    cohort: CohortId,
+    attempt: AttemptId,
+    offer: &v1::AttemptOffer,
+    ranks: u32,
+) -> Result<Task, Vec<attune_spec::Fault>> {
+    let missing = || vec![attune_spec::Fault::new("", "is missing in the offer")];
+    let spec = job::from_message(offer.spec.as_ref().ok_or_else(missing)?)?;
+    let checkpoint = match offer.checkpoint.as_str() {
+        "" => None,
+        text => Some(id::field("checkpoint", text).map_err(|fault| vec![fault])?),
+    };
+    Ok(Task {
+        cohort,
+        attempt,
+        name: spec.name.to_string(),
+        plan: plan(&spec, &offer.inputs)?,
+        checkpoint,
+        checkpoint_step: Step(offer.checkpoint_step),
+        ranks,
+        stall: Duration::from_secs(spec.limits.stall_seconds),
+    })
+}
+
+/// The plan of a job, with every reference meaning what it meant when the job was accepted.
+fn plan(spec: &JobSpec, pins: &[v1::PinnedInput]) -> Result<Plan, Vec<attune_spec::Fault>> {
+    Plan::resolve(spec, Catalogue::embedded(), |reference| {
+        let text = reference.to_string();
+        let pinned = pins.iter().find(|pin| pin.reference == text && !pin.digest.is_empty());
+        if let Some(pin) = pinned {
+            return pin.digest.parse::<Digest>().map(Input::Artifact).map_err(|error| error.to_string());
+        }
+        match reference {
+            Reference::Digest(digest) => Ok(Input::Artifact(*digest)),
+            Reference::Url(url) => Ok(Input::Url(url.to_string())),
+            Reference::Path(path) => Ok(Input::Path(path.to_string())),
+            Reference::Tag(tag) => Err(format!("is the tag {tag}, which the scheduler did not pin")),
+        }
+    })
+}

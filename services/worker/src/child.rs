@@ -1,0 +1,235 @@
+//! The process that trains: started in a process group of its own, spoken to in lines, killed as a group.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde::Serialize;
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWriteExt as _, BufReader, Lines};
+use tokio::process::{Child as Process, ChildStdin, Command};
+
+/// Lines of the log that a failure carries.
+const LOG_LINES_MAX: usize = 50;
+/// Longest line of the log that is kept.
+const LOG_LINE_BYTES_MAX: usize = 2000;
+
+/// How the process is started.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// The executable.
+    pub path: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+    /// Variables beside those of the agent.
+    pub variables: Vec<(OsString, OsString)>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// By itself.
+    Code(i32),
+    /// By a signal.
+    Signal(i32),
+}
+
+impl From<ExitStatus> for Exit {
+    fn from(status: ExitStatus) -> Self {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Self::Code(code),
+            (None, Some(signal)) => Self::Signal(signal),
+            (None, None) => Self::Code(-1),
+        }
+    }
+}
+
+/// Something that the process did.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// A line on its standard output.
+    Line(String),
+    /// A line in its log.
+    Log(String),
+    /// It ended, and nothing of what it wrote is left.
+    Exited(Exit),
+}
+
+/// A running process.
+#[derive(Debug)]
+pub(crate) struct Child {
+    process: Process,
+    group: Option<Pid>,
+    input: ChildStdin,
+    lines: Option<Lines<BufReader<tokio::process::ChildStdout>>>,
+    errors: Option<Lines<BufReader<tokio::process::ChildStderr>>>,
+    log: VecDeque<String>,
+}
+
+impl Child {
+    /// Starts `program` in `folder`.
+    pub(crate) fn start(program: &Program, folder: &Path) -> std::io::Result<Self> {
+        let mut process = Command::new(&program.path)
+            .args(&program.arguments)
+            .envs(program.variables.iter().map(|(name, value)| (name, value)))
+            .current_dir(folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        let missing = || std::io::Error::other("the new process has no pipes");
+        Ok(Self {
+            group: process.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw),
+            input: process.stdin.take().ok_or_else(missing)?,
+            lines: Some(BufReader::new(process.stdout.take().ok_or_else(missing)?).lines()),
+            errors: Some(BufReader::new(process.stderr.take().ok_or_else(missing)?).lines()),
+            log: VecDeque::new(),
+            process,
+        })
+    }
+
+    /// The process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.group.map_or(0, |group| group.as_raw().unsigned_abs())
+    }
+
+    /// Writes a message. A process that no longer reads is about to be found dead, so there is no error to report.
+    pub(crate) async fn say<T: Serialize + Sync>(&mut self, message: &T) {
+        let Ok(mut line) = serde_json::to_vec(message) else { return };
+        line.push(b'\n');
+        if let Err(error) = self.input.write_all(&line).await {
+            tracing::debug!(%error, "the training process does not read");
+        }
+    }
+
+    /// What the process does next. Can be cancelled.
+    pub(crate) async fn hear(&mut self) -> Heard {
+        loop {
+            tokio::select! {
+                biased;
+                line = next(&mut self.errors) => match line {
+                    Some(line) => {
+                        let line: String = line.chars().take(LOG_LINE_BYTES_MAX).collect();
+                        if self.log.len() == LOG_LINES_MAX {
+                            self.log.pop_front();
+                        }
+                        self.log.push_back(line.clone());
+                        return Heard::Log(line);
+                    }
+                    None => self.errors = None,
+                },
+                line = next(&mut self.lines) => match line {
+                    Some(line) => return Heard::Line(line),
+                    None => self.lines = None,
+                },
+                status = self.process.wait(), if self.errors.is_none() && self.lines.is_none() => {
+                    return Heard::Exited(status.map_or(Exit::Code(-1), Exit::from));
+                }
+            }
+        }
+    }
+
+    /// Kills the whole group.
+    pub(crate) fn kill(&self) {
+        if let Some(group) = self.group {
+            // No such group: all of it has ended before.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+    }
+
+    /// The last lines of its log.
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.log.iter().cloned().collect()
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // After the process was waited for, its number may belong to somebody else.
+        if self.process.id().is_some() {
+            self.kill();
+        }
+    }
+}
+
+/// The next line; `None` at the end, never for a pipe that is closed already.
+async fn next<R: AsyncRead + Unpin>(lines: &mut Option<Lines<BufReader<R>>>) -> Option<String> {
+    match lines {
+        // A line that is no text ends the pipe: the process is ours and writes text.
+        Some(lines) => lines.next_line().await.unwrap_or_default(),
+        None => std::future::pending().await,
+    }
+}
+
+/// How many processes of this process's control group were killed because memory ran out; 0 where nobody counts.
+pub(crate) fn memory_kills() -> u64 {
+    let group = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let Some(path) = group.lines().find_map(|line| line.strip_prefix("0::")) else { return 0 };
+    let events = Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/')).join("memory.events");
+    let events = std::fs::read_to_string(events).unwrap_or_default();
+    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Program {
+        Program { path: "/bin/sh".into(), arguments: vec!["-c".into(), script.into()], variables: Vec::new() }
+    }
+
+    async fn all(child: &mut Child) -> (Vec<String>, Exit) {
+        let mut lines = Vec::new();
+        loop {
+            match child.hear().await {
+                Heard::Line(line) => lines.push(line),
+                Heard::Log(_) => {}
+                Heard::Exited(exit) => return (lines, exit),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_is_heard_to_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = "read line; echo \"got $line\"; for i in $(seq 60); do echo \"log $i\" >&2; done; exit 7";
+        let mut child = Child::start(&shell(script), folder.path()).unwrap();
+        child.say(&"hello").await;
+        assert_eq!(all(&mut child).await, (vec!["got \"hello\"".to_owned()], Exit::Code(7)));
+        assert_eq!(child.log().len(), LOG_LINES_MAX);
+        assert_eq!(child.log().last().unwrap(), "log 60");
+    }
+
+    #[tokio::test]
+    async fn a_signal_is_told_from_an_exit() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Child::start(&shell("kill -SEGV $$"), folder.path()).unwrap();
+        assert_eq!(all(&mut child).await.1, Exit::Signal(11));
+    }
+
+    #[tokio::test]
+    async fn killing_reaches_what_the_process_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Child::start(&shell("sleep 600 & echo $!; wait"), folder.path()).unwrap();
+        let Heard::Line(grandchild) = child.hear().await else { panic!("no line") };
+        child.kill();
+        assert_eq!(all(&mut child).await.1, Exit::Signal(9));
+        let grandchild = Pid::from_raw(grandchild.parse().unwrap());
+        let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(5);
+        while nix::sys::signal::kill(grandchild, None).is_ok() {
+            // A killed orphan stays as a zombie where nobody reaps; that is dead enough.
+            let stat = std::fs::read_to_string(format!("/proc/{grandchild}/stat")).unwrap_or_default();
+            if stat.is_empty() || stat.contains(") Z ") {
+                break;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "the grandchild survives: {stat}");
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    }
+}

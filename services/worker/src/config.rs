@@ -1,0 +1,44 @@
+//! What an agent is told when it is started.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::child::Program;
+
+/// The configuration of an agent.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Address of the scheduler, such as `http://127.0.0.1:7070`.
+    pub scheduler: String,
+    /// What people call the worker.
+    pub name: String,
+    /// Folder of its own: cache of inputs, attempts in work, its id.
+    pub work_dir: PathBuf,
+    /// Number of CPU devices that it offers; each is one rank of a job.
+    pub devices: u32,
+    /// Labels to place by.
+    pub labels: BTreeMap<String, String>,
+    /// The training process: given a request on its standard input, it runs one attempt.
+    pub program: Program,
+    /// Time that a training process has to stop at a checkpoint before it is killed.
+    pub grace: Duration,
+    /// Longest time for which the artifact service may be out of reach before an attempt fails.
+    pub store_patience: Duration,
+}
+
+impl Config {
+    /// The usual configuration of a worker that keeps its things in `work_dir` and starts `program`.
+    pub fn new(scheduler: impl Into<String>, work_dir: impl Into<PathBuf>, program: Program) -> Self {
+        Self {
+            scheduler: scheduler.into(),
+            name: String::new(),
+            work_dir: work_dir.into(),
+            devices: 1,
+            labels: BTreeMap::new(),
+            program,
+            grace: Duration::from_secs(60),
+            store_patience: Duration::from_secs(600),
+        }
+    }
+}
