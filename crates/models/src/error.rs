@@ -24,10 +24,10 @@ pub enum Error {
         message: String,
     },
     /// `config.json` describes no model that can be built.
-    #[error("{}: {source}", path.display())]
+    #[error("{}/{source}", folder.display())]
     Architecture {
-        /// The file.
-        path: PathBuf,
+        /// The model's folder; the source names the file in it.
+        folder: PathBuf,
         /// Every field at fault.
         #[source]
         source: attune_architecture::Error,

@@ -16,7 +16,7 @@ const INDEX: &str = "model.safetensors.index.json";
 pub(crate) fn architecture(folder: &Path) -> Result<Architecture, Error> {
     let path = folder.join(CONFIG);
     let text = std::fs::read(&path).map_err(Error::io(&path))?;
-    Architecture::from_json(&text).map_err(|source| Error::Architecture { path, source })
+    Architecture::from_json(&text).map_err(|source| Error::Architecture { folder: folder.to_owned(), source })
 }
 
 /// The mapped tensors of a folder, checked against what the architecture needs. Tensors beyond that (a tied head's copy, old

@@ -195,6 +195,10 @@ impl Engine for RankEngine<'_> {
             let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
             let cx = UpdateCx { step: number, lr: lr * spec.lr_factor, decay: spec.decay, shape: &spec.shape };
             self.shared.optimizer.update(&cx, &mut value, &gradient, buffers)?;
+            // The last update has no later step whose loss would show it.
+            if !value.iter().all(|value| value.is_finite()) {
+                return Err(Error::NotFinite { what: "value", tensor: id, step: number.0 });
+            }
             let updated = Tensor::from_vec(value, spec.shape.as_slice(), &Device::Cpu)?;
             put(&mut self.theta, &id, updated);
         }

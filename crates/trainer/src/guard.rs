@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use attune_points::{Error, Grads, Result, TensorId};
+use attune_models::Base;
+use attune_points::{Error, Grads, Result, TensorId, TensorName};
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 /// How many steps a gradient may be zero before the tensor counts as dead.
@@ -54,13 +56,28 @@ impl Guard {
     }
 }
 
+/// The first tensor of a base that holds a value which is not finite.
+///
+/// # Errors
+/// Whatever reading the base raises.
+pub(crate) fn not_finite(base: &Base) -> Result<Option<TensorName>> {
+    for info in base.architecture().tensors() {
+        let name = TensorName::from_path(&info.name);
+        let sum: f32 = base.tensor(&name, DType::F32)?.abs()?.sum_all()?.to_scalar()?;
+        if !sum.is_finite() {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
 fn key(id: &TensorId) -> String {
     format!("{:?}/{}", id.owner, id.name)
 }
 
 #[cfg(test)]
 mod tests {
-    use attune_points::{GradSink as _, Owner, TensorName};
+    use attune_points::{GradSink as _, Owner};
     use candle_core::{Device, Tensor};
 
     use super::*;

@@ -5,8 +5,8 @@
 //!
 //! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
 //!
-//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), `setup` (plan to parts), [`run`] (the
-//! loop), `engine`, [`steps`], `guard`, `checkpoint`, `evaluate`, `output`.
+//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), `setup` (plan to parts) and
+//! [`component`], [`run`] (the loop), `engine`, [`steps`], `guard`, `checkpoint`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -26,6 +26,7 @@ pub mod error;
 pub mod protocol;
 
 pub mod attempt;
+pub mod component;
 pub mod control;
 pub mod run;
 
@@ -44,3 +45,11 @@ mod resident;
 
 pub use error::Error;
 pub use steps::STEP_RULES;
+
+// The tests beside the code use the same small job as those outside.
+#[cfg(test)]
+extern crate self as attune_trainer;
+#[cfg(test)]
+#[path = "../tests/it/support.rs"]
+#[expect(dead_code, reason = "the tests outside use the rest")]
+mod support;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use attune_collective::local;
 use attune_data::loader::largest;
-use attune_points::Grads;
 use attune_points::engine::{Engine, StepReport};
 use attune_points::mixing::Feedback;
+use attune_points::{Grads, Owner, TensorId, TensorName};
 use attune_spec::id::{Step, Tokens};
 
 use crate::checkpoint::{self, Measured, State};
@@ -17,7 +17,7 @@ use crate::control::Control;
 use crate::engine::{Message, RankEngine, empty_buffers};
 use crate::error::Error;
 use crate::evaluate;
-use crate::guard::Guard;
+use crate::guard::{self, Guard};
 use crate::kernel;
 use crate::output;
 use crate::protocol::{Event, Metric, Phase, Request, Summary};
@@ -208,7 +208,8 @@ impl<'a> Rank<'a> {
         let layout = largest(&self.prepared.packing);
         let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
         let mut sink = Grads::wanting(self.engine.wanted());
-        self.engine.grad(&theta, &layout, &*objective, 1.0, &mut sink)?;
+        let report = self.engine.grad(&theta, &layout, &*objective, 1.0, &mut sink)?;
+        self.finite("loss of the rehearsal", report.loss_sum)?;
         if self.leads() {
             let folder = self.request.work.join("rehearsal");
             self.write(&folder)?;
@@ -217,20 +218,28 @@ impl<'a> Rank<'a> {
         Ok(())
     }
 
+    /// Refuses a measured number that is none. Before the first step it is the base that is at fault.
+    fn finite(&self, what: &str, number: f64) -> Result<(), Error> {
+        if number.is_finite() {
+            return Ok(());
+        }
+        let step = self.engine.step;
+        if step == Step(0)
+            && let Some(name) = guard::not_finite(self.engine.shared.model.base())?
+        {
+            let message = format!("tensor {name} holds a value that is not finite");
+            return Err(Error::Input { input: self.prepared.base_folder.display().to_string(), message });
+        }
+        let tensor = TensorId { owner: Owner::Base, name: TensorName::new("", what) };
+        Err(attune_points::Error::NotFinite { what: "value", tensor, step: step.0 }.into())
+    }
+
     fn step(&mut self) -> Result<(), Error> {
         let before = self.watch.elapsed();
         let lr = self.engine.lr();
         let report = self.rule.step(self.engine.step, &mut self.engine)?;
-        if !report.loss.loss_sum.is_finite() {
-            let tensor = attune_points::TensorId {
-                owner: attune_points::Owner::Base,
-                name: attune_points::TensorName::new("", "loss"),
-            };
-            return Err(
-                attune_points::Error::NotFinite { what: "value", tensor, step: self.engine.step.next().0 }.into()
-            );
-        }
         self.engine.step = self.engine.step.next();
+        self.finite("loss", report.loss.loss_sum)?;
         self.tokens = Tokens(self.tokens.0 + report.n_rows);
         self.engine.loader.hear(feedback(&report));
         let took = self.watch.elapsed() - before;
@@ -266,6 +275,9 @@ impl<'a> Rank<'a> {
     /// Measures the validation loss and keeps it.
     fn measure(&mut self) -> Result<(), Error> {
         let loss = evaluate::validation(&mut self.engine)?;
+        for (set, loss) in &loss {
+            self.finite(&format!("validation loss of {set}"), *loss)?;
+        }
         let step = self.engine.step;
         let metrics = loss
             .iter()
@@ -368,4 +380,109 @@ fn feedback(report: &StepReport) -> Feedback {
 pub fn change(summary: &Summary) -> BTreeMap<String, (f64, f64)> {
     let after = |set: &String| summary.after.get(set).copied();
     summary.before.iter().filter_map(|(set, before)| Some((set.clone(), (*before, after(set)?)))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use attune_points::TensorSpec;
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::control::Quiet;
+    use crate::protocol::FailureClass;
+    use crate::support::Small;
+
+    /// The one rank of a run of the small job, with something done to it before it starts.
+    fn with_rank<T>(plant: impl FnOnce(&mut Prepared), then: impl FnOnce(Rank<'_>) -> T) -> T {
+        let small = Small::new();
+        let (request, _work) = small.request(small.plan(&[]), 1, None);
+        let mut prepared = setup::prepare(&request, &Quiet).unwrap();
+        plant(&mut prepared);
+        let rank = local::group::<Message>(1, EXCHANGE_DEADLINE).pop().unwrap();
+        then(Rank::new(&request, &prepared, &Quiet, rank, None).unwrap())
+    }
+
+    fn failure(plant: impl FnOnce(&mut Prepared)) -> (FailureClass, String) {
+        let error = with_rank(plant, |rank| rank.run()).unwrap_err();
+        (error.class(), error.to_string())
+    }
+
+    fn ghost() -> TensorId {
+        TensorId {
+            owner: Owner::Bank { slot: 0, set: 0 },
+            name: TensorName::new("model.layers.1.mlp.up_proj", "lora_C"),
+        }
+    }
+
+    /// A tensor beside the component's own, which no graph reads.
+    fn plant_ghost(prepared: &mut Prepared) {
+        prepared.shared.specs.insert(ghost(), TensorSpec::trained("lora_C", [3]));
+        let params = Arc::make_mut(&mut prepared.theta.banks[0].sets[0]);
+        params.insert(ghost().name, Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
+    }
+
+    #[test]
+    fn a_trained_tensor_that_no_pass_writes_ends_the_run_and_is_named() {
+        let (class, message) = failure(plant_ghost);
+        assert_eq!(class, FailureClass::NoGradient);
+        assert!(message.contains("model.layers.1.mlp.up_proj.lora_C"), "{message}");
+    }
+
+    #[test]
+    fn a_trained_value_that_is_not_finite_ends_the_run_before_its_first_step() {
+        let name = TensorName::new("model.layers.1.mlp.up_proj", "lora_A");
+        let (class, message) = failure(|prepared| {
+            let params = Arc::make_mut(&mut prepared.theta.banks[0].sets[0]);
+            let like = params.get(&name).unwrap().clone();
+            params.insert(name.clone(), Tensor::full(f32::NAN, like.shape(), &Device::Cpu).unwrap());
+        });
+        assert_eq!(class, FailureClass::NotFinite);
+        assert!(message.contains("loss of the rehearsal is not finite at step 0"), "{message}");
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_names_its_tensor() {
+        let id = TensorId { name: TensorName::new("model.layers.0.mlp.up_proj", "lora_A"), ..ghost() };
+        let error = with_rank(
+            |_| {},
+            |mut rank| {
+                let mut gradients = Grads::wanting(rank.engine.wanted());
+                for wanted in rank.engine.wanted() {
+                    let value = if wanted == id { f32::INFINITY } else { 1.0 };
+                    let like = rank.engine.theta.get(&wanted).unwrap();
+                    let gradient = Tensor::full(value, like.shape(), &Device::Cpu).unwrap();
+                    attune_points::GradSink::put(&mut gradients, &wanted, &gradient).unwrap();
+                }
+                rank.engine.update(gradients).unwrap_err()
+            },
+        );
+        let message = error.to_string();
+        assert!(
+            message.starts_with("gradient of model.layers.0.mlp.up_proj.lora_A is not finite at step 1"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn the_rehearsal_changes_no_bit() {
+        with_rank(
+            |_| {},
+            |mut rank| {
+                let everything = |rank: &Rank<'_>| {
+                    let folder = tempfile::tempdir().unwrap();
+                    rank.write(folder.path()).unwrap();
+                    let files = ["state.json", "values.safetensors", "optimizer.safetensors"];
+                    files.map(|file| std::fs::read(folder.path().join(file)).unwrap())
+                };
+                rank.step().unwrap();
+                let before = everything(&rank);
+                rank.rehearse().unwrap();
+                assert!(everything(&rank) == before);
+                rank.step().unwrap();
+                assert!(everything(&rank) != before, "what is compared holds the state of a step");
+            },
+        );
+    }
 }

@@ -4,24 +4,22 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use attune_adapt::{ADAPTERS, INITS, peft, slot};
-use attune_architecture::{Architecture, Site, SiteKind, targets};
+use attune_architecture::Architecture;
 use attune_artifacts::{canonical, hash};
 use attune_data::loader::{Domain, in_order};
 use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
-use attune_models::{Base, Model, Slot, Stack};
+use attune_models::{Base, Model, Stack};
 use attune_objective::OBJECTIVES;
 use attune_optim::{OPTIMIZERS, SCHEDULES};
-use attune_points::adapter::{Adapter, Port};
 use attune_points::engine::StepRule;
-use attune_points::{Bank, BankKind, Owner, Params, TensorId, Theta};
+use attune_points::{Bank, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, PlanSlot};
 use attune_spec::job::{Form, Plan};
-use attune_spec::method::{self, BuildCx};
+use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
-use attune_tensor::Rng;
 
+use crate::component::Component;
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
@@ -182,12 +180,6 @@ fn check_fit(plan: &Plan, architecture: &Architecture, tokenizer: &Tokenizer) ->
     if faults.is_empty() { Ok(()) } else { Err(Error::Faults(faults)) }
 }
 
-struct Made {
-    slot: Slot,
-    params: Params,
-    kind: BankKind,
-}
-
 /// A slot's component: fresh, or from an adapter.
 fn component(
     request: &Request,
@@ -196,45 +188,11 @@ fn component(
     path: &FieldPath,
     cx: &BuildCx<'_>,
     pinned: &mut BTreeMap<String, Digest>,
-) -> Result<Made, Error> {
-    let from = planned.from.as_ref().map(|from| folder(request, from, pinned)).transpose()?;
-    let read = from.as_deref().map(peft::read).transpose()?;
-    let (named, named_targets) = match (&read, &planned.method) {
-        (Some(read), _) => (read.method.clone(), read.targets.clone()),
-        (None, Some(method)) => (method.clone(), planned.targets.clone()),
-        (None, None) => return Err(Error::Faults(vec![Fault::new(path.field("method"), "is missing")])),
-    };
-    let adapter: Arc<dyn Adapter> = ADAPTERS.build(&named, path, cx).map_err(Error::Faults)?.into();
-    let applies = ADAPTERS.card(&named.method).map(|card| card.applies).unwrap_or_default();
-    let under = |faults: Vec<Fault>| Error::Faults(faults.into_iter().map(|fault| fault.under(path)).collect());
-    let takes = |site: &Site| applies.contains(&kind_of(site));
-    let sites =
-        targets::resolve(&named_targets, planned.exclude.as_ref(), base.architecture(), takes).map_err(under)?;
-    let attachments = adapter.attach(base.architecture(), &sites).map_err(under)?;
-    let params = match &read {
-        Some(read) => read.params(&*adapter, &attachments)?,
-        None => {
-            let init = planned.init.as_ref().map(|init| INITS.build(init, &path.field("init"), cx));
-            let init = init.transpose().map_err(Error::Faults)?;
-            let weight = |at: &attune_points::adapter::Attachment| {
-                let site = sites.iter().find(|site| site.id == at.site);
-                let site = site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", at.site)))?;
-                Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
-            };
-            let stream = Rng::new(request.plan.seed, "init").named(planned.name.as_str());
-            slot::fresh(&*adapter, init.as_deref(), &attachments, weight, &stream)?
-        }
-    };
-    let weights = attachments.iter().any(|at| matches!(adapter.port(at), Port::Weights));
-    let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
-    Ok(Made { slot: Slot::new(adapter, attachments), params, kind })
-}
-
-fn kind_of(site: &Site) -> method::SiteKind {
-    match site.kind {
-        SiteKind::Linear { .. } => method::SiteKind::Linear,
-        SiteKind::Embedding { .. } => method::SiteKind::Embedding,
-        SiteKind::Norm { .. } => method::SiteKind::Norm,
+) -> Result<Component, Error> {
+    match (&planned.from, &planned.method) {
+        (Some(from), _) => Component::read(&folder(request, from, pinned)?, base, path, cx),
+        (None, Some(method)) => Component::fresh(planned, method, request.plan.seed, base, path, cx),
+        (None, None) => Err(Error::Faults(vec![Fault::new(path.field("method"), "is missing")])),
     }
 }
 

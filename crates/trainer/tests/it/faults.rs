@@ -1,10 +1,15 @@
 //! Runs that cannot go on say why, where, and what would do.
 
+use std::collections::HashMap;
+
 use attune_trainer::Error;
 use attune_trainer::protocol::FailureClass;
 use attune_trainer::run::run;
+use candle_core::{Device, Tensor};
 
 use crate::support::{Outside, Small};
+
+type Damage = fn(&mut HashMap<String, Tensor>, &str);
 
 fn fail(small: &Small, changes: &[(&str, &str)], resume: Option<&std::path::Path>) -> (FailureClass, String) {
     let (request, _work) = small.request(small.plan(changes), 1, resume);
@@ -65,11 +70,11 @@ fn what_does_not_fit_the_base_has_its_field_path() {
 #[test]
 fn an_exploding_run_fails_as_numeric_and_names_the_tensor() {
     let small = Small::new();
+    // A decay of more than two learning rates makes values grow without bound.
     let changes = [
-        ("tune.optimizer.lr", "10"),
-        ("tune.max_grad_norm", "null"),
-        ("tune.steps", "400"),
-        ("tune.adapter.alpha", "1000000"),
+        ("tune.optimizer", "{method: adamw, lr: 10, weight_decay: 1}"),
+        ("tune.adapter.targets", "down_proj"),
+        ("tune.steps", "50"),
     ];
     let (class, message) = fail(&small, &changes, None);
     assert_eq!(class, FailureClass::NotFinite, "{message}");
@@ -95,6 +100,31 @@ fn a_checkpoint_that_is_not_whole_or_not_of_this_plan_is_refused() {
         assert!(message.contains(expected), "{message}");
     }
     std::fs::write(checkpoint.join("state.json"), state).unwrap();
+    let name = "0/0/model.layers.0.mlp.up_proj.lora_A";
+    for (file, name) in [("values.safetensors", name.to_owned()), ("optimizer.safetensors", format!("{name}/exp_avg"))]
+    {
+        let whole = std::fs::read(checkpoint.join(file)).unwrap();
+        let damages: [(&str, Damage); 3] = [
+            ("has no tensor", |tensors, name| drop(tensors.remove(name).unwrap())),
+            ("which this run does not know", |tensors, name| {
+                let tensor = tensors[name].clone();
+                tensors.insert(format!("{name}x"), tensor);
+            }),
+            ("this run makes it", |tensors, name| {
+                let tensor = tensors[name].flatten_all().unwrap().narrow(0, 0, 3).unwrap();
+                tensors.insert(name.to_owned(), tensor);
+            }),
+        ];
+        for (expected, damage) in damages {
+            let mut tensors = candle_core::safetensors::load_buffer(&whole, &Device::Cpu).unwrap();
+            damage(&mut tensors, &name);
+            candle_core::safetensors::save(&tensors, checkpoint.join(file)).unwrap();
+            let (class, message) = fail(&small, &[], Some(&checkpoint));
+            assert!(message.contains(file) && message.contains(&name) && message.contains(expected), "{message}");
+            assert_eq!(class, FailureClass::Io, "{message}");
+        }
+        std::fs::write(checkpoint.join(file), whole).unwrap();
+    }
     std::fs::remove_file(checkpoint.join("optimizer.safetensors")).unwrap();
     let (class, message) = fail(&small, &[], Some(&checkpoint));
     assert!(message.contains("optimizer.safetensors"), "{message}");

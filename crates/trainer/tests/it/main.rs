@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod attempt;
 mod bits;
 mod faults;
+mod outputs;
 mod peft_steps;
 mod support;

@@ -1,0 +1,115 @@
+//! One component of a stack, attached to a base: fresh for a run, or read from an adapter folder.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use attune_adapt::{ADAPTERS, INITS, peft, slot};
+use attune_architecture::{Site, SiteKind, targets};
+use attune_models::{Base, Slot, Stack};
+use attune_points::adapter::{Adapter, Attachment, Port};
+use attune_points::{Bank, BankKind, Params, Theta};
+use attune_spec::id::Step;
+use attune_spec::job::Targets;
+use attune_spec::job::plan::PlanSlot;
+use attune_spec::method::{self, BuildCx, MethodRef};
+use attune_spec::{Fault, FieldPath};
+use attune_tensor::Rng;
+
+use crate::error::Error;
+
+/// A component at its sites, with its tensors.
+pub(crate) struct Component {
+    pub(crate) slot: Slot,
+    pub(crate) params: Params,
+    pub(crate) kind: BankKind,
+}
+
+impl Component {
+    /// The component of a slot that names a method, with starting values.
+    pub(crate) fn fresh(
+        planned: &PlanSlot,
+        method: &MethodRef,
+        seed: u64,
+        base: &Base,
+        path: &FieldPath,
+        cx: &BuildCx<'_>,
+    ) -> Result<Self, Error> {
+        let at = Attached::new(method, &planned.targets, planned.exclude.as_ref(), base, path, cx)?;
+        let init = planned.init.as_ref().map(|init| INITS.build(init, &path.field("init"), cx));
+        let init = init.transpose().map_err(Error::Faults)?;
+        let weight = |attachment: &Attachment| {
+            let site = at.sites.iter().find(|site| site.id == attachment.site);
+            let site =
+                site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", attachment.site)))?;
+            Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
+        };
+        let stream = Rng::new(seed, "init").named(planned.name.as_str());
+        let params = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, &stream)?;
+        Ok(at.with(params))
+    }
+
+    /// The component that an adapter folder holds.
+    pub(crate) fn read(folder: &Path, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
+        let read = peft::read(folder)?;
+        let at = Attached::new(&read.method, &read.targets, None, base, path, cx)?;
+        let params = read.params(&*at.adapter, &at.attachments)?;
+        Ok(at.with(params))
+    }
+}
+
+/// A component at its sites, without tensors.
+struct Attached {
+    adapter: Arc<dyn Adapter>,
+    sites: Vec<Site>,
+    attachments: Vec<Attachment>,
+}
+
+impl Attached {
+    fn new(
+        named: &MethodRef,
+        targets: &Targets,
+        exclude: Option<&Targets>,
+        base: &Base,
+        path: &FieldPath,
+        cx: &BuildCx<'_>,
+    ) -> Result<Self, Error> {
+        let adapter: Arc<dyn Adapter> = ADAPTERS.build(named, path, cx).map_err(Error::Faults)?.into();
+        let applies = ADAPTERS.card(&named.method).map(|card| card.applies).unwrap_or_default();
+        let under = |faults: Vec<Fault>| Error::Faults(faults.into_iter().map(|fault| fault.under(path)).collect());
+        let takes = |site: &Site| applies.contains(&kind_of(site));
+        let sites = targets::resolve(targets, exclude, base.architecture(), takes).map_err(under)?;
+        let attachments = adapter.attach(base.architecture(), &sites).map_err(under)?;
+        Ok(Self { adapter, sites, attachments })
+    }
+
+    fn with(self, params: Params) -> Component {
+        let weights = self.attachments.iter().any(|at| matches!(self.adapter.port(at), Port::Weights));
+        let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
+        Component { slot: Slot::new(self.adapter, self.attachments), params, kind }
+    }
+}
+
+fn kind_of(site: &Site) -> method::SiteKind {
+    match site.kind {
+        SiteKind::Linear { .. } => method::SiteKind::Linear,
+        SiteKind::Embedding { .. } => method::SiteKind::Embedding,
+        SiteKind::Norm { .. } => method::SiteKind::Norm,
+    }
+}
+
+/// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of.
+///
+/// # Errors
+/// [`Error`] naming the folder, file or tensor that does not fit the base.
+pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> Result<(Stack, Theta), Error> {
+    let cx = BuildCx { steps: Step(0), domains: &[] };
+    let (mut slots, mut banks) = (Vec::new(), Vec::new());
+    for (index, folder) in folders.into_iter().enumerate() {
+        let Component { slot, params, kind } =
+            Component::read(folder, base, &FieldPath::from("adapter").index(index), &cx)?;
+        let name = format!("adapter-{index}");
+        banks.push(Bank { slot: name.into(), kind, sets: vec![Arc::new(params)], train: false });
+        slots.push(slot);
+    }
+    Ok((Stack::new(slots), Theta::single(banks)))
+}

@@ -1,0 +1,116 @@
+//! What a run leaves behind can be used: by itself, by another run, and in place of what it was made from.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use attune_adapt::{ADAPTERS, peft};
+use attune_architecture::targets;
+use attune_models::{Base, Model, Pass, Slot, Stack};
+use attune_points::adapter::Adapter;
+use attune_points::{Bank, BankKind, Layout, Theta};
+use attune_spec::id::Step;
+use attune_spec::job::Precision;
+use attune_spec::method::BuildCx;
+use candle_core::Tensor;
+
+use crate::support::{Small, metric};
+
+/// Writes the files of one role into a folder.
+fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
+    std::fs::create_dir_all(folder).unwrap();
+    for (name, bytes) in files.iter().filter_map(|(name, bytes)| Some((name.strip_prefix(role)?, bytes))) {
+        std::fs::write(folder.join(name.trim_start_matches('/')), bytes).unwrap();
+    }
+}
+
+/// The model of a base with an adapter, put together from what lies in the two folders.
+fn adapted(base: Base, folder: &Path) -> (Model, Theta) {
+    let cx = BuildCx { steps: Step(1), domains: &[] };
+    let read = peft::read(folder).unwrap();
+    let adapter = ADAPTERS.build(&read.method, &"adapter".into(), &cx).unwrap_or_else(|faults| panic!("{faults:?}"));
+    let adapter: Arc<dyn Adapter> = adapter.into();
+    let sites = targets::resolve(&read.targets, None, base.architecture(), |_| true).unwrap();
+    let attachments = adapter.attach(base.architecture(), &sites).unwrap();
+    let params = Arc::new(read.params(&*adapter, &attachments).unwrap());
+    let bank = Bank { slot: "x".into(), kind: BankKind::Adapter, sets: vec![params], train: false };
+    let stack = Stack::new(vec![Slot::new(adapter, attachments)]);
+    (Model::new(base, stack), Theta::single([bank]))
+}
+
+fn logits(model: &Model, theta: &Theta) -> Vec<f32> {
+    let layout = Layout::single(&(0..40).map(|i| (i * 37) % 250).collect::<Vec<u32>>());
+    let logits: Tensor = model.logits(&Pass { theta, layout: &layout, dropout: None }).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn a_merged_models_logits_are_those_of_the_base_with_the_adapter() {
+    let small = Small::new();
+    let plan = small.plan(&[("outputs.merged", "true"), ("tune.steps", "30")]);
+    let (_, files) = small.finish(plan, 1);
+    unpack(&files, "Result", &small.path("adapter"));
+    unpack(&files, "Merged", &small.path("merged"));
+    let base = || Base::from_scratch(&small.path("base"), 7).unwrap();
+    let plain = logits(&Model::new(base(), Stack::default()), &Theta::default());
+    let (model, theta) = adapted(base(), &small.path("adapter"));
+    let with_adapter = logits(&model, &theta);
+    let merged = Base::open(&small.path("merged"), Precision::F32).unwrap();
+    let merged = logits(&Model::new(merged, Stack::default()), &Theta::default());
+    let moved = largest_difference(&plain, &with_adapter);
+    assert!(moved > 0.1, "the adapter does nothing: {moved}");
+    let off = largest_difference(&with_adapter, &merged);
+    assert!(off < 1e-4, "off by {off}");
+}
+
+#[test]
+fn a_model_that_is_trained_from_nothing_is_a_base_for_the_next_run() {
+    let small = Small::new();
+    let full = ("tune.adapter", "{method: full}");
+    let (events, files) = small.finish(small.plan(&[full, ("tune.steps", "60")]), 2);
+    let losses = metric(&events, "eval/sums/loss");
+    let (before, after) = (losses[0], *losses.last().unwrap());
+    assert!(after < 0.6 * before, "{before} before, {after} after");
+    unpack(&files, "Result", &small.path("trained"));
+    for adapter in ["{method: full}", "{method: lora, rank: 2}"] {
+        let changes =
+            [("base", "./trained"), ("tune.from_scratch", "false"), ("tune.steps", "1"), ("tune.adapter", adapter)];
+        let (events, _) = small.finish(small.plan(&changes), 1);
+        let again = metric(&events, "eval/sums/loss")[0];
+        assert!((again - after).abs() < 1e-6, "{after} in the run that made it, {again} read again");
+    }
+}
+
+#[test]
+fn a_packed_sets_loss_is_the_token_weighted_mean_of_its_documents_alone() {
+    let small = Small::new();
+    let rows = std::fs::read_to_string(small.path("sums.jsonl")).unwrap();
+    let mut changes =
+        vec![("tune.steps".to_owned(), "3".to_owned()), ("tune.batch_tokens".to_owned(), "512".to_owned())];
+    let mut sets = vec!["{name: all, source: ./all.jsonl}".to_owned()];
+    let chosen: Vec<&str> = rows.lines().take(6).collect();
+    std::fs::write(small.path("all.jsonl"), chosen.join("\n")).unwrap();
+    for (index, row) in chosen.iter().enumerate() {
+        std::fs::write(small.path(&format!("row{index}.jsonl")), row).unwrap();
+        sets.push(format!("{{name: row{index}, source: ./row{index}.jsonl}}"));
+    }
+    changes.push(("data.validation".to_owned(), format!("[{}]", sets.join(", "))));
+    let changes: Vec<(&str, &str)> = changes.iter().map(|(path, text)| (path.as_str(), text.as_str())).collect();
+    let (_, files) = small.finish(small.plan(&changes), 1);
+    let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
+    for measured in report["validation"].as_array().unwrap() {
+        let (mut sum, mut tokens) = (0.0, 0.0);
+        for index in 0..chosen.len() {
+            let learned = report["data"][format!("validation/row{index}")]["trained_tokens"].as_f64().unwrap();
+            sum += measured["loss"][format!("row{index}")].as_f64().unwrap() * learned;
+            tokens += learned;
+        }
+        let packed = measured["loss"]["all"].as_f64().unwrap();
+        assert!((packed - sum / tokens).abs() < 1e-5, "{packed} packed, {} alone", sum / tokens);
+    }
+}
