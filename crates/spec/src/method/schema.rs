@@ -56,6 +56,11 @@ fn faults_of(error: &ValidationError<'_>, schema: &Value, outer: &FieldPath) -> 
     let path = located(error, outer);
     let value = quoted(error.instance());
     let one = |message: String| vec![Fault::new(path.clone(), message)];
+    if let Some(options) = choices(error) {
+        let hint = error.instance().as_str().map(|given| suggest::hint(given, options.iter().map(String::as_str)));
+        let of = if options.len() == 1 { "" } else { "one of " };
+        return one(format!("is {value}; expected {of}{}{}", options.join(", "), hint.unwrap_or_default()));
+    }
     match error.kind() {
         ValidationErrorKind::AdditionalProperties { unexpected } => {
             let known = properties_at(schema, error.schema_path().as_str());
@@ -72,16 +77,6 @@ fn faults_of(error: &ValidationError<'_>, schema: &Value, outer: &FieldPath) -> 
             vec![Fault::new(path.field(name), "is missing")]
         }
         ValidationErrorKind::Type { kind } => one(format!("is {value}; expected {}", type_names(kind))),
-        ValidationErrorKind::Enum { options } => {
-            let options: Vec<String> = options
-                .as_array()
-                .map(|options| {
-                    options.iter().map(|o| o.as_str().map_or_else(|| o.to_string(), str::to_owned)).collect()
-                })
-                .unwrap_or_default();
-            let hint = error.instance().as_str().map(|given| suggest::hint(given, options.iter().map(String::as_str)));
-            one(format!("is {value}; expected one of {}{}", options.join(", "), hint.unwrap_or_default()))
-        }
         ValidationErrorKind::Minimum { limit } => one(format!("is {value}; expected {limit} or more")),
         ValidationErrorKind::Maximum { limit } => one(format!("is {value}; expected {limit} or less")),
         ValidationErrorKind::ExclusiveMinimum { limit } => one(format!("is {value}; expected more than {limit}")),
@@ -96,6 +91,24 @@ fn faults_of(error: &ValidationError<'_>, schema: &Value, outer: &FieldPath) -> 
                 .unwrap_or_else(|| one(format!("is {value}; no allowed form fits")))
         }
         _ => one(format!("is {value}; {error}")),
+    }
+}
+
+/// The allowed values, if the value had to be one of a list. An enumeration whose values have a text of their own is written
+/// as several forms of one constant each.
+fn choices(error: &ValidationError<'_>) -> Option<Vec<String>> {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    match error.kind() {
+        ValidationErrorKind::Constant { expected_value } => Some(vec![text(expected_value)]),
+        ValidationErrorKind::Enum { options } => Some(options.as_array()?.iter().map(text).collect()),
+        ValidationErrorKind::AnyOf { context } | ValidationErrorKind::OneOfNotValid { context } => {
+            let of = |errors: &Vec<ValidationError<'static>>| match errors.as_slice() {
+                [error] => choices(error),
+                _ => None,
+            };
+            context.iter().map(of).collect::<Option<Vec<_>>>().map(|lists| lists.concat())
+        }
+        _ => None,
     }
 }
 
