@@ -1,0 +1,6 @@
+//! The agent against a scheduler that obeys the test, with a shell script in the place of the training process.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod attempts;
+mod lease;
+mod support;
