@@ -108,6 +108,27 @@ pub trait Engine {
         sink: &mut dyn GradSink,
     ) -> Result<LossReport>;
 
+    /// The gradients of several micro-batches of a step at `at`, each for itself, by their numbers. An engine may compute
+    /// them side by side.
+    ///
+    /// # Errors
+    /// Whatever a pass raises.
+    fn grads(
+        &mut self,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+        of: &dyn Objective,
+        scale: f64,
+    ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        let mut made = Vec::with_capacity(parts.len());
+        for (part, layout) in parts {
+            let mut sink = Grads::wanting(self.wanted());
+            let report = self.grad(at, layout, of, scale, &mut sink)?;
+            made.push((*part, sink, report));
+        }
+        Ok(made)
+    }
+
     /// The objective of the job.
     fn objective(&self) -> Arc<dyn Objective>;
 

@@ -100,11 +100,12 @@ fn main() -> Result<(), Failure> {
     // One step at a learning rate of zero leaves the starting values where they are.
     let still = [("tune.optimizer.lr", "0"), ("tune.steps", "1")];
     let changes: Vec<_> = fields.iter().copied().chain(still).collect();
-    go(&paths, plan(&paths, &changes)?, "initial", &Screen::default())?;
+    let (still, ranks) = plan(&paths, &changes)?;
+    go(&paths, still, ranks, "initial", &Screen::default())?;
 
     let screen = Screen::default();
-    let plan = plan(&paths, &fields)?;
-    let summary = go(&paths, plan.clone(), "tuned", &screen)?;
+    let (plan, ranks) = plan(&paths, &fields)?;
+    let summary = go(&paths, plan.clone(), ranks, "tuned", &screen)?;
     let rates = screen.rates.into_inner().unwrap();
     write_order(&paths, &plan, &rates)?;
     write_logits(&paths)?;
@@ -113,7 +114,8 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-fn plan(paths: &Paths, changes: &[(&str, &str)]) -> Result<Plan, Failure> {
+/// The plan of the job with some fields changed, and its number of ranks.
+fn plan(paths: &Paths, changes: &[(&str, &str)]) -> Result<(Plan, u32), Failure> {
     let mut value = read_yaml(JOB).map_err(|error| error.to_string())?;
     for (field, text) in changes {
         set_path(&mut value, field, text).map_err(|fault| fault.to_string())?;
@@ -127,15 +129,16 @@ fn plan(paths: &Paths, changes: &[(&str, &str)]) -> Result<Plan, Failure> {
         };
         Ok(Input::Path(path.display().to_string()))
     });
-    plan.map_err(|faults| format!("{faults:?}").into())
+    let plan = plan.map_err(|faults| format!("{faults:?}"))?;
+    Ok((plan, spec.resources.devices_per_worker))
 }
 
 /// Runs a plan in the folder `name`.
-fn go(paths: &Paths, plan: Plan, name: &str, screen: &Screen) -> Result<Summary, Failure> {
+fn go(paths: &Paths, plan: Plan, ranks: u32, name: &str, screen: &Screen) -> Result<Summary, Failure> {
     let work = paths.out.join(name);
     std::fs::create_dir_all(&work)?;
     let inputs = BTreeMap::new();
-    let request = Request { version: VERSION, name: name.to_owned(), plan, inputs, work, ranks: 1, resume: None };
+    let request = Request { version: VERSION, name: name.to_owned(), plan, inputs, work, ranks, resume: None };
     match run(&request, screen)? {
         End::Finished(summary) => Ok(summary),
         End::Stopped(step) => Err(format!("stopped at step {step}").into()),

@@ -19,6 +19,7 @@ use candle_core::{Device, Tensor};
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
+use crate::lanes;
 
 /// What ranks send one another.
 #[derive(Debug, Clone)]
@@ -53,6 +54,8 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) theta: Theta,
     pub(crate) buffers: Buffers,
     pub(crate) guard: Guard,
+    /// How many micro-batches it computes at a time.
+    pub(crate) lanes: usize,
     /// Steps done.
     pub(crate) step: Step,
     /// Whether this rank was asked to stop; told to the others with the next gradients.
@@ -142,6 +145,23 @@ impl Engine for RankEngine<'_> {
     ) -> Result<LossReport> {
         let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
         self.shared.model.grad(&Pass { theta: at, layout: on, dropout }, of, scale, sink)
+    }
+
+    fn grads(
+        &mut self,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+        of: &dyn Objective,
+        scale: f64,
+    ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        let (shared, wanted) = (self.shared, self.wanted());
+        let dropout = Some(Dropout { seed: shared.seed, step: self.step.0 });
+        let made = lanes::each(self.lanes, parts, |(part, layout)| {
+            let mut sink = Grads::wanting(wanted.iter().cloned());
+            let report = shared.model.grad(&Pass { theta: at, layout, dropout }, of, scale, &mut sink)?;
+            Ok((*part, sink, report))
+        });
+        made.into_iter().collect()
     }
 
     fn objective(&self) -> Arc<dyn Objective> {

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use attune_models::Pass;
 use attune_points::engine::{Engine, LossReport, Source};
 use attune_points::{Error, Result};
 
 use crate::engine::{Message, RankEngine};
+use crate::lanes;
 
 /// The mean loss a supervised token on each validation set, at the current parameters; the same on every rank. Batches are
 /// dealt out to the ranks, and their losses are added in file order.
@@ -16,10 +18,13 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         let batch = engine.batch(Source::Validation(index))?;
         let (objective, theta) = (engine.objective(), engine.theta().clone());
         let (rank, size) = (engine.collective.rank(), engine.collective.size());
-        let mut mine = Vec::new();
-        for (part, layout) in batch.parts.iter().filter(|(part, _)| part % size == rank) {
-            mine.push((*part, Message::Report(engine.score(&theta, layout, &*objective)?)));
-        }
+        let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
+        let model = &engine.shared.model;
+        let mine = lanes::each(engine.lanes, &parts, |(part, layout)| {
+            let report = model.score(&Pass { theta: &theta, layout, dropout: None }, &*objective)?;
+            Ok((*part, Message::Report(report)))
+        });
+        let mine = mine.into_iter().collect::<Result<Vec<_>>>()?;
         let mut total = LossReport::default();
         for (_, message) in engine.exchange(mine)? {
             let Message::Report(report) = message else {

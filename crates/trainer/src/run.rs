@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use attune_collective::local;
+use attune_data::Packing;
 use attune_data::loader::largest;
 use attune_points::engine::{Engine, StepReport};
 use attune_points::mixing::Feedback;
-use attune_points::{Grads, Owner, TensorId, TensorName};
+use attune_points::{Owner, TensorId, TensorName};
 use attune_spec::id::{Step, Tokens};
 
 use crate::checkpoint::{self, Measured, State};
@@ -19,6 +21,7 @@ use crate::error::Error;
 use crate::evaluate;
 use crate::guard::{self, Guard};
 use crate::kernel;
+use crate::lanes;
 use crate::output;
 use crate::protocol::{Event, Metric, Phase, Request, Summary};
 use crate::resident;
@@ -114,6 +117,8 @@ impl<'a> Rank<'a> {
         resumed: Option<State>,
     ) -> Result<Self, Error> {
         let shared = &prepared.shared;
+        let Packing { logical_shards, accumulation, .. } = prepared.packing;
+        let micro_batches = (logical_shards / request.ranks * accumulation) as usize;
         let mut engine = RankEngine {
             shared,
             loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing)?,
@@ -121,6 +126,7 @@ impl<'a> Rank<'a> {
             theta: prepared.theta.clone(),
             buffers: empty_buffers(&*shared.optimizer, &shared.specs),
             guard: Guard::default(),
+            lanes: lanes::lanes(request.ranks).min(micro_batches),
             step: Step(0),
             stop_wanted: false,
             stop_agreed: false,
@@ -201,15 +207,16 @@ impl<'a> Rank<'a> {
         self.finish()
     }
 
-    /// Runs the largest batch that can occur once, forward and backward, and writes a checkpoint, so that a lack of memory
-    /// shows now. Nothing of it is kept.
+    /// Runs the largest micro-batch that can occur, forward and backward, as often as a step runs some at a time, and writes
+    /// a checkpoint, so that a lack of memory shows now. Nothing of it is kept.
     fn rehearse(&mut self) -> Result<(), Error> {
         self.emit(Event::Starting { phase: Phase::Rehearsal });
-        let layout = largest(&self.prepared.packing);
+        let layout = Arc::new(largest(&self.prepared.packing));
+        let parts: Vec<_> = (0u32..).take(self.engine.lanes).map(|part| (part, Arc::clone(&layout))).collect();
         let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
-        let mut sink = Grads::wanting(self.engine.wanted());
-        let report = self.engine.grad(&theta, &layout, &*objective, 1.0, &mut sink)?;
-        self.finite("loss of the rehearsal", report.loss_sum)?;
+        for (_, _, report) in self.engine.grads(&theta, &parts, &*objective, 1.0)? {
+            self.finite("loss of the rehearsal", report.loss_sum)?;
+        }
         if self.leads() {
             let folder = self.request.work.join("rehearsal");
             self.write(&folder)?;
@@ -384,9 +391,7 @@ pub fn change(summary: &Summary) -> BTreeMap<String, (f64, f64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use attune_points::TensorSpec;
+    use attune_points::{Grads, TensorSpec};
     use candle_core::{DType, Device, Tensor};
 
     use super::*;

@@ -21,7 +21,6 @@
 //! # Paper
 //! none: common practice.
 
-use attune_points::Grads;
 use attune_points::engine::{Engine, Source, StepReport, StepRule};
 use attune_spec::Fault;
 use attune_spec::id::Step;
@@ -57,12 +56,7 @@ impl StepRule for Plain {
         let objective = engine.objective();
         let theta = engine.theta().clone();
         let scale = 1.0 / objective.denominator().of(batch.counts);
-        let mut parts = Vec::with_capacity(batch.parts.len());
-        for (part, layout) in &batch.parts {
-            let mut sink = Grads::wanting(engine.wanted());
-            let report = engine.grad(&theta, layout, &*objective, scale, &mut sink)?;
-            parts.push((*part, sink, report));
-        }
+        let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
         let (gradients, loss) = engine.reduce(parts)?;
         let grad_norm = engine.update(gradients)?;
         Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
