@@ -470,17 +470,37 @@ mod tests {
         );
     }
 
+    /// All files of a checkpoint.
+    fn everything(rank: &Rank<'_>) -> [Vec<u8>; 3] {
+        let folder = tempfile::tempdir().unwrap();
+        rank.write(folder.path()).unwrap();
+        let files = ["state.json", "values.safetensors", "optimizer.safetensors"];
+        files.map(|file| std::fs::read(folder.path().join(file)).unwrap())
+    }
+
+    #[test]
+    fn the_number_of_lanes_changes_no_bit() {
+        let after_two_steps = |lanes: usize| {
+            let steps = |mut rank: Rank<'_>| {
+                rank.engine.lanes = lanes;
+                rank.measure().unwrap();
+                rank.step().unwrap();
+                rank.step().unwrap();
+                // The state names the folder of this one run.
+                let [_, values, buffers] = everything(&rank);
+                (values, buffers, rank.validation)
+            };
+            with_rank(|_| {}, steps)
+        };
+        let one = after_two_steps(1);
+        assert!([2, 4, 9].map(after_two_steps).iter().all(|several| *several == one));
+    }
+
     #[test]
     fn the_rehearsal_changes_no_bit() {
         with_rank(
             |_| {},
             |mut rank| {
-                let everything = |rank: &Rank<'_>| {
-                    let folder = tempfile::tempdir().unwrap();
-                    rank.write(folder.path()).unwrap();
-                    let files = ["state.json", "values.safetensors", "optimizer.safetensors"];
-                    files.map(|file| std::fs::read(folder.path().join(file)).unwrap())
-                };
                 rank.step().unwrap();
                 let before = everything(&rank);
                 rank.rehearse().unwrap();
