@@ -144,3 +144,12 @@ pub struct Deleted {
     /// Tags that pointed at it and are gone.
     pub tags: Vec<Tag>,
 }
+
+/// Old checkpoints that are gone.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Pruned {
+    /// Their digests.
+    pub artifacts: Vec<Digest>,
+    /// Blobs that no artifact of the project refers to any more.
+    pub orphans: Vec<Digest>,
+}

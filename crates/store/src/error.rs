@@ -67,6 +67,7 @@ pub enum Error {
 }
 
 impl Error {
+    #[expect(clippy::needless_pass_by_value, reason = "names are handed over as they are, borrowed or small")]
     pub(crate) fn not_found(what: &'static str, name: impl ToString, project: impl ToString) -> Self {
         Self::NotFound { what, name: name.to_string(), project: project.to_string() }
     }
@@ -101,6 +102,7 @@ mod code {
 }
 
 /// Sorts a database error into the classes above. A function and not `From`, so that the library's type stays inside.
+#[expect(clippy::needless_pass_by_value, reason = "the form that `map_err` takes")]
 pub(crate) fn db(error: sqlx::Error) -> Error {
     match &error {
         sqlx::Error::Database(inner) => {

@@ -1,1 +1,44 @@
-//! Placeholder while the room is being furnished.
+//! The scheduler's shell: who may ask, what is stored, who is told. What is decided is the core's.
+//!
+//! ```text
+//! a call or message -> services (decode, check) -> front -> desk: core step -> one transaction -> answer -> actions
+//!                                                                        -> hub: watchers read the log on
+//! ```
+//!
+//! The one invariant: nobody is told of anything that is not stored. The desk is one task; it owns the core, and a core
+//! whose changes could not be stored is thrown away. The process may be killed at any moment.
+//!
+//! Deliberately absent: decisions (`attune-scheduler-core`), SQL (`attune-store`), the layout of bytes
+//! (`attune-artifacts`), the words of the contract (`attune-proto`), and everything that trains.
+
+mod config;
+mod error;
+
+mod clock;
+
+mod context;
+mod front;
+mod hub;
+mod links;
+
+mod ledger;
+mod log;
+mod messages;
+mod rows;
+
+mod desk;
+
+mod admit;
+mod forecast;
+mod sweep;
+
+mod status;
+mod view;
+
+mod services;
+
+mod server;
+
+pub use config::{Config, Limits, Timings};
+pub use error::Error;
+pub use server::serve;

@@ -220,6 +220,28 @@ impl BlobStore {
         answers.try_filter_map(async |(blob, has)| Ok((!has).then_some(blob))).try_collect().await
     }
 
+    /// Those of `digests` that would have to be sent, in the order given, each once. Lengths are not known here: they are
+    /// compared when the manifest is stored.
+    ///
+    /// # Errors
+    /// As [`BlobStore::has`].
+    pub async fn missing_digests(&self, project: &Project, digests: &[Digest]) -> Result<Vec<Digest>> {
+        let mut seen = BTreeSet::new();
+        let asked = digests.iter().copied().filter(|digest| seen.insert(*digest)).collect::<Vec<_>>();
+        let answers = stream::iter(asked)
+            .map(|digest| async move { Ok::<_, Error>((digest, self.has_digest(project, digest).await?)) })
+            .buffered(QUERIES_IN_FLIGHT);
+        answers.try_filter_map(async |(digest, has)| Ok((!has).then_some(digest))).try_collect().await
+    }
+
+    async fn has_digest(&self, project: &Project, digest: Digest) -> Result<bool> {
+        match self.inner.objects.head(&blob_key(project, &digest)).await {
+            Ok(_) => Ok(!self.corrupt().iter().any(|(of, blob)| of == project && blob.digest == digest)),
+            Err(StoreError::NotFound { .. }) => Ok(false),
+            Err(e) => Err(Error::from_store(self.place(), format!("looking for blob {digest}"), e)),
+        }
+    }
+
     /// Every blob of a project, as stored; for sweeps that delete what nothing refers to.
     ///
     /// # Errors

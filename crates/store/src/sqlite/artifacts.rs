@@ -249,6 +249,17 @@ impl Store {
     }
 }
 
+/// Deletes the row of an artifact, with its files, edges and commits.
+pub(super) async fn remove(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<()> {
+    sqlx::query("DELETE FROM artifacts WHERE project = $1 AND digest = $2")
+        .bind(project.as_str())
+        .bind(digest.to_string())
+        .execute(connection)
+        .await
+        .map_err(db)?;
+    Ok(())
+}
+
 async fn delete(
     connection: &mut SqliteConnection,
     project: &Project,
@@ -276,12 +287,7 @@ async fn delete(
         remove_tag(connection, project, tag, now, &mut applied).await?;
     }
     let blobs = blobs_of(connection, project, digest).await?;
-    sqlx::query("DELETE FROM artifacts WHERE project = $1 AND digest = $2")
-        .bind(project.as_str())
-        .bind(digest.to_string())
-        .execute(&mut *connection)
-        .await
-        .map_err(db)?;
+    remove(connection, project, digest).await?;
     let mut orphans = Vec::new();
     for blob in blobs {
         if !is_referenced(connection, project, blob).await? {
@@ -293,7 +299,7 @@ async fn delete(
     Ok((Deleted { orphans, tags }, applied))
 }
 
-fn event(
+pub(super) fn event(
     project: &Project,
     job: Option<&JobId>,
     epoch: Option<Epoch>,
@@ -528,7 +534,11 @@ async fn tags_of(connection: &mut SqliteConnection, project: &Project, digest: D
         .collect()
 }
 
-async fn blobs_of(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<Vec<Digest>> {
+pub(super) async fn blobs_of(
+    connection: &mut SqliteConnection,
+    project: &Project,
+    digest: Digest,
+) -> Result<Vec<Digest>> {
     sqlx::query("SELECT DISTINCT blob FROM artifact_files WHERE project = $1 AND digest = $2 ORDER BY blob")
         .bind(project.as_str())
         .bind(digest.to_string())
@@ -540,7 +550,7 @@ async fn blobs_of(connection: &mut SqliteConnection, project: &Project, digest: 
         .collect()
 }
 
-async fn is_referenced(connection: &mut SqliteConnection, project: &Project, blob: Digest) -> Result<bool> {
+pub(super) async fn is_referenced(connection: &mut SqliteConnection, project: &Project, blob: Digest) -> Result<bool> {
     let found = sqlx::query("SELECT 1 FROM artifact_files WHERE project = $1 AND blob = $2 LIMIT 1")
         .bind(project.as_str())
         .bind(blob.to_string())

@@ -8,6 +8,7 @@ mod artifacts;
 mod jobs;
 mod lock;
 mod migrations;
+mod prune;
 mod reads;
 mod row;
 mod transaction;

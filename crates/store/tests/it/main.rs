@@ -1,4 +1,6 @@
 //! The store's contract, run over every backend.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod sqlite;
 mod suite;

@@ -377,8 +377,8 @@ pub(crate) async fn unfinished_work_comes_back_whole(store: Arc<Store>) {
     let all = store.unfinished().await.unwrap();
     assert_eq!(all.jobs.iter().map(|job| job.job.as_str()).collect::<Vec<_>>(), ["j-1", "j-2"]);
     assert_eq!(all.jobs[1].core, json!({"order": 2}));
-    assert_eq!(all.attempts, [attempt.clone()]);
-    assert_eq!(all.cohorts, [cohort.clone()]);
+    assert_eq!(all.attempts, std::slice::from_ref(&attempt));
+    assert_eq!(all.cohorts, std::slice::from_ref(&cohort));
     assert_eq!(all.counters, BTreeMap::from([("cohort".to_owned(), 7)]));
 
     let reported = |number| Write::Reported { project: project(), job: id("j-2"), epoch: Epoch(1), number };
@@ -614,7 +614,7 @@ pub(crate) async fn artifacts_are_paged_and_filtered(store: Arc<Store>) {
     for n in 1..=5 {
         let mut new = artifact(n, &[]);
         if n == 2 {
-            new.kind = "dataset".to_owned();
+            "dataset".clone_into(&mut new.kind);
             new.tags = vec![tag("set:v1")];
         }
         // Two of the same moment: the digest decides their order.

@@ -1,0 +1,89 @@
+//! What is needed no more: a job's old checkpoints, and blobs that no artifact refers to.
+
+use std::collections::BTreeSet;
+
+use attune_spec::id::{Digest, JobId, Project};
+use serde_json::json;
+use sqlx::SqliteConnection;
+
+use super::artifacts::{blobs_of, event, is_referenced, remove};
+use super::{Store, apply};
+use crate::artifact::Pruned;
+use crate::error::{Result, db};
+use crate::time::UtcMs;
+
+impl Store {
+    /// Deletes the rows of checkpoints that `job` made and needs no more, and appends `artifact.deleted` for each. Left
+    /// alone are those that another job made too, that a tag names, or that an unfinished job was created with.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Corrupt`].
+    pub async fn prune_checkpoints(
+        &self,
+        project: &Project,
+        job: &JobId,
+        old: &[Digest],
+        now: UtcMs,
+    ) -> Result<Pruned> {
+        let mut transaction = self.begin().await?;
+        match prune(&mut transaction, project, job, old, now).await {
+            Ok(pruned) => transaction.commit().await.map(|()| pruned),
+            Err(refusal) => Err(transaction.abandon(refusal).await),
+        }
+    }
+
+    /// Those of `blobs` that no artifact of the project refers to.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn unreferenced(&self, project: &Project, blobs: &[Digest]) -> Result<Vec<Digest>> {
+        let mut connection = self.readers.acquire().await.map_err(db)?;
+        let mut unreferenced = Vec::new();
+        for blob in blobs {
+            if !is_referenced(&mut connection, project, *blob).await? {
+                unreferenced.push(*blob);
+            }
+        }
+        Ok(unreferenced)
+    }
+}
+
+async fn prune(
+    connection: &mut SqliteConnection,
+    project: &Project,
+    job: &JobId,
+    old: &[Digest],
+    now: UtcMs,
+) -> Result<Pruned> {
+    let mut pruned = Pruned::default();
+    let mut blobs = BTreeSet::new();
+    for &digest in old {
+        let needed = sqlx::query(
+            "SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM artifact_commits WHERE project = $1 AND digest = $2 AND job = $3) \
+             OR EXISTS (SELECT 1 FROM artifact_commits WHERE project = $1 AND digest = $2 AND job <> $3) \
+             OR EXISTS (SELECT 1 FROM tags WHERE project = $1 AND digest = $2) \
+             OR EXISTS (SELECT 1 FROM job_inputs i JOIN jobs j ON j.project = i.project AND j.job = i.job \
+             WHERE i.project = $1 AND i.digest = $2 AND j.finished_ms IS NULL)",
+        )
+        .bind(project.as_str())
+        .bind(digest.to_string())
+        .bind(job.as_str())
+        .fetch_optional(&mut *connection)
+        .await
+        .map_err(db)?;
+        if needed.is_some() {
+            continue;
+        }
+        blobs.extend(blobs_of(connection, project, digest).await?);
+        remove(connection, project, digest).await?;
+        let data = json!({"digest": digest.to_string()});
+        apply::append(connection, &event(project, Some(job), None, "artifact.deleted", data, now)).await?;
+        pruned.artifacts.push(digest);
+    }
+    for blob in blobs {
+        if !is_referenced(connection, project, blob).await? {
+            pruned.orphans.push(blob);
+        }
+    }
+    Ok(pruned)
+}

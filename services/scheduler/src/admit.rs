@@ -1,0 +1,256 @@
+//! What a job must pass before it is taken in: every reference means something, of the right kind, and the base is a
+//! model that has the sites that the job adapts. All faults come at once, with the job file's field paths.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use attune_architecture::{Architecture, Site, SiteKind, targets};
+use attune_artifacts::Kind;
+use attune_proto::error::invalid_argument;
+use attune_proto::v1;
+use attune_spec::id::{Digest, Project};
+use attune_spec::job::{JobSpec, Plan, Reference, plan};
+use attune_spec::method::Catalogue;
+use attune_spec::method::SiteKind as MethodSite;
+use attune_spec::{Fault, FieldPath};
+use attune_store::job::Input;
+use tonic::Status;
+
+use crate::context::Context;
+use crate::status;
+
+/// Largest `config.json` that is read.
+const CONFIG_BYTES_MAX: u64 = 16 << 20;
+
+/// A job that may be taken in.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    /// As it was written.
+    pub(crate) spec: JobSpec,
+    /// With every reference replaced by what it means.
+    pub(crate) resolved: JobSpec,
+    /// What will run.
+    pub(crate) plan: Plan,
+    /// The artifacts it uses.
+    pub(crate) inputs: Vec<Input>,
+    /// The base's structure, where it could be read.
+    pub(crate) architecture: Option<Architecture>,
+}
+
+/// The specification of a request.
+pub(crate) fn read(project: &Project, message: Option<&v1::JobSpec>) -> Result<JobSpec, Status> {
+    let Some(message) = message else { return Err(invalid_argument(&[Fault::new("spec", "is missing")])) };
+    let spec = attune_proto::convert::job::from_message(message).map_err(|faults| invalid_argument(&faults))?;
+    match &spec.project {
+        Some(own) if own != project => {
+            let message = format!("is \"{own}\", but the request is for project \"{project}\"");
+            Err(invalid_argument(&[Fault::new("project", message)]))
+        }
+        _ => Ok(spec),
+    }
+}
+
+/// Checks a specification against what is there.
+pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -> Result<Admitted, Status> {
+    let mut faults = Vec::new();
+    let mut meanings: BTreeMap<Reference, Result<plan::Input, String>> = BTreeMap::new();
+    let mut inputs = Vec::new();
+    for (path, reference) in spec.references() {
+        let meaning = resolve(context, project, &path, reference).await?;
+        if let Ok(plan::Input::Artifact(digest)) = &meaning {
+            inputs.push(Input { role: path.as_str().to_owned(), digest: *digest });
+        }
+        // The same artifact as base and as data is right once and wrong once: a fault is told where it is.
+        if let Err(message) = &meaning {
+            faults.push(Fault::new(path, message.clone()));
+        }
+        let known = meanings.entry(reference.clone()).or_insert_with(|| meaning.clone());
+        if known.is_err() {
+            known.clone_from(&meaning);
+        }
+    }
+    for (index, job) in spec.after.iter().enumerate() {
+        match context.store.job(project, job).await {
+            Ok(_) => {}
+            Err(attune_store::Error::NotFound { .. }) => {
+                let path = FieldPath::from("after").index(index);
+                faults.push(Fault::new(path, format!("is \"{job}\", which is no job of project \"{project}\"")));
+            }
+            Err(error) => return Err(status::store(error)),
+        }
+    }
+    let catalogue = Catalogue::embedded();
+    let meaning = |reference: &Reference| {
+        let known = meanings.get(reference).cloned();
+        // A reference with a fault was told above; any input lets the rest be looked at.
+        known.and_then(Result::ok).map_or_else(|| Ok(plan::Input::Url(reference.to_string())), Ok)
+    };
+    let plan = Plan::resolve(&spec, catalogue, meaning).map_err(|faults| invalid_argument(&faults))?;
+    let is_base_known = faults.iter().all(|fault| fault.path.as_str() != "base");
+    let architecture = match &plan.base {
+        base if is_base_known => read_base(context, project, base, &mut faults).await?,
+        _ => None,
+    };
+    if let Some(architecture) = &architecture {
+        for ((path, _), slot) in spec.tune.slots().iter().zip(&plan.stack) {
+            if let Err(found) = sites(slot, architecture) {
+                faults.extend(found.into_iter().map(|fault| fault.under(path)));
+            }
+        }
+    }
+    if !faults.is_empty() {
+        faults.sort();
+        faults.dedup();
+        return Err(invalid_argument(&faults));
+    }
+    let mut resolved = spec.clone();
+    let replace = |reference: &Reference| {
+        Ok::<_, Status>(match meanings.get(reference) {
+            Some(Ok(plan::Input::Artifact(digest))) => Reference::Digest(*digest),
+            Some(Ok(plan::Input::Path(path))) => Reference::Path(path.clone()),
+            _ => reference.clone(),
+        })
+    };
+    resolved.replace_references(replace)?;
+    inputs.sort();
+    inputs.dedup();
+    Ok(Admitted { spec, resolved, plan, inputs, architecture })
+}
+
+/// The sites that a slot adapts; of an adapter that is started from, the adapter itself knows.
+pub(crate) fn sites(slot: &plan::PlanSlot, architecture: &Architecture) -> Result<Vec<Site>, Vec<Fault>> {
+    let method = slot.method.as_ref().and_then(|method| Catalogue::embedded().get(&method.method));
+    let Some(method) = method else { return Ok(Vec::new()) };
+    let applies = |site: &Site| {
+        let kind = match site.kind {
+            SiteKind::Linear { .. } => MethodSite::Linear,
+            SiteKind::Embedding { .. } => MethodSite::Embedding,
+            SiteKind::Norm { .. } => MethodSite::Norm,
+        };
+        method.applies.contains(&kind)
+    };
+    targets::resolve(&slot.targets, slot.exclude.as_ref(), architecture, applies)
+}
+
+/// What a reference means, or why it means nothing.
+async fn resolve(
+    context: &Context,
+    project: &Project,
+    path: &FieldPath,
+    reference: &Reference,
+) -> Result<Result<plan::Input, String>, Status> {
+    let digest = match reference {
+        Reference::Digest(digest) => *digest,
+        Reference::Tag(tag) => match context.store.resolve_tag(project, tag).await {
+            Ok(digest) => digest,
+            Err(attune_store::Error::NotFound { .. }) => {
+                return Ok(Err(format!("is \"{tag}\", which is no tag of project \"{project}\"")));
+            }
+            Err(error) => return Err(status::store(error)),
+        },
+        Reference::Path(text) => {
+            return Ok(path_of(context.data_root.as_deref(), text)
+                .await
+                .map(|path| plan::Input::Path(path.display().to_string())));
+        }
+        Reference::Url(url) => return Ok(Ok(plan::Input::Url(url.clone()))),
+    };
+    let row = match context.store.artifact(project, digest).await {
+        Ok(row) => row,
+        Err(attune_store::Error::NotFound { .. }) => {
+            return Ok(Err(format!("is \"{reference}\", which is no artifact of project \"{project}\"")));
+        }
+        Err(error) => return Err(status::store(error)),
+    };
+    let wanted = kind_at(path);
+    if row.kind != wanted.as_str() {
+        return Ok(Err(format!("is \"{reference}\", an artifact of kind {}; expected a {wanted}", row.kind)));
+    }
+    Ok(Ok(plan::Input::Artifact(digest)))
+}
+
+/// The kind of artifact that belongs at a path of the job file.
+fn kind_at(path: &FieldPath) -> Kind {
+    match path.as_str() {
+        "base" => Kind::Model,
+        path if path.starts_with("data.") => Kind::Dataset,
+        _ => Kind::Adapter,
+    }
+}
+
+/// A path of this machine that jobs may read.
+async fn path_of(root: Option<&Path>, text: &str) -> Result<PathBuf, String> {
+    let Some(root) = root else {
+        return Err(format!(
+            "is {text:?}, a path of the server's machine, and this server reads none; push it with `attune artifacts \
+             push` and name its digest or tag, or start the server with --data-root"
+        ));
+    };
+    let found =
+        tokio::fs::canonicalize(text).await.map_err(|error| format!("is {text:?}, which cannot be read: {error}"))?;
+    if found.starts_with(root) {
+        Ok(found)
+    } else {
+        Err(format!("is {text:?}, which is not under the server's --data-root {}", root.display()))
+    }
+}
+
+/// The base's structure; faults of its `config.json` are told at `base`.
+async fn read_base(
+    context: &Context,
+    project: &Project,
+    base: &plan::Input,
+    faults: &mut Vec<Fault>,
+) -> Result<Option<Architecture>, Status> {
+    let bytes = match base {
+        plan::Input::Artifact(digest) => config_of(context, project, digest).await?,
+        plan::Input::Path(path) => {
+            let path = Path::new(path).join("config.json");
+            tokio::fs::read(&path).await.map_err(|error| format!("has no readable config.json: {error}"))
+        }
+        // Read where it lies, by the worker.
+        plan::Input::Url(_) => return Ok(None),
+    };
+    let architecture =
+        bytes.and_then(|bytes| Architecture::from_json(&bytes).map_err(|error| format!("cannot be used: {error}")));
+    match architecture {
+        Ok(architecture) => Ok(Some(architecture)),
+        Err(message) => {
+            faults.push(Fault::new("base", message));
+            Ok(None)
+        }
+    }
+}
+
+async fn config_of(context: &Context, project: &Project, digest: &Digest) -> Result<Result<Vec<u8>, String>, Status> {
+    let read = |error| status::artifacts(error, "base");
+    let manifest = context.blobs.manifest(project, digest).await.map_err(read)?;
+    let Some(file) = manifest.file("config.json") else {
+        return Ok(Err("has no config.json".to_owned()));
+    };
+    if file.size_bytes > CONFIG_BYTES_MAX {
+        return Ok(Err(format!("has a config.json of {} bytes; at most {CONFIG_BYTES_MAX} are read", file.size_bytes)));
+    }
+    Ok(Ok(context.blobs.bytes(project, file.blob()).await.map_err(read)?.to_vec()))
+}
+
+/// What the core must know of a specification.
+pub(crate) fn request(spec: &JobSpec) -> attune_scheduler_core::Request {
+    use attune_scheduler_core as core;
+    use std::num::NonZeroU32;
+    let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
+    core::Request {
+        priority: spec.priority,
+        resources: core::Resources {
+            n_workers: at_least_one(spec.resources.workers),
+            n_devices: at_least_one(spec.resources.devices_per_worker),
+            device: match spec.resources.device {
+                attune_spec::job::Device::Any => core::Wanted::Any,
+                attune_spec::job::Device::Cpu => core::Wanted::Only(core::Device::Cpu),
+            },
+            labels: BTreeMap::new(),
+        },
+        max_attempts: at_least_one(spec.limits.max_attempts),
+        after: spec.after.iter().cloned().collect(),
+    }
+}

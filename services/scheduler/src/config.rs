@@ -1,0 +1,113 @@
+//! What a scheduler is told when it starts.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use attune_scheduler_core::{Backoff, Settings};
+
+/// Where a scheduler keeps things and how patient it is.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The SQLite database; made with its folder when absent. One scheduler at a time.
+    pub database: PathBuf,
+    /// Where artifacts are: a folder (made when absent), `file:///folder`, `s3://bucket/prefix` or `memory://`.
+    pub artifacts: String,
+    /// The folder under which job files may name paths of this machine; none may when it is absent.
+    pub data_root: Option<PathBuf>,
+    /// How long things may take.
+    pub timings: Timings,
+    /// How much is taken.
+    pub limits: Limits,
+}
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timings {
+    /// How long a lease lasts without a heartbeat.
+    pub lease_ttl: Duration,
+    /// How often workers are asked to send one; well below the lease.
+    pub heartbeat_interval: Duration,
+    /// How long a worker lets an attempt write its checkpoint before it kills it.
+    pub stop_grace: Duration,
+    /// After how long a job that was asked to stop counts as stopped; longer than `stop_grace`.
+    pub stop_limit: Duration,
+    /// The longest wait after the first failed attempt; doubles with each further one.
+    pub backoff_base: Duration,
+    /// The longest wait after any failed attempt.
+    pub backoff_cap: Duration,
+    /// How long running calls may go on when the scheduler is asked to end.
+    pub shutdown_grace: Duration,
+}
+
+impl Default for Timings {
+    /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 10 s to end.
+    fn default() -> Self {
+        let backoff = Backoff::default();
+        Self {
+            lease_ttl: Duration::from_secs(10),
+            heartbeat_interval: Duration::from_secs(3),
+            stop_grace: Duration::from_secs(30),
+            stop_limit: Duration::from_secs(45),
+            backoff_base: backoff.base,
+            backoff_cap: backoff.cap,
+            shutdown_grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// How much is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Workers that may be connected at once.
+    pub workers: usize,
+    /// Requests that may wait for the scheduler's core at once; more of them wait in their connections.
+    pub waiting_requests: usize,
+    /// Messages that may wait for one worker; one that does not take them is disconnected.
+    pub waiting_messages: usize,
+    /// After how many distinct lost workers, without progress between them, a job is given up.
+    pub lost_workers: u32,
+    /// Finished jobs that are kept in memory, so that late messages about them are understood.
+    pub finished_jobs: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            workers: 10_000,
+            waiting_requests: 1024,
+            waiting_messages: 1024,
+            lost_workers: Settings::default().quarantine_after,
+            finished_jobs: 1000,
+        }
+    }
+}
+
+impl Config {
+    /// A scheduler that keeps everything in one folder.
+    pub fn in_folder(folder: &Path) -> Self {
+        Self {
+            database: folder.join("attune.db"),
+            artifacts: folder.join("artifacts").display().to_string(),
+            data_root: None,
+            timings: Timings::default(),
+            limits: Limits::default(),
+        }
+    }
+
+    /// What the core goes by.
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
+            ttl: self.timings.lease_ttl,
+            stop_limit: self.timings.stop_limit,
+            backoff: Backoff { base: self.timings.backoff_base, cap: self.timings.backoff_cap, ..Backoff::default() },
+            quarantine_after: self.limits.lost_workers,
+        }
+    }
+}
+
+impl Default for Config {
+    /// Everything in the folder `.attune` of the working directory.
+    fn default() -> Self {
+        Self::in_folder(Path::new(".attune"))
+    }
+}

@@ -1,0 +1,75 @@
+//! What every service has at hand.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use attune_artifacts::BlobStore;
+use attune_scheduler_core::{Backoff, Session};
+use attune_store::Store;
+use attune_telemetry::{Stop, TaskGroup};
+use tokio::sync::RwLock;
+
+use crate::config::Config;
+use crate::front::Front;
+use crate::hub::Hub;
+
+/// Shared by all services of a server.
+#[derive(Debug)]
+pub(crate) struct Context {
+    /// The control plane's state, for reading.
+    pub(crate) store: Store,
+    /// The bytes of artifacts.
+    pub(crate) blobs: BlobStore,
+    /// The desk.
+    pub(crate) front: Front,
+    /// Wakes watchers.
+    pub(crate) hub: Hub,
+    /// The tasks of connections.
+    pub(crate) tasks: TaskGroup,
+    /// The folder under which paths may be named, in full.
+    pub(crate) data_root: Option<PathBuf>,
+    /// The waits after failures.
+    pub(crate) backoff: Backoff,
+    /// Held for reading from the last look at an artifact's blobs until its row is stored, and for writing while blobs
+    /// that nothing refers to are deleted: so that no artifact becomes visible without its bytes.
+    pub(crate) sweep: Arc<RwLock<()>>,
+    /// How many messages may wait for one worker.
+    pub(crate) waiting_messages: usize,
+    sessions: AtomicU64,
+}
+
+impl Context {
+    pub(crate) fn new(
+        config: &Config,
+        data_root: Option<PathBuf>,
+        store: Store,
+        blobs: BlobStore,
+        front: Front,
+        hub: Hub,
+        tasks: TaskGroup,
+    ) -> Self {
+        Self {
+            store,
+            blobs,
+            front,
+            hub,
+            tasks,
+            data_root,
+            backoff: config.settings().backoff,
+            sweep: Arc::default(),
+            waiting_messages: config.limits.waiting_messages.max(1),
+            sessions: AtomicU64::new(0),
+        }
+    }
+
+    /// The number of a new connection.
+    pub(crate) fn next_session(&self) -> Session {
+        Session(self.sessions.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// Says when the server is asked to end.
+    pub(crate) fn stop(&self) -> Stop {
+        self.tasks.stop()
+    }
+}

@@ -1,0 +1,370 @@
+//! The one task that owns the core: takes one thing at a time, stores what follows, answers, and acts.
+//!
+//! When something cannot be stored, the core is ahead of the database and is thrown away: a new one is made from the
+//! stored rows, and every worker is asked to register again. Nobody is told of anything that is not stored.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use attune_proto::v1;
+use attune_scheduler_core::{Action, Answer, Cause, Core, Counters, Input, JobKey, Outcome, Settings};
+use attune_spec::id::CohortId;
+use attune_spec::job::JobSpec;
+use attune_store::Store;
+use attune_store::change::Write;
+use attune_telemetry::Stop;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::error::Error;
+use crate::front::{Ask, Letter, Reply, Submission};
+use crate::hub::Hub;
+use crate::ledger::{Extra, Ledger, NEXT_COHORT, NEXT_ORDER, Output, Transaction};
+use crate::links::Links;
+use crate::messages::Writer;
+use crate::{rows, status};
+
+/// The wait before the database is asked again for a new start.
+const RELOAD_WAIT: Duration = Duration::from_millis(250);
+
+/// The state of the scheduler.
+pub(crate) struct Desk {
+    settings: Settings,
+    clock: Clock,
+    store: Store,
+    hub: Hub,
+    core: Core,
+    ledger: Ledger,
+    links: Links,
+    writer: Writer,
+    n_workers_max: usize,
+    n_finished_max: usize,
+    finished: VecDeque<JobKey>,
+    prune: mpsc::Sender<JobKey>,
+}
+
+impl Desk {
+    /// The desk as it was when the database was last written. Jobs whose checkpoints may be too many go to `prune`.
+    pub(crate) async fn open(
+        config: &Config,
+        store: Store,
+        hub: Hub,
+        clock: Clock,
+        prune: mpsc::Sender<JobKey>,
+    ) -> Result<Self, Error> {
+        let settings = config.settings();
+        let (core, ledger) = restore(&store, settings, clock).await?;
+        tracing::info!(jobs = core.jobs().count(), cohorts = core.cohorts().count(), "scheduler restored");
+        Ok(Self {
+            settings,
+            clock,
+            hub,
+            core,
+            ledger,
+            links: Links::default(),
+            writer: Writer::new(store.clone(), config.timings),
+            store,
+            n_workers_max: config.limits.workers,
+            n_finished_max: config.limits.finished_jobs,
+            finished: VecDeque::new(),
+            prune,
+        })
+    }
+
+    /// Works until `stop`, or until the database fails for good.
+    pub(crate) async fn run(mut self, mut letters: mpsc::Receiver<Letter>, stop: Stop) -> Result<(), Error> {
+        loop {
+            let wake = self.core.wake().map(|wake| wake.since(self.clock.now()));
+            // All arms are safe to drop: a letter is taken whole or not at all, and the others hold nothing.
+            tokio::select! {
+                biased;
+                () = stop.requested() => return Ok(()),
+                () = sleep(wake) => {
+                    let tick = self.step(Input::Tick, Extra::default()).await?;
+                    if let Ok((_, actions)) = tick {
+                        self.act(actions).await;
+                    }
+                }
+                letter = letters.recv() => match letter {
+                    Some(letter) => self.take(letter).await?,
+                    None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    /// Answers one letter. An error ends the scheduler.
+    async fn take(&mut self, letter: Letter) -> Result<(), Error> {
+        let Letter { ask, reply } = letter;
+        let (answer, actions) = match ask {
+            Ask::Step { input, extra } => stepped(self.step(*input, *extra).await?),
+            Ask::Succeed { input, extra, outputs } => stepped(self.succeed(*input, *extra, outputs).await?),
+            Ask::Register { input, link } => {
+                let Input::Register { worker, session, .. } = &*input else {
+                    return Ok(());
+                };
+                let (worker, session) = (worker.clone(), *session);
+                if self.links.len() >= self.n_workers_max && !self.links.contains(&worker) {
+                    (Err(attune_proto::Class::QuotaExceeded.status("as many workers as allowed are connected")), vec![])
+                } else {
+                    let done = self.step(*input, Extra::default()).await?;
+                    if matches!(done, Ok((Answer::Done, _))) {
+                        tracing::info!(%worker, session = session.0, "worker registered");
+                        self.links.insert(worker, link);
+                    }
+                    stepped(done)
+                }
+            }
+            Ask::Submit(submission) => match self.submit(*submission).await? {
+                Ok((job, actions)) => (Ok(Reply::Job(Box::new(job))), actions),
+                Err(status) => (Err(status), vec![]),
+            },
+            Ask::Write(writes) => (self.write(&writes).await.map(|()| Reply::Written), vec![]),
+            Ask::Delete { project, digest } => {
+                let deleted = self.store.delete_artifact(&project, digest, false, Clock::utc()).await;
+                (deleted.map(|(deleted, _)| Reply::Deleted(deleted)).map_err(status::store), vec![])
+            }
+            Ask::Blocked(key) => (Ok(Reply::Blocked(self.core.blocked(&key))), vec![]),
+        };
+        // Whoever asked may have gone; what was asked is done all the same.
+        let _ = reply.send(answer);
+        self.act(actions).await;
+        Ok(())
+    }
+
+    /// One step: what became of it and what is to be done, once all of it is stored.
+    async fn step(&mut self, input: Input, extra: Extra) -> Result<Result<(Answer, Vec<Action>), Status>, Error> {
+        let gone = match &input {
+            Input::Disconnect { worker, session } => Some((worker.clone(), *session)),
+            _ => None,
+        };
+        let effects = self.core.step(input, self.clock.now());
+        if let Some((worker, session)) = gone {
+            self.links.remove(&worker, session);
+        }
+        let now = Clock::utc();
+        let transaction = match effects.answer {
+            Answer::Done => self.ledger.record(&effects.changes, extra, now),
+            Answer::Repeated | Answer::Refused(_) => self.ledger.record(&effects.changes, Extra::default(), now),
+        };
+        match self.commit(transaction).await? {
+            Ok(_) => Ok(Ok((effects.answer, effects.actions))),
+            Err(status) => Ok(Err(status)),
+        }
+    }
+
+    /// The end of an attempt with its results: what it names must be committed, and the job's tags move to it.
+    async fn succeed(
+        &mut self,
+        input: Input,
+        mut extra: Extra,
+        outputs: Vec<Output>,
+    ) -> Result<Result<(Answer, Vec<Action>), Status>, Error> {
+        let Input::AttemptFinished { key, epoch, worker, .. } = input else {
+            return self.step(input, extra).await;
+        };
+        let is_live = self.core.job(&key).is_some_and(|job| job.is_live(epoch));
+        let mut outcome = Outcome::Succeeded;
+        if is_live {
+            let committed = self.ledger.outputs(&key);
+            let missing = outputs.iter().find(|named| committed.iter().all(|output| output.digest != named.digest));
+            if let Some(missing) = missing {
+                let message = format!("the worker names {} as a result, which was never committed", missing.digest);
+                outcome = Outcome::Failed(Cause::Internal);
+                extra.failure = Some(v1::Failure { message, ..crate::log::failure_of(Cause::Internal) });
+            } else {
+                let outputs = if outputs.is_empty() { committed.to_vec() } else { outputs };
+                extra.tags = match self.store.job(&key.project, &key.job).await {
+                    Ok(row) => tags(&row, &outputs),
+                    Err(error) => return Ok(Err(status::store(error))),
+                };
+            }
+        }
+        self.step(Input::AttemptFinished { key, epoch, worker, outcome }, extra).await
+    }
+
+    /// Takes a job in, once per request.
+    async fn submit(
+        &mut self,
+        submission: Submission,
+    ) -> Result<Result<(attune_store::job::Job, Vec<Action>), Status>, Error> {
+        let Submission { job, request, id } = submission;
+        match self.store.job_of_request(&job.project, &id).await {
+            Ok(None) => {}
+            Ok(Some(before)) => return Ok(Ok((before, vec![]))),
+            Err(error) => return Ok(Err(status::store(error))),
+        }
+        // Deletions go through this desk too, so what is found now is there in the transaction.
+        for input in &job.inputs {
+            if let Err(error) = self.store.artifact(&job.project, input.digest).await {
+                return Ok(Err(status::store(error)));
+            }
+        }
+        let mut finished = BTreeMap::new();
+        for dependency in &request.after {
+            match self.store.job(&job.project, dependency).await {
+                Ok(row) => finished.extend(rows::final_state(row.state).map(|state| (dependency.clone(), state))),
+                // The core knows what to say about a job that does not exist.
+                Err(attune_store::Error::NotFound { .. }) => {}
+                Err(error) => return Ok(Err(status::store(error))),
+            }
+        }
+        let key = JobKey::new(job.project.clone(), job.job.clone());
+        let effects = self.core.step(Input::Submit { key, request, finished }, self.clock.now());
+        if let Answer::Refused(refusal) = &effects.answer {
+            return Ok(Err(status::refusal(refusal)));
+        }
+        let extra = Extra { new_job: Some(job), ..Extra::default() };
+        let transaction = self.ledger.record(&effects.changes, extra, Clock::utc());
+        let stored = self.commit_as(transaction, Some(&id)).await?;
+        Ok(stored.and_then(|job| {
+            let job = job.ok_or_else(|| attune_proto::Class::Internal.status("the submitted job was not stored"))?;
+            Ok((job, effects.actions))
+        }))
+    }
+
+    async fn write(&self, writes: &[Write]) -> Result<(), Status> {
+        let applied = self.store.apply(writes).await.map_err(status::store)?;
+        for event in applied.events {
+            if let Some(job) = event.event.job {
+                self.hub.wake(&JobKey::new(event.event.project, job));
+            }
+        }
+        Ok(())
+    }
+
+    async fn commit(
+        &mut self,
+        transaction: Transaction,
+    ) -> Result<Result<Option<attune_store::job::Job>, Status>, Error> {
+        self.commit_as(transaction, None).await
+    }
+
+    /// Stores a transaction, or starts anew from what is stored. An error ends the scheduler.
+    async fn commit_as(
+        &mut self,
+        transaction: Transaction,
+        request: Option<&attune_store::job::Request>,
+    ) -> Result<Result<Option<attune_store::job::Job>, Status>, Error> {
+        if transaction.is_empty() {
+            return Ok(Ok(None));
+        }
+        fail::fail_point!("scheduler::before_transaction");
+        let Transaction { new_job, writes, jobs, to_prune, ended } = transaction;
+        let stored = match new_job {
+            Some(job) => self.store.create_job(&job, &writes, request).await.map(|created| Some(created.job)),
+            None => self.store.apply(&writes).await.map(|_| None),
+        };
+        fail::fail_point!("scheduler::after_transaction");
+        match stored {
+            Ok(job) => {
+                for key in &jobs {
+                    self.hub.wake(key);
+                }
+                for key in to_prune {
+                    // What is not looked at now is looked at with the job's next checkpoint.
+                    let _ = self.prune.try_send(key);
+                }
+                self.finished.extend(ended);
+                self.forget_finished();
+                Ok(Ok(job))
+            }
+            Err(error) => {
+                tracing::error!(%error, "a change could not be stored; the scheduler starts anew from the database");
+                self.reload().await?;
+                Ok(Err(status::store(error)))
+            }
+        }
+    }
+
+    fn forget_finished(&mut self) {
+        while self.finished.len() > self.n_finished_max {
+            let Some(key) = self.finished.pop_front() else { return };
+            self.ledger.forget(&key);
+            let effects = self.core.step(Input::Forget { key }, self.clock.now());
+            debug_assert!(effects.changes.is_empty() && effects.actions.is_empty(), "{effects:?}");
+        }
+    }
+
+    /// Makes the core anew from the database, as often as it takes.
+    async fn reload(&mut self) -> Result<(), Error> {
+        self.links.end_all("the scheduler starts anew from its database; register again");
+        self.finished.clear();
+        loop {
+            match restore(&self.store, self.settings, self.clock).await {
+                Ok((core, ledger)) => {
+                    (self.core, self.ledger) = (core, ledger);
+                    return Ok(());
+                }
+                Err(Error::Store(error)) if error.is_retryable() => {
+                    tracing::error!(%error, "the database cannot be read");
+                    tokio::time::sleep(RELOAD_WAIT).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Performs actions. Any of them may be lost: workers learn what they missed.
+    async fn act(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            let session = match &action {
+                Action::Welcome { session, .. } | Action::Renewed { session, .. } => Some(*session),
+                Action::Offer(_) | Action::Stop { .. } | Action::Drop { .. } | Action::Release { .. } => None,
+            };
+            if !self.links.contains(action.worker()) {
+                continue;
+            }
+            match self.writer.message(&action).await {
+                Ok(message) => self.links.send(action.worker(), session, message),
+                Err(error) => tracing::error!(%error, ?action, "an action was lost"),
+            }
+        }
+    }
+}
+
+fn stepped(done: Result<(Answer, Vec<Action>), Status>) -> (Result<Reply, Status>, Vec<Action>) {
+    match done {
+        Ok((answer, actions)) => (Ok(Reply::Answer(answer)), actions),
+        Err(status) => (Err(status), vec![]),
+    }
+}
+
+async fn sleep(wait: Option<Duration>) {
+    match wait {
+        Some(wait) => tokio::time::sleep(wait).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Which tags move to which results when the job succeeds.
+fn tags(row: &attune_store::job::Job, outputs: &[Output]) -> Vec<(attune_spec::id::Tag, attune_spec::id::Digest)> {
+    let Ok(spec) = serde_json::from_value::<JobSpec>(row.resolved.clone()) else { return Vec::new() };
+    let of_role = |role: &str| outputs.iter().find(|output| output.role == role);
+    let main = outputs.iter().find(|output| ![MERGED, REPORT].contains(&output.role.as_str()));
+    let pairs = [(spec.outputs.tag, main), (spec.outputs.merged_tag, of_role(MERGED))];
+    pairs.into_iter().filter_map(|(tag, output)| Some((tag?, output?.digest))).collect()
+}
+
+/// The role of a model with the adapter merged in.
+const MERGED: &str = "merged";
+/// The role of a report, which gets no tag.
+const REPORT: &str = "report";
+
+/// Core and ledger of what is stored.
+async fn restore(store: &Store, settings: Settings, clock: Clock) -> Result<(Core, Ledger), Error> {
+    let unfinished = store.unfinished().await?;
+    let jobs = unfinished.jobs.iter().map(|row| Ok(rows::job(row)?.0)).collect::<Result<Vec<_>, Error>>()?;
+    let cohorts = unfinished.cohorts.iter().map(rows::cohort).collect::<Result<Vec<_>, Error>>()?;
+    let first = Counters::default();
+    let counter = |name: &str| unfinished.counters.get(name).copied();
+    let counters = Counters {
+        next_cohort: counter(NEXT_COHORT).map_or(first.next_cohort, CohortId),
+        next_order: counter(NEXT_ORDER).unwrap_or(first.next_order),
+    };
+    let ledger = Ledger::restore(&unfinished)?;
+    let core = Core::restore(settings, jobs, cohorts, counters, clock.now())?;
+    Ok((core, ledger))
+}

@@ -1,0 +1,68 @@
+//! What a job will cost, told from the base's structure and the plan, before anything is loaded.
+
+use attune_architecture::SiteKind;
+use attune_proto::v1;
+use attune_spec::job::{Precision, plan::Length};
+use attune_spec::method::{Catalogue, expression};
+use serde_json::json;
+
+use crate::admit::{self, Admitted};
+
+/// Bytes that each trained parameter takes: value, gradient and two moments, in f32.
+const TRAINED_BYTES: u64 = 16;
+
+/// The forecast; nothing when the base's structure is not known here.
+pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
+    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let mut trainable = 0.0;
+    for slot in plan.stack.iter().filter(|slot| slot.train) {
+        let method = slot.method.as_ref()?;
+        let document = Catalogue::embedded().get(&method.method)?;
+        if document.parameters.is_empty() {
+            continue;
+        }
+        for site in admit::sites(slot, architecture).ok()? {
+            let (output, input) = match site.kind {
+                SiteKind::Linear { output, input, .. } => (output, input),
+                SiteKind::Embedding { vocab, width } => (width, vocab),
+                SiteKind::Norm { width } => (width, width),
+            };
+            let mut names = method.params.clone();
+            names.insert("i".to_owned(), json!(input));
+            names.insert("o".to_owned(), json!(output));
+            trainable += expression::number(&document.parameters, &names).ok()?;
+        }
+    }
+    let step_tokens = u64::from(plan.batch_tokens) * u64::from(plan.accumulation);
+    let steps = match plan.length {
+        Length::Steps(steps) => steps,
+        Length::Tokens(tokens) => tokens.div_ceil(step_tokens.max(1)),
+        // Only the data can tell.
+        Length::Epochs(_) => 0,
+    };
+    let tokens = steps.saturating_mul(step_tokens);
+    let base_bytes = match plan.precision {
+        Precision::F32 => 4,
+        Precision::Bf16 => 2,
+    };
+    let trainable = trainable.max(0.0) as u64;
+    let length = u64::from(plan.max_length);
+    // A logical shard is one packed batch of its own; documents end to end are at most `max_length` long each.
+    let shard_tokens = u64::from(plan.batch_tokens / plan.logical_shards.max(1));
+    let activations =
+        shard_tokens * (architecture.saved_bytes_per_token(4) + architecture.block_bytes_per_token(length, 4));
+    let memory_bytes = architecture.weight_bytes(base_bytes) + trainable * TRAINED_BYTES + activations;
+    let forward = architecture.forward_flops_per_token(length as f64 / 2.0, 1.0);
+    // Forward, forward again block by block, and back.
+    let trains_base = trainable >= architecture.parameters() / 2;
+    let passes = if trains_base { 4.0 } else { 3.0 };
+    Some(v1::Forecast {
+        trainable_parameters: trainable,
+        total_parameters: architecture.parameters(),
+        memory_bytes,
+        steps,
+        tokens,
+        flops: forward * passes * tokens as f64,
+        duration: None,
+    })
+}

@@ -1,0 +1,150 @@
+//! How everybody else speaks with the desk: a letter, and an answer.
+
+use attune_scheduler_core::placement::Blocked;
+use attune_scheduler_core::{Answer, Input, JobKey, Request};
+use attune_spec::id::{Digest, Project};
+use attune_store::artifact::Deleted;
+use attune_store::change::Write;
+use attune_store::job::{Job, NewJob};
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+
+use crate::ledger::{Extra, Output};
+use crate::links::Link;
+use crate::status;
+
+/// A job to be taken in.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    /// What is stored of it.
+    pub(crate) job: Box<NewJob>,
+    /// What the core must know of it.
+    pub(crate) request: Request,
+    /// The caller's request id, with the digest of what it asked for.
+    pub(crate) id: attune_store::job::Request,
+}
+
+/// What the desk is asked.
+#[derive(Debug)]
+pub(crate) enum Ask {
+    /// One step of the core, with what is stored beside it.
+    Step { input: Box<Input>, extra: Box<Extra> },
+    /// A step that ends an attempt well, with the results that its worker names.
+    Succeed { input: Box<Input>, extra: Box<Extra>, outputs: Vec<Output> },
+    /// A worker registers on this connection.
+    Register { input: Box<Input>, link: Link },
+    /// A job is taken in.
+    Submit(Box<Submission>),
+    /// Writes that the core has no part in.
+    Write(Vec<Write>),
+    /// An artifact is deleted.
+    Delete { project: Project, digest: Digest },
+    /// Why a queued job is not granted.
+    Blocked(JobKey),
+}
+
+/// What the desk answers.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    /// What became of a step.
+    Answer(Answer),
+    /// The job of a submission, and whether it is new.
+    Job(Box<Job>),
+    /// The writes are stored.
+    Written,
+    /// The artifact is gone.
+    Deleted(Deleted),
+    /// Why a queued job is not granted.
+    Blocked(Option<Blocked>),
+}
+
+/// A question with where its answer goes.
+#[derive(Debug)]
+pub(crate) struct Letter {
+    pub(crate) ask: Ask,
+    pub(crate) reply: oneshot::Sender<Result<Reply, Status>>,
+}
+
+/// Cheap to clone; all clones speak with the same desk.
+#[derive(Debug, Clone)]
+pub(crate) struct Front {
+    letters: mpsc::Sender<Letter>,
+}
+
+impl Front {
+    /// A front, and where its letters arrive; `waiting` of them may wait.
+    pub(crate) fn new(waiting: usize) -> (Self, mpsc::Receiver<Letter>) {
+        let (letters, arrive) = mpsc::channel(waiting.max(1));
+        (Self { letters }, arrive)
+    }
+
+    async fn ask(&self, ask: Ask) -> Result<Reply, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.letters.send(Letter { ask, reply }).await.map_err(|_| status::shuts_down())?;
+        answer.await.map_err(|_| status::shuts_down())?
+    }
+
+    /// One step of the core; its changes are stored when this returns.
+    pub(crate) async fn step(&self, input: Input) -> Result<Answer, Status> {
+        self.step_with(input, Extra::default()).await
+    }
+
+    /// The same, with what is stored if the input takes effect.
+    pub(crate) async fn step_with(&self, input: Input, extra: Extra) -> Result<Answer, Status> {
+        answer(self.ask(Ask::Step { input: Box::new(input), extra: Box::new(extra) }).await?)
+    }
+
+    /// The end of an attempt with its results, the main one first.
+    pub(crate) async fn succeed(&self, input: Input, extra: Extra, outputs: Vec<Output>) -> Result<Answer, Status> {
+        answer(self.ask(Ask::Succeed { input: Box::new(input), extra: Box::new(extra), outputs }).await?)
+    }
+
+    /// A worker's registration.
+    pub(crate) async fn register(&self, input: Input, link: Link) -> Result<Answer, Status> {
+        answer(self.ask(Ask::Register { input: Box::new(input), link }).await?)
+    }
+
+    /// Takes a job in, or gives the one that the same request made before.
+    pub(crate) async fn submit(&self, submission: Submission) -> Result<Job, Status> {
+        match self.ask(Ask::Submit(Box::new(submission))).await? {
+            Reply::Job(job) => Ok(*job),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Stores what the core has no part in.
+    pub(crate) async fn write(&self, writes: Vec<Write>) -> Result<(), Status> {
+        match self.ask(Ask::Write(writes)).await? {
+            Reply::Written => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Deletes an artifact's row.
+    pub(crate) async fn delete(&self, project: Project, digest: Digest) -> Result<Deleted, Status> {
+        match self.ask(Ask::Delete { project, digest }).await? {
+            Reply::Deleted(deleted) => Ok(deleted),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Why a queued job is not granted; nothing when it is not queued.
+    pub(crate) async fn blocked(&self, key: JobKey) -> Result<Option<Blocked>, Status> {
+        match self.ask(Ask::Blocked(key)).await? {
+            Reply::Blocked(blocked) => Ok(blocked),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+fn answer(reply: Reply) -> Result<Answer, Status> {
+    match reply {
+        Reply::Answer(answer) => Ok(answer),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Status {
+    tracing::error!(?reply, "the desk answered another question");
+    attune_proto::Class::Internal.status("the scheduler mixed up two answers")
+}

@@ -1,0 +1,135 @@
+//! Puts the parts together, serves them on one port, and takes them apart in order.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use attune_artifacts::BlobStore;
+use attune_proto::MESSAGE_BYTES_MAX;
+use attune_proto::v1::artifact_service_server::ArtifactServiceServer;
+use attune_proto::v1::job_service_server::JobServiceServer;
+use attune_proto::v1::method_service_server::MethodServiceServer;
+use attune_proto::v1::worker_service_server::WorkerServiceServer;
+use attune_store::Store;
+use attune_telemetry::{Task, TaskGroup};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::context::Context;
+use crate::desk::Desk;
+use crate::error::Error;
+use crate::front::Front;
+use crate::hub::Hub;
+use crate::services::{artifacts::Artifacts, jobs::Jobs, methods::Methods, workers::Workers};
+use crate::sweep;
+
+/// How often a quiet connection is asked whether it still stands, and how long it may take to say so.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// How long tasks may take to end that were told to before.
+const LAST_LIMIT: Duration = Duration::from_secs(2);
+/// Jobs that may wait for their old checkpoints to be deleted.
+const WAITING_SWEEPS: usize = 1024;
+
+/// Serves until `shutdown` is done: then takes no further connections, answers the calls that run, and returns.
+///
+/// It may be killed at any moment: what was answered is stored, and the next one goes on from there, with the workers
+/// that run on meanwhile.
+///
+/// # Errors
+/// [`Error`] when it cannot start, or when its database fails for good.
+pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    let data_root = match &config.data_root {
+        None => None,
+        Some(path) => {
+            let found = tokio::fs::canonicalize(path).await;
+            Some(found.map_err(|source| Error::DataRoot { path: path.clone(), source })?)
+        }
+    };
+    let store = Store::open(&config.database).await?;
+    let blobs = BlobStore::open(&config.artifacts).await?;
+    let (front, letters) = Front::new(config.limits.waiting_requests);
+    let (prune, to_prune) = mpsc::channel(WAITING_SWEEPS);
+    let hub = Hub::default();
+    let desk = Desk::open(&config, store.clone(), hub.clone(), Clock::start(), prune).await?;
+
+    // Two groups: connections end first, then what they speak with.
+    let (connections, inner) = (TaskGroup::new(), TaskGroup::new());
+    let stop = inner.stop();
+    inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(letters, stop.clone()));
+    let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
+    let sweeping = sweep::checkpoints(Arc::clone(&context), to_prune);
+    inner.spawn(Task::new("sweep").abort_on_cancel(), async move {
+        sweeping.await;
+        Ok::<_, std::convert::Infallible>(())
+    });
+
+    let grace = config.timings.shutdown_grace;
+    let end = {
+        let (connections, stop) = (connections.clone(), stop.clone());
+        async move {
+            tokio::select! {
+                () = shutdown => tracing::info!("the scheduler is asked to end"),
+                () = stop.requested() => tracing::error!("the scheduler cannot go on"),
+            }
+            // Long streams end by themselves now; short calls are answered.
+            connections.stop().request();
+        }
+    };
+    let served =
+        route(&context).await?.serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), end);
+    let limited = async {
+        connections.stop().requested().await;
+        tokio::time::sleep(grace).await;
+    };
+    // A connection that does not end within the grace time is dropped with the server.
+    let served = tokio::select! {
+        served = served => served.map_err(|error| Error::Server(error.into())),
+        () = limited => Ok(()),
+    };
+    // A stream that was cut is its reader's to notice; the group has logged it.
+    connections.shutdown(LAST_LIMIT).await;
+    let desk_failures = inner.shutdown(LAST_LIMIT).await;
+    drop(context);
+    store.close().await;
+    served?;
+    match desk_failures.into_iter().next() {
+        Some(failure) => Err(Error::Task(failure)),
+        None => Ok(()),
+    }
+}
+
+/// All services of the port.
+async fn route(context: &Arc<Context>) -> Result<tonic::transport::server::Router, Error> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(attune_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let failed = |error: tonic_reflection::server::Error| Error::Server(error.into());
+    macro_rules! service {
+        ($server:ident, $service:expr) => {
+            $server::new($service)
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX)
+        };
+    }
+    health.set_serving::<JobServiceServer<Jobs>>().await;
+    health.set_serving::<WorkerServiceServer<Workers>>().await;
+    health.set_serving::<ArtifactServiceServer<Artifacts>>().await;
+    health.set_serving::<MethodServiceServer<Methods>>().await;
+    Ok(Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE))
+        .add_service(health_service)
+        .add_service(reflection().build_v1().map_err(failed)?)
+        .add_service(reflection().build_v1alpha().map_err(failed)?)
+        .add_service(service!(JobServiceServer, Jobs { context: Arc::clone(context) }))
+        .add_service(service!(WorkerServiceServer, Workers { context: Arc::clone(context) }))
+        .add_service(service!(ArtifactServiceServer, Artifacts { context: Arc::clone(context) }))
+        .add_service(service!(MethodServiceServer, Methods)))
+}

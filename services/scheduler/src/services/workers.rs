@@ -1,0 +1,254 @@
+//! The workers' stream: a registration, then whatever happens, until one side goes.
+
+use std::sync::Arc;
+
+use attune_proto::convert::Faults;
+use attune_proto::convert::id::{attempt, field};
+use attune_proto::v1::worker_service_server::WorkerService;
+use attune_proto::v1::{self, connect_request::Message as Said};
+use attune_proto::{Class, WORKER_PROTOCOL_VERSION};
+use attune_scheduler_core::{
+    self as core, Answer, Cause, Devices, Holding, Input, JobKey, Refusal, RefusalKind, Session,
+};
+use attune_spec::Fault;
+use attune_spec::id::{CohortId, WorkerId};
+use attune_telemetry::{Stop, Task};
+use tokio::sync::mpsc;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Answers;
+use super::reports::Reports;
+use crate::context::Context;
+use crate::links::{Link, refused};
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(crate) struct Workers {
+    pub(crate) context: Arc<Context>,
+}
+
+#[tonic::async_trait]
+impl WorkerService for Workers {
+    type ConnectStream = Answers<v1::ConnectResponse>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<v1::ConnectRequest>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let (outgoing, answers) = mpsc::channel(self.context.waiting_messages);
+        let session = self.context.next_session();
+        let link = Link { session, outgoing, stop: Stop::new() };
+        let connection = Connection { context: Arc::clone(&self.context), link, incoming: request.into_inner() };
+        self.context.tasks.spawn(Task::new("serve a worker"), async move {
+            connection.run().await;
+            Ok::<_, std::convert::Infallible>(())
+        });
+        Ok(Response::new(Answers::new(answers)))
+    }
+}
+
+/// One connection of a worker.
+struct Connection {
+    context: Arc<Context>,
+    link: Link,
+    incoming: Streaming<v1::ConnectRequest>,
+}
+
+/// Why a connection ends on our side.
+enum End {
+    /// The worker has gone.
+    Gone,
+    /// It is told so, with the reason for it.
+    Refused(v1::RefusalReason, String),
+    /// The stream ends with an error; the worker connects again.
+    Failed(Status),
+}
+
+impl From<Status> for End {
+    fn from(status: Status) -> Self {
+        Self::Failed(status)
+    }
+}
+
+impl Connection {
+    async fn run(mut self) {
+        let (stop, link) = (self.context.stop(), self.link.clone());
+        let mut registered = None;
+        // Dropping the talk loses at most a message that was not answered, which the worker sends again.
+        let end = tokio::select! {
+            end = self.talk(&mut registered) => end,
+            () = link.stop.requested() => End::Gone,
+            () = stop.requested() => {
+                End::Refused(v1::RefusalReason::Unavailable, "the scheduler shuts down; connect again later".to_owned())
+            }
+        };
+        match end {
+            End::Gone => {}
+            End::Refused(reason, message) => {
+                link.send(refused(reason, &message));
+            }
+            End::Failed(status) => {
+                let _ = link.outgoing.try_send(Err(status));
+            }
+        }
+        if let Some(worker) = registered {
+            tracing::info!(%worker, session = link.session.0, "worker disconnected");
+            let gone = Input::Disconnect { worker, session: link.session };
+            // A desk that has ended needs no word of it.
+            let _ = self.context.front.step(gone).await;
+        }
+    }
+
+    async fn talk(&mut self, registered: &mut Option<WorkerId>) -> End {
+        match self.converse(registered).await {
+            Ok(()) => End::Gone,
+            Err(end) => end,
+        }
+    }
+
+    async fn converse(&mut self, registered: &mut Option<WorkerId>) -> Result<(), End> {
+        let worker = self.register().await?;
+        *registered = Some(worker.clone());
+        let mut reports = Reports::new(Arc::clone(&self.context), worker.clone(), self.link.outgoing.clone());
+        while let Ok(Some(message)) = self.incoming.message().await {
+            // A message of a newer worker says nothing to us.
+            let Some(said) = message.message else { continue };
+            match said {
+                Said::Register(_) => {
+                    return Err(invalid("register: came twice on one connection".to_owned()));
+                }
+                Said::AttemptReport(report) => reports.take(report).await?,
+                other => self.hear(&worker, other).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn register(&mut self) -> Result<WorkerId, End> {
+        let Ok(Some(first)) = self.incoming.message().await else { return Err(End::Gone) };
+        let Some(Said::Register(register)) = first.message else {
+            return Err(invalid("register: is missing; expected it in the first message".to_owned()));
+        };
+        if register.protocol_version != WORKER_PROTOCOL_VERSION {
+            let message = format!(
+                "the worker speaks version {} of the protocol; this scheduler speaks {WORKER_PROTOCOL_VERSION}",
+                register.protocol_version
+            );
+            return Err(End::Refused(v1::RefusalReason::ProtocolVersion, message));
+        }
+        let session = self.link.session;
+        let (worker, input) = read(&register, session)
+            .map_err(|faults| invalid(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+        match self.context.front.register(input, self.link.clone()).await {
+            Ok(Answer::Done | Answer::Repeated) => Ok(worker),
+            Ok(Answer::Refused(refusal)) => Err(End::Refused(v1::RefusalReason::Superseded, refusal.to_string())),
+            Err(status) if Class::of(&status) == Class::QuotaExceeded => {
+                Err(End::Refused(v1::RefusalReason::Unavailable, status.message().to_owned()))
+            }
+            Err(status) => Err(End::Failed(status)),
+        }
+    }
+
+    /// Everything but reports.
+    async fn hear(&self, worker: &WorkerId, said: Said) -> Result<(), End> {
+        let session = self.link.session;
+        let worker = worker.clone();
+        let input = match said {
+            Said::Heartbeat(heartbeat) => Input::Heartbeat {
+                worker,
+                session,
+                beat: heartbeat.sequence,
+                holding: heartbeat.running.iter().map(|cohort| CohortId(cohort.cohort_id)).collect(),
+            },
+            // The heartbeats that list the cohort say it again.
+            Said::LeaseAccepted(_) => return Ok(()),
+            Said::LeaseRefused(lease) => {
+                tracing::info!(%worker, cohort = lease.cohort_id, why = lease.message, "lease refused");
+                let cause = match lease.refusal() {
+                    v1::LeaseRefusal::Unsupported => Cause::Internal,
+                    v1::LeaseRefusal::Unspecified | v1::LeaseRefusal::Busy | v1::LeaseRefusal::Draining => {
+                        Cause::OfferLost
+                    }
+                };
+                Input::CohortCrashed { worker, cohort: CohortId(lease.cohort_id), cause }
+            }
+            Said::Drain(_) => Input::Drain { worker },
+            Said::CohortGone(gone) => Input::CohortGone { worker, session, cohort: CohortId(gone.cohort_id) },
+            Said::Register(_) | Said::AttemptReport(_) => return Ok(()),
+        };
+        match self.context.front.step(input).await? {
+            Answer::Done | Answer::Repeated => Ok(()),
+            Answer::Refused(refusal) => settle(&refusal),
+        }
+    }
+}
+
+/// What a refusal means for the connection.
+fn settle(refusal: &Refusal) -> Result<(), End> {
+    // The scheduler has given the worker up, or started anew: both sides meet again at a registration.
+    if refusal.kind() == RefusalKind::Unregistered {
+        return Err(End::Failed(Class::Unavailable.status(format!("{refusal}; connect again"))));
+    }
+    tracing::debug!(%refusal, "a worker's message changed nothing");
+    Ok(())
+}
+
+fn invalid(message: String) -> End {
+    End::Refused(v1::RefusalReason::Invalid, message)
+}
+
+/// A registration as the core takes it.
+fn read(register: &v1::Register, session: Session) -> Result<(WorkerId, Input), Vec<Fault>> {
+    let mut faults = Faults::new();
+    let worker = faults.field(field::<WorkerId>("register.worker_id", &register.worker_id));
+    if register.kernel_profile.is_empty() {
+        faults.push(Fault::new("register.kernel_profile", "is missing"));
+    }
+    if register.devices.is_empty() {
+        faults.push(Fault::new("register.devices", "is empty; expected at least one"));
+    }
+    let mut devices = Devices::default();
+    for (index, device) in register.devices.iter().enumerate() {
+        match device.kind() {
+            v1::DeviceKind::Cpu => devices.n_cpu += 1,
+            v1::DeviceKind::Cuda => devices.n_cuda += 1,
+            v1::DeviceKind::Unspecified => {
+                let path = format!("register.devices[{index}].kind");
+                faults.push(Fault::new(path.as_str(), "is not known here; expected cpu or cuda"));
+            }
+        }
+    }
+    let mut holding = Vec::with_capacity(register.running.len());
+    for (index, running) in register.running.iter().enumerate() {
+        holding.extend(faults.take(read_holding(running, &format!("register.running[{index}]"))));
+    }
+    let registration = worker.map(|worker| {
+        let (labels, draining) = (register.labels.clone(), register.draining);
+        (worker.clone(), Input::Register { worker, session, devices, labels, draining, holding })
+    });
+    faults.finish(registration)
+}
+
+fn read_holding(running: &v1::RunningCohort, path: &str) -> Result<Holding, Vec<Fault>> {
+    let mut faults = Faults::new();
+    let mut attempts = Vec::with_capacity(running.attempts.len());
+    for (index, told) in running.attempts.iter().enumerate() {
+        let id = faults.take(attempt(&format!("{path}.attempts[{index}]"), Some(told)));
+        attempts.extend(id.map(|id| core::Attempt { key: JobKey::new(id.project, id.job), epoch: id.epoch }));
+    }
+    let device = match running.device() {
+        v1::DeviceKind::Cuda => core::Device::Cuda,
+        v1::DeviceKind::Cpu | v1::DeviceKind::Unspecified => core::Device::Cpu,
+    };
+    let cohort = CohortId(running.cohort_id);
+    faults.finish(Some(Holding { cohort, attempts, device, n_devices: running.device_count }))
+}
+
+impl From<super::reports::Broken> for End {
+    fn from(broken: super::reports::Broken) -> Self {
+        match broken {
+            super::reports::Broken::Gone => Self::Gone,
+            super::reports::Broken::Failed(status) => Self::Failed(status),
+        }
+    }
+}

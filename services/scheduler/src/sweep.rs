@@ -1,0 +1,81 @@
+//! Bytes that nothing refers to any more, and checkpoints that a job needs no more.
+//!
+//! Rows go first, in a transaction; bytes follow, behind a gate that keeps pushes from making them visible again
+//! meanwhile. A scheduler that dies in between leaves bytes that nobody sees.
+
+use std::sync::Arc;
+
+use attune_artifacts::Kind;
+use attune_scheduler_core::JobKey;
+use attune_spec::id::{Digest, Project};
+use attune_spec::job::JobSpec;
+use attune_store::artifact::{Artifact, Filter};
+use tokio::sync::mpsc;
+
+use crate::clock::Clock;
+use crate::context::Context;
+use crate::log;
+use crate::rows::JobDocument;
+
+/// Checkpoints that are looked at once.
+const ROWS: u32 = 1000;
+
+/// Deletes the manifests of artifacts whose rows are gone, and blobs that were theirs alone. What cannot be deleted now
+/// stays, unseen.
+pub(crate) async fn bytes(context: &Context, project: &Project, artifacts: &[Digest], blobs: &[Digest]) {
+    // Pushes that have looked at their blobs are through, and those that have not will miss what is deleted here.
+    let _alone = context.sweep.write().await;
+    for digest in artifacts {
+        let is_gone =
+            matches!(context.store.artifact(project, *digest).await, Err(attune_store::Error::NotFound { .. }));
+        if is_gone && let Err(error) = context.blobs.delete_manifest(project, digest).await {
+            tracing::warn!(%error, %digest, "a manifest that nobody sees was not deleted");
+        }
+    }
+    match context.store.unreferenced(project, blobs).await {
+        Ok(unreferenced) => {
+            for digest in unreferenced {
+                if let Err(error) = context.blobs.delete_blob(project, &digest).await {
+                    tracing::warn!(%error, %digest, "a blob that nothing refers to was not deleted");
+                }
+            }
+        }
+        Err(error) => tracing::warn!(%error, "blobs that nothing refers to were not deleted"),
+    }
+}
+
+/// Deletes old checkpoints of jobs that have made new ones, or have ended, until nobody sends any more.
+pub(crate) async fn checkpoints(context: Arc<Context>, mut jobs: mpsc::Receiver<JobKey>) {
+    while let Some(key) = jobs.recv().await {
+        if let Err(error) = prune(&context, &key).await {
+            tracing::warn!(%error, %key, "old checkpoints were not deleted");
+        }
+    }
+}
+
+async fn prune(context: &Context, key: &JobKey) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let row = context.store.job(&key.project, &key.job).await?;
+    let spec: JobSpec = serde_json::from_value(row.resolved.clone())?;
+    let current = JobDocument::read(&row.core)?.checkpoint.map(|checkpoint| checkpoint.digest);
+    let filter = Filter { kinds: vec![Kind::Checkpoint.to_string()], job: Some(key.job.clone()), ..Filter::default() };
+    let made = context.store.artifacts(&key.project, &filter, None, ROWS).await?.items;
+    let old = old(&made, key, spec.tune.checkpoint.keep, current);
+    if old.is_empty() {
+        return Ok(());
+    }
+    let pruned = context.store.prune_checkpoints(&key.project, &key.job, &old, Clock::utc()).await?;
+    bytes(context, &key.project, &pruned.artifacts, &pruned.orphans).await;
+    Ok(())
+}
+
+/// The checkpoints of a job beyond those with the `keep` highest steps; never the one that the next attempt goes on from.
+fn old(made: &[Artifact], key: &JobKey, keep: u32, current: Option<Digest>) -> Vec<Digest> {
+    let step = |artifact: &Artifact| {
+        let own = artifact.commits.iter().filter(|commit| commit.maker.job == key.job);
+        own.map(|commit| log::number(&commit.maker.record, "checkpoint_step")).max()
+    };
+    let mut by_step: Vec<_> = made.iter().map(|artifact| (step(artifact), artifact.digest)).collect();
+    by_step.sort_unstable();
+    let kept = by_step.len().saturating_sub(keep.max(1) as usize);
+    by_step.into_iter().take(kept).map(|(_, digest)| digest).filter(|digest| Some(*digest) != current).collect()
+}
