@@ -1,0 +1,141 @@
+//! A job file as the command line reads it: YAML, changes from `--set`, checks against the methods of this build.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use attune_architecture::{Architecture, SiteKind, targets};
+use attune_spec::Fault;
+use attune_spec::job::{JobSpec, ReadError, Reference, Targets, read_value, read_yaml, set_path};
+use attune_spec::method::{self, Catalogue, MethodDocument};
+
+use crate::print::Failure;
+
+/// The name under which standard input is given and spoken of.
+const STDIN: &str = "-";
+
+/// `path=value`: a field of the job file that the command line sets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Assignment {
+    path: String,
+    value: String,
+}
+
+impl FromStr for Assignment {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((path, value)) if !path.is_empty() => Ok(Self { path: path.to_owned(), value: value.to_owned() }),
+            _ => Err("expected PATH=VALUE, such as tune.adapter.rank=16".to_owned()),
+        }
+    }
+}
+
+/// Which job file, and what is different this time.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct JobFileArguments {
+    /// The job file; `-` reads standard input.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: String,
+    /// Sets a field to a YAML value, such as `tune.adapter.rank=16`.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub(crate) set: Vec<Assignment>,
+}
+
+/// A job file that has passed the checks.
+#[derive(Debug)]
+pub(crate) struct JobFile {
+    /// The job.
+    pub(crate) spec: JobSpec,
+    /// The folder that relative paths in it start from: its own.
+    folder: PathBuf,
+}
+
+/// Reads a job file.
+///
+/// Fails with the line and column of what is not YAML, or with all faults of what is.
+pub(crate) fn read(file: &str, set: &[Assignment]) -> Result<JobFile, Failure> {
+    let text = text(file)?;
+    let syntax = |error: ReadError| match error {
+        ReadError::Syntax { line, column, message } => Failure::usage(format!("{file}:{line}:{column}: {message}")),
+        ReadError::Faults(faults) => Failure::invalid(file, faults),
+    };
+    let mut value = read_yaml(&text).map_err(syntax)?;
+    for Assignment { path, value: text } in set {
+        set_path(&mut value, path, text).map_err(|fault| Failure::invalid("--set", vec![fault]))?;
+    }
+    let spec = read_value(&value, Catalogue::embedded()).map_err(syntax)?;
+    let folder = if file == STDIN { None } else { Path::new(file).parent() };
+    Ok(JobFile { spec, folder: folder.unwrap_or_else(|| Path::new("")).to_owned() })
+}
+
+fn text(file: &str) -> Result<String, Failure> {
+    let read = if file == STDIN {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).map(|_| text)
+    } else {
+        std::fs::read_to_string(file)
+    };
+    read.map_err(|error| Failure::file(Path::new(file), &error))
+}
+
+impl JobFile {
+    /// Where a reference lies on this machine, if it names a file or folder: relative paths start from the job file.
+    pub(crate) fn local(&self, reference: &Reference) -> Option<PathBuf> {
+        match reference {
+            Reference::Path(path) => Some(self.folder.join(path)),
+            Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) => None,
+        }
+    }
+
+    /// Faults of `targets` and `exclude` against the architecture of a base that lies here; `None` if it does not, so that
+    /// only the server can tell.
+    pub(crate) fn site_faults(&self) -> Result<Option<Vec<Fault>>, Failure> {
+        let Some(config) = self.local(&self.spec.base).map(|folder| folder.join("config.json")) else {
+            return Ok(None);
+        };
+        let json = match std::fs::read(&config) {
+            Ok(json) => json,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Failure::file(&config, &error)),
+        };
+        let architecture = match Architecture::from_json(&json) {
+            Ok(architecture) => architecture,
+            Err(error) => return Ok(Some(vec![Fault::new("base", format!("cannot be trained: {error}"))])),
+        };
+        let mut faults = Vec::new();
+        for (path, slot) in self.spec.tune.slots() {
+            // The adapter that a slot starts from brings its own sites.
+            let method = slot.method.as_deref().and_then(|method| Catalogue::embedded().get(method));
+            let Some(document) = method.filter(|_| slot.from.is_none()) else { continue };
+            let named = slot.targets.clone().unwrap_or_else(|| Targets::from(document.targets.as_str()));
+            let applies = |site: &attune_architecture::Site| document_applies(document, &site.kind);
+            if let Err(found) = targets::resolve(&named, slot.exclude.as_ref(), &architecture, applies) {
+                faults.extend(found.into_iter().map(|fault| fault.under(&path)));
+            }
+        }
+        Ok(Some(faults))
+    }
+}
+
+fn document_applies(document: &MethodDocument, kind: &SiteKind) -> bool {
+    document.applies.contains(&match kind {
+        SiteKind::Linear { .. } => method::SiteKind::Linear,
+        SiteKind::Embedding { .. } => method::SiteKind::Embedding,
+        SiteKind::Norm { .. } => method::SiteKind::Norm,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_assignment_is_a_path_and_a_value() {
+        let assignment = "tune.optimizer={method: adamw, lr: 1e-3}".parse::<Assignment>().unwrap();
+        assert_eq!(assignment.value, "{method: adamw, lr: 1e-3}");
+        assert_eq!("a=b=c".parse::<Assignment>().unwrap().value, "b=c");
+        assert!("=1".parse::<Assignment>().is_err() && "rank".parse::<Assignment>().is_err());
+    }
+}

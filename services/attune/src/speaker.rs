@@ -1,0 +1,94 @@
+//! A model that answers: a base, adapters on it, its tokenizer and chat template, all from folders.
+
+use std::path::{Path, PathBuf};
+
+use attune_data::{ChatTemplate, Message, Tokenizer};
+use attune_models::generate::{Finish, generate};
+use attune_models::{Base, Model, Sampling};
+use attune_points::Theta;
+use attune_spec::job::Precision;
+
+use crate::print::Failure;
+
+/// A model with its tokenizer.
+pub(crate) struct Speaker {
+    model: Model,
+    theta: Theta,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+/// What was said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Answer {
+    /// The text.
+    pub(crate) text: String,
+    /// Number of tokens made.
+    pub(crate) tokens: usize,
+    /// Whether the model ended by itself, rather than at the limit.
+    pub(crate) complete: bool,
+}
+
+impl Speaker {
+    /// Opens a base and the adapters on it, the first one innermost.
+    pub(crate) fn open(base: &Path, adapters: &[PathBuf], precision: Precision) -> Result<Self, Failure> {
+        let tokenizer = Tokenizer::open(base)?;
+        let template = tokenizer.chat_template()?;
+        let weights = Base::open(base, precision)?;
+        let folders = adapters.iter().map(PathBuf::as_path);
+        let (stack, theta) = attune_trainer::component::frozen(&weights, folders)?;
+        Ok(Self { model: Model::new(weights, stack), theta, tokenizer, template })
+    }
+
+    /// The assistant's answer to a conversation, by the model's chat template; a model without one goes on from the last
+    /// message. `each` gets the text piece by piece.
+    pub(crate) fn answer(
+        &self,
+        messages: &[Message],
+        sampling: Sampling,
+        each: impl FnMut(&str) -> Result<(), Failure>,
+    ) -> Result<Answer, Failure> {
+        match &self.template {
+            Some(template) => self.speak(&template.prompt(messages)?, false, sampling, each),
+            None => {
+                let prompt = messages.last().map(|message| message.content.as_str()).unwrap_or_default();
+                self.speak(prompt, true, sampling, each)
+            }
+        }
+    }
+
+    /// What the model says after `prompt`, as it stands. `begin`: after the beginning-of-text token, where there is one.
+    pub(crate) fn speak(
+        &self,
+        prompt: &str,
+        begin: bool,
+        mut sampling: Sampling,
+        mut each: impl FnMut(&str) -> Result<(), Failure>,
+    ) -> Result<Answer, Failure> {
+        let prompt = self.tokenizer.encode(prompt, begin)?;
+        sampling.stop = self.tokenizer.stops(self.template.as_ref());
+        let (mut tokens, mut shown) = (Vec::new(), 0);
+        let mut end = Ok(());
+        let generated = generate(&self.model, &self.theta, &prompt, &sampling, |token| {
+            tokens.push(token);
+            end = self.rest(&tokens, &mut shown).and_then(|piece| each(&piece));
+            end.is_ok()
+        })?;
+        end?;
+        let text = self.tokenizer.decode(&generated.tokens, false)?;
+        // A character that was never finished is shown as the decoder shows it.
+        if let Some(rest) = text.get(shown..).filter(|rest| !rest.is_empty()) {
+            each(rest)?;
+        }
+        Ok(Answer { text, tokens: generated.tokens.len(), complete: generated.finish == Finish::Stop })
+    }
+
+    /// The text of `tokens` beyond the first `shown` bytes, up to the last whole character.
+    fn rest(&self, tokens: &[u32], shown: &mut usize) -> Result<String, Failure> {
+        let text = self.tokenizer.decode(tokens, false)?;
+        let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        let piece = whole.get(*shown..).unwrap_or_default().to_owned();
+        *shown += piece.len();
+        Ok(piece)
+    }
+}

@@ -1,0 +1,11 @@
+//! The built binary, as a person or a script meets it: exit status, standard output, standard error.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod attempt;
+mod data;
+mod generate;
+mod help;
+mod methods;
+mod support;
+mod validate;

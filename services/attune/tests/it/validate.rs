@@ -1,0 +1,152 @@
+//! `attune validate`.
+
+use crate::support::{Place, Ran};
+
+const JOB: &str = "version: 1
+name: helper
+base: ./base
+data:
+  domains:
+    - {name: chat, source: ./chat.train.jsonl}
+  max_length: 128
+tune:
+  adapter: {method: lora, rank: 8}
+  steps: 10
+";
+
+fn validate(job: &str, more: &[&str]) -> Ran {
+    let place = Place::with_demo();
+    place.write("job.yaml", job);
+    place.run(&[&["validate", "job.yaml"], more].concat())
+}
+
+#[test]
+fn a_valid_job_is_said_to_be_valid() {
+    insta::assert_snapshot!(validate(JOB, &[]).all(), @r"
+    exit status 0
+    --- stdout
+    job.yaml is valid
+    --- stderr
+    ");
+    insta::assert_snapshot!(validate(JOB, &["--set", "tune.adapter.rank=16", "--json"]).all(), @r#"
+    exit status 0
+    --- stdout
+    {
+      "file": "job.yaml",
+      "valid": true,
+      "faults": []
+    }
+    --- stderr
+    "#);
+    let place = Place::with_demo();
+    for job in ["text.yaml", "chat.yaml"] {
+        assert_eq!(place.run(&["validate", job]).status, 0);
+    }
+}
+
+#[test]
+fn what_is_not_yaml_is_said_with_line_and_column() {
+    insta::assert_snapshot!(validate("version: 1\nname: [a, b\ntune: {}\n", &[]).all(), @r"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml:3:5: illegal placement of ':' indicator
+    ");
+    insta::assert_snapshot!(validate("version: 1\nname: a\nname: b\n", &[]).all(), @r"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml:3:1: duplicate mapping key: name
+    ");
+    insta::assert_snapshot!(validate("version: 1\n\tname: a\n", &["--json"]).all(), @r#"
+    exit status 2
+    --- stdout
+    {
+      "file": "job.yaml",
+      "valid": false,
+      "message": "job.yaml:1:10: while scanning a plain scalar, found a tab",
+      "faults": []
+    }
+    --- stderr
+    "#);
+}
+
+#[test]
+fn all_faults_are_said_at_once_with_their_paths() {
+    let job = JOB
+        .replace("rank: 8", "rank: -4, alpha: high, targest: all-linear")
+        .replace("steps: 10", "steps: ten\n  optimizer: {method: adamv}\n  batch_token: 4096");
+    insta::assert_snapshot!(validate(&job, &[]).all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml has 6 faults
+      `tune.adapter.alpha` is "high"; expected a number
+      `tune.adapter.rank` is -4; expected 1 or more
+      `tune.adapter.targest` is not a known field; known are rank, alpha, dropout, rslora, rank_pattern, alpha_pattern
+      `tune.batch_token` is not a known field; did you mean "batch_tokens"?
+      `tune.optimizer.method` is "adamv", which no method of point optimizer is called; known are adamw; did you mean "adamw"?
+      `tune.steps` is "ten"; expected nothing or a whole number
+    "#);
+    insta::assert_snapshot!(validate(&JOB.replace("lora", "lroa"), &[]).all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml has 1 fault
+      `tune.adapter.method` is "lroa", which no method of point adapter is called; known are full, lora; did you mean "lora"?
+    "#);
+    insta::assert_snapshot!(validate(&JOB.replace("method: lora", "method: adamw"), &["--json"]).all(), @r#"
+    exit status 2
+    --- stdout
+    {
+      "file": "job.yaml",
+      "valid": false,
+      "message": "job.yaml has 1 fault",
+      "faults": [
+        {
+          "path": "tune.adapter.method",
+          "message": "is \"adamw\", which is a method of point optimizer; expected one of point adapter"
+        }
+      ]
+    }
+    --- stderr
+    "#);
+    insta::assert_snapshot!(validate(JOB, &["--set", "tune.tokens=100", "--set", "data.max_length=1"]).all(), @r"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml has 1 fault
+      `data.max_length` is 1; expected 2 or more
+    ");
+}
+
+#[test]
+fn sites_are_checked_where_the_base_is_here() {
+    let job = JOB.replace("rank: 8", "rank: 8, targets: [q_proj, v_porj]");
+    insta::assert_snapshot!(validate(&job, &[]).all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml has 1 fault
+      `tune.adapter.targets[1]` "v_porj" matches no site of this llama model of 3 layers; did you mean "v_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
+    "#);
+    let elsewhere = job.replace("./base", "some-base:latest");
+    assert_eq!(validate(&elsewhere, &[]).status, 0);
+}
+
+#[test]
+fn a_path_that_cannot_be_set_and_a_file_that_is_not_there_are_said() {
+    insta::assert_snapshot!(validate(JOB, &["--set", "tune.stack[0].rank=1"]).all(), @r"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: --set has 1 fault
+      `tune.stack[0]` cannot be set: the list has 0 entries
+    ");
+    insta::assert_snapshot!(Place::new().run(&["validate", "none.yaml"]).all(), @r"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: none.yaml: No such file or directory (os error 2)
+    ");
+}
