@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::guard::Guard;
+use crate::pin::{self, Pins};
 
 /// The version of this layout.
 const FORMAT: u32 = 1;
@@ -43,7 +44,7 @@ pub(crate) struct State {
     /// Validation loss by set at each step where it was measured.
     pub(crate) validation: Vec<Measured>,
     /// Content digests of inputs that are read where they lie.
-    pub(crate) pinned: BTreeMap<String, Digest>,
+    pub(crate) pinned: Pins,
 }
 
 /// Validation losses at a step.
@@ -83,8 +84,8 @@ pub(crate) fn save(
     std::fs::write(&path, text).map_err(Error::io(path))
 }
 
-/// Reads the state of a checkpoint that must be of the plan `plan`.
-pub(crate) fn load_state(folder: &Path, plan: Digest) -> Result<State, Error> {
+/// Reads the state of a checkpoint that must be of the plan `plan`, and of inputs that have not changed since.
+pub(crate) fn load_state(folder: &Path, plan: Digest, pinned: &Pins) -> Result<State, Error> {
     let path = folder.join(STATE_FILE);
     let text = std::fs::read(&path).map_err(Error::io(path))?;
     let state: State =
@@ -95,6 +96,7 @@ pub(crate) fn load_state(folder: &Path, plan: Digest) -> Result<State, Error> {
     if state.plan != plan {
         return Err(wrong(folder, format!("is of plan {}; this run follows {plan}", state.plan)));
     }
+    pin::unchanged(&state.pinned, pinned)?;
     Ok(state)
 }
 

@@ -6,7 +6,7 @@
 //! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), `setup` (plan to parts) and
-//! [`component`], [`run`] (the loop), `engine`, [`lanes`], [`steps`], `guard`, `checkpoint`, `evaluate`, `output`.
+//! [`component`], [`run`] (the loop), `engine`, [`lanes`], [`steps`], `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -35,6 +35,7 @@ mod engine;
 mod evaluate;
 mod guard;
 mod output;
+mod pin;
 mod setup;
 pub mod steps;
 

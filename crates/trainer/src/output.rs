@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::checkpoint::{Measured, State};
 use crate::engine::params;
 use crate::error::Error;
+use crate::pin;
 use crate::protocol::{OutputKind, OutputRole, Request};
 use crate::setup::Prepared;
 
@@ -63,7 +64,7 @@ pub(crate) fn write(
         let base_name = match &request.plan.base {
             Input::Artifact(digest) => digest.to_string(),
             // A path means nothing elsewhere, so the base is named by its content.
-            Input::Path(_) | Input::Url(_) => content(&prepared.base_folder)?,
+            Input::Path(_) | Input::Url(_) => pin::content(&prepared.base_folder)?.to_string(),
         };
         let card = card(request, prepared, &base_name, state);
         let architecture = prepared.shared.model.base().architecture();
@@ -96,23 +97,6 @@ pub(crate) fn write(
     std::fs::write(&path, text).map_err(Error::io(path))?;
     outputs.push(Output { role: OutputRole::Report, kind: OutputKind::Report, folder });
     Ok(outputs)
-}
-
-/// The digest of a base's weights and configuration, for a base that is no artifact.
-fn content(folder: &Path) -> Result<String, Error> {
-    let mut names: Vec<PathBuf> = std::fs::read_dir(folder)
-        .map_err(Error::io(folder))?
-        .map(|entry| entry.map(|entry| entry.path()).map_err(Error::io(folder)))
-        .collect::<Result<_, _>>()?;
-    names.retain(|path| path.is_file());
-    names.sort();
-    let mut hasher = blake3::Hasher::new();
-    for path in names {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        hasher.update(name.as_bytes());
-        hasher.update(&std::fs::read(&path).map_err(Error::io(&path))?);
-    }
-    Ok(attune_spec::id::Digest::from_bytes(*hasher.finalize().as_bytes()).to_string())
 }
 
 fn card(request: &Request, prepared: &Prepared, base_name: &str, state: &State) -> String {

@@ -47,7 +47,7 @@ pub enum End {
 pub fn run(request: &Request, control: &dyn Control) -> Result<End, Error> {
     let prepared = setup::prepare(request, control)?;
     let resumed = match &request.resume {
-        Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest)?),
+        Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest, &prepared.pinned)?),
         None => None,
     };
     check_ranks(request)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use attune_architecture::Architecture;
-use attune_artifacts::{canonical, hash};
+use attune_artifacts::canonical;
 use attune_data::loader::{Domain, in_order};
 use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
 use attune_models::{Base, Model, Stack};
@@ -23,6 +23,7 @@ use crate::component::Component;
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
+use crate::pin::{self, Pins};
 use crate::protocol::{Event, Phase, Request};
 use crate::steps::STEP_RULES;
 
@@ -38,7 +39,7 @@ pub(crate) struct Prepared {
     /// What reading each file found, by domain or validation set.
     pub(crate) reports: BTreeMap<String, attune_data::dataset::Report>,
     /// Content digests of inputs that are read where they lie.
-    pub(crate) pinned: BTreeMap<String, Digest>,
+    pub(crate) pinned: Pins,
     pub(crate) plan_digest: Digest,
 }
 
@@ -50,7 +51,7 @@ pub(crate) fn plan_digest(plan: &Plan) -> Digest {
 /// Reads everything that the plan names.
 pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepared, Error> {
     let plan = &request.plan;
-    let mut pinned = BTreeMap::new();
+    let mut pinned = Pins::new();
     control.emit(Event::Starting { phase: Phase::Base });
     let base_folder = folder(request, &plan.base, &mut pinned)?;
     let base = if plan.from_scratch {
@@ -187,7 +188,7 @@ fn component(
     base: &Base,
     path: &FieldPath,
     cx: &BuildCx<'_>,
-    pinned: &mut BTreeMap<String, Digest>,
+    pinned: &mut Pins,
 ) -> Result<Component, Error> {
     match (&planned.from, &planned.method) {
         (Some(from), _) => Component::read(&folder(request, from, pinned)?, base, path, cx),
@@ -197,7 +198,7 @@ fn component(
 }
 
 /// Where an input lies.
-fn folder(request: &Request, input: &Input, pinned: &mut BTreeMap<String, Digest>) -> Result<PathBuf, Error> {
+fn folder(request: &Request, input: &Input, pinned: &mut Pins) -> Result<PathBuf, Error> {
     match input {
         Input::Artifact(digest) => {
             let missing = || Error::Input { input: digest.to_string(), message: "was not handed over".to_owned() };
@@ -205,8 +206,9 @@ fn folder(request: &Request, input: &Input, pinned: &mut BTreeMap<String, Digest
         }
         Input::Path(path) => {
             let path = PathBuf::from(path);
-            if path.is_file() {
-                pin(&path, path.display().to_string(), pinned)?;
+            // What is missing is told by whoever reads it.
+            if path.is_file() || path.is_dir() {
+                pinned.insert(path.display().to_string(), pin::content(&path)?);
             }
             Ok(path)
         }
@@ -217,12 +219,6 @@ fn folder(request: &Request, input: &Input, pinned: &mut BTreeMap<String, Digest
     }
 }
 
-fn pin(path: &Path, name: String, pinned: &mut BTreeMap<String, Digest>) -> Result<(), Error> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    pinned.insert(name, hash::bytes(&bytes));
-    Ok(())
-}
-
 /// Reads a data set.
 fn read(
     request: &Request,
@@ -230,7 +226,7 @@ fn read(
     form: Option<Form>,
     rows: Option<u64>,
     encoder: &Encoder,
-    pinned: &mut BTreeMap<String, Digest>,
+    pinned: &mut Pins,
 ) -> Result<Dataset, Error> {
     let source = match input {
         Input::Url(url) => Source::parse(url)?,

@@ -132,6 +132,18 @@ fn a_checkpoint_that_is_not_whole_or_not_of_this_plan_is_refused() {
 }
 
 #[test]
+fn a_run_does_not_go_on_with_data_that_has_changed() {
+    let small = Small::new();
+    let (request, work) = small.request(small.plan(&[]), 1, None);
+    run(&request, &Outside::stopping_after(2)).unwrap();
+    let data = std::fs::read_to_string(small.path("sums.jsonl")).unwrap();
+    std::fs::write(small.path("sums.jsonl"), data.replace("0 and 1", "0 or 1")).unwrap();
+    let (class, message) = fail(&small, &[], Some(&work.path().join("checkpoint-2")));
+    assert_eq!(class, FailureClass::Input);
+    assert!(message.starts_with("input sums.jsonl: has changed since the checkpoint was written"), "{message}");
+}
+
+#[test]
 fn ranks_that_do_not_divide_the_shards_are_refused() {
     let small = Small::new();
     let (request, _work) = small.request(small.plan(&[]), 3, None);
