@@ -25,11 +25,12 @@ pub struct Config {
 pub struct Timings {
     /// How long a lease lasts without a heartbeat.
     pub lease_ttl: Duration,
-    /// How often workers are asked to send one; well below the lease.
+    /// How often workers are asked to send one; a third of the lease where this is longer.
     pub heartbeat_interval: Duration,
-    /// How long a worker lets an attempt write its checkpoint before it kills it.
+    /// How long a worker lets an attempt write its checkpoint before it kills it; two thirds of `stop_limit` where this is
+    /// longer.
     pub stop_grace: Duration,
-    /// After how long a job that was asked to stop counts as stopped; longer than `stop_grace`.
+    /// After how long a job that was asked to stop counts as stopped.
     pub stop_limit: Duration,
     /// The longest wait after the first failed attempt; doubles with each further one.
     pub backoff_base: Duration,

@@ -227,10 +227,13 @@ impl Desk {
 
     async fn write(&self, writes: &[Write]) -> Result<(), Status> {
         let applied = self.store.apply(writes).await.map_err(status::store)?;
-        for event in applied.events {
-            if let Some(job) = event.event.job {
-                self.hub.wake(&JobKey::new(event.event.project, job));
-            }
+        let told = applied.events.into_iter().filter_map(|event| Some((event.event.project, event.event.job?)));
+        let measured = writes.iter().filter_map(|write| match write {
+            Write::Metrics { project, job, .. } => Some((project.clone(), job.clone())),
+            _ => None,
+        });
+        for (project, job) in told.chain(measured) {
+            self.hub.wake(&JobKey::new(project, job));
         }
         Ok(())
     }
@@ -251,13 +254,8 @@ impl Desk {
         if transaction.is_empty() {
             return Ok(Ok(None));
         }
-        fail::fail_point!("scheduler::before_transaction");
         let Transaction { new_job, writes, jobs, to_prune, ended } = transaction;
-        let stored = match new_job {
-            Some(job) => self.store.create_job(&job, &writes, request).await.map(|created| Some(created.job)),
-            None => self.store.apply(&writes).await.map(|_| None),
-        };
-        fail::fail_point!("scheduler::after_transaction");
+        let stored = store(&self.store, new_job, &writes, request).await;
         match stored {
             Ok(job) => {
                 for key in &jobs {
@@ -323,6 +321,22 @@ impl Desk {
             }
         }
     }
+}
+
+/// Stores what a step changes.
+async fn store(
+    store: &Store,
+    new_job: Option<Box<attune_store::job::NewJob>>,
+    writes: &[Write],
+    request: Option<&attune_store::job::Request>,
+) -> attune_store::Result<Option<attune_store::job::Job>> {
+    fail::fail_point!("scheduler::before_transaction", |what| Err(crate::planted::failure(what.as_deref())));
+    let job = match new_job {
+        Some(job) => Some(store.create_job(&job, writes, request).await?.job),
+        None => store.apply(writes).await.map(|_| None)?,
+    };
+    fail::fail_point!("scheduler::after_transaction", |what| Err(crate::planted::failure(what.as_deref())));
+    Ok(job)
 }
 
 fn stepped(done: Result<(Answer, Vec<Action>), Status>) -> (Result<Reply, Status>, Vec<Action>) {

@@ -35,6 +35,9 @@ mod sweep;
 mod status;
 mod view;
 
+#[cfg(feature = "failpoints")]
+mod planted;
+
 mod services;
 
 mod server;

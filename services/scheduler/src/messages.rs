@@ -32,7 +32,7 @@ impl Writer {
             Action::Stop { attempt, stop, .. } => Message::StopAttempt(v1::StopAttempt {
                 attempt: Some(attempt_ref(attempt)),
                 purpose: purpose(*stop) as i32,
-                grace: Some(duration(self.timings.stop_grace)),
+                grace: Some(duration(self.timings.stop_grace.min(self.timings.stop_limit * 2 / 3))),
             }),
             Action::Drop { attempt, .. } => {
                 Message::DropAttempt(v1::DropAttempt { attempt: Some(attempt_ref(attempt)) })
@@ -42,7 +42,7 @@ impl Writer {
             }
             Action::Welcome { keep, ttl, .. } => Message::Registered(v1::Registered {
                 lease_ttl: Some(duration(*ttl)),
-                heartbeat_interval: Some(duration(self.timings.heartbeat_interval)),
+                heartbeat_interval: Some(duration(self.timings.heartbeat_interval.min(*ttl / 3))),
                 cohort_ids: ids(keep),
             }),
             Action::Renewed { beat, cohorts, .. } => {

@@ -97,6 +97,9 @@ impl BlobStore {
         if self.has(project, blob).await? {
             return Ok(Put::Present);
         }
+        fail::fail_point!("artifacts::disk_full", |_| {
+            Err(Error::Full { place: self.place().into(), source: "fail point".into() })
+        });
         let key = blob_key(project, &blob.digest);
         let objects = self.inner.objects.as_ref();
         let incoming = Incoming::new(blob, body);

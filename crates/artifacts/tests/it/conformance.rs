@@ -221,6 +221,8 @@ async fn missing_names_each_blob_once_in_order(on: &Backend) {
     let asked: Vec<_> = blobs.iter().rev().chain(&blobs).copied().collect();
     let expected: Vec<_> = (0..40).rev().filter(|i| i % 3 != 0).map(|i| blobs[i]).collect();
     assert_eq!(store.missing(project, &asked).await.unwrap(), expected);
+    let digests = |blobs: &[attune_artifacts::BlobRef]| blobs.iter().map(|blob| blob.digest).collect::<Vec<_>>();
+    assert_eq!(store.missing_digests(project, &digests(&asked)).await.unwrap(), digests(&expected));
 }
 
 fn manifest_of(files: &[(&str, attune_artifacts::BlobRef)]) -> Manifest {

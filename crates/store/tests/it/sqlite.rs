@@ -40,6 +40,7 @@ suite!(
     an_artifact_becomes_visible_with_lineage_tags_and_events,
     tags_move_and_leave_a_trail,
     deletion_spares_what_is_needed,
+    old_checkpoints_go_unless_somebody_needs_them,
     lineage_is_followed_both_ways,
     artifacts_are_paged_and_filtered,
     page_tokens_are_checked,

@@ -588,6 +588,39 @@ pub(crate) async fn deletion_spares_what_is_needed(store: Arc<Store>) {
     assert_eq!(last.orphans, [digest(103), digest(200)]);
 }
 
+pub(crate) async fn old_checkpoints_go_unless_somebody_needs_them(store: Arc<Store>) {
+    store.create_job(&new_job("j-1"), &[], None).await.unwrap();
+    store.create_job(&new_job("j-2"), &[], None).await.unwrap();
+    start(&store, "j-1", 1).await;
+    start(&store, "j-2", 1).await;
+    // 1 is plain, 2 is tagged, 3 was made by another job too, 4 is an input, 5 was made by another job only.
+    for n in 1..=4 {
+        store.commit_artifact(made_by(artifact(n, &[]), "j-1", 1)).await.unwrap();
+    }
+    let write = Write::Tag {
+        project: project(),
+        tag: tag("keep"),
+        digest: digest(2),
+        expected: None,
+        job: None,
+        now: UtcMs(1),
+    };
+    store.apply(&[write]).await.unwrap();
+    for n in [3, 5] {
+        store.commit_artifact(made_by(artifact(n, &[]), "j-2", 1)).await.unwrap();
+    }
+    let user = NewJob { inputs: vec![input("continue_from", 4)], ..new_job("j-3") };
+    store.create_job(&user, &[], None).await.unwrap();
+    let before = store.last_event(&project()).await.unwrap();
+    let old: Vec<Digest> = [1, 2, 3, 4, 5, 99].into_iter().map(digest).collect();
+    let pruned = store.prune_checkpoints(&project(), &id("j-1"), &old, UtcMs(1)).await.unwrap();
+    assert_eq!((pruned.artifacts, pruned.orphans.clone()), (vec![digest(1)], vec![digest(101)]));
+    let seen = store.events(&project(), Some(&id("j-1")), before, 10).await.unwrap();
+    assert_eq!(seen.iter().map(|event| event.event.kind.as_str()).collect::<Vec<_>>(), ["artifact.deleted"]);
+    let asked = [digest(101), digest(102), digest(200), digest(77)];
+    assert_eq!(store.unreferenced(&project(), &asked).await.unwrap(), [digest(101), digest(77)]);
+}
+
 pub(crate) async fn lineage_is_followed_both_ways(store: Arc<Store>) {
     // 1 and 2 make 3; 3 makes 4; 4 and 1 make 5.
     for (n, causes) in [(1, &[][..]), (2, &[]), (3, &[1, 2]), (4, &[3]), (5, &[1, 4])] {

@@ -75,7 +75,9 @@ pub(crate) async fn push(
             .put_manifest(&project, manifest)
             .await
             .map_err(|error| status::artifacts(error, "header.manifest"))?;
-        fail::fail_point!("scheduler::before_artifact_row", |_| Err(Class::Unavailable.status("fail point")));
+        fail::fail_point!("scheduler::before_artifact_row", |what| Err(status::store(crate::planted::failure(
+            what.as_deref()
+        ))));
         commit(context, header).await?;
     }
     let artifact = whole(context, &project, digest).await?;

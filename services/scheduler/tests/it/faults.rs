@@ -1,0 +1,95 @@
+//! A database that cannot be written, at the worst moments (`--features failpoints`).
+
+use attune_proto::error::Class;
+use attune_proto::v1::{self, JobState};
+
+use crate::fixtures::{create, events, get, inputs, job, states, until};
+use crate::server::Server;
+use crate::worker::{Worker, attempt, register, running};
+
+#[tokio::test]
+async fn what_is_not_stored_did_not_happen() {
+    let scenario = fail::FailScenario::setup();
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    fail::cfg("scheduler::before_transaction", "1*return").unwrap();
+    let refused = create(&client, "r1", &job()).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::Unavailable);
+    let list = client.jobs().list_jobs(v1::ListJobsRequest::default()).await.unwrap().into_inner();
+    assert!(list.jobs.is_empty());
+    let made = create(&client, "r1", &job()).await.unwrap();
+    assert_eq!(get(&client, &made.job_id).await.unwrap().state(), JobState::Queued);
+    scenario.teardown();
+}
+
+#[tokio::test]
+async fn what_is_stored_happened_also_when_nobody_was_told() {
+    let scenario = fail::FailScenario::setup();
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    fail::cfg("scheduler::after_transaction", "1*return").unwrap();
+    let refused = create(&client, "r1", &job()).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::Unavailable);
+    // The caller asks again, as it may, and there is one job.
+    let made = create(&client, "r1", &job()).await.unwrap();
+    let list = client.jobs().list_jobs(v1::ListJobsRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.jobs.iter().map(|job| &job.job_id).collect::<Vec<_>>(), [&made.job_id]);
+
+    // A grant that was stored while the answer was lost: the worker comes back, and the job is its own.
+    fail::cfg("scheduler::after_transaction", "1*return").unwrap();
+    let worker = Worker::open(&client, register("w-1")).await;
+    let granted = until(&client, &made.job_id, JobState::Starting).await;
+    assert_eq!(granted.epoch, 1);
+    drop(worker);
+    // It never heard of the cohort, so the attempt is given up and granted anew.
+    let mut worker = Worker::connect(&client, "w-1").await;
+    let offer = worker.offer().await;
+    assert_eq!(attempt(&offer).epoch, 2);
+    worker.begin(&attempt(&offer)).await;
+    worker.succeed(&offer).await;
+    let seen = events(&client, &made.job_id, 0, usize::MAX).await;
+    assert_eq!(states(&seen).last(), Some(&JobState::Succeeded));
+    scenario.teardown();
+}
+
+#[tokio::test]
+async fn a_running_job_survives_a_scheduler_that_starts_anew_within() {
+    let scenario = fail::FailScenario::setup();
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let mut worker = Worker::connect(&client, "w-1").await;
+    let made = create(&client, "r1", &job()).await.unwrap();
+    let offer = worker.offer().await;
+    worker.begin(&attempt(&offer)).await;
+    // Its checkpoint cannot be committed now: it is not visible, and the worker is asked to register again.
+    fail::cfg("scheduler::before_transaction", "1*return").unwrap();
+    let refused = worker.checkpoint(&attempt(&offer), 3).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::Unavailable);
+    assert_eq!(get(&client, &made.job_id).await.unwrap().checkpoint, "");
+    let with = v1::Register { running: vec![running(&offer)], ..register("w-1") };
+    let (again, registered) = Worker::connect_with(&client, with).await;
+    let mut worker = again.go_on(&worker);
+    assert_eq!(registered.cohort_ids, [offer.cohort_id]);
+    let digest = worker.checkpoint(&attempt(&offer), 3).await.unwrap();
+    assert_eq!(get(&client, &made.job_id).await.unwrap().checkpoint, digest);
+    worker.succeed(&offer).await;
+    assert_eq!(get(&client, &made.job_id).await.unwrap().state(), JobState::Succeeded);
+    scenario.teardown();
+}
+
+#[tokio::test]
+async fn bytes_without_a_row_are_not_seen() {
+    let scenario = fail::FailScenario::setup();
+    let server = Server::start();
+    let client = server.client().await;
+    fail::cfg("scheduler::before_artifact_row", "1*return").unwrap();
+    let made = crate::fixtures::bundle(attune_artifacts::Kind::Report, &[("a", b"1")], Default::default());
+    crate::fixtures::push(&client, &made, None, &["t"]).await.unwrap_err();
+    let list = client.artifacts().list_artifacts(v1::ListArtifactsRequest::default()).await.unwrap().into_inner();
+    assert!(list.artifacts.is_empty());
+    assert!(crate::fixtures::push(&client, &made, None, &["t"]).await.unwrap().created);
+    scenario.teardown();
+}

@@ -1,0 +1,151 @@
+//! Jobs as people make and find them.
+
+use attune_proto::error::{Class, faults};
+use attune_proto::v1::{self, JobState};
+use serde_json::json;
+
+use crate::fixtures::{create, create_message, get, inputs, job, message};
+use crate::server::Server;
+
+#[tokio::test]
+async fn a_job_is_made_once_per_request_and_found_again() {
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let made = create(&client, "r1", &job()).await.unwrap();
+    assert_eq!((made.state(), made.epoch, made.sequence > 0), (JobState::Queued, 0, true));
+    assert_eq!(made.resource_name, format!("projects/default/jobs/{}", made.job_id));
+    assert!(made.spec.as_ref().unwrap().base.starts_with("blake3:"), "{:?}", made.spec);
+    assert_eq!(create(&client, "r1", &job()).await.unwrap().job_id, made.job_id);
+
+    let mut other = job();
+    other["tune"]["steps"] = json!(11);
+    let reused = create(&client, "r1", &other).await.unwrap_err();
+    assert_eq!(Class::of(&reused), Class::RequestIdReused);
+    let second = create(&client, "r2", &other).await.unwrap();
+    assert!(second.job_id > made.job_id);
+
+    let found = get(&client, &made.job_id).await.unwrap();
+    assert_eq!((found.job_id, found.spec), (made.job_id.clone(), made.spec));
+    assert!(found.message.contains("no worker is connected"), "{}", found.message);
+
+    let list = async |request: v1::ListJobsRequest| client.jobs().list_jobs(request).await.unwrap().into_inner();
+    let first = list(v1::ListJobsRequest { page_size: 1, ..Default::default() }).await;
+    assert_eq!(first.jobs[0].job_id, second.job_id);
+    let next = v1::ListJobsRequest { page_size: 1, page_token: first.next_page_token, ..Default::default() };
+    let next = list(next).await;
+    assert_eq!((next.jobs[0].job_id.as_str(), next.next_page_token.as_str()), (made.job_id.as_str(), ""));
+    let running = list(v1::ListJobsRequest { states: vec![JobState::Running as i32], ..Default::default() }).await;
+    assert!(running.jobs.is_empty());
+    let too_many = v1::ListJobsRequest { page_size: 1001, ..Default::default() };
+    assert_eq!(Class::of(&client.jobs().list_jobs(too_many).await.unwrap_err()), Class::Invalid);
+}
+
+#[tokio::test]
+async fn every_fault_of_a_job_comes_at_once() {
+    let server = Server::start();
+    let client = server.client().await;
+    // What can be seen in the specification alone.
+    let mut spec = message(&job());
+    spec.tune.as_mut().unwrap().batch_tokens = Some(1);
+    spec.tune.as_mut().unwrap().adapter.as_mut().unwrap().method = Some("lorra".to_owned());
+    spec.limits.as_mut().unwrap().max_attempts = Some(0);
+    let status = create_message(&client, "r1", spec).await.unwrap_err();
+    let paths: Vec<String> = faults(&status).iter().map(|fault| fault.path.as_str().to_owned()).collect();
+    for path in ["limits.max_attempts", "tune.adapter.method", "tune.batch_tokens"] {
+        assert!(paths.iter().any(|found| found == path), "{path} is not among {paths:?}");
+    }
+    // What can be seen in what it refers to.
+    let mut spec = job();
+    spec["after"] = json!(["j-none"]);
+    spec["data"]["validation"] = json!([{"name": "v", "source": "/etc/passwd"}]);
+    let status = create(&client, "r1", &spec).await.unwrap_err();
+    let texts: Vec<String> = faults(&status).iter().map(ToString::to_string).collect();
+    assert_eq!(texts.len(), 4, "{texts:?}");
+    for part in ["`after[0]`", "`base` is \"base:latest\"", "`data.domains[0].source`", "--data-root"] {
+        assert!(texts.iter().any(|text| text.contains(part)), "{part} is not in {texts:?}");
+    }
+    // What can be seen in the base.
+    inputs(&client).await;
+    let mut spec = job();
+    spec["tune"]["adapter"]["targets"] = json!(["q_prj", "v_proj"]);
+    let status = create(&client, "r1", &spec).await.unwrap_err();
+    let found = faults(&status);
+    assert_eq!(found[0].path.as_str(), "tune.adapter.targets[0]");
+    assert!(found[0].message.contains("did you mean \"q_proj\""), "{found:?}");
+    // What is there, but of another kind.
+    let mut spec = job();
+    spec["base"] = json!("rows");
+    let status = create(&client, "r1", &spec).await.unwrap_err();
+    assert!(status.message().contains("of kind dataset; expected a model"), "{status:?}");
+    // None of these made a job.
+    let jobs = client.jobs().list_jobs(v1::ListJobsRequest::default()).await.unwrap().into_inner().jobs;
+    assert!(jobs.is_empty());
+    assert_eq!(Class::of(&create(&client, "", &job()).await.unwrap_err()), Class::Invalid);
+}
+
+#[tokio::test]
+async fn unknown_jobs_are_not_found_by_any_call() {
+    let server = Server::start();
+    let client = server.client().await;
+    let (project, job_id) = (String::new(), "j-none".to_owned());
+    let mut jobs = client.jobs();
+    let mut classes = vec![Class::of(&get(&client, "j-none").await.unwrap_err())];
+    let cancel = v1::CancelJobRequest { project: project.clone(), job_id: job_id.clone() };
+    classes.push(Class::of(&jobs.cancel_job(cancel).await.unwrap_err()));
+    let pause = v1::PauseJobRequest { project: project.clone(), job_id: job_id.clone() };
+    classes.push(Class::of(&jobs.pause_job(pause).await.unwrap_err()));
+    let resume = v1::ResumeJobRequest { project: project.clone(), job_id: job_id.clone() };
+    classes.push(Class::of(&jobs.resume_job(resume).await.unwrap_err()));
+    let retry = v1::RetryJobRequest { project: project.clone(), job_id: job_id.clone(), request_id: "r".to_owned() };
+    classes.push(Class::of(&jobs.retry_job(retry).await.unwrap_err()));
+    let watch = v1::WatchJobRequest { job_id: job_id.clone(), ..Default::default() };
+    classes.push(Class::of(&jobs.watch_job(watch).await.unwrap_err()));
+    let metrics = v1::ListMetricsRequest { job_id: job_id.clone(), ..Default::default() };
+    classes.push(Class::of(&jobs.list_metrics(metrics).await.unwrap_err()));
+    let stream = v1::StreamMetricsRequest { job_id: job_id.clone(), ..Default::default() };
+    classes.push(Class::of(&jobs.stream_metrics(stream).await.unwrap_err()));
+    assert_eq!(classes, [Class::NotFound; 8]);
+    // A name that cannot be one is a fault of the request.
+    assert_eq!(Class::of(&get(&client, "No Such/Job").await.unwrap_err()), Class::Invalid);
+}
+
+#[tokio::test]
+async fn checking_a_job_tells_what_it_costs_and_makes_nothing() {
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let request = v1::CreateJobRequest { spec: Some(message(&job())), validate_only: true, ..Default::default() };
+    let answer = client.jobs().create_job(request).await.unwrap().into_inner();
+    assert!(answer.job.is_none());
+    let forecast = answer.forecast.unwrap();
+    // Per layer: q, k, v, o are 8x8, gate and up 16x8, down 8x16; rank 2 takes 2 (i + o) parameters at each.
+    let per_layer = 2 * (4 * (8 + 8) + 3 * (8 + 16));
+    assert_eq!(forecast.trainable_parameters, 2 * per_layer);
+    // Embedding, per layer the linears and two norms, the last norm; the head is the embedding.
+    assert_eq!(forecast.total_parameters, 32 * 8 + 2 * (4 * 64 + 3 * 128 + 2 * 8) + 8);
+    assert_eq!((forecast.steps, forecast.tokens), (10, 320));
+    assert!(forecast.memory_bytes > forecast.total_parameters * 4 && forecast.flops > 0.0);
+    let jobs = client.jobs().list_jobs(v1::ListJobsRequest::default()).await.unwrap().into_inner().jobs;
+    assert!(jobs.is_empty());
+}
+
+#[tokio::test]
+async fn paths_are_read_under_the_data_root_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    std::fs::create_dir(&base).unwrap();
+    std::fs::write(base.join("config.json"), crate::fixtures::model_config().to_string()).unwrap();
+    std::fs::write(folder.path().join("rows.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+    let root = folder.path().to_owned();
+    let server = Server::start_with(|config| config.data_root = Some(root));
+    let client = server.client().await;
+    let mut spec = job();
+    spec["base"] = json!(base.display().to_string());
+    spec["data"]["domains"][0]["source"] = json!(folder.path().join("rows.jsonl").display().to_string());
+    let made = create(&client, "r1", &spec).await.unwrap();
+    assert!(made.spec.unwrap().base.starts_with("file:///"));
+    spec["data"]["domains"][0]["source"] = json!(folder.path().join("../../etc/passwd").display().to_string());
+    let status = create(&client, "r2", &spec).await.unwrap_err();
+    assert!(status.message().contains("data.domains[0].source"), "{status:?}");
+}

@@ -1,0 +1,15 @@
+//! The scheduler from outside: a real server on a real port, a real client, and a worker that does what it is told.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod artifacts;
+mod contract;
+#[cfg(feature = "failpoints")]
+mod faults;
+mod fixtures;
+mod fleet;
+mod jobs;
+mod life;
+mod restart;
+mod server;
+mod worker;

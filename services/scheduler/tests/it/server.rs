@@ -1,0 +1,129 @@
+//! A server that a test may stop in good order, or kill.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use attune_proto::Client;
+use attune_proto::client::Options;
+use attune_proto::v1::ListMethodsRequest;
+use attune_scheduler::{Config, Error, serve};
+use tokio::sync::oneshot;
+
+/// Longest time for anything that a test waits for.
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+
+/// A running server with everything that it keeps.
+pub(crate) struct Server {
+    pub(crate) folder: Arc<tempfile::TempDir>,
+    address: SocketAddr,
+    config: Config,
+    stop: Option<oneshot::Sender<()>>,
+    ended: Option<oneshot::Receiver<Result<(), Error>>>,
+    // A runtime of its own, so that killing it leaves nothing of it behind.
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+/// A configuration for impatient tests.
+pub(crate) fn config(folder: &tempfile::TempDir) -> Config {
+    let mut config = Config::in_folder(folder.path());
+    config.timings.lease_ttl = Duration::from_millis(1500);
+    config.timings.heartbeat_interval = Duration::from_millis(300);
+    config.timings.stop_limit = Duration::from_secs(5);
+    config.timings.backoff_base = Duration::from_millis(100);
+    config.timings.backoff_cap = Duration::from_millis(200);
+    config.timings.shutdown_grace = Duration::from_secs(2);
+    config
+}
+
+impl Server {
+    /// A server in a new folder.
+    pub(crate) fn start() -> Self {
+        Self::start_with(|_| {})
+    }
+
+    /// The same, configured.
+    pub(crate) fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let mut config = config(&folder);
+        change(&mut config);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut server = Self { folder, address, config, stop: None, ended: None, runtime: None };
+        server.run(listener);
+        server
+    }
+
+    fn run(&mut self, listener: std::net::TcpListener) {
+        listener.set_nonblocking(true).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (end, ended) = oneshot::channel();
+        let config = self.config.clone();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let shutdown = async {
+                let _ = stopped.await;
+            };
+            let _ = end.send(serve(config, listener, shutdown).await);
+        });
+        (self.stop, self.ended, self.runtime) = (Some(stop), Some(ended), Some(runtime));
+    }
+
+    /// Where it listens.
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// A client that waits until the server is there.
+    pub(crate) async fn client(&self) -> Client {
+        for _ in 0..200 {
+            // The port takes connections before anybody answers on it.
+            if let Ok(client) = Client::connect(&self.url(), Options::default()).await
+                && client.methods().list_methods(ListMethodsRequest::default()).await.is_ok()
+            {
+                return client;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("no server came up at {}", self.url());
+    }
+
+    /// Asks it to end, and says how it did.
+    pub(crate) async fn stop(&mut self) -> Result<(), Error> {
+        let _ = self.stop.take().unwrap().send(());
+        let ended = tokio::time::timeout(LIMIT, self.ended.take().unwrap()).await.expect("the server ends").unwrap();
+        self.runtime.take().unwrap().shutdown_background();
+        ended
+    }
+
+    /// Ends it between two instructions, as far as a process can do that to itself.
+    pub(crate) fn kill(&mut self) {
+        self.runtime.take().unwrap().shutdown_background();
+    }
+
+    /// Starts it again on the same port over what it left behind.
+    pub(crate) async fn restart(&mut self) {
+        for _ in 0..200 {
+            if let Ok(listener) = std::net::TcpListener::bind(self.address) {
+                self.run(listener);
+                // A killed server may hold its database for a moment longer.
+                let ended = self.ended.as_mut().unwrap();
+                if tokio::time::timeout(Duration::from_millis(300), ended).await.is_err() {
+                    return;
+                }
+                self.runtime.take().unwrap().shutdown_background();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("the server does not start again");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
