@@ -27,22 +27,7 @@ use attune_trainer::run::{End, run};
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
-const JOB: &str = "
-version: 1
-name: reference
-base: ./base
-data:
-  domains: [{name: train, source: ./train}]
-  validation: [{name: validation, source: ./validation}]
-  max_length: 256
-tune:
-  adapter: {method: lora, rank: 16, alpha: 32}
-  optimizer: {method: adamw, lr: 0.002}
-  schedule: {method: cosine}
-  batch_tokens: 1024
-  logical_shards: 2
-  steps: 200
-";
+const JOB: &str = include_str!("reference.yaml");
 
 type Failure = Box<dyn std::error::Error>;
 

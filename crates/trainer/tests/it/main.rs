@@ -7,4 +7,5 @@ mod bits;
 mod faults;
 mod outputs;
 mod peft_steps;
+mod reference;
 mod support;
