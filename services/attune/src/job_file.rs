@@ -81,6 +81,11 @@ fn text(file: &str) -> Result<String, Failure> {
 }
 
 impl JobFile {
+    /// The folder that relative paths start from.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where a reference lies on this machine, if it names a file or folder: relative paths start from the job file.
     pub(crate) fn local(&self, reference: &Reference) -> Option<PathBuf> {
         match reference {

@@ -7,7 +7,10 @@ mod command;
 mod demo;
 mod job_file;
 mod print;
+mod remote;
 mod speaker;
+mod stack;
+mod words;
 
 use std::process::ExitCode;
 
@@ -20,6 +23,8 @@ use print::Out;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    #[cfg(feature = "failpoints")]
+    let _scenario = fail::FailScenario::setup();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

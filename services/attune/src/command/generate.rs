@@ -1,13 +1,12 @@
 //! `attune generate`: lets a model answer.
 
-use std::path::{Path, PathBuf};
-
 use attune_data::Message;
 use attune_models::Sampling;
-use attune_spec::job::{Precision, Reference};
+use attune_spec::job::Precision;
 use serde_json::json;
 
 use crate::print::{Failure, Out};
+use crate::remote::{Place, Server, block_on, folder};
 use crate::speaker::Speaker;
 
 /// Lets a model answer a prompt, with adapters or without.
@@ -18,12 +17,12 @@ Examples:
   attune generate --base ./base --prompt \"Who are you?\"
   attune generate --base ./base --adapter ./adapter --prompt \"Who are you?\" --temperature 0.7 --seed 1")]
 pub(crate) struct Arguments {
-    /// The base: a model folder.
+    /// The base: a model folder, or the digest or tag of one that the server has.
     #[arg(long, value_name = "REF")]
-    base: String,
-    /// An adapter folder in PEFT's layout; several apply in order, the first innermost.
+    base: Place,
+    /// An adapter in PEFT's layout: a folder, digest or tag; several apply in order, the first innermost.
     #[arg(long = "adapter", value_name = "REF")]
-    adapters: Vec<String>,
+    adapters: Vec<Place>,
     /// What is said to the model.
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -47,9 +46,15 @@ pub(crate) struct Arguments {
     seed: u64,
 }
 
-pub(super) fn run(arguments: &Arguments, out: &mut Out) -> Result<(), Failure> {
-    let base = folder(&arguments.base)?;
-    let adapters = arguments.adapters.iter().map(|adapter| folder(adapter)).collect::<Result<Vec<_>, _>>()?;
+pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
+    let (base, adapters) = block_on(async {
+        let base = folder(&arguments.base, server).await?;
+        let mut adapters = Vec::new();
+        for adapter in &arguments.adapters {
+            adapters.push(folder(adapter, server).await?);
+        }
+        Ok((base, adapters))
+    })?;
     let speaker = Speaker::open(&base, &adapters, Precision::F32)?;
     let sampling = Sampling {
         temperature: arguments.temperature,
@@ -88,16 +93,4 @@ fn temperature(text: &str) -> Result<f64, String> {
 fn top_p(text: &str) -> Result<f64, String> {
     let value = text.parse::<f64>().ok().filter(|value| *value > 0.0 && *value <= 1.0);
     value.ok_or_else(|| "expected more than 0 and at most 1".to_owned())
-}
-
-/// The folder that a reference names: a path as it is, with or without `./` before it.
-fn folder(text: &str) -> Result<PathBuf, Failure> {
-    if Path::new(text).is_dir() {
-        return Ok(PathBuf::from(text));
-    }
-    match text.parse::<Reference>() {
-        Ok(Reference::Path(path)) => Err(Failure::usage(format!("{path}: there is no such folder"))),
-        Ok(reference) => Err(Failure::usage(format!("{reference} is not a folder on this machine"))),
-        Err(error) => Err(Failure::usage(error.to_string())),
-    }
 }

@@ -1,12 +1,16 @@
 //! The commands, one file for each noun.
 
+mod artifacts;
 mod attempt;
 mod completions;
 mod data;
 mod demo;
 mod doctor;
 mod generate;
+mod jobs;
 mod methods;
+mod submit;
+mod up;
 mod validate;
 
 use clap::{Parser, Subcommand};
@@ -35,11 +39,19 @@ pub(crate) struct Global {
     /// Writes JSON: one document, or one per line where a command streams.
     #[arg(long, global = true, help_heading = "Global options")]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) server: crate::remote::Server,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     Demo(demo::Arguments),
+    Up(up::Up),
+    Submit(submit::Arguments),
+    #[command(subcommand)]
+    Jobs(jobs::Command),
+    #[command(subcommand)]
+    Artifacts(artifacts::Command),
     #[command(subcommand)]
     Methods(methods::Command),
     Validate(validate::Arguments),
@@ -47,6 +59,8 @@ enum Command {
     Data(data::Command),
     Generate(generate::Arguments),
     /// Shows versions, processor and memory: what a report of a problem needs.
+    Scheduler(up::Scheduler),
+    Worker(up::Worker),
     Doctor,
     Completions(completions::Arguments),
     /// Trains one attempt for a worker: a request on standard input, events on standard output.
@@ -56,12 +70,19 @@ enum Command {
 
 /// Runs what the command line asks for.
 pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
+    let server = &arguments.global.server;
     match arguments.command {
+        Command::Up(arguments) => up::up(&arguments),
+        Command::Scheduler(arguments) => up::scheduler(&arguments),
+        Command::Worker(arguments) => up::worker(&arguments, &server.server),
+        Command::Submit(arguments) => submit::run(&arguments, server, out),
+        Command::Jobs(command) => jobs::run(&command, server, out),
+        Command::Artifacts(command) => artifacts::run(&command, server, out),
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Methods(command) => methods::run(&command, out),
         Command::Validate(arguments) => validate::run(&arguments, out),
         Command::Data(command) => data::run(&command, out),
-        Command::Generate(arguments) => generate::run(&arguments, out),
+        Command::Generate(arguments) => generate::run(&arguments, server, out),
         Command::Doctor => doctor::run(out),
         Command::Completions(arguments) => completions::run(&arguments, out),
         Command::Attempt => attempt::run(),

@@ -127,6 +127,23 @@ impl From<attune_trainer::Error> for Failure {
     }
 }
 
+impl From<attune_artifacts::Error> for Failure {
+    fn from(error: attune_artifacts::Error) -> Self {
+        match error {
+            attune_artifacts::Error::Refused { what, faults } => Self::invalid(&what, faults),
+            error => {
+                let mut message = error.to_string();
+                let mut at = std::error::Error::source(&error);
+                while let Some(source) = at {
+                    message.push_str(&format!(": {source}"));
+                    at = source.source();
+                }
+                Self::failed(message)
+            }
+        }
+    }
+}
+
 impl From<attune_models::Error> for Failure {
     fn from(error: attune_models::Error) -> Self {
         Self::failed(error.to_string())

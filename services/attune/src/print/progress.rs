@@ -42,6 +42,16 @@ impl Progress {
     }
 }
 
+impl Progress {
+    /// A line that stays, above the bar.
+    pub(crate) fn above(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| super::note(text)),
+            None => super::note(text),
+        }
+    }
+}
+
 impl Drop for Progress {
     // The work is done or has failed: the bar goes away.
     fn drop(&mut self) {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use attune_proto::Class;
 use attune_proto::convert::time;
 use attune_proto::v1::attempt_commit::Commit;
 use attune_proto::v1::attempt_finished::Outcome;
@@ -9,7 +10,6 @@ use attune_proto::v1::attempt_report::Report;
 use attune_proto::v1::connect_request::Message as Said;
 use attune_proto::v1::connect_response::Message as Say;
 use attune_proto::v1::{self, FailureCause};
-use attune_proto::Class;
 
 use crate::support::world;
 

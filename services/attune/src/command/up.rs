@@ -1,0 +1,125 @@
+//! `attune up`, `attune scheduler`, `attune worker`: the services.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use attune_telemetry::{Logging, TaskGroup};
+
+use crate::print::Failure;
+use crate::remote::block_on;
+use crate::stack::{self, SchedulerArguments, Stack};
+
+/// Runs a scheduler and workers on this machine until it is interrupted.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Jobs go on where they were when it is started again with the same folder.
+Example:
+  attune up --data-dir ./attune-data & attune submit job.yaml --watch")]
+pub(crate) struct Up {
+    #[command(flatten)]
+    scheduler: SchedulerArguments,
+    /// Folder of the database, artifacts and workers; made when it is not there.
+    #[arg(long, value_name = "FOLDER", env = "ATTUNE_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// Number of workers.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    workers: u32,
+    /// CPU devices that each worker offers; a job's ranks each take one.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    devices: u32,
+}
+
+/// Runs a scheduler alone until it is interrupted; workers connect to it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  attune scheduler --database ./attune.db --artifacts s3://bucket/attune")]
+pub(crate) struct Scheduler {
+    #[command(flatten)]
+    arguments: SchedulerArguments,
+    /// The SQLite database; made when it is not there.
+    #[arg(long, value_name = "FILE")]
+    database: PathBuf,
+    /// Where artifacts are kept: a folder or s3://bucket/prefix.
+    #[arg(long, value_name = "FOLDER|URL")]
+    artifacts: String,
+}
+
+/// Runs a worker until it is interrupted; its attempts then stop at a checkpoint.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  attune worker --server http://scheduler:7070 --work-dir /var/lib/attune-worker --devices 2")]
+pub(crate) struct Worker {
+    /// Folder of its own: cached inputs, attempts in work, its id.
+    #[arg(long, value_name = "FOLDER")]
+    work_dir: PathBuf,
+    /// What people call it; the host's name if it is left out.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// CPU devices that it offers; a job's ranks each take one.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    devices: u32,
+    /// A label to place by; may be given several times.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// Seconds that attempts have to stop at a checkpoint when the worker is interrupted.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    grace: u64,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE, such as zone=a")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn log() -> Result<(), Failure> {
+    Logging::default().install().map_err(|error| Failure::usage(error.to_string()))
+}
+
+pub(super) fn up(arguments: &Up) -> Result<(), Failure> {
+    log()?;
+    let folder = match &arguments.data_dir {
+        Some(folder) => folder.clone(),
+        None => home()?.join(".attune"),
+    };
+    block_on(async {
+        let stack = Stack::start(&arguments.scheduler, &folder, arguments.workers, arguments.devices).await?;
+        tracing::info!(target: "attune", url = stack.url, data_dir = %folder.display(), workers = arguments.workers, "listening");
+        stack.run_until(stack::asked_to_end()).await
+    })
+}
+
+fn home() -> Result<PathBuf, Failure> {
+    std::env::var_os("HOME")
+        .filter(|home| !home.is_empty())
+        .map(PathBuf::from)
+        .ok_or_else(|| Failure::usage("there is no home folder; name one with --data-dir FOLDER"))
+}
+
+pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
+    log()?;
+    block_on(async {
+        let listener = arguments.arguments.bind().await?;
+        let config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone());
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!(target: "attune", url = format!("http://{address}"), artifacts = config.artifacts, "listening");
+        }
+        let served = attune_scheduler::serve(config, listener, stack::asked_to_end()).await;
+        served.map_err(|error| Failure::failed(error.to_string()))
+    })
+}
+
+pub(super) fn worker(arguments: &Worker, server: &str) -> Result<(), Failure> {
+    log()?;
+    let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
+    let name = arguments.name.clone().unwrap_or_else(host);
+    let mut config = stack::worker(server, &arguments.work_dir, &name, arguments.devices)?;
+    config.labels = arguments.labels.iter().cloned().collect::<BTreeMap<_, _>>();
+    config.grace = Duration::from_secs(arguments.grace);
+    block_on(async {
+        let group = TaskGroup::new();
+        let stop = stack::stop_when_asked(&group);
+        let ended = attune_worker::run(config, stop).await;
+        group.shutdown(Duration::from_secs(1)).await;
+        ended.map_err(|error| Failure::failed(error.to_string()))
+    })
+}

@@ -1,0 +1,189 @@
+//! A scheduler and workers in one process: what `up` and `demo` start.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use attune_scheduler::Timings;
+use attune_telemetry::{Stop, Task, TaskGroup};
+use attune_worker::Program;
+use tokio::net::TcpListener;
+
+use crate::print::Failure;
+
+/// Time for workers to let their attempts stop at a checkpoint when the process is asked to end.
+const WORKER_GRACE: Duration = Duration::from_secs(30);
+/// Time beyond that for workers and scheduler to end.
+const END_TIME: Duration = Duration::from_secs(15);
+
+/// What a scheduler is told on the command line; times only matter to tests of failures.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct SchedulerArguments {
+    /// Where it listens.
+    #[arg(long, value_name = "ADDRESS", default_value = crate::remote::DEFAULT_ADDRESS)]
+    pub(crate) listen: SocketAddr,
+    /// Allows an address that other machines can reach, although nobody is asked who they are.
+    #[arg(long)]
+    pub(crate) allow_unauthenticated_network: bool,
+    /// Folder under which job files may name paths of the server's machine; none may without it.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) data_root: Option<PathBuf>,
+    /// Milliseconds that a lease lasts without a heartbeat.
+    #[arg(long, value_name = "MS", hide = true)]
+    lease_ttl_ms: Option<u64>,
+    /// Milliseconds of the longest wait after a first failed attempt.
+    #[arg(long, value_name = "MS", hide = true)]
+    backoff_ms: Option<u64>,
+}
+
+impl SchedulerArguments {
+    /// Those of a scheduler for this process alone, on a free port.
+    pub(crate) fn private() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            allow_unauthenticated_network: false,
+            data_root: None,
+            lease_ttl_ms: None,
+            backoff_ms: None,
+        }
+    }
+
+    /// The configuration of a scheduler with this database and these artifacts.
+    pub(crate) fn config(&self, database: PathBuf, artifacts: String) -> attune_scheduler::Config {
+        let mut timings = Timings::default();
+        if let Some(ttl) = self.lease_ttl_ms.map(Duration::from_millis) {
+            timings.lease_ttl = ttl;
+            timings.heartbeat_interval = ttl / 4;
+        }
+        if let Some(wait) = self.backoff_ms.map(Duration::from_millis) {
+            timings.backoff_base = wait;
+            timings.backoff_cap = wait * 2;
+        }
+        let limits = attune_scheduler::Limits::default();
+        attune_scheduler::Config { database, artifacts, data_root: self.data_root.clone(), timings, limits }
+    }
+
+    /// Takes the address. Refuses one that others can reach unless that was asked for in so many words.
+    pub(crate) async fn bind(&self) -> Result<TcpListener, Failure> {
+        if !self.listen.ip().is_loopback() && !self.allow_unauthenticated_network {
+            let message = format!(
+                "{} can be reached from other machines, and this server does not ask who calls: anybody could run jobs on it",
+                self.listen
+            );
+            let hint = "listen on 127.0.0.1, or add --allow-unauthenticated-network inside a network that you trust";
+            return Err(Failure::usage(message).with_hint(hint));
+        }
+        TcpListener::bind(self.listen)
+            .await
+            .map_err(|error| Failure::failed(format!("cannot listen on {}: {error}", self.listen)))
+    }
+}
+
+/// This executable as the training process.
+pub(crate) fn program() -> Result<Program, Failure> {
+    let path = std::env::current_exe()
+        .map_err(|error| Failure::failed(format!("this program cannot find its own file: {error}")))?;
+    // Whoever has set it knows better.
+    let (name, value) = attune_trainer::lanes::variable();
+    let variables = if std::env::var_os(name).is_some() { Vec::new() } else { vec![(name.into(), value.into())] };
+    Ok(Program { path, arguments: vec!["attempt".into()], variables })
+}
+
+/// A worker of this machine that keeps its things in `work_dir`.
+pub(crate) fn worker(
+    scheduler: &str,
+    work_dir: &Path,
+    name: &str,
+    devices: u32,
+) -> Result<attune_worker::Config, Failure> {
+    let mut config = attune_worker::Config::new(scheduler, work_dir, program()?);
+    name.clone_into(&mut config.name);
+    config.devices = devices;
+    config.grace = WORKER_GRACE;
+    Ok(config)
+}
+
+/// A running scheduler with its workers.
+pub(crate) struct Stack {
+    /// Where the scheduler answers.
+    pub(crate) url: String,
+    scheduler: TaskGroup,
+    workers: TaskGroup,
+}
+
+impl Stack {
+    /// Starts a scheduler in `folder` and `workers` workers of `devices` devices each.
+    pub(crate) async fn start(
+        arguments: &SchedulerArguments,
+        folder: &Path,
+        workers: u32,
+        devices: u32,
+    ) -> Result<Self, Failure> {
+        std::fs::create_dir_all(folder).map_err(|error| Failure::file(folder, &error))?;
+        let listener = arguments.bind().await?;
+        let address = listener.local_addr().map_err(|error| Failure::failed(error.to_string()))?;
+        let url = format!("http://{address}");
+        let config = arguments.config(folder.join("attune.db"), folder.join("artifacts").display().to_string());
+        let stack = Self { url, scheduler: TaskGroup::new(), workers: TaskGroup::new() };
+        let stop = stack.scheduler.stop();
+        let serving =
+            async move { attune_scheduler::serve(config, listener, async move { stop.requested().await }).await };
+        stack.scheduler.spawn(Task::new("scheduler").shutdown_on_error(), serving);
+        for number in 1..=workers {
+            let name = format!("worker-{number}");
+            let config = worker(&stack.url, &folder.join("workers").join(number.to_string()), &name, devices)?;
+            let stop = stack.workers.stop();
+            stack.workers.spawn(Task::new("worker").shutdown_on_error(), attune_worker::run(config, stop));
+        }
+        Ok(stack)
+    }
+
+    /// Waits until `asked` is done or a part has failed for good, then ends: workers first, so that what they still have to
+    /// say is heard.
+    pub(crate) async fn run_until(self, asked: impl Future<Output = ()>) -> Result<(), Failure> {
+        let (scheduler, workers) = (self.scheduler.stop(), self.workers.stop());
+        tokio::select! {
+            () = asked => {}
+            () = scheduler.requested() => {}
+            () = workers.requested() => {}
+        }
+        self.end().await
+    }
+
+    /// Ends workers, then the scheduler.
+    pub(crate) async fn end(self) -> Result<(), Failure> {
+        let mut failures = self.workers.shutdown(WORKER_GRACE + END_TIME).await;
+        failures.extend(self.scheduler.shutdown(END_TIME).await);
+        match failures.first() {
+            None => Ok(()),
+            Some(failure) => Err(Failure::failed(failure.to_string())),
+        }
+    }
+}
+
+/// Done when the process is asked to end.
+pub(crate) async fn asked_to_end() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        result = tokio::signal::ctrl_c() => {
+            if result.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+/// A signal that is given when the process is asked to end.
+pub(crate) fn stop_when_asked(group: &TaskGroup) -> Stop {
+    let stop = Stop::new();
+    let given = stop.clone();
+    group.spawn(Task::new("signals").abort_on_cancel(), async move {
+        asked_to_end().await;
+        given.request();
+        Ok::<_, std::convert::Infallible>(())
+    });
+    stop
+}

@@ -1,0 +1,216 @@
+//! A scheduler and a worker as processes of their own, and the command line to speak to them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use attune_proto::client::Options;
+use attune_proto::{Client, v1};
+use serde_json::Value;
+use tokio::time::Instant;
+
+/// Longest wait for anything that must happen; far beyond what it takes on a slow machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a lease lasts here.
+const LEASE_MS: &str = "3000";
+
+/// The built program.
+pub(crate) fn attune() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_attune"));
+    command.env_remove("ATTUNE_SERVER").env("NO_COLOR", "1");
+    command
+}
+
+/// A process that is killed when its value goes.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+}
+
+impl Process {
+    fn start(command: &mut Command, log: &Path) -> Self {
+        let log = File::options().create(true).append(true).open(log).unwrap();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        Self { child }
+    }
+
+    /// `kill -9`, and waits for its end.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// The process ids of its children.
+    pub(crate) fn children(&self) -> Vec<i32> {
+        let parent = self.child.id();
+        let entries = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+        let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        ids.filter(|id| {
+            let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+            // After the name in parentheses: state, parent.
+            let mut rest = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+            let (state, of) = (rest.next(), rest.next());
+            state.is_some_and(|state| state != "Z") && of == Some(parent.to_string().as_str())
+        })
+        .collect()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// A scheduler and a worker in a folder.
+pub(crate) struct Cluster {
+    pub(crate) folder: tempfile::TempDir,
+    port: u16,
+    pub(crate) scheduler: Option<Process>,
+    pub(crate) worker: Option<Process>,
+}
+
+impl Cluster {
+    /// Starts both.
+    pub(crate) async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut cluster = Self { folder, port, scheduler: None, worker: None };
+        cluster.start_scheduler(&[]).await;
+        cluster.start_worker(&[]);
+        cluster
+    }
+
+    /// The scheduler's address.
+    pub(crate) fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// A path in the cluster's folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts the scheduler with further variables and waits until it answers.
+    pub(crate) async fn start_scheduler(&mut self, variables: &[(&str, &str)]) {
+        let mut command = attune();
+        command
+            .args(["scheduler", "--listen", &format!("127.0.0.1:{}", self.port)])
+            .arg("--database")
+            .arg(self.path("attune.db"))
+            .arg("--artifacts")
+            .arg(self.path("artifacts"))
+            .args(["--lease-ttl-ms", LEASE_MS, "--backoff-ms", "50"])
+            .envs(variables.iter().copied());
+        self.scheduler = Some(Process::start(&mut command, &self.path("scheduler.log")));
+        let deadline = Instant::now() + PATIENCE;
+        while Client::connect(&self.url(), Options::default()).await.is_err() {
+            assert!(Instant::now() < deadline, "no scheduler: {}", self.logs());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Starts the worker with further variables.
+    pub(crate) fn start_worker(&mut self, variables: &[(&str, &str)]) {
+        let mut command = attune();
+        command
+            .args(["worker", "--server", &self.url(), "--name", "one"])
+            .arg("--work-dir")
+            .arg(self.path("worker"))
+            .envs(variables.iter().copied());
+        self.worker = Some(Process::start(&mut command, &self.path("worker.log")));
+    }
+
+    /// A client of the scheduler.
+    pub(crate) fn client(&self) -> Client {
+        Client::lazy(&self.url(), Options::default()).unwrap()
+    }
+
+    /// Runs a command against this cluster.
+    pub(crate) fn run<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Output {
+        attune().args(arguments).env("ATTUNE_SERVER", self.url()).current_dir(self.folder.path()).output().unwrap()
+    }
+
+    /// The one JSON document that a command answers with.
+    pub(crate) fn json<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Value {
+        let output = attune()
+            .arg("--json")
+            .args(arguments)
+            .env("ATTUNE_SERVER", self.url())
+            .current_dir(self.folder.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}\n{}", self.logs());
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Submits a job file and gives the job's id.
+    pub(crate) fn submit(&self, file: &Path, set: &[&str]) -> String {
+        let set = set.iter().flat_map(|set| ["--set", set]);
+        let file = file.to_str().unwrap();
+        let job = self.json(["submit", file].into_iter().chain(set));
+        job["id"].as_str().unwrap().to_owned()
+    }
+
+    /// The job as it is now; `None` while the scheduler is away.
+    pub(crate) async fn job(&self, id: &str) -> Option<v1::Job> {
+        let asked = v1::GetJobRequest { project: String::new(), job_id: id.to_owned() };
+        self.client().jobs().get_job(asked).await.ok().and_then(|answer| answer.into_inner().job)
+    }
+
+    /// Waits until the job is as `fits` wants it.
+    pub(crate) async fn wait(&self, id: &str, what: &str, mut fits: impl FnMut(&v1::Job) -> bool) -> v1::Job {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let job = self.job(id).await;
+            match &job {
+                Some(job) if fits(job) => return job.clone(),
+                _ => assert!(Instant::now() < deadline, "no {what}: {job:#?}\n{}", self.logs()),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Waits until the job has ended, and expects this state.
+    pub(crate) async fn ends(&self, id: &str, state: v1::JobState) -> v1::Job {
+        let is_final = |state| attune_proto::words::state_words(state).is_some_and(|words| words.is_final);
+        let job = self.wait(id, "end", |job| is_final(job.state())).await;
+        assert_eq!(job.state(), state, "{job:#?}\n{}", self.logs());
+        job
+    }
+
+    /// The logs of both.
+    pub(crate) fn logs(&self) -> String {
+        let read = |name: &str| std::fs::read_to_string(self.path(name)).unwrap_or_default();
+        let tail = |text: String| {
+            let lines: Vec<_> = text.lines().rev().take(40).collect();
+            lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+        };
+        format!("scheduler:\n{}\nworker:\n{}", tail(read("scheduler.log")), tail(read("worker.log")))
+    }
+}
+
+/// The digests of a job's results by role.
+pub(crate) fn outputs(job: &v1::Job) -> BTreeMap<String, String> {
+    job.outputs.iter().map(|output| (output.role.clone(), output.digest.clone())).collect()
+}
+
+/// Writes the demonstration's world, base and jobs into `folder`.
+pub(crate) fn world(folder: &Path) {
+    let output = attune().args(["demo", "--files"]).arg(folder).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+/// Settings that make the demonstration's jobs small.
+pub(crate) const SMALL: [&str; 4] =
+    ["tune.batch_tokens=256", "data.max_length=64", "tune.logical_shards=2", "data.validation[0].rows=4"];
