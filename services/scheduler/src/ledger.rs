@@ -99,6 +99,12 @@ impl Ledger {
         Ok(Self { entries })
     }
 
+    /// What is kept of a job, for comparison.
+    #[cfg(test)]
+    pub(crate) fn entry(&self, key: &JobKey) -> Option<impl PartialEq + std::fmt::Debug + use<>> {
+        self.entries.get(key).cloned()
+    }
+
     /// Forgets a finished job.
     pub(crate) fn forget(&mut self, key: &JobKey) {
         self.entries.remove(key);

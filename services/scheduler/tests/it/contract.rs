@@ -77,6 +77,18 @@ async fn health_and_reflection_answer_on_the_same_port() {
     }
 }
 
+#[tokio::test]
+async fn a_message_that_is_too_large_is_refused_as_such() {
+    let server = Server::start();
+    let client = server.client().await;
+    let spec = v1::JobSpec { name: "a".repeat(attune_proto::MESSAGE_BYTES_MAX), ..Default::default() };
+    let request = v1::CreateJobRequest { request_id: "r1".to_owned(), spec: Some(spec), ..Default::default() };
+    let refused = client.jobs().create_job(request).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::TooLarge, "{refused:?}");
+    // The connection is none the worse for it.
+    client.jobs().list_jobs(v1::ListJobsRequest::default()).await.unwrap();
+}
+
 /// Sends and gives back bytes as they are.
 #[derive(Clone, Copy, Default)]
 struct Raw;

@@ -3,6 +3,9 @@
 //! When something cannot be stored, the core is ahead of the database and is thrown away: a new one is made from the
 //! stored rows, and every worker is asked to register again. Nobody is told of anything that is not stored.
 
+#[cfg(test)]
+mod history;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
