@@ -29,7 +29,7 @@ pub(super) fn files(world: &World) -> Result<Vec<(&'static str, Vec<u8>)>, Failu
     let id = |token: &str| tokenizer.token_to_id(token);
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96, "intermediate_size": 256,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
         "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
         "tie_word_embeddings": true, "initializer_range": 0.05, "torch_dtype": "float32",
         "bos_token_id": null, "eos_token_id": id(END_OF_TEXT),

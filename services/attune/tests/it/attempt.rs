@@ -8,7 +8,8 @@ use std::process::Stdio;
 use attune_spec::job::plan::Input;
 use attune_spec::job::{Plan, read_value, read_yaml, set_path};
 use attune_spec::method::Catalogue;
-use attune_trainer::protocol::{Event, OutputRole, Request, VERSION};
+use attune_trainer::lanes;
+use attune_trainer::protocol::{Event, OutputRole, Request, Summary, VERSION};
 
 use crate::support::Place;
 
@@ -16,6 +17,7 @@ use crate::support::Place;
 fn attempt(place: &Place, request: &str) -> (Vec<Event>, Option<i32>, String) {
     let mut child = place
         .command(&["attempt"])
+        .env(lanes::variable().0, lanes::variable().1)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -31,11 +33,11 @@ fn attempt(place: &Place, request: &str) -> (Vec<Event>, Option<i32>, String) {
     (events, output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
-/// A few steps of one of the demonstration's jobs on `base`; the folder of the result.
-fn train(place: &Place, job: &str, base: &Path, work: &str) -> PathBuf {
+/// Runs `steps` steps of one of the demonstration's jobs on `base`; the folder of the result, and what the run was like.
+fn train(place: &Place, job: &str, base: &Path, work: &str, steps: u64) -> (PathBuf, Summary) {
     let mut value = read_yaml(&std::fs::read_to_string(place.path().join(job)).unwrap()).unwrap();
     let base = base.to_str().unwrap();
-    for (path, text) in [("base", base), ("tune.steps", "2"), ("data.validation[0].rows", "2")] {
+    for (path, text) in [("base", base), ("tune.steps", &steps.to_string())] {
         set_path(&mut value, path, text).unwrap();
     }
     let spec = read_value(&value, Catalogue::embedded()).unwrap();
@@ -50,12 +52,12 @@ fn train(place: &Place, job: &str, base: &Path, work: &str) -> PathBuf {
     let request = Request { version: VERSION, name, plan, inputs: BTreeMap::new(), work, ranks: 1, resume: None };
     let (events, status, log) = attempt(place, &serde_json::to_string(&request).unwrap());
     assert_eq!(status, Some(0), "{events:?}\n{log}");
-    assert!(matches!(events.last(), Some(Event::Finished { .. })), "{events:?}");
-    let result = events.into_iter().find_map(|event| match event {
-        Event::Output { role: OutputRole::Result, folder, .. } => Some(folder),
+    let Some(Event::Finished { summary }) = events.last() else { panic!("{events:?}") };
+    let result = events.iter().find_map(|event| match event {
+        Event::Output { role: OutputRole::Result, folder, .. } => Some(folder.clone()),
         _ => None,
     });
-    result.unwrap()
+    (result.unwrap(), summary.clone())
 }
 
 #[test]
@@ -66,12 +68,45 @@ fn a_request_that_is_not_understood_is_a_failed_event() {
     assert!(message.starts_with("the request is not understood"), "{message}");
 }
 
+/// Every other question of the demonstration's validation set, with its answer: none of them is trained on.
+fn held_out(place: &Place) -> Vec<(String, String)> {
+    let text = std::fs::read_to_string(place.path().join("chat.valid.jsonl")).unwrap();
+    let pair = |line: &str| {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let said = |turn: usize| row["messages"][turn]["content"].as_str().unwrap().to_owned();
+        (said(0), said(1))
+    };
+    text.lines().map(pair).step_by(5).collect()
+}
+
+/// A shorter demonstration: the base learns the world from its texts, and the adapter makes it answer questions that no
+/// row of training asks or answers.
 #[test]
-fn what_two_attempts_leave_behind_answers() {
+fn a_base_from_nothing_learns_a_world_and_an_adapter_makes_it_answer() {
     let place = Place::with_demo();
-    let base = train(&place, "text.yaml", &place.path().join("base"), "text");
-    let adapter = train(&place, "chat.yaml", &base, "chat");
+    let (base, summary) = train(&place, "text.yaml", &place.path().join("base"), "text", 100);
+    let (before, after) = (summary.before["world"], summary.after["world"]);
+    assert!(before > 5.0 && after < 0.5, "loss {before} before, {after} after");
+    let (adapter, summary) = train(&place, "chat.yaml", &base, "chat", 70);
+    let (before, after) = (summary.before["chat"], summary.after["chat"]);
+    assert!(before > 2.0 && after < 0.6, "loss {before} before, {after} after");
     let (base, adapter) = (base.to_str().unwrap(), adapter.to_str().unwrap());
+    let right = |adapters: &[&str]| {
+        let answered = |(question, answer): &&(String, String)| {
+            let say = [&["generate", "--base", base, "--prompt", question, "--max-tokens", "24"], adapters].concat();
+            place.run(&say).stdout.trim_end() == answer
+        };
+        held_out(&place).iter().filter(answered).count()
+    };
+    let (asked, without, with) = (held_out(&place).len(), right(&[]), right(&["--adapter", adapter]));
+    assert!(
+        asked >= 9 && without == 0 && with * 4 >= asked * 3,
+        "{asked} asked, right: {without} before, {with} after"
+    );
+    says_what_it_is_asked_to(&place, base, adapter);
+}
+
+fn says_what_it_is_asked_to(place: &Place, base: &str, adapter: &str) {
     let say = ["generate", "--base", base, "--adapter", adapter, "--prompt", "Who are you?", "--max-tokens", "5"];
     let (text, json) = (place.run(&say), place.run(&[&say[..], &["--json"]].concat()));
     assert_eq!((text.status, text.stderr.as_str()), (0, ""));

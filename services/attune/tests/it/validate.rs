@@ -128,7 +128,7 @@ fn sites_are_checked_where_the_base_is_here() {
     --- stdout
     --- stderr
     error: job.yaml has 1 fault
-      `tune.adapter.targets[1]` "v_porj" matches no site of this llama model of 3 layers; did you mean "v_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
+      `tune.adapter.targets[1]` "v_porj" matches no site of this llama model of 2 layers; did you mean "v_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
     "#);
     let elsewhere = job.replace("./base", "some-base:latest");
     assert_eq!(validate(&elsewhere, &[]).status, 0);
