@@ -108,8 +108,8 @@ pub trait Engine {
         sink: &mut dyn GradSink,
     ) -> Result<LossReport>;
 
-    /// The gradients of several micro-batches of a step at `at`, each for itself, by their numbers. An engine may compute
-    /// them side by side.
+    /// The gradients of a step's micro-batches at `at`, by their numbers, to be given to [`Engine::reduce`]. An engine may
+    /// compute them side by side, and may add those that follow each other, under the first number.
     ///
     /// # Errors
     /// Whatever a pass raises.

@@ -156,12 +156,29 @@ impl Engine for RankEngine<'_> {
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
         let (shared, wanted) = (self.shared, self.wanted());
         let dropout = Some(Dropout { seed: shared.seed, step: self.step.0 });
-        let made = lanes::each(self.lanes, parts, |(part, layout)| {
+        let pass = |(part, layout): &(u32, Arc<Layout>)| -> Result<(u32, Grads, LossReport)> {
             let mut sink = Grads::wanting(wanted.iter().cloned());
             let report = shared.model.grad(&Pass { theta: at, layout, dropout }, of, scale, &mut sink)?;
             Ok((*part, sink, report))
-        });
-        made.into_iter().collect()
+        };
+        // A rank that is alone adds up as it goes, in the order in which all are added: it never holds more gradients than
+        // lanes. What several ranks have is added in turns, so each keeps its own apart until then.
+        let alone = self.collective.size() == 1;
+        let group = if alone { self.lanes } else { parts.len() };
+        let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
+        for group in parts.chunks(group.max(1)) {
+            for result in lanes::each(self.lanes, group, pass) {
+                let (part, gradients, report) = result?;
+                match made.last_mut().filter(|_| alone) {
+                    Some((_, sum, total)) => {
+                        sum.add(&gradients)?;
+                        total.add(&report);
+                    }
+                    None => made.push((part, gradients, report)),
+                }
+            }
+        }
+        Ok(made)
     }
 
     fn objective(&self) -> Arc<dyn Objective> {
