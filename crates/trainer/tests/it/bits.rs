@@ -73,6 +73,21 @@ fn more_ranks_give_the_same_bytes() {
 }
 
 #[test]
+fn a_run_of_epochs_ends_with_its_data_on_any_number_of_ranks() {
+    let small = Small::new();
+    let changes = [("tune.steps", "null"), ("tune.epochs", "1.5"), ("tune.accumulation", "2")];
+    let plan = small.plan(&changes);
+    let (_, one) = small.finish(plan.clone(), 1);
+    // The last step has fewer micro-batches than there are shards: some ranks have nothing to do.
+    assert_eq!(small.finish(plan, 4).1, one);
+    let report: serde_json::Value = serde_json::from_slice(&one["Report/report.json"]).unwrap();
+    let documents: u64 = report["documents"].as_object().unwrap().values().map(|count| count.as_u64().unwrap()).sum();
+    assert_eq!(documents, 29, "one and a half times 7 + 12, rounded up");
+    let steps = report["steps"].as_u64().unwrap();
+    assert!(report["tokens"].as_u64().unwrap() < steps * 256, "the last step is not full");
+}
+
+#[test]
 fn accumulated_batches_equal_the_whole_batch() {
     let small = Small::new();
     let steps = ("tune.steps", "5");
