@@ -89,7 +89,7 @@ impl JobFile {
     /// Where a reference lies on this machine, if it names a file or folder: relative paths start from the job file.
     pub(crate) fn local(&self, reference: &Reference) -> Option<PathBuf> {
         match reference {
-            Reference::Path(path) => Some(self.folder.join(path)),
+            Reference::Path(path) => Some(self.folder.join(path.trim_start_matches("./"))),
             Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) => None,
         }
     }

@@ -58,9 +58,9 @@ enum Command {
     #[command(subcommand)]
     Data(data::Command),
     Generate(generate::Arguments),
-    /// Shows versions, processor and memory: what a report of a problem needs.
     Scheduler(up::Scheduler),
     Worker(up::Worker),
+    /// Shows versions, processor and memory: what a report of a problem needs.
     Doctor,
     Completions(completions::Arguments),
     /// Trains one attempt for a worker: a request on standard input, events on standard output.

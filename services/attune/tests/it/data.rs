@@ -65,8 +65,8 @@ fn a_job_names_its_own_files() {
     insta::assert_snapshot!(ran.all(), @r"
     exit status 0
     --- stdout
-    ./text.train.jsonl: 288 rows, all usable
-    ./text.valid.jsonl: 24 rows, all usable
+    text.train.jsonl: 288 rows, all usable
+    text.valid.jsonl: 24 rows, all usable
     --- stderr
     ");
     let ran = place.run(&["data", "stats", "--job", "text.yaml"]);

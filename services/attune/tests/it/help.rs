@@ -8,17 +8,19 @@ use crate::support::{Place, run};
 fn help_shows_every_command_and_the_exit_statuses() {
     let ran = run(&["--help"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
-    for line in ["demo", "methods", "validate", "data", "generate", "doctor", "completions"] {
+    let local = ["demo", "methods", "validate", "data", "generate", "doctor", "completions"];
+    for line in local.into_iter().chain(["up", "submit", "jobs", "artifacts", "scheduler", "worker"]) {
         assert!(ran.stdout.contains(&format!("\n  {line} ")), "{}", ran.stdout);
     }
-    assert!(!ran.stdout.contains("attempt"), "{}", ran.stdout);
+    assert!(!ran.stdout.contains("\n  attempt "), "{}", ran.stdout);
     assert!(ran.stdout.contains("Exit status: 0 done, 1 the job or call failed, 2 wrong usage"), "{}", ran.stdout);
 }
 
 #[test]
 fn help_of_every_command_has_an_example() {
-    for command in [&["demo"][..], &["methods"], &["validate"], &["data"], &["generate"], &["completions"]] {
-        let ran = run(&[command, &["--help"]].concat());
+    let nouns = ["demo", "up", "submit", "jobs", "artifacts", "methods", "validate", "data", "generate", "completions"];
+    for command in nouns.map(|noun| [noun]) {
+        let ran = run(&[&command[..], &["--help"]].concat());
         assert_eq!(ran.status, 0, "{}", ran.all());
         assert!(ran.stdout.contains("Example"), "{}", ran.stdout);
     }

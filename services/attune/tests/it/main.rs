@@ -7,5 +7,6 @@ mod data;
 mod generate;
 mod help;
 mod methods;
+mod server;
 mod support;
 mod validate;

@@ -1,0 +1,52 @@
+//! Commands that need a server, where there is none.
+
+use std::net::TcpListener;
+
+use crate::support::Place;
+
+/// An address at which nobody listens: it was free a moment ago.
+fn nobody() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+#[test]
+fn a_server_that_does_not_answer_is_named_with_what_to_do() {
+    let place = Place::with_demo();
+    for command in [
+        &["jobs", "list"][..],
+        &["artifacts", "list"],
+        &["submit", "text.yaml"],
+        &["generate", "--base", "demo-base:latest", "--prompt", "Hi"],
+    ] {
+        let server = nobody();
+        let ran = place.run(&[command, &["--server", &server]].concat());
+        assert_eq!((ran.status, ran.stdout.as_str()), (1, ""), "{command:?}: {}", ran.all());
+        assert!(ran.stderr.contains(&format!("error: no server answers at {server}: ")), "{}", ran.stderr);
+        assert!(ran.stderr.contains("hint: ") && ran.stderr.contains("attune up"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn an_address_that_cannot_be_one_is_wrong_usage() {
+    let ran = Place::new().run(&["jobs", "list", "--server", "localhost"]);
+    insta::assert_snapshot!(ran.all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: server "localhost" is not a URL such as http://127.0.0.1:7070
+    "#);
+}
+
+#[test]
+fn a_job_with_faults_is_refused_before_any_server_is_asked() {
+    let place = Place::with_demo();
+    let ran = place.run(&["submit", "text.yaml", "--set", "tune.steps=0", "--server", &nobody()]);
+    insta::assert_snapshot!(ran.all(), @r"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: text.yaml has 1 fault
+      `tune.steps` is 0; expected 1 or more
+    ");
+}
