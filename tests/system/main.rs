@@ -1,5 +1,6 @@
 //! The whole system: real processes, real clients, real kills.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
 
 mod kills;
 mod main_job;

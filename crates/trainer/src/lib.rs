@@ -52,6 +52,7 @@ pub use steps::STEP_RULES;
 #[cfg(test)]
 extern crate self as attune_trainer;
 #[cfg(test)]
-#[path = "../tests/it/support.rs"]
 #[expect(dead_code, reason = "the tests outside use the rest")]
-mod support;
+mod support {
+    include!("../tests/it/support.rs");
+}

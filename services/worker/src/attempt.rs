@@ -12,13 +12,14 @@ use attune_proto::{Client, v1};
 use attune_spec::id::{CohortId, Digest, Step};
 use attune_spec::job::Plan;
 use attune_spec::job::plan::Input;
-use attune_trainer::protocol::{Command, Event, FailureClass, Request, VERSION};
+use attune_trainer::protocol::{Command, Event, Request, VERSION};
 use futures::future::{BoxFuture, OptionFuture};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use crate::child::{Child, Exit, Heard, Program, memory_kills};
 use crate::clock;
+use crate::failure;
 use crate::transfer::Remote;
 use crate::upload::{Item, Stored, UploadError, Uploader, roles};
 
@@ -118,7 +119,7 @@ pub(crate) async fn run(node: Arc<Node>, task: Task, mut orders: mpsc::Receiver<
             Some(Outcome::Stopped(v1::AttemptStopped { purpose: purpose as i32, checkpoint: None }))
         }
         Err(End::Killed(Killed::Released)) => None,
-        Err(End::Killed(killed)) => Some(Outcome::Failed(killed_failure(killed))),
+        Err(End::Killed(killed)) => Some(Outcome::Failed(failure::of_killed(killed))),
     };
     if let Err(error) = tokio::fs::remove_dir_all(&folder).await
         && error.kind() != std::io::ErrorKind::NotFound
@@ -143,19 +144,6 @@ enum End {
     Failed(v1::Failure),
     Stopped(v1::StopPurpose),
     Killed(Killed),
-}
-
-fn failure(cause: v1::FailureCause, message: impl Into<String>) -> v1::Failure {
-    v1::Failure { cause: cause as i32, message: message.into(), ..Default::default() }
-}
-
-fn killed_failure(killed: Killed) -> v1::Failure {
-    match killed {
-        Killed::Leaving => failure(v1::FailureCause::WorkerLost, "the worker was shut down"),
-        Killed::Fenced | Killed::Released => {
-            failure(v1::FailureCause::LeaseExpired, "the worker did not hear from the scheduler for a whole lease")
-        }
-    }
 }
 
 /// Fetches an artifact while listening for orders.
@@ -186,20 +174,8 @@ async fn fetch(node: &Node, task: &Task, digest: &Digest, orders: &mut mpsc::Rec
             artifacts::Error::NotFound { .. } | artifacts::Error::Refused { .. } => v1::FailureCause::DataFault,
             _ => v1::FailureCause::StoreUnavailable,
         };
-        return Err(End::Failed(failure(cause, format!("input {digest}: {}", chain(&error)))));
+        return Err(End::Failed(failure::of(cause, format!("input {digest}: {}", failure::chain(&error)))));
     }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut at = error.source();
-    while let Some(source) = at {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        at = source.source();
-    }
-    text
 }
 
 async fn attempt(
@@ -214,7 +190,7 @@ async fn attempt(
             std::io::ErrorKind::StorageFull => v1::FailureCause::DiskFull,
             _ => v1::FailureCause::Internal,
         };
-        End::Failed(failure(cause, format!("cannot prepare {}: {error}", folder.display())))
+        End::Failed(failure::of(cause, format!("cannot prepare {}: {error}", folder.display())))
     };
     let mut inputs = BTreeMap::new();
     for (_, input) in roles(&task.plan) {
@@ -241,7 +217,7 @@ async fn attempt(
     };
     let mut child = Child::start(&node.program, folder).map_err(|error| {
         let what = node.program.path.display();
-        End::Failed(failure(v1::FailureCause::Internal, format!("cannot start {what}: {error}")))
+        End::Failed(failure::of(v1::FailureCause::Internal, format!("cannot start {what}: {error}")))
     })?;
     wire.report(Report::Started(v1::AttemptStarted { process_id: child.id() })).await;
     child.say(&request).await;
@@ -333,11 +309,11 @@ impl<'a> Run<'a> {
                 Some(()) = flush => self.flush().await,
                 Some(()) = grace, if self.ended.is_none() => {
                     let message = "it did not stop at a checkpoint within its grace time";
-                    self.end(failure(v1::FailureCause::Hung, message));
+                    self.end(failure::of(v1::FailureCause::Hung, message));
                 }
                 () = sleep_until(stall), if self.ended.is_none() && self.terminal.is_none() => {
                     let message = format!("no step was finished for {} seconds", self.task.stall.as_secs());
-                    self.end(failure(v1::FailureCause::Hung, message));
+                    self.end(failure::of(v1::FailureCause::Hung, message));
                 }
             }
         };
@@ -347,8 +323,8 @@ impl<'a> Run<'a> {
     }
 
     /// Kills the process; its end is heard later.
-    fn end(&mut self, failure: v1::Failure) {
-        self.ended = Some(failure);
+    fn end(&mut self, why: v1::Failure) {
+        self.ended = Some(why);
         self.child.kill();
     }
 
@@ -401,7 +377,7 @@ impl<'a> Run<'a> {
             Ok(Stored::Output { role, digest }) => {
                 self.outputs.push(v1::JobOutput { role, digest: digest.to_string() });
             }
-            Err(error) => self.end(failure(error.cause, error.message)),
+            Err(error) => self.end(failure::of(error.cause, error.message)),
         }
     }
 
@@ -411,7 +387,7 @@ impl<'a> Run<'a> {
             Err(error) => {
                 let shown: String = line.chars().take(200).collect();
                 let message = format!("the training process said {shown:?}, which is no message: {error}");
-                return self.end(failure(v1::FailureCause::Internal, message));
+                return self.end(failure::of(v1::FailureCause::Internal, message));
             }
         };
         match event {
@@ -481,7 +457,7 @@ impl<'a> Run<'a> {
                 self.terminal = Some(Terminal::Finished);
             }
             Event::Failed { class, message, faults } => {
-                let mut failed = failure(cause(class, !faults.is_empty()), message);
+                let mut failed = failure::of(failure::cause(class, !faults.is_empty()), message);
                 let fault = |fault: attune_spec::Fault| v1::FieldFault {
                     path: fault.path.as_str().to_owned(),
                     message: fault.message,
@@ -551,51 +527,10 @@ impl<'a> Run<'a> {
                 Outcome::Failed(v1::Failure { last_log_lines: self.child.log(), ..failed })
             }
             _ => {
-                let mut failed = self.silent_end(exit);
+                let mut failed = failure::of_silent_end(exit, self.memory_kills);
                 failed.last_log_lines = self.child.log();
                 Outcome::Failed(failed)
             }
         }
-    }
-
-    /// The failure of a process that ended without a word.
-    fn silent_end(&self, exit: Exit) -> v1::Failure {
-        match exit {
-            Exit::Signal(signal) => {
-                let ran_out = signal == 9 && memory_kills() > self.memory_kills;
-                let failed = if ran_out {
-                    let message = "the kernel killed the training process because memory ran out; \
-                                   a smaller tune.batch_tokens or data.max_length needs less";
-                    failure(v1::FailureCause::OutOfMemory, message)
-                } else {
-                    let message = format!("the training process was killed by signal {signal}");
-                    failure(v1::FailureCause::ChildKilled, message)
-                };
-                v1::Failure { signal: Some(signal), ..failed }
-            }
-            Exit::Code(code) => {
-                // Rust's own status for a panic that nobody caught.
-                let (cause, what) = match code {
-                    101 => (v1::FailureCause::ChildPanicked, "panicked"),
-                    _ => (v1::FailureCause::ChildExited, "exited without a report"),
-                };
-                let failed = failure(cause, format!("the training process {what} (status {code})"));
-                v1::Failure { exit_code: Some(code), ..failed }
-            }
-        }
-    }
-}
-
-/// The cause of a failure that the process reported itself.
-fn cause(class: FailureClass, has_faults: bool) -> v1::FailureCause {
-    match class {
-        FailureClass::Input if has_faults => v1::FailureCause::SpecFault,
-        FailureClass::Input => v1::FailureCause::DataFault,
-        FailureClass::NotFinite => v1::FailureCause::NotFinite,
-        FailureClass::NoGradient => v1::FailureCause::NoGradient,
-        FailureClass::Memory => v1::FailureCause::OutOfMemory,
-        FailureClass::DiskFull => v1::FailureCause::DiskFull,
-        FailureClass::Io => v1::FailureCause::StoreUnavailable,
-        FailureClass::Internal => v1::FailureCause::Internal,
     }
 }

@@ -18,6 +18,7 @@ mod child;
 mod clock;
 mod config;
 mod error;
+mod failure;
 mod node;
 mod outbox;
 mod upload;

@@ -10,9 +10,9 @@ fn every_file_is_compiled() {
     let all = rust();
     let mut violations = Vec::new();
     for file in &all {
-        // Each file of a folder `tests` or `benches` of a package is a root of its own; folders in them have a `main.rs`.
-        if file.folder().ends_with("/tests") || file.folder().ends_with("/benches") || file.path.ends_with("/build.rs")
-        {
+        // Each file of these folders of a package is a root of its own; folders in them have a `main.rs`.
+        let is_root = ["/tests", "/benches", "/examples"].iter().any(|folder| file.folder().ends_with(folder));
+        if is_root || file.path.ends_with("/build.rs") {
             continue;
         }
         match parent(file, &all) {

@@ -1,4 +1,4 @@
-//! A small job: a random base with a byte tokeniser, two small domains, a validation set.
+// A small job: a random base with a byte tokeniser, two small domains, a validation set.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
