@@ -43,7 +43,9 @@ async fn a_base_and_an_adapter_are_trained_stored_traced_and_spoken_to() {
     // The tag moved, the adapter is in PEFT's layout, its lineage leads to the data.
     let adapter = cluster.json(["artifacts", "get", "demo-guide:latest"]);
     assert_eq!(adapter["digest"], Value::from(outputs(&job)["adapter"].clone()));
-    assert!(adapter["commit"]["facts"]["tokens"].as_u64().unwrap() > 0);
+    for fact in ["tokens", "peak_memory_bytes"] {
+        assert!(adapter["commit"]["facts"][fact].as_u64().unwrap() > 0, "{fact}: {adapter}");
+    }
     let files: Vec<_> =
         adapter["files"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
     for file in ["adapter_config.json", "adapter_model.safetensors"] {

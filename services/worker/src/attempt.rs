@@ -361,6 +361,7 @@ impl<'a> Run<'a> {
         if self.uploading.is_none()
             && let Some(item) = self.queue.pop_front()
         {
+            self.uploader.memory(self.child.peak_memory_bytes());
             self.uploading = Some(self.uploader.store(item));
         }
     }

@@ -98,6 +98,13 @@ impl Child {
         self.group.map_or(0, |group| group.as_raw().unsigned_abs())
     }
 
+    /// The largest resident memory that the process has had; 0 where nobody counts.
+    pub(crate) fn peak_memory_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap_or_default();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak.and_then(|kib| kib.trim().parse::<u64>().ok()).map_or(0, |kib| kib << 10)
+    }
+
     /// Writes a message. A process that no longer reads is about to be found dead, so there is no error to report.
     pub(crate) async fn say<T: Serialize + Sync>(&mut self, message: &T) {
         let Ok(mut line) = serde_json::to_vec(message) else { return };
@@ -218,6 +225,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut child = Child::start(&shell("sleep 600 & echo $!; wait"), folder.path()).unwrap();
         let Heard::Line(grandchild) = child.hear().await else { panic!("no line") };
+        assert!(child.peak_memory_bytes() > 0);
         child.kill();
         assert_eq!(all(&mut child).await.1, Exit::Signal(9));
         let grandchild = Pid::from_raw(grandchild.parse().unwrap());

@@ -125,7 +125,12 @@ impl Uploader {
     /// Takes how the run went.
     pub(crate) fn finished(&mut self, summary: &Summary) {
         self.progress(summary.steps, summary.tokens, summary.tokens_per_second);
-        self.facts.peak_memory_bytes = summary.peak_memory_bytes;
+        self.memory(summary.peak_memory_bytes);
+    }
+
+    /// Takes the largest memory of the process so far.
+    pub(crate) fn memory(&mut self, peak_memory_bytes: u64) {
+        self.facts.peak_memory_bytes = self.facts.peak_memory_bytes.max(peak_memory_bytes);
     }
 
     /// Stores a folder; again for as long as the service may come back.
