@@ -1,11 +1,14 @@
 //! A job file as the command line reads it: YAML, changes from `--set`, checks against the methods of this build.
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use attune_architecture::{Architecture, SiteKind, targets};
 use attune_spec::Fault;
+use attune_spec::id::Digest;
 use attune_spec::job::{JobSpec, ReadError, Reference, Targets, read_value, read_yaml, set_path};
 use attune_spec::method::{self, Catalogue, MethodDocument};
 
@@ -81,16 +84,21 @@ fn text(file: &str) -> Result<String, Failure> {
 }
 
 impl JobFile {
-    /// The folder that relative paths start from.
-    pub(crate) fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// Where a reference lies on this machine, if it names a file or folder: relative paths start from the job file.
     pub(crate) fn local(&self, reference: &Reference) -> Option<PathBuf> {
-        match reference {
-            Reference::Path(path) => Some(self.folder.join(path.trim_start_matches("./"))),
-            Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) => None,
+        place(&self.folder, reference)
+    }
+
+    /// Puts digests in the place of the paths that have one.
+    pub(crate) fn replace_paths(&mut self, digests: &BTreeMap<PathBuf, Digest>) {
+        let Self { spec, folder } = self;
+        let replaced: Result<(), Infallible> = spec.replace_references(|reference| {
+            let digest = place(folder, reference).and_then(|path| digests.get(&path));
+            Ok(digest.map_or_else(|| reference.clone(), |digest| Reference::Digest(*digest)))
+        });
+        match replaced {
+            Ok(()) => {}
+            Err(never) => match never {},
         }
     }
 
@@ -124,6 +132,13 @@ impl JobFile {
     }
 }
 
+fn place(folder: &Path, reference: &Reference) -> Option<PathBuf> {
+    match reference {
+        Reference::Path(path) => Some(folder.join(path.trim_start_matches("./"))),
+        Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) => None,
+    }
+}
+
 fn document_applies(document: &MethodDocument, kind: &SiteKind) -> bool {
     document.applies.contains(&match kind {
         SiteKind::Linear { .. } => method::SiteKind::Linear,
@@ -142,5 +157,21 @@ mod tests {
         assert_eq!(assignment.value, "{method: adamw, lr: 1e-3}");
         assert_eq!("a=b=c".parse::<Assignment>().unwrap().value, "b=c");
         assert!("=1".parse::<Assignment>().is_err() && "rank".parse::<Assignment>().is_err());
+    }
+    /// However the job file itself is named: beside the caller, below or above.
+    #[test]
+    fn a_path_is_replaced_by_what_was_found_at_it() {
+        let text = "version: 1\nname: a\nbase: ./base\ndata: {domains: [{name: a, source: ./a.jsonl}]}\n\
+                    tune: {adapter: {method: lora}, steps: 1}";
+        for folder in ["", ".", "jobs", "../jobs", "/jobs"] {
+            let spec = read_value(&read_yaml(text).unwrap(), Catalogue::embedded()).unwrap();
+            let mut file = JobFile { spec, folder: folder.into() };
+            let places = file.spec.references().into_iter().filter_map(|(_, reference)| file.local(reference));
+            let digests = places.map(|path| (path, Digest::from_bytes([7; 32]))).collect::<BTreeMap<_, _>>();
+            assert_eq!(digests.len(), 2);
+            file.replace_paths(&digests);
+            let left = file.spec.references().into_iter().filter(|(_, reference)| file.local(reference).is_some());
+            assert_eq!(left.map(|(field, _)| field.to_string()).collect::<Vec<_>>(), [""; 0], "{folder:?}");
+        }
     }
 }

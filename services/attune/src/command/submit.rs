@@ -7,7 +7,6 @@ use attune_artifacts::{Causes, Kind};
 use attune_proto::convert::job;
 use attune_proto::convert::time::span;
 use attune_proto::{Client, v1};
-use attune_spec::job::Reference;
 use attune_spec::{Fault, FieldPath};
 use attune_worker::transfer::{self, PushError};
 use serde_json::json;
@@ -143,20 +142,8 @@ async fn push(client: &Client, file: &mut JobFile, found: &Local) -> Result<(), 
         }
         digests.insert(path.clone(), digest);
     }
-    let folder = file.folder().to_owned();
-    let replaced: Result<(), std::convert::Infallible> = file.spec.replace_references(|reference| {
-        Ok(match reference {
-            Reference::Path(path) => {
-                let digest = digests.get(&folder.join(path));
-                digest.map_or_else(|| reference.clone(), |digest| Reference::Digest(*digest))
-            }
-            other => other.clone(),
-        })
-    });
-    match replaced {
-        Ok(()) => Ok(()),
-        Err(never) => match never {},
-    }
+    file.replace_paths(&digests);
+    Ok(())
 }
 
 /// What went wrong with a push of `path`.
@@ -164,6 +151,9 @@ pub(super) fn cannot_push(path: &Path, error: PushError) -> Failure {
     match error {
         PushError::Local(attune_artifacts::Error::Refused { faults, .. }) => {
             Failure::invalid(&path.display().to_string(), faults)
+        }
+        PushError::Local(attune_artifacts::Error::NotFound { .. }) => {
+            Failure::usage(format!("{}: there is no such file or folder", path.display()))
         }
         PushError::Local(error) => Failure::usage(format!("{}: {error}", path.display())),
         PushError::Server(status) => Failure::from(status),
