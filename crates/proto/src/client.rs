@@ -59,6 +59,12 @@ pub enum ConnectError {
         /// What was given.
         url: String,
     },
+    /// The address asks for an encrypted connection.
+    #[error("server {url:?} asks for TLS, which this build does not speak; use http:// on a network that you trust")]
+    Tls {
+        /// What was given.
+        url: String,
+    },
     /// Nobody answers there.
     #[error("no server answers at {url}: {reason}")]
     Unreachable {
@@ -264,8 +270,11 @@ impl Client {
 fn endpoint(url: &str, options: &Options) -> Result<Endpoint, ConnectError> {
     let bad = || ConnectError::Url { url: url.to_owned() };
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| bad())?;
-    if endpoint.uri().scheme().is_none() || endpoint.uri().host().is_none() {
-        return Err(bad());
+    match (endpoint.uri().scheme_str(), endpoint.uri().host()) {
+        (Some("http"), Some(_)) => {}
+        // Without this it would be a connection in the clear under another name.
+        (Some("https"), Some(_)) => return Err(ConnectError::Tls { url: url.to_owned() }),
+        _ => return Err(bad()),
     }
     Ok(endpoint
         .connect_timeout(options.connect_timeout)
@@ -364,9 +373,11 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_that_cannot_be_one_is_refused_and_a_silent_one_is_named() {
-        for bad in ["", "not a url", "127.0.0.1:7070", "http://"] {
+        for bad in ["", "not a url", "127.0.0.1:7070", "http://", "ftp://127.0.0.1:7070"] {
             assert!(matches!(Client::lazy(bad, Options::default()), Err(ConnectError::Url { .. })), "{bad}");
         }
+        let error = Client::lazy("https://127.0.0.1:7070", Options::default()).unwrap_err();
+        assert!(matches!(error, ConnectError::Tls { .. }) && error.to_string().contains("does not speak"), "{error}");
         let error = Client::connect("http://127.0.0.1:1", Options::default()).await.unwrap_err();
         assert!(error.to_string().starts_with("no server answers at http://127.0.0.1:1: "), "{error}");
     }
