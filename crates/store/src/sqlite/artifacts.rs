@@ -274,13 +274,10 @@ async fn delete(
     let tags = tags_of(connection, project, digest).await?;
     if !force && !tags.is_empty() {
         let names: Vec<String> = tags.iter().map(ToString::to_string).collect();
-        return Err(Error::InUse(format!(
-            "artifact {digest} is tagged {}; untag it first, or force",
-            names.join(", ")
-        )));
+        return Err(Error::InUse(format!("artifact {digest} is tagged {}; untag it first", names.join(", "))));
     }
     if let Some(effect) = effect_of(connection, project, digest).await?.filter(|_| !force) {
-        return Err(Error::InUse(format!("artifact {effect} was made from {digest}; delete that one first, or force")));
+        return Err(Error::InUse(format!("artifact {effect} was made from {digest}; delete that one first")));
     }
     let mut applied = Applied::default();
     for tag in &tags {
