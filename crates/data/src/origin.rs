@@ -163,7 +163,9 @@ impl fmt::Display for BadRows {
         let Some(first) = self.first.first() else { return f.write_str("no bad row") };
         write!(f, "{first}")?;
         let more = self.count() - 1;
-        if more > 0 || self.stopped_early {
+        if more == 0 && self.stopped_early {
+            f.write_str(" (and perhaps more; `on_bad_row: skip` leaves bad rows out)")?;
+        } else if more > 0 {
             let least = if self.stopped_early { "at least " } else { "" };
             let rows = if more == 1 { "row" } else { "rows" };
             write!(f, " (and {least}{more} more bad {rows}; `on_bad_row: skip` leaves them out)")?;
@@ -186,6 +188,11 @@ mod tests {
         let mut rows = BadRows::default();
         rows.push(bad(3));
         assert_eq!(rows.to_string(), "a.jsonl:3: `text` is empty");
+        let early = BadRows { stopped_early: true, ..rows.clone() };
+        assert_eq!(
+            early.to_string(),
+            "a.jsonl:3: `text` is empty (and perhaps more; `on_bad_row: skip` leaves bad rows out)"
+        );
         for number in 4..40 {
             rows.push(bad(number));
         }
