@@ -187,7 +187,7 @@ async fn list(client: &Client, arguments: &List, out: &mut Out) -> Result<(), Fa
     ]);
     for artifact in &found {
         table.row([
-            words::short(&artifact.digest).to_owned(),
+            artifact.digest.clone(),
             words::word::<v1::ArtifactKind>(artifact.kind),
             words::bytes(artifact.size_bytes),
             artifact.file_count.to_string(),
