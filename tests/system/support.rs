@@ -103,7 +103,30 @@ impl Cluster {
 
     /// Starts the scheduler with further variables and waits until it answers.
     pub(crate) async fn start_scheduler(&mut self, variables: &[(&str, &str)]) {
-        let mut command = attune();
+        self.start_scheduler_as(attune(), variables).await;
+    }
+
+    /// Starts the scheduler with its artifacts on a disk of `size_kib` of its own; `false` where this machine lets nobody
+    /// mount one.
+    pub(crate) async fn start_scheduler_on_a_small_disk(&mut self, size_kib: u32) -> bool {
+        let artifacts = self.path("artifacts");
+        std::fs::create_dir_all(&artifacts).unwrap();
+        let mount = format!("mount -t tmpfs -o size={size_kib}k tmpfs {}", artifacts.display());
+        let own = |script: String| {
+            let mut command = Command::new("unshare");
+            command.args(["--map-root-user", "--mount", "sh", "-c", &script]);
+            command
+        };
+        if !own(mount.clone()).output().is_ok_and(|output| output.status.success()) {
+            return false;
+        }
+        let mut command = own(format!("{mount} && exec \"$@\""));
+        command.arg("sh").arg(env!("CARGO_BIN_EXE_attune")).env("NO_COLOR", "1");
+        self.start_scheduler_as(command, &[]).await;
+        true
+    }
+
+    async fn start_scheduler_as(&mut self, mut command: Command, variables: &[(&str, &str)]) {
         command
             .args(["scheduler", "--listen", &format!("127.0.0.1:{}", self.port)])
             .arg("--database")

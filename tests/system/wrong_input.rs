@@ -168,6 +168,24 @@ async fn a_full_disk_of_the_artifact_store_is_told_and_survived() {
     assert!(cluster.run(["artifacts", "push", "world/chat.train.jsonl"]).status.success());
 }
 
+#[tokio::test]
+async fn a_disk_without_room_refuses_what_is_too_large_and_takes_the_rest() {
+    let mut cluster = Cluster::start().await;
+    world(&cluster.path("world"));
+    cluster.scheduler.take().unwrap().kill();
+    if !cluster.start_scheduler_on_a_small_disk(40).await {
+        println!("skipped: this machine lets nobody mount a small disk");
+        return;
+    }
+    let large = cluster.run(["artifacts", "push", "world/text.train.jsonl"]);
+    assert_eq!(large.status.code(), Some(1), "{large:?}");
+    assert!(errors(&large).contains("full"), "{}", errors(&large));
+    let small = cluster.run(["artifacts", "push", "world/chat.valid.jsonl", "--tag", "small"]);
+    assert!(small.status.success(), "what was half-written is gone: {small:?}");
+    let listed = cluster.json(["artifacts", "list"]);
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+}
+
 /// A request as a client of another version of the contract might send it.
 #[derive(Clone, PartialEq, prost::Message)]
 struct OtherListJobsRequest {
