@@ -74,6 +74,9 @@ async fn data_that_cannot_be_used_fails_the_job_at_its_file_and_line() {
     assert!(said.contains("rows.jsonl:3"), "{said}");
     let skipped = run_on(&cluster, &broken, &["data.on_bad_row=skip"]).await;
     assert_eq!(skipped.state(), JobState::Succeeded, "{skipped:#?}");
+    let told = cluster.run(["jobs", "logs", &skipped.job_id]);
+    let told = String::from_utf8(told.stdout).unwrap();
+    assert!(told.contains("1 of 3 rows are bad and left out, the first of them rows.jsonl:3"), "{told}");
 
     let (_, said) = failure(&run_on(&cluster, "\n", &[]).await);
     assert!(said.contains("rows.jsonl"), "{said}");

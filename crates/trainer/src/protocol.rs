@@ -155,6 +155,13 @@ pub enum Event {
         /// Which.
         phase: Phase,
     },
+    /// Something that a person should know and that stops nothing.
+    Note {
+        /// What it is about, in a word.
+        topic: String,
+        /// What is the case, and where.
+        message: String,
+    },
     /// Everything is ready; steps begin.
     Running {
         /// The step that the run goes on from.

@@ -78,6 +78,14 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepar
         let tokens = (plan.batch_tokens / plan.logical_shards).max(plan.max_length) as usize;
         validation.push((set.name.to_string(), in_order(&data, tokens).into_iter().map(Arc::new).collect()));
     }
+    // Who goes on has been told.
+    if request.resume.is_none() {
+        for (place, report) in &reports {
+            for message in remarks(report) {
+                control.emit(Event::Note { topic: place.clone(), message });
+            }
+        }
+    }
     let packing = Packing {
         batch_tokens: plan.batch_tokens,
         logical_shards: plan.logical_shards,
@@ -143,6 +151,20 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepar
         pinned,
         plan_digest: plan_digest(plan),
     })
+}
+
+/// What is not learned of a file although nothing failed.
+fn remarks(report: &attune_data::dataset::Report) -> Vec<String> {
+    let mut remarks = Vec::new();
+    if let Some(first) = report.bad.first.first() {
+        let bad = report.bad.count();
+        remarks.push(format!("{bad} of {} rows are bad and left out, the first of them {first}", report.rows + bad));
+    }
+    if report.truncated > 0 {
+        let (cut, rows) = (report.truncated, report.rows);
+        remarks.push(format!("{}: {cut} of {rows} rows are cut off at `data.max_length`", report.file));
+    }
+    remarks
 }
 
 /// The batches of a run, from its beginning.

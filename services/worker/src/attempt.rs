@@ -294,7 +294,10 @@ impl<'a> Run<'a> {
             tokio::select! {
                 heard = self.child.hear() => match heard {
                     Heard::Line(line) => self.line(&line).await,
-                    Heard::Log(line) => self.note(line).await,
+                    Heard::Log(line) => {
+                        tracing::debug!(attempt = %self.task.attempt, "{line}");
+                        self.note(v1::Severity::Info, "log".to_owned(), line).await;
+                    }
                     Heard::Exited(exit) => break exit,
                 },
                 order = orders.recv() => match order {
@@ -393,6 +396,7 @@ impl<'a> Run<'a> {
         };
         match event {
             Event::Starting { .. } => self.last_step = Instant::now(),
+            Event::Note { topic, message } => self.note(v1::Severity::Warning, topic, message).await,
             Event::Running { step, total_steps, kernel_profile, pinned } => {
                 self.last_step = Instant::now();
                 self.uploader.running(kernel_profile, pinned);
@@ -469,20 +473,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn note(&mut self, line: String) {
-        tracing::debug!(attempt = %self.task.attempt, "{line}");
+    async fn note(&mut self, severity: v1::Severity, topic: String, message: String) {
         self.notes += 1;
         if self.notes > NOTES_MAX {
             return;
         }
         self.flush().await;
-        let note = v1::JobNote {
-            severity: v1::Severity::Info as i32,
-            topic: "log".to_owned(),
-            message: line,
-            step: self.step,
-            fields: None,
-        };
+        let note = v1::JobNote { severity: severity as i32, topic, message, step: self.step, fields: None };
         self.wire.report(Report::Note(note)).await;
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use attune_trainer::Error;
-use attune_trainer::protocol::FailureClass;
+use attune_trainer::protocol::{Event, FailureClass};
 use attune_trainer::run::run;
 use candle_core::{Device, Tensor};
 
@@ -37,7 +37,13 @@ fn bad_rows_and_files_are_named_with_their_line() {
         assert!(!class.is_retryable(), "{message}");
     }
     let skipping = small.plan(&[(source, "./bad.jsonl"), ("data.on_bad_row", "skip"), ("tune.steps", "1")]);
-    let (_, files) = small.finish(skipping, 1);
+    let (events, files) = small.finish(skipping, 1);
+    let notes = events.iter().filter_map(|event| match event {
+        Event::Note { topic, message } => Some((topic.as_str(), message.as_str())),
+        _ => None,
+    });
+    let said = "1 of 2 rows are bad and left out, the first of them bad.jsonl:2: `text` is a number; expected a text";
+    assert_eq!(notes.collect::<Vec<_>>(), [("data/sums", said)]);
     let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
     assert_eq!(report["data"]["data/sums"]["bad"]["by_reason"]["wrong_type"], 1);
 }

@@ -16,6 +16,7 @@ use crate::support::world;
 /// A run that does everything.
 const WHOLE: &str = r#"
 say '{"event":"starting","phase":"base"}'
+say '{"event":"note","topic":"data/a","message":"1 of 2 rows are bad"}'
 running
 progress 1
 say '{"event":"metrics","step":1,"tokens":10,"metrics":[{"name":"train/loss","value":2.5}]}'
@@ -51,14 +52,15 @@ async fn a_whole_attempt_is_reported_stored_and_let_go() {
         })
         .await;
     assert_eq!((point.name.as_str(), point.value, point.step), ("train/loss", 2.5, 1));
-    let note = world
-        .scheduler
-        .report("note", |report| match report {
-            Report::Note(note) => Some(note.message.clone()),
+    let note = async |topic: &str| {
+        let of = |report: &Report| match report {
+            Report::Note(note) if note.topic == topic => Some(note.message.clone()),
             _ => None,
-        })
-        .await;
-    assert_eq!(note, r#"told: {"command":"checkpoint_stored","step":2}"#);
+        };
+        world.scheduler.report("note", of).await
+    };
+    assert_eq!(note("data/a").await, "1 of 2 rows are bad");
+    assert_eq!(note("log").await, r#"told: {"command":"checkpoint_stored","step":2}"#);
     let Outcome::Succeeded(succeeded) = world.scheduler.outcome().await else { panic!("not a success") };
     let roles: Vec<_> = succeeded.outputs.iter().map(|output| output.role.as_str()).collect();
     assert_eq!(roles, ["merged", "report"]);
