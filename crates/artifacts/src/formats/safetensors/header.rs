@@ -144,8 +144,11 @@ impl RawHeader {
         let mut faults: Vec<_> = self.repeated.iter().map(|name| at(name, "is there twice")).collect();
         let mut tensors = BTreeMap::new();
         let mut spans = Vec::new();
+        // A file that was cut has them by the hundred, for one reason.
+        let mut beyond = Vec::new();
         for (name, raw) in self.tensors {
             match raw.check(data_bytes) {
+                Err(message) if raw.data_offsets[1] > data_bytes => beyond.push((raw.data_offsets, name, message)),
                 Err(message) => faults.push(at(&name, message)),
                 Ok((dtype, shape)) => {
                     let [start, end] = raw.data_offsets;
@@ -156,6 +159,14 @@ impl RawHeader {
                     }
                 }
             }
+        }
+        beyond.sort();
+        if let Some((_, name, message)) = beyond.first() {
+            let more = match beyond.len() - 1 {
+                0 => String::new(),
+                more => format!(", {more} more of its tensors among the missing"),
+            };
+            faults.push(at(name, format!("{message}{more}")));
         }
         // With a faulty tensor left out, a hole would be reported where it lies; one explanation is enough.
         if faults.is_empty() {
@@ -270,6 +281,7 @@ mod tests {
             ("offsets backwards", one(r#""dtype":"U8","shape":[1],"data_offsets":[1,0]"#), 1, "lies at 1 .. 0"),
             ("huge offsets", one(&format!(r#""dtype":"U8","shape":[1],"data_offsets":[{},{max}]"#, max - 1)), 1, "but the data has 1 bytes"),
             ("too many dimensions", one(&format!(r#""dtype":"U8","shape":{many},"data_offsets":[0,1]"#)), 1, "has 41 dimensions"),
+            ("cut in two tensors", two("[0,4]", "[4,8]"), 2, "the file is cut or wrong, 1 more of its tensors among the missing"),
             ("overlap", two("[0,4]", "[2,6]"), 6, "`b` lies at 2 .. 6: it overlaps"),
             ("hole", two("[0,4]", "[6,10]"), 10, "`b` lies at 6 .. 10: it leaves a hole"),
             ("hole at the start", two("[1,5]", "[5,9]"), 9, "`a` lies at 1 .. 5: it leaves a hole"),
