@@ -7,6 +7,7 @@ use std::str::FromStr;
 use attune_artifacts::Cache;
 use attune_proto::client::Options;
 use attune_proto::convert::id;
+use attune_proto::words::Word as _;
 use attune_proto::{Client, v1};
 use attune_spec::id::{Digest, Project};
 use attune_spec::job::Reference;
@@ -95,11 +96,11 @@ impl FromStr for Place {
     }
 }
 
-/// The folder of a place: itself, or the stored artifact's copy in this user's cache.
-pub(crate) async fn folder(place: &Place, server: &Server) -> Result<PathBuf, Failure> {
+/// The folder of a place: itself, or the copy in this user's cache of a stored artifact that must be of `kind`.
+pub(crate) async fn folder(place: &Place, kind: v1::ArtifactKind, server: &Server) -> Result<PathBuf, Failure> {
     match place {
         Place::Local(_) => local(place),
-        Place::Stored(_) => fetch(&server.connect().await?, place, &cache_folder()?).await,
+        Place::Stored(_) => fetch(&server.connect().await?, place, kind, &cache_folder()?).await,
     }
 }
 
@@ -111,10 +112,21 @@ fn local(place: &Place) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The folder of a place: itself, or the stored artifact's copy in the cache `cache`, fetched if it is not there.
-pub(crate) async fn fetch(client: &Client, place: &Place, cache: &Path) -> Result<PathBuf, Failure> {
+/// The folder of a place: itself, or the copy in `cache` of a stored artifact that must be of `kind`, fetched if it is not
+/// there.
+pub(crate) async fn fetch(
+    client: &Client,
+    place: &Place,
+    kind: v1::ArtifactKind,
+    cache: &Path,
+) -> Result<PathBuf, Failure> {
     let Place::Stored(reference) = place else { return local(place) };
-    let digest = digest(&artifact(client, reference).await?.digest)?;
+    let found = artifact(client, reference).await?;
+    if found.kind() != kind {
+        let (is, expected) = (found.kind().word(), kind.word());
+        return Err(Failure::usage(format!("{reference} is of kind {is}; expected {expected}")));
+    }
+    let digest = digest(&found.digest)?;
     let cache = Cache::open(cache).await?;
     let cached = cache.fetch(client.project(), &digest, &Remote::new(client.clone())).await?;
     Ok(cached.dir().to_owned())

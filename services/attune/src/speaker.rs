@@ -8,7 +8,7 @@ use attune_models::{Base, Model, Sampling};
 use attune_points::Theta;
 use attune_spec::job::Precision;
 
-use crate::print::Failure;
+use crate::print::{Failure, note};
 
 /// A model with its tokenizer.
 pub(crate) struct Speaker {
@@ -79,6 +79,13 @@ impl Speaker {
         // A character that was never finished is shown as the decoder shows it.
         if let Some(rest) = text.get(shown..).filter(|rest| !rest.is_empty()) {
             each(rest)?;
+        }
+        let (reached, architecture) = (prompt.len() + generated.tokens.len(), self.model.base().architecture());
+        let context = architecture.max_position;
+        if reached as u64 > context && !architecture.rope.changes_at(reached) {
+            note(&format!(
+                "prompt and answer have {reached} tokens; the base was made for {context}, so they may make no sense"
+            ));
         }
         Ok(Answer { text, tokens: generated.tokens.len(), complete: generated.finish == Finish::Stop })
     }

@@ -2,6 +2,7 @@
 
 use attune_data::Message;
 use attune_models::Sampling;
+use attune_proto::v1::ArtifactKind;
 use attune_spec::job::Precision;
 use serde_json::json;
 
@@ -48,10 +49,10 @@ pub(crate) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
     let (base, adapters) = block_on(async {
-        let base = folder(&arguments.base, server).await?;
+        let base = folder(&arguments.base, ArtifactKind::Model, server).await?;
         let mut adapters = Vec::new();
         for adapter in &arguments.adapters {
-            adapters.push(folder(adapter, server).await?);
+            adapters.push(folder(adapter, ArtifactKind::Adapter, server).await?);
         }
         Ok((base, adapters))
     })?;
