@@ -435,7 +435,8 @@ fn end(job: &v1::Job) -> Result<(), Failure> {
         return Ok(());
     }
     let mut message = format!("job {} is {}", job.job_id, words::state(job.state, 0));
-    if let Some(failure) = &job.failure {
+    // A cancelled job may have had failures, but they are not why it ended.
+    if let Some(failure) = job.failure.as_ref().filter(|_| job.state() == v1::JobState::Failed) {
         message.push_str(&format!(": {}", words::failure_line(failure)));
         for line in &failure.last_log_lines {
             message.push_str(&format!("\n  {line}"));
@@ -454,4 +455,25 @@ pub(super) async fn validation(client: &Client, job: &str) -> Result<BTreeMap<St
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_says_a_failure_only_where_it_is_why_the_job_ended() {
+        let failure = v1::Failure { message: "the worker is lost".to_owned(), ..Default::default() };
+        let job = |state: v1::JobState| v1::Job {
+            job_id: "j-1".to_owned(),
+            state: state as i32,
+            failure: Some(failure.clone()),
+            ..Default::default()
+        };
+        let said = |state| end(&job(state)).map_err(|failure| failure.message);
+        assert_eq!(said(v1::JobState::Succeeded), Ok(()));
+        assert_eq!(said(v1::JobState::Cancelled), Err("job j-1 is cancelled".to_owned()));
+        let failed = said(v1::JobState::Failed).unwrap_err();
+        assert!(failed.starts_with("job j-1 is failed: the worker is lost"), "{failed}");
+    }
 }
