@@ -13,7 +13,7 @@ pub enum Error {
     #[error(transparent)]
     Artifacts(#[from] attune_artifacts::Error),
     /// The folder of `data_root` could not be opened.
-    #[error("data root {path:?} cannot be opened: {source}")]
+    #[error("data root {path:?} cannot be opened")]
     DataRoot {
         /// The folder.
         path: std::path::PathBuf,

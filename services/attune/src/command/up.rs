@@ -25,7 +25,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "N", default_value_t = 1)]
     workers: u32,
     /// CPU devices that each worker offers; a job's ranks each take one.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     devices: u32,
 }
 
@@ -56,7 +56,7 @@ pub(crate) struct Worker {
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// CPU devices that it offers; a job's ranks each take one.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     devices: u32,
     /// A label to place by; may be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
@@ -104,7 +104,7 @@ pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
             tracing::info!(target: "attune", url = format!("http://{address}"), artifacts = config.artifacts, "listening");
         }
         let served = attune_scheduler::serve(config, listener, stack::asked_to_end()).await;
-        served.map_err(|error| Failure::failed(error.to_string()))
+        served.map_err(|error| Failure::caused(&error))
     })
 }
 

@@ -30,6 +30,15 @@ impl Failure {
         Self { status: FAILED, message: message.into(), hint: None, faults: Vec::new() }
     }
 
+    /// A call failed for this reason, and what is behind it.
+    pub(crate) fn caused(error: &(dyn std::error::Error + 'static)) -> Self {
+        let sources = std::iter::successors(Some(error), |error| error.source());
+        let mut texts: Vec<_> = sources.map(ToString::to_string).collect();
+        // A wrapper such as `io::Error` shows its source as its own text.
+        texts.dedup();
+        Self::failed(texts.join(": "))
+    }
+
     /// The command was used wrongly, or a file is not valid.
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self { status: USAGE, ..Self::failed(message) }
@@ -131,15 +140,7 @@ impl From<attune_artifacts::Error> for Failure {
     fn from(error: attune_artifacts::Error) -> Self {
         match error {
             attune_artifacts::Error::Refused { what, faults } => Self::invalid(&what, faults),
-            error => {
-                let mut message = error.to_string();
-                let mut at = std::error::Error::source(&error);
-                while let Some(source) = at {
-                    message.push_str(&format!(": {source}"));
-                    at = source.source();
-                }
-                Self::failed(message)
-            }
+            error => Self::caused(&error),
         }
     }
 }
@@ -159,6 +160,18 @@ impl From<attune_points::Error> for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_to_its_root_and_nothing_twice() {
+        let refused = std::io::Error::new(std::io::ErrorKind::ConnectionRefused, "connection refused");
+        let error = attune_artifacts::Error::Unavailable {
+            place: "s3://bucket".to_owned(),
+            doing: "creating a probe object".to_owned(),
+            source: Box::new(std::io::Error::other(refused)),
+        };
+        let said = "s3://bucket is not available (creating a probe object): connection refused";
+        assert_eq!(Failure::caused(&error).message, said);
+    }
 
     #[test]
     fn an_error_is_said_with_its_faults_and_its_hint() {

@@ -50,3 +50,13 @@ fn a_job_with_faults_is_refused_before_any_server_is_asked() {
       `tune.steps` is 0; expected 1 or more
     ");
 }
+
+#[test]
+fn a_worker_without_devices_is_wrong_usage() {
+    let place = Place::new();
+    for arguments in [&["up", "--data-dir", "data"] as &[&str], &["worker", "--work-dir", "work"]] {
+        let ran = place.run(&[arguments, &["--devices", "0"]].concat());
+        assert_eq!((ran.status, ran.stdout.as_str()), (2, ""), "{}", ran.all());
+        assert!(ran.stderr.contains("'--devices <N>': 0 is not in 1.."), "{}", ran.stderr);
+    }
+}
