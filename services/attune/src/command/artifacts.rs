@@ -340,7 +340,9 @@ pub(super) fn tree(found: &v1::GetLineageResponse, down: bool) -> String {
 
 fn branch(found: &v1::GetLineageResponse, at: &str, role: Option<&str>, down: bool, depth: usize, text: &mut String) {
     let artifact = found.artifacts.iter().find(|artifact| artifact.digest == at);
-    let kind = artifact.map(|artifact| words::word::<v1::ArtifactKind>(artifact.kind)).unwrap_or_default();
+    let kind = artifact.map(|artifact| words::word::<v1::ArtifactKind>(artifact.kind));
+    // An input that was read by its URL or path is known by its bytes alone.
+    let kind = kind.filter(|kind| !kind.is_empty()).unwrap_or_else(|| "not stored here,".to_owned());
     let tags = artifact.map(|artifact| artifact.tags.join(", ")).unwrap_or_default();
     let job = artifact.and_then(|artifact| artifact.commit.as_ref()).map(|commit| commit.job_id.as_str());
     let mut line = "  ".repeat(depth);
