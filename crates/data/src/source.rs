@@ -184,7 +184,12 @@ fn fetch(name: &str, store: Arc<dyn ObjectStore>, key: &str) -> Result<Input, Er
 
 fn remote_error(name: &str, error: &object_store::Error) -> Error {
     let retry = matches!(error, object_store::Error::Generic { .. });
-    Error::Remote { url: name.to_owned(), message: error.to_string(), retry }
+    let message = match error {
+        object_store::Error::NotFound { .. } => "there is no such object".to_owned(),
+        // The words of a store can be a document; a message is one line.
+        other => other.to_string().split_whitespace().collect::<Vec<_>>().join(" "),
+    };
+    Error::Remote { url: name.to_owned(), message, retry }
 }
 
 #[cfg(test)]
@@ -236,6 +241,10 @@ mod tests {
         assert_eq!(read(Arc::clone(&store)).unwrap(), "{}");
         assert_eq!(runtime.block_on(async { read(Arc::clone(&store)) }).unwrap(), "{}");
         let error = fetch("s3://bucket/b.jsonl", store, "b.jsonl").err().unwrap();
-        assert!(!error.retry() && error.to_string().starts_with("s3://bucket/b.jsonl: cannot be read"), "{error}");
+        let said = "s3://bucket/b.jsonl: cannot be read from the object store: there is no such object";
+        assert_eq!((error.retry(), error.to_string().as_str()), (false, said));
+        let refused = object_store::Error::Generic { store: "S3", source: "<?xml?>\n  <Error>".into() };
+        let error = remote_error("s3://bucket/b.jsonl", &refused);
+        assert!(error.retry() && error.to_string().ends_with("<?xml?> <Error>"), "{error}");
     }
 }
