@@ -128,7 +128,8 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
 }
 
 fn checkpoint(spec: &CheckpointSpec) -> v1::CheckpointSpec {
-    v1::CheckpointSpec { every_steps: spec.every_steps, keep: Some(spec.keep) }
+    // A file's `null` is written as 0, which no file may say.
+    v1::CheckpointSpec { every_steps: Some(spec.every_steps.unwrap_or(0)), keep: Some(spec.keep) }
 }
 
 fn evaluate(spec: &EvaluateSpec) -> v1::EvaluateSpec {
@@ -176,6 +177,11 @@ pub fn from_message(message: &v1::JobSpec) -> Result<JobSpec, Vec<Fault>> {
             reader.faults.finish(None)
         }
     }
+}
+
+/// The file's form of a number that means nothing when it is 0.
+fn null_if_zero(number: u64) -> Value {
+    if number == 0 { Value::Null } else { json!(number) }
 }
 
 /// Builds the job file's form of a message.
@@ -328,7 +334,7 @@ impl Reader {
             "max_grad_norm": spec.max_grad_norm.map(|norm| if norm == 0.0 { Value::Null } else { json!(norm) }),
             "precision": self.word::<v1::Precision>(spec.precision, "tune.precision"),
             "checkpoint": spec.checkpoint.as_ref().map(|spec| given! {
-                "every_steps": spec.every_steps,
+                "every_steps": spec.every_steps.map(null_if_zero),
                 "keep": spec.keep,
             }),
             "evaluate": spec.evaluate.as_ref().map(|spec| given! { "every_steps": spec.every_steps }),
@@ -407,9 +413,10 @@ tune: {adapter: {method: full}, steps: 3}
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }
         let mut value = read_yaml(SHORT).unwrap();
-        for (path, text) in [("tune.steps", "null"), ("tune.tokens", "90000"), ("tune.adapter.train", "true")] {
+        set_path(&mut value, "tune.steps", "null").unwrap();
+        for (path, text) in [("tune.tokens", "90000"), ("tune.checkpoint", "{every_steps: null}")] {
             set_path(&mut value, path, text).unwrap();
-            let Ok(spec) = read_value(&value, Catalogue::embedded()) else { continue };
+            let spec = read_value(&value, Catalogue::embedded()).unwrap();
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec, "{path}");
         }
     }

@@ -90,7 +90,7 @@ pub enum Precision {
 #[serde(deny_unknown_fields, default)]
 #[schemars(deny_unknown_fields)]
 pub struct CheckpointSpec {
-    /// Steps between checkpoints; only on request when it is left out.
+    /// Steps between checkpoints; `null` for none but on request.
     #[schemars(range(min = 1))]
     pub every_steps: Option<u64>,
     /// How many of the latest are kept.
@@ -99,8 +99,9 @@ pub struct CheckpointSpec {
 }
 
 impl Default for CheckpointSpec {
+    /// Every hundred steps, the latest kept: a run that is cut off loses minutes, not everything.
     fn default() -> Self {
-        Self { every_steps: None, keep: 1 }
+        Self { every_steps: Some(100), keep: 1 }
     }
 }
 
