@@ -150,3 +150,25 @@ fn a_path_that_cannot_be_set_and_a_file_that_is_not_there_are_said() {
     error: none.yaml: No such file or directory (os error 2)
     ");
 }
+
+#[test]
+fn the_examples_are_valid_and_name_files_of_the_demonstration() {
+    let place = Place::new();
+    let ran = place.run(&["demo", "--files", "attune-demo/files"]);
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    std::fs::create_dir(place.path().join("examples")).unwrap();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let (name, text) = (path.file_name().unwrap().to_str().unwrap(), std::fs::read_to_string(&path).unwrap());
+        place.write(&format!("examples/{name}"), &text);
+        let ran = place.run(&["validate", &format!("examples/{name}")]);
+        assert_eq!(ran.status, 0, "{}", ran.all());
+        for word in text.split([' ', ',', '}', '\n']).filter(|word| word.starts_with("../")) {
+            assert!(place.path().join("examples").join(word).try_exists().unwrap(), "{name}: {word}");
+        }
+        count += 1;
+    }
+    assert!(count >= 3);
+}
