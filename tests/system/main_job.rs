@@ -117,3 +117,24 @@ async fn a_job_is_paused_resumed_and_cancelled() {
     let again = cluster.run(["jobs", "resume", &id]);
     assert_eq!(again.status.code(), Some(1), "{again:?}");
 }
+
+#[tokio::test]
+async fn a_job_that_nobody_can_run_says_why_while_it_is_watched() {
+    use std::io::{BufRead as _, BufReader};
+    let cluster = Cluster::start().await;
+    world(&cluster.path("world"));
+    let set = SMALL.into_iter().chain(["tune.steps=1", "resources.devices_per_worker=2"]);
+    let mut watching = crate::support::attune()
+        .args(["submit", "world/text.yaml", "--watch"].into_iter().chain(set.flat_map(|set| ["--set", set])))
+        .env("ATTUNE_SERVER", cluster.url())
+        .current_dir(cluster.folder.path())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(watching.stderr.take().unwrap()).lines();
+    let said = lines.map_while(Result::ok).find(|line| line.contains("no worker"));
+    watching.kill().unwrap();
+    watching.wait().unwrap();
+    assert_eq!(said.unwrap(), "queued: submitted; no worker has as many devices of the kind that it asks for");
+}

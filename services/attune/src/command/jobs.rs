@@ -14,6 +14,8 @@ use crate::words;
 
 /// Longest time for which a server that went away is waited for while a job is followed.
 const SERVER_PATIENCE: Duration = Duration::from_secs(120);
+/// Silence after which a job that is followed is asked what it waits for.
+const WAITING_NOTE_AFTER: Duration = Duration::from_secs(2);
 /// Wait before the next try to reach it.
 const SERVER_WAIT: Duration = Duration::from_millis(500);
 
@@ -403,7 +405,19 @@ async fn watch(
         v1::WatchJobRequest { project: client.project().to_string(), job_id: job.to_owned(), after_sequence: *after };
     let mut stream = client.jobs().watch_job(asked).await.map_err(Broken::Server)?.into_inner();
     let mut is_final = false;
-    while let Some(message) = stream.message().await.map_err(Broken::Heard)? {
+    let mut told = None;
+    loop {
+        let message = match tokio::time::timeout(WAITING_NOTE_AFTER, stream.message()).await {
+            Ok(Ok(Some(message))) => message,
+            Ok(Ok(None)) => break,
+            Ok(Err(status)) => return Err(Broken::Heard(status)),
+            Err(_) => {
+                if records.is_none() {
+                    tell_what_it_waits_for(client, job, &mut told).await;
+                }
+                continue;
+            }
+        };
         let Some(event) = message.event else { continue };
         *after = event.sequence;
         if let Some(Event::StateChange(change)) = &event.event {
@@ -427,6 +441,17 @@ async fn watch(
         }
     }
     Err(Broken::Heard(Class::Unavailable.status("the stream ended before the job")))
+}
+
+/// Says what a job that does not run waits for, once for each reason.
+async fn tell_what_it_waits_for(client: &Client, job: &str, told: &mut Option<String>) {
+    let Ok(job) = get(client, job).await else { return };
+    let waits = matches!(job.state(), v1::JobState::Waiting | v1::JobState::Queued);
+    let reason = Some(why(&job)).filter(|_| waits);
+    if let Some(reason) = reason.filter(|reason| told.as_ref() != Some(reason)) {
+        note(&format!("{}: {reason}", words::state(job.state, 0)));
+        *told = Some(reason);
+    }
 }
 
 /// Why a job has no result, if it has none.
