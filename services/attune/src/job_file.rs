@@ -102,6 +102,14 @@ impl JobFile {
         }
     }
 
+    /// A fault for each path that cannot be opened on this machine.
+    pub(crate) fn absent(&self) -> Vec<Fault> {
+        let paths = self.spec.references().into_iter();
+        let paths = paths.filter_map(|(field, reference)| Some((field, self.local(reference)?)));
+        let absent = paths.filter_map(|(field, path)| Some((field, std::fs::metadata(&path).err()?, path)));
+        absent.map(|(field, error, path)| Fault::new(field, format!("is {}: {error}", path.display()))).collect()
+    }
+
     /// Faults of `targets` and `exclude` against the architecture of a base that lies here; `None` if it does not, so that
     /// only the server can tell.
     pub(crate) fn site_faults(&self) -> Result<Option<Vec<Fault>>, Failure> {

@@ -7,7 +7,7 @@ use attune_artifacts::{Causes, Kind};
 use attune_proto::convert::job;
 use attune_proto::convert::time::span;
 use attune_proto::{Client, v1};
-use attune_spec::{Fault, FieldPath};
+use attune_spec::FieldPath;
 use attune_worker::transfer::{self, PushError};
 use serde_json::json;
 
@@ -107,16 +107,12 @@ type Local = BTreeMap<PathBuf, Kind>;
 
 /// Every path of the job file, checked to be there.
 fn local(file: &JobFile, name: &str) -> Result<Local, Failure> {
-    let mut found = Local::new();
-    let mut faults = Vec::new();
-    for (field, reference) in file.spec.references() {
-        let Some(path) = file.local(reference) else { continue };
-        match std::fs::metadata(&path) {
-            Ok(_) => drop(found.insert(path, kind(&field))),
-            Err(error) => faults.push(Fault::new(field, format!("is {}: {error}", path.display()))),
-        }
+    let faults = file.absent();
+    if !faults.is_empty() {
+        return Err(Failure::invalid(name, faults));
     }
-    if faults.is_empty() { Ok(found) } else { Err(Failure::invalid(name, faults)) }
+    let paths = file.spec.references().into_iter();
+    Ok(paths.filter_map(|(field, reference)| Some((file.local(reference)?, kind(&field)))).collect())
 }
 
 /// What the reference in this field must hold.

@@ -15,11 +15,14 @@ Examples:
 pub(crate) struct Arguments {
     #[command(flatten)]
     job: JobFileArguments,
+    /// Does not look for paths: they lie on the server, below its --data-root.
+    #[arg(long)]
+    server_paths: bool,
 }
 
 pub(super) fn run(arguments: &Arguments, out: &mut Out) -> Result<(), Failure> {
     let file = &arguments.job.file;
-    match check(&arguments.job) {
+    match check(arguments) {
         Ok(()) if out.is_json() => out.document(&json!({"file": file, "valid": true, "faults": []})),
         Ok(()) => out.line(&format!("{file} is valid")),
         Err(failure) if out.is_json() => {
@@ -31,10 +34,12 @@ pub(super) fn run(arguments: &Arguments, out: &mut Out) -> Result<(), Failure> {
     }
 }
 
-fn check(arguments: &JobFileArguments) -> Result<(), Failure> {
-    let job = job_file::read(&arguments.file, &arguments.set)?;
-    match job.site_faults()? {
-        Some(faults) if !faults.is_empty() => Err(Failure::invalid(&arguments.file, faults)),
-        Some(_) | None => Ok(()),
+fn check(arguments: &Arguments) -> Result<(), Failure> {
+    let name = &arguments.job.file;
+    let job = job_file::read(name, &arguments.job.set)?;
+    let mut faults = job.site_faults()?.unwrap_or_default();
+    if !arguments.server_paths {
+        faults.extend(job.absent());
     }
+    if faults.is_empty() { Ok(()) } else { Err(Failure::invalid(name, faults)) }
 }
