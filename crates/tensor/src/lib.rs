@@ -1,5 +1,6 @@
 //! What candle lacks for training, with no idea of a model: reproducible randomness, safe differentiable operations,
-//! frozen weights whose gradient is never computed, a local reverse pass, weights in memory-mapped files.
+//! frozen weights whose gradient is never computed, a local reverse pass, weights in memory-mapped files, and the kernels that
+//! a training step spends its time in.
 //!
 //! The one invariant: no operation here cuts a gradient silently, and no random number depends on anything but its
 //! logical index. Everything differentiable is checked in f64 against central differences.
@@ -16,6 +17,9 @@ pub mod frozen;
 pub mod ops;
 
 pub mod mapped;
+
+pub mod kernels;
+pub mod view;
 
 pub mod testing;
 
