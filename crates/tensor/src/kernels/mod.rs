@@ -10,6 +10,11 @@ use std::ops::Range;
 
 use crate::view::{MatMut, MatRef, View, ViewMut};
 
+mod cpu;
+mod simd;
+
+pub use cpu::{Cpu, Isa, cpu};
+
 /// A factor of a product: a matrix, or its transpose.
 #[derive(Debug, Clone, Copy)]
 pub struct Operand<'a> {
