@@ -78,11 +78,11 @@ def run(fresh_model, documents):
     sums, own, gradients = [], [], {}
     for d in documents:
         model = fresh_model()
-        decoder = model.get_base_model().model if hasattr(model, "peft_config") else model.model
+        blocks, last, table = parts(model.get_base_model() if hasattr(model, "peft_config") else model)
         hidden = []
-        hooks = [b.register_forward_pre_hook(lambda _, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True) for b in decoder.layers]
-        hooks.append(decoder.norm.register_forward_pre_hook(lambda _, a: hidden.append(a[0])))
-        embeds = decoder.embed_tokens(d.ids[None])
+        hooks = [b.register_forward_pre_hook(lambda _, a, k: hidden.append(a[0] if a else k["hidden_states"]), with_kwargs=True) for b in blocks]
+        hooks.append(last.register_forward_pre_hook(lambda _, a: hidden.append(a[0])))
+        embeds = table(d.ids[None])
         embeds.retain_grad() if embeds.requires_grad else embeds.requires_grad_()
         logits = model(inputs_embeds=embeds, use_cache=False).logits[0]
         for h in hooks:
@@ -105,6 +105,13 @@ def run(fresh_model, documents):
     expected["loss"] = expected["loss_sum"] / count
     expected["doc_loss"] = torch.stack(own)
     return expected, gradients
+
+
+def parts(model):
+    """The blocks, the last norm and the table of tokens, whatever the model calls them."""
+    if hasattr(model, "transformer"):
+        return model.transformer.h, model.transformer.ln_f, model.transformer.wte
+    return model.model.layers, model.model.norm, model.model.embed_tokens
 
 
 def inputs(documents):

@@ -1,27 +1,27 @@
 //! `config.json` to [`Architecture`].
 
-use attune_spec::{FieldPath, suggest};
+use attune_spec::FieldPath;
 use serde_json::{Map, Value};
 
-use crate::decoder::Architecture;
+use crate::activation::Activation;
+use crate::decoder::{Architecture, MlpKind, NormKind, Positions};
 use crate::error::Error;
-use crate::family::{FAMILIES, FamilyRow, MAX_WINDOW_LAYERS_DEFAULT, WINDOW_DEFAULT, WindowRule};
+use crate::family::{FAMILIES, FamilyRow, PositionRule};
 use crate::fields::Fields;
-use crate::rope::{Rope, RopeScaling, yarn_mscale};
+use crate::rope_config::rope;
+use crate::windows::windows;
 
 // Far above any model that exists, and low enough that no count of parameters, FLOPs or bytes overflows 64 bits:
 // 2^12 layers of three 2^20 x 2^22 matrices are below 2^56 parameters.
 const WIDTH_MAX: u64 = 1 << 20;
 const INNER_MAX: u64 = 1 << 22;
-const LAYERS_MAX: u64 = 1 << 12;
+pub(crate) const LAYERS_MAX: u64 = 1 << 12;
 const HEADS_MAX: u64 = 1 << 14;
 const VOCAB_MAX: u64 = 1 << 24;
-const POSITIONS_MAX: u64 = 1 << 32;
+pub(crate) const POSITIONS_MAX: u64 = 1 << 32;
+/// Rows of a table of learned positions.
+const TABLE_MAX: u64 = 1 << 24;
 
-/// `rms_norm_eps` of all families when the field is missing.
-const RMS_EPS_DEFAULT: f64 = 1e-6;
-/// `rope_theta` of all families when the field is missing.
-const THETA_DEFAULT: f64 = 10_000.0;
 /// `initializer_range` of all families when the field is missing.
 const INITIALIZER_RANGE_DEFAULT: f64 = 0.02;
 
@@ -51,28 +51,26 @@ fn family(object: &Map<String, Value>) -> Result<&'static FamilyRow, Error> {
 }
 
 fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
-    let hidden = fields.required("hidden_size", WIDTH_MAX);
-    let inner = fields.required("intermediate_size", INNER_MAX);
-    let layers = fields.required("num_hidden_layers", LAYERS_MAX);
-    let heads = fields.required("num_attention_heads", HEADS_MAX);
+    let hidden = fields.required(row.fields.hidden, WIDTH_MAX);
+    let inner = match row.inner_factor {
+        None => fields.required(row.fields.inner, INNER_MAX),
+        Some(factor) => fields.count(row.fields.inner, INNER_MAX).unwrap_or(factor * hidden),
+    };
+    let layers = fields.required(row.fields.layers, LAYERS_MAX);
+    let heads = fields.required(row.fields.heads, HEADS_MAX);
     let vocab = fields.required("vocab_size", VOCAB_MAX);
-    // A null means "as many as query heads", a missing field the family's own default.
-    let kv_default = if fields.has("num_key_value_heads") { None } else { row.kv_heads };
-    let kv_heads = fields.count("num_key_value_heads", HEADS_MAX).or(kv_default).unwrap_or(heads);
-    // A stand-in for a faulty number would contradict the others, and the reader is told of the cause already.
-    if fields.faults.is_empty() && !heads.is_multiple_of(kv_heads) {
-        fields.fault(
-            "num_key_value_heads",
-            format!("is {kv_heads}; expected a divisor of `num_attention_heads`, which is {heads}"),
-        );
-    }
-    let head_dim = head_dim(fields, hidden, heads);
-    let max_position = fields.count("max_position_embeddings", POSITIONS_MAX).unwrap_or(row.max_position);
-    refuse_unsupported(fields);
-
-    let bias = |fields: &mut Fields<'_>, name| row.bias_fields && fields.flag(name).unwrap_or(false);
-    let attention_bias = bias(fields, "attention_bias");
-    let mlp_bias = bias(fields, "mlp_bias");
+    let kv_heads = kv_heads(row, fields, heads);
+    let head_dim = head_dim(row, fields, hidden, heads);
+    let max_position = fields.count(row.fields.max_position, POSITIONS_MAX).unwrap_or(row.max_position);
+    refuse_unsupported(row, fields);
+    let positions = match row.positions {
+        PositionRule::Rope => Positions::Rope(rope(fields, max_position)),
+        PositionRule::Learned { offset } => learned(row, fields, max_position, offset),
+    };
+    let eps = fields.number(row.fields.eps, 0.0, 1.0).unwrap_or(row.eps);
+    let activation = activation(row, fields);
+    let attention_bias = row.bias.attention_field && fields.flag("attention_bias").unwrap_or(false);
+    let mlp_bias = row.bias.mlp_field && fields.flag("mlp_bias").unwrap_or(false);
     Architecture {
         family: row.family,
         hidden: hidden as usize,
@@ -83,33 +81,54 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
         head_dim: head_dim as usize,
         vocab: vocab as usize,
         max_position,
-        rms_eps: fields.number("rms_norm_eps", 0.0, 1.0).unwrap_or(RMS_EPS_DEFAULT),
-        rope: rope(fields, max_position),
+        norm: if row.layer_norm { NormKind::Layer { eps } } else { NormKind::Rms { eps } },
+        placement: row.placement,
+        positions,
+        qk_norm: row.qk_norm,
+        projections: row.projections,
+        mlp: if row.gated { MlpKind::Gated(activation) } else { MlpKind::Plain(activation) },
+        causal: true,
         windows: windows(row, fields, layers),
-        tied: fields.flag("tie_word_embeddings").unwrap_or(false),
-        qkv_bias: row.qkv_bias || attention_bias,
-        output_bias: attention_bias,
-        mlp_bias,
+        tied: fields.flag("tie_word_embeddings").unwrap_or(row.tied),
+        transposed: row.transposed,
+        qkv_bias: row.bias.qkv || attention_bias,
+        output_bias: row.bias.others || attention_bias,
+        mlp_bias: row.bias.others || mlp_bias,
         initializer_range: fields.number("initializer_range", 0.0, 1.0).unwrap_or(INITIALIZER_RANGE_DEFAULT),
+        scaled_init: row.scaled_init,
         bos: fields.tokens("bos_token_id", vocab, row.bos),
         eos: fields.tokens("eos_token_id", vocab, row.eos),
+        modules: row.modules,
     }
 }
 
-fn head_dim(fields: &mut Fields<'_>, hidden: u64, heads: u64) -> u64 {
-    let head_dim = match fields.count("head_dim", 1 << 12) {
+fn kv_heads(row: &FamilyRow, fields: &mut Fields<'_>, heads: u64) -> u64 {
+    // A null means "as many as query heads", a missing field the family's own default.
+    let default = if fields.has("num_key_value_heads") { None } else { row.kv_heads };
+    let kv_heads = fields.count("num_key_value_heads", HEADS_MAX).or(default).unwrap_or(heads);
+    // A stand-in for a faulty number would contradict the others, and the reader is told of the cause already.
+    if fields.faults.is_empty() && !heads.is_multiple_of(kv_heads) {
+        let whole = row.fields.heads;
+        let message = format!("is {kv_heads}; expected a divisor of `{whole}`, which is {heads}");
+        fields.fault("num_key_value_heads", message);
+    }
+    kv_heads
+}
+
+fn head_dim(row: &FamilyRow, fields: &mut Fields<'_>, hidden: u64, heads: u64) -> u64 {
+    let default = if fields.has("head_dim") { None } else { row.head_dim };
+    let head_dim = match fields.count("head_dim", 1 << 12).or(default) {
         Some(head_dim) => head_dim,
         None if hidden.is_multiple_of(heads) => hidden / heads,
         None if !fields.faults.is_empty() => return 2,
         None => {
-            fields.fault(
-                "num_attention_heads",
-                format!("is {heads}; expected a divisor of `hidden_size`, which is {hidden}, or a `head_dim`"),
-            );
+            let whole = row.fields.hidden;
+            let message = format!("is {heads}; expected a divisor of `{whole}`, which is {hidden}, or a `head_dim`");
+            fields.fault(row.fields.heads, message);
             return 2;
         }
     };
-    if fields.faults.is_empty() && !head_dim.is_multiple_of(2) {
+    if fields.faults.is_empty() && row.positions == PositionRule::Rope && !head_dim.is_multiple_of(2) {
         fields.fault("head_dim", format!("is {head_dim}; expected an even number, since rotary embedding turns pairs"));
     }
     if heads * head_dim > INNER_MAX {
@@ -118,11 +137,28 @@ fn head_dim(fields: &mut Fields<'_>, hidden: u64, heads: u64) -> u64 {
     head_dim
 }
 
-fn refuse_unsupported(fields: &mut Fields<'_>) {
-    if let Some(act) = fields.text("hidden_act")
-        && act != "silu"
-    {
-        fields.fault("hidden_act", format!("is {act:?}; expected \"silu\", the only activation that is supported"));
+fn learned(row: &FamilyRow, fields: &mut Fields<'_>, max_position: u64, offset: u64) -> Positions {
+    if max_position > TABLE_MAX {
+        let message = format!("is {max_position}; expected at most {TABLE_MAX}, since each position has a row");
+        fields.fault(row.fields.max_position, message);
+        return Positions::Learned { rows: 1, offset: 0 };
+    }
+    Positions::Learned { rows: (max_position + offset) as usize, offset: offset as usize }
+}
+
+fn activation(row: &FamilyRow, fields: &mut Fields<'_>) -> Activation {
+    let Some(name) = fields.text(row.fields.activation) else { return row.activation };
+    Activation::named(name).unwrap_or_else(|message| {
+        fields.fault(row.fields.activation, message);
+        row.activation
+    })
+}
+
+fn refuse_unsupported(row: &FamilyRow, fields: &mut Fields<'_>) {
+    for &(name, supported) in row.fixed {
+        if fields.flag(name).is_some_and(|given| given != supported) {
+            fields.fault(name, format!("is {}; expected {supported}, which is what is supported", !supported));
+        }
     }
     if fields.get("quantization_config").is_some() {
         fields.fault(
@@ -133,157 +169,4 @@ fn refuse_unsupported(fields: &mut Fields<'_>) {
     if fields.number("partial_rotary_factor", 0.0, 1.0).is_some_and(|factor| factor != 1.0) {
         fields.fault("partial_rotary_factor", "is not 1; expected heads that are turned as a whole");
     }
-}
-
-/// The attention window of each layer, from whichever fields the family reads.
-fn windows(row: &FamilyRow, fields: &mut Fields<'_>, layers: u64) -> Vec<Option<u64>> {
-    let full = vec![None; layers as usize];
-    let switched_on = match row.window {
-        WindowRule::None => return full,
-        WindowRule::Every => true,
-        WindowRule::ByLayer => fields.flag("use_sliding_window").unwrap_or(false),
-    };
-    let missing = if fields.has("sliding_window") { None } else { Some(WINDOW_DEFAULT) };
-    let window = fields.count("sliding_window", POSITIONS_MAX).or(missing).filter(|_| switched_on);
-    let types = layer_types(fields, layers);
-    match (row.window, types, window) {
-        (_, None, None) => full,
-        (WindowRule::ByLayer, None, Some(window)) => {
-            let first = match fields.get("max_window_layers") {
-                // 0 is meaningful here: windows from the first layer on.
-                Some(Value::Number(n)) if n.as_u64() == Some(0) => 0,
-                _ => fields.count("max_window_layers", LAYERS_MAX).unwrap_or(MAX_WINDOW_LAYERS_DEFAULT),
-            };
-            (0..layers).map(|layer| (layer >= first).then_some(window)).collect()
-        }
-        (_, None, Some(window)) => vec![Some(window); layers as usize],
-        (rule, Some(types), window) => {
-            let contradicts = |sliding: &bool| {
-                (*sliding && window.is_none()) || (rule == WindowRule::Every && *sliding != window.is_some())
-            };
-            if let Some(layer) = types.iter().position(contradicts) {
-                let kind = if types[layer] { "sliding_attention" } else { "full_attention" };
-                let have =
-                    window.map_or_else(|| "no window in use".to_owned(), |w| format!("a window of {w} in every layer"));
-                fields.fault(
-                    &format!("layer_types[{layer}]"),
-                    format!("is {kind:?}, but `sliding_window` gives {have}; expected the two to agree"),
-                );
-            }
-            types.iter().map(|sliding| window.filter(|_| *sliding)).collect()
-        }
-    }
-}
-
-/// Whether each layer slides, if `layer_types` says so.
-fn layer_types(fields: &mut Fields<'_>, layers: u64) -> Option<Vec<bool>> {
-    let value = fields.get("layer_types")?;
-    let list = value.as_array().filter(|list| list.len() as u64 == layers);
-    let Some(list) = list else {
-        let found = value.as_array().map_or_else(|| "no list".to_owned(), |list| format!("a list of {}", list.len()));
-        fields.fault("layer_types", format!("is {found}; expected one entry for each of {layers} layers"));
-        return None;
-    };
-    let mut sliding = Vec::with_capacity(list.len());
-    for (layer, kind) in list.iter().enumerate() {
-        match kind.as_str() {
-            Some("full_attention") => sliding.push(false),
-            Some("sliding_attention") => sliding.push(true),
-            _ => {
-                let given = crate::fields::quote(kind);
-                fields.fault(
-                    &format!("layer_types[{layer}]"),
-                    format!("is {given}; expected \"full_attention\" or \"sliding_attention\""),
-                );
-                return None;
-            }
-        }
-    }
-    Some(sliding)
-}
-
-const ROPE_TYPES: &[&str] = &["default", "linear", "dynamic", "llama3", "yarn"];
-
-/// Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters`; a `rope_scaling` that is not null wins, as in
-/// Hugging Face's own reading.
-fn rope(fields: &mut Fields<'_>, max_position: u64) -> Rope {
-    let theta_outside = fields.number("rope_theta", 1.0, 1e18);
-    let outside_original = fields.count("original_max_position_embeddings", POSITIONS_MAX);
-    let name = if fields.get("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
-    let Some(object) = fields.object(name) else {
-        return Rope { theta: theta_outside.unwrap_or(THETA_DEFAULT), scaling: RopeScaling::Default };
-    };
-    let mut inner = Fields::new(object, FieldPath::root().field(name));
-    let theta = inner.number("rope_theta", 1.0, 1e18).or(theta_outside).unwrap_or(THETA_DEFAULT);
-    if inner.number("partial_rotary_factor", 0.0, 1.0).is_some_and(|factor| factor != 1.0) {
-        inner.fault("partial_rotary_factor", "is not 1; expected heads that are turned as a whole");
-    }
-    let kind_field = if inner.get("rope_type").is_some() { "rope_type" } else { "type" };
-    let kind = inner.text(kind_field).unwrap_or("default");
-    let original = outside_original
-        .or_else(|| inner.count("original_max_position_embeddings", POSITIONS_MAX))
-        .unwrap_or(max_position);
-    let scaling = match kind {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: factor(&mut inner) },
-        "dynamic" => RopeScaling::Dynamic { factor: factor(&mut inner), max_position },
-        "llama3" => llama3(&mut inner, original),
-        "yarn" => yarn(&mut inner, theta, original, max_position),
-        other => {
-            let hint = suggest::hint(other, ROPE_TYPES.iter().copied());
-            inner.fault(kind_field, format!("is {other:?}; supported are {}{hint}", ROPE_TYPES.join(", ")));
-            RopeScaling::Default
-        }
-    };
-    fields.faults.append(&mut inner.faults);
-    Rope { theta, scaling }
-}
-
-const FACTOR_MAX: f64 = 1e6;
-
-fn factor(fields: &mut Fields<'_>) -> f64 {
-    if fields.get("factor").is_none() {
-        fields.fault("factor", format!("is missing; expected a number in 1 ..= {FACTOR_MAX}"));
-    }
-    fields.number("factor", 1.0, FACTOR_MAX).unwrap_or(1.0)
-}
-
-fn llama3(fields: &mut Fields<'_>, original: u64) -> RopeScaling {
-    let factor = factor(fields);
-    let mut required = |name: &str| {
-        if fields.get(name).is_none() {
-            fields.fault(name, format!("is missing; expected a number in 0.001 ..= {FACTOR_MAX}"));
-        }
-        fields.number(name, 0.001, FACTOR_MAX)
-    };
-    let low = required("low_freq_factor");
-    let high = required("high_freq_factor");
-    if let (Some(low), Some(high)) = (low, high)
-        && low >= high
-    {
-        fields.fault("high_freq_factor", format!("is {high}; expected more than `low_freq_factor`, which is {low}"));
-    }
-    RopeScaling::Llama3 { factor, low_freq_factor: low.unwrap_or(1.0), high_freq_factor: high.unwrap_or(4.0), original }
-}
-
-fn yarn(fields: &mut Fields<'_>, theta: f64, original: u64, max_position: u64) -> RopeScaling {
-    let extended = max_position as f64 / original as f64;
-    let factor = fields.number("factor", 1.0, FACTOR_MAX).unwrap_or(extended);
-    let positive = |fields: &mut Fields<'_>, name| fields.number(name, 0.0, FACTOR_MAX).filter(|x| *x > 0.0);
-    let (mscale, mscale_all) = (positive(fields, "mscale"), positive(fields, "mscale_all_dim"));
-    let attention_factor =
-        fields.number("attention_factor", 1e-3, FACTOR_MAX).unwrap_or_else(|| match (mscale, mscale_all) {
-            (Some(mscale), Some(all)) => yarn_mscale(factor, mscale) / yarn_mscale(factor, all),
-            _ => yarn_mscale(factor, 1.0),
-        });
-    let beta_fast = positive(fields, "beta_fast").unwrap_or(32.0);
-    let beta_slow = positive(fields, "beta_slow").unwrap_or(1.0);
-    if beta_fast < beta_slow {
-        fields.fault("beta_fast", format!("is {beta_fast}; expected at least `beta_slow`, which is {beta_slow}"));
-    }
-    if theta <= 1.0 {
-        fields.fault("rope_theta", format!("is {theta}; expected more than 1 under yarn"));
-    }
-    let truncate = fields.flag("truncate").unwrap_or(true);
-    RopeScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, original, truncate }
 }

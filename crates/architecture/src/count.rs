@@ -1,32 +1,26 @@
 //! Counts in closed form, for forecasts of memory and time before anything is loaded.
 
 use crate::decoder::Architecture;
-use crate::site::SiteKind;
+use crate::site::{Place, Site, SiteKind};
 
 impl Architecture {
     /// Parameters of the model; a tied head counts once.
     pub fn parameters(&self) -> u64 {
-        let head = if self.tied { 0 } else { self.table() };
-        self.table() + self.layers as u64 * self.layer_parameters() + self.hidden as u64 + head
+        let outer = self.embedding_sites().into_iter().chain(self.head_sites());
+        let own = outer.filter(|site| !(self.tied && site.place == Place::Head));
+        own.map(|site| site.kind.parameters()).sum::<u64>() + self.layers as u64 * self.layer_parameters()
     }
 
     /// Parameters of one decoder layer.
     pub fn layer_parameters(&self) -> u64 {
-        self.layer_linears().iter().map(SiteKind::parameters).sum::<u64>() + 2 * self.hidden as u64
+        self.layer_sites().map(|site| site.kind.parameters()).sum()
     }
 
     /// Floating-point operations of one token's forward pass, a multiplication and an addition counted apart, when it
     /// attends to `context` rows on average. The head is counted for `supervised` of the tokens, a share in 0 ..= 1.
     /// A backward pass with frozen weights costs about as much again, with trained weights twice as much.
     pub fn forward_flops_per_token(&self, context: f64, supervised: f64) -> f64 {
-        let matrices: u64 = self
-            .layer_linears()
-            .iter()
-            .map(|kind| match *kind {
-                SiteKind::Linear { output, input, .. } => output as u64 * input as u64,
-                SiteKind::Embedding { .. } | SiteKind::Norm { .. } => 0,
-            })
-            .sum();
+        let matrices: u64 = self.layer_sites().map(|site| products(&site)).sum();
         let attention: f64 = self
             .windows
             .iter()
@@ -65,17 +59,16 @@ impl Architecture {
         self.vocab as u64 * self.hidden as u64
     }
 
-    fn layer_linears(&self) -> [SiteKind; 7] {
-        let (query, kv, hidden, inner) = (self.query_width(), self.kv_width(), self.hidden, self.inner);
-        let linear = |output, input, bias| SiteKind::Linear { output, input, bias };
-        [
-            linear(query, hidden, self.qkv_bias),
-            linear(kv, hidden, self.qkv_bias),
-            linear(kv, hidden, self.qkv_bias),
-            linear(hidden, query, self.output_bias),
-            linear(inner, hidden, self.mlp_bias),
-            linear(inner, hidden, self.mlp_bias),
-            linear(hidden, inner, self.mlp_bias),
-        ]
+    /// The sites of one layer; all have the same.
+    fn layer_sites(&self) -> impl Iterator<Item = Site> {
+        self.attention_sites(0).into_iter().chain(self.mlp_sites(0))
+    }
+}
+
+/// Multiplications of a row by the weight of a site.
+const fn products(site: &Site) -> u64 {
+    match site.kind {
+        SiteKind::Linear { output, input, .. } => output as u64 * input as u64,
+        SiteKind::Embedding { .. } | SiteKind::Norm { .. } => 0,
     }
 }

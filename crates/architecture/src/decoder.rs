@@ -1,11 +1,14 @@
-//! The decoder: RMSNorm, rotary grouped-query attention and SwiGLU, layer upon layer.
+//! The decoder: a table of tokens, layers of attention and MLP around one residual stream, a last norm and a head.
+//! Families differ in what stands at each of these places, and [`Architecture`] says what.
 
 use std::fmt;
 
+use crate::activation::Activation;
 use crate::error::Error;
 use crate::family::Family;
+use crate::modules::Modules;
 use crate::rope::Rope;
-use crate::site::{Site, SiteId, SiteKind, TensorInfo, TensorPart};
+use crate::site::{Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
 
 /// A model's structure. Built from a `config.json` only, so its fields are in range and agree with each other.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,45 +26,166 @@ pub struct Architecture {
     pub heads: usize,
     /// Number of key/value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of a head; even.
+    /// Width of a head; even under rotary positions.
     pub head_dim: usize,
     /// Number of rows of the embedding and of the head.
     pub vocab: usize,
     /// Length of context that the model declares.
     pub max_position: u64,
-    /// Added to the mean square in RMSNorm.
-    pub rms_eps: f64,
-    /// Rotary embedding.
-    pub rope: Rope,
+    /// How all norms are computed.
+    pub norm: NormKind,
+    /// Where the norms of a layer stand.
+    pub placement: NormPlacement,
+    /// How rows know their position.
+    pub positions: Positions,
+    /// Norms on queries and keys.
+    pub qk_norm: QkNorm,
+    /// How queries, keys and values are stored.
+    pub projections: Projections,
+    /// The MLP of a layer.
+    pub mlp: MlpKind,
+    /// Whether a row sees itself and earlier ones only.
+    pub causal: bool,
     /// For each layer the attention window: a row sees itself and `window - 1` rows before it; none is full causal.
     pub windows: Vec<Option<u64>>,
     /// Whether the head's weight is the embedding's.
     pub tied: bool,
+    /// Whether files hold the linears of layers as `[input, output]`.
+    pub transposed: bool,
     /// Whether q, k and v have a bias.
     pub qkv_bias: bool,
     /// Whether o has a bias.
     pub output_bias: bool,
-    /// Whether gate, up and down have a bias.
+    /// Whether the linears of the MLP have a bias.
     pub mlp_bias: bool,
     /// Standard deviation of fresh weights.
     pub initializer_range: f64,
+    /// Whether fresh weights that write to the stream (o and down) are divided by `sqrt(2 layers)`.
+    pub scaled_init: bool,
     /// Beginning-of-sequence ids.
     pub bos: Vec<u32>,
     /// End-of-sequence ids.
     pub eos: Vec<u32>,
+    pub(crate) modules: &'static Modules,
+}
+
+/// A normalisation; `eps` keeps the divisor from 0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x²) + eps) · w`.
+    Rms {
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// `(x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · w + b`.
+    Layer {
+        /// Added to the variance.
+        eps: f64,
+    },
+}
+
+impl NormKind {
+    /// Whether it has a bias.
+    pub const fn has_bias(&self) -> bool {
+        matches!(self, Self::Layer { .. })
+    }
+}
+
+/// Where the norms of a layer stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// `x + f(norm(x))`.
+    Pre,
+    /// `norm(x + f(x))`.
+    Post,
+}
+
+/// How rows know their position in their document.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Positions {
+    /// Queries and keys are turned.
+    Rope(Rope),
+    /// A row of a trained table is added to the embedding; the table is the site [`Place::Positions`].
+    Learned {
+        /// Rows of the table.
+        rows: usize,
+        /// The row of position 0.
+        offset: usize,
+    },
+}
+
+impl Positions {
+    /// The rotary embedding, if positions are turned.
+    pub const fn rope(&self) -> Option<&Rope> {
+        match self {
+            Self::Rope(rope) => Some(rope),
+            Self::Learned { .. } => None,
+        }
+    }
+
+    /// Whether a document of `length` rows is rotated differently from a shorter one.
+    pub fn changes_at(&self, length: usize) -> bool {
+        self.rope().is_some_and(|rope| rope.changes_at(length))
+    }
+
+    /// The longest document that there are positions for, if there is such a bound.
+    pub const fn longest(&self) -> Option<usize> {
+        match *self {
+            Self::Rope(_) => None,
+            Self::Learned { rows, offset } => Some(rows - offset),
+        }
+    }
+}
+
+/// Norms on queries and keys, of the model's [`NormKind`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// There are none.
+    None,
+    /// Over each head, with one scale for all of them.
+    PerHead,
+    /// Over all heads together.
+    Whole,
+}
+
+/// How queries, keys and values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projections {
+    /// One linear each.
+    Separate,
+    /// One linear whose outputs are all queries, then all keys, then all values.
+    Fused,
+}
+
+/// The MLP of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MlpKind {
+    /// `down(f(gate(x)) · up(x))`.
+    Gated(Activation),
+    /// `down(f(up(x)))`.
+    Plain(Activation),
+}
+
+impl MlpKind {
+    /// Its activation.
+    pub const fn activation(&self) -> Activation {
+        match *self {
+            Self::Gated(activation) | Self::Plain(activation) => activation,
+        }
+    }
 }
 
 /// What a block computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BlockKind {
-    /// Token ids to rows.
+    /// Token ids (and learned positions) to rows.
     Embedding,
     /// Norm, attention and residual of a layer.
     Attention {
         /// The layer, from 0.
         layer: u32,
     },
-    /// Norm, SwiGLU and residual of a layer.
+    /// Norm, MLP and residual of a layer.
     Mlp {
         /// The layer, from 0.
         layer: u32,
@@ -90,12 +214,12 @@ pub struct BlockInfo {
     pub sites: Vec<Site>,
 }
 
-/// The embedding's module path.
-pub const EMBEDDING: &str = "model.embed_tokens";
-/// The last norm's module path.
-pub const FINAL_NORM: &str = "model.norm";
-/// The head's module path.
-pub const HEAD: &str = "lm_head";
+impl BlockInfo {
+    /// Its site at `place`.
+    pub fn site(&self, place: Place) -> Option<&Site> {
+        self.sites.iter().find(|site| site.place == place)
+    }
+}
 
 impl Architecture {
     /// Reads the text of a `config.json`.
@@ -119,58 +243,83 @@ impl Architecture {
     /// The blocks in forward order: embedding, attention and MLP of each layer, head.
     pub fn blocks(&self) -> Vec<BlockInfo> {
         let mut blocks = Vec::with_capacity(2 * self.layers + 2);
-        let plain = |id: &str, kind, role| Site { id: id.into(), kind, layer: None, role };
-        let (vocab, width) = (self.vocab, self.hidden);
-        blocks.push(BlockInfo {
-            kind: BlockKind::Embedding,
-            sites: vec![plain(EMBEDDING, SiteKind::Embedding { vocab, width }, "embed_tokens")],
-        });
+        blocks.push(BlockInfo { kind: BlockKind::Embedding, sites: self.embedding_sites() });
         for layer in 0..self.layers as u32 {
             blocks.push(BlockInfo { kind: BlockKind::Attention { layer }, sites: self.attention_sites(layer) });
             blocks.push(BlockInfo { kind: BlockKind::Mlp { layer }, sites: self.mlp_sites(layer) });
         }
-        blocks.push(BlockInfo {
-            kind: BlockKind::Head,
-            sites: vec![
-                plain(FINAL_NORM, SiteKind::Norm { width }, "norm"),
-                plain(HEAD, SiteKind::Linear { output: vocab, input: width, bias: false }, "lm_head"),
-            ],
-        });
+        blocks.push(BlockInfo { kind: BlockKind::Head, sites: self.head_sites() });
         blocks
     }
 
-    fn attention_sites(&self, layer: u32) -> Vec<Site> {
+    pub(crate) fn embedding_sites(&self) -> Vec<Site> {
+        let table = |place, vocab| self.at(place, None, SiteKind::Embedding { vocab, width: self.hidden });
+        let mut sites = vec![table(Place::Embedding, self.vocab)];
+        if let Positions::Learned { rows, .. } = self.positions {
+            sites.push(table(Place::Positions, rows));
+        }
+        sites
+    }
+
+    pub(crate) fn attention_sites(&self, layer: u32) -> Vec<Site> {
         let (query, kv, hidden) = (self.query_width(), self.kv_width(), self.hidden);
-        let linear = |role, output, input, bias| {
-            let id = SiteId::from(format!("model.layers.{layer}.self_attn.{role}"));
-            Site { id, kind: SiteKind::Linear { output, input, bias }, layer: Some(layer), role }
+        let linear = |place, output, input, bias| self.linear_at(place, layer, output, input, bias);
+        let norm = |place, width| self.norm_at(place, Some(layer), width);
+        let mut sites = match self.projections {
+            Projections::Separate => vec![
+                linear(Place::Query, query, hidden, self.qkv_bias),
+                linear(Place::Key, kv, hidden, self.qkv_bias),
+                linear(Place::Value, kv, hidden, self.qkv_bias),
+            ],
+            Projections::Fused => vec![linear(Place::QueryKeyValue, query + 2 * kv, hidden, self.qkv_bias)],
         };
-        vec![
-            self.norm_site(layer, "input_layernorm"),
-            linear("q_proj", query, hidden, self.qkv_bias),
-            linear("k_proj", kv, hidden, self.qkv_bias),
-            linear("v_proj", kv, hidden, self.qkv_bias),
-            linear("o_proj", hidden, query, self.output_bias),
-        ]
+        match self.qk_norm {
+            QkNorm::None => {}
+            QkNorm::PerHead => {
+                sites.extend([norm(Place::QueryNorm, self.head_dim), norm(Place::KeyNorm, self.head_dim)]);
+            }
+            QkNorm::Whole => sites.extend([norm(Place::QueryNorm, query), norm(Place::KeyNorm, kv)]),
+        }
+        sites.push(linear(Place::Output, hidden, query, self.output_bias));
+        self.with_norm(norm(Place::AttentionNorm, hidden), sites)
     }
 
-    fn mlp_sites(&self, layer: u32) -> Vec<Site> {
-        let (hidden, inner, bias) = (self.hidden, self.inner, self.mlp_bias);
-        let linear = |role, output, input| {
-            let id = SiteId::from(format!("model.layers.{layer}.mlp.{role}"));
-            Site { id, kind: SiteKind::Linear { output, input, bias }, layer: Some(layer), role }
+    pub(crate) fn mlp_sites(&self, layer: u32) -> Vec<Site> {
+        let (hidden, inner) = (self.hidden, self.inner);
+        let linear = |place, output, input| self.linear_at(place, layer, output, input, self.mlp_bias);
+        let mut sites = match self.mlp {
+            MlpKind::Gated(_) => vec![linear(Place::Gate, inner, hidden), linear(Place::Up, inner, hidden)],
+            MlpKind::Plain(_) => vec![linear(Place::Up, inner, hidden)],
         };
-        vec![
-            self.norm_site(layer, "post_attention_layernorm"),
-            linear("gate_proj", inner, hidden),
-            linear("up_proj", inner, hidden),
-            linear("down_proj", hidden, inner),
-        ]
+        sites.push(linear(Place::Down, hidden, inner));
+        self.with_norm(self.norm_at(Place::MlpNorm, Some(layer), hidden), sites)
     }
 
-    fn norm_site(&self, layer: u32, role: &'static str) -> Site {
-        let id = SiteId::from(format!("model.layers.{layer}.{role}"));
-        Site { id, kind: SiteKind::Norm { width: self.hidden }, layer: Some(layer), role }
+    pub(crate) fn head_sites(&self) -> Vec<Site> {
+        let head = SiteKind::Linear { output: self.vocab, input: self.hidden, bias: false, transposed: false };
+        vec![self.norm_at(Place::FinalNorm, None, self.hidden), self.at(Place::Head, None, head)]
+    }
+
+    /// The sites of a block in the order in which it uses them.
+    fn with_norm(&self, norm: Site, mut sites: Vec<Site>) -> Vec<Site> {
+        match self.placement {
+            NormPlacement::Pre => sites.insert(0, norm),
+            NormPlacement::Post => sites.push(norm),
+        }
+        sites
+    }
+
+    fn at(&self, place: Place, layer: Option<u32>, kind: SiteKind) -> Site {
+        let (path, role) = self.modules.of(place, layer);
+        Site { id: path.into(), kind, layer, place, role }
+    }
+
+    fn norm_at(&self, place: Place, layer: Option<u32>, width: usize) -> Site {
+        self.at(place, layer, SiteKind::Norm { width, bias: self.norm.has_bias() })
+    }
+
+    fn linear_at(&self, place: Place, layer: u32, output: usize, input: usize, bias: bool) -> Site {
+        self.at(place, Some(layer), SiteKind::Linear { output, input, bias, transposed: self.transposed })
     }
 
     /// All sites in forward order. The list is built anew by each call: keep it.
@@ -183,33 +332,58 @@ impl Architecture {
         self.sites().into_iter().find(|site| site.id.as_str() == id)
     }
 
+    /// Standard deviation of a fresh matrix at `place`.
+    pub fn initial_std(&self, place: Place) -> f64 {
+        match place {
+            Place::Output | Place::Down if self.scaled_init => {
+                self.initializer_range / (2.0 * self.layers as f64).sqrt()
+            }
+            _ => self.initializer_range,
+        }
+    }
+
+    /// The head's name.
+    pub fn head(&self) -> SiteId {
+        self.modules.of(Place::Head, None).0.into()
+    }
+
+    /// The name of the table of tokens.
+    pub fn embedding(&self) -> SiteId {
+        self.modules.of(Place::Embedding, None).0.into()
+    }
+
     /// The tensors that the model's files hold, in forward order. A tied head has none of its own.
     pub fn tensors(&self) -> Vec<TensorInfo> {
         let mut tensors = Vec::new();
-        for site in self.sites() {
-            if self.tied && site.id.as_str() == HEAD {
+        for Site { id, kind, place, .. } in self.sites() {
+            if self.tied && place == Place::Head {
                 continue;
             }
-            let shape = site.kind.weight_shape();
-            if let SiteKind::Linear { output, bias: true, .. } = site.kind {
-                let (name, site) = (site.id.bias(), site.id.clone());
-                let bias = TensorInfo { name, shape: vec![output], site, part: TensorPart::Bias };
-                tensors.push(TensorInfo {
-                    name: bias.site.weight(),
-                    shape,
-                    site: bias.site.clone(),
-                    part: TensorPart::Weight,
-                });
-                tensors.push(bias);
-            } else {
-                tensors.push(TensorInfo { name: site.id.weight(), shape, site: site.id, part: TensorPart::Weight });
+            tensors.push(TensorInfo {
+                name: id.weight(),
+                shape: kind.weight_shape(),
+                transposed: kind.transposed(),
+                site: id.clone(),
+                place,
+                part: TensorPart::Weight,
+            });
+            if let Some(width) = kind.bias_width() {
+                let (name, shape) = (id.bias(), vec![width]);
+                let part = TensorPart::Bias;
+                tensors.push(TensorInfo { name, shape, transposed: false, site: id, place, part });
             }
         }
         tensors
     }
 
+    /// The names under which files may hold the tensor `name`, likeliest first: a folder of the trunk alone leaves out the
+    /// prefix that the model with a head puts before it.
+    pub fn spellings<'a>(&self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        [Some(name), name.strip_prefix(self.modules.prefix)].into_iter().flatten()
+    }
+
     /// The pairs of tensors that are one: the name that is not in the files, and the one that stands for it.
     pub fn ties(&self) -> Vec<(String, String)> {
-        if self.tied { vec![(format!("{HEAD}.weight"), format!("{EMBEDDING}.weight"))] } else { Vec::new() }
+        if self.tied { vec![(self.head().weight(), self.embedding().weight())] } else { Vec::new() }
     }
 }

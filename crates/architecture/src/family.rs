@@ -1,6 +1,15 @@
-//! The supported kinds of decoder, and where they differ.
+//! The supported kinds of decoder, and where they differ: a row of the table each.
+//!
+//! A model of the same mathematics is a row here and its module names in `modules`: OLMo-2 (norms after attention and MLP),
+//! OPT (learned positions with offset 2, ReLU), GPT-NeoX (fused projections by head, parallel MLP), Phi and Gemma (parallel
+//! blocks, scaled embeddings, norms of `1 + w`) each ask for one more column of [`FamilyRow`] and the place in
+//! [`crate::Architecture`] that it fills.
 
 use std::fmt;
+
+use crate::activation::Activation;
+use crate::decoder::{NormPlacement, Projections, QkNorm};
+use crate::modules::{self, Modules};
 
 /// A kind of decoder, named by `model_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -12,12 +21,16 @@ pub enum Family {
     Mistral,
     /// `qwen2`: bias on q, k and v; sliding windows in some layers, if `use_sliding_window`.
     Qwen2,
+    /// `qwen3`: norms on the heads of queries and keys; windows as in Qwen2.
+    Qwen3,
+    /// `gpt2`: layer norm, learned positions, a plain MLP, one linear for q, k and v.
+    Gpt2,
 }
 
 /// How a family's attention windows are configured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WindowRule {
-    /// Full causal attention everywhere.
+    /// Full attention everywhere.
     None,
     /// `sliding_window` holds for every layer.
     Every,
@@ -25,55 +38,175 @@ pub(crate) enum WindowRule {
     ByLayer,
 }
 
+/// How a family's rows know their position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PositionRule {
+    /// `rope_theta`, `rope_scaling`, `rope_parameters`.
+    Rope,
+    /// A table of as many rows as the model declares positions, and this many before them.
+    Learned { offset: u64 },
+}
+
+/// The names of fields that families spell differently.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FieldNames {
+    pub(crate) hidden: &'static str,
+    pub(crate) inner: &'static str,
+    pub(crate) layers: &'static str,
+    pub(crate) heads: &'static str,
+    pub(crate) max_position: &'static str,
+    pub(crate) eps: &'static str,
+    pub(crate) activation: &'static str,
+}
+
+/// Which linears have a bias.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BiasRule {
+    /// q, k and v whatever the file says.
+    pub(crate) qkv: bool,
+    /// o and the MLP whatever the file says.
+    pub(crate) others: bool,
+    /// Whether `attention_bias` (q, k, v and o) is read.
+    pub(crate) attention_field: bool,
+    /// Whether `mlp_bias` is read.
+    pub(crate) mlp_field: bool,
+}
+
 /// What a missing field means, and which fields are read at all; the values are those of Hugging Face's config classes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FamilyRow {
     pub(crate) family: Family,
     pub(crate) name: &'static str,
+    pub(crate) fields: &'static FieldNames,
+    pub(crate) modules: &'static Modules,
+    /// Layer norm in place of root mean squares.
+    pub(crate) layer_norm: bool,
+    pub(crate) eps: f64,
+    pub(crate) placement: NormPlacement,
+    pub(crate) positions: PositionRule,
+    pub(crate) qk_norm: QkNorm,
+    pub(crate) projections: Projections,
+    /// Gated MLP.
+    pub(crate) gated: bool,
+    pub(crate) activation: Activation,
+    /// Width inside the MLP as a multiple of the hidden width, where the field may be missing.
+    pub(crate) inner_factor: Option<u64>,
+    pub(crate) transposed: bool,
+    pub(crate) bias: BiasRule,
     pub(crate) kv_heads: Option<u64>,
+    pub(crate) head_dim: Option<u64>,
     pub(crate) max_position: u64,
+    pub(crate) window: WindowRule,
+    pub(crate) tied: bool,
+    pub(crate) scaled_init: bool,
     pub(crate) bos: Option<u32>,
     pub(crate) eos: Option<u32>,
-    /// Bias on q, k, v whatever the file says.
-    pub(crate) qkv_bias: bool,
-    /// Whether `attention_bias` (q, k, v and o) and `mlp_bias` are read.
-    pub(crate) bias_fields: bool,
-    pub(crate) window: WindowRule,
+    /// Fields that change the mathematics in a way that is not supported: the one value that is.
+    pub(crate) fixed: &'static [(&'static str, bool)],
 }
 
+const LLAMA_FIELDS: FieldNames = FieldNames {
+    hidden: "hidden_size",
+    inner: "intermediate_size",
+    layers: "num_hidden_layers",
+    heads: "num_attention_heads",
+    max_position: "max_position_embeddings",
+    eps: "rms_norm_eps",
+    activation: "hidden_act",
+};
+
+const LLAMA: FamilyRow = FamilyRow {
+    family: Family::Llama,
+    name: "llama",
+    fields: &LLAMA_FIELDS,
+    modules: &modules::LLAMA,
+    layer_norm: false,
+    eps: 1e-6,
+    placement: NormPlacement::Pre,
+    positions: PositionRule::Rope,
+    qk_norm: QkNorm::None,
+    projections: Projections::Separate,
+    gated: true,
+    activation: Activation::Silu,
+    inner_factor: None,
+    transposed: false,
+    bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: true },
+    kv_heads: None,
+    head_dim: None,
+    max_position: 2048,
+    window: WindowRule::None,
+    tied: false,
+    scaled_init: false,
+    bos: Some(1),
+    eos: Some(2),
+    fixed: &[],
+};
+
+const QWEN2: FamilyRow = FamilyRow {
+    family: Family::Qwen2,
+    name: "qwen2",
+    bias: BiasRule { qkv: true, others: false, attention_field: false, mlp_field: false },
+    kv_heads: Some(32),
+    max_position: 32_768,
+    window: WindowRule::ByLayer,
+    bos: None,
+    eos: None,
+    ..LLAMA
+};
+
 pub(crate) const FAMILIES: &[FamilyRow] = &[
-    FamilyRow {
-        family: Family::Llama,
-        name: "llama",
-        kv_heads: None,
-        max_position: 2048,
-        bos: Some(1),
-        eos: Some(2),
-        qkv_bias: false,
-        bias_fields: true,
-        window: WindowRule::None,
-    },
+    LLAMA,
     FamilyRow {
         family: Family::Mistral,
         name: "mistral",
+        bias: BiasRule { qkv: false, others: false, attention_field: false, mlp_field: false },
         kv_heads: Some(8),
         max_position: 131_072,
-        bos: Some(1),
-        eos: Some(2),
-        qkv_bias: false,
-        bias_fields: false,
         window: WindowRule::Every,
+        ..LLAMA
+    },
+    QWEN2,
+    FamilyRow {
+        family: Family::Qwen3,
+        name: "qwen3",
+        qk_norm: QkNorm::PerHead,
+        bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
+        head_dim: Some(128),
+        ..QWEN2
     },
     FamilyRow {
-        family: Family::Qwen2,
-        name: "qwen2",
-        kv_heads: Some(32),
-        max_position: 32_768,
-        bos: None,
-        eos: None,
-        qkv_bias: true,
-        bias_fields: false,
-        window: WindowRule::ByLayer,
+        family: Family::Gpt2,
+        name: "gpt2",
+        fields: &FieldNames {
+            hidden: "n_embd",
+            inner: "n_inner",
+            layers: "n_layer",
+            heads: "n_head",
+            max_position: "n_positions",
+            eps: "layer_norm_epsilon",
+            activation: "activation_function",
+        },
+        modules: &modules::GPT2,
+        layer_norm: true,
+        eps: 1e-5,
+        positions: PositionRule::Learned { offset: 0 },
+        projections: Projections::Fused,
+        gated: false,
+        activation: Activation::GeluTanh,
+        inner_factor: Some(4),
+        transposed: true,
+        bias: BiasRule { qkv: true, others: true, attention_field: false, mlp_field: false },
+        max_position: 1024,
+        tied: true,
+        scaled_init: true,
+        bos: Some(50_256),
+        eos: Some(50_256),
+        fixed: &[
+            ("scale_attn_weights", true),
+            ("scale_attn_by_inverse_layer_idx", false),
+            ("add_cross_attention", false),
+        ],
+        ..LLAMA
     },
 ];
 

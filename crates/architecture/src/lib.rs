@@ -10,19 +10,26 @@
 pub mod error;
 pub mod site;
 
+pub mod activation;
 pub mod family;
 pub mod rope;
 
 mod config;
 mod fields;
+mod modules;
+mod rope_config;
+mod windows;
 
 pub mod count;
 pub mod targets;
 
 pub mod decoder;
 
-pub use decoder::{Architecture, BlockInfo, BlockKind};
+pub use activation::Activation;
+pub use decoder::{
+    Architecture, BlockInfo, BlockKind, MlpKind, NormKind, NormPlacement, Positions, Projections, QkNorm,
+};
 pub use error::Error;
 pub use family::Family;
 pub use rope::{Rope, RopeScaling};
-pub use site::{Site, SiteId, SiteKind, TensorInfo, TensorPart};
+pub use site::{Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};

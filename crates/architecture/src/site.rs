@@ -79,6 +79,9 @@ pub enum SiteKind {
         input: usize,
         /// Whether there is a bias of shape `[output]`.
         bias: bool,
+        /// Whether files hold `W` as `[input, output]`, as GPT-2's `Conv1D` does and as PEFT's `fan_in_fan_out` says.
+        /// Everybody but the files sees `[output, input]`.
+        transposed: bool,
     },
     /// A table of shape `[vocab, width]` of which rows are looked up.
     Embedding {
@@ -87,10 +90,12 @@ pub enum SiteKind {
         /// Width of a row.
         width: usize,
     },
-    /// Root-mean-square normalisation with a scale of shape `[width]`.
+    /// Normalisation with a scale of shape `[width]`.
     Norm {
         /// Width of the scale.
         width: usize,
+        /// Whether there is a bias of the same shape.
+        bias: bool,
     },
 }
 
@@ -109,18 +114,74 @@ impl SiteKind {
         match *self {
             Self::Linear { output, input, .. } => vec![output, input],
             Self::Embedding { vocab, width } => vec![vocab, width],
-            Self::Norm { width } => vec![width],
+            Self::Norm { width, .. } => vec![width],
         }
+    }
+
+    /// Width of the bias, if there is one.
+    pub const fn bias_width(&self) -> Option<usize> {
+        match *self {
+            Self::Linear { output, bias: true, .. } => Some(output),
+            Self::Norm { width, bias: true } => Some(width),
+            Self::Linear { .. } | Self::Embedding { .. } | Self::Norm { .. } => None,
+        }
+    }
+
+    /// Whether files hold the weight transposed.
+    pub const fn transposed(&self) -> bool {
+        matches!(self, Self::Linear { transposed: true, .. })
     }
 
     /// Number of parameters: weight and bias.
     pub const fn parameters(&self) -> u64 {
-        match *self {
-            Self::Linear { output, input, bias } => output as u64 * input as u64 + if bias { output as u64 } else { 0 },
+        let weight = match *self {
+            Self::Linear { output, input, .. } => output as u64 * input as u64,
             Self::Embedding { vocab, width } => vocab as u64 * width as u64,
-            Self::Norm { width } => width as u64,
+            Self::Norm { width, .. } => width as u64,
+        };
+        match self.bias_width() {
+            Some(width) => weight + width as u64,
+            None => weight,
         }
     }
+}
+
+/// What a site is to its block: the same word whatever a family calls the module. A block finds its sites by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Place {
+    /// The table of tokens.
+    Embedding,
+    /// The table of learned positions.
+    Positions,
+    /// Before attention, or after it where norms come last.
+    AttentionNorm,
+    /// Queries.
+    Query,
+    /// Keys.
+    Key,
+    /// Values.
+    Value,
+    /// Queries, keys and values in one linear, one after the other.
+    QueryKeyValue,
+    /// On queries, before they are turned.
+    QueryNorm,
+    /// On keys, before they are turned.
+    KeyNorm,
+    /// From the heads back to the stream.
+    Output,
+    /// Before the MLP, or after it where norms come last.
+    MlpNorm,
+    /// The half of a gated MLP that goes through the activation.
+    Gate,
+    /// Into the MLP.
+    Up,
+    /// Out of the MLP.
+    Down,
+    /// Before the head.
+    FinalNorm,
+    /// Logits.
+    Head,
 }
 
 /// A place in a model.
@@ -132,7 +193,10 @@ pub struct Site {
     pub kind: SiteKind,
     /// The decoder layer that it belongs to, from 0; none for the embedding, the last norm and the head.
     pub layer: Option<u32>,
-    /// The same place in every layer: `q_proj`, `input_layernorm`, `embed_tokens`, `lm_head`, …
+    /// What it is to its block.
+    pub place: Place,
+    /// The shortest end of the path that means this place in every layer and no other: `q_proj`, `attn.c_proj`,
+    /// `embed_tokens`, …
     pub role: &'static str,
 }
 
@@ -161,10 +225,25 @@ pub enum TensorPart {
 pub struct TensorInfo {
     /// Its name in safetensors files.
     pub name: String,
-    /// Its shape.
+    /// Its shape as everybody but the files sees it.
     pub shape: Vec<usize>,
+    /// Whether files hold the transpose.
+    pub transposed: bool,
     /// The site that it belongs to.
     pub site: SiteId,
+    /// What that site is to its block.
+    pub place: Place,
     /// Which tensor of that site.
     pub part: TensorPart,
+}
+
+impl TensorInfo {
+    /// Its shape in files.
+    pub fn stored_shape(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use attune_spec::job::Targets;
 use attune_spec::{Fault, FieldPath, suggest};
 
-use crate::decoder::{Architecture, HEAD};
-use crate::site::{Site, SiteId, SiteKind};
+use crate::decoder::Architecture;
+use crate::site::{Place, Site, SiteId, SiteKind};
 
 /// All linears except the head.
 const ALL_LINEAR: &str = "all-linear";
@@ -80,7 +80,7 @@ fn located<'a>(targets: &'a Targets, field: &str) -> Vec<(&'a str, FieldPath)> {
 fn names(entry: &str, site: &Site) -> bool {
     let id = site.id.as_str();
     if entry == ALL_LINEAR {
-        matches!(site.kind, SiteKind::Linear { .. }) && id != HEAD
+        matches!(site.kind, SiteKind::Linear { .. }) && site.place != Place::Head
     } else if entry == ALL {
         true
     } else if entry.contains('*') {

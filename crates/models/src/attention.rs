@@ -15,7 +15,7 @@ use crate::rope::RopeTables;
 /// How the rows of a batch attend: the same for all layers.
 #[derive(Debug)]
 pub(crate) struct RowPlan {
-    pub(crate) rope: RopeTables,
+    pub(crate) rope: Option<RopeTables>,
     /// Row numbers in the order of the groups, and the way back; `None` if the rows are in that order already.
     reorder: Option<(Tensor, Tensor)>,
     /// Number of documents and their length, group by group.
@@ -45,7 +45,7 @@ impl RowPlan {
         let mut masks = BTreeMap::new();
         for &length in by_length.keys() {
             for &window in &architecture.windows {
-                if let Some(mask) = mask(length, length, window, dtype)? {
+                if let Some(mask) = mask(length, length, window, architecture.causal, dtype)? {
                     masks.insert((length, window), mask);
                 }
             }
@@ -86,12 +86,19 @@ impl RowPlan {
 }
 
 /// The additive mask of `rows` queries that are the last of `keys` rows: 0 where a query sees a key, minus infinity where
-/// not. A query sees itself and, with a window, the `window - 1` rows before it. `None` if every query sees every key.
-pub(crate) fn mask(rows: usize, keys: usize, window: Option<u64>, dtype: DType) -> Result<Option<Tensor>> {
+/// not. A query sees itself and the rows before it, or all rows where attention is not causal; with a window those at most
+/// `window - 1` rows away. `None` if every query sees every key.
+pub(crate) fn mask(
+    rows: usize,
+    keys: usize,
+    window: Option<u64>,
+    causal: bool,
+    dtype: DType,
+) -> Result<Option<Tensor>> {
     let before = keys - rows;
     let sees = |row: usize, key: usize| {
         let position = before + row;
-        key <= position && window.is_none_or(|window| (position - key) < window as usize)
+        (key <= position || !causal) && window.is_none_or(|window| position.abs_diff(key) < window as usize)
     };
     let values: Vec<f32> = (0..rows)
         .flat_map(|row| (0..keys).map(move |key| if sees(row, key) { 0.0 } else { f32::NEG_INFINITY }))
@@ -128,8 +135,8 @@ mod tests {
 
     #[test]
     fn masks_show_the_past_within_the_window() {
-        let of = |rows, keys, window| {
-            let mask = mask(rows, keys, window, DType::F32).unwrap();
+        let of = |rows, keys, window, causal| {
+            let mask = mask(rows, keys, window, causal, DType::F32).unwrap();
             mask.map(|mask| {
                 mask.to_vec2::<f32>().unwrap().iter().map(|row| row.iter().map(|v| *v == 0.0).collect()).collect()
             })
@@ -137,10 +144,12 @@ mod tests {
         let expect = |rows: &[&[u8]]| -> Option<Vec<Vec<bool>>> {
             Some(rows.iter().map(|row| row.iter().map(|v| *v == 1).collect()).collect())
         };
-        assert_eq!(of(3, 3, None), expect(&[&[1, 0, 0], &[1, 1, 0], &[1, 1, 1]]));
-        assert_eq!(of(3, 3, Some(2)), expect(&[&[1, 0, 0], &[1, 1, 0], &[0, 1, 1]]));
-        assert_eq!(of(1, 4, Some(2)), expect(&[&[0, 0, 1, 1]]));
-        assert_eq!(of(1, 4, None), None);
-        assert_eq!(of(2, 3, None), expect(&[&[1, 1, 0], &[1, 1, 1]]));
+        assert_eq!(of(3, 3, None, true), expect(&[&[1, 0, 0], &[1, 1, 0], &[1, 1, 1]]));
+        assert_eq!(of(3, 3, Some(2), true), expect(&[&[1, 0, 0], &[1, 1, 0], &[0, 1, 1]]));
+        assert_eq!(of(1, 4, Some(2), true), expect(&[&[0, 0, 1, 1]]));
+        assert_eq!(of(1, 4, None, true), None);
+        assert_eq!(of(2, 3, None, true), expect(&[&[1, 1, 0], &[1, 1, 1]]));
+        assert_eq!(of(3, 3, None, false), None);
+        assert_eq!(of(3, 3, Some(2), false), expect(&[&[1, 1, 0], &[1, 1, 1], &[0, 1, 1]]));
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use attune_architecture::{Architecture, Site, SiteKind, TensorPart};
+use attune_architecture::{Architecture, Site, SiteId, SiteKind, TensorPart};
 use attune_points::{TensorName, Weight};
 use attune_spec::job::Precision;
 use attune_tensor::{FrozenWeight, Rng};
@@ -13,34 +13,44 @@ use candle_core::{DType, Device, Tensor};
 use crate::error::Error;
 use crate::folder;
 
-/// The head's module path and the embedding's, which a tied model keeps one matrix for.
-const HEAD: &str = attune_architecture::decoder::HEAD;
-const EMBEDDING: &str = attune_architecture::decoder::EMBEDDING;
-
 /// A model's architecture and frozen weights.
 #[derive(Debug)]
 pub struct Base {
     architecture: Architecture,
+    /// The head's name and the embedding's, which a tied model keeps one matrix for.
+    head: SiteId,
+    embedding: SiteId,
     matrices: BTreeMap<TensorName, FrozenWeight>,
     vectors: BTreeMap<TensorName, Tensor>,
 }
 
 impl Base {
+    fn empty(architecture: Architecture) -> Self {
+        let (head, embedding) = (architecture.head(), architecture.embedding());
+        Self { architecture, head, embedding, matrices: BTreeMap::new(), vectors: BTreeMap::new() }
+    }
+
     /// Opens a Hugging Face folder. Matrices that are stored in the asked precision stay mapped files; others are converted
-    /// once. Vectors (norms, biases) are held in 32 bits.
+    /// once, and those that the files hold transposed are turned once, so that every pass reads rows. Vectors (norms,
+    /// biases) are held in 32 bits.
     ///
     /// # Errors
     /// [`Error`] naming the file, and the tensor where one is at fault.
     pub fn open(folder: &Path, precision: Precision) -> Result<Self, Error> {
-        let architecture = folder::architecture(folder)?;
-        let mut base = Self { matrices: BTreeMap::new(), vectors: BTreeMap::new(), architecture };
-        for (name, tensor) in folder::tensors(folder, &base.architecture)? {
-            let name = TensorName::from_path(&name);
+        let mut base = Self::empty(folder::architecture(folder)?);
+        for (info, tensor) in folder::tensors(folder, &base.architecture)? {
+            let name = TensorName::from_path(&info.name);
             if tensor.shape().len() == 2 {
-                let weight = match precision {
-                    Precision::Bf16 if tensor.dtype() == DType::BF16 => FrozenWeight::mapped(tensor)?,
-                    Precision::Bf16 => FrozenWeight::dense(&tensor.to_tensor(DType::BF16)?)?,
-                    Precision::F32 => FrozenWeight::dense(&tensor.to_tensor(DType::F32)?)?,
+                let dtype = match precision {
+                    Precision::Bf16 => DType::BF16,
+                    Precision::F32 => DType::F32,
+                };
+                let weight = if info.transposed {
+                    FrozenWeight::dense(&tensor.to_tensor(dtype)?.t()?)?
+                } else if precision == Precision::Bf16 && tensor.dtype() == dtype {
+                    FrozenWeight::mapped(tensor)?
+                } else {
+                    FrozenWeight::dense(&tensor.to_tensor(dtype)?)?
                 };
                 base.matrices.insert(name, weight);
             } else {
@@ -50,8 +60,8 @@ impl Base {
         Ok(base)
     }
 
-    /// Reads the architecture of a folder and makes random weights for it: matrices normal with the configuration's
-    /// `initializer_range`, norms 1, biases 0. Each tensor's numbers depend on the seed and its name only.
+    /// Reads the architecture of a folder and makes random weights for it: matrices normal with the architecture's standard
+    /// deviation, norms 1, biases 0. Each tensor's numbers depend on the seed and its name only.
     ///
     /// # Errors
     /// [`Error`] if `config.json` cannot be used.
@@ -65,12 +75,12 @@ impl Base {
     /// Whatever making the tensors raises.
     pub fn random(architecture: Architecture, seed: u64, dtype: DType) -> Result<Self, Error> {
         let stream = Rng::new(seed, "base weights");
-        let mut base = Self { matrices: BTreeMap::new(), vectors: BTreeMap::new(), architecture };
+        let mut base = Self::empty(architecture);
         for info in base.architecture.tensors() {
             let name = TensorName::from_path(&info.name);
             if info.shape.len() == 2 {
                 let mut stream = stream.named(&info.name);
-                let weight = stream.normal_tensor(info.shape, base.architecture.initializer_range, dtype)?;
+                let weight = stream.normal_tensor(info.shape, base.architecture.initial_std(info.place), dtype)?;
                 base.matrices.insert(name, FrozenWeight::dense(&weight)?);
             } else {
                 let value = if info.part == TensorPart::Bias { 0.0 } else { 1.0 };
@@ -80,12 +90,12 @@ impl Base {
         Ok(base)
     }
 
-    /// A base of given tensors, which must be those that the architecture names.
+    /// A base of given tensors, which must be those that the architecture names, in its shapes.
     ///
     /// # Errors
     /// [`Error::MissingTensor`].
     pub fn from_tensors(architecture: Architecture, tensors: &BTreeMap<String, Tensor>) -> Result<Self, Error> {
-        let mut base = Self { matrices: BTreeMap::new(), vectors: BTreeMap::new(), architecture };
+        let mut base = Self::empty(architecture);
         for info in base.architecture.tensors() {
             let missing = || Error::MissingTensor { folder: "(memory)".into(), name: info.name.clone() };
             let tensor = tensors.get(&info.name).ok_or_else(missing)?;
@@ -106,7 +116,8 @@ impl Base {
 
     /// The name under which the tensor `local` of `site` is kept: a tied head's weight is the embedding's.
     pub fn tensor_name(&self, site: &str, local: &str) -> TensorName {
-        let owner = if self.architecture.tied && site == HEAD { EMBEDDING } else { site };
+        let tied = self.architecture.tied && site == self.head.as_str();
+        let owner = if tied { self.embedding.as_str() } else { site };
         TensorName::new(owner, local)
     }
 
@@ -159,7 +170,7 @@ impl Weight for SiteWeight<'_> {
         match self.site.kind {
             SiteKind::Linear { output, input, .. } => (output, input),
             SiteKind::Embedding { vocab, width } => (vocab, width),
-            SiteKind::Norm { width } => (width, 1),
+            SiteKind::Norm { width, .. } => (width, 1),
         }
     }
 
@@ -172,12 +183,10 @@ impl Weight for SiteWeight<'_> {
     }
 
     fn bias(&self, dtype: DType) -> attune_points::Result<Option<Tensor>> {
-        match self.site.kind {
-            SiteKind::Linear { bias: true, .. } => {
-                let name = self.base.tensor_name(self.site.id.as_str(), "bias");
-                Ok(Some(self.base.vector(&name)?.to_dtype(dtype)?))
-            }
-            SiteKind::Linear { .. } | SiteKind::Embedding { .. } | SiteKind::Norm { .. } => Ok(None),
+        if self.site.kind.bias_width().is_none() {
+            return Ok(None);
         }
+        let name = self.base.tensor_name(self.site.id.as_str(), "bias");
+        Ok(Some(self.base.vector(&name)?.to_dtype(dtype)?))
     }
 }

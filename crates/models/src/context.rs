@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use attune_architecture::{Site, SiteId};
+use attune_architecture::{NormKind, Site, SiteId};
 use attune_points::adapter::{Port, RowCx};
 use attune_points::error::Context as _;
 use attune_points::{BankKind, Binding, Layout, Locals, Owner, Result, Rows, TensorId, Theta};
@@ -82,7 +82,7 @@ impl<'a> GraphCx<'a> {
             Matrix::Tensor(w_oi) => ops::linear(x_ti, &w_oi, None).context(at)?,
             Matrix::Frozen(w_oi) => frozen::linear(x_ti, w_oi).context(at)?,
         };
-        if matches!(site.kind, attune_architecture::SiteKind::Linear { bias: true, .. }) {
+        if site.kind.bias_width().is_some() {
             y_to = y_to.broadcast_add(&self.vector(&site.id, "bias")?).context(at)?;
         }
         for binding in &self.theta.bindings {
@@ -91,13 +91,17 @@ impl<'a> GraphCx<'a> {
         Ok(y_to)
     }
 
-    /// Root-mean-square normalisation at `site`.
+    /// The model's normalisation at `site`, over the last axis of `x`.
     ///
     /// # Errors
     /// Whatever the operation raises, with the site's name.
-    pub fn norm(&self, site: &Site, x_td: &Tensor) -> Result<Tensor> {
+    pub fn norm(&self, site: &Site, x: &Tensor) -> Result<Tensor> {
         let w_d = self.vector(&site.id, "weight")?;
-        ops::rms_norm(x_td, &w_d, self.base.architecture().rms_eps).context(|| format!("norm {}", site.id))
+        let y = match self.base.architecture().norm {
+            NormKind::Rms { eps } => ops::rms_norm(x, &w_d, eps),
+            NormKind::Layer { eps } => ops::layer_norm(x, &w_d, &self.vector(&site.id, "bias")?, eps),
+        };
+        y.context(|| format!("norm {}", site.id))
     }
 
     /// Adds what the component of one bank contributes at `site`.

@@ -50,6 +50,7 @@ pub fn write(
             Some(tensor) => tensor.to_dtype(dtype)?,
             None => base.tensor(&name, dtype)?,
         };
+        let tensor = if info.transposed { tensor.t()? } else { tensor };
         tensors.insert(info.name, tensor.contiguous()?);
     }
     let file = to.join("model.safetensors");

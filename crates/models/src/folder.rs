@@ -1,9 +1,8 @@
 //! A model folder in Hugging Face's format: which file holds which tensor.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use attune_architecture::Architecture;
+use attune_architecture::{Architecture, TensorInfo};
 use attune_tensor::{Mapped, MappedTensor};
 
 use crate::error::Error;
@@ -20,32 +19,40 @@ pub(crate) fn architecture(folder: &Path) -> Result<Architecture, Error> {
 }
 
 /// The mapped tensors of a folder, checked against what the architecture needs. Tensors beyond that (a tied head's copy, old
-/// rotary buffers) are left alone.
-pub(crate) fn tensors(folder: &Path, architecture: &Architecture) -> Result<BTreeMap<String, MappedTensor>, Error> {
+/// buffers of masks and rotary angles) are left alone.
+pub(crate) fn tensors(folder: &Path, architecture: &Architecture) -> Result<Vec<(TensorInfo, MappedTensor)>, Error> {
     let files = files(folder)?.into_iter().map(|file| Mapped::open(&file)).collect::<Result<Vec<_>, _>>()?;
-    let mut found = BTreeMap::new();
+    let mut found = Vec::new();
     for needed in architecture.tensors() {
-        let mut holders = files.iter().map(|file| Ok((file, file.get(&needed.name)?)));
-        let holder = holders.find_map(|held: Result<_, Error>| match held {
-            Ok((file, Some(tensor))) => Some(Ok((file, tensor))),
-            Ok((_, None)) => None,
-            Err(error) => Some(Err(error)),
-        });
-        let Some(held) = holder else {
+        let Some((file, tensor)) = find(&files, architecture.spellings(&needed.name))? else {
             return Err(Error::MissingTensor { folder: folder.to_owned(), name: needed.name });
         };
-        let (file, tensor) = held?;
-        if tensor.shape() != needed.shape {
+        if tensor.shape() != needed.stored_shape() {
             return Err(Error::Shape {
                 file: file.path().to_owned(),
+                expected: needed.stored_shape(),
                 name: needed.name,
                 found: tensor.shape().to_vec(),
-                expected: needed.shape,
             });
         }
-        found.insert(needed.name, tensor);
+        found.push((needed, tensor));
     }
     Ok(found)
+}
+
+/// The tensor that one of the files holds under the first of `names` that any has.
+fn find<'f, 'n>(
+    files: &'f [Mapped],
+    names: impl Iterator<Item = &'n str>,
+) -> Result<Option<(&'f Mapped, MappedTensor)>, Error> {
+    for name in names {
+        for file in files {
+            if let Some(tensor) = file.get(name)? {
+                return Ok(Some((file, tensor)));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// The safetensors files of a folder, in the order of their names: those of the index if there is one.

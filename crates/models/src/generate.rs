@@ -78,7 +78,7 @@ pub fn generate(
         }
         if tokens.len() < sampling.max_tokens {
             let length = prompt.len() + tokens.len();
-            logits = if model.base().architecture().rope.changes_at(length) {
+            logits = if model.base().architecture().positions.changes_at(length) {
                 // Every frequency has changed, so nothing that was computed for the shorter text can be kept.
                 caches = model.caches();
                 model.decode(theta, &[prompt, &tokens].concat(), &mut caches)?

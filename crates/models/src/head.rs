@@ -1,13 +1,14 @@
 //! The last norm and the head, on chosen rows.
 
-use attune_architecture::{Architecture, BlockKind, Site};
+use attune_architecture::{Architecture, BlockKind, Place, Site};
 use attune_points::Result;
 use candle_core::Tensor;
 
+use crate::block::site;
 use crate::context::GraphCx;
 
 pub(crate) struct Head {
-    /// `[norm, lm_head]`.
+    /// The last norm and the head.
     pub(crate) sites: Vec<Site>,
 }
 
@@ -19,6 +20,7 @@ impl Head {
 
     /// Logits of hidden rows: `h_td` to `logits_tv`.
     pub(crate) fn graph(&self, h_td: &Tensor, cx: &GraphCx<'_>) -> Result<Tensor> {
-        cx.linear(&self.sites[1], &cx.norm(&self.sites[0], h_td)?)
+        let h_td = cx.norm(site(&self.sites, Place::FinalNorm)?, h_td)?;
+        cx.linear(site(&self.sites, Place::Head)?, &h_td)
     }
 }

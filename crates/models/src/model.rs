@@ -244,8 +244,7 @@ impl Model {
 
     /// The names of a site's own tensors.
     fn names(&self, site: &Site) -> Vec<TensorName> {
-        let bias = matches!(site.kind, attune_architecture::SiteKind::Linear { bias: true, .. });
-        let locals = if bias { &["weight", "bias"][..] } else { &["weight"][..] };
+        let locals = if site.kind.bias_width().is_some() { &["weight", "bias"][..] } else { &["weight"][..] };
         locals.iter().map(|local| self.base.tensor_name(site.id.as_str(), local)).collect()
     }
 

@@ -13,17 +13,23 @@ pub(crate) struct RopeTables {
 impl RopeTables {
     /// Tables for documents of `lengths` rows, whose positions each start at `start`. Angles are computed in f64: a position
     /// of some thousands times a frequency near 1 loses all its digits in f32. The frequencies of dynamic scaling depend on
-    /// the length of the document, `start` included.
-    pub(crate) fn new(architecture: &Architecture, lengths: &[usize], start: usize, dtype: DType) -> Result<Self> {
+    /// the length of the document, `start` included. `None` where positions are learned.
+    pub(crate) fn new(
+        architecture: &Architecture,
+        lengths: &[usize],
+        start: usize,
+        dtype: DType,
+    ) -> Result<Option<Self>> {
+        let Some(rope) = architecture.positions.rope() else { return Ok(None) };
         let half = architecture.head_dim / 2;
-        let factor = architecture.rope.attention_factor();
+        let factor = rope.attention_factor();
         let rows: usize = lengths.iter().sum();
         let (mut cos, mut sin) = (Vec::with_capacity(rows * half), Vec::with_capacity(rows * half));
         let mut frequencies = (usize::MAX, Vec::new());
         for &length in lengths {
             let end = start + length;
             if frequencies.0 != end {
-                frequencies = (end, architecture.rope.frequencies(architecture.head_dim, end));
+                frequencies = (end, rope.frequencies(architecture.head_dim, end));
             }
             for position in start..end {
                 for frequency in &frequencies.1 {
@@ -34,6 +40,6 @@ impl RopeTables {
             }
         }
         let table = |values: Vec<f64>| Tensor::from_vec(values, (rows, 1, half), &Device::Cpu)?.to_dtype(dtype);
-        Ok(Self { cos: table(cos)?, sin: table(sin)? })
+        Ok(Some(Self { cos: table(cos)?, sin: table(sin)? }))
     }
 }

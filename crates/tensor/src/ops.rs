@@ -3,6 +3,8 @@
 //!
 //! Axes: T rows, D width, H heads, O output, I input, V vocabulary.
 
+use std::f64::consts::{FRAC_1_SQRT_2, PI};
+
 use candle_core::{D, Result, Tensor};
 
 /// `y_td = x_td / sqrt(mean_d(x²) + eps) · w_d`.
@@ -12,6 +14,16 @@ use candle_core::{D, Result, Tensor};
 pub fn rms_norm(x_td: &Tensor, w_d: &Tensor, eps: f64) -> Result<Tensor> {
     let scale_t1 = (x_td.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
     x_td.broadcast_mul(&scale_t1)?.broadcast_mul(w_d)
+}
+
+/// `y_td = (x_td - mean_d(x)) / sqrt(mean_d((x - mean)²) + eps) · w_d + b_d`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn layer_norm(x_td: &Tensor, w_d: &Tensor, b_d: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred_td = x_td.broadcast_sub(&x_td.mean_keepdim(D::Minus1)?)?;
+    let scale_t1 = (centred_td.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    centred_td.broadcast_mul(&scale_t1)?.broadcast_mul(w_d)?.broadcast_add(b_d)
 }
 
 /// `exp(x - max) / sum(exp(x - max))` along the last axis. Entries of minus infinity get 0; a row of nothing else is not a
@@ -41,6 +53,35 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     // candle's gradient at x → -∞ is sigmoid·(1 - y) + y with y = -0 and sigmoid = 0: finite.
     x.silu()
+}
+
+/// `x (1 + erf(x / sqrt(2))) / 2`. candle's own `gelu_erf` has a backward with constants of six digits.
+///
+/// # Errors
+/// Whatever the operations raise.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    let twice_phi = ((x * FRAC_1_SQRT_2)?.erf()? + 1.0)?;
+    (x * 0.5)? * twice_phi
+}
+
+/// `x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))) / 2`. candle's own `gelu` has a backward with constants of six digits.
+///
+/// # Errors
+/// Whatever the operations raise.
+pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    let cubic = ((x.sqr()? * 0.044_715)? + 1.0)?;
+    let inner = ((x * cubic)? * (2.0 / PI).sqrt())?;
+    let twice = (inner.tanh()? + 1.0)?;
+    (x * 0.5)? * twice
+}
+
+/// `max(x, 0)`, with a gradient of 0 at 0.
+///
+/// # Errors
+/// Whatever the operations raise.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    let above = x.detach().gt(0.0)?.to_dtype(x.dtype())?;
+    x * above
 }
 
 /// Rotary embedding of heads `x [.., T, D]` by tables `cos, sin [T, D/2]`; the first half of a head is paired with the
@@ -92,6 +133,50 @@ mod tests {
     #[test]
     fn rms_norm_has_its_gradient() {
         check_gradients(&[normal("x", &[5, 8]), normal("w", &[8])], |v| rms_norm(&v[0], &v[1], 1e-5));
+    }
+
+    #[test]
+    fn layer_norm_has_its_gradient_and_its_moments() {
+        let inputs = [normal("x", &[5, 8]), normal("w", &[8]), normal("b", &[8])];
+        check_gradients(&inputs, |v| layer_norm(&v[0], &v[1], &v[2], 1e-5));
+        let (ones, zeros) =
+            (Tensor::ones(8, DType::F64, &Device::Cpu).unwrap(), Tensor::zeros(8, DType::F64, &Device::Cpu).unwrap());
+        let y = layer_norm(&(&inputs[0] + 3.0).unwrap(), &ones, &zeros, 0.0).unwrap();
+        let one = Tensor::ones(5, DType::F64, &Device::Cpu).unwrap();
+        assert_close("mean", &(y.mean(D::Minus1).unwrap() + 1.0).unwrap(), &one, 8);
+        assert_close("variance", &y.sqr().unwrap().mean(D::Minus1).unwrap(), &one, 8);
+    }
+
+    /// torch.nn.functional.gelu of these points in f64, exact and with approximate="tanh".
+    #[test]
+    fn activations_have_their_values_and_gradients() {
+        let points = [-3.0f64, -0.5, 0.0, 0.7, 2.5];
+        let x = Tensor::new(&points, &Device::Cpu).unwrap();
+        let of = |f: fn(&Tensor) -> Result<Tensor>| f(&x).unwrap();
+        let exact = [
+            -0.004_049_694_094_890_31,
+            -0.154_268_769_362_993_44,
+            0.0,
+            0.530_625_443_443_848_9,
+            2.484_475_836_685_559_7,
+        ];
+        let tanh = [
+            -0.003_637_392_081_772_994_3,
+            -0.154_285_990_174_856_06,
+            0.0,
+            0.530_570_134_705_116_7,
+            2.484_915_733_910_001,
+        ];
+        assert_close("gelu", &of(gelu), &Tensor::new(&exact, &Device::Cpu).unwrap(), 1);
+        assert_close("gelu_tanh", &of(gelu_tanh), &Tensor::new(&tanh, &Device::Cpu).unwrap(), 1);
+        assert_eq!(of(relu).to_vec1::<f64>().unwrap(), [0.0, 0.0, 0.0, 0.7, 2.5]);
+        for f in [gelu, gelu_tanh, relu] {
+            check_gradients(&[normal("x", &[4, 6])], |v| f(&v[0]));
+        }
+        let zero = crate::autograd::leaf(&Tensor::new(&[0f32], &Device::Cpu).unwrap()).unwrap();
+        let one = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
+        let found = crate::autograd::pull(&[&zero], &[(&relu(&zero).unwrap(), &one)]).unwrap();
+        assert_eq!(found[0].as_ref().unwrap().to_vec1::<f32>().unwrap(), [0.0]);
     }
 
     #[test]

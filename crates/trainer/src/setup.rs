@@ -197,7 +197,7 @@ fn check_fit(plan: &Plan, architecture: &Architecture, tokenizer: &Tokenizer) ->
         faults.push(Fault::new("base", message));
     }
     let context = architecture.max_position;
-    if u64::from(plan.max_length) > context && !architecture.rope.changes_at(plan.max_length as usize) {
+    if u64::from(plan.max_length) > context && !architecture.positions.changes_at(plan.max_length as usize) {
         faults.push(Fault::new("data.max_length", format!("is {}; the base's context is {context}", plan.max_length)));
     }
     if faults.is_empty() { Ok(()) } else { Err(Error::Faults(faults)) }

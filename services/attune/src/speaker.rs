@@ -82,7 +82,7 @@ impl Speaker {
         }
         let (reached, architecture) = (prompt.len() + generated.tokens.len(), self.model.base().architecture());
         let context = architecture.max_position;
-        if reached as u64 > context && !architecture.rope.changes_at(reached) {
+        if reached as u64 > context && !architecture.positions.changes_at(reached) {
             note(&format!(
                 "prompt and answer have {reached} tokens; the base was made for {context}, so they may make no sense"
             ));

@@ -22,14 +22,13 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
             continue;
         }
         for site in admit::sites(slot, architecture).ok()? {
-            let (output, input) = match site.kind {
-                SiteKind::Linear { output, input, .. } => (output, input),
-                SiteKind::Embedding { vocab, width } => (width, vocab),
-                SiteKind::Norm { width } => (width, width),
-            };
+            // A norm's scale and bias are one column.
+            let (output, input) = site.out_in().unwrap_or((site.kind.parameters() as usize, 1));
+            let bias = matches!(site.kind, SiteKind::Linear { bias: true, .. });
             let mut names = method.params.clone();
             names.insert("i".to_owned(), json!(input));
             names.insert("o".to_owned(), json!(output));
+            names.insert("b".to_owned(), json!(u8::from(bias)));
             trainable += expression::number(&document.parameters, &names).ok()?;
         }
     }

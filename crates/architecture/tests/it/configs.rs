@@ -1,4 +1,4 @@
-use attune_architecture::{Architecture, Family, RopeScaling};
+use attune_architecture::{Activation, Architecture, Family, MlpKind, NormKind, Place, Positions, QkNorm, RopeScaling};
 
 pub(crate) const LLAMA_31_8B: &str = r#"{
   "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -29,6 +29,23 @@ pub(crate) const QWEN25_05B: &str = r#"{
   "use_sliding_window": false, "vocab_size": 151936
 }"#;
 
+pub(crate) const QWEN3_06B: &str = r#"{
+  "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+  "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+  "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+  "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+  "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+  "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936
+}"#;
+
+pub(crate) const GPT2: &str = r#"{
+  "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+  "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+  "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+  "resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
+  "summary_type": "cls_index", "summary_use_proj": true, "vocab_size": 50257
+}"#;
+
 /// `base` with some fields replaced, or removed by `null` under a key that starts with `-`.
 pub(crate) fn edited(base: &str, edits: serde_json::Value) -> String {
     let mut config: serde_json::Value = serde_json::from_str(base).unwrap();
@@ -54,7 +71,9 @@ fn llama_31_8b_has_its_published_size() {
     assert_eq!((model.head_dim, model.query_width(), model.kv_width()), (128, 4096, 1024));
     assert_eq!(model.eos, [128_001, 128_008, 128_009]);
     let scaling = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original: 8192 };
-    assert_eq!((model.rope.theta, model.rope.scaling), (500_000.0, scaling));
+    let rope = model.positions.rope().unwrap();
+    assert_eq!((rope.theta, rope.scaling), (500_000.0, scaling));
+    assert_eq!(model.mlp, MlpKind::Gated(Activation::Silu));
     assert_eq!(model.windows, vec![None; 32]);
     assert!(!model.tied && !model.qkv_bias && !model.output_bias && !model.mlp_bias);
 }
@@ -81,6 +100,50 @@ fn qwen25_05b_is_tied_with_bias_on_qkv_only() {
     let types: Vec<_> = (0..24).map(|l| if l % 2 == 0 { "sliding_attention" } else { "full_attention" }).collect();
     let typed = serde_json::json!({"use_sliding_window": true, "sliding_window": 7, "layer_types": types});
     assert_eq!(read(&edited(QWEN25_05B, typed)).windows[..3], [Some(7), None, Some(7)]);
+}
+
+#[test]
+fn qwen3_06b_norms_its_heads() {
+    let model = read(QWEN3_06B);
+    assert_eq!(model.parameters(), 596_049_920);
+    assert_eq!((model.qk_norm, model.query_width(), model.kv_width()), (QkNorm::PerHead, 2048, 1024));
+    assert!(model.tied && !model.qkv_bias && !model.output_bias);
+    let silent =
+        edited(QWEN3_06B, serde_json::json!({"-head_dim": null, "num_attention_heads": 4, "num_key_value_heads": 4}));
+    assert_eq!(read(&silent).head_dim, 128);
+}
+
+#[test]
+fn gpt2_has_its_published_size_and_its_own_names() {
+    let model = read(GPT2);
+    assert_eq!(model.parameters(), 124_439_808);
+    assert_eq!(model.norm, NormKind::Layer { eps: 1e-5 });
+    assert_eq!(model.positions, Positions::Learned { rows: 1024, offset: 0 });
+    assert_eq!(model.mlp, MlpKind::Plain(Activation::GeluTanh));
+    assert_eq!((model.positions.longest(), model.positions.changes_at(2000)), (Some(1024), false));
+    assert_eq!(model.ties(), [("lm_head.weight".to_owned(), "transformer.wte.weight".to_owned())]);
+    assert_eq!((model.initial_std(Place::Up), model.initial_std(Place::Down)), (0.02, 0.02 / 24f64.sqrt()));
+    let text: Vec<String> =
+        model.tensors()[..15].iter().map(|t| format!("{} {:?} {:?}", t.name, t.shape, t.stored_shape())).collect();
+    insta::assert_snapshot!(text.join("\n"), @r"
+    transformer.wte.weight [50257, 768] [50257, 768]
+    transformer.wpe.weight [1024, 768] [1024, 768]
+    transformer.h.0.ln_1.weight [768] [768]
+    transformer.h.0.ln_1.bias [768] [768]
+    transformer.h.0.attn.c_attn.weight [2304, 768] [768, 2304]
+    transformer.h.0.attn.c_attn.bias [2304] [2304]
+    transformer.h.0.attn.c_proj.weight [768, 768] [768, 768]
+    transformer.h.0.attn.c_proj.bias [768] [768]
+    transformer.h.0.ln_2.weight [768] [768]
+    transformer.h.0.ln_2.bias [768] [768]
+    transformer.h.0.mlp.c_fc.weight [3072, 768] [768, 3072]
+    transformer.h.0.mlp.c_fc.bias [3072] [3072]
+    transformer.h.0.mlp.c_proj.weight [768, 3072] [3072, 768]
+    transformer.h.0.mlp.c_proj.bias [768] [768]
+    transformer.h.1.ln_1.weight [768] [768]
+    ");
+    let bare: Vec<&str> = model.spellings("transformer.h.0.ln_1.weight").collect();
+    assert_eq!(bare, ["transformer.h.0.ln_1.weight", "h.0.ln_1.weight"]);
 }
 
 #[test]
@@ -116,7 +179,7 @@ fn every_scaling_variant_is_read_in_its_spellings() {
         (serde_json::json!({"rope_type": "default"}), RopeScaling::Default),
     ] {
         let model = read(&edited(LLAMA_31_8B, serde_json::json!({"rope_scaling": scaling})));
-        assert_eq!(model.rope.scaling, expected, "{scaling}");
+        assert_eq!(model.positions.rope().unwrap().scaling, expected, "{scaling}");
     }
 }
 
@@ -124,7 +187,8 @@ fn every_scaling_variant_is_read_in_its_spellings() {
 fn the_tensors_and_sites_add_up_to_the_count() {
     let untied = edited(QWEN25_05B, serde_json::json!({"tie_word_embeddings": false}));
     let biased = edited(LLAMA_31_8B, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
-    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, &untied, &biased] {
+    let half = edited(GPT2, serde_json::json!({"tie_word_embeddings": false, "n_inner": 100}));
+    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, &untied, &biased, QWEN3_06B, GPT2, &half] {
         let model = read(config);
         let tensors: u64 = model.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
         assert_eq!(tensors, model.parameters());

@@ -2,7 +2,7 @@ use attune_architecture::{Architecture, Error};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::configs::{LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, edited};
+use crate::configs::{GPT2, LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, edited};
 
 fn refused(config: &str) -> Error {
     match Architecture::from_json(config.as_bytes()) {
@@ -13,8 +13,8 @@ fn refused(config: &str) -> Error {
 
 #[test]
 fn another_family_is_refused_by_name() {
-    let error = refused(&edited(LLAMA_31_8B, json!({"model_type": "gpt2"})));
-    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "gpt2"; supported are llama, mistral, qwen2"#);
+    let error = refused(&edited(LLAMA_31_8B, json!({"model_type": "mamba"})));
+    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, gpt2"#);
     assert!(matches!(refused("{}"), Error::Family { given, .. } if given.is_empty()));
 }
 
@@ -56,9 +56,10 @@ fn each_fault_names_its_field() {
         ),
         (json!({"head_dim": 7}), "head_dim", "is 7; expected an even number, since rotary embedding turns pairs"),
         (
-            json!({"hidden_act": "gelu"}),
+            json!({"hidden_act": "gelu_pytorch_tan"}),
             "hidden_act",
-            "is \"gelu\"; expected \"silu\", the only activation that is supported",
+            "is \"gelu_pytorch_tan\"; supported are silu, swish, gelu, gelu_python, gelu_new, gelu_pytorch_tanh, \
+             gelu_fast, relu; did you mean \"gelu_pytorch_tanh\"?",
         ),
         (
             json!({"eos_token_id": [5, 128256]}),
@@ -102,6 +103,43 @@ fn each_fault_names_its_field() {
 }
 
 #[test]
+fn options_of_gpt2_that_change_its_mathematics_are_refused() {
+    for (edit, path, message) in [
+        (
+            json!({"scale_attn_weights": false}),
+            "scale_attn_weights",
+            "is false; expected true, which is what is supported",
+        ),
+        (
+            json!({"scale_attn_by_inverse_layer_idx": true}),
+            "scale_attn_by_inverse_layer_idx",
+            "is true; expected false, which is what is supported",
+        ),
+        (
+            json!({"add_cross_attention": true}),
+            "add_cross_attention",
+            "is true; expected false, which is what is supported",
+        ),
+        (json!({"n_head": 7}), "n_head", "is 7; expected a divisor of `n_embd`, which is 768, or a `head_dim`"),
+        (
+            json!({"n_positions": 1u64 << 30}),
+            "n_positions",
+            "is 1073741824; expected at most 16777216, since each position has a row",
+        ),
+        (
+            json!({"activation_function": "gelu_nwe"}),
+            "activation_function",
+            "is \"gelu_nwe\"; supported are silu, swish, gelu, gelu_python, gelu_new, gelu_pytorch_tanh, gelu_fast, relu; \
+             did you mean \"gelu_new\"?",
+        ),
+    ] {
+        let faults = refused(&edited(GPT2, edit.clone())).faults();
+        let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
+        assert_eq!(found, [(path, message)], "{edit}");
+    }
+}
+
+#[test]
 fn layer_types_must_fit_the_layers_and_the_window() {
     for (base, edit, path) in [
         (QWEN25_05B, json!({"layer_types": ["full_attention"]}), "layer_types"),
@@ -116,7 +154,7 @@ fn layer_types_must_fit_the_layers_and_the_window() {
 
 #[test]
 fn all_faults_come_at_once() {
-    let error = refused(&edited(LLAMA_31_8B, json!({"hidden_act": "relu", "hidden_size": 0, "rope_theta": "x"})));
+    let error = refused(&edited(LLAMA_31_8B, json!({"hidden_act": "tanh", "hidden_size": 0, "rope_theta": "x"})));
     assert_eq!(error.faults().len(), 3, "{error}");
 }
 
@@ -127,7 +165,7 @@ proptest! {
         field in prop::sample::select(vec![
             "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling", "layer_types",
-            "sliding_window", "max_window_layers", "eos_token_id", "use_sliding_window", "tie_word_embeddings",
+            "sliding_window", "max_window_layers", "hidden_act", "eos_token_id", "use_sliding_window", "tie_word_embeddings",
         ]),
         value in prop_oneof![
             Just(json!(null)), any::<i64>().prop_map(|n| json!(n)), any::<u64>().prop_map(|n| json!(n)),
@@ -139,7 +177,8 @@ proptest! {
             prop_assert_eq!(model.heads % model.kv_heads, 0);
             prop_assert_eq!(model.windows.len(), model.layers);
             prop_assert!(model.weight_bytes(4) / 4 == model.parameters());
-            prop_assert!(model.rope.frequencies(model.head_dim, 10).iter().all(|f| f.is_finite()));
+            let rope = model.positions.rope().unwrap();
+            prop_assert!(rope.frequencies(model.head_dim, 10).iter().all(|f| f.is_finite()));
         }
     }
 }

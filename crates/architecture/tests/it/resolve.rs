@@ -1,7 +1,7 @@
 use attune_architecture::{Site, SiteKind, targets};
 use attune_spec::job::Targets;
 
-use crate::configs::{QWEN25_05B, edited, read};
+use crate::configs::{GPT2, QWEN25_05B, edited, read};
 
 fn linear_or_embedding(site: &Site) -> bool {
     !matches!(site.kind, SiteKind::Norm { .. })
@@ -37,6 +37,19 @@ fn each_form_names_its_sites() {
     ] {
         assert_eq!(resolve(entry.into(), None).map(|sites| sites.len()), Ok(count), "{entry}");
     }
+}
+
+#[test]
+fn modules_of_gpt2_have_roles_of_their_own() {
+    let model = read(GPT2);
+    let count = |entry: &str| {
+        let sites = targets::resolve(&entry.into(), None, &model, |_| true).unwrap();
+        sites.len()
+    };
+    let found = ["all-linear", "c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "wpe", "all"].map(count);
+    assert_eq!(found, [48, 12, 24, 12, 12, 1, 76]);
+    let faults = targets::resolve(&"q_proj".into(), None, &model, |_| true).unwrap_err();
+    insta::assert_snapshot!(faults[0], @r#"`targets` "q_proj" matches no site of this gpt2 model of 12 layers (modules: wte, wpe, ln_1, c_attn, attn.c_proj, ln_2, c_fc, mlp.c_proj, ln_f, lm_head)"#);
 }
 
 #[test]

@@ -1,15 +1,15 @@
-//! Norm, SwiGLU, residual.
+//! Norm, MLP, residual.
 
-use attune_architecture::Site;
+use attune_architecture::{Activation, MlpKind, Place, Site};
 use attune_points::Result;
 use attune_tensor::ops;
 use candle_core::Tensor;
 
-use super::Block;
+use super::{Block, residual, site};
 use crate::context::GraphCx;
 
 pub(super) struct Mlp {
-    /// `[post_attention_layernorm, gate_proj, up_proj, down_proj]`.
+    /// Norm, gate where there is one, up, down.
     pub(super) sites: Vec<Site>,
 }
 
@@ -19,10 +19,25 @@ impl Block for Mlp {
     }
 
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let x_td = &x[0];
-        let h_td = cx.norm(&self.sites[0], x_td)?;
-        let gate_ti = ops::silu(&cx.linear(&self.sites[1], &h_td)?)?;
-        let inner_ti = (gate_ti * cx.linear(&self.sites[2], &h_td)?)?;
-        Ok(vec![(x_td + cx.linear(&self.sites[3], &inner_ti)?)?])
+        let linear = |place, x: &Tensor| cx.linear(site(&self.sites, place)?, x);
+        let y_td = residual(&x[0], site(&self.sites, Place::MlpNorm)?, cx, |h_td| {
+            let inner_ti = match cx.base.architecture().mlp {
+                MlpKind::Gated(f) => (activate(f, &linear(Place::Gate, h_td)?)? * linear(Place::Up, h_td)?)?,
+                MlpKind::Plain(f) => activate(f, &linear(Place::Up, h_td)?)?,
+            };
+            linear(Place::Down, &inner_ti)
+        })?;
+        Ok(vec![y_td])
     }
+}
+
+/// The activation `f` of each value.
+pub(super) fn activate(f: Activation, x: &Tensor) -> Result<Tensor> {
+    let y = match f {
+        Activation::Silu => ops::silu(x),
+        Activation::Gelu => ops::gelu(x),
+        Activation::GeluTanh => ops::gelu_tanh(x),
+        Activation::Relu => ops::relu(x),
+    };
+    Ok(y?)
 }

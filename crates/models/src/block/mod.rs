@@ -5,8 +5,8 @@ mod attention;
 mod embedding;
 mod mlp;
 
-use attune_architecture::{Architecture, BlockKind, Site};
-use attune_points::Result;
+use attune_architecture::{Architecture, BlockKind, NormPlacement, Place, Site};
+use attune_points::{Error, Result};
 use candle_core::Tensor;
 
 pub use crate::cache::BlockCache;
@@ -30,6 +30,21 @@ pub trait Block: Send + Sync {
     /// Whatever its operations raise.
     fn decode(&self, x: &[Tensor], _cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         self.graph(x, cx)
+    }
+}
+
+/// The site at `place` among a block's.
+pub(crate) fn site(sites: &[Site], place: Place) -> Result<&Site> {
+    let found = sites.iter().find(|site| site.place == place);
+    found
+        .ok_or_else(|| Error::Refused(format!("this model's structure has no {place:?} where its block looks for one")))
+}
+
+/// `x + f(norm(x))`, or `norm(x + f(x))` where norms come last.
+fn residual(x_td: &Tensor, norm: &Site, cx: &GraphCx<'_>, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    match cx.base.architecture().placement {
+        NormPlacement::Pre => Ok((x_td + f(&cx.norm(norm, x_td)?)?)?),
+        NormPlacement::Post => cx.norm(norm, &(x_td + f(x_td)?)?),
     }
 }
 

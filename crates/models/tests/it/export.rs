@@ -11,14 +11,21 @@ use crate::support::{difference, golden};
 
 #[test]
 fn a_written_folder_is_the_same_model_with_the_replaced_weights() {
-    let base = Base::open(&golden("mistral"), Precision::F32).unwrap();
-    let name = TensorName::from_path("model.layers.0.mlp.up_proj.weight");
+    // Linears stored as they are used, transposed, and transposed without the prefix.
+    written_and_read("mistral", "model.layers.0.mlp.up_proj.weight");
+    written_and_read("gpt2", "transformer.h.0.attn.c_attn.weight");
+    written_and_read("gpt2_bare", "transformer.h.1.mlp.c_proj.weight");
+}
+
+fn written_and_read(case: &str, name: &str) {
+    let base = Base::open(&golden(case), Precision::F32).unwrap();
+    let name = TensorName::from_path(name);
     let doubled = (base.tensor(&name, DType::F32).unwrap() * 2.0).unwrap();
     let replaced = BTreeMap::from([(name.clone(), doubled.clone())]);
     let folder = tempfile::tempdir().unwrap();
     let write = |to: &str| {
         let to = folder.path().join(to);
-        export::write(&base, &replaced, DType::F32, &golden("mistral"), &to).unwrap();
+        export::write(&base, &replaced, DType::F32, &golden(case), &to).unwrap();
         to
     };
     let (first, second) = (write("first"), write("second"));

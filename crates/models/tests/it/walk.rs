@@ -20,9 +20,24 @@ const TINY: &str = r#"{
     "max_window_layers": 1, "initializer_range": 0.5
 }"#;
 
-fn tiny() -> Model {
-    let architecture = Architecture::from_json(TINY.as_bytes()).unwrap();
+const TINY_QWEN3: &str = r#"{
+    "model_type": "qwen3", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 11, "rms_norm_eps": 1e-3, "max_position_embeddings": 32, "hidden_act": "gelu",
+    "tie_word_embeddings": false, "rope_theta": 100.0, "attention_bias": true, "initializer_range": 0.5
+}"#;
+
+const TINY_GPT2: &str = r#"{
+    "model_type": "gpt2", "n_embd": 8, "n_inner": 12, "n_layer": 2, "n_head": 4, "n_positions": 7, "vocab_size": 11,
+    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.5
+}"#;
+
+fn tiny_of(config: &str) -> Model {
+    let architecture = Architecture::from_json(config.as_bytes()).unwrap();
     Model::new(Base::random(architecture, 5, DType::F64).unwrap(), Stack::default()).in_f64()
+}
+
+fn tiny() -> Model {
+    tiny_of(TINY)
 }
 
 fn documents(lengths: &[usize]) -> Layout {
@@ -62,24 +77,31 @@ fn with(theta: &Theta, id: &TensorId, tensor: Tensor) -> Theta {
 /// The derivative along a random direction in each tensor against a central difference, in f64.
 #[test]
 fn every_tensors_gradient_agrees_with_central_differences() {
-    let model = tiny();
-    let theta = trained(&model);
+    for config in [TINY, TINY_QWEN3, TINY_GPT2] {
+        gradients_agree_with_central_differences(&tiny_of(config));
+    }
+}
+
+fn gradients_agree_with_central_differences(model: &Model) {
+    let theta = trained(model);
     let layout = documents(&[5, 3, 5, 1, 7]);
     let mut sink = Grads::wanting(theta.trained().map(|(id, _)| id));
     model.grad(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy, 0.5, &mut sink).unwrap();
     let mut rng = Rng::new(1, "directions");
-    let step = 1e-5;
+    let step = 1e-4;
     for (id, value) in theta.trained() {
         let direction = rng.normal_tensor(value.shape(), 1.0, DType::F64).unwrap();
-        let loss = |sign: f64| {
-            let moved = (value + (&direction * (sign * step)).unwrap()).unwrap();
+        let loss = |by: f64| {
+            let moved = (value + (&direction * by).unwrap()).unwrap();
             let theta = &with(&theta, &id, moved);
             model.score(&Pass { theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap().loss_sum
         };
-        let numeric = 0.5 * (loss(1.0) - loss(-1.0)) / (2.0 * step);
+        let central = |step: f64| 0.5 * (loss(step) - loss(-step)) / (2.0 * step);
+        // Of two steps, so that their errors of step² cancel.
+        let numeric = (4.0 * central(step / 2.0) - central(step)) / 3.0;
         let gradient = sink.get(&id).unwrap_or_else(|| panic!("{id} has no gradient"));
         let exact = (gradient * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
-        // A central difference is off by O(step²) times the third derivative and by rounding of 1e-16 × loss / step.
+        // Off by O(step⁴) times the fifth derivative and by rounding of 1e-16 × loss / step.
         assert!((numeric - exact).abs() <= 1e-7 * (1.0 + exact.abs()), "{id}: {numeric} against {exact}");
     }
 }
@@ -152,7 +174,7 @@ fn nothing_is_computed_below_the_lowest_wanted_tensor() {
 
 #[test]
 fn decoding_with_a_cache_gives_the_logits_of_the_whole_text() {
-    for case in ["llama", "llama_rope_dynamic", "mistral", "qwen2_window"] {
+    for case in ["llama", "llama_rope_dynamic", "mistral", "qwen2_window", "qwen3"] {
         let model = Model::new(Base::open(&golden(case), Precision::F32).unwrap(), Stack::default());
         let theta = Theta::default();
         let prompt: Vec<u32> = (0..12).map(|i| (i * 5 + 3) % 40).collect();
@@ -193,6 +215,22 @@ fn generation_stops_where_it_is_told_to() {
     assert_ne!(sampled(1).tokens, sampled(2).tokens);
     let refused = generate(&model, &theta, &[], &Sampling::default(), |_| true).unwrap_err();
     assert!(refused.to_string().contains("prompt is empty"), "{refused}");
+}
+
+#[test]
+fn a_text_beyond_the_learned_positions_is_refused() {
+    let (model, theta) = (tiny_of(TINY_GPT2), Theta::default());
+    let logits = |length: usize| {
+        let layout = Layout::single(&vec![3; length]);
+        model.logits(&Pass { theta: &theta, layout: &layout, dropout: None })
+    };
+    assert_eq!(logits(7).unwrap().dims(), [7, 11]);
+    let message = "a document has 8 tokens or more; this model has positions for 7";
+    assert_eq!(logits(8).unwrap_err().to_string(), message);
+    let sampling = Sampling { max_tokens: 5, ..Sampling::default() };
+    assert_eq!(generate(&model, &theta, &[1, 2, 3], &sampling, |_| true).unwrap().tokens.len(), 5);
+    let sampling = Sampling { max_tokens: 6, ..Sampling::default() };
+    assert_eq!(generate(&model, &theta, &[1, 2, 3], &sampling, |_| true).unwrap_err().to_string(), message);
 }
 
 #[test]

@@ -1,6 +1,6 @@
-"""Writes the golden files of the Llama family. See README.md for names and shapes; pins in benches/peers/requirements.txt.
+"""Writes the golden files of the decoders. See README.md for names and shapes; pins in benches/peers/requirements.txt.
 
-Usage: llama_family.py [case ...]
+Usage: decoders.py [case ...]
 """
 
 import json
@@ -12,12 +12,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2] / "benches" / "peers"))
 
 import torch  # noqa: E402
-from transformers import GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config  # noqa: E402
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  # noqa: E402
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: E402
 
 import reference as ref  # noqa: E402
 
 STD = 0.2
+# Narrow heads need larger weights for their attention to be far from uniform.
+STDS = {"gpt2_untied": 0.3}
 NEW_TOKENS = 16
 # Below this gap between best and second logit, rounding could turn a greedy token over.
 LEAST_MARGIN = 0.03
@@ -44,6 +47,15 @@ def qwen2(**k):
     return Qwen2ForCausalLM, Qwen2Config(**(COMMON | dict(tie_word_embeddings=True, rms_norm_eps=1e-3) | k))
 
 
+def qwen3(**k):
+    return Qwen3ForCausalLM, Qwen3Config(**(COMMON | dict(hidden_size=24, head_dim=12, intermediate_size=24, tie_word_embeddings=True, rms_norm_eps=1e-3) | k))
+
+
+def gpt2(**k):
+    common = dict(n_embd=24, n_inner=40, n_layer=2, n_head=4, n_positions=48, vocab_size=56, layer_norm_epsilon=1e-3, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel, GPT2Config(**(common | k))
+
+
 # name: (maker, rows of the document, rows of the packed documents or None, gradients?, prompt rows or None, largest shard)
 CASES = {
     "llama": (lambda: llama(), 40, (13, 22), True, 12, "1MB"),
@@ -56,6 +68,9 @@ CASES = {
     "mistral": (lambda: mistral(sliding_window=8), 40, (13, 22), True, 12, "40KB"),
     "mistral_no_window": (lambda: mistral(sliding_window=None), 40, None, False, 12, "1MB"),
     "qwen2": (lambda: qwen2(), 40, (13, 22), True, 12, "1MB"),
+    "qwen3": (lambda: qwen3(), 40, (13, 22), True, 12, "1MB"),
+    "gpt2": (lambda: gpt2(), 40, (13, 22), True, 12, "1MB"),
+    "gpt2_untied": (lambda: gpt2(n_embd=20, n_inner=None, tie_word_embeddings=False, activation_function="relu"), 24, None, True, None, "1MB"),
     "qwen2_window": (lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1), 40, None, False, 12, "1MB"),
 }
 
@@ -72,11 +87,12 @@ OLD_CONFIGS = {
 }
 
 
-def randomise(model, seed):
+def randomise(model, seed, std):
     g = ref.generator(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            p.copy_(torch.randn(p.shape, generator=g) * STD + (1.0 if "norm" in name else 0.0))
+            norm = name.endswith("weight") and any(part in name for part in ("norm", "ln_"))
+            p.copy_(torch.randn(p.shape, generator=g) * std + (1.0 if norm else 0.0))
 
 
 def check(folder, doc, expected):
@@ -97,6 +113,8 @@ def check(folder, doc, expected):
     assert max(share) < 0.95, "attention is close to uniform"
     # A loader that ignores what the case is about must fail by far.
     plain = ref.load(folder).config
+    if getattr(plain, "rope_parameters", None) is None:
+        return
     if plain.rope_parameters["rope_type"] != "default":
         plain.rope_parameters = {"rope_type": "default", "rope_theta": plain.rope_parameters["rope_theta"]}
     elif getattr(plain, "sliding_window", None) is not None:
@@ -140,7 +158,7 @@ def write(name):
     kind, config = make()
     config._attn_implementation = "eager"
     model = kind(config)
-    randomise(model, seed_of(name))
+    randomise(model, seed_of(name), STDS.get(name, STD))
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder, max_shard_size=shard)
     print(name)
@@ -175,8 +193,27 @@ def write_old_config(name):
     for f in source.iterdir():
         if f.name == "generation_config.json" or (f.suffix == ".safetensors" and "gradients" not in f.name):
             shutil.copy(f, folder / f.name)
-    from safetensors.torch import load_file
+    expected = load_file(folder / "expected.safetensors")
+    difference = (ref.logits_of(ref.load(folder), expected["input_ids"]) - expected["logits"]).abs().max().item()
+    print(f"{name}: differs from {case} by {difference}")
+    assert difference == 0.0
 
+
+def write_bare(name, case):
+    """The folder of `case` as the first GPT-2 was published: no prefix, buffers of masks among the weights, `n_ctx`."""
+    source, folder = HERE / case, HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k != "dtype"} | {"n_ctx": config["n_positions"], "torch_dtype": "float32", "transformers_version": "4.44.0"}
+    ref.save_json(config, folder / "config.json")
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(source / "model.safetensors").items()}
+    for layer in range(config["n_layer"]):
+        tensors[f"h.{layer}.attn.bias"] = torch.tril(torch.ones(1, 1, 8, 8))
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    ref.save(tensors, folder / "model.safetensors")
+    for f in ("expected.safetensors", "generation_config.json"):
+        shutil.copy(source / f, folder / f)
     expected = load_file(folder / "expected.safetensors")
     difference = (ref.logits_of(ref.load(folder), expected["input_ids"]) - expected["logits"]).abs().max().item()
     print(f"{name}: differs from {case} by {difference}")
@@ -185,9 +222,14 @@ def write_old_config(name):
 
 def main():
     ref.deterministic()
-    wanted = sys.argv[1:] or [*CASES, *OLD_CONFIGS]
+    wanted = sys.argv[1:] or [*CASES, *OLD_CONFIGS, "gpt2_bare"]
     for name in wanted:
-        write(name) if name in CASES else write_old_config(name)
+        if name in CASES:
+            write(name)
+        elif name in OLD_CONFIGS:
+            write_old_config(name)
+        else:
+            write_bare(name, "gpt2")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+//! What each family calls its modules: the table from a [`Place`] to a Hugging Face module path.
+
+use crate::site::Place;
+
+/// A module: its place, its path with `{}` for the layer, and the end of the path that names it in every layer.
+type Module = (Place, &'static str, &'static str);
+
+/// The modules of a family.
+#[derive(Debug)]
+pub(crate) struct Modules {
+    /// What the paths of everything but the head start with. A file of the trunk alone leaves it out.
+    pub(crate) prefix: &'static str,
+    modules: &'static [Module],
+}
+
+impl Modules {
+    /// The path and the role of the module at `place`, in `layer` where it has one.
+    ///
+    /// # Panics
+    /// If the family has no such place: its row in the table of families asks for one that its modules lack.
+    pub(crate) fn of(&self, place: Place, layer: Option<u32>) -> (String, &'static str) {
+        let found = self.modules.iter().find(|module| module.0 == place);
+        let Some((_, path, role)) = found else { panic!("no module of this family is its {place:?}") };
+        let path = layer.map_or_else(|| (*path).to_owned(), |layer| path.replacen("{}", &layer.to_string(), 1));
+        (path, role)
+    }
+}
+
+impl PartialEq for Modules {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+/// Llama, Mistral, Qwen2 and Qwen3.
+pub(crate) static LLAMA: Modules = Modules {
+    prefix: "model.",
+    modules: &[
+        (Place::Embedding, "model.embed_tokens", "embed_tokens"),
+        (Place::AttentionNorm, "model.layers.{}.input_layernorm", "input_layernorm"),
+        (Place::Query, "model.layers.{}.self_attn.q_proj", "q_proj"),
+        (Place::Key, "model.layers.{}.self_attn.k_proj", "k_proj"),
+        (Place::Value, "model.layers.{}.self_attn.v_proj", "v_proj"),
+        (Place::QueryNorm, "model.layers.{}.self_attn.q_norm", "q_norm"),
+        (Place::KeyNorm, "model.layers.{}.self_attn.k_norm", "k_norm"),
+        (Place::Output, "model.layers.{}.self_attn.o_proj", "o_proj"),
+        (Place::MlpNorm, "model.layers.{}.post_attention_layernorm", "post_attention_layernorm"),
+        (Place::Gate, "model.layers.{}.mlp.gate_proj", "gate_proj"),
+        (Place::Up, "model.layers.{}.mlp.up_proj", "up_proj"),
+        (Place::Down, "model.layers.{}.mlp.down_proj", "down_proj"),
+        (Place::FinalNorm, "model.norm", "norm"),
+        (Place::Head, "lm_head", "lm_head"),
+    ],
+};
+
+/// GPT-2.
+pub(crate) static GPT2: Modules = Modules {
+    prefix: "transformer.",
+    modules: &[
+        (Place::Embedding, "transformer.wte", "wte"),
+        (Place::Positions, "transformer.wpe", "wpe"),
+        (Place::AttentionNorm, "transformer.h.{}.ln_1", "ln_1"),
+        (Place::QueryKeyValue, "transformer.h.{}.attn.c_attn", "c_attn"),
+        (Place::Output, "transformer.h.{}.attn.c_proj", "attn.c_proj"),
+        (Place::MlpNorm, "transformer.h.{}.ln_2", "ln_2"),
+        (Place::Up, "transformer.h.{}.mlp.c_fc", "c_fc"),
+        (Place::Down, "transformer.h.{}.mlp.c_proj", "mlp.c_proj"),
+        (Place::FinalNorm, "transformer.ln_f", "ln_f"),
+        (Place::Head, "lm_head", "lm_head"),
+    ],
+};
