@@ -1,0 +1,81 @@
+//! Some optimiser steps on one batch, measured: Attune's side of the comparison of speed. Prints one JSON line.
+//!
+//! `step CASE.json` or `step peak` (the fastest matrix products here). `benches/peers/compare.py` writes the case and runs
+//! both sides in turn; `benches/peers/step_torch.py` is the other one.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "an example that cannot go on stops, and prints what it found"
+)]
+#![allow(clippy::disallowed_methods, reason = "this program measures time")]
+
+mod case;
+mod memory;
+mod peak;
+mod tune;
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use crate::case::Case;
+use crate::tune::Tune;
+
+type Failure = Box<dyn std::error::Error>;
+
+// As the binary does: the default allocator gives memory back to the system and asks for it again at every step.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> Result<(), Failure> {
+    let line = match std::env::args().nth(1).as_deref() {
+        Some("peak") => peak::measure()?,
+        Some(path) => run(&Case::read(path.as_ref())?)?,
+        None => return Err("usage: step CASE.json | step peak".into()),
+    };
+    println!("{line}");
+    Ok(())
+}
+
+fn run(case: &Case) -> Result<Value, Failure> {
+    let started = Instant::now();
+    let mut tune = Tune::open(case)?;
+    let loaded = json!({"seconds": started.elapsed().as_secs_f64(), "mib": memory::resident_mib()});
+    let peak_of_loading = memory::peak_mib();
+    memory::forget_peak()?;
+
+    let mut first_step_unix = None;
+    let (mut losses, mut seconds, mut cpu) = (Vec::new(), Vec::new(), 0.0);
+    let mut optimiser = 0.0;
+    for step in 0..case.warmup + case.steps {
+        let watch = Instant::now();
+        let cpu_before = memory::cpu_seconds();
+        let done = tune.step()?;
+        let step_seconds = watch.elapsed().as_secs_f64();
+        losses.push(done.loss);
+        first_step_unix.get_or_insert(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64());
+        if step >= case.warmup {
+            seconds.push(step_seconds);
+            cpu += memory::cpu_seconds() - cpu_before;
+            optimiser += done.optimiser.as_secs_f64();
+        }
+    }
+    let peak_of_steps = memory::peak_mib();
+    Ok(json!({
+        "tokens": tune.n_rows(),
+        "step_seconds": seconds,
+        "cpu_seconds_per_step": cpu / case.steps.max(1) as f64,
+        "breakdown_ms": {"optimiser": 1000.0 * optimiser / seconds.len() as f64},
+        "model_gflop": tune.step_flops() / 1e9,
+        "loss_first": losses.first(),
+        "loss_last": losses.last(),
+        "trained": tune.trained(),
+        "loaded": loaded,
+        "peak_steps_mib": peak_of_steps,
+        "peak_mib": peak_of_steps.max(peak_of_loading),
+        "first_step_unix": first_step_unix,
+        "threads": rayon::current_num_threads(),
+        "profile": attune_trainer::kernel::profile(),
+    }))
+}

@@ -1,0 +1,164 @@
+//! A tune as a trainer does it: passes, gradients, AdamW.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use attune_adapt::{ADAPTERS, slot};
+use attune_architecture::{Architecture, targets};
+use attune_models::{Base, Model, Pass, Slot, Stack};
+use attune_objective::OBJECTIVES;
+use attune_optim::OPTIMIZERS;
+use attune_points::adapter::{Adapter, Attachment};
+use attune_points::engine::LossReport;
+use attune_points::objective::Objective;
+use attune_points::optimizer::{Optimizer, UpdateCx};
+use attune_points::{Bank, BankKind, Grads, Layout, Owner, TensorId, Theta, Weight};
+use attune_spec::id::Step;
+use attune_spec::job::Targets;
+use attune_spec::method::{BuildCx, MethodRef};
+use attune_tensor::Rng;
+use attune_trainer::component;
+use candle_core::{Device, Tensor};
+use serde_json::json;
+
+use crate::Failure;
+use crate::case::Case;
+
+/// The state of a tune.
+pub(crate) struct Tune {
+    model: Model,
+    theta: Theta,
+    layouts: Vec<Layout>,
+    objective: Box<dyn Objective>,
+    optimizer: Box<dyn Optimizer>,
+    buffers: BTreeMap<TensorId, Vec<Vec<f32>>>,
+    steps_done: Step,
+    trains_base: bool,
+}
+
+/// What a step found.
+pub(crate) struct Done {
+    /// Mean loss a supervised token, before the update.
+    pub(crate) loss: f64,
+    /// Time of the update.
+    pub(crate) optimiser: Duration,
+}
+
+impl Tune {
+    pub(crate) fn open(case: &Case) -> Result<Self, Failure> {
+        let cx = BuildCx { steps: Step((case.warmup + case.steps) as u64), domains: &[] };
+        let base = Base::open(&case.base, case.precision()?)?;
+        let (stack, mut theta) = match &case.adapter {
+            Some(folder) => component::frozen(&base, [folder.as_path()])?,
+            None => all_weights(&base, &cx)?,
+        };
+        for bank in &mut theta.banks {
+            bank.train = true;
+        }
+        let objective =
+            OBJECTIVES.build(&MethodRef::named("sft"), &"objective".into(), &cx).map_err(|f| format!("{f:?}"))?;
+        let method: MethodRef = serde_json::from_value(json!({"method": "adamw", "lr": case.lr}))?;
+        let optimizer = OPTIMIZERS.build(&method, &"optimizer".into(), &cx).map_err(|f| format!("{f:?}"))?;
+        let zeros = |tensor: &Tensor| optimizer.buffers(tensor.dims()).into_iter().map(|(_, n)| vec![0.0; n]).collect();
+        let buffers = theta.trained().map(|(id, tensor)| (id, zeros(tensor))).collect();
+        Ok(Self {
+            model: Model::new(base, stack),
+            theta,
+            layouts: case.layouts()?,
+            objective,
+            optimizer,
+            buffers,
+            steps_done: Step(0),
+            trains_base: case.adapter.is_none(),
+        })
+    }
+
+    /// Gradients of the whole batch, and an update.
+    pub(crate) fn step(&mut self) -> Result<Done, Failure> {
+        let wanted: Vec<TensorId> = self.theta.trained().map(|(id, _)| id).collect();
+        let counts = self.layouts.iter().map(Layout::counts).sum();
+        let scale = 1.0 / self.objective.denominator().of(counts);
+        let pass = |layout| Pass { theta: &self.theta, layout, dropout: None };
+        let passes: Vec<Pass<'_>> = self.layouts.iter().map(pass).collect();
+        let mut loss = LossReport::default();
+        let mut parts = Vec::with_capacity(passes.len());
+        for pass in &passes {
+            let mut sink = Grads::wanting(wanted.iter().cloned());
+            loss.add(&self.model.grad(pass, &*self.objective, scale, &mut sink)?);
+            parts.push(sink);
+        }
+
+        let watch = Instant::now();
+        let mut parts = parts.into_iter();
+        let mut sum = parts.next().unwrap_or_default();
+        for part in parts {
+            sum.add(&part)?;
+        }
+        self.update(&sum)?;
+        let optimiser = watch.elapsed();
+        Ok(Done { loss: loss.mean(), optimiser })
+    }
+
+    fn update(&mut self, gradients: &Grads) -> Result<(), Failure> {
+        self.steps_done = self.steps_done.next();
+        for (id, gradient) in gradients.iter() {
+            let (Some(gradient), Some(tensor)) = (gradient, self.theta.get(id)) else { continue };
+            let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+            let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
+            let shape = tensor.dims().to_vec();
+            let cx = UpdateCx { step: self.steps_done, lr: self.optimizer.lr(), decay: false, shape: &shape };
+            self.optimizer.update(&cx, &mut value, &gradient, self.buffers.get_mut(id).ok_or("no buffers")?)?;
+            let Owner::Bank { slot, set } = id.owner else { continue };
+            let set = &mut self.theta.banks[slot as usize].sets[set as usize];
+            Arc::make_mut(set).insert(id.name.clone(), Tensor::from_vec(value, shape, &Device::Cpu)?);
+        }
+        Ok(())
+    }
+
+    /// Rows of the batch.
+    pub(crate) fn n_rows(&self) -> usize {
+        self.layouts.iter().map(Layout::n_rows).sum()
+    }
+
+    /// Numbers that train.
+    pub(crate) fn trained(&self) -> usize {
+        self.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum()
+    }
+
+    /// Floating-point operations that the model needs a step, recomputation not counted: each product forward and with
+    /// respect to its input; with respect to its weight where that trains; attention's gradient costs twice its forward.
+    pub(crate) fn step_flops(&self) -> f64 {
+        let arch = self.model.base().architecture();
+        let per_row = |layout: &Layout| {
+            let rows = layout.n_rows().max(1) as f64;
+            let pairs: f64 =
+                layout.docs().iter().map(|doc| doc.n_rows() as f64 * (doc.n_rows() as f64 + 1.0) / 2.0).sum();
+            let supervised = layout.counts().tokens as f64 / rows;
+            let products = arch.forward_flops_per_token(0.0, supervised);
+            let attention = arch.forward_flops_per_token(pairs / rows, supervised) - products;
+            let (passes, adapters) =
+                if self.trains_base { (3.0, 0.0) } else { (2.0, 3.0 * 2.0 * self.trained() as f64) };
+            rows * (passes * products + 3.0 * attention + adapters)
+        };
+        self.layouts.iter().map(per_row).sum()
+    }
+}
+
+/// Full fine-tuning: every weight trains, starting from the base's.
+fn all_weights(base: &Base, cx: &BuildCx<'_>) -> Result<(Stack, Theta), Failure> {
+    let adapter = ADAPTERS.build(&MethodRef::named("full"), &"adapter".into(), cx).map_err(|f| format!("{f:?}"))?;
+    let adapter: Arc<dyn Adapter> = adapter.into();
+    let arch: &Architecture = base.architecture();
+    let all: Targets = serde_json::from_value(json!("all"))?;
+    let sites = targets::resolve(&all, None, arch, |_| true).map_err(|f| format!("{f:?}"))?;
+    let attachments = adapter.attach(arch, &sites).map_err(|f| format!("{f:?}"))?;
+    let weight = |at: &Attachment| {
+        let site = sites.iter().find(|site| site.id == at.site);
+        let site = site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", at.site)))?;
+        Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
+    };
+    let params = slot::fresh(&*adapter, None, &attachments, weight, &Rng::new(0, "init"))?;
+    let bank = Bank { slot: "all".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true };
+    Ok((Stack::new(vec![Slot::new(adapter, attachments)]), Theta::single([bank])))
+}
