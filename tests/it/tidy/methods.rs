@@ -129,7 +129,7 @@ const ABROAD: &[(&str, &[&str], &str)] = &[
         "what a job file means when it leaves a field out",
     ),
     ("crates/spec/src/job/data.rs", &["static"], "what a job file means when it leaves a field out"),
-    ("crates/architecture/src/config.rs", &["linear", "dynamic"], "Hugging Face's words for rope scaling"),
+    ("crates/architecture/src/rope_config.rs", &["linear", "dynamic"], "Hugging Face's words for rope scaling"),
     ("crates/architecture/src/site.rs", &["linear"], "a kind of site, not the schedule"),
 ];
 
