@@ -34,8 +34,11 @@ CASES = {
         "model.layers.1.mlp.up_proj",
     ),
     "qwen2_some_rslora": ("qwen2", dict(target_modules=["k_proj", "o_proj", "gate_proj"], use_rslora=True), "model.layers.0.self_attn.k_proj"),
+    "gpt2_all_linear": ("gpt2", dict(target_modules="all-linear", fan_in_fan_out=True), "transformer.h.1.attn.c_attn"),
     "qwen2_all_linear": ("qwen2", dict(target_modules="all-linear"), "model.layers.1.self_attn.q_proj"),
 }
+# The order in which the cases came, so that a new one changes no other's numbers.
+SEEDS = ["llama_some", "llama_all_linear", "llama_patterns", "qwen2_some_rslora", "qwen2_all_linear", "gpt2_all_linear"]
 ROWS = 32
 
 
@@ -70,7 +73,7 @@ def write(name):
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    seed = 100 + list(CASES).index(name)
+    seed = 100 + SEEDS.index(name)
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(ref.load(ref.MODELS / base), config)
     randomise(model, seed)

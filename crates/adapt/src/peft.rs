@@ -146,6 +146,10 @@ pub fn write(
     let mut config: BTreeMap<String, Value> = peft.config.into_iter().collect();
     config.insert("base_model_name_or_path".to_owned(), base_name.into());
     config.insert("target_modules".to_owned(), target_modules(attachments, architecture).into());
+    // Said where the method has such a key; PEFT looks at it layer by layer and lets it pass for plain linears.
+    if let Some(flag) = config.get_mut("fan_in_fan_out") {
+        *flag = any_transposed(attachments, architecture).into();
+    }
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
     let mut bytes = Vec::new();
@@ -178,6 +182,13 @@ pub fn write(
 
 fn io(path: &Path, source: std::io::Error) -> Error {
     Error::Tensor(attune_points::Error::Io { what: format!("writing {}", path.display()), source })
+}
+
+/// Whether the base's files hold the weight of an adapted site as `[in, out]`.
+fn any_transposed(attachments: &[Attachment], architecture: &Architecture) -> bool {
+    let sites = architecture.sites();
+    let transposed = sites.iter().filter(|site| site.kind.transposed());
+    transposed.map(|site| &site.id).any(|id| attachments.iter().any(|at| at.site == *id))
 }
 
 /// `target_modules`: module names where every site of that name has an attachment (which servers understand best), else

@@ -23,7 +23,7 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
         }
         for site in admit::sites(slot, architecture).ok()? {
             // A norm's scale and bias are one column.
-            let (output, input) = site.out_in().unwrap_or((site.kind.parameters() as usize, 1));
+            let (output, input) = site.out_in().unwrap_or_else(|| (site.kind.parameters() as usize, 1));
             let bias = matches!(site.kind, SiteKind::Linear { bias: true, .. });
             let mut names = method.params.clone();
             names.insert("i".to_owned(), json!(input));

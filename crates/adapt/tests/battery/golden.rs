@@ -1,7 +1,7 @@
 //! Every folder under `golden/`, computed by PEFT (`golden/lora.py` names the versions).
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use attune_adapt::peft;
 use attune_models::{Base, Pass};
@@ -15,7 +15,8 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 5] = [
+const CASES: [(&str, &str); 6] = [
+    ("gpt2_all_linear", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_patterns", "llama"),
     ("llama_some", "llama"),
@@ -95,6 +96,8 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
     }
     assert!(compared > 0, "nothing was compared");
 
+    written_back(&setup, &golden.join("adapter"))?;
+
     for (name, reference) in open(golden.join("merged.safetensors"))?.ok_or("no merged weight")? {
         let site = name.strip_suffix(".weight").ok_or("no weight")?;
         let at = setup.attachments.iter().find(|at| at.site.as_str() == site).ok_or("no attachment")?;
@@ -104,7 +107,33 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
             return Err("no factors".into());
         };
         let weight = (base.tensor(&base.tensor_name(site, "weight"), DType::F32)? + (left.matmul(&right)? * scale)?)?;
+        let transposed = base.architecture().site(site).is_some_and(|site| site.kind.transposed());
+        let reference = if transposed { reference.t()? } else { reference };
         assert!(difference(&weight, &reference) < TOLERANCE, "{name}");
+    }
+    Ok(())
+}
+
+/// The adapter as we write it says of its base and its scaling what PEFT's own file says, and holds the same tensors.
+fn written_back(setup: &Setup, reference: &Path) -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let architecture = setup.model.base().architecture();
+    let params = setup.params();
+    peft::write(folder.path(), &*setup.adapter, &setup.attachments, &params, architecture, "owner/base", "a card")?;
+    let config = |folder: &Path| -> Result<serde_json::Value, Failed> {
+        Ok(serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json"))?)?)
+    };
+    let (ours, theirs) = (config(folder.path())?, config(reference)?);
+    for key in ["r", "lora_alpha", "use_rslora", "fan_in_fan_out", "bias", "peft_type"] {
+        assert_eq!(ours[key], theirs[key], "{key}");
+    }
+    let tensors = |folder: &Path| -> Result<Tensors, Failed> {
+        open(folder.join("adapter_model.safetensors"))?.ok_or_else(|| "no tensors".into())
+    };
+    let (ours, theirs) = (tensors(folder.path())?, tensors(reference)?);
+    assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
+    for (name, tensor) in &ours {
+        assert_eq!(difference(tensor, &theirs[name]), 0.0, "{name}");
     }
     Ok(())
 }

@@ -58,7 +58,8 @@ pub struct LoraConfig {
     pub bias: String,
     /// Modules that are left out.
     pub exclude_modules: Option<Modules>,
-    /// Whether base weights are stored `[in, out]`.
+    /// Whether base weights are stored `[in, out]`. A and B are the same either way, and the base itself knows, so a
+    /// reader has nothing to do about it.
     pub fan_in_fan_out: bool,
     /// Always `true` in a saved adapter.
     pub inference_mode: bool,
@@ -215,7 +216,6 @@ impl LoraConfig {
         let set = |value: &Option<serde_json::Value>| value.as_ref().is_some_and(|value| !value.is_null());
         let asked = [
             ("bias", self.bias != "none"),
-            ("fan_in_fan_out", self.fan_in_fan_out),
             ("layer_replication", set(&self.layer_replication)),
             ("lora_bias", self.lora_bias),
             ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty())),
@@ -304,7 +304,6 @@ mod tests {
             keys,
             [
                 "bias",
-                "fan_in_fan_out",
                 "layer_replication",
                 "lora_bias",
                 "modules_to_save",
