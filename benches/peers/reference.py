@@ -60,7 +60,7 @@ def document(length, vocab, seed):
 
 
 def load(folder, attention="eager", **how):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, **how).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager", **how).eval()
 
 
 def logits_of(model, ids):

@@ -4,7 +4,7 @@ use attune_spec::FieldPath;
 use serde_json::{Map, Value};
 
 use crate::activation::Activation;
-use crate::decoder::{Architecture, MlpKind, NormKind, Positions};
+use crate::decoder::{Architecture, Experts, MlpKind, NormKind, Positions};
 use crate::error::Error;
 use crate::family::{FAMILIES, FamilyRow, PositionRule};
 use crate::fields::Fields;
@@ -19,6 +19,9 @@ pub(crate) const LAYERS_MAX: u64 = 1 << 12;
 const HEADS_MAX: u64 = 1 << 14;
 const VOCAB_MAX: u64 = 1 << 24;
 pub(crate) const POSITIONS_MAX: u64 = 1 << 32;
+const EXPERTS_MAX: u64 = 1 << 12;
+/// Experts of all layers: each has sites of its own, and a hostile file should not make millions.
+const EXPERTS_ALL_MAX: u64 = 1 << 18;
 /// Rows of a table of learned positions.
 const TABLE_MAX: u64 = 1 << 24;
 
@@ -87,6 +90,7 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
         qk_norm: row.qk_norm,
         projections: row.projections,
         mlp: if row.gated { MlpKind::Gated(activation) } else { MlpKind::Plain(activation) },
+        experts: if row.experts { experts(fields, inner, layers) } else { None },
         causal: true,
         windows: windows(row, fields, layers),
         tied: fields.flag("tie_word_embeddings").unwrap_or(row.tied),
@@ -146,6 +150,29 @@ fn learned(row: &FamilyRow, fields: &mut Fields<'_>, max_position: u64, offset: 
     Positions::Learned { rows: (max_position + offset) as usize, offset: offset as usize }
 }
 
+/// The fields of a mixture of experts, with OLMoE's own values where they are missing.
+fn experts(fields: &mut Fields<'_>, inner: u64, layers: u64) -> Option<Experts> {
+    let count = fields.count("num_experts", EXPERTS_MAX).unwrap_or(64);
+    let per_token = fields.count("num_experts_per_tok", EXPERTS_MAX).unwrap_or(8);
+    if fields.faults.is_empty() && per_token > count {
+        fields
+            .fault("num_experts_per_tok", format!("is {per_token}; expected at most `num_experts`, which is {count}"));
+    }
+    if count * inner > INNER_MAX || count * layers > EXPERTS_ALL_MAX {
+        let message = format!(
+            "is {count}; expected experts whose inner widths are at most {INNER_MAX} together, and at most \
+             {EXPERTS_ALL_MAX} in all layers"
+        );
+        fields.fault("num_experts", message);
+    }
+    Some(Experts {
+        count: count as usize,
+        per_token: per_token as usize,
+        normalised: fields.flag("norm_topk_prob").unwrap_or(false),
+        balance: fields.number("router_aux_loss_coef", 0.0, 1e3).unwrap_or(0.01),
+    })
+}
+
 fn activation(row: &FamilyRow, fields: &mut Fields<'_>) -> Activation {
     let Some(name) = fields.text(row.fields.activation) else { return row.activation };
     Activation::named(name).unwrap_or_else(|message| {
@@ -158,6 +185,12 @@ fn refuse_unsupported(row: &FamilyRow, fields: &mut Fields<'_>) {
     for &(name, supported) in row.fixed {
         if fields.flag(name).is_some_and(|given| given != supported) {
             fields.fault(name, format!("is {}; expected {supported}, which is what is supported", !supported));
+        }
+    }
+    for &name in row.absent {
+        if let Some(value) = fields.get(name) {
+            let given = crate::fields::quote(value);
+            fields.fault(name, format!("is {given}; expected null, which is what is supported"));
         }
     }
     if fields.get("quantization_config").is_some() {

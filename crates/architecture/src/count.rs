@@ -17,16 +17,18 @@ impl Architecture {
     }
 
     /// Floating-point operations of one token's forward pass, a multiplication and an addition counted apart, when it
-    /// attends to `context` rows on average. The head is counted for `supervised` of the tokens, a share in 0 ..= 1.
+    /// attends to `context` rows on average; of experts those are counted that a token goes through. The head is counted for `supervised` of the tokens, a share in 0 ..= 1.
     /// A backward pass with frozen weights costs about as much again, with trained weights twice as much.
     pub fn forward_flops_per_token(&self, context: f64, supervised: f64) -> f64 {
-        let matrices: u64 = self.layer_sites().map(|site| products(&site)).sum();
+        let used = self.experts.map_or(1.0, |experts| experts.per_token as f64 / experts.count as f64);
+        let share = |site: &Site| if site.expert.is_some() { used } else { 1.0 };
+        let matrices: f64 = self.layer_sites().map(|site| products(&site) as f64 * share(&site)).sum();
         let attention: f64 = self
             .windows
             .iter()
             .map(|window| 4.0 * self.query_width() as f64 * window.map_or(context, |w| context.min(w as f64)))
             .sum();
-        2.0 * (self.layers as u64 * matrices) as f64 + attention + 2.0 * self.table() as f64 * supervised
+        2.0 * self.layers as f64 * matrices + attention + 2.0 * self.table() as f64 * supervised
     }
 
     /// Bytes of all weights with `element_bytes` each.
@@ -42,7 +44,8 @@ impl Architecture {
     /// Bytes that re-running the widest block with its backward link takes per token, for documents of `length` rows:
     /// about six tensors of the inner width, or the projections and three tensors of scores per head.
     pub fn block_bytes_per_token(&self, length: u64, element_bytes: u64) -> u64 {
-        let mlp = 6 * self.inner as u64 + 4 * self.hidden as u64;
+        let rows = self.experts.map_or(1, |experts| experts.per_token as u64);
+        let mlp = rows * (6 * self.inner as u64 + 4 * self.hidden as u64);
         let scores = self.heads as u64 * length;
         let attention =
             3 * scores + 6 * self.query_width() as u64 + 6 * self.kv_width() as u64 + 4 * self.hidden as u64;

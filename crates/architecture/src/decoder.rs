@@ -18,7 +18,7 @@ pub struct Architecture {
     pub family: Family,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width inside the MLP.
+    /// Width inside the MLP, or inside each expert.
     pub inner: usize,
     /// Number of decoder layers.
     pub layers: usize,
@@ -42,8 +42,10 @@ pub struct Architecture {
     pub qk_norm: QkNorm,
     /// How queries, keys and values are stored.
     pub projections: Projections,
-    /// The MLP of a layer.
+    /// The MLP of a layer, or each expert.
     pub mlp: MlpKind,
+    /// The experts of a layer, where each row goes through a few of several MLPs.
+    pub experts: Option<Experts>,
     /// Whether a row sees itself and earlier ones only.
     pub causal: bool,
     /// For each layer the attention window: a row sees itself and `window - 1` rows before it; none is full causal.
@@ -166,6 +168,25 @@ pub enum MlpKind {
     Plain(Activation),
 }
 
+/// A mixture of experts in place of the MLP.
+///
+/// # Update
+/// ```text
+/// probs_te = softmax(h_td R_edᵀ)          R the router, E experts
+/// y_td     = sum over the k likeliest e of  w_te MLP_e(h_td)        w = probs, or probs / their sum over those k
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Experts {
+    /// Number of experts.
+    pub count: usize,
+    /// Experts that each row goes through.
+    pub per_token: usize,
+    /// Whether the weights of a row's experts are made to add up to 1.
+    pub normalised: bool,
+    /// What the load-balancing loss is multiplied by where it is used.
+    pub balance: f64,
+}
+
 impl MlpKind {
     /// Its activation.
     pub const fn activation(&self) -> Activation {
@@ -190,6 +211,11 @@ pub enum BlockKind {
         /// The layer, from 0.
         layer: u32,
     },
+    /// Norm, router, experts and residual of a layer.
+    Experts {
+        /// The layer, from 0.
+        layer: u32,
+    },
     /// Last norm and head.
     Head,
 }
@@ -200,6 +226,7 @@ impl fmt::Display for BlockKind {
             Self::Embedding => f.write_str("embedding"),
             Self::Attention { layer } => write!(f, "layers.{layer}.attention"),
             Self::Mlp { layer } => write!(f, "layers.{layer}.mlp"),
+            Self::Experts { layer } => write!(f, "layers.{layer}.experts"),
             Self::Head => f.write_str("head"),
         }
     }
@@ -215,7 +242,7 @@ pub struct BlockInfo {
 }
 
 impl BlockInfo {
-    /// Its site at `place`.
+    /// Its site at `place`; of several experts' the first one's.
     pub fn site(&self, place: Place) -> Option<&Site> {
         self.sites.iter().find(|site| site.place == place)
     }
@@ -246,14 +273,17 @@ impl Architecture {
         blocks.push(BlockInfo { kind: BlockKind::Embedding, sites: self.embedding_sites() });
         for layer in 0..self.layers as u32 {
             blocks.push(BlockInfo { kind: BlockKind::Attention { layer }, sites: self.attention_sites(layer) });
-            blocks.push(BlockInfo { kind: BlockKind::Mlp { layer }, sites: self.mlp_sites(layer) });
+            blocks.push(match self.experts {
+                None => BlockInfo { kind: BlockKind::Mlp { layer }, sites: self.mlp_sites(layer) },
+                Some(_) => BlockInfo { kind: BlockKind::Experts { layer }, sites: self.mlp_sites(layer) },
+            });
         }
         blocks.push(BlockInfo { kind: BlockKind::Head, sites: self.head_sites() });
         blocks
     }
 
     pub(crate) fn embedding_sites(&self) -> Vec<Site> {
-        let table = |place, vocab| self.at(place, None, SiteKind::Embedding { vocab, width: self.hidden });
+        let table = |place, vocab| self.at(place, None, None, SiteKind::Embedding { vocab, width: self.hidden });
         let mut sites = vec![table(Place::Embedding, self.vocab)];
         if let Positions::Learned { rows, .. } = self.positions {
             sites.push(table(Place::Positions, rows));
@@ -263,7 +293,7 @@ impl Architecture {
 
     pub(crate) fn attention_sites(&self, layer: u32) -> Vec<Site> {
         let (query, kv, hidden) = (self.query_width(), self.kv_width(), self.hidden);
-        let linear = |place, output, input, bias| self.linear_at(place, layer, output, input, bias);
+        let linear = |place, output, input, bias| self.linear_at(place, layer, None, [output, input], bias);
         let norm = |place, width| self.norm_at(place, Some(layer), width);
         let mut sites = match self.projections {
             Projections::Separate => vec![
@@ -285,19 +315,32 @@ impl Architecture {
     }
 
     pub(crate) fn mlp_sites(&self, layer: u32) -> Vec<Site> {
-        let (hidden, inner) = (self.hidden, self.inner);
-        let linear = |place, output, input| self.linear_at(place, layer, output, input, self.mlp_bias);
-        let mut sites = match self.mlp {
-            MlpKind::Gated(_) => vec![linear(Place::Gate, inner, hidden), linear(Place::Up, inner, hidden)],
-            MlpKind::Plain(_) => vec![linear(Place::Up, inner, hidden)],
-        };
-        sites.push(linear(Place::Down, hidden, inner));
+        let hidden = self.hidden;
+        let mut sites = Vec::new();
+        match self.experts {
+            None => self.push_mlp(&mut sites, layer, None),
+            Some(Experts { count, .. }) => {
+                sites.push(self.linear_at(Place::Router, layer, None, [count, hidden], false));
+                (0..count as u32).for_each(|expert| self.push_mlp(&mut sites, layer, Some(expert)));
+            }
+        }
         self.with_norm(self.norm_at(Place::MlpNorm, Some(layer), hidden), sites)
+    }
+
+    /// The linears of a layer's MLP or of one of its experts.
+    fn push_mlp(&self, sites: &mut Vec<Site>, layer: u32, expert: Option<u32>) {
+        let (hidden, inner) = (self.hidden, self.inner);
+        let mut push = |place, o_i| sites.push(self.linear_at(place, layer, expert, o_i, self.mlp_bias));
+        if matches!(self.mlp, MlpKind::Gated(_)) {
+            push(Place::Gate, [inner, hidden]);
+        }
+        push(Place::Up, [inner, hidden]);
+        push(Place::Down, [hidden, inner]);
     }
 
     pub(crate) fn head_sites(&self) -> Vec<Site> {
         let head = SiteKind::Linear { output: self.vocab, input: self.hidden, bias: false, transposed: false };
-        vec![self.norm_at(Place::FinalNorm, None, self.hidden), self.at(Place::Head, None, head)]
+        vec![self.norm_at(Place::FinalNorm, None, self.hidden), self.at(Place::Head, None, None, head)]
     }
 
     /// The sites of a block in the order in which it uses them.
@@ -309,17 +352,18 @@ impl Architecture {
         sites
     }
 
-    fn at(&self, place: Place, layer: Option<u32>, kind: SiteKind) -> Site {
-        let (path, role) = self.modules.of(place, layer);
-        Site { id: path.into(), kind, layer, place, role }
+    fn at(&self, place: Place, layer: Option<u32>, expert: Option<u32>, kind: SiteKind) -> Site {
+        let (path, role) = self.modules.of(place, layer, expert);
+        Site { id: path.into(), kind, layer, expert, place, role }
     }
 
     fn norm_at(&self, place: Place, layer: Option<u32>, width: usize) -> Site {
-        self.at(place, layer, SiteKind::Norm { width, bias: self.norm.has_bias() })
+        self.at(place, layer, None, SiteKind::Norm { width, bias: self.norm.has_bias() })
     }
 
-    fn linear_at(&self, place: Place, layer: u32, output: usize, input: usize, bias: bool) -> Site {
-        self.at(place, Some(layer), SiteKind::Linear { output, input, bias, transposed: self.transposed })
+    fn linear_at(&self, place: Place, layer: u32, expert: Option<u32>, o_i: [usize; 2], bias: bool) -> Site {
+        let kind = SiteKind::Linear { output: o_i[0], input: o_i[1], bias, transposed: self.transposed };
+        self.at(place, Some(layer), expert, kind)
     }
 
     /// All sites in forward order. The list is built anew by each call: keep it.
@@ -344,12 +388,12 @@ impl Architecture {
 
     /// The head's name.
     pub fn head(&self) -> SiteId {
-        self.modules.of(Place::Head, None).0.into()
+        self.modules.of(Place::Head, None, None).0.into()
     }
 
     /// The name of the table of tokens.
     pub fn embedding(&self) -> SiteId {
-        self.modules.of(Place::Embedding, None).0.into()
+        self.modules.of(Place::Embedding, None, None).0.into()
     }
 
     /// The tensors that the model's files hold, in forward order. A tied head has none of its own.

@@ -2,7 +2,7 @@
 //!
 //! A model of the same mathematics is a row here and its module names in `modules`: OLMo-2 (norms after attention and MLP),
 //! OPT (learned positions with offset 2, ReLU), GPT-NeoX (fused projections by head, parallel MLP), Phi and Gemma (parallel
-//! blocks, scaled embeddings, norms of `1 + w`) each ask for one more column of [`FamilyRow`] and the place in
+//! blocks, scaled embeddings, norms of `1 + w`), Mixtral (experts under other names, softmax over the chosen) each ask for one more column of [`FamilyRow`] and the place in
 //! [`crate::Architecture`] that it fills.
 
 use std::fmt;
@@ -23,6 +23,8 @@ pub enum Family {
     Qwen2,
     /// `qwen3`: norms on the heads of queries and keys; windows as in Qwen2.
     Qwen3,
+    /// `olmoe`: experts in place of the MLP, norms on whole queries and keys.
+    Olmoe,
     /// `gpt2`: layer norm, learned positions, a plain MLP, one linear for q, k and v.
     Gpt2,
 }
@@ -89,6 +91,8 @@ pub(crate) struct FamilyRow {
     /// Gated MLP.
     pub(crate) gated: bool,
     pub(crate) activation: Activation,
+    /// Experts in place of the MLP.
+    pub(crate) experts: bool,
     /// Width inside the MLP as a multiple of the hidden width, where the field may be missing.
     pub(crate) inner_factor: Option<u64>,
     pub(crate) transposed: bool,
@@ -103,6 +107,8 @@ pub(crate) struct FamilyRow {
     pub(crate) eos: Option<u32>,
     /// Fields that change the mathematics in a way that is not supported: the one value that is.
     pub(crate) fixed: &'static [(&'static str, bool)],
+    /// The same for fields that have to be missing or null.
+    pub(crate) absent: &'static [&'static str],
 }
 
 const LLAMA_FIELDS: FieldNames = FieldNames {
@@ -128,6 +134,7 @@ const LLAMA: FamilyRow = FamilyRow {
     projections: Projections::Separate,
     gated: true,
     activation: Activation::Silu,
+    experts: false,
     inner_factor: None,
     transposed: false,
     bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: true },
@@ -140,6 +147,7 @@ const LLAMA: FamilyRow = FamilyRow {
     bos: Some(1),
     eos: Some(2),
     fixed: &[],
+    absent: &[],
 };
 
 const QWEN2: FamilyRow = FamilyRow {
@@ -173,6 +181,20 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         head_dim: Some(128),
         ..QWEN2
+    },
+    FamilyRow {
+        family: Family::Olmoe,
+        name: "olmoe",
+        modules: &modules::OLMOE,
+        eps: 1e-5,
+        qk_norm: QkNorm::Whole,
+        experts: true,
+        bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
+        max_position: 4096,
+        bos: None,
+        eos: Some(50_279),
+        absent: &["clip_qkv"],
+        ..LLAMA
     },
     FamilyRow {
         family: Family::Gpt2,

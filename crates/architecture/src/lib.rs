@@ -27,7 +27,7 @@ pub mod decoder;
 
 pub use activation::Activation;
 pub use decoder::{
-    Architecture, BlockInfo, BlockKind, MlpKind, NormKind, NormPlacement, Positions, Projections, QkNorm,
+    Architecture, BlockInfo, BlockKind, Experts, MlpKind, NormKind, NormPlacement, Positions, Projections, QkNorm,
 };
 pub use error::Error;
 pub use family::Family;

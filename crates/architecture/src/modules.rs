@@ -2,7 +2,8 @@
 
 use crate::site::Place;
 
-/// A module: its place, its path with `{}` for the layer, and the end of the path that names it in every layer.
+/// A module: its place, its path with `{}` for the layer (and a second one for the expert), and the end of the path that
+/// names it in every layer.
 type Module = (Place, &'static str, &'static str);
 
 /// The modules of a family.
@@ -14,14 +15,15 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
-    /// The path and the role of the module at `place`, in `layer` where it has one.
+    /// The path and the role of the module at `place`, in `layer` and of `expert` where it has them.
     ///
     /// # Panics
     /// If the family has no such place: its row in the table of families asks for one that its modules lack.
-    pub(crate) fn of(&self, place: Place, layer: Option<u32>) -> (String, &'static str) {
+    pub(crate) fn of(&self, place: Place, layer: Option<u32>, expert: Option<u32>) -> (String, &'static str) {
         let found = self.modules.iter().find(|module| module.0 == place);
         let Some((_, path, role)) = found else { panic!("no module of this family is its {place:?}") };
-        let path = layer.map_or_else(|| (*path).to_owned(), |layer| path.replacen("{}", &layer.to_string(), 1));
+        let numbers = layer.into_iter().chain(expert);
+        let path = numbers.fold((*path).to_owned(), |path, number| path.replacen("{}", &number.to_string(), 1));
         (path, role)
     }
 }
@@ -48,6 +50,28 @@ pub(crate) static LLAMA: Modules = Modules {
         (Place::Gate, "model.layers.{}.mlp.gate_proj", "gate_proj"),
         (Place::Up, "model.layers.{}.mlp.up_proj", "up_proj"),
         (Place::Down, "model.layers.{}.mlp.down_proj", "down_proj"),
+        (Place::FinalNorm, "model.norm", "norm"),
+        (Place::Head, "lm_head", "lm_head"),
+    ],
+};
+
+/// OLMoE.
+pub(crate) static OLMOE: Modules = Modules {
+    prefix: "model.",
+    modules: &[
+        (Place::Embedding, "model.embed_tokens", "embed_tokens"),
+        (Place::AttentionNorm, "model.layers.{}.input_layernorm", "input_layernorm"),
+        (Place::Query, "model.layers.{}.self_attn.q_proj", "q_proj"),
+        (Place::Key, "model.layers.{}.self_attn.k_proj", "k_proj"),
+        (Place::Value, "model.layers.{}.self_attn.v_proj", "v_proj"),
+        (Place::QueryNorm, "model.layers.{}.self_attn.q_norm", "q_norm"),
+        (Place::KeyNorm, "model.layers.{}.self_attn.k_norm", "k_norm"),
+        (Place::Output, "model.layers.{}.self_attn.o_proj", "o_proj"),
+        (Place::MlpNorm, "model.layers.{}.post_attention_layernorm", "post_attention_layernorm"),
+        (Place::Router, "model.layers.{}.mlp.gate", "gate"),
+        (Place::Gate, "model.layers.{}.mlp.experts.{}.gate_proj", "gate_proj"),
+        (Place::Up, "model.layers.{}.mlp.experts.{}.up_proj", "up_proj"),
+        (Place::Down, "model.layers.{}.mlp.experts.{}.down_proj", "down_proj"),
         (Place::FinalNorm, "model.norm", "norm"),
         (Place::Head, "lm_head", "lm_head"),
     ],

@@ -172,11 +172,13 @@ pub enum Place {
     Output,
     /// Before the MLP, or after it where norms come last.
     MlpNorm,
-    /// The half of a gated MLP that goes through the activation.
+    /// Logits of experts.
+    Router,
+    /// The half of a gated MLP, or of an expert, that goes through the activation.
     Gate,
-    /// Into the MLP.
+    /// Into the MLP or the expert.
     Up,
-    /// Out of the MLP.
+    /// Out of the MLP or the expert.
     Down,
     /// Before the head.
     FinalNorm,
@@ -193,9 +195,11 @@ pub struct Site {
     pub kind: SiteKind,
     /// The decoder layer that it belongs to, from 0; none for the embedding, the last norm and the head.
     pub layer: Option<u32>,
+    /// The expert of the layer that it belongs to, from 0.
+    pub expert: Option<u32>,
     /// What it is to its block.
     pub place: Place,
-    /// The shortest end of the path that means this place in every layer and no other: `q_proj`, `attn.c_proj`,
+    /// The shortest end of the path that means this place in every layer (and expert) and no other: `q_proj`, `attn.c_proj`,
     /// `embed_tokens`, …
     pub role: &'static str,
 }

@@ -13,14 +13,14 @@ sys.path.insert(0, str(HERE.parents[2] / "benches" / "peers"))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  # noqa: E402
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: E402
+from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, OlmoeConfig, Qwen2Config, Qwen3Config  # noqa: E402
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, OlmoeForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: E402
 
 import reference as ref  # noqa: E402
 
 STD = 0.2
 # Narrow heads need larger weights for their attention to be far from uniform.
-STDS = {"gpt2_untied": 0.3}
+STDS = {"gpt2_untied": 0.3, "olmoe": 0.4, "olmoe_normalised": 0.4}
 NEW_TOKENS = 16
 # Below this gap between best and second logit, rounding could turn a greedy token over.
 LEAST_MARGIN = 0.03
@@ -56,6 +56,11 @@ def gpt2(**k):
     return GPT2LMHeadModel, GPT2Config(**(common | k))
 
 
+def olmoe(**k):
+    own = dict(hidden_size=16, intermediate_size=8, vocab_size=40, num_experts=6, num_experts_per_tok=2, rms_norm_eps=1e-3, router_aux_loss_coef=0.5)
+    return OlmoeForCausalLM, OlmoeConfig(**(COMMON | own | k))
+
+
 # name: (maker, rows of the document, rows of the packed documents or None, gradients?, prompt rows or None, largest shard)
 CASES = {
     "llama": (lambda: llama(), 40, (13, 22), True, 12, "1MB"),
@@ -69,6 +74,8 @@ CASES = {
     "mistral_no_window": (lambda: mistral(sliding_window=None), 40, None, False, 12, "1MB"),
     "qwen2": (lambda: qwen2(), 40, (13, 22), True, 12, "1MB"),
     "qwen3": (lambda: qwen3(), 40, (13, 22), True, 12, "1MB"),
+    "olmoe": (lambda: olmoe(), 40, (13, 22), True, 12, "1MB"),
+    "olmoe_normalised": (lambda: olmoe(norm_topk_prob=True, num_experts=3, tie_word_embeddings=True), 24, None, True, 12, "1MB"),
     "gpt2": (lambda: gpt2(), 40, (13, 22), True, 12, "1MB"),
     "gpt2_untied": (lambda: gpt2(n_embd=20, n_inner=None, tie_word_embeddings=False, activation_function="relu"), 24, None, True, None, "1MB"),
     "qwen2_window": (lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1), 40, None, False, 12, "1MB"),
@@ -146,6 +153,38 @@ def generate(folder, rows, vocab):
     raise AssertionError(f"{folder.name}: no prompt without a close call")
 
 
+def per_expert(gradients):
+    """Gradients of experts that the reference holds as one tensor, by the names of the files."""
+    found = {}
+    for name, g in gradients.items():
+        stem, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for e, (gate, up) in enumerate(pair.chunk(2) for pair in g):
+                found |= {f"{stem}.{e}.gate_proj.weight": gate, f"{stem}.{e}.up_proj.weight": up}
+        elif stem.endswith("experts"):
+            found |= {f"{stem}.{e}.{last}.weight": down for e, down in enumerate(g)}
+        else:
+            found[name] = g
+    return found
+
+
+def auxiliary(model, doc):
+    """The load-balancing loss, the routers' logits, and the gradients of the whole loss with it: of routers and of a linear
+    below one."""
+    out = model(input_ids=doc.ids[None], use_cache=False, output_router_logits=True)
+    margins = [p.softmax(-1).topk(model.config.num_experts_per_tok + 1).values[:, -2:] for p in out.router_logits]
+    margin = min((m[:, 0] - m[:, 1]).min().item() for m in margins)
+    used = {int(e) for p in out.router_logits for e in p.topk(model.config.num_experts_per_tok).indices.flatten()}
+    print(f"  auxiliary loss {out.aux_loss:.3f}, least margin of a choice {margin:.1e}, experts used {sorted(used)}")
+    assert margin > 1e-5, "rounding could send a row elsewhere"
+    mean = torch.nn.functional.cross_entropy(out.logits[0], doc.labels, ignore_index=ref.IGNORED)
+    (mean + model.config.router_aux_loss_coef * out.aux_loss).backward()
+    names = ("mlp.gate.weight", "o_proj.weight", "embed_tokens.weight")
+    found = {f"gradient.{n}": p.grad for n, p in model.named_parameters() if n.endswith(names)}
+    found |= {f"router_logits.{i}": p.detach() for i, p in enumerate(out.router_logits)}
+    return found | {"auxiliary_loss": out.aux_loss.detach().reshape(1)}
+
+
 def seed_of(name):
     """Stable whatever the order of the cases."""
     return sum((i + 1) * b for i, b in enumerate(name.encode())) % 10_000
@@ -169,6 +208,7 @@ def write(name):
     check(folder, document, expected)
     ref.save(expected, folder / "expected.safetensors")
     if gradients:
+        grads = per_expert(grads)
         ref.save(grads, folder / "gradients.safetensors")
     if packed:
         documents = [ref.document(n, config.vocab_size, seed_of(name) + 2 + i) for i, n in enumerate(packed)]
@@ -176,6 +216,8 @@ def write(name):
         ref.save(expected, folder / "packed.safetensors")
         if name == "llama":
             ref.save(grads, folder / "packed_gradients.safetensors")
+    if kind is OlmoeForCausalLM:
+        ref.save(auxiliary(fresh(), document), folder / "auxiliary.safetensors")
     if prompt:
         ref.save(generate(folder, prompt, config.vocab_size), folder / "generated.safetensors")
     for f in folder.iterdir():

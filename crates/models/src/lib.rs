@@ -19,6 +19,7 @@ pub mod stack;
 mod attention;
 pub mod context;
 mod rope;
+pub mod routing;
 
 pub mod block;
 mod cache;
@@ -34,4 +35,5 @@ pub use base::Base;
 pub use error::Error;
 pub use generate::{Generated, Sampling};
 pub use model::{Model, Pass};
+pub use routing::{Auxiliary, LoadBalance, Routing};
 pub use stack::{Slot, Stack};

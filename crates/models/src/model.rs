@@ -1,6 +1,7 @@
 //! A model: the base, the components at its sites, and the walks over its blocks.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use attune_architecture::Site;
 use attune_points::engine::LossReport;
@@ -16,6 +17,7 @@ use crate::context::{GraphCx, Tracked};
 use crate::dropout::Dropout;
 use crate::head::Head;
 use crate::loss::{Backward, losses};
+use crate::routing::{Auxiliary, Routing};
 use crate::stack::Stack;
 
 /// What a pass runs on.
@@ -35,6 +37,7 @@ pub struct Model {
     stack: Stack,
     trunk: Vec<Box<dyn Block>>,
     head: Head,
+    auxiliary: Option<Arc<dyn Auxiliary>>,
     dtype: DType,
 }
 
@@ -42,13 +45,21 @@ impl Model {
     /// A model that computes in 32 bits.
     pub fn new(base: Base, stack: Stack) -> Self {
         let (trunk, head) = (trunk(base.architecture()), Head::new(base.architecture()));
-        Self { base, stack, trunk, head, dtype: DType::F32 }
+        Self { base, stack, trunk, head, auxiliary: None, dtype: DType::F32 }
     }
 
     /// The same model computing in 64 bits, as tests do; the tensors of a pass's `Theta` must be f64 as well.
     #[must_use]
     pub fn in_f64(mut self) -> Self {
         self.dtype = DType::F64;
+        self
+    }
+
+    /// The same model with a loss on its routing, whose gradient every [`Model::grad`] adds to the objective's. Reports hold
+    /// the objective's loss alone; [`Model::routing`] gives what the auxiliary one was computed from.
+    #[must_use]
+    pub fn with_auxiliary(mut self, auxiliary: Arc<dyn Auxiliary>) -> Self {
+        self.auxiliary = Some(auxiliary);
         self
     }
 
@@ -70,7 +81,7 @@ impl Model {
         let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
-        let h = self.walk(&cx, None)?;
+        let h = self.walk(&cx, None, None)?;
         Ok(losses(&self.head, &h[0], objective, &cx, None)?.report)
     }
 
@@ -92,7 +103,9 @@ impl Model {
             self.trunk.iter().map(|block| self.wanted(block.sites(), pass.theta, sink)).collect::<Result<_>>()?;
         let lowest = wanted.iter().position(|ids| !ids.is_empty());
         let mut saved = Saved { from: lowest.unwrap_or(self.trunk.len()), inputs: BTreeMap::new() };
-        let h = self.walk(&cx, Some(&mut saved))?;
+        let mut routing = Vec::new();
+        let collected = self.auxiliary.is_some().then_some(&mut routing);
+        let h = self.walk(&cx, Some(&mut saved), collected)?;
 
         let (leaves, tracked) = self.leaves(&self.wanted(&self.head.sites, pass.theta, sink)?, pass.theta)?;
         let backward =
@@ -100,9 +113,17 @@ impl Model {
         let losses = losses(&self.head, &h[0], objective, &cx, Some(backward))?;
         let (Some(lowest), Some(dh_td)) = (lowest, losses.dh_td) else { return Ok(losses.report) };
 
+        let mut dprobs = match &self.auxiliary {
+            Some(auxiliary) => auxiliary.loss(&routing, pass.layout)?.dprobs,
+            None => Vec::new(),
+        };
         let mut dy = vec![dh_td];
         for index in (lowest..self.trunk.len()).rev() {
             let input = saved.inputs.remove(&index).unwrap_or_default();
+            // Routings come in the order of layers, so the last one left is this block's.
+            if let Some(dprobs_te) = self.trunk[index].routes().and_then(|_| dprobs.pop()) {
+                dy.push((dprobs_te * scale)?);
+            }
             dy = self.reverse(index, &input, &dy, &wanted[index], index > lowest, &cx, sink)?;
         }
         Ok(losses.report)
@@ -130,11 +151,34 @@ impl Model {
         let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain(&x).collect();
         let mut gradients = autograd::pull(&all, &outputs)?.into_iter();
         for ((id, _), gradient) in leaves.iter().zip(gradients.by_ref()) {
-            if let Some(gradient) = gradient {
-                sink.put(id, &gradient)?;
+            match gradient {
+                Some(gradient) => sink.put(id, &gradient)?,
+                // No row went there: the loss does not depend on it.
+                None if self.of_expert(index, id) => {
+                    let leaf = tracked.get(id).map(|var| var.zeros_like()).transpose()?;
+                    leaf.map(|zeros| sink.put(id, &zeros)).transpose()?;
+                }
+                None => {}
             }
         }
         gradients.zip(&x).map(|(dx, x)| Ok(dx.map_or_else(|| x.zeros_like(), Ok)?)).collect()
+    }
+
+    /// Whether a tensor belongs to one of several experts of a block.
+    fn of_expert(&self, index: usize, id: &TensorId) -> bool {
+        let mut sites = self.trunk[index].sites().iter();
+        sites.any(|site| site.expert.is_some() && site.id.as_str() == id.name.owner())
+    }
+
+    /// The routing of each layer of experts, from the first; empty for a model without.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    pub fn routing(&self, pass: &Pass<'_>) -> Result<Vec<Routing>> {
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
+        let (none, mut routing) = (Tracked::new(), Vec::new());
+        self.walk(&self.context(pass, &plan, &none), None, Some(&mut routing))?;
+        Ok(routing)
     }
 
     /// Hidden rows before each block of the trunk above the embedding, and after the last: for audits and tests.
@@ -145,7 +189,7 @@ impl Model {
         let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
         let none = Tracked::new();
         let mut saved = Saved { from: 1, inputs: BTreeMap::new() };
-        let last = self.walk(&self.context(pass, &plan, &none), Some(&mut saved))?;
+        let last = self.walk(&self.context(pass, &plan, &none), Some(&mut saved), None)?;
         Ok(saved.inputs.into_values().flatten().chain(last).collect())
     }
 
@@ -157,7 +201,7 @@ impl Model {
         let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
-        self.head.graph(&self.walk(&cx, None)?[0], &cx)
+        self.head.graph(&self.walk(&cx, None, None)?[0], &cx)
     }
 
     /// An empty cache.
@@ -194,14 +238,24 @@ impl Model {
         }
     }
 
-    /// The forward walk; keeps the inputs of blocks from `saved.from` on.
-    fn walk(&self, cx: &GraphCx<'_>, mut saved: Option<&mut Saved>) -> Result<Vec<Tensor>> {
+    /// The forward walk; keeps the inputs of blocks from `saved.from` on, and the routing of every layer of experts.
+    fn walk(
+        &self,
+        cx: &GraphCx<'_>,
+        mut saved: Option<&mut Saved>,
+        mut routing: Option<&mut Vec<Routing>>,
+    ) -> Result<Vec<Tensor>> {
         let mut x = Vec::new();
         for (index, block) in self.trunk.iter().enumerate() {
             if let Some(saved) = saved.as_mut().filter(|saved| index >= saved.from) {
                 saved.inputs.insert(index, x.clone());
             }
             x = block.graph(&x, cx)?;
+            let Some(layer) = block.routes() else { continue };
+            let (probs_te, experts) = (x.pop(), self.base.architecture().experts);
+            if let (Some(routing), Some(probs_te), Some(experts)) = (routing.as_mut(), probs_te, experts) {
+                routing.push(Routing { layer, probs_te, per_token: experts.per_token });
+            }
         }
         Ok(x)
     }

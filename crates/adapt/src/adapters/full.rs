@@ -31,6 +31,8 @@ use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::factors::IDLE;
+
 /// It has no parameters.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -66,7 +68,11 @@ impl Adapter for Full {
             let own = infos.iter().filter(|info| info.site == site.id).map(|info| {
                 let local = if info.part == TensorPart::Bias { "bias" } else { "weight" };
                 let matrix = info.part == TensorPart::Weight && !matches!(site.kind, SiteKind::Norm { .. });
-                TensorSpec { decay: matrix, ..TensorSpec::trained(local, info.shape.clone()) }
+                TensorSpec {
+                    decay: matrix,
+                    quiet: site.expert.map(|_| IDLE),
+                    ..TensorSpec::trained(local, info.shape.clone())
+                }
             });
             Attachment { site: site.id.clone(), tensors: own.collect() }
         });

@@ -7,6 +7,9 @@ use attune_spec::Fault;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
 
+/// Why a tensor of an expert may have no gradient for a while.
+pub(crate) const IDLE: &str = "its expert may not be routed to";
+
 /// A pair at each site, of the rank that `rank` says for it.
 ///
 /// # Errors
@@ -34,7 +37,9 @@ pub(crate) fn attach(
             faults.push(Fault::new("rank", message));
             continue;
         }
-        let tensors = vec![TensorSpec::trained(a, [r, input]), TensorSpec::trained(b, [output, r])];
+        let quiet = site.expert.map(|_| IDLE);
+        let tensors = [TensorSpec::trained(a, [r, input]), TensorSpec::trained(b, [output, r])];
+        let tensors = tensors.into_iter().map(|spec| TensorSpec { quiet, ..spec }).collect();
         attachments.push(Attachment { site: site.id.clone(), tensors });
     }
     if faults.is_empty() { Ok(attachments) } else { Err(faults) }

@@ -1,4 +1,6 @@
-use attune_architecture::{Activation, Architecture, Family, MlpKind, NormKind, Place, Positions, QkNorm, RopeScaling};
+use attune_architecture::{
+    Activation, Architecture, Experts, Family, MlpKind, NormKind, Place, Positions, QkNorm, RopeScaling,
+};
 
 pub(crate) const LLAMA_31_8B: &str = r#"{
   "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -44,6 +46,16 @@ pub(crate) const GPT2: &str = r#"{
   "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
   "resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
   "summary_type": "cls_index", "summary_use_proj": true, "vocab_size": 50257
+}"#;
+
+pub(crate) const OLMOE_1B_7B: &str = r#"{
+  "architectures": ["OlmoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "clip_qkv": null,
+  "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+  "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": false,
+  "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+  "num_key_value_heads": 16, "output_router_logits": false, "pad_token_id": 1, "rms_norm_eps": 1e-05,
+  "rope_scaling": null, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 50304
 }"#;
 
 /// `base` with some fields replaced, or removed by `null` under a key that starts with `-`.
@@ -147,6 +159,20 @@ fn gpt2_has_its_published_size_and_its_own_names() {
 }
 
 #[test]
+fn olmoe_has_its_published_sizes_whole_and_in_use() {
+    let model = read(OLMOE_1B_7B);
+    assert_eq!(model.parameters(), 6_919_161_856);
+    let experts = Experts { count: 64, per_token: 8, normalised: false, balance: 0.01 };
+    assert_eq!((model.experts, model.qk_norm), (Some(experts), QkNorm::Whole));
+    // Per layer: four attention matrices, the router, eight of 64 experts of three matrices.
+    let used = 4 * 2048 * 2048 + 64 * 2048 + 8 * 3 * 2048 * 1024;
+    assert_eq!(model.forward_flops_per_token(0.0, 0.0), 2.0 * 16.0 * f64::from(used));
+    let site = model.site("model.layers.3.mlp.experts.7.gate_proj").unwrap();
+    assert_eq!((site.place, site.expert, site.role), (Place::Gate, Some(7), "gate_proj"));
+    assert_eq!(model.site("model.layers.3.mlp.gate").unwrap().place, Place::Router);
+}
+
+#[test]
 fn the_newer_form_says_the_same_as_the_older() {
     let newer = serde_json::json!({"-rope_theta": null, "-rope_scaling": null, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -188,7 +214,7 @@ fn the_tensors_and_sites_add_up_to_the_count() {
     let untied = edited(QWEN25_05B, serde_json::json!({"tie_word_embeddings": false}));
     let biased = edited(LLAMA_31_8B, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
     let half = edited(GPT2, serde_json::json!({"tie_word_embeddings": false, "n_inner": 100}));
-    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, &untied, &biased, QWEN3_06B, GPT2, &half] {
+    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, &untied, &biased, QWEN3_06B, GPT2, &half, OLMOE_1B_7B] {
         let model = read(config);
         let tensors: u64 = model.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
         assert_eq!(tensors, model.parameters());

@@ -2,7 +2,7 @@ use attune_architecture::{Architecture, Error};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::configs::{GPT2, LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, edited};
+use crate::configs::{GPT2, LLAMA_31_8B, MISTRAL_7B, OLMOE_1B_7B, QWEN25_05B, edited};
 
 fn refused(config: &str) -> Error {
     match Architecture::from_json(config.as_bytes()) {
@@ -14,7 +14,7 @@ fn refused(config: &str) -> Error {
 #[test]
 fn another_family_is_refused_by_name() {
     let error = refused(&edited(LLAMA_31_8B, json!({"model_type": "mamba"})));
-    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, gpt2"#);
+    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, olmoe, gpt2"#);
     assert!(matches!(refused("{}"), Error::Family { given, .. } if given.is_empty()));
 }
 
@@ -134,6 +134,27 @@ fn options_of_gpt2_that_change_its_mathematics_are_refused() {
         ),
     ] {
         let faults = refused(&edited(GPT2, edit.clone())).faults();
+        let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
+        assert_eq!(found, [(path, message)], "{edit}");
+    }
+}
+
+#[test]
+fn experts_must_be_few_enough_and_not_clipped() {
+    for (edit, path, message) in [
+        (
+            json!({"num_experts_per_tok": 65}),
+            "num_experts_per_tok",
+            "is 65; expected at most `num_experts`, which is 64",
+        ),
+        (json!({"clip_qkv": 8.0}), "clip_qkv", "is 8.0; expected null, which is what is supported"),
+        (
+            json!({"num_experts": 4096, "intermediate_size": 1 << 20}),
+            "num_experts",
+            "is 4096; expected experts whose inner widths are at most 4194304 together, and at most 262144 in all layers",
+        ),
+    ] {
+        let faults = refused(&edited(OLMOE_1B_7B, edit.clone())).faults();
         let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
         assert_eq!(found, [(path, message)], "{edit}");
     }

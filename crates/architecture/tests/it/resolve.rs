@@ -1,7 +1,7 @@
 use attune_architecture::{Site, SiteKind, targets};
 use attune_spec::job::Targets;
 
-use crate::configs::{GPT2, QWEN25_05B, edited, read};
+use crate::configs::{GPT2, OLMOE_1B_7B, QWEN25_05B, edited, read};
 
 fn linear_or_embedding(site: &Site) -> bool {
     !matches!(site.kind, SiteKind::Norm { .. })
@@ -50,6 +50,16 @@ fn modules_of_gpt2_have_roles_of_their_own() {
     assert_eq!(found, [48, 12, 24, 12, 12, 1, 76]);
     let faults = targets::resolve(&"q_proj".into(), None, &model, |_| true).unwrap_err();
     insta::assert_snapshot!(faults[0], @r#"`targets` "q_proj" matches no site of this gpt2 model of 12 layers (modules: wte, wpe, ln_1, c_attn, attn.c_proj, ln_2, c_fc, mlp.c_proj, ln_f, lm_head)"#);
+}
+
+#[test]
+fn all_linear_has_experts_but_no_router() {
+    let small =
+        edited(OLMOE_1B_7B, serde_json::json!({"num_hidden_layers": 2, "num_experts": 3, "num_experts_per_tok": 2}));
+    let model = read(&small);
+    let count = |entry: &str| targets::resolve(&entry.into(), None, &model, |_| true).unwrap().len();
+    let found = ["all-linear", "gate", "experts.1.up_proj", "*.experts.*"].map(count);
+    assert_eq!(found, [2 * (4 + 9), 2, 2, 18]);
 }
 
 #[test]

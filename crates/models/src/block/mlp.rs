@@ -19,20 +19,23 @@ impl Block for Mlp {
     }
 
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let linear = |place, x: &Tensor| cx.linear(site(&self.sites, place)?, x);
-        let y_td = residual(&x[0], site(&self.sites, Place::MlpNorm)?, cx, |h_td| {
-            let inner_ti = match cx.base.architecture().mlp {
-                MlpKind::Gated(f) => (activate(f, &linear(Place::Gate, h_td)?)? * linear(Place::Up, h_td)?)?,
-                MlpKind::Plain(f) => activate(f, &linear(Place::Up, h_td)?)?,
-            };
-            linear(Place::Down, &inner_ti)
-        })?;
-        Ok(vec![y_td])
+        let norm = site(&self.sites, Place::MlpNorm)?;
+        Ok(vec![residual(&x[0], norm, cx, |h_td| graph(&self.sites, h_td, cx))?])
     }
 }
 
+/// The MLP of these sites, whole or one expert's: `h_td` to `[T, D]`.
+pub(super) fn graph(sites: &[Site], h_td: &Tensor, cx: &GraphCx<'_>) -> Result<Tensor> {
+    let linear = |place, x: &Tensor| cx.linear(site(sites, place)?, x);
+    let inner_ti = match cx.base.architecture().mlp {
+        MlpKind::Gated(f) => (activate(f, &linear(Place::Gate, h_td)?)? * linear(Place::Up, h_td)?)?,
+        MlpKind::Plain(f) => activate(f, &linear(Place::Up, h_td)?)?,
+    };
+    linear(Place::Down, &inner_ti)
+}
+
 /// The activation `f` of each value.
-pub(super) fn activate(f: Activation, x: &Tensor) -> Result<Tensor> {
+fn activate(f: Activation, x: &Tensor) -> Result<Tensor> {
     let y = match f {
         Activation::Silu => ops::silu(x),
         Activation::Gelu => ops::gelu(x),

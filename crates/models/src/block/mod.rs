@@ -3,6 +3,7 @@
 
 mod attention;
 mod embedding;
+mod experts;
 mod mlp;
 
 use attune_architecture::{Architecture, BlockKind, NormPlacement, Place, Site};
@@ -16,6 +17,12 @@ use crate::context::GraphCx;
 pub trait Block: Send + Sync {
     /// Its sites, in the order in which it uses them.
     fn sites(&self) -> &[Site];
+
+    /// The layer whose rows it sends to experts, if it does. Its graph's last output is then their probabilities
+    /// `probs_te`, which are no stream: nothing above reads them, but a loss may.
+    fn routes(&self) -> Option<u32> {
+        None
+    }
 
     /// The block's output for the stream `x` (the residual stream, then any side streams), in differentiable operations
     /// only.
@@ -59,6 +66,9 @@ pub(crate) fn trunk(architecture: &Architecture) -> Vec<Box<dyn Block>> {
                     Box::new(attention::Attention { window: architecture.windows[layer as usize], sites: block.sites })
                 }
                 BlockKind::Mlp { .. } => Box::new(mlp::Mlp { sites: block.sites }),
+                BlockKind::Experts { layer } => {
+                    Box::new(experts::Experts { mixture: architecture.experts?, layer, sites: block.sites })
+                }
                 BlockKind::Head => return None,
             })
         })

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use attune_models::generate::{Finish, generate};
-use attune_models::{Base, Model, Pass, Sampling, Stack};
+use attune_models::{Auxiliary as _, Base, LoadBalance, Model, Pass, Routing, Sampling, Stack};
 use attune_points::{Bank, BankKind, Grads, Params, TensorId, TensorName, Theta};
 use attune_spec::job::Precision;
 use candle_core::DType;
 
 use crate::support::{CrossEntropy, Golden, difference, golden, largest};
 
-const CASES: [&str; 21] = [
+const CASES: [&str; 23] = [
     "gpt2",
     "gpt2_bare",
     "gpt2_untied",
@@ -29,6 +29,8 @@ const CASES: [&str; 21] = [
     "llama_rope_yarn_old_config",
     "mistral",
     "mistral_no_window",
+    "olmoe",
+    "olmoe_normalised",
     "qwen2",
     "qwen2_old_config",
     "qwen2_window",
@@ -82,7 +84,7 @@ fn hidden_rows_logits_and_loss_are_the_references() {
             compared += 1;
         }
     }
-    assert!(compared >= 29, "{compared} files");
+    assert!(compared >= 32, "{compared} files");
 }
 
 #[test]
@@ -116,7 +118,44 @@ fn gradients_of_all_weights_are_the_references() {
             }
         }
     }
-    assert!(compared > 150, "{compared} tensors");
+    assert!(compared > 240, "{compared} tensors");
+}
+
+/// The loss of `auxiliary.safetensors` is the mean cross-entropy plus the coefficient times the balance.
+#[test]
+fn routing_and_the_balance_are_the_references_and_their_gradient_reaches_routers() {
+    let mut compared = 0;
+    for (case, expected) in all_files("auxiliary.safetensors") {
+        let model = model(case);
+        let balance = LoadBalance::of(model.base().architecture()).unwrap();
+        let coefficient = balance.coefficient;
+        let model = model.with_auxiliary(Arc::new(balance));
+        let (theta, ids) = all_trained(&model);
+        let layout = Golden::open(case, "expected.safetensors").unwrap().layout();
+        let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+        let routing = model.routing(&pass).unwrap();
+        for Routing { layer, probs_te, .. } in &routing {
+            let logits = expected.tensor(&format!("router_logits.{layer}"));
+            let off = difference(probs_te, &attune_tensor::ops::softmax(logits).unwrap());
+            assert!(off < TOLERANCE, "{case}: probabilities of layer {layer} are off by {off}");
+        }
+        let tokens = layout.counts().tokens as f64;
+        let loss = balance.loss(&routing, &layout).unwrap().loss_sum / (tokens * coefficient);
+        assert!((loss - expected.float("auxiliary_loss")).abs() < 1e-5, "{case}: the balance is {loss}");
+        let mut sink = Grads::wanting(ids);
+        model.grad(&pass, &CrossEntropy, 1.0 / tokens, &mut sink).unwrap();
+        for (id, gradient) in sink.iter() {
+            let name = format!("gradient.{}", id.name);
+            if !expected.names().any(|known| known == name) {
+                continue;
+            }
+            let reference = expected.tensor(&name);
+            let off = difference(gradient.unwrap(), reference) / largest(reference);
+            assert!(off < TOLERANCE, "{case}: the gradient of {id} is off by a factor of {off}");
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 10);
 }
 
 /// Every weight of the base as a trained weight.
@@ -162,5 +201,5 @@ fn greedy_generation_with_a_cache_is_the_references() {
         assert_eq!(generated.finish, Finish::Length);
         compared += 1;
     }
-    assert_eq!(compared, 17);
+    assert_eq!(compared, 19);
 }

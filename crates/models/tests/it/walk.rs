@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use attune_architecture::Architecture;
 use attune_models::generate::{Finish, generate};
-use attune_models::{Base, Model, Pass, Sampling, Stack};
+use attune_models::{Base, Model, Pass, Routing, Sampling, Stack};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Params, Row, TensorId, TensorName, Theta};
 use attune_spec::job::Precision;
@@ -29,6 +29,13 @@ const TINY_QWEN3: &str = r#"{
 const TINY_GPT2: &str = r#"{
     "model_type": "gpt2", "n_embd": 8, "n_inner": 12, "n_layer": 2, "n_head": 4, "n_positions": 7, "vocab_size": 11,
     "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.5
+}"#;
+
+const TINY_OLMOE: &str = r#"{
+    "model_type": "olmoe", "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 11, "max_position_embeddings": 32, "rms_norm_eps": 1e-3, "num_experts": 4,
+    "num_experts_per_tok": 2, "norm_topk_prob": true, "rope_theta": 100.0, "initializer_range": 0.5,
+    "eos_token_id": null
 }"#;
 
 fn tiny_of(config: &str) -> Model {
@@ -77,7 +84,7 @@ fn with(theta: &Theta, id: &TensorId, tensor: Tensor) -> Theta {
 /// The derivative along a random direction in each tensor against a central difference, in f64.
 #[test]
 fn every_tensors_gradient_agrees_with_central_differences() {
-    for config in [TINY, TINY_QWEN3, TINY_GPT2] {
+    for config in [TINY, TINY_QWEN3, TINY_GPT2, TINY_OLMOE] {
         gradients_agree_with_central_differences(&tiny_of(config));
     }
 }
@@ -174,7 +181,7 @@ fn nothing_is_computed_below_the_lowest_wanted_tensor() {
 
 #[test]
 fn decoding_with_a_cache_gives_the_logits_of_the_whole_text() {
-    for case in ["llama", "llama_rope_dynamic", "mistral", "qwen2_window", "qwen3"] {
+    for case in ["llama", "llama_rope_dynamic", "mistral", "qwen2_window", "qwen3", "olmoe"] {
         let model = Model::new(Base::open(&golden(case), Precision::F32).unwrap(), Stack::default());
         let theta = Theta::default();
         let prompt: Vec<u32> = (0..12).map(|i| (i * 5 + 3) % 40).collect();
@@ -215,6 +222,27 @@ fn generation_stops_where_it_is_told_to() {
     assert_ne!(sampled(1).tokens, sampled(2).tokens);
     let refused = generate(&model, &theta, &[], &Sampling::default(), |_| true).unwrap_err();
     assert!(refused.to_string().contains("prompt is empty"), "{refused}");
+}
+
+/// One row reaches two of four experts; the others' weights are asked for all the same.
+#[test]
+fn an_expert_without_rows_has_a_gradient_of_zero() {
+    let model = tiny_of(TINY_OLMOE);
+    let theta = trained(&model);
+    let mut layout = Layout::new();
+    layout.push(Source::default(), [(Row::Token(3), 4)]);
+    let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+    let mut sink = Grads::wanting(theta.trained().map(|(id, _)| id));
+    model.grad(&pass, &CrossEntropy, 1.0, &mut sink).unwrap();
+    for Routing { layer, .. } in model.routing(&pass).unwrap() {
+        let chosen = model.routing(&pass).unwrap()[layer as usize].chosen().unwrap();
+        for expert in 0..4 {
+            let name = format!("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight");
+            let (id, _) = theta.trained().find(|(id, _)| id.name.to_string() == name).unwrap();
+            let size = crate::support::largest(sink.get(&id).unwrap_or_else(|| panic!("{name} has no gradient")));
+            assert_eq!(size > 0.0, chosen.contains(&expert), "{name}: {size}");
+        }
+    }
 }
 
 #[test]
