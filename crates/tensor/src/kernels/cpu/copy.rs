@@ -1,88 +1,178 @@
-//! Rows moved, widened, rounded and added up.
+//! Numbers moved from one place or type to another, and sums of rows.
+#![expect(unsafe_code, reason = "tasks write disjoint rows of one view")]
 
-use rayon::prelude::*;
+use std::ops::Range;
 
-use super::Cpu;
+use super::map::{Added, PIECE, Same, narrow, update, widen, widened};
+use super::rows::{Row, RowMut, Scratch, Shared, SharedMat, for_chunks, sum_over_chunks};
+use crate::kernels::cpu::Cpu;
 use crate::kernels::simd::{Body, Simd};
 use crate::view::{MatMut, MatRef, View, ViewMut};
 
-/// A row in f32.
-pub(super) fn read(from: &MatRef<'_>, row: usize, to: &mut [f32]) {
-    match from {
-        MatRef::F32(view) => to.copy_from_slice(view.row(row)),
-        MatRef::Bf16(view) => to.iter_mut().zip(view.row(row)).for_each(|(to, from)| *to = from.to_f32()),
-    }
+/// See [`crate::kernels::Kernels::convert`].
+pub(super) fn convert(cpu: &Cpu, x: MatRef<'_>, y: MatMut<'_>) {
+    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()), "shape of the copy");
+    let y = SharedMat::new(y);
+    for_chunks(x.rows(), x.cols(), |rows| cpu.call(Convert { x, y: &y, rows }));
 }
 
-/// A row in the type of the matrix.
-pub(super) fn write(to: &mut MatMut<'_>, row: usize, from: &[f32]) {
-    match to {
-        MatMut::F32(view) => view.row(row).copy_from_slice(from),
-        MatMut::Bf16(view) => {
-            view.row(row).iter_mut().zip(from).for_each(|(to, from)| *to = half::bf16::from_f32(*from));
-        }
-    }
-}
-
-/// `y = x`.
-pub(super) fn convert(_: &Cpu, x: MatRef<'_>, mut y: MatMut<'_>) {
-    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()), "shapes differ");
-    let mut wide = vec![0.0; x.cols()];
-    for row in 0..x.rows() {
-        read(&x, row, &mut wide);
-        write(&mut y, row, &wide);
-    }
-}
-
-/// `y += x` of one row.
-struct AddRow<'a> {
+/// Some rows.
+struct Convert<'a> {
     x: MatRef<'a>,
-    y: &'a mut [f32],
+    y: &'a SharedMat<'a>,
+    rows: Range<usize>,
 }
 
-impl Body for AddRow<'_> {
+impl Body for Convert<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut y = self.y.chunks_exact_mut(S::LANES);
-        match self.x {
-            MatRef::F32(x) => {
-                let mut x = x.row(0).chunks_exact(S::LANES);
-                for (x, y) in (&mut x).zip(&mut y) {
-                    s.store(y, s.add(s.load(y), s.load(x)));
-                }
-                let (x, y) = (x.remainder(), y.into_remainder());
-                s.store_part(y, s.add(s.load_part(y), s.load_part(x)));
-            }
-            MatRef::Bf16(x) => {
-                let mut x = x.row(0).chunks_exact(S::LANES);
-                for (x, y) in (&mut x).zip(&mut y) {
-                    s.store(y, s.add(s.load(y), s.load_bf16(x)));
-                }
-                let (x, y) = (x.remainder(), y.into_remainder());
-                s.store_part(y, s.add(s.load_part(y), s.load_bf16_part(x)));
+        let cols = self.x.cols();
+        for row in self.rows {
+            // SAFETY: a task has its rows to itself.
+            match (Row::of(&self.x, row, 0..cols), unsafe { self.y.row(row, 0..cols) }) {
+                (Row::F32(x), RowMut::F32(y)) => y.copy_from_slice(x),
+                (Row::Bf16(x), RowMut::Bf16(y)) => y.copy_from_slice(x),
+                (Row::F32(x), RowMut::Bf16(y)) => narrow(s, x, y, &Same),
+                (Row::Bf16(x), RowMut::F32(y)) => widen(s, x, y),
             }
         }
     }
 }
 
-/// `y += x`.
-pub(super) fn add(cpu: &Cpu, x: MatRef<'_>, mut y: ViewMut<'_, f32>) {
-    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()), "shapes differ");
-    let (cols, stride) = (y.cols(), y.stride().max(1));
-    y.data().par_chunks_mut(stride).with_min_len(16).enumerate().for_each(|(row, y)| {
-        cpu.call(AddRow { x: x.sub_rows(row, row + 1), y: &mut y[..cols] });
-    });
+/// See [`crate::kernels::Kernels::add`].
+pub(super) fn add(cpu: &Cpu, x: MatRef<'_>, y: ViewMut<'_, f32>) {
+    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()), "shape of the sum");
+    let y = Shared::new(y);
+    for_chunks(x.rows(), x.cols(), |rows| cpu.call(Add { x, y: &y, rows }));
 }
 
-/// `y_d (+)= Σ_t x_td`.
-pub(super) fn sum_rows(_: &Cpu, x_td: View<'_, f32>, y_d: &mut [f32], accumulate: bool) {
-    assert_eq!(x_td.cols(), y_d.len(), "widths differ");
+/// Some rows.
+struct Add<'a> {
+    x: MatRef<'a>,
+    y: &'a Shared<'a, f32>,
+    rows: Range<usize>,
+}
+
+impl Body for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut room = Scratch::new(PIECE);
+        for row in self.rows.clone() {
+            for from in (0..self.x.cols()).step_by(PIECE) {
+                let cols = from..(from + PIECE).min(self.x.cols());
+                let x = widened(s, Row::of(&self.x, row, cols.clone()), &mut room);
+                // SAFETY: a task has its rows to itself.
+                let y = unsafe { self.y.row(row, cols) };
+                update(s, [x], [y], &Added);
+            }
+        }
+    }
+}
+
+/// See [`crate::kernels::Kernels::sum_rows`].
+pub(super) fn sum_rows(cpu: &Cpu, x_td: View<'_, f32>, y_d: &mut [f32], accumulate: bool) {
+    assert_eq!(x_td.cols(), y_d.len(), "length of the sum");
     if !accumulate {
         y_d.fill(0.0);
     }
-    for row in 0..x_td.rows() {
-        y_d.iter_mut().zip(x_td.row(row)).for_each(|(y, x)| *y += x);
+    sum_over_chunks(x_td.rows(), x_td.cols(), [y_d], |rows, [sum_d]| cpu.call(Sum { x_td, rows, sum_d }));
+}
+
+/// Some rows.
+struct Sum<'a> {
+    x_td: View<'a, f32>,
+    rows: Range<usize>,
+    sum_d: &'a mut [f32],
+}
+
+impl Body for Sum<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for row in self.rows {
+            update(s, [self.x_td.row(row)], [&mut *self.sum_d], &Added);
+        }
+    }
+}
+
+/// A row of a matrix in f32.
+pub(super) fn read(mat: &MatRef<'_>, row: usize, to: &mut [f32]) {
+    match Row::of(mat, row, 0..mat.cols()) {
+        Row::F32(from) => to.copy_from_slice(from),
+        Row::Bf16(from) => to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+    use crate::kernels::cpu::checks::*;
+    use candle_core::DType;
+    use half::bf16;
+
+    const SHAPES: [(usize, usize); 5] = [(1, 1), (3, 17), (200, 300), (2, 1500), (0, 4)];
+
+    #[test]
+    fn conversions_round_to_nearest_even() {
+        for (rows, cols) in SHAPES {
+            let x = normal("x", rows * cols);
+            for cpu in cpus() {
+                let (mut narrow, mut back) = (vec![bf16::NAN; rows * cols], vec![f32::NAN; rows * cols]);
+                cpu.convert(View::new(&x, rows, cols).into(), ViewMut::new(&mut narrow, rows, cols).into());
+                assert_eq!(narrow, rounded(&x));
+                cpu.convert(View::new(&narrow, rows, cols).into(), ViewMut::new(&mut back, rows, cols).into());
+                assert_eq!(bits(&back), bits(&wide(&narrow)));
+                let (mut same, mut same16) = (back.clone(), vec![bf16::NAN; rows * cols]);
+                cpu.convert(View::new(&x, rows, cols).into(), ViewMut::new(&mut same, rows, cols).into());
+                cpu.convert(View::new(&narrow, rows, cols).into(), ViewMut::new(&mut same16, rows, cols).into());
+                assert_eq!((bits(&same), same16), (bits(&x), narrow));
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_f64_in_either_type() {
+        for (rows, cols) in SHAPES {
+            let (x, start) = (rounded(&normal("x", rows * cols)), normal("y", rows * cols));
+            let x32 = wide(&x);
+            for cpu in cpus() {
+                let (mut y, mut y16) = (start.clone(), start.clone());
+                cpu.add(View::new(&x32, rows, cols).into(), ViewMut::new(&mut y, rows, cols));
+                cpu.add(View::new(&x, rows, cols).into(), ViewMut::new(&mut y16, rows, cols));
+                let expected: Vec<f32> = start.iter().zip(&x32).map(|(y, x)| y + x).collect();
+                assert_eq!((bits(&y), bits(&y16)), (bits(&expected), bits(&expected)));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_summed_in_an_order_that_threads_do_not_change() {
+        for (rows, cols) in SHAPES {
+            let stride = cols + 2;
+            let x = normal("x", rows * stride);
+            let view = View::strided(&x, rows, cols, stride);
+            for cpu in cpus() {
+                let run = |accumulate: bool| {
+                    let mut y = vec![1.0; cols];
+                    cpu.sum_rows(view, &mut y, accumulate);
+                    y
+                };
+                let expected = |start: f64| {
+                    let of = |col: usize| start + (0..rows).map(|row| f64::from(view.row(row)[col])).sum::<f64>();
+                    (0..cols).map(of).collect::<Vec<_>>()
+                };
+                assert_sums("overwritten", DType::F32, &run(false), &expected(0.0), rows, 1.0);
+                assert_sums("added", DType::F32, &run(true), &expected(1.0), rows + 1, 1.0);
+                for threads in [1, 2, 4] {
+                    assert_eq!(bits(&with_threads(threads, || run(true))), bits(&run(true)));
+                }
+            }
+        }
     }
 }

@@ -12,11 +12,16 @@ use crate::view::{MatMut, MatRef, View, ViewMut};
 
 mod activation;
 mod attention;
+#[cfg(test)]
+mod checks;
 mod copy;
 mod cross_entropy;
+mod exponent;
 mod gemm;
+mod map;
 mod norm;
 mod rope;
+mod rows;
 
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +96,20 @@ impl Cpu {
     /// The instruction set.
     pub const fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// As [`Cpu::call`] for a body that has no use for dot products of bf16.
+    fn call_f32<B: Body>(&self, body: B) -> B::Output {
+        use super::simd::Simd;
+        match self.proof {
+            #[cfg(target_arch = "x86_64")]
+            Proof::Avx512Bf16(s) => s.without_pairs().call(body),
+            Proof::Portable(s) => s.call(body),
+            #[cfg(target_arch = "x86_64")]
+            Proof::Avx2(s) => s.call(body),
+            #[cfg(target_arch = "x86_64")]
+            Proof::Avx512(s) => s.call(body),
+        }
     }
 
     /// Runs a body compiled for the instruction set; called within each task of the pool, never around it.

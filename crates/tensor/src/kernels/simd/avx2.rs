@@ -198,6 +198,14 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn power2(self, n: __m256) -> __m256 {
+        // SAFETY: see the head of the impl.
+        unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        }
+    }
+    #[inline(always)]
     fn lt(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: see the head of the impl.
         unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }

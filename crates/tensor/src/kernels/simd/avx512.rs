@@ -25,6 +25,13 @@ impl<const PAIRS: bool> Avx512<PAIRS> {
     }
 }
 
+impl Avx512<true> {
+    /// The same without the dot products: what has no use for them need not be compiled twice.
+    pub(crate) const fn without_pairs(self) -> Avx512<false> {
+        Avx512(())
+    }
+}
+
 /// The first `n <= 16` lanes.
 #[inline(always)]
 fn first(n: usize) -> __mmask16 {
@@ -199,6 +206,14 @@ impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     fn scale2(self, a: __m512, n: __m512) -> __m512 {
         // SAFETY: see the head of the impl.
         unsafe { _mm512_scalef_ps(a, n) }
+    }
+    #[inline(always)]
+    fn power2(self, n: __m512) -> __m512 {
+        // SAFETY: see the head of the impl.
+        unsafe {
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+        }
     }
     #[inline(always)]
     fn lt(self, a: __m512, b: __m512) -> __mmask16 {

@@ -182,6 +182,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn round(self, a: Self::F) -> Self::F;
     /// `a 2^n` for integers `n` of at most 252 in magnitude, rounded once.
     fn scale2(self, a: Self::F, n: Self::F) -> Self::F;
+    /// `2^n` for integers `n` in -126..=127, and 0 for -127.
+    fn power2(self, n: Self::F) -> Self::F;
     /// `a < b`; never for NaN.
     fn lt(self, a: Self::F, b: Self::F) -> Self::M;
     /// `a <= b`; never for NaN.

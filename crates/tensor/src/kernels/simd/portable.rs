@@ -30,7 +30,7 @@ fn zip(a: Eight, b: Eight, f: impl Fn(f32, f32) -> f32) -> Eight {
     Eight(array::from_fn(|i| f(a.0[i], b.0[i])))
 }
 
-/// `2^n` for `n` in -126..=127.
+/// `2^n` for `n` in -126..=127, and 0 for -127.
 #[inline(always)]
 fn power_of_two(n: i32) -> f32 {
     f32::from_bits(((n + 127) as u32) << 23)
@@ -152,6 +152,10 @@ impl Simd for Portable {
             let half = n >> 1;
             a * power_of_two(half) * power_of_two(n - half)
         })
+    }
+    #[inline(always)]
+    fn power2(self, n: Eight) -> Eight {
+        map(n, |n| power_of_two(n as i32))
     }
     #[inline(always)]
     fn lt(self, a: Eight, b: Eight) -> [bool; 8] {
