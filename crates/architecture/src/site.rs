@@ -215,6 +215,13 @@ impl Site {
     }
 }
 
+impl Site {
+    /// The local names of its own tensors: `weight`, and `bias` where it has one.
+    pub const fn locals(&self) -> &'static [&'static str] {
+        if self.kind.bias_width().is_some() { &["weight", "bias"] } else { &["weight"] }
+    }
+}
+
 /// Which tensor of a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TensorPart {

@@ -12,6 +12,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::Error;
 use crate::folder;
+use crate::pass::Activations;
 
 /// A model's architecture and frozen weights.
 #[derive(Debug)]
@@ -107,6 +108,12 @@ impl Base {
             }
         }
         Ok(base)
+    }
+
+    /// The type that a pass over this base computes its activations in: that of its matrices, if it is bf16.
+    pub fn activations(&self) -> Activations {
+        let narrow = self.matrices.values().next().is_some_and(|matrix| matrix.dtype() == DType::BF16);
+        if narrow { Activations::Bf16 } else { Activations::F32 }
     }
 
     /// The model's structure.

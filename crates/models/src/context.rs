@@ -157,7 +157,7 @@ impl<'a> GraphCx<'a> {
 }
 
 /// Runs of `ids` that are bound to one set: places in `ids`, and the set.
-fn runs(rows: &Rows, ids: &[u32]) -> Vec<(Range<usize>, Option<u32>)> {
+pub(crate) fn runs(rows: &Rows, ids: &[u32]) -> Vec<(Range<usize>, Option<u32>)> {
     let set_of = |row: u32| match rows {
         Rows::All(set) => Some(*set),
         Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),

@@ -26,6 +26,7 @@ mod cache;
 mod head;
 mod loss;
 pub mod model;
+pub mod pass;
 
 pub mod dropout;
 pub mod export;

@@ -3,18 +3,19 @@
 use attune_points::engine::LossReport;
 use attune_points::layout::{LabelCounts, Supervised};
 use attune_points::objective::{ChunkLoss, ChunkView, Objective};
-use attune_points::{Doc, Error, GradSink, Result, TensorId};
+use attune_points::{Doc, Error, GradSink, Layout, Result, TensorId};
 use attune_tensor::{autograd, ops};
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use crate::context::{GraphCx, Tracked};
 use crate::head::Head;
 
-/// Values of logits that a chunk may have; with the usual vocabularies 16 to 512 rows.
-const CHUNK_VALUES: usize = 1 << 21;
+/// Values of logits that a chunk may have, 128 MiB: a head's weight is read once a chunk, so that a chunk of few rows waits for
+/// memory.
+const CHUNK_VALUES: usize = 1 << 25;
 
 /// Rows a chunk. It depends on the vocabulary alone, so that the order of sums never depends on a batch.
-fn chunk_rows(vocab: usize) -> usize {
+pub(crate) fn chunk_rows(vocab: usize) -> usize {
     (CHUNK_VALUES / vocab.max(1)).clamp(16, 512)
 }
 
@@ -87,14 +88,15 @@ pub(crate) fn losses(
                 nll_c
             }
         };
-        count(&mut report, rows, &weight_t, &nll_c, cx)?;
+        let values = nll_c.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        count(&mut report, rows, &weight_t, values, cx.layout);
     }
     count_documents(&mut report, &supervised, cx.layout.docs());
     Ok(Losses { report, dh_td })
 }
 
 /// Counts each document with a supervised row once, however many chunks it was cut into.
-fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
+pub(crate) fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
     let mut last = None;
     for row in supervised {
         let index = docs.partition_point(|doc| doc.rows.end <= row.row);
@@ -108,16 +110,15 @@ fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[D
 }
 
 /// Adds a chunk to the report, in f64.
-fn count(
+pub(crate) fn count(
     report: &mut LossReport,
     rows: &[Supervised],
     weight_t: &[f64],
-    nll_c: &Tensor,
-    cx: &GraphCx<'_>,
-) -> Result<()> {
-    let values = nll_c.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    let docs = cx.layout.docs();
-    for ((row, weight), value) in rows.iter().zip(weight_t).zip(values) {
+    nll_t: impl IntoIterator<Item = f64>,
+    layout: &Layout,
+) {
+    let docs = layout.docs();
+    for ((row, weight), value) in rows.iter().zip(weight_t).zip(nll_t) {
         let loss = weight * value;
         report.loss_sum += loss;
         report.counts.tokens += 1;
@@ -128,5 +129,4 @@ fn count(
         let sum = &mut report.by_domain[domain];
         *sum = (sum.0 + loss, sum.1 + LabelCounts { tokens: 1, documents: 0 });
     }
-    Ok(())
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attune_architecture::Site;
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{BankKind, Error, GradSink, Layout, Owner, Region, Result, Rows, TensorId, TensorName, Theta};
+use attune_points::{GradSink, Layout, Result, TensorId, Theta};
 use attune_tensor::autograd;
 use candle_core::{DType, Tensor, Var};
 
@@ -17,6 +17,9 @@ use crate::context::{GraphCx, Tracked};
 use crate::dropout::Dropout;
 use crate::head::Head;
 use crate::loss::{Backward, losses};
+use crate::pass::parts::{self, Part};
+use crate::pass::walk::{self, Keep, Machine, Task};
+use crate::pass::{Arena, Times};
 use crate::routing::{Auxiliary, Routing};
 use crate::stack::Stack;
 
@@ -31,6 +34,15 @@ pub struct Pass<'a> {
     pub dropout: Option<Dropout>,
 }
 
+/// How a model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// On views of rows, with hand-written gradients: [`crate::pass`].
+    Views,
+    /// By the graphs of its blocks, in this type.
+    Graphs(DType),
+}
+
 /// A base and the components at its sites.
 pub struct Model {
     base: Base,
@@ -38,21 +50,82 @@ pub struct Model {
     trunk: Vec<Box<dyn Block>>,
     head: Head,
     auxiliary: Option<Arc<dyn Auxiliary>>,
-    dtype: DType,
+    how: How,
+    arena: Arena,
 }
 
 impl Model {
-    /// A model that computes in 32 bits.
+    /// A model that computes with the engine's kernels, in the precision of its base.
     pub fn new(base: Base, stack: Stack) -> Self {
         let (trunk, head) = (trunk(base.architecture()), Head::new(base.architecture()));
-        Self { base, stack, trunk, head, auxiliary: None, dtype: DType::F32 }
+        Self { base, stack, trunk, head, auxiliary: None, how: How::Views, arena: Arena::default() }
     }
 
-    /// The same model computing in 64 bits, as tests do; the tensors of a pass's `Theta` must be f64 as well.
+    /// The same model computing by its blocks' graphs, which define it, in 64 bits: what tests hold the engine to. The
+    /// tensors of a pass's `Theta` must be f64 as well.
     #[must_use]
-    pub fn in_f64(mut self) -> Self {
-        self.dtype = DType::F64;
-        self
+    pub fn in_f64(self) -> Self {
+        Self { how: How::Graphs(DType::F64), ..self }
+    }
+
+    /// The same model computing by its blocks' graphs in 32 bits.
+    #[must_use]
+    pub fn by_graphs(self) -> Self {
+        Self { how: How::Graphs(DType::F32), ..self }
+    }
+
+    /// The type of its graphs.
+    fn dtype(&self) -> DType {
+        match self.how {
+            How::Views => DType::F32,
+            How::Graphs(dtype) => dtype,
+        }
+    }
+
+    fn machine(&self) -> Machine<'_> {
+        let auxiliary = self.auxiliary.as_deref();
+        Machine { base: &self.base, trunk: &self.trunk, head: &self.head, auxiliary, arena: &self.arena }
+    }
+
+    fn task<'a>(&'a self, pass: &Pass<'a>, objective: &'a dyn Objective, scale: f64) -> Task<'a> {
+        let Pass { theta, layout, dropout } = *pass;
+        Task { part: Part { stack: &self.stack, theta, layout, dropout }, objective, scale }
+    }
+
+    /// The losses of several parts in one pass, without gradients.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    pub fn score_parts(&self, passes: &[Pass<'_>], objective: &dyn Objective) -> Result<(Vec<LossReport>, Times)> {
+        if let How::Graphs(_) = self.how {
+            let reports = passes.iter().map(|pass| self.score(pass, objective)).collect::<Result<_>>()?;
+            return Ok((reports, Times::default()));
+        }
+        let tasks: Vec<Task<'_>> = passes.iter().map(|pass| self.task(pass, objective, 1.0)).collect();
+        walk::score(&self.machine(), &tasks)
+    }
+
+    /// The gradients of `scale × (sum of losses)` of several parts in one pass, each into its own sink, as if each were
+    /// alone; with their losses, and where the time went.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    pub fn grad_parts(
+        &self,
+        passes: &[Pass<'_>],
+        objective: &dyn Objective,
+        scale: f64,
+        keep: Keep,
+        sinks: &mut [&mut dyn GradSink],
+    ) -> Result<(Vec<LossReport>, Times)> {
+        if let How::Graphs(_) = self.how {
+            let each = passes.iter().zip(sinks);
+            let reports =
+                each.map(|(pass, sink)| self.grad(pass, objective, scale, &mut **sink)).collect::<Result<_>>()?;
+            return Ok((reports, Times::default()));
+        }
+        let tasks: Vec<Task<'_>> = passes.iter().map(|pass| self.task(pass, objective, scale)).collect();
+        walk::grads(&self.machine(), &tasks, keep, sinks)
     }
 
     /// The same model with a loss on its routing, whose gradient every [`Model::grad`] adds to the objective's. Reports hold
@@ -78,7 +151,11 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn score(&self, pass: &Pass<'_>, objective: &dyn Objective) -> Result<LossReport> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
+        if self.how == How::Views {
+            let (mut reports, _) = walk::score(&self.machine(), &[self.task(pass, objective, 1.0)])?;
+            return Ok(reports.pop().unwrap_or_default());
+        }
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
         let h = self.walk(&cx, None, None)?;
@@ -96,7 +173,12 @@ impl Model {
         scale: f64,
         sink: &mut dyn GradSink,
     ) -> Result<LossReport> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
+        if self.how == How::Views {
+            let task = self.task(pass, objective, scale);
+            let (mut reports, _) = walk::grads(&self.machine(), &[task], Keep::All, &mut [sink])?;
+            return Ok(reports.pop().unwrap_or_default());
+        }
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
         let wanted: Vec<Vec<TensorId>> =
@@ -175,7 +257,7 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn routing(&self, pass: &Pass<'_>) -> Result<Vec<Routing>> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
         let (none, mut routing) = (Tracked::new(), Vec::new());
         self.walk(&self.context(pass, &plan, &none), None, Some(&mut routing))?;
         Ok(routing)
@@ -186,7 +268,7 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn hidden(&self, pass: &Pass<'_>) -> Result<Vec<Tensor>> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
         let none = Tracked::new();
         let mut saved = Saved { from: 1, inputs: BTreeMap::new() };
         let last = self.walk(&self.context(pass, &plan, &none), Some(&mut saved), None)?;
@@ -198,7 +280,7 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn logits(&self, pass: &Pass<'_>) -> Result<Tensor> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype)?;
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
         self.head.graph(&self.walk(&cx, None, None)?[0], &cx)
@@ -212,7 +294,7 @@ impl Model {
     /// Logits `[V]` after the last of `tokens`, which follow those in the caches.
     pub(crate) fn decode(&self, theta: &Theta, tokens: &[u32], caches: &mut [BlockCache]) -> Result<Tensor> {
         let layout = Layout::single(tokens);
-        let plan = RowPlan::new(self.base.architecture(), &layout, self.dtype)?;
+        let plan = RowPlan::new(self.base.architecture(), &layout, self.dtype())?;
         let none = Tracked::new();
         let cx = self.context(&Pass { theta, layout: &layout, dropout: None }, &plan, &none);
         let mut x = Vec::new();
@@ -234,7 +316,7 @@ impl Model {
             dropout,
             rows: None,
             tracked,
-            dtype: self.dtype,
+            dtype: self.dtype(),
         }
     }
 
@@ -262,44 +344,8 @@ impl Model {
 
     /// The tensors at `sites` whose gradient the sink wants.
     fn wanted(&self, sites: &[Site], theta: &Theta, sink: &dyn GradSink) -> Result<Vec<TensorId>> {
-        let mut found = Vec::new();
-        let mut ask = |id: TensorId| match sink.want(&id) {
-            Region::None => Ok(()),
-            Region::All => {
-                if !found.contains(&id) {
-                    found.push(id);
-                }
-                Ok(())
-            }
-            Region::Rows(_) | Region::Cols(_) | Region::Cross(..) | Region::Entries(_) => Err(Error::Refused(format!(
-                "part of the gradient of {id} was asked for; this engine computes whole gradients"
-            ))),
-        };
-        for site in sites {
-            for name in self.names(site) {
-                match theta.weight(&name) {
-                    Some((id, _)) => ask(id)?,
-                    None => ask(TensorId { owner: Owner::Base, name })?,
-                }
-            }
-            for binding in &theta.bindings {
-                let slot = binding.slot;
-                let bank = theta.banks.get(slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
-                let at = bank.and_then(|_| self.stack.slot(slot)?.at(&site.id));
-                for spec in at.into_iter().flat_map(|at| &at.tensors) {
-                    for set in sets(&binding.rows) {
-                        ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site.id.as_str()) })?;
-                    }
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    /// The names of a site's own tensors.
-    fn names(&self, site: &Site) -> Vec<TensorName> {
-        let locals = if site.kind.bias_width().is_some() { &["weight", "bias"][..] } else { &["weight"][..] };
-        locals.iter().map(|local| self.base.tensor_name(site.id.as_str(), local)).collect()
+        let layout = Layout::new();
+        parts::wanted(&self.base, &Part { stack: &self.stack, theta, layout: &layout, dropout: None }, sites, sink)
     }
 
     /// A leaf for each wanted tensor.
@@ -308,7 +354,7 @@ impl Model {
         for id in wanted {
             let var = match theta.get(id) {
                 Some(tensor) => autograd::leaf(tensor)?,
-                None => autograd::leaf(&self.base.tensor(&id.name, self.dtype)?)?,
+                None => autograd::leaf(&self.base.tensor(&id.name, self.dtype())?)?,
             };
             leaves.push((id.clone(), var));
         }
@@ -321,17 +367,4 @@ impl Model {
 struct Saved {
     from: usize,
     inputs: BTreeMap<usize, Vec<Tensor>>,
-}
-
-/// The sets that a binding uses.
-fn sets(rows: &Rows) -> Vec<u32> {
-    match rows {
-        Rows::All(set) => vec![*set],
-        Rows::Segments(segments) => {
-            let mut sets: Vec<u32> = segments.iter().map(|(_, set)| *set).collect();
-            sets.sort_unstable();
-            sets.dedup();
-            sets
-        }
-    }
 }

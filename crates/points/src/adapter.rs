@@ -72,6 +72,29 @@ pub trait RowMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor>;
+
+    /// The same map in a form that the engine computes within the product of the site's own weight; none if it has no such
+    /// form. It is held to `graph`.
+    fn fused(&self) -> Option<FusedRows> {
+        None
+    }
+}
+
+/// A form of [`RowMap`] that the engine has kernels for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum FusedRows {
+    /// `scale · up_or down_ri (mask ∘ x)`, where the mask is that of dropout with probability `dropout`.
+    LowRank {
+        /// Local name of the tensor `[r, i]`.
+        down: &'static str,
+        /// Local name of the tensor `[o, r]`.
+        up: &'static str,
+        /// The factor on the product.
+        scale: f64,
+        /// Probability that an input value is dropped in training.
+        dropout: f64,
+    },
 }
 
 /// What a component may know about the pass it runs in.

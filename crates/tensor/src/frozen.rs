@@ -16,6 +16,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::mapped::MappedTensor;
+use crate::reading::{self, TensorReading};
+use crate::view::{MatRef, View};
 
 /// Bytes of a widened block: it stays in the last-level cache while the block's rows are multiplied.
 const BLOCK_BYTES: usize = 8 << 20;
@@ -90,6 +92,26 @@ impl FrozenWeight {
         }
     }
 
+    /// The matrix as it is stored, to be read in place. What is neither f32 nor bf16, or lies unaligned in its file, is
+    /// converted to f32 first, at each call.
+    ///
+    /// # Errors
+    /// Whatever converting raises.
+    pub fn read(&self) -> Result<FrozenReading<'_>> {
+        let (rows, cols) = self.shape();
+        let read = match &*self.0 {
+            Stored::Dense(tensor) if matches!(tensor.dtype(), DType::F32 | DType::BF16) => {
+                Reading::Tensor(reading::read(tensor)?)
+            }
+            Stored::Mapped(tensor) => match tensor.view() {
+                Some(view) => Reading::Mapped(view),
+                None => Reading::Copied(self.rows(0..rows, DType::F32)?.flatten_all()?.to_vec1()?),
+            },
+            Stored::Dense(_) => Reading::Copied(self.rows(0..rows, DType::F32)?.flatten_all()?.to_vec1()?),
+        };
+        Ok(FrozenReading { read, rows, cols })
+    }
+
     /// The matrix as it can enter a product of `dtype` without widening, if it is stored so.
     fn in_place(&self, dtype: DType) -> Option<&Tensor> {
         match &*self.0 {
@@ -103,6 +125,30 @@ impl FrozenWeight {
         let (o, i) = self.shape();
         let rows = (BLOCK_BYTES / (i * dtype.size_in_bytes()).max(1)).max(1);
         (0..o).step_by(rows).map(move |start| start..(start + rows).min(o))
+    }
+}
+
+/// A frozen matrix that is being read.
+pub struct FrozenReading<'a> {
+    read: Reading<'a>,
+    rows: usize,
+    cols: usize,
+}
+
+enum Reading<'a> {
+    Tensor(TensorReading<'a>),
+    Mapped(MatRef<'a>),
+    Copied(Vec<f32>),
+}
+
+impl FrozenReading<'_> {
+    /// The matrix `w_oi`.
+    pub fn mat(&self) -> MatRef<'_> {
+        match &self.read {
+            Reading::Tensor(reading) => reading.mat(),
+            Reading::Mapped(view) => *view,
+            Reading::Copied(values) => MatRef::F32(View::new(values, self.rows, self.cols)),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ pub mod ops;
 pub mod mapped;
 
 pub mod kernels;
+pub mod reading;
 pub mod view;
 
 pub mod testing;

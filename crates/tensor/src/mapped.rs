@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, bail};
+use half::slice::HalfBitsSliceExt as _;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::Error;
+use crate::view::{MatRef, View};
 
 /// A safetensors file.
 #[derive(Debug, Clone)]
@@ -107,6 +109,20 @@ impl MappedTensor {
     /// The type that it is stored in: F64, F32, BF16 or F16.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// A matrix of f32 or bf16 as it lies in the file; none of another type or rank, or where the file does not align it.
+    pub fn view(&self) -> Option<MatRef<'_>> {
+        let &[rows, cols] = self.shape.as_slice() else { return None };
+        let bytes = self.map.get(self.bytes.clone())?;
+        match self.dtype {
+            DType::F32 => Some(MatRef::F32(View::new(bytemuck::try_cast_slice(bytes).ok()?, rows, cols))),
+            DType::BF16 => {
+                let bits: &[u16] = bytemuck::try_cast_slice(bytes).ok()?;
+                Some(MatRef::Bf16(View::new(bits.reinterpret_cast(), rows, cols)))
+            }
+            _ => None,
+        }
     }
 
     /// All of it, in memory.

@@ -255,6 +255,18 @@ impl MatMut<'_> {
         }
     }
 
+    /// Rows `start..end`.
+    ///
+    /// # Panics
+    /// If there are no such rows.
+    #[must_use]
+    pub fn into_sub_rows(self, start: usize, end: usize) -> Self {
+        match self {
+            Self::F32(view) => Self::F32(view.into_sub_rows(start, end)),
+            Self::Bf16(view) => Self::Bf16(view.into_sub_rows(start, end)),
+        }
+    }
+
     /// The same rows, for a shorter time.
     pub fn reborrow(&mut self) -> MatMut<'_> {
         match self {

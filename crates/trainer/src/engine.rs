@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use attune_collective::{Collective, owned};
 use attune_data::Loader;
 use attune_models::dropout::Dropout;
+use attune_models::pass::walk::Keep;
+use attune_models::pass::{Stopwatch, Times, Work};
 use attune_models::{Model, Pass};
 use attune_optim::clip;
 use attune_points::engine::{Batch, Engine, LossReport, Source};
@@ -19,7 +22,6 @@ use candle_core::{Device, Tensor};
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
-use crate::lanes;
 
 /// What ranks send one another.
 #[derive(Debug, Clone)]
@@ -44,6 +46,38 @@ pub(crate) struct Shared {
     pub(crate) max_grad_norm: Option<f64>,
     pub(crate) logical_shards: u32,
     pub(crate) seed: u64,
+    /// What a forward pass keeps for the reverse one.
+    pub(crate) keep: Keep,
+}
+
+/// Where the time of steps went.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Spent {
+    pub(crate) passes: Times,
+    pub(crate) data: Duration,
+    pub(crate) collective: Duration,
+    pub(crate) optimizer: Duration,
+}
+
+impl Spent {
+    /// Every kind of work by its name in metrics; what is left of `whole` is `other`.
+    pub(crate) fn shares(&self, whole: Duration) -> Vec<(&'static str, Duration)> {
+        let passes = Work::ALL.map(|work| (work.name(), self.passes.of(work)));
+        let rest = [("optimizer", self.optimizer), ("data", self.data), ("collective", self.collective)];
+        let mut all: Vec<_> = passes.into_iter().chain(rest).collect();
+        let known: Duration = all.iter().map(|(_, time)| *time).sum();
+        all.push(("other", whole.saturating_sub(known)));
+        all
+    }
+}
+
+impl std::ops::AddAssign for Spent {
+    fn add_assign(&mut self, other: Self) {
+        self.passes += other.passes;
+        self.data += other.data;
+        self.collective += other.collective;
+        self.optimizer += other.optimizer;
+    }
 }
 
 /// One rank's engine.
@@ -54,8 +88,10 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) theta: Theta,
     pub(crate) buffers: Buffers,
     pub(crate) guard: Guard,
-    /// How many micro-batches it computes at a time.
-    pub(crate) lanes: usize,
+    /// How many rows a pass takes at most, unless a single micro-batch has more. It changes speed and memory, and no bit.
+    pub(crate) rows_per_pass: usize,
+    /// Where time went since it was last looked at.
+    pub(crate) spent: Spent,
     /// Steps done.
     pub(crate) step: Step,
     /// Whether this rank was asked to stop; told to the others with the next gradients.
@@ -78,12 +114,31 @@ impl RankEngine<'_> {
 
     /// Exchanges parts with the other ranks.
     pub(crate) fn exchange(&mut self, parts: Vec<(u32, Message)>) -> Result<Vec<(u32, Message)>> {
-        self.collective.exchange(parts).map_err(|error| Error::Refused(error.to_string()))
+        let watch = Stopwatch::start();
+        let all = self.collective.exchange(parts).map_err(|error| Error::Refused(error.to_string()));
+        self.spent.collective += watch.elapsed();
+        all
     }
 
     fn shards(&self) -> std::ops::Range<u32> {
         owned(self.collective.rank(), self.collective.size(), self.shared.logical_shards)
     }
+}
+
+/// Micro-batches that go through the model together: as many as have no more than `rows` rows, at least one.
+pub(crate) fn groups(parts: &[(u32, Arc<Layout>)], rows: usize) -> impl Iterator<Item = &[(u32, Arc<Layout>)]> {
+    let mut rest = parts;
+    std::iter::from_fn(move || {
+        let mut sum = 0;
+        let fits = |(_, layout): &&(u32, Arc<Layout>)| {
+            sum += layout.n_rows();
+            sum <= rows
+        };
+        let n = rest.iter().take_while(fits).count().max(1).min(rest.len());
+        let (group, others) = rest.split_at(n);
+        rest = others;
+        (!group.is_empty()).then_some(group)
+    })
 }
 
 /// The optimiser's buffers of every trained tensor, at zero.
@@ -114,7 +169,9 @@ impl Engine for RankEngine<'_> {
     fn batch(&mut self, source: Source) -> Result<Batch> {
         match source {
             Source::Train => {
+                let watch = Stopwatch::start();
                 let mut batch = self.loader.batch(self.step)?;
+                self.spent.data += watch.elapsed();
                 let (mine, shards) = (self.shards(), self.shared.logical_shards);
                 batch.parts.retain(|(part, layout)| mine.contains(&(part % shards)) && layout.n_rows() > 0);
                 Ok(batch)
@@ -154,27 +211,25 @@ impl Engine for RankEngine<'_> {
         of: &dyn Objective,
         scale: f64,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
-        let (shared, wanted) = (self.shared, self.wanted());
-        let dropout = Some(Dropout { seed: shared.seed, step: self.step.0 });
-        let pass = |(part, layout): &(u32, Arc<Layout>)| -> Result<(u32, Grads, LossReport)> {
-            let mut sink = Grads::wanting(wanted.iter().cloned());
-            let report = shared.model.grad(&Pass { theta: at, layout, dropout }, of, scale, &mut sink)?;
-            Ok((*part, sink, report))
-        };
-        // A rank that is alone adds up as it goes, in the order in which all are added: it never holds more gradients than
-        // lanes. What several ranks have is added in turns, so each keeps its own apart until then.
+        let wanted = self.wanted();
+        let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
+        // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
+        // turns, so each keeps its own apart until then.
         let alone = self.collective.size() == 1;
-        let group = if alone { self.lanes } else { parts.len() };
         let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
-        for group in parts.chunks(group.max(1)) {
-            for result in lanes::each(self.lanes, group, pass) {
-                let (part, gradients, report) = result?;
+        for group in groups(parts, self.rows_per_pass) {
+            let passes: Vec<Pass<'_>> = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout }).collect();
+            let mut sinks: Vec<Grads> = group.iter().map(|_| Grads::wanting(wanted.iter().cloned())).collect();
+            let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
+            let (reports, times) = self.shared.model.grad_parts(&passes, of, scale, self.shared.keep, &mut given)?;
+            self.spent.passes += times;
+            for (((part, _), gradients), report) in group.iter().zip(sinks).zip(reports) {
                 match made.last_mut().filter(|_| alone) {
                     Some((_, sum, total)) => {
                         sum.add(&gradients)?;
                         total.add(&report);
                     }
-                    None => made.push((part, gradients, report)),
+                    None => made.push((*part, gradients, report)),
                 }
             }
         }
@@ -214,6 +269,7 @@ impl Engine for RankEngine<'_> {
     }
 
     fn update(&mut self, gradients: Grads) -> Result<f64> {
+        let watch = Stopwatch::start();
         let number = self.step.next();
         self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
         let mut values = Vec::new();
@@ -239,6 +295,7 @@ impl Engine for RankEngine<'_> {
             let updated = Tensor::from_vec(value, spec.shape.as_slice(), &Device::Cpu)?;
             put(&mut self.theta, &id, updated);
         }
+        self.spent.optimizer += watch.elapsed();
         Ok(norm)
     }
 

@@ -6,8 +6,7 @@ use attune_models::Pass;
 use attune_points::engine::{Engine, LossReport, Source};
 use attune_points::{Error, Result};
 
-use crate::engine::{Message, RankEngine};
-use crate::lanes;
+use crate::engine::{Message, RankEngine, groups};
 
 /// The mean loss a supervised token on each validation set, at the current parameters; the same on every rank. Batches are
 /// dealt out to the ranks, and their losses are added in file order.
@@ -19,12 +18,13 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         let (objective, theta) = (engine.objective(), engine.theta().clone());
         let (rank, size) = (engine.collective.rank(), engine.collective.size());
         let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
-        let model = &engine.shared.model;
-        let mine = lanes::each(engine.lanes, &parts, |(part, layout)| {
-            let report = model.score(&Pass { theta: &theta, layout, dropout: None }, &*objective)?;
-            Ok((*part, Message::Report(report)))
-        });
-        let mine = mine.into_iter().collect::<Result<Vec<_>>>()?;
+        let mut mine = Vec::with_capacity(parts.len());
+        for group in groups(&parts, engine.rows_per_pass) {
+            let passes: Vec<Pass<'_>> =
+                group.iter().map(|(_, layout)| Pass { theta: &theta, layout, dropout: None }).collect();
+            let (reports, _) = engine.shared.model.score_parts(&passes, &*objective)?;
+            mine.extend(group.iter().zip(reports).map(|((part, _), report)| (*part, Message::Report(report))));
+        }
         let mut total = LossReport::default();
         for (_, message) in engine.exchange(mine)? {
             let Message::Report(report) = message else {

@@ -6,7 +6,7 @@
 //! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), `setup` (plan to parts) and
-//! [`component`], [`run`] (the loop), `engine`, [`lanes`], [`steps`], `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
+//! [`component`], [`run`] (the loop), `engine`, [`steps`], `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -39,9 +39,7 @@ mod pin;
 mod setup;
 pub mod steps;
 
-mod clock;
 pub mod kernel;
-pub mod lanes;
 pub mod methods;
 mod resident;
 

@@ -8,20 +8,19 @@ use std::time::Duration;
 use attune_collective::local;
 use attune_data::Packing;
 use attune_data::loader::largest;
+use attune_models::pass::Stopwatch;
 use attune_points::engine::{Engine, StepReport};
 use attune_points::mixing::Feedback;
 use attune_points::{Owner, TensorId, TensorName};
 use attune_spec::id::{Step, Tokens};
 
 use crate::checkpoint::{self, Measured, State};
-use crate::clock::Stopwatch;
 use crate::control::Control;
-use crate::engine::{Message, RankEngine, empty_buffers};
+use crate::engine::{Message, RankEngine, Spent, empty_buffers};
 use crate::error::Error;
 use crate::evaluate;
 use crate::guard::{self, Guard};
 use crate::kernel;
-use crate::lanes;
 use crate::output;
 use crate::protocol::{Event, Metric, Phase, Request, Summary};
 use crate::resident;
@@ -30,6 +29,10 @@ use crate::setup::{self, Prepared};
 /// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
 /// hangs.
 const EXCHANGE_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Rows that go through the model together: enough for the products to run at full speed, few enough for what a pass keeps
+/// to stay small.
+const ROWS_PER_PASS: usize = 2048;
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,6 +109,8 @@ struct Rank<'a> {
     watch: Stopwatch,
     /// Tokens of this attempt's steps, and the time that they took.
     speed: (u64, Duration),
+    /// Where that time went.
+    spent: Spent,
 }
 
 impl<'a> Rank<'a> {
@@ -117,8 +122,6 @@ impl<'a> Rank<'a> {
         resumed: Option<State>,
     ) -> Result<Self, Error> {
         let shared = &prepared.shared;
-        let Packing { logical_shards, accumulation, .. } = prepared.packing;
-        let micro_batches = (logical_shards / request.ranks * accumulation) as usize;
         let mut engine = RankEngine {
             shared,
             loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing)?,
@@ -126,7 +129,8 @@ impl<'a> Rank<'a> {
             theta: prepared.theta.clone(),
             buffers: empty_buffers(&*shared.optimizer, &shared.specs),
             guard: Guard::default(),
-            lanes: lanes::lanes(request.ranks).min(micro_batches),
+            rows_per_pass: ROWS_PER_PASS,
+            spent: Spent::default(),
             step: Step(0),
             stop_wanted: false,
             stop_agreed: false,
@@ -141,6 +145,7 @@ impl<'a> Rank<'a> {
             kernel_profiles: vec![kernel::profile()],
             watch: Stopwatch::start(),
             speed: (0, Duration::ZERO),
+            spent: Spent::default(),
             engine: {
                 if let (Some(state), Some(folder)) = (&resumed, &request.resume) {
                     restore(&mut engine, state, folder)?;
@@ -207,12 +212,15 @@ impl<'a> Rank<'a> {
         self.finish()
     }
 
-    /// Runs the largest micro-batch that can occur, forward and backward, as often as a step runs some at a time, and writes
-    /// a checkpoint, so that a lack of memory shows now. Nothing of it is kept.
+    /// Runs the largest pass that can occur, forward and backward, and writes a checkpoint, so that a lack of memory shows
+    /// now. Nothing of it is kept.
     fn rehearse(&mut self) -> Result<(), Error> {
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let layout = Arc::new(largest(&self.prepared.packing));
-        let parts: Vec<_> = (0u32..).take(self.engine.lanes).map(|part| (part, Arc::clone(&layout))).collect();
+        let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
+        let micro_batches = logical_shards / self.request.ranks * accumulation;
+        let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, micro_batches as usize);
+        let parts: Vec<_> = (0u32..).take(at_once).map(|part| (part, Arc::clone(&layout))).collect();
         let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
         for (_, _, report) in self.engine.grads(&theta, &parts, &*objective, 1.0)? {
             self.finite("loss of the rehearsal", report.loss_sum)?;
@@ -243,6 +251,7 @@ impl<'a> Rank<'a> {
 
     fn step(&mut self) -> Result<(), Error> {
         let before = self.watch.elapsed();
+        self.engine.spent = Spent::default();
         let lr = self.engine.lr();
         let report = self.rule.step(self.engine.step, &mut self.engine)?;
         self.engine.step = self.engine.step.next();
@@ -251,6 +260,7 @@ impl<'a> Rank<'a> {
         self.engine.loader.hear(feedback(&report));
         let took = self.watch.elapsed() - before;
         self.speed = (self.speed.0 + report.n_rows, self.speed.1 + took);
+        self.spent += self.engine.spent;
         self.report(&report, lr, took);
         Ok(())
     }
@@ -274,6 +284,9 @@ impl<'a> Rank<'a> {
         }
         for (domain, tokens) in self.prepared.domains.iter().zip(&self.engine.loader.counters().tokens) {
             metrics.push(metric(format!("data/{}/tokens", domain.name), *tokens as f64));
+        }
+        for (work, time) in self.engine.spent.shares(took) {
+            metrics.push(metric(format!("time/{work}"), time.as_secs_f64()));
         }
         self.emit(Event::Metrics { step, tokens: self.tokens, metrics });
         self.emit(Event::Progress { step, total_steps, tokens: self.tokens, tokens_per_second, eta_seconds });
@@ -348,6 +361,9 @@ impl<'a> Rank<'a> {
             let output::Output { role, kind, folder } = output;
             self.emit(Event::Output { role, kind, folder });
         }
+        if let Some(message) = where_time_went(&self.spent, self.speed.1) {
+            self.emit(Event::Note { topic: "time".to_owned(), message });
+        }
         let losses = |measured: Option<&Measured>| measured.map(|measured| measured.loss.clone()).unwrap_or_default();
         let summary = Summary {
             steps: self.engine.step,
@@ -361,6 +377,16 @@ impl<'a> Rank<'a> {
         self.emit(Event::Finished { summary: summary.clone() });
         Ok(Some(End::Finished(summary)))
     }
+}
+
+/// Shares of the time of all steps in words, the largest first; what is below half a percent is left out.
+fn where_time_went(spent: &Spent, whole: Duration) -> Option<String> {
+    let mut shares = spent.shares(whole);
+    shares.sort_by_key(|(_, time)| std::cmp::Reverse(*time));
+    let percent = |time: Duration| 100.0 * time.as_secs_f64() / whole.as_secs_f64().max(1e-9);
+    let words = shares.into_iter().filter(|(_, time)| percent(*time) >= 0.5);
+    let words: Vec<String> = words.map(|(work, time)| format!("{work} {:.0} %", percent(time))).collect();
+    (!words.is_empty()).then(|| format!("of {:.1} s in steps: {}", whole.as_secs_f64(), words.join(", ")))
 }
 
 fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &Path) -> Result<(), Error> {
@@ -479,10 +505,10 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_lanes_changes_no_bit() {
-        let after_two_steps = |lanes: usize| {
+    fn how_many_micro_batches_a_pass_takes_changes_no_bit() {
+        let after_two_steps = |rows: usize| {
             let steps = |mut rank: Rank<'_>| {
-                rank.engine.lanes = lanes;
+                rank.engine.rows_per_pass = rows;
                 rank.measure().unwrap();
                 rank.step().unwrap();
                 rank.step().unwrap();
@@ -493,7 +519,7 @@ mod tests {
             with_rank(|_| {}, steps)
         };
         let one = after_two_steps(1);
-        assert!([2, 4, 9].map(after_two_steps).iter().all(|several| *several == one));
+        assert!([40, 100, 100_000].map(after_two_steps).iter().all(|several| *several == one));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use attune_architecture::Architecture;
 use attune_artifacts::canonical;
 use attune_data::loader::{Domain, in_order};
 use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
+use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Stack};
 use attune_objective::OBJECTIVES;
 use attune_optim::{OPTIMIZERS, SCHEDULES};
@@ -130,6 +131,7 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepar
     };
     let shared = Shared {
         model: Model::new(base, Stack::new(slots)),
+        keep: Keep::All,
         objective: objective.into(),
         optimizer,
         schedule,

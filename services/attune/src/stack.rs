@@ -84,10 +84,7 @@ impl SchedulerArguments {
 pub(crate) fn program() -> Result<Program, Failure> {
     let path = std::env::current_exe()
         .map_err(|error| Failure::failed(format!("this program cannot find its own file: {error}")))?;
-    // Whoever has set it knows better.
-    let (name, value) = attune_trainer::lanes::variable();
-    let variables = if std::env::var_os(name).is_some() { Vec::new() } else { vec![(name.into(), value.into())] };
-    Ok(Program { path, arguments: vec!["attempt".into()], variables })
+    Ok(Program { path, arguments: vec!["attempt".into()], variables: Vec::new() })
 }
 
 /// A worker of this machine that keeps its things in `work_dir`.

@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
 use attune_artifacts::formats::peft::LoraConfig;
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -201,6 +201,10 @@ impl RowMap for Rows {
         let h_tr = dropped.as_ref().unwrap_or(x_ti).matmul(&a_ri.t()?)?;
         // The scaling goes on the thin side: T r values instead of T o.
         Ok((h_tr * self.scale)?.matmul(&b_or.t()?)?)
+    }
+
+    fn fused(&self) -> Option<FusedRows> {
+        Some(FusedRows::LowRank { down: A, up: B, scale: self.scale, dropout: self.dropout })
     }
 }
 

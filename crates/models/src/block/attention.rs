@@ -1,14 +1,41 @@
 //! Norm, grouped-query attention over turned or plain queries and keys, residual.
 
-use attune_architecture::{Place, Projections, QkNorm, Site};
+use attune_architecture::{Architecture, Place, Projections, QkNorm, Site};
 use attune_points::Result;
+use attune_tensor::kernels::{self, Mask};
 use attune_tensor::ops;
+use attune_tensor::view::MatRef;
 use candle_core::Tensor;
 
+use super::residual::{Joined, Last};
 use super::{Block, BlockCache, residual, site};
 use crate::attention::{attend, mask};
+use crate::block;
 use crate::context::GraphCx;
+use crate::pass::arena::Buffer;
+use crate::pass::linear::Thin;
+use crate::pass::parts::Given;
+use crate::pass::times::Work;
+use crate::pass::walk::Run;
+use crate::pass::{Mat, PassCx, Rows, Sinks};
 use crate::rope::RopeTables;
+
+/// What the reverse pass needs: the rest is computed again.
+pub struct Saved {
+    /// Normed and turned already.
+    q: Mat,
+    k: Mat,
+    v: Mat,
+    o: Mat,
+    lse: Buffer<f32>,
+    /// Before their norms, where they have some.
+    raw_q: Option<Rows<f32>>,
+    raw_k: Option<Rows<f32>>,
+    sum: Option<Rows<f32>>,
+    /// Of the linears that make queries, keys and values.
+    thin: Vec<Thin>,
+    thin_o: Thin,
+}
 
 pub(super) struct Attention {
     /// Norm, query, key and value (or all three in one), norms of queries and keys, output.
@@ -47,6 +74,128 @@ impl Attention {
     }
 }
 
+impl Attention {
+    /// How rows attend on a pass.
+    fn how<'c>(&self, cx: &'c PassCx<'_>) -> kernels::Attention<'c> {
+        let Architecture { heads, kv_heads, head_dim, causal, .. } = *cx.architecture();
+        let window = self.window.map(|window| window as usize);
+        let mask = if causal { Mask::Causal { window } } else { Mask::Bidirectional };
+        let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
+        kernels::Attention { heads, kv_heads, head_dim, scale, mask, docs: &cx.docs }
+    }
+
+    /// Queries, keys and values on a pass, neither normed nor turned, and what the reverse of their linears needs.
+    fn rows(&self, n_td: MatRef<'_>, cx: &PassCx<'_>) -> Result<([Rows<f32>; 3], Vec<Thin>)> {
+        let architecture = cx.architecture();
+        let (t, query, kv) = (cx.n_rows(), architecture.query_width(), architecture.kv_width());
+        let linear = |place, width| -> Result<(Rows<f32>, Thin)> {
+            let mut y = cx.arena.rows(t, width);
+            let thin = cx.linear(site(&self.sites, place)?, n_td, Given::All, y.view_mut(), false)?;
+            Ok((y, thin))
+        };
+        match architecture.projections {
+            Projections::Separate => {
+                let ((q, of_q), (k, of_k)) = (linear(Place::Query, query)?, linear(Place::Key, kv)?);
+                let (v, of_v) = linear(Place::Value, kv)?;
+                Ok(([q, k, v], vec![of_q, of_k, of_v]))
+            }
+            Projections::Fused => {
+                let (all, thin) = linear(Place::QueryKeyValue, query + 2 * kv)?;
+                let mut start = 0;
+                let parts = [query, kv, kv].map(|width| {
+                    let mut part = cx.arena.rows(t, width);
+                    let columns = all.view().sub_cols(start, start + width);
+                    cx.meter.time(Work::Elementwise, || cx.kernels.convert(columns.into(), part.view_mut().into()));
+                    start += width;
+                    part
+                });
+                Ok((parts, vec![thin]))
+            }
+        }
+    }
+
+    /// The reverse of [`Attention::rows`]: the gradient by what it reads, if it is asked for.
+    fn rows_vjp(
+        &self,
+        n_td: MatRef<'_>,
+        d_qkv: [Rows<f32>; 3],
+        thin: &[Thin],
+        mut dn_td: Option<&mut Rows<f32>>,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<()> {
+        let dys: Vec<(Place, Mat)> = cx.meter.time(Work::Elementwise, || match cx.architecture().projections {
+            Projections::Separate => {
+                let [q, k, v] = d_qkv.map(|dy| cx.narrowed(dy));
+                vec![(Place::Query, q), (Place::Key, k), (Place::Value, v)]
+            }
+            Projections::Fused => {
+                let width = d_qkv.iter().map(Rows::n_cols).sum();
+                let mut all = cx.arena.rows(cx.n_rows(), width);
+                let mut start = 0;
+                for part in &d_qkv {
+                    let end = start + part.n_cols();
+                    let columns = all.view_mut().into_sub_cols(start, end);
+                    cx.kernels.convert(part.view().into(), columns.into());
+                    start = end;
+                }
+                vec![(Place::QueryKeyValue, cx.narrowed(all))]
+            }
+        });
+        for (i, ((place, dy), thin)) in dys.iter().zip(thin).enumerate() {
+            let to = dn_td.as_mut().map(|dn| (dn.view_mut(), i > 0));
+            cx.linear_vjp(site(&self.sites, *place)?, n_td, Given::All, thin, dy.view(), to, sinks)?;
+        }
+        Ok(())
+    }
+
+    /// The norm of queries or keys at `place`: how many rows of it a row of the pass is, if there is one.
+    fn head_norm(&self, place: Place, cx: &PassCx<'_>) -> Result<Option<(&Site, usize)>> {
+        let Architecture { heads, kv_heads, qk_norm, .. } = *cx.architecture();
+        let per_row = match (qk_norm, place) {
+            (QkNorm::None, _) => return Ok(None),
+            (QkNorm::Whole, _) => 1,
+            (QkNorm::PerHead, Place::QueryNorm) => heads,
+            (QkNorm::PerHead, _) => kv_heads,
+        };
+        Ok(Some((site(&self.sites, place)?, per_row)))
+    }
+
+    /// Queries or keys ready to be compared: normed and turned. The raw ones are returned where the reverse needs them.
+    fn ready(&self, raw: Rows<f32>, norm: Place, cx: &PassCx<'_>) -> Result<(Mat, Option<Rows<f32>>)> {
+        let (mut x, raw) = match self.head_norm(norm, cx)? {
+            Some((site, per_row)) => (cx.norm_heads(site, &raw, per_row)?, Some(raw)),
+            None => (raw, None),
+        };
+        turn(&mut x, cx, false);
+        Ok((cx.meter.time(Work::Elementwise, || cx.narrowed(x)), raw))
+    }
+
+    /// The reverse of [`Attention::ready`].
+    fn ready_vjp(
+        &self,
+        mut dx: Rows<f32>,
+        raw: Option<&Rows<f32>>,
+        norm: Place,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<Rows<f32>> {
+        turn(&mut dx, cx, true);
+        match (self.head_norm(norm, cx)?, raw) {
+            (Some((site, per_row)), Some(raw)) => cx.norm_heads_vjp(site, raw, per_row, &dx, sinks),
+            _ => Ok(dx),
+        }
+    }
+}
+
+/// Turns heads by their rows' positions, where positions are turned.
+fn turn(x: &mut Rows<f32>, cx: &PassCx<'_>, inverse: bool) {
+    if let Some((cos, sin)) = &cx.angles {
+        let width = cx.architecture().head_dim;
+        cx.meter.time(Work::Elementwise, || cx.kernels.rope(x.view_mut(), width, cos.view(), sin.view(), inverse));
+    }
+}
+
 /// Queries and keys turned by `tables`, or as they are where positions are learned.
 fn turned(q: Tensor, k: Tensor, tables: Option<&RopeTables>) -> Result<(Tensor, Tensor)> {
     match tables {
@@ -61,7 +210,7 @@ impl Block for Attention {
     }
 
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let y_td = residual(&x[0], site(&self.sites, Place::AttentionNorm)?, cx, |h_td| {
+        let y_td = super::residual(&x[0], site(&self.sites, Place::AttentionNorm)?, cx, |h_td| {
             let (q, k, v) = self.project(h_td, cx)?;
             let (q, k) = turned(q, k, cx.plan.rope.as_ref())?;
             self.output(&cx.plan.attend(&q, &k, &v, self.window)?, cx)
@@ -69,8 +218,62 @@ impl Block for Attention {
         Ok(vec![y_td])
     }
 
+    fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
+        let norm = site(&self.sites, Place::AttentionNorm)?;
+        let n_td = residual::read(norm, &x[0], cx)?;
+        let ([q, k, v], thin) = self.rows(n_td.view(), cx)?;
+        drop(n_td);
+        let ((q, raw_q), (k, raw_k)) = (self.ready(q, Place::QueryNorm, cx)?, self.ready(k, Place::KeyNorm, cx)?);
+        let v = cx.meter.time(Work::Elementwise, || cx.narrowed(v));
+        let mut o = cx.arena.mat(cx.n_rows(), cx.architecture().query_width(), cx.dtype);
+        let mut lse = cx.arena.take::<f32>(cx.n_rows() * cx.architecture().heads);
+        cx.meter.time(Work::Attention, || {
+            cx.kernels.attention(&self.how(cx), q.view(), k.view(), v.view(), o.view_mut(), lse.as_mut());
+        });
+        let last = Last { linear: site(&self.sites, Place::Output)?, x_ti: o.view() };
+        let Joined { y, sum, thin: thin_o } = residual::join(norm, &x[0], &last, cx, run)?;
+        let saved = Saved { q, k, v, o, lse, raw_q, raw_k, sum, thin, thin_o };
+        Ok((y, run.saves().then(|| block::Saved::Attention(Box::new(saved)))))
+    }
+
+    fn vjp(
+        &self,
+        x: &[Rows<f32>],
+        saved: Option<block::Saved>,
+        dy: Vec<Rows<f32>>,
+        below: bool,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<Vec<Rows<f32>>> {
+        let Some(block::Saved::Attention(saved)) = saved else { return Err(super::nothing_saved("attention")) };
+        let norm = site(&self.sites, Place::AttentionNorm)?;
+        let (t, query, kv) = (cx.n_rows(), cx.architecture().query_width(), cx.architecture().kv_width());
+        let dsum = residual::join_vjp(norm, saved.sum.as_ref(), super::only(dy)?, cx, sinks)?;
+        let mut do_th = cx.arena.rows(t, query);
+        {
+            let (output, dy) = (site(&self.sites, Place::Output)?, cx.as_activations(dsum.view()));
+            let to = Some((do_th.view_mut(), false));
+            cx.linear_vjp(output, saved.o.view(), Given::All, &saved.thin_o, dy.view(dsum.view()), to, sinks)?;
+        }
+        let (mut dq, mut dk, mut dv) = (cx.arena.rows(t, query), cx.arena.rows(t, kv), cx.arena.rows(t, kv));
+        cx.meter.time(Work::Attention, || {
+            let Saved { q, k, v, o, lse, .. } = &*saved;
+            let (q, k, v, o) = (q.view(), k.view(), v.view(), o.view());
+            let (dq, dk, dv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
+            cx.kernels.attention_vjp(&self.how(cx), q, k, v, o, lse.as_ref(), do_th.view(), None, dq, dk, dv);
+        });
+        drop(do_th);
+        let dq = self.ready_vjp(dq, saved.raw_q.as_ref(), Place::QueryNorm, cx, sinks)?;
+        let dk = self.ready_vjp(dk, saved.raw_k.as_ref(), Place::KeyNorm, cx, sinks)?;
+        let n_td = residual::read(norm, &x[0], cx)?;
+        let through = residual::reads(norm, below, cx, sinks)?;
+        let mut dn_td = through.then(|| cx.arena.rows(t, x[0].n_cols()));
+        self.rows_vjp(n_td.view(), [dq, dk, dv], &saved.thin, dn_td.as_mut(), cx, sinks)?;
+        Ok(vec![residual::read_vjp(norm, &x[0], dsum, dn_td, cx, sinks)?])
+    }
+
     fn decode(&self, x: &[Tensor], cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let y_td = residual(&x[0], site(&self.sites, Place::AttentionNorm)?, cx, |h_td| {
+        let y_td = super::residual(&x[0], site(&self.sites, Place::AttentionNorm)?, cx, |h_td| {
             let (q, k, v) = self.project(h_td, cx)?;
             let (start, rows, architecture) = (cache.rows(), q.dim(0)?, cx.base.architecture());
             let tables = RopeTables::new(architecture, &[rows], start, cx.dtype)?;

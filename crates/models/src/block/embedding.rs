@@ -1,13 +1,17 @@
 //! Token ids, and learned positions where the model has them, to rows.
 
-use attune_architecture::{Place, Positions, Site, SiteId};
+use attune_architecture::{Architecture, Place, Positions, Site, SiteId, SiteKind};
 use attune_points::error::Context as _;
-use attune_points::{Error, Result, Row};
-use attune_tensor::ops;
+use attune_points::{Error, Layout, Result, Row};
+use attune_tensor::view::{MatRef, ViewMut};
+use attune_tensor::{ops, reading};
 use candle_core::{Device, Tensor};
 
-use super::{Block, BlockCache, site};
+use super::{Block, BlockCache, Saved, site};
 use crate::context::{GraphCx, Matrix};
+use crate::pass::parts::{Given, wants};
+use crate::pass::walk::Run;
+use crate::pass::{PassCx, Rows, Sinks};
 
 pub(super) struct Embedding {
     /// The table of tokens, then that of positions.
@@ -15,18 +19,24 @@ pub(super) struct Embedding {
 }
 
 impl Embedding {
+    /// The tables that are looked up for a layout, and the row of each for each of its rows.
+    fn tables(&self, layout: &Layout, architecture: &Architecture) -> Result<Vec<(Place, Vec<u32>)>> {
+        let mut tables = vec![(Place::Embedding, tokens(layout, architecture.vocab)?)];
+        let positions = layout.docs().iter().flat_map(|doc| 0..doc.n_rows());
+        if let Some(ids) = places(positions, architecture)? {
+            tables.push((Place::Positions, ids));
+        }
+        Ok(tables)
+    }
+
     fn rows(&self, positions: impl Iterator<Item = usize>, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &tokens(cx)?, cx)?;
-        let Positions::Learned { rows, offset } = cx.base.architecture().positions else { return Ok(vec![x_td]) };
-        let ids = positions.map(|position| {
-            if position + offset < rows {
-                Ok((position + offset) as u32)
-            } else {
-                Err(too_long(position + 1, rows - offset))
-            }
-        });
-        let ids = ids.collect::<Result<Vec<u32>>>()?;
-        Ok(vec![(x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?])
+        let architecture = cx.base.architecture();
+        let ids = tokens(cx.layout, architecture.vocab)?;
+        let x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
+        match places(positions, architecture)? {
+            None => Ok(vec![x_td]),
+            Some(ids) => Ok(vec![(x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?]),
+        }
     }
 }
 
@@ -40,6 +50,58 @@ impl Block for Embedding {
         self.rows(cx.layout.docs().iter().flat_map(|doc| 0..doc.n_rows()), cx)
     }
 
+    fn forward(&self, _: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<Saved>)> {
+        if run == Run::Saved {
+            return Ok((Vec::new(), None));
+        }
+        let mut x_td = cx.arena.rows(cx.n_rows(), cx.architecture().hidden);
+        for (part, rows) in cx.parts_of(Given::All) {
+            for (i, (place, ids)) in self.tables(cx.parts[part].layout, cx.architecture())?.iter().enumerate() {
+                let to = x_td.view_mut().into_sub_rows(rows.start, rows.end);
+                let id = &site(&self.sites, *place)?.id;
+                let at = || format!("embedding {id}");
+                match cx.own(part, id, "weight") {
+                    Some((_, w_vd)) => select(reading::read(w_vd).context(at)?.mat(), ids, to, i > 0),
+                    None => {
+                        let frozen = cx.base.matrix(&cx.base.tensor_name(id.as_str(), "weight"))?;
+                        select(frozen.read().context(at)?.mat(), ids, to, i > 0);
+                    }
+                }
+            }
+        }
+        Ok((vec![x_td], None))
+    }
+
+    fn vjp(
+        &self,
+        _: &[Rows<f32>],
+        _: Option<Saved>,
+        dy: Vec<Rows<f32>>,
+        _: bool,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<Vec<Rows<f32>>> {
+        let dx_td = super::only(dy)?;
+        for (part, rows) in cx.parts_of(Given::All) {
+            let dx = dx_td.view().sub_rows(rows.start, rows.end);
+            for (place, ids) in self.tables(cx.parts[part].layout, cx.architecture())? {
+                let site = site(&self.sites, place)?;
+                let id = cx.id_of(part, &site.id, "weight");
+                let SiteKind::Embedding { vocab, width } = site.kind else { continue };
+                if !wants(&*sinks[part], &id)? {
+                    continue;
+                }
+                let mut dw_vd = vec![0.0f32; vocab * width];
+                for (row, id) in ids.into_iter().enumerate() {
+                    let to = &mut dw_vd[id as usize * width..][..width];
+                    to.iter_mut().zip(dx.row(row)).for_each(|(sum, dx)| *sum += dx);
+                }
+                sinks[part].put(&id, &Tensor::from_vec(dw_vd, (vocab, width), &Device::Cpu)?)?;
+            }
+        }
+        Ok(Vec::new())
+    }
+
     fn decode(&self, _: &[Tensor], cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let rows = cx.layout.rows().len();
         let start = cache.advance(rows);
@@ -51,10 +113,22 @@ fn too_long(length: usize, longest: usize) -> Error {
     Error::Refused(format!("a document has {length} tokens or more; this model has positions for {longest}"))
 }
 
-/// The token of each row of the layout.
-fn tokens(cx: &GraphCx<'_>) -> Result<Vec<u32>> {
-    let vocab = cx.base.architecture().vocab;
-    let ids = cx.layout.rows().iter().map(|row| match row {
+/// The row of the table of positions for each position; none where positions are not learned.
+fn places(positions: impl Iterator<Item = usize>, architecture: &Architecture) -> Result<Option<Vec<u32>>> {
+    let Positions::Learned { rows, offset } = architecture.positions else { return Ok(None) };
+    let ids = positions.map(|position| {
+        if position + offset < rows {
+            Ok((position + offset) as u32)
+        } else {
+            Err(too_long(position + 1, rows - offset))
+        }
+    });
+    ids.collect::<Result<Vec<u32>>>().map(Some)
+}
+
+/// The token of each row of a layout.
+fn tokens(layout: &Layout, vocab: usize) -> Result<Vec<u32>> {
+    let ids = layout.rows().iter().map(|row| match row {
         Row::Token(id) if (*id as usize) < vocab => Ok(*id),
         Row::Token(id) => Err(Error::Refused(format!(
             "token {id} is outside of the model's vocabulary of {vocab}; tokenizer and model do not fit"
@@ -64,6 +138,19 @@ fn tokens(cx: &GraphCx<'_>) -> Result<Vec<u32>> {
         }
     });
     ids.collect()
+}
+
+/// Copies, or adds, the rows `ids` of a table.
+fn select(w_vd: MatRef<'_>, ids: &[u32], mut to: ViewMut<'_, f32>, add: bool) {
+    for (place, &id) in ids.iter().enumerate() {
+        let to = to.row(place);
+        match (w_vd, add) {
+            (MatRef::F32(view), false) => to.copy_from_slice(view.row(id as usize)),
+            (MatRef::F32(view), true) => to.iter_mut().zip(view.row(id as usize)).for_each(|(x, w)| *x += w),
+            (MatRef::Bf16(view), false) => to.iter_mut().zip(view.row(id as usize)).for_each(|(x, w)| *x = w.to_f32()),
+            (MatRef::Bf16(view), true) => to.iter_mut().zip(view.row(id as usize)).for_each(|(x, w)| *x += w.to_f32()),
+        }
+    }
 }
 
 /// The rows `ids` of the table at `site`.

@@ -5,6 +5,7 @@ mod attention;
 mod embedding;
 mod experts;
 mod mlp;
+mod residual;
 
 use attune_architecture::{Architecture, BlockKind, NormPlacement, Place, Site};
 use attune_points::{Error, Result};
@@ -12,8 +13,21 @@ use candle_core::Tensor;
 
 pub use crate::cache::BlockCache;
 use crate::context::GraphCx;
+use crate::pass::walk::Run;
+use crate::pass::{PassCx, Rows, Sinks, local};
+
+/// What a block keeps between its forward and its reverse pass, beside its input.
+pub enum Saved {
+    /// Of attention.
+    Attention(Box<attention::Saved>),
+    /// Of an MLP.
+    Mlp(Box<mlp::Saved>),
+}
 
 /// A piece of the trunk between two points of the residual stream.
+///
+/// Its `graph` defines it. `forward` and `vjp` are the same on views of rows and over several parts at once; without an own
+/// form they run the graph.
 pub trait Block: Send + Sync {
     /// Its sites, in the order in which it uses them.
     fn sites(&self) -> &[Site];
@@ -30,6 +44,32 @@ pub trait Block: Send + Sync {
     /// # Errors
     /// Whatever its operations raise.
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>>;
+
+    /// The block's output for the streams `x` on the rows of a pass, and what its reverse needs, as `run` asks.
+    ///
+    /// # Errors
+    /// Whatever its operations raise.
+    fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<Saved>)> {
+        let y = if run == Run::Saved { Vec::new() } else { local::block(&|x, cx| self.graph(x, cx), x, cx)? };
+        Ok((y, None))
+    }
+
+    /// The gradients by the streams `x` (nothing of value if nobody `below` asks), from those by the output; those of its
+    /// tensors go to the sinks.
+    ///
+    /// # Errors
+    /// Whatever its operations or a sink raise.
+    fn vjp(
+        &self,
+        x: &[Rows<f32>],
+        _saved: Option<Saved>,
+        dy: Vec<Rows<f32>>,
+        below: bool,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<Vec<Rows<f32>>> {
+        local::block_vjp(&|x, cx| self.graph(x, cx), self.sites(), x, &dy, below, cx, sinks)
+    }
 
     /// The same for rows that follow those in `cache`. Blocks that look at one row at a time need no cache.
     ///
@@ -53,6 +93,18 @@ fn residual(x_td: &Tensor, norm: &Site, cx: &GraphCx<'_>, f: impl FnOnce(&Tensor
         NormPlacement::Pre => Ok((x_td + f(&cx.norm(norm, x_td)?)?)?),
         NormPlacement::Post => cx.norm(norm, &(x_td + f(x_td)?)?),
     }
+}
+
+/// The one stream that a block of the residual stream is given.
+fn only(mut streams: Vec<Rows<f32>>) -> Result<Rows<f32>> {
+    match streams.len() {
+        1 => Ok(streams.remove(0)),
+        n => Err(Error::Refused(format!("a block was given {n} streams; expected the residual stream"))),
+    }
+}
+
+fn nothing_saved(block: &str) -> Error {
+    Error::Refused(format!("the reverse of {block} was asked for without its forward pass"))
 }
 
 /// The blocks below the head, from the embedding upwards.

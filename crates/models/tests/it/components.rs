@@ -2,19 +2,18 @@
 
 use std::sync::Arc;
 
-use attune_architecture::{Architecture, Site, SiteId, SiteKind};
+use attune_architecture::{Architecture, SiteId};
 use attune_models::dropout::Dropout;
 use attune_models::{Base, Model, Pass, Slot, Stack};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter as _, Merged};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{
-    Bank, BankKind, Binding, Error, Grads, Layout, Locals, Params, Result, Row, Rows, TensorId, TensorName, TensorSpec,
-    Theta, Weight,
+    Bank, BankKind, Binding, Error, Grads, Layout, Params, Row, Rows, TensorId, TensorName, Theta, Weight as _,
 };
-use attune_spec::Fault;
-use attune_tensor::{Rng, ops};
-use candle_core::{DType, Tensor};
+use attune_tensor::Rng;
+use candle_core::DType;
 
+use crate::low_rank::LowRank;
 use crate::support::{CrossEntropy, difference};
 
 const TINY: &str = r#"{
@@ -23,54 +22,6 @@ const TINY: &str = r#"{
     "tie_word_embeddings": false, "rope_theta": 100.0, "initializer_range": 0.5
 }"#;
 
-/// `y += (mask ∘ x) down_riᵀ up_orᵀ`: the plainest component that has two tensors and dropout.
-struct LowRank {
-    rank: usize,
-    dropout: f64,
-}
-
-impl Adapter for LowRank {
-    fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
-        let attachments = sites.iter().filter_map(|site| {
-            let SiteKind::Linear { output, input, .. } = site.kind else { return None };
-            let tensors =
-                vec![TensorSpec::trained("down", [self.rank, input]), TensorSpec::trained("up", [output, self.rank])];
-            Some(Attachment { site: site.id.clone(), tensors })
-        });
-        Ok(attachments.collect())
-    }
-
-    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
-        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
-            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
-        };
-        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
-    }
-
-    fn port(&self, _: &Attachment) -> Port<'_> {
-        Port::Delta(self)
-    }
-
-    fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> Result<Merged> {
-        Ok(Merged::Factors { left: tensors.get("up")?.clone(), right: tensors.get("down")?.clone(), scale: 1.0 })
-    }
-
-    fn peft(&self) -> Option<Peft> {
-        None
-    }
-}
-
-impl RowMap for LowRank {
-    fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor> {
-        let x_ti = match cx.dropout {
-            Some(dropout) => (x_ti * dropout.mask(cx.site, x_ti.dim(1)?, self.dropout, x_ti)?)?,
-            None => x_ti.clone(),
-        };
-        Ok(ops::linear(&ops::linear(&x_ti, tensors.get("down")?, None)?, tensors.get("up")?, None)?)
-    }
-}
-
 fn base() -> Base {
     Base::random(Architecture::from_json(TINY.as_bytes()).unwrap(), 5, DType::F64).unwrap()
 }
@@ -78,7 +29,7 @@ fn base() -> Base {
 /// A model with a slot of [`LowRank`] on every linear, the head's among them.
 fn model() -> Model {
     let base = base();
-    let adapter = LowRank { rank: 2, dropout: 0.4 };
+    let adapter = LowRank { rank: 2, dropout: 0.4, fused: true };
     let attachments = adapter.attach(base.architecture(), &base.architecture().sites()).unwrap();
     Model::new(base, Stack::new(vec![Slot::new(Arc::new(adapter), attachments)])).in_f64()
 }
@@ -168,7 +119,7 @@ fn a_model_with_a_component_is_the_model_with_the_merged_weights() {
             let weight = model.base().weight(&site);
             let locals = attune_models::stack::locals(at, &params).unwrap();
             let Merged::Factors { left, right, scale } =
-                LowRank { rank: 2, dropout: 0.0 }.merge(at, &locals, &weight).unwrap()
+                LowRank { rank: 2, dropout: 0.0, fused: true }.merge(at, &locals, &weight).unwrap()
             else {
                 panic!("a low-rank component merges as factors")
             };

@@ -6,5 +6,7 @@ mod components;
 mod export;
 mod folder;
 mod golden;
+mod low_rank;
+mod passes;
 mod support;
 mod walk;

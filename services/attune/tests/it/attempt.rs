@@ -8,7 +8,6 @@ use std::process::Stdio;
 use attune_spec::job::plan::Input;
 use attune_spec::job::{Plan, read_value, read_yaml, set_path};
 use attune_spec::method::Catalogue;
-use attune_trainer::lanes;
 use attune_trainer::protocol::{Event, OutputRole, Request, Summary, VERSION};
 
 use crate::support::Place;
@@ -17,7 +16,6 @@ use crate::support::Place;
 fn attempt(place: &Place, request: &str) -> (Vec<Event>, Option<i32>, String) {
     let mut child = place
         .command(&["attempt"])
-        .env(lanes::variable().0, lanes::variable().1)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

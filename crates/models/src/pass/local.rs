@@ -1,0 +1,220 @@
+//! What has no hand-written gradient: a component or a whole block runs its graph on each part's rows, and its reverse is
+//! candle's on that small local graph.
+
+use attune_architecture::Site;
+use attune_points::adapter::{DropoutMask, RowCx};
+use attune_points::{Error, Locals, Owner, Result, TensorId};
+use attune_tensor::autograd;
+use attune_tensor::view::{MatRef, View, ViewMut};
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::attention::RowPlan;
+use crate::context::{GraphCx, Tracked};
+use crate::dropout::RowMasks;
+use crate::pass::arena::Rows;
+use crate::pass::parts::{Given, PassCx, Placed, Sinks, wanted, wants};
+
+/// Rows as a tensor of f32.
+pub(crate) fn tensor(x: MatRef<'_>) -> Result<Tensor> {
+    let (rows, cols) = (x.rows(), x.cols());
+    let mut values = Vec::with_capacity(rows * cols);
+    match x {
+        MatRef::F32(view) => (0..rows).for_each(|row| values.extend_from_slice(view.row(row))),
+        MatRef::Bf16(view) => (0..rows).for_each(|row| values.extend(view.row(row).iter().map(|v| v.to_f32()))),
+    }
+    Ok(Tensor::from_vec(values, (rows, cols), &Device::Cpu)?)
+}
+
+/// Writes (or adds) a tensor to rows.
+pub(crate) fn write(tensor: &Tensor, mut to: ViewMut<'_, f32>, add: bool) -> Result<()> {
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let (rows, cols) = (to.rows(), to.cols());
+    if values.len() != rows * cols {
+        return Err(Error::Refused(format!("a component made {:?}; expected [{rows}, {cols}]", tensor.shape())));
+    }
+    for (row, values) in values.chunks_exact(cols.max(1)).enumerate() {
+        if add {
+            to.row(row).iter_mut().zip(values).for_each(|(y, v)| *y += v);
+        } else {
+            to.row(row).copy_from_slice(values);
+        }
+    }
+    Ok(())
+}
+
+/// The masks of a component's rows.
+fn masks<'m>(cx: &PassCx<'m>, placed: &'m Placed<'_>) -> Option<RowMasks<'m>> {
+    let part = &cx.parts[placed.part];
+    part.dropout.map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
+}
+
+/// The tensors of a component, leaves where a gradient is wanted.
+fn locals(cx: &PassCx<'_>, placed: &Placed<'_>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
+    let site = placed.at.site.as_str();
+    let found = placed.at.tensors.iter().map(|spec| {
+        let id = TensorId { owner: Owner::Bank { slot: placed.slot, set: placed.set }, name: spec.name(site) };
+        let leaf = tracked.iter().find(|(tracked, _)| *tracked == id).map(|(_, var)| var.as_tensor());
+        let tensor = leaf.or_else(|| cx.parts[placed.part].theta.get(&id)).ok_or_else(|| Error::UnknownTensor {
+            component: site.to_owned(),
+            name: spec.local.to_owned(),
+            declared: Vec::new(),
+        })?;
+        Ok((spec.local, tensor.clone()))
+    });
+    Ok(Locals::new(site, found.collect::<Result<Vec<_>>>()?))
+}
+
+/// `y += delta(x)` on the component's rows.
+pub(crate) fn add_component(
+    cx: &PassCx<'_>,
+    site: &Site,
+    placed: &Placed<'_>,
+    x_ti: MatRef<'_>,
+    y_to: ViewMut<'_, f32>,
+) -> Result<()> {
+    let x = tensor(x_ti.sub_rows(placed.rows.start, placed.rows.end))?;
+    let masks = masks(cx, placed);
+    let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
+    let delta = placed.map.graph(&x, &locals(cx, placed, &[])?, &RowCx { site: &site.id, dropout })?;
+    write(&delta, y_to.into_sub_rows(placed.rows.start, placed.rows.end), true)
+}
+
+/// The reverse of [`add_component`].
+pub(crate) fn component_vjp(
+    cx: &PassCx<'_>,
+    site: &Site,
+    placed: &Placed<'_>,
+    x_ti: MatRef<'_>,
+    dy_to: MatRef<'_>,
+    dx_ti: Option<ViewMut<'_, f32>>,
+    sinks: &mut Sinks<'_>,
+) -> Result<()> {
+    let rows = &placed.rows;
+    let mut leaves = Vec::new();
+    for spec in &placed.at.tensors {
+        let name = spec.name(placed.at.site.as_str());
+        let id = TensorId { owner: Owner::Bank { slot: placed.slot, set: placed.set }, name };
+        if wants(&*sinks[placed.part], &id)?
+            && let Some(value) = cx.parts[placed.part].theta.get(&id)
+        {
+            leaves.push((id, autograd::leaf(value)?));
+        }
+    }
+    let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
+    let masks = masks(cx, placed);
+    let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
+    let delta = placed.map.graph(&x, &locals(cx, placed, &leaves)?, &RowCx { site: &site.id, dropout })?;
+    let dy = tensor(dy_to.sub_rows(rows.start, rows.end))?;
+    let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&x]).collect();
+    let mut gradients = autograd::pull(&all, &[(&delta, &dy)])?;
+    let dx = gradients.pop().flatten();
+    for ((id, _), gradient) in leaves.iter().zip(gradients) {
+        if let Some(gradient) = gradient {
+            sinks[placed.part].put(id, &gradient)?;
+        }
+    }
+    match (dx_ti, dx) {
+        (Some(to), Some(dx)) => write(&dx, to.into_sub_rows(rows.start, rows.end), true),
+        _ => Ok(()),
+    }
+}
+
+/// What the graph of a block sees of one part.
+fn graph_cx<'a>(cx: &PassCx<'a>, part: usize, plan: &'a RowPlan, tracked: &'a Tracked) -> GraphCx<'a> {
+    let part = &cx.parts[part];
+    GraphCx {
+        base: cx.base,
+        stack: part.stack,
+        theta: part.theta,
+        layout: part.layout,
+        plan,
+        dropout: part.dropout,
+        rows: None,
+        tracked,
+        dtype: DType::F32,
+    }
+}
+
+/// The rows of a part in each stream, as tensors.
+fn streams(x: &[Rows<f32>], rows: &std::ops::Range<usize>) -> Result<Vec<Tensor>> {
+    x.iter().map(|x| tensor(x.view().sub_rows(rows.start, rows.end).into())).collect()
+}
+
+/// The graph of a block.
+type Graph<'g> = dyn Fn(&[Tensor], &GraphCx<'_>) -> Result<Vec<Tensor>> + 'g;
+
+/// A block's output by its graph.
+pub(crate) fn block(graph: &Graph<'_>, x: &[Rows<f32>], cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
+    let none = Tracked::new();
+    let mut y: Vec<Rows<f32>> = Vec::new();
+    for (part, rows) in cx.parts_of(Given::All) {
+        let plan = RowPlan::new(cx.architecture(), cx.parts[part].layout, DType::F32)?;
+        let made = graph(&streams(x, &rows)?, &graph_cx(cx, part, &plan, &none))?;
+        if y.is_empty() {
+            for made in &made {
+                y.push(cx.arena.rows(cx.n_rows(), made.dim(1)?));
+            }
+        }
+        for (y, made) in y.iter_mut().zip(&made) {
+            write(made, y.view_mut().into_sub_rows(rows.start, rows.end), false)?;
+        }
+    }
+    Ok(y)
+}
+
+/// The reverse of [`block`]: the gradients by its inputs, if they are asked for.
+pub(crate) fn block_vjp(
+    graph: &Graph<'_>,
+    sites: &[Site],
+    x: &[Rows<f32>],
+    dy: &[Rows<f32>],
+    below: bool,
+    cx: &PassCx<'_>,
+    sinks: &mut Sinks<'_>,
+) -> Result<Vec<Rows<f32>>> {
+    let mut dx: Vec<Rows<f32>> =
+        if below { x.iter().map(|x| cx.arena.rows(x.n_rows(), x.n_cols())).collect() } else { Vec::new() };
+    for (part, rows) in cx.parts_of(Given::All) {
+        let plan = RowPlan::new(cx.architecture(), cx.parts[part].layout, DType::F32)?;
+        let wanted = wanted(cx.base, &cx.parts[part], sites, &*sinks[part])?;
+        let mut leaves = Vec::with_capacity(wanted.len());
+        for id in wanted {
+            let var = match cx.parts[part].theta.get(&id) {
+                Some(tensor) => autograd::leaf(tensor)?,
+                None => autograd::leaf(&cx.base.tensor(&id.name, DType::F32)?)?,
+            };
+            leaves.push((id, var));
+        }
+        let tracked: Tracked = leaves.iter().cloned().collect();
+        let inputs = streams(x, &rows)?;
+        let x: Vec<Var> =
+            if below { inputs.iter().map(autograd::leaf).collect::<candle_core::Result<_>>()? } else { Vec::new() };
+        let inputs = if below { x.iter().map(|x| x.as_tensor().clone()).collect() } else { inputs };
+        let y = graph(&inputs, &graph_cx(cx, part, &plan, &tracked))?;
+        let dy = streams(dy, &rows)?;
+        let outputs: Vec<(&Tensor, &Tensor)> = y.iter().zip(&dy).collect();
+        let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain(&x).collect();
+        let mut gradients = autograd::pull(&all, &outputs)?.into_iter();
+        for ((id, var), gradient) in leaves.iter().zip(gradients.by_ref()) {
+            let of_expert = || sites.iter().any(|site| site.expert.is_some() && site.id.as_str() == id.name.owner());
+            match gradient {
+                Some(gradient) => sinks[part].put(id, &gradient)?,
+                // No row went to this expert: the loss does not depend on it.
+                None if of_expert() => sinks[part].put(id, &var.zeros_like()?)?,
+                None => {}
+            }
+        }
+        for ((gradient, x), dx) in gradients.zip(&x).zip(&mut dx) {
+            let gradient = gradient.map_or_else(|| x.zeros_like(), Ok)?;
+            write(&gradient, dx.view_mut().into_sub_rows(rows.start, rows.end), false)?;
+        }
+    }
+    Ok(dx)
+}
+
+/// Rows of 32 bits, gathered.
+pub(crate) fn gather(x: View<'_, f32>, rows: impl Iterator<Item = usize>, mut to: ViewMut<'_, f32>) {
+    for (place, row) in rows.enumerate() {
+        to.row(place).copy_from_slice(x.row(row));
+    }
+}

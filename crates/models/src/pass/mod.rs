@@ -1,0 +1,25 @@
+//! Passes on views of rows: forward and reverse, with hand-written gradients, over several parts at once.
+//!
+//! A pass takes *parts*: documents with components, parameters, objective and gradient sink of their own. All parts go
+//! through the base's products together; what belongs to one part (its components, its sums over rows) runs on its rows
+//! alone and in the same order as without the others, so that a part's results have the same bits in any company. Parts of
+//! one job are its logical shards; parts of several jobs are lanes.
+//!
+//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `linear` (a site with its components), `norm`,
+//! `local` (what has no hand-written gradient), then the blocks, `head`, and [`walk`].
+
+pub mod arena;
+pub mod times;
+
+pub mod parts;
+
+pub(crate) mod linear;
+pub(crate) mod local;
+pub(crate) mod norm;
+
+pub(crate) mod head;
+pub mod walk;
+
+pub use arena::{Activations, Arena, Mat, Rows};
+pub use parts::{PassCx, Sinks};
+pub use times::{Stopwatch, Times, Work};

@@ -1,0 +1,354 @@
+//! Who owns which rows of a pass, and what every block of it sees.
+
+use std::ops::Range;
+
+use attune_architecture::{Architecture, Site, SiteId};
+use attune_points::adapter::{Attachment, FusedRows, Port, RowMap};
+use attune_points::{
+    BankKind, Binding, GradSink, Layout, Owner, Region, Result, Rows as Bound, TensorId, TensorName, Theta,
+};
+use attune_tensor::kernels::Kernels;
+use attune_tensor::view::View;
+use candle_core::{DType, Tensor};
+
+use crate::base::Base;
+use crate::dropout::Dropout;
+use crate::pass::arena::{Activations, Arena, Mat, Rows};
+use crate::pass::times::Meter;
+use crate::stack::Stack;
+
+/// Where the gradients of each part go; none in a pass without gradients.
+pub type Sinks<'s> = [&'s mut dyn GradSink];
+
+/// One part of a pass.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    /// Its components.
+    pub stack: &'a Stack,
+    /// Its parameters.
+    pub theta: &'a Theta,
+    /// Its documents.
+    pub layout: &'a Layout,
+    /// The key of its dropout; `None` in evaluation.
+    pub dropout: Option<Dropout>,
+}
+
+/// What the blocks of a pass see.
+pub struct PassCx<'a> {
+    pub(crate) kernels: &'static dyn Kernels,
+    pub(crate) base: &'a Base,
+    pub(crate) parts: &'a [Part<'a>],
+    /// The rows of each part.
+    pub(crate) rows: Vec<Range<usize>>,
+    /// The rows of each document of each part.
+    pub(crate) docs: Vec<Range<usize>>,
+    /// Cosines and sines of each row's angles, `[T, W/2]`; none where positions are not turned.
+    pub(crate) angles: Option<(Rows<f32>, Rows<f32>)>,
+    pub(crate) arena: Arena,
+    pub(crate) dtype: Activations,
+    pub(crate) meter: Meter,
+}
+
+/// The rows that an operation is given.
+#[derive(Clone, Copy)]
+pub(crate) enum Given<'g> {
+    /// All rows of the pass.
+    All,
+    /// Some rows of one part, by their numbers in its layout.
+    Of { part: usize, ids: &'g [u32] },
+}
+
+/// A component on some of the rows that an operation is given.
+pub(crate) struct Placed<'a> {
+    pub(crate) part: usize,
+    /// Its rows among those given.
+    pub(crate) rows: Range<usize>,
+    /// Their numbers in the part's layout.
+    pub(crate) ids: Ids<'a>,
+    pub(crate) slot: u16,
+    pub(crate) set: u32,
+    pub(crate) at: &'a Attachment,
+    pub(crate) map: &'a dyn RowMap,
+    pub(crate) fused: Option<FusedRows>,
+}
+
+/// Numbers of rows in a layout.
+pub(crate) enum Ids<'a> {
+    /// All of them.
+    All,
+    /// These.
+    Some(Vec<u32>),
+    /// These, of somebody else.
+    Borrowed(&'a [u32]),
+}
+
+impl Ids<'_> {
+    /// The numbers; `None` for all rows.
+    pub(crate) fn some(&self) -> Option<&[u32]> {
+        match self {
+            Self::All => None,
+            Self::Some(ids) => Some(ids),
+            Self::Borrowed(ids) => Some(ids),
+        }
+    }
+}
+
+impl<'a> PassCx<'a> {
+    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], arena: &Arena, kernels: &'static dyn Kernels) -> Self {
+        let (mut rows, mut docs, mut end) = (Vec::with_capacity(parts.len()), Vec::new(), 0);
+        for part in parts {
+            let start = end;
+            end += part.layout.n_rows();
+            rows.push(start..end);
+            let shifted = |doc: &attune_points::Doc| start + doc.rows.start as usize..start + doc.rows.end as usize;
+            docs.extend(part.layout.docs().iter().map(shifted).filter(|doc| !doc.is_empty()));
+        }
+        let angles = angles(base.architecture(), &docs, end, arena);
+        let dtype = base.activations();
+        let arena = arena.clone();
+        Self { kernels, base, parts, rows, docs, angles, arena, dtype, meter: Meter::default() }
+    }
+
+    pub(crate) fn architecture(&self) -> &'a Architecture {
+        self.base.architecture()
+    }
+
+    /// Rows of the whole pass.
+    pub(crate) fn n_rows(&self) -> usize {
+        self.rows.last().map_or(0, |rows| rows.end)
+    }
+
+    /// `x` in the type of the activations.
+    pub(crate) fn narrow(&self, x: View<'_, f32>) -> Mat {
+        let mut y = self.arena.mat(x.rows(), x.cols(), self.dtype);
+        self.kernels.convert(x.into(), y.view_mut());
+        y
+    }
+
+    /// The parts among the rows given, and their rows there.
+    pub(crate) fn parts_of(&self, given: Given<'_>) -> Vec<(usize, Range<usize>)> {
+        match given {
+            Given::All => self.rows.iter().cloned().enumerate().filter(|(_, rows)| !rows.is_empty()).collect(),
+            Given::Of { part, ids } => vec![(part, 0..ids.len())],
+        }
+    }
+
+    /// The components at `site` on the rows given, part by part, in the order in which they apply.
+    ///
+    /// # Errors
+    /// A component whose port no linear offers.
+    pub(crate) fn placed<'g>(&self, site: &SiteId, given: Given<'g>) -> Result<Vec<Placed<'g>>>
+    where
+        'a: 'g,
+    {
+        let mut placed = Vec::new();
+        for (index, rows) in self.parts_of(given) {
+            let part = &self.parts[index];
+            for binding in &part.theta.bindings {
+                let Some((at, map)) = component(part, binding, site)? else { continue };
+                let fused = map.fused();
+                let (slot, start) = (binding.slot, rows.start);
+                if let Bound::All(set) = binding.rows {
+                    let ids = match given {
+                        Given::All => Ids::All,
+                        Given::Of { ids, .. } => Ids::Borrowed(ids),
+                    };
+                    placed.push(Placed { part: index, rows: rows.clone(), ids, slot, set, at, map, fused });
+                    continue;
+                }
+                let ids: Vec<u32> = match given {
+                    Given::All => (0..rows.len() as u32).collect(),
+                    Given::Of { ids, .. } => ids.to_vec(),
+                };
+                for (run, set) in crate::context::runs(&binding.rows, &ids) {
+                    let Some(set) = set else { continue };
+                    let rows = start + run.start..start + run.end;
+                    let ids = Ids::Some(ids[run].to_vec());
+                    placed.push(Placed { part: index, rows, ids, slot, set, at, map, fused });
+                }
+            }
+        }
+        Ok(placed)
+    }
+
+    /// A tensor that stands in for the base's in all parts (a trained weight), with its id in each part that has one; `None`
+    /// for parts that use the base's.
+    pub(crate) fn own(&self, part: usize, site: &SiteId, local: &str) -> Option<(TensorId, &'a Tensor)> {
+        self.parts[part].theta.weight(&self.base.tensor_name(site.as_str(), local))
+    }
+
+    /// The id under which the gradient of a site's own tensor is put by a part.
+    pub(crate) fn id_of(&self, part: usize, site: &SiteId, local: &str) -> TensorId {
+        match self.own(part, site, local) {
+            Some((id, _)) => id,
+            None => TensorId { owner: Owner::Base, name: self.base.tensor_name(site.as_str(), local) },
+        }
+    }
+
+    /// Whether any part wants the gradient of one of a site's own tensors.
+    ///
+    /// # Errors
+    /// A sink that asks for a part of it.
+    pub(crate) fn wants_any(&self, site: &Site, sinks: &Sinks<'_>) -> Result<bool> {
+        for (part, _) in self.parts_of(Given::All) {
+            for local in site.locals() {
+                if wants(&*sinks[part], &self.id_of(part, &site.id, local))? {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// A vector of a site (a norm's scale, a bias) as a part sees it.
+    ///
+    /// # Errors
+    /// A tensor that the base does not have.
+    pub(crate) fn vector(&self, part: usize, site: &SiteId, local: &str) -> Result<Vec<f32>> {
+        let tensor = match self.own(part, site, local) {
+            Some((_, tensor)) => tensor,
+            None => self.base.vector(&self.base.tensor_name(site.as_str(), local))?,
+        };
+        Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// Runs of parts among the rows given that read one and the same tensor at `site`: the rows, one of the parts, and the
+    /// tensor that stands in for the base's, if any.
+    pub(crate) fn shared(
+        &self,
+        given: Given<'_>,
+        site: &SiteId,
+        local: &str,
+    ) -> Vec<(Range<usize>, usize, Option<&'a Tensor>)> {
+        let mut runs: Vec<(Range<usize>, usize, Option<&'a Tensor>)> = Vec::new();
+        for (part, rows) in self.parts_of(given) {
+            let tensor = self.own(part, site, local).map(|(_, tensor)| tensor);
+            match runs.last_mut() {
+                Some((run, _, last)) if last.map(Tensor::id) == tensor.map(Tensor::id) => run.end = rows.end,
+                _ => runs.push((rows, part, tensor)),
+            }
+        }
+        runs
+    }
+}
+
+/// What a binding of a part attaches at `site`.
+fn component<'a>(
+    part: &Part<'a>,
+    binding: &Binding,
+    site: &SiteId,
+) -> Result<Option<(&'a Attachment, &'a dyn RowMap)>> {
+    let bank = part.theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
+    let slot = bank.and_then(|_| part.stack.slot(binding.slot));
+    let Some((slot, at)) = slot.and_then(|slot| Some((slot, slot.at(site)?))) else { return Ok(None) };
+    match slot.adapter().port(at) {
+        Port::Delta(map) => Ok(Some((at, map))),
+        _ => Err(attune_points::Error::Refused(format!("the component at {site} has a port that no linear offers"))),
+    }
+}
+
+/// The tensors at `sites` whose gradient the sink of a part wants.
+///
+/// # Errors
+/// A sink that asks for a part of a tensor's gradient.
+pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn GradSink) -> Result<Vec<TensorId>> {
+    let mut found = Vec::new();
+    let mut ask = |id: TensorId| {
+        if wants(sink, &id)? && !found.contains(&id) {
+            found.push(id);
+        }
+        Ok::<_, attune_points::Error>(())
+    };
+    for site in sites {
+        for local in site.locals() {
+            let name: TensorName = base.tensor_name(site.id.as_str(), local);
+            match part.theta.weight(&name) {
+                Some((id, _)) => ask(id)?,
+                None => ask(TensorId { owner: Owner::Base, name })?,
+            }
+        }
+        for binding in &part.theta.bindings {
+            let slot = binding.slot;
+            let bank = part.theta.banks.get(slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
+            let at = bank.and_then(|_| part.stack.slot(slot)?.at(&site.id));
+            for spec in at.into_iter().flat_map(|at| &at.tensors) {
+                for set in sets(&binding.rows) {
+                    ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site.id.as_str()) })?;
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a sink wants the gradient of a tensor.
+///
+/// # Errors
+/// A sink that asks for a part of it.
+pub(crate) fn wants(sink: &dyn GradSink, id: &TensorId) -> Result<bool> {
+    match sink.want(id) {
+        Region::None => Ok(false),
+        Region::All => Ok(true),
+        Region::Rows(_) | Region::Cols(_) | Region::Cross(..) | Region::Entries(_) => {
+            Err(attune_points::Error::Refused(format!(
+                "part of the gradient of {id} was asked for; this engine computes whole gradients"
+            )))
+        }
+    }
+}
+
+/// The sets that a binding uses.
+fn sets(rows: &Bound) -> Vec<u32> {
+    match rows {
+        Bound::All(set) => vec![*set],
+        Bound::Segments(segments) => {
+            let mut sets: Vec<u32> = segments.iter().map(|(_, set)| *set).collect();
+            sets.sort_unstable();
+            sets.dedup();
+            sets
+        }
+    }
+}
+
+/// Cosines and sines of the angles of each row. They are computed in f64: a position of some thousands times a frequency
+/// near 1 loses all its digits in f32. The frequencies of dynamic scaling depend on the length of the document.
+fn angles(
+    architecture: &Architecture,
+    docs: &[Range<usize>],
+    rows: usize,
+    arena: &Arena,
+) -> Option<(Rows<f32>, Rows<f32>)> {
+    let rope = architecture.positions.rope()?;
+    let half = architecture.head_dim / 2;
+    let factor = rope.attention_factor();
+    let (mut cos, mut sin) = (arena.rows(rows, half), arena.rows(rows, half));
+    let mut frequencies = Vec::new();
+    // The table of the longest document so far with these frequencies: others are its beginning.
+    let mut longest: Option<Range<usize>> = None;
+    for doc in docs {
+        let length = doc.len();
+        let own = rope.frequencies(architecture.head_dim, length);
+        if own != frequencies {
+            frequencies = own;
+            longest = None;
+        }
+        let known = longest.as_ref().map_or(0, |longest| longest.len().min(length));
+        if let Some(longest) = &longest {
+            let from = longest.start * half..(longest.start + known) * half;
+            cos.values_mut().copy_within(from.clone(), doc.start * half);
+            sin.values_mut().copy_within(from, doc.start * half);
+        }
+        for position in known..length {
+            let at = (doc.start + position) * half;
+            for (i, frequency) in frequencies.iter().enumerate() {
+                let angle = position as f64 * frequency;
+                cos.values_mut()[at + i] = (angle.cos() * factor) as f32;
+                sin.values_mut()[at + i] = (angle.sin() * factor) as f32;
+            }
+        }
+        if length > known {
+            longest = Some(doc.clone());
+        }
+    }
+    Some((cos, sin))
+}

@@ -1,0 +1,160 @@
+//! The walk over the blocks, forward and in reverse.
+
+use attune_points::engine::LossReport;
+use attune_points::objective::Objective;
+use attune_points::{GradSink, Result};
+use attune_tensor::kernels;
+
+use crate::base::Base;
+use crate::block::{Block, Saved};
+use crate::head::Head;
+use crate::pass::arena::{Arena, Rows};
+use crate::pass::parts::{Given, Part, PassCx, wanted};
+use crate::pass::times::Times;
+use crate::pass::{head, local};
+use crate::routing::{Auxiliary, Routing};
+
+/// What a forward pass keeps of each block beside its input.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Keep {
+    /// What its reverse needs.
+    #[default]
+    All,
+    /// Nothing: the reverse runs the block again first.
+    Inputs,
+}
+
+/// What a block's forward pass is run for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Run {
+    /// Its output.
+    Output,
+    /// Its output, and what its reverse needs.
+    OutputAndSaved,
+    /// What its reverse needs; the output is not looked at.
+    Saved,
+}
+
+impl Run {
+    /// Whether anything is saved.
+    pub const fn saves(self) -> bool {
+        !matches!(self, Self::Output)
+    }
+}
+
+/// What a pass is made of beside its parts.
+pub(crate) struct Machine<'a> {
+    pub(crate) base: &'a Base,
+    pub(crate) trunk: &'a [Box<dyn Block>],
+    pub(crate) head: &'a Head,
+    /// A loss on routing, whose gradient is added to the objectives'.
+    pub(crate) auxiliary: Option<&'a dyn Auxiliary>,
+    pub(crate) arena: &'a Arena,
+}
+
+/// A part of a pass with its objective.
+pub(crate) struct Task<'a> {
+    pub(crate) part: Part<'a>,
+    pub(crate) objective: &'a dyn Objective,
+    /// Factor on its loss before the gradient is taken.
+    pub(crate) scale: f64,
+}
+
+/// The losses of the parts, without gradients, and where the time went.
+pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<LossReport>, Times)> {
+    let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
+    let cx = PassCx::new(machine.base, &parts, machine.arena, kernels::cpu());
+    let mut x = Vec::new();
+    for block in machine.trunk {
+        x = block.forward(&x, &cx, Run::Output)?.0;
+        if block.routes().is_some() {
+            x.truncate(1);
+        }
+    }
+    let reports = head::losses(machine.head, &x[0], tasks, &cx, None)?;
+    Ok((reports, cx.meter.times()))
+}
+
+/// The gradients of `scale × (sum of losses)` of each part into its sink, the losses, and where the time went.
+pub(crate) fn grads(
+    machine: &Machine<'_>,
+    tasks: &[Task<'_>],
+    keep: Keep,
+    sinks: &mut [&mut dyn GradSink],
+) -> Result<(Vec<LossReport>, Times)> {
+    let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
+    let cx = PassCx::new(machine.base, &parts, machine.arena, kernels::cpu());
+    let mut lowest = machine.trunk.len();
+    for (index, block) in machine.trunk.iter().enumerate() {
+        for (part, sink) in parts.iter().zip(sinks.iter()) {
+            if lowest == machine.trunk.len() && !wanted(machine.base, part, block.sites(), &**sink)?.is_empty() {
+                lowest = index;
+            }
+        }
+    }
+    // The input of each block from the lowest on, and what it saved.
+    let mut kept: Vec<(Vec<Rows<f32>>, Option<Saved>)> = Vec::new();
+    let mut x = Vec::new();
+    let mut routing = Vec::new();
+    for (index, block) in machine.trunk.iter().enumerate() {
+        let run = if index >= lowest && keep == Keep::All { Run::OutputAndSaved } else { Run::Output };
+        let (mut y, saved) = block.forward(&x, &cx, run)?;
+        if let Some(layer) = block.routes() {
+            routing.push(Routed { layer, probs_te: y.pop() });
+        }
+        let input = std::mem::replace(&mut x, y);
+        if index >= lowest {
+            kept.push((input, saved));
+        }
+    }
+    let mut dh_td = (lowest < machine.trunk.len()).then(|| cx.arena.zeros(cx.n_rows(), cx.architecture().hidden));
+    let backward = head::Backward { dh_td: dh_td.as_mut(), sinks: &mut *sinks };
+    let reports = head::losses(machine.head, &x[0], tasks, &cx, Some(backward))?;
+    drop(x);
+    let mut dprobs = dprobs(machine, &routing, tasks, &cx)?;
+    drop(routing);
+    let mut dy: Vec<Rows<f32>> = dh_td.into_iter().collect();
+    for (index, block) in machine.trunk.iter().enumerate().skip(lowest).rev() {
+        let Some((x, saved)) = kept.pop() else { break };
+        let saved = match saved {
+            None if keep == Keep::Inputs => block.forward(&x, &cx, Run::Saved)?.1,
+            saved => saved,
+        };
+        // Routings come in the order of layers, so the last one left is this block's.
+        dy.extend(block.routes().and_then(|_| dprobs.pop()));
+        dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;
+    }
+    Ok((reports, cx.meter.times()))
+}
+
+/// The probabilities that a layer of experts gave to each row.
+struct Routed {
+    layer: u32,
+    probs_te: Option<Rows<f32>>,
+}
+
+/// The gradient of the auxiliary loss by each layer's probabilities, in the order of layers: each part's own loss, on its own
+/// rows. Empty without such a loss.
+fn dprobs(machine: &Machine<'_>, routing: &[Routed], tasks: &[Task<'_>], cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
+    let (Some(auxiliary), Some(experts)) = (machine.auxiliary, cx.architecture().experts) else {
+        return Ok(Vec::new());
+    };
+    let whole = |routed: &Routed| routed.probs_te.as_ref().map(|probs| cx.arena.zeros(probs.n_rows(), probs.n_cols()));
+    let mut dprobs: Vec<Rows<f32>> = routing.iter().filter_map(whole).collect();
+    for (part, rows) in cx.parts_of(Given::All) {
+        let of_part = routing.iter().filter_map(|routed| {
+            let probs = routed.probs_te.as_ref()?.view().sub_rows(rows.start, rows.end);
+            Some(local::tensor(probs.into()).map(|probs_te| Routing {
+                layer: routed.layer,
+                probs_te,
+                per_token: experts.per_token,
+            }))
+        });
+        let loss = auxiliary.loss(&of_part.collect::<Result<Vec<_>>>()?, tasks[part].part.layout)?;
+        for (dprobs, of_part) in dprobs.iter_mut().zip(&loss.dprobs) {
+            let scaled = (of_part * tasks[part].scale)?;
+            local::write(&scaled, dprobs.view_mut().into_sub_rows(rows.start, rows.end), false)?;
+        }
+    }
+    Ok(dprobs)
+}

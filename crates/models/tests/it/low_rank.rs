@@ -1,0 +1,68 @@
+//! The plainest component that has two tensors and dropout.
+
+use attune_architecture::{Architecture, Site, SiteKind};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::{Locals, Result, TensorSpec, Weight};
+use attune_spec::Fault;
+use attune_tensor::{Rng, ops};
+use candle_core::{DType, Tensor};
+
+/// `y += r/2 (mask ∘ x) down_riᵀ up_orᵀ`: the plainest component that has two tensors and dropout.
+pub(crate) struct LowRank {
+    pub(crate) rank: usize,
+    pub(crate) dropout: f64,
+    /// Whether it tells the engine of its form.
+    pub(crate) fused: bool,
+}
+
+impl Adapter for LowRank {
+    fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        let attachments = sites.iter().filter_map(|site| {
+            let SiteKind::Linear { output, input, .. } = site.kind else { return None };
+            let tensors =
+                vec![TensorSpec::trained("down", [self.rank, input]), TensorSpec::trained("up", [output, self.rank])];
+            Some(Attachment { site: site.id.clone(), tensors })
+        });
+        Ok(attachments.collect())
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
+            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
+        };
+        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
+        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Delta(self)
+    }
+
+    fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> Result<Merged> {
+        Ok(Merged::Factors {
+            left: tensors.get("up")?.clone(),
+            right: tensors.get("down")?.clone(),
+            scale: self.rank as f64 / 2.0,
+        })
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}
+
+impl RowMap for LowRank {
+    fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor> {
+        let x_ti = match cx.dropout {
+            Some(dropout) => (x_ti * dropout.mask(cx.site, x_ti.dim(1)?, self.dropout, x_ti)?)?,
+            None => x_ti.clone(),
+        };
+        let h_tr = (ops::linear(&x_ti, tensors.get("down")?, None)? * (self.rank as f64 / 2.0))?;
+        Ok(ops::linear(&h_tr, tensors.get("up")?, None)?)
+    }
+
+    fn fused(&self) -> Option<FusedRows> {
+        let (rank, dropout) = (self.rank as f64, self.dropout);
+        self.fused.then_some(FusedRows::LowRank { down: "down", up: "up", scale: rank / 2.0, dropout })
+    }
+}

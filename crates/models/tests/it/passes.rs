@@ -1,0 +1,228 @@
+//! Passes on views are held to the blocks' graphs, and their bits to nothing but a part's own rows.
+
+use std::sync::Arc;
+
+use attune_architecture::Architecture;
+use attune_models::dropout::Dropout;
+use attune_models::pass::walk::Keep;
+use attune_models::{Base, Model, Pass, Slot, Stack};
+use attune_points::adapter::Adapter as _;
+use attune_points::engine::LossReport;
+use attune_points::layout::{NO_LABEL, Source};
+use attune_points::{Bank, BankKind, Binding, GradSink, Grads, Layout, Params, Row, Rows, TensorName, Theta};
+use attune_tensor::Rng;
+use candle_core::{DType, Tensor};
+
+use crate::low_rank::LowRank;
+use crate::support::{CrossEntropy, difference, largest};
+
+/// Biases, a window in the second layer, grouped heads of an even but odd-halved width, sizes that fill no register.
+const TINY: &str = r#"{
+    "model_type": "qwen2", "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 41, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": true, "rope_theta": 100.0, "use_sliding_window": true, "sliding_window": 3,
+    "max_window_layers": 1, "initializer_range": 0.2
+}"#;
+
+const DROPOUT: Option<Dropout> = Some(Dropout { seed: 4, step: 2 });
+
+fn base(dtype: DType) -> Base {
+    Base::random(Architecture::from_json(TINY.as_bytes()).unwrap(), 5, dtype).unwrap()
+}
+
+/// A model with a slot of each of `components` on every linear, the head's among them.
+fn model(dtype: DType, components: Vec<LowRank>) -> Model {
+    let base = base(dtype);
+    let sites = base.architecture().sites();
+    let slots = components.into_iter().map(|component| {
+        let attachments = component.attach(base.architecture(), &sites).unwrap();
+        Slot::new(Arc::new(component), attachments)
+    });
+    let stack = Stack::new(slots.collect());
+    Model::new(base, stack)
+}
+
+/// Random values of a slot's tensors.
+fn set(model: &Model, slot: usize, seed: u64) -> Arc<Params> {
+    let mut params = Params::new();
+    for at in model.stack().slots()[slot].attachments() {
+        let mut rng = Rng::new(seed, "set").sub(slot as u64).named(at.site.as_str());
+        for spec in &at.tensors {
+            let value = rng.normal_tensor(spec.shape.as_slice(), 0.2, DType::F32).unwrap();
+            params.insert(spec.name(at.site.as_str()), value);
+        }
+    }
+    Arc::new(params)
+}
+
+fn bank(sets: Vec<Arc<Params>>) -> Bank {
+    Bank { slot: "skill".into(), kind: BankKind::Adapter, sets, train: true }
+}
+
+/// Every weight of the base as a trained one, moved away from special values.
+fn weights(model: &Model) -> Bank {
+    let mut rng = Rng::new(3, "moved");
+    let names = model.base().architecture().tensors().into_iter().map(|info| TensorName::from_path(&info.name));
+    let params: Params = names
+        .map(|name| {
+            let value = model.base().tensor(&name, DType::F32).unwrap();
+            let noise = rng.normal_tensor(value.shape(), 0.05, DType::F32).unwrap();
+            (name, (value + noise).unwrap())
+        })
+        .collect();
+    Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true }
+}
+
+fn documents(examples: &[u64]) -> Layout {
+    let mut layout = Layout::new();
+    for &example in examples {
+        let mut rng = Rng::new(9, "document").sub(example);
+        let ids: Vec<u32> = (0..5 + 3 * (example % 4)).map(|_| rng.below(41) as u32).collect();
+        let rows = ids.iter().enumerate().map(|(row, &id)| {
+            let label = if row == 1 { NO_LABEL } else { ids.get(row + 1).copied().unwrap_or(NO_LABEL) };
+            (Row::Token(id), label)
+        });
+        let source = Source { example, domain: (example % 2) as u16, ..Source::default() };
+        layout.push(source, rows.collect::<Vec<_>>());
+    }
+    layout
+}
+
+fn run(model: &Model, passes: &[Pass<'_>], keep: Keep) -> Vec<(Grads, LossReport)> {
+    let wanted = |pass: &Pass<'_>| Grads::wanting(pass.theta.trained().map(|(id, _)| id));
+    let mut sinks: Vec<Grads> = passes.iter().map(wanted).collect();
+    let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
+    let (reports, _) = model.grad_parts(passes, &CrossEntropy, 0.3, keep, &mut given).unwrap();
+    sinks.into_iter().zip(reports).collect()
+}
+
+/// The largest relative difference of two sinks' tensors, each against the largest value of the second's.
+fn off(found: &Grads, expected: &Grads) -> f64 {
+    let pairs = expected.iter().map(|(id, expected)| {
+        let (found, expected) = (found.get(id), expected);
+        match (found, expected) {
+            (Some(found), Some(expected)) => difference(found, expected) / largest(expected).max(1e-9),
+            (None, None) => 0.0,
+            _ => panic!("{id} has a gradient on one side only"),
+        }
+    });
+    pairs.fold(0.0, f64::max)
+}
+
+fn bits(of: &[(Grads, LossReport)]) -> Vec<(Vec<Option<Vec<f32>>>, LossReport)> {
+    let values = |tensor: Option<&Tensor>| tensor.map(|tensor| tensor.flatten_all().unwrap().to_vec1().unwrap());
+    of.iter()
+        .map(|(grads, report)| (grads.iter().map(|(_, tensor)| values(tensor)).collect(), report.clone()))
+        .collect()
+}
+
+fn low_rank(rank: usize, dropout: f64, fused: bool) -> LowRank {
+    LowRank { rank, dropout, fused }
+}
+
+/// Both sides compute in f32, with sums in another order: the bound that the golden files are held to as well.
+const TOLERANCE: f64 = 1e-4;
+
+#[test]
+fn gradients_are_those_of_the_graphs() {
+    let layout = documents(&[0, 1, 2, 3, 6]);
+    let second = documents(&[4, 5]);
+    for components in [
+        vec![low_rank(4, 0.0, true)],
+        vec![low_rank(3, 0.4, true)],
+        vec![low_rank(4, 0.4, false)],
+        vec![low_rank(2, 0.0, true), low_rank(5, 0.0, true)],
+        vec![low_rank(2, 0.3, false), low_rank(5, 0.3, true)],
+    ] {
+        let n = components.len();
+        let copies = |components: &[LowRank]| -> Vec<LowRank> {
+            components.iter().map(|c| low_rank(c.rank, c.dropout, c.fused)).collect()
+        };
+        let (fast, graphs) = (model(DType::F32, copies(&components)), model(DType::F32, components).by_graphs());
+        let mut banks: Vec<Bank> = (0..n).map(|slot| bank(vec![set(&fast, slot, 1), set(&fast, slot, 2)])).collect();
+        let docs = layout.docs();
+        let segments = vec![(docs[0].rows.clone(), 1), (docs[2].rows.start..docs[3].rows.end, 0)];
+        let mut theta = Theta::single(banks.clone());
+        theta.bindings[0].rows = Rows::Segments(segments);
+        banks.push(weights(&fast));
+        let all = Theta::single(banks);
+        for theta in [&theta, &all] {
+            for dropout in [None, DROPOUT] {
+                let passes = [Pass { theta, layout: &layout, dropout }, Pass { theta: &all, layout: &second, dropout }];
+                let (found, expected) = (run(&fast, &passes, Keep::All), run(&graphs, &passes, Keep::All));
+                for ((found, report), (expected, by_graphs)) in found.iter().zip(&expected) {
+                    let off = off(found, expected);
+                    assert!(off < TOLERANCE, "{n} components, {dropout:?}: off by a factor of {off}");
+                    assert!((report.loss_sum - by_graphs.loss_sum).abs() < TOLERANCE * by_graphs.loss_sum);
+                    assert_eq!(report.counts, by_graphs.counts);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_part_has_the_same_bits_alone_beside_others_recomputed_and_on_any_number_of_threads() {
+    let model = model(DType::F32, vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false)]);
+    let thetas: Vec<Theta> = (0..3)
+        .map(|seed| Theta::single([bank(vec![set(&model, 0, seed)]), bank(vec![set(&model, 1, seed)])]))
+        .collect();
+    let layouts = [documents(&[0, 1]), documents(&[2, 3, 4]), documents(&[5])];
+    let passes: Vec<Pass<'_>> =
+        thetas.iter().zip(&layouts).map(|(theta, layout)| Pass { theta, layout, dropout: DROPOUT }).collect();
+    let together = bits(&run(&model, &passes, Keep::All));
+    let alone: Vec<_> = passes.iter().flat_map(|pass| bits(&run(&model, &[*pass], Keep::All))).collect();
+    assert!(together == alone, "neighbours change bits");
+    assert!(together == bits(&run(&model, &passes, Keep::Inputs)), "running blocks again changes bits");
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert!(together == bits(&pool.install(|| run(&model, &passes, Keep::All))), "{threads} threads change bits");
+    }
+}
+
+#[test]
+fn full_fine_tuning_has_the_same_bits_alone_and_recomputed() {
+    let model = model(DType::F32, Vec::new());
+    let theta = Theta::single([weights(&model)]);
+    let layouts = [documents(&[0, 1]), documents(&[2, 3, 4])];
+    let passes: Vec<Pass<'_>> = layouts.iter().map(|layout| Pass { theta: &theta, layout, dropout: None }).collect();
+    let together = bits(&run(&model, &passes, Keep::All));
+    let alone: Vec<_> = passes.iter().flat_map(|pass| bits(&run(&model, &[*pass], Keep::All))).collect();
+    assert!(together == alone && together == bits(&run(&model, &passes, Keep::Inputs)));
+}
+
+/// Rounding to bf16 is off by at most 2^-9, in the root of the mean square by 2^-9/√3 = 0.11 %; a gradient goes through some
+/// forty roundings, which add up in quadrature to 0.7 %. Sums that cancel make it more: four times that is the bound.
+#[test]
+fn a_base_of_bf16_gives_the_gradients_of_its_widened_weights_within_the_precision_of_bf16() {
+    let narrow = model(DType::BF16, vec![low_rank(4, 0.0, true)]);
+    let graphs = model(DType::BF16, vec![low_rank(4, 0.0, true)]).by_graphs();
+    let theta = Theta::single([bank(vec![set(&narrow, 0, 1)])]);
+    let layout = documents(&[0, 1, 2, 3]);
+    let passes = [Pass { theta: &theta, layout: &layout, dropout: None }];
+    let (found, expected) = (run(&narrow, &passes, Keep::All), run(&graphs, &passes, Keep::All));
+    let square = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+    let (mut error, mut whole) = (0.0, 0.0);
+    for (id, expected) in expected[0].0.iter() {
+        let (found, expected) = (found[0].0.get(id).unwrap(), expected.unwrap());
+        error += square(&(found - expected).unwrap());
+        whole += square(expected);
+    }
+    let off = (error / whole).sqrt();
+    assert!(off > 1e-4, "nothing was rounded");
+    assert!(off < 0.028, "off by a factor of {off}");
+    let (loss, by_graphs) = (found[0].1.loss_sum, expected[0].1.loss_sum);
+    assert!((loss - by_graphs).abs() < 0.007 * by_graphs, "{loss} against {by_graphs}");
+}
+
+#[test]
+fn rows_without_a_set_are_the_bases() {
+    let model = model(DType::F32, vec![low_rank(4, 0.0, true)]);
+    let layout = documents(&[1]);
+    let mut theta = Theta::single([bank(vec![set(&model, 0, 1)])]);
+    theta.bindings = vec![Binding { slot: 0, rows: Rows::Segments(Vec::new()) }];
+    let plain = Theta::default();
+    let loss =
+        |theta: &Theta| model.score(&Pass { theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap().loss_sum;
+    assert_eq!(loss(&theta), loss(&plain));
+}
