@@ -6,6 +6,8 @@
 //! all threads work on one long document, nothing is computed twice, and no bit depends on their number.
 #![expect(unsafe_code, reason = "tiles work on packed blocks through pointers; tasks write disjoint heads of one view")]
 
+use std::ops::Range;
+
 use super::tile::{Left, product, tile};
 use super::{KEYS, Shape, Sight, Task, pack};
 use crate::kernels::Attention;
@@ -17,6 +19,11 @@ use crate::view::{MatRef, View, ViewMut};
 
 /// Rows of queries whose probabilities are kept at a time: a multiple of every tile's height.
 const ROWS: usize = 48;
+
+/// Rows in a chunk: as many blocks of keys as fit the second cache, packed.
+fn chunk(head_dim: usize) -> usize {
+    KEYS * (128 / head_dim.max(1)).clamp(1, 4)
+}
 
 /// See [`crate::kernels::Kernels::attention_vjp`].
 #[expect(clippy::too_many_arguments, reason = "the operands of one operation, spelt out")]
@@ -54,8 +61,9 @@ pub(in crate::kernels::cpu) fn attention_vjp(
             dv.row(row, 0..k.cols()).fill(0.0);
         }
     }
-    let call = Call { shape, q, k, v, o, lse, d_o, dlse, dq, dk, dv };
-    let turns = how.docs.iter().map(|doc| doc.len().div_ceil(KEYS)).max().unwrap_or(0);
+    let chunk = chunk(how.head_dim);
+    let call = Call { shape, chunk, q, k, v, o, lse, d_o, dlse, dq, dk, dv };
+    let turns = how.docs.iter().map(|doc| doc.len().div_ceil(chunk)).max().unwrap_or(0);
     let mut tasks = Vec::new();
     for turn in 0..turns {
         tasks.clear();
@@ -69,6 +77,8 @@ pub(in crate::kernels::cpu) fn attention_vjp(
 /// The operands of a call.
 struct Call<'a> {
     shape: Shape<'a>,
+    /// Rows in a chunk.
+    chunk: usize,
     q: MatRef<'a>,
     k: MatRef<'a>,
     v: MatRef<'a>,
@@ -84,16 +94,17 @@ struct Call<'a> {
 impl Call<'_> {
     /// The tasks of a turn whose queries see some of their keys.
     fn tasks(&self, turn: usize, tasks: &mut Vec<Task>) {
+        let chunk = self.chunk;
         for doc in self.shape.how.docs {
             let (start, len) = (doc.start, doc.len());
-            let chunks = len.div_ceil(KEYS);
+            let chunks = len.div_ceil(chunk);
             if turn >= chunks {
                 continue;
             }
             for queries in 0..chunks {
                 let keys = (queries + chunks - turn) % chunks;
-                let (top, bottom) = (queries * KEYS, ((queries + 1) * KEYS).min(len) - 1);
-                if Sight::of(&self.shape, len, (top, bottom), keys * KEYS, 1).is_some() {
+                let seers = self.shape.seers(keys * chunk..((keys + 1) * chunk).min(len), len);
+                if seers.start < (queries + 1) * chunk && queries * chunk < seers.end {
                     tasks.extend((0..self.shape.how.kv_heads).map(|kv| Task { start, len, kv, queries, keys }));
                 }
             }
@@ -120,7 +131,7 @@ impl Body for Block<'_> {
 
 /// The packed blocks of a task.
 struct Packed<'a> {
-    /// Keys, and keys and values turned.
+    /// Keys, and keys and values turned, block by block.
     k: &'a mut [f32],
     k_turned: &'a mut [f32],
     v_turned: &'a mut [f32],
@@ -143,15 +154,16 @@ impl Block<'_> {
         let shape = self.call.shape;
         let width = shape.how.head_dim;
         let padded = width.next_multiple_of(S::LANES);
-        let len = 5 * KEYS * padded + 3 * ROWS * padded + 2 * ROWS + 2 * ROWS * KEYS + 12 * 16;
+        let keys = self.call.chunk;
+        let len = 5 * keys * padded + 3 * ROWS * padded + 2 * ROWS + 2 * ROWS * KEYS + 12 * 16;
         let mut scratch = Scratch::new(len);
         let scratch = &mut &mut scratch[..];
         let mut packed = Packed {
-            k: take(scratch, KEYS * padded),
-            k_turned: take(scratch, KEYS * padded),
-            v_turned: take(scratch, KEYS * padded),
-            dk: take(scratch, KEYS * padded),
-            dv: take(scratch, KEYS * padded),
+            k: take(scratch, keys * padded),
+            k_turned: take(scratch, keys * padded),
+            v_turned: take(scratch, keys * padded),
+            dk: take(scratch, keys * padded),
+            dv: take(scratch, keys * padded),
             q: take(scratch, ROWS * padded),
             d_o: take(scratch, ROWS * padded),
             dq: take(scratch, ROWS * padded),
@@ -161,8 +173,8 @@ impl Block<'_> {
             ds: take(scratch, ROWS * KEYS),
         };
         self.pack_keys(s, padded, &mut packed);
-        let first = self.task.queries * KEYS;
-        let count = KEYS.min(self.task.len - first);
+        let first = self.task.queries * keys;
+        let count = keys.min(self.task.len - first);
         for row in (0..count * shape.group).step_by(ROWS) {
             let rows = ROWS.min(count * shape.group - row);
             self.rows::<S, M>(s, row, rows, padded, &mut packed);
@@ -170,31 +182,39 @@ impl Block<'_> {
         self.finish(padded, &packed);
     }
 
-    /// Rows of the batch that hold the task's keys, and the columns of their head.
-    fn keys(&self) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
+    /// The blocks of the task's keys: where each begins in the packed ones, and the keys of the document that it holds.
+    fn keys(&self) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let chunk = self.call.chunk;
+        let (first, len) = (self.task.keys * chunk, self.task.len);
+        let starts = (first..(first + chunk).min(len)).step_by(KEYS);
+        starts.map(move |from| (from - first, from..(from + KEYS).min(len)))
+    }
+
+    /// The columns of the task's key head.
+    fn key_cols(&self) -> Range<usize> {
         let width = self.call.shape.how.head_dim;
-        let first = self.task.keys * KEYS;
-        let end = (first + KEYS).min(self.task.len);
-        (self.task.start + first..self.task.start + end, self.task.kv * width..(self.task.kv + 1) * width)
+        self.task.kv * width..(self.task.kv + 1) * width
     }
 
     /// The query of the document that row `row` of the task belongs to, and the query head.
     fn query(&self, row: usize) -> (usize, usize) {
         let group = self.call.shape.group;
-        (self.task.queries * KEYS + row / group, self.task.kv * group + row % group)
+        (self.task.queries * self.call.chunk + row / group, self.task.kv * group + row % group)
     }
 
     #[inline(always)]
     fn pack_keys<S: Simd>(&self, s: S, padded: usize, packed: &mut Packed<'_>) {
-        let width = self.call.shape.how.head_dim;
-        let (rows, cols) = self.keys();
-        let (count, tile) = (rows.len(), 2 * S::LANES);
-        // The values' rows are needed turned only; where the keys go next is room for them.
-        pack::block(s, &self.call.v, rows.clone(), cols.clone(), padded, packed.k);
-        pack::turned(packed.k, count, width, padded, tile, packed.v_turned);
-        pack::block(s, &self.call.k, rows, cols, padded, packed.k);
-        packed.k[count * padded..].fill(0.0);
-        pack::turned(packed.k, count, width, padded, tile, packed.k_turned);
+        let cols = self.key_cols();
+        for (at, keys) in self.keys() {
+            let rows = self.task.start + keys.start..self.task.start + keys.end;
+            let block = at * padded..(at + KEYS) * padded;
+            // The values' rows are needed turned only; where the keys go next is room for them.
+            let k = &mut packed.k[block.clone()];
+            pack::block(s, &self.call.v, rows.clone(), cols.clone(), padded, k);
+            pack::turned(s, k, padded, &mut packed.v_turned[block.clone()]);
+            pack::block(s, &self.call.k, rows, cols.clone(), padded, k);
+            pack::turned(s, k, padded, &mut packed.k_turned[block]);
+        }
         packed.dk.fill(0.0);
         packed.dv.fill(0.0);
     }
@@ -202,30 +222,38 @@ impl Block<'_> {
     /// Takes rows `row..row + rows` of the task's queries into account.
     #[inline(always)]
     fn rows<S: Simd, const M: usize>(&self, s: S, row: usize, rows: usize, padded: usize, packed: &mut Packed<'_>) {
-        let (shape, len, from) = (self.call.shape, self.task.len, self.task.keys * KEYS);
+        let (shape, len) = (self.call.shape, self.task.len);
         let query = |at: usize| self.query(row + at.min(rows - 1)).0;
-        if Sight::of(&shape, len, (query(0), query(rows - 1)), from, 1).is_none() {
-            return;
-        }
-        self.pack_queries(s, row, rows, padded, packed);
-        let tile = 2 * S::LANES;
-        for at in (0..rows).step_by(M) {
-            match Sight::of(&shape, len, (query(at), query(at + M - 1)), from, tile) {
-                Some(sight) => self.panel::<S, M>(s, at, sight, padded, packed, |row| {
-                    let seen = shape.seen(query(row), len);
-                    (seen.start.saturating_sub(from), seen.end.saturating_sub(from))
-                }),
-                None => {
-                    packed.p[at * KEYS..(at + M) * KEYS].fill(0.0);
-                    packed.ds[at * KEYS..(at + M) * KEYS].fill(0.0);
+        let span = (query(0), query(rows - 1));
+        let mut filled = false;
+        for (block, keys) in self.keys() {
+            if Sight::of(&shape, len, span, keys.start, 1).is_none() {
+                continue;
+            }
+            if !filled {
+                self.pack_queries(s, row, rows, padded, packed);
+                filled = true;
+            }
+            for at in (0..rows).step_by(M) {
+                let span = (query(at), query(at + M - 1));
+                if let Some(sight) = Sight::of(&shape, len, span, keys.start, 2 * S::LANES) {
+                    self.panel::<S, M>(s, (at, block), sight, padded, packed, |row| {
+                        let seen = shape.seen(query(row), len);
+                        (seen.start.saturating_sub(keys.start), seen.end.saturating_sub(keys.start))
+                    });
                 }
             }
+            let first = self.query(0).0 * shape.group + row;
+            for tile in (0..keys.len()).step_by(M) {
+                let seers = shape.seers(keys.start + tile..(keys.start + tile + M).min(len), len);
+                let at = |query: usize| (query * shape.group).saturating_sub(first).min(rows);
+                let seers = at(seers.start)..at(seers.end);
+                self.sum_over_rows::<S, M>(s, block + tile, tile, seers, padded, packed);
+            }
         }
-        self.sum_over_rows::<S, M>(s, rows, padded, packed, |at| {
-            let seen = shape.seen(query(at), len);
-            (seen.start, seen.end)
-        });
-        self.add_queries(row, rows, padded, packed);
+        if filled {
+            self.add_queries(row, rows, padded, packed);
+        }
     }
 
     /// Packs queries, `do`, `lse` and `D`; rows up to a whole panel are zero.
@@ -236,9 +264,12 @@ impl Block<'_> {
         for at in 0..rows {
             let (query, head) = self.query(row + at);
             let (query, cols) = (self.task.start + query, call.shape.query_cols(head));
+            for operand in [&call.q, &MatRef::F32(call.d_o), &call.o] {
+                pack::ahead(s, operand, query, cols.clone());
+            }
             let (q, d_o) = (&mut packed.q[at * padded..][..padded], &mut packed.d_o[at * padded..][..padded]);
-            pack::row(s, Row::of(&call.q, query, cols.clone()), factor, q);
-            pack::row(s, Row::F32(&call.d_o.row(query)[cols.clone()]), 1.0, d_o);
+            pack::row(Row::of(&call.q, query, cols.clone()), factor, q);
+            pack::row(Row::F32(&call.d_o.row(query)[cols.clone()]), 1.0, d_o);
             let dlse = call.dlse.map_or(0.0, |dlse| dlse.row(query)[head]);
             packed.d[at] = pack::dot(s, Row::of(&call.o, query, cols), d_o) - dlse;
             packed.lse[at] = call.lse.row(query)[head] * std::f32::consts::LOG2_E;
@@ -250,12 +281,13 @@ impl Block<'_> {
         packed.dq.fill(0.0);
     }
 
-    /// Probabilities, the gradients of scores and from them of the queries, for rows `row..row + M`.
+    /// Probabilities of the keys that are packed from `block` on, the gradients of scores and from them of the queries, for rows
+    /// `row..row + M`.
     #[inline(always)]
     fn panel<S: Simd, const M: usize>(
         &self,
         s: S,
-        row: usize,
+        (row, block): (usize, usize),
         sight: Sight,
         padded: usize,
         packed: &mut Packed<'_>,
@@ -272,12 +304,19 @@ impl Block<'_> {
             // SAFETY: `q` and `d_o` have M rows from there, the turned blocks a panel of `width` rows, `p` and `ds` M rows of
             // KEYS.
             unsafe {
-                tile::<S, M, 2>(s, width, q, (packed.k_turned[at * width..].as_ptr(), cols), (p.add(at), KEYS), false);
+                tile::<S, M, 2>(
+                    s,
+                    width,
+                    q,
+                    (packed.k_turned[(block + at) * padded..].as_ptr(), cols),
+                    (p.add(at), KEYS),
+                    false,
+                );
                 tile::<S, M, 2>(
                     s,
                     width,
                     d_o,
-                    (packed.v_turned[at * width..].as_ptr(), cols),
+                    (packed.v_turned[(block + at) * padded..].as_ptr(), cols),
                     (ds.add(at), KEYS),
                     false,
                 );
@@ -311,47 +350,37 @@ impl Block<'_> {
         // SAFETY: `ds` has M rows of KEYS, `k` KEYS rows and `dq` M rows of `padded`.
         unsafe {
             let ds = Left { first: ds.add(sight.first), row: KEYS, col: 1 };
-            let k = packed.k[sight.first * padded..].as_ptr();
+            let k = packed.k[(block + sight.first) * padded..].as_ptr();
             let dq = packed.dq[row * padded..].as_mut_ptr();
             product::<S, M>(s, sight.end - sight.first, ds, (k, padded), (dq, padded), padded / S::LANES, true);
         }
     }
 
-    /// Adds to the gradients of the keys and values what comes from the packed rows; `seen` says which keys of the document a
-    /// row sees.
+    /// Adds to the gradients of `M` packed keys from `key` on, which are at `col` of the probabilities, what comes from the packed
+    /// rows that see any of them.
     #[inline(always)]
     fn sum_over_rows<S: Simd, const M: usize>(
         &self,
         s: S,
-        rows: usize,
+        key: usize,
+        col: usize,
+        rows: Range<usize>,
         padded: usize,
         packed: &mut Packed<'_>,
-        seen: impl Fn(usize) -> (usize, usize),
     ) {
-        let from = self.task.keys * KEYS;
-        // Rows that see any of a tile's keys are a range whose ends never fall from one tile to the next.
-        let (mut first, mut end) = (0, 0);
-        for key in (0..KEYS.min(self.task.len - from)).step_by(M) {
-            while first < rows && seen(first).1 <= from + key {
-                first += 1;
-            }
-            end = end.max(first);
-            while end < rows && seen(end).0 < from + key + M {
-                end += 1;
-            }
-            if first == end {
-                continue;
-            }
-            let left = |of: &[f32]| Left { first: of[first * KEYS + key..].as_ptr(), row: 1, col: KEYS };
-            let (p, ds) = (left(packed.p), left(packed.ds));
-            let (q, d_o) = (packed.q[first * padded..].as_ptr(), packed.d_o[first * padded..].as_ptr());
-            let (dk, dv) = (packed.dk[key * padded..].as_mut_ptr(), packed.dv[key * padded..].as_mut_ptr());
-            let vectors = padded / S::LANES;
-            // SAFETY: rows below `end` of all four are packed, and M keys from `key` on are within KEYS.
-            unsafe {
-                product::<S, M>(s, end - first, p, (d_o, padded), (dv, padded), vectors, true);
-                product::<S, M>(s, end - first, ds, (q, padded), (dk, padded), vectors, true);
-            }
+        if rows.is_empty() {
+            return;
+        }
+        let first = rows.start * KEYS + col;
+        let p = Left { first: packed.p[first..].as_ptr(), row: 1, col: KEYS };
+        let ds = Left { first: packed.ds[first..].as_ptr(), row: 1, col: KEYS };
+        let (q, d_o) = (packed.q[rows.start * padded..].as_ptr(), packed.d_o[rows.start * padded..].as_ptr());
+        let (dk, dv) = (packed.dk[key * padded..].as_mut_ptr(), packed.dv[key * padded..].as_mut_ptr());
+        let vectors = padded / S::LANES;
+        // SAFETY: these rows of all four are packed, and M keys from `col` on are within KEYS.
+        unsafe {
+            product::<S, M>(s, rows.len(), p, (d_o, padded), (dv, padded), vectors, true);
+            product::<S, M>(s, rows.len(), ds, (q, padded), (dk, padded), vectors, true);
         }
     }
 
@@ -370,14 +399,18 @@ impl Block<'_> {
     /// Writes or adds the gradients of the keys and values.
     #[inline(always)]
     fn finish(&self, padded: usize, packed: &Packed<'_>) {
-        let (rows, cols) = self.keys();
-        for (at, row) in rows.enumerate() {
-            let of = |block: &'_ [f32]| at * padded..at * padded + block.len().min(padded);
-            // SAFETY: no other task of this turn has these keys of this head.
-            unsafe {
+        let (call, cols) = (self.call, self.key_cols());
+        let first = self.task.keys * call.chunk;
+        for (_, keys) in self.keys() {
+            for key in keys {
+                let of = (key - first) * padded..(key - first + 1) * padded;
+                // SAFETY: no other task of this turn has these keys of this head.
+                let (dk, dv) = unsafe {
+                    (call.dk.row(self.task.start + key, cols.clone()), call.dv.row(self.task.start + key, cols.clone()))
+                };
                 // The queries were scaled by log2 e beside the scale.
-                add(self.call.dk.row(row, cols.clone()), &packed.dk[of(packed.dk)], std::f32::consts::LN_2, self.first);
-                add(self.call.dv.row(row, cols.clone()), &packed.dv[of(packed.dv)], 1.0, self.first);
+                add(dk, &packed.dk[of.clone()], std::f32::consts::LN_2, self.first);
+                add(dv, &packed.dv[of], 1.0, self.first);
             }
         }
     }

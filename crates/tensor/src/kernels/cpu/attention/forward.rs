@@ -10,12 +10,12 @@ use crate::kernels::cpu::rows::{Row, RowMut, Scratch, Shared, SharedMat, for_tas
 use crate::kernels::simd::{Body, Simd};
 use crate::view::{MatMut, MatRef, ViewMut};
 
-/// Rows of queries that share packed keys: what fits the second cache beside them.
-const ROWS: usize = 256;
+/// Numbers of queries that share packed keys: what fits the second cache beside them.
+const NUMBERS: usize = 1 << 14;
 
 /// Queries in a task.
-fn queries(group: usize) -> usize {
-    (ROWS / group).clamp(16, 128)
+fn queries(shape: &Shape<'_>) -> usize {
+    (NUMBERS / (shape.group * shape.how.head_dim).max(1)).clamp(16, 256)
 }
 
 /// See [`crate::kernels::Kernels::attention`].
@@ -36,7 +36,7 @@ pub(in crate::kernels::cpu) fn attention(
     for row in shape.gaps(rows).flatten() {
         call.clear(row);
     }
-    let each = queries(shape.group);
+    let each = queries(&shape);
     let mut tasks = Vec::new();
     for doc in how.docs {
         for kv in 0..how.kv_heads {
@@ -109,7 +109,7 @@ impl Block<'_> {
     #[inline(always)]
     fn rows<S: Simd, const M: usize>(&self, s: S) {
         let Shape { how, group } = self.call.shape;
-        let each = queries(group);
+        let each = queries(&self.call.shape);
         let first = self.task.queries * each;
         let count = each.min(self.task.len - first);
         let (rows, width) = ((count * group).next_multiple_of(M), how.head_dim);
@@ -156,7 +156,10 @@ impl Block<'_> {
         let (filled, rest) = packed.q.split_at_mut(count * group * padded);
         for (row, to) in filled.chunks_exact_mut(padded).enumerate() {
             let (at, head) = (self.task.start + first + row / group, self.task.kv * group + row % group);
-            pack::row(s, Row::of(&self.call.q, at, self.call.shape.query_cols(head)), factor, to);
+            if row % group == 0 {
+                pack::ahead(s, &self.call.q, at, self.call.shape.group_cols(self.task.kv));
+            }
+            pack::row(Row::of(&self.call.q, at, self.call.shape.query_cols(head)), factor, to);
         }
         rest.fill(0.0);
     }
@@ -169,9 +172,8 @@ impl Block<'_> {
         let (rows, cols) =
             (self.task.start + from..self.task.start + from + count, self.task.kv * width..(self.task.kv + 1) * width);
         pack::block(s, &self.call.k, rows.clone(), cols.clone(), padded, packed.v);
-        pack::turned(packed.v, count, width, padded, 2 * S::LANES, packed.k);
+        pack::turned(s, packed.v, padded, packed.k);
         pack::block(s, &self.call.v, rows, cols, padded, packed.v);
-        packed.v[count * padded..].fill(0.0);
     }
 
     /// Takes a block of keys into account for rows `row..row + M`; `seen` says what each of them sees.
@@ -192,7 +194,7 @@ impl Block<'_> {
         let q = Left { first: packed.q[row * padded..].as_ptr(), row: padded, col: 1 };
         for at in (first..end).step_by(cols) {
             // SAFETY: `q` has M rows from there, `k` a panel of `width` rows, `p` M rows of KEYS.
-            unsafe { tile::<S, M, 2>(s, width, q, (packed.k[at * width..].as_ptr(), cols), (p.add(at), KEYS), false) };
+            unsafe { tile::<S, M, 2>(s, width, q, (packed.k[at * padded..].as_ptr(), cols), (p.add(at), KEYS), false) };
         }
         if !sight.whole {
             for (i, p) in packed.p.chunks_exact_mut(KEYS).enumerate() {

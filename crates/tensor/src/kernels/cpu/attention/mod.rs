@@ -81,9 +81,24 @@ impl<'a> Shape<'a> {
         }
     }
 
+    /// The queries of a document of `len` rows that see any of `keys`.
+    fn seers(&self, keys: Range<usize>, len: usize) -> Range<usize> {
+        match self.how.mask {
+            Mask::Bidirectional => 0..len,
+            Mask::Causal { window: None } => keys.start..len,
+            Mask::Causal { window: Some(window) } => keys.start..(keys.end - 1).saturating_add(window).min(len),
+        }
+    }
+
     /// Columns of a query head's operands.
     fn query_cols(&self, head: usize) -> Range<usize> {
         head * self.how.head_dim..(head + 1) * self.how.head_dim
+    }
+
+    /// Columns of the query heads that share a key head.
+    fn group_cols(&self, kv: usize) -> Range<usize> {
+        let width = self.group * self.how.head_dim;
+        kv * width..(kv + 1) * width
     }
 
     /// Products of a query with a key that a call takes.

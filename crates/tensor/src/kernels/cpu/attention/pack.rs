@@ -1,35 +1,49 @@
 //! Rows of heads as f32 beside each other, as the tiles want them.
+#![expect(unsafe_code, reason = "blocks are turned through pointers into slices whose lengths were compared")]
 
 use std::ops::Range;
 
 use super::KEYS;
 use crate::kernels::cpu::map::{Product, sums, widened};
-use crate::kernels::cpu::rows::Row;
+use crate::kernels::cpu::rows::{LINE, Row};
 use crate::kernels::simd::Simd;
 use crate::view::MatRef;
 
+/// Rows ahead of the one that is packed that the caches are told of: rows of one head are too far apart to be foreseen.
+const AHEAD: usize = 8;
+
 /// `to = factor · from`, and zeros behind it.
 #[inline(always)]
-pub(super) fn row<S: Simd>(s: S, from: Row<'_>, factor: f32, to: &mut [f32]) {
+pub(super) fn row(from: Row<'_>, factor: f32, to: &mut [f32]) {
     let len = match from {
         Row::F32(from) => {
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = from * factor;
-            }
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
             from.len()
         }
         Row::Bf16(from) => {
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = from.to_f32() * factor;
-            }
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32() * factor);
             from.len()
         }
     };
     to[len..].fill(0.0);
-    let _ = s;
 }
 
-/// Rows `rows` of columns `cols`, each followed by zeros up to `padded`.
+/// Says that columns `cols` of the row [`AHEAD`] of `at` will be needed.
+#[inline(always)]
+pub(super) fn ahead<S: Simd>(s: S, of: &MatRef<'_>, at: usize, cols: Range<usize>) {
+    if at + AHEAD >= of.rows() {
+        return;
+    }
+    let (first, lines) = match Row::of(of, at + AHEAD, cols) {
+        Row::F32(row) => (row.as_ptr(), row.len().div_ceil(LINE)),
+        Row::Bf16(row) => (row.as_ptr().cast(), row.len().div_ceil(2 * LINE)),
+    };
+    for line in 0..lines {
+        s.prefetch(first.wrapping_add(line * LINE));
+    }
+}
+
+/// Rows `rows` of columns `cols`, each followed by zeros up to `padded`, and rows of zeros up to [`KEYS`].
 #[inline(always)]
 pub(super) fn block<S: Simd>(
     s: S,
@@ -39,23 +53,30 @@ pub(super) fn block<S: Simd>(
     padded: usize,
     to: &mut [f32],
 ) {
-    for (from_row, to) in rows.zip(to.chunks_exact_mut(padded)) {
-        row(s, Row::of(from, from_row, cols.clone()), 1.0, to);
+    let (filled, rest) = to.split_at_mut(rows.len() * padded);
+    for (at, to) in rows.zip(filled.chunks_exact_mut(padded)) {
+        ahead(s, from, at, cols.clone());
+        row(Row::of(from, at, cols.clone()), 1.0, to);
     }
+    rest.fill(0.0);
 }
 
-/// A block of rows turned: panels of `tile` rows, in which numbers of the same column are beside each other. What is missing
-/// to [`KEYS`] rows is zero.
+/// [`KEYS`] rows of `padded` numbers turned: panels of as many rows as a tile is wide, in which numbers of the same column are
+/// beside each other.
 #[inline(always)]
-pub(super) fn turned(from: &[f32], rows: usize, cols: usize, padded: usize, tile: usize, to: &mut [f32]) {
-    for (panel, to) in to.chunks_exact_mut(tile * cols).enumerate().take(KEYS / tile) {
-        let first = panel * tile;
-        let filled = rows.saturating_sub(first).min(tile);
-        for (col, to) in to.chunks_exact_mut(tile).enumerate() {
-            for (row, to) in to[..filled].iter_mut().enumerate() {
-                *to = from[(first + row) * padded + col];
+pub(super) fn turned<S: Simd>(s: S, from: &[f32], padded: usize, to: &mut [f32]) {
+    let tile = 2 * S::LANES;
+    assert!(from.len() >= KEYS * padded && to.len() >= KEYS * padded);
+    assert!(padded.is_multiple_of(S::LANES) && KEYS.is_multiple_of(tile));
+    for row in (0..KEYS).step_by(S::LANES) {
+        let panel = row / tile * tile * padded + row % tile;
+        for col in (0..padded).step_by(S::LANES) {
+            // SAFETY: both blocks have KEYS rows of `padded` numbers, which the lanes divide.
+            unsafe {
+                let first = from.as_ptr().add(row * padded + col);
+                let to = to.as_mut_ptr().add(panel + col * tile);
+                s.transpose(|i| s.load_at(first.add(i * padded)), |j, column| s.store_at(to.add(j * tile), column));
             }
-            to[filled..].fill(0.0);
         }
     }
 }
