@@ -4,12 +4,11 @@
 //! GELU takes the tail `Q(x) = 1 - Φ(x)` of the normal distribution as `e^(-x²/2) g(x)`, where `g` falls slowly and is a
 //! polynomial of `1 / (1 + x/4)` to 6e-8, so that small values are as exact, relatively, as large ones.
 
-use super::exponent::polynomial;
+use super::exponent::{exp, polynomial};
 use super::map::{Formula, map};
 use crate::kernels::Activation;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::simd::Simd;
-use crate::kernels::simd::math::exp;
 use crate::view::{MatMut, MatRef, View};
 
 /// A function of one number.
@@ -31,8 +30,7 @@ struct Relu;
 fn sigmoid<S: Simd>(s: S, x: S::F) -> (S::F, S::F) {
     let e = exp(s, s.sub(s.splat(0.0), x));
     let sigmoid = s.div(s.splat(1.0), s.add(s.splat(1.0), e));
-    // Where e is infinite its product with 0 is no number.
-    (sigmoid, s.mul(s.min(s.splat(f32::MAX), e), sigmoid))
+    (sigmoid, s.mul(e, sigmoid))
 }
 
 impl Function for Silu {

@@ -7,10 +7,10 @@
 
 use half::bf16;
 
+use super::exponent::exp;
 use super::map::{Formula, highest, narrow, sums, update};
 use super::rows::{Shared, for_tasks};
 use crate::kernels::cpu::Cpu;
-use crate::kernels::simd::math::exp;
 use crate::kernels::simd::{Body, Simd};
 use crate::view::ViewMut;
 
