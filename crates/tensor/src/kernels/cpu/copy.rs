@@ -100,14 +100,6 @@ impl Body for Sum<'_> {
     }
 }
 
-/// A row of a matrix in f32.
-pub(super) fn read(mat: &MatRef<'_>, row: usize, to: &mut [f32]) {
-    match Row::of(mat, row, 0..mat.cols()) {
-        Row::F32(from) => to.copy_from_slice(from),
-        Row::Bf16(from) => to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

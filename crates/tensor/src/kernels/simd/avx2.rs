@@ -59,12 +59,42 @@ unsafe fn narrow(x: __m256) -> __m128i {
     }
 }
 
+/// Transposes four rows within each half: the columns j and j + 4 share a vector.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn columns_of_four([a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
+    // SAFETY: the caller's.
+    unsafe {
+        let (al, ah) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (cl, ch) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        [
+            _mm256_shuffle_ps::<0b01_00_01_00>(al, cl),
+            _mm256_shuffle_ps::<0b11_10_11_10>(al, cl),
+            _mm256_shuffle_ps::<0b01_00_01_00>(ah, ch),
+            _mm256_shuffle_ps::<0b11_10_11_10>(ah, ch),
+        ]
+    }
+}
+
+/// `2^n` for `n` in -126..=127.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn power_of_two(n: __m256i) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
+}
+
 // SAFETY of every block below: `self` proves that the processor has the instructions; what is loaded and stored is what the
 // contract of the function has the caller vouch for.
 impl Simd for Avx2 {
     type F = __m256;
     type M = __m256;
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     fn call<B: Body>(self, body: B) -> B::Output {
@@ -193,8 +223,7 @@ impl Simd for Avx2 {
         unsafe {
             let n = _mm256_cvtps_epi32(n);
             let half = _mm256_srai_epi32::<1>(n);
-            let power = |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))));
-            _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(n, half)))
+            _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)))
         }
     }
     #[inline(always)]
@@ -243,24 +272,11 @@ impl Simd for Avx2 {
     fn transpose(self, row: impl Fn(usize) -> __m256, mut put: impl FnMut(usize, __m256)) {
         // SAFETY: see the head of the impl.
         unsafe {
-            // Rows i and i + 4 share a vector, so that two rounds of shuffles within halves finish a column.
-            let half = |i: usize, j: usize| -> (__m256, __m256) {
-                let (a, b) = (row(i), row(j));
-                (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b))
-            };
-            let four = |(al, ah): (__m256, __m256), (bl, bh): (__m256, __m256)| -> [__m256; 4] {
-                [
-                    _mm256_shuffle_ps::<0b01_00_01_00>(al, bl),
-                    _mm256_shuffle_ps::<0b11_10_11_10>(al, bl),
-                    _mm256_shuffle_ps::<0b01_00_01_00>(ah, bh),
-                    _mm256_shuffle_ps::<0b11_10_11_10>(ah, bh),
-                ]
-            };
-            let upper = four(half(0, 1), half(2, 3));
-            let lower = four(half(4, 5), half(6, 7));
-            for j in 0..4 {
-                put(j, _mm256_permute2f128_ps::<0x20>(upper[j], lower[j]));
-                put(j + 4, _mm256_permute2f128_ps::<0x31>(upper[j], lower[j]));
+            let upper = columns_of_four([row(0), row(1), row(2), row(3)]);
+            let lower = columns_of_four([row(4), row(5), row(6), row(7)]);
+            for (j, (upper, lower)) in upper.into_iter().zip(lower).enumerate() {
+                put(j, _mm256_permute2f128_ps::<0x20>(upper, lower));
+                put(j + 4, _mm256_permute2f128_ps::<0x31>(upper, lower));
             }
         }
     }

@@ -77,12 +77,32 @@ unsafe fn upper(x: __m512) -> __m256 {
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(x))) }
 }
 
+/// Transposes four rows within each quarter: the columns j, j + 4, j + 8 and j + 12 share a vector.
+///
+/// # Safety
+/// The processor has AVX-512F.
+#[inline(always)]
+unsafe fn columns_of_four([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
+    // SAFETY: the caller's.
+    unsafe {
+        let (al, ah) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let (cl, ch) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        [
+            _mm512_shuffle_ps::<0b01_00_01_00>(al, cl),
+            _mm512_shuffle_ps::<0b11_10_11_10>(al, cl),
+            _mm512_shuffle_ps::<0b01_00_01_00>(ah, ch),
+            _mm512_shuffle_ps::<0b11_10_11_10>(ah, ch),
+        ]
+    }
+}
+
 // SAFETY of every block below: `self` proves that the processor has the instructions; what is loaded and stored is what the
 // contract of the function has the caller vouch for.
 impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     type F = __m512;
     type M = __mmask16;
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     const NATIVE_PAIRS: bool = PAIRS;
 
     #[inline(always)]
@@ -250,19 +270,11 @@ impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     fn transpose(self, row: impl Fn(usize) -> __m512, mut put: impl FnMut(usize, __m512)) {
         // SAFETY: see the head of the impl.
         unsafe {
-            // Four rows to four columns within each quarter, then quarters are gathered in two rounds.
-            let four = |i: usize| -> [__m512; 4] {
-                let [a, b, c, d] = [row(i), row(i + 1), row(i + 2), row(i + 3)];
-                let (al, ah) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-                let (cl, ch) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-                [
-                    _mm512_shuffle_ps::<0b01_00_01_00>(al, cl),
-                    _mm512_shuffle_ps::<0b11_10_11_10>(al, cl),
-                    _mm512_shuffle_ps::<0b01_00_01_00>(ah, ch),
-                    _mm512_shuffle_ps::<0b11_10_11_10>(ah, ch),
-                ]
-            };
-            let ([first, second], [third, fourth]) = ([four(0), four(4)], [four(8), four(12)]);
+            let first = columns_of_four([row(0), row(1), row(2), row(3)]);
+            let second = columns_of_four([row(4), row(5), row(6), row(7)]);
+            let third = columns_of_four([row(8), row(9), row(10), row(11)]);
+            let fourth = columns_of_four([row(12), row(13), row(14), row(15)]);
+            // Quarters are gathered in two rounds.
             for j in 0..4 {
                 let [a, b, c, d] = [first[j], second[j], third[j], fourth[j]];
                 let (ab_even, ab_odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));

@@ -45,6 +45,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type M: Copy;
     /// Numbers in a vector: 8 or 16.
     const LANES: usize;
+    /// Vectors that registers hold.
+    const REGISTERS: usize;
     /// Whether [`Simd::dot_pairs`] is an instruction, twice as fast as multiplying f32.
     const NATIVE_PAIRS: bool = false;
 

@@ -40,6 +40,7 @@ impl Simd for Portable {
     type F = Eight;
     type M = [bool; 8];
     const LANES: usize = 8;
+    const REGISTERS: usize = if cfg!(target_arch = "x86_64") { 8 } else { 16 };
 
     #[inline(always)]
     fn call<B: Body>(self, body: B) -> B::Output {
@@ -56,8 +57,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_at(self, at: *const f32) -> Eight {
-        // SAFETY: the caller vouches for eight numbers; an array of f32 needs no more alignment than they.
-        Eight(unsafe { at.cast::<[f32; 8]>().read() })
+        // SAFETY: the caller vouches for eight numbers; pairs of bf16 may lie anywhere.
+        Eight(unsafe { at.cast::<[f32; 8]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn load_part_at(self, at: *const f32, n: usize) -> Eight {

@@ -1,0 +1,169 @@
+//! Products of matrices.
+//!
+//! A product is cut into blocks of rows and columns, one task each; a block packs the columns of the right factor into
+//! panels as wide as a register tile, and multiplies rows of the left one, read where they lie, with one panel after
+//! another.
+//!
+//! The one invariant: what a number of the result is depends on its row of the left factor, its column of the right one and
+//! the instruction set only. Each is a chain of multiply-adds along the contraction, from the first to the last of stretches
+//! of fixed length, and these sums are added in order; blocks, tiles and their remainders only say where a chain runs.
+#![expect(unsafe_code, reason = "tasks write disjoint blocks of one matrix")]
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{Cpu, Isa};
+use crate::kernels::simd::{Body, Simd};
+use crate::kernels::{Gemm, LowRank};
+use crate::view::{MatRef, ViewMut};
+
+mod block;
+mod micro;
+mod pack;
+mod scratch;
+#[cfg(test)]
+mod tests;
+
+use block::Block;
+use pack::Factor;
+
+/// Multiply-adds below which the pool costs more than it brings.
+const SERIAL: usize = 1 << 18;
+/// Multiply-adds that a task should have at least.
+const TASK: usize = 1 << 19;
+/// Columns of a block at most: its packed panels stay in the second cache.
+const COLS: usize = 256;
+
+/// A product with its factors as numbers along the contraction, and where the result goes.
+struct Product<'a> {
+    /// Its rows are the rows of register tiles.
+    a: Factor<'a>,
+    /// Its rows are the columns of register tiles.
+    b: Factor<'a>,
+    low_rank: &'a [LowRank<'a>],
+    bias: Option<&'a [f32]>,
+    accumulate: bool,
+    c: Target,
+    /// Whether pairs of bf16 are multiplied.
+    pairs: bool,
+}
+
+/// Where the result goes.
+#[derive(Clone, Copy)]
+struct Target {
+    at: *mut f32,
+    stride: usize,
+    /// Whether rows of tiles are columns of the result.
+    turned: bool,
+}
+
+// SAFETY: blocks of one product are disjoint, and no other reference to the result exists while they are computed.
+unsafe impl Sync for Target {}
+
+/// What [`Gemm`] says.
+pub(super) fn gemm(cpu: &Cpu, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
+    let both = matches!((of.a.mat, of.b.mat), (MatRef::Bf16(_), MatRef::Bf16(_)));
+    product(cpu, c_mn, of, both && cpu.isa() == Isa::Avx512Bf16);
+}
+
+fn product(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'_>, pairs: bool) {
+    let (m, n) = (c_mn.rows(), c_mn.cols());
+    check(m, n, of);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (a, b) = (Factor::left(of.a), Factor::right(of.b));
+    // Thin results of a transposed left factor: its columns lie side by side as panels want them.
+    let turned = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
+    let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
+    let (a, b) = if turned { (b, a) } else { (a, b) };
+    let pairs = pairs && cpu.call(MultipliesPairs);
+    let of = Product { a, b, low_rank: of.low_rank, bias: of.bias, accumulate: of.accumulate, c, pairs };
+    let grid = cpu.call(Grid { of: &of });
+    if grid.tasks() == 1 {
+        grid.run(cpu, &of, 0);
+    } else {
+        (0..grid.tasks()).into_par_iter().with_max_len(1).for_each(|task| grid.run(cpu, &of, task));
+    }
+}
+
+fn check(m: usize, n: usize, of: &Gemm<'_>) {
+    let (a, b) = (of.a.shape(), of.b.shape());
+    assert!(a == (m, b.0) && b.1 == n, "[{m}, {n}] is not a product of {a:?} and {b:?}");
+    assert!(of.bias.is_none_or(|bias| bias.len() == n), "a bias of other width than {n}");
+    let mut end = 0;
+    for term in of.low_rank {
+        assert!(end <= term.rows.start && term.rows.start <= term.rows.end && term.rows.end <= m, "rows of terms");
+        assert_eq!(term.left.rows(), term.rows.len(), "rows of a thin term");
+        assert_eq!((term.left.cols(), n), term.right.shape(), "a thin term does not fit");
+        end = term.rows.end;
+    }
+}
+
+/// Asks whether tiles of pairs are compiled.
+struct MultipliesPairs;
+
+impl Body for MultipliesPairs {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> bool {
+        micro::multiplies_pairs::<S>()
+    }
+}
+
+/// How a product is cut into tasks.
+struct Cut {
+    rows: usize,
+    cols: usize,
+    /// Rows and columns of tasks.
+    tasks: (usize, usize),
+    /// Rows and columns of a register tile.
+    tile: (usize, usize),
+}
+
+/// Finds the cut; a body because tiles depend on the instruction set.
+struct Grid<'p, 'a> {
+    of: &'p Product<'a>,
+}
+
+impl Body for Grid<'_, '_> {
+    type Output = Cut;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Cut {
+        let (rows, cols, depth) = (self.of.a.outer(), self.of.b.outer(), self.of.a.depth());
+        let tile = (micro::rows::<S>(), 2 * S::LANES);
+        let work = rows * cols * (depth + self.of.low_rank.iter().map(|term| term.left.cols()).max().unwrap_or(0));
+        let threads = rayon::current_num_threads();
+        let panels = cols.div_ceil(tile.1);
+        let least = cols.div_ceil(COLS);
+        if work < SERIAL || threads == 1 {
+            return Cut { rows, cols, tasks: (1, least), tile };
+        }
+        let wanted = (4 * threads).min(work.div_ceil(TASK));
+        // Columns first: what is packed for a block is used by all its rows.
+        let across = least.max(wanted.min(panels / 4)).max(1).next_multiple_of(threads).min(panels);
+        let down = wanted.div_ceil(across).min(rows.div_ceil(8 * tile.0));
+        Cut { rows, cols, tasks: (down, across), tile }
+    }
+}
+
+impl Cut {
+    fn tasks(&self) -> usize {
+        self.tasks.0 * self.tasks.1
+    }
+
+    fn run(&self, cpu: &Cpu, of: &Product<'_>, task: usize) {
+        let rows = part(self.rows, self.tile.0, task / self.tasks.1, self.tasks.0);
+        let cols = part(self.cols, self.tile.1, task % self.tasks.1, self.tasks.1);
+        scratch::with(|scratch| cpu.call(Block { of, rows, cols, scratch }));
+    }
+}
+
+/// The part `at` of `parts` of `len` numbers, cut between groups of `group`.
+fn part(len: usize, group: usize, at: usize, parts: usize) -> Range<usize> {
+    let groups = len.div_ceil(group);
+    (groups * at / parts * group).min(len)..(groups * (at + 1) / parts * group).min(len)
+}
