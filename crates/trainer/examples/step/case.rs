@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use attune_models::pass::walk::Keep;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
 use attune_spec::job::Precision;
@@ -28,6 +29,9 @@ pub(crate) struct Case {
     /// Parts that the documents are dealt to, which go through the model together.
     #[serde(default = "one")]
     shards: usize,
+    /// Whether the reverse pass runs each block again instead of keeping what it needs.
+    #[serde(default)]
+    recompute: bool,
 }
 
 const fn one() -> usize {
@@ -50,6 +54,10 @@ impl Case {
             "bf16" => Ok(Precision::Bf16),
             other => Err(format!("precision is {other:?}; expected f32 or bf16").into()),
         }
+    }
+
+    pub(crate) const fn keep(&self) -> Keep {
+        if self.recompute { Keep::Inputs } else { Keep::All }
     }
 
     /// The batch, in as many parts as were asked for.

@@ -15,8 +15,9 @@ mod memory;
 mod peak;
 mod tune;
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use attune_models::pass::{Stopwatch, Times, Work};
 use serde_json::{Value, json};
 
 use crate::case::Case;
@@ -39,7 +40,7 @@ fn main() -> Result<(), Failure> {
 }
 
 fn run(case: &Case) -> Result<Value, Failure> {
-    let started = Instant::now();
+    let started = Stopwatch::start();
     let mut tune = Tune::open(case)?;
     let loaded = json!({"seconds": started.elapsed().as_secs_f64(), "mib": memory::resident_mib()});
     let peak_of_loading = memory::peak_mib();
@@ -47,9 +48,9 @@ fn run(case: &Case) -> Result<Value, Failure> {
 
     let mut first_step_unix = None;
     let (mut losses, mut seconds, mut cpu) = (Vec::new(), Vec::new(), 0.0);
-    let mut optimiser = 0.0;
+    let mut spent = Spent::default();
     for step in 0..case.warmup + case.steps {
-        let watch = Instant::now();
+        let watch = Stopwatch::start();
         let cpu_before = memory::cpu_seconds();
         let done = tune.step()?;
         let step_seconds = watch.elapsed().as_secs_f64();
@@ -58,7 +59,8 @@ fn run(case: &Case) -> Result<Value, Failure> {
         if step >= case.warmup {
             seconds.push(step_seconds);
             cpu += memory::cpu_seconds() - cpu_before;
-            optimiser += done.optimiser.as_secs_f64();
+            spent.times += done.times;
+            spent.optimiser += done.optimiser.as_secs_f64();
         }
     }
     let peak_of_steps = memory::peak_mib();
@@ -66,7 +68,7 @@ fn run(case: &Case) -> Result<Value, Failure> {
         "tokens": tune.n_rows(),
         "step_seconds": seconds,
         "cpu_seconds_per_step": cpu / case.steps.max(1) as f64,
-        "breakdown_ms": {"optimiser": 1000.0 * optimiser / seconds.len() as f64},
+        "breakdown_ms": spent.per_step_ms(seconds.iter().sum(), seconds.len()),
         "model_gflop": tune.step_flops() / 1e9,
         "loss_first": losses.first(),
         "loss_last": losses.last(),
@@ -78,4 +80,28 @@ fn run(case: &Case) -> Result<Value, Failure> {
         "threads": rayon::current_num_threads(),
         "profile": attune_trainer::kernel::profile(),
     }))
+}
+
+/// Where the time of the measured steps went.
+#[derive(Default)]
+struct Spent {
+    times: Times,
+    optimiser: f64,
+}
+
+impl Spent {
+    /// Milliseconds a step by kind of work; what no kind claims is `rest`.
+    fn per_step_ms(&self, total: f64, steps: usize) -> Value {
+        let mut parts: Vec<(&str, f64)> =
+            Work::ALL.iter().map(|&work| (work.name(), self.times.of(work).as_secs_f64())).collect();
+        parts.push(("optimiser", self.optimiser));
+        let claimed: f64 = parts.iter().map(|(_, seconds)| seconds).sum();
+        parts.push(("rest", total - claimed));
+        let ms = |seconds: f64| (seconds / steps.max(1) as f64 * 1e5).round() / 100.0;
+        parts
+            .into_iter()
+            .map(|(name, seconds)| (name.to_owned(), json!(ms(seconds))))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    }
 }

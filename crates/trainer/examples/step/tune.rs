@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use attune_adapt::{ADAPTERS, slot};
 use attune_architecture::{Architecture, targets};
+use attune_models::pass::walk::Keep;
+use attune_models::pass::{Stopwatch, Times};
 use attune_models::{Base, Model, Pass, Slot, Stack};
 use attune_objective::OBJECTIVES;
 use attune_optim::OPTIMIZERS;
@@ -13,7 +15,7 @@ use attune_points::adapter::{Adapter, Attachment};
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
 use attune_points::optimizer::{Optimizer, UpdateCx};
-use attune_points::{Bank, BankKind, Grads, Layout, Owner, TensorId, Theta, Weight};
+use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Owner, TensorId, Theta, Weight};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, MethodRef};
@@ -33,6 +35,7 @@ pub(crate) struct Tune {
     objective: Box<dyn Objective>,
     optimizer: Box<dyn Optimizer>,
     buffers: BTreeMap<TensorId, Vec<Vec<f32>>>,
+    keep: Keep,
     steps_done: Step,
     trains_base: bool,
 }
@@ -41,6 +44,8 @@ pub(crate) struct Tune {
 pub(crate) struct Done {
     /// Mean loss a supervised token, before the update.
     pub(crate) loss: f64,
+    /// Where the time of the passes went.
+    pub(crate) times: Times,
     /// Time of the update.
     pub(crate) optimiser: Duration,
 }
@@ -69,6 +74,7 @@ impl Tune {
             objective,
             optimizer,
             buffers,
+            keep: case.keep(),
             steps_done: Step(0),
             trains_base: case.adapter.is_none(),
         })
@@ -81,15 +87,11 @@ impl Tune {
         let scale = 1.0 / self.objective.denominator().of(counts);
         let pass = |layout| Pass { theta: &self.theta, layout, dropout: None };
         let passes: Vec<Pass<'_>> = self.layouts.iter().map(pass).collect();
-        let mut loss = LossReport::default();
-        let mut parts = Vec::with_capacity(passes.len());
-        for pass in &passes {
-            let mut sink = Grads::wanting(wanted.iter().cloned());
-            loss.add(&self.model.grad(pass, &*self.objective, scale, &mut sink)?);
-            parts.push(sink);
-        }
+        let mut parts: Vec<Grads> = passes.iter().map(|_| Grads::wanting(wanted.iter().cloned())).collect();
+        let mut sinks: Vec<&mut dyn GradSink> = parts.iter_mut().map(|part| part as &mut dyn GradSink).collect();
+        let (reports, times) = self.model.grad_parts(&passes, &*self.objective, scale, self.keep, &mut sinks)?;
 
-        let watch = Instant::now();
+        let watch = Stopwatch::start();
         let mut parts = parts.into_iter();
         let mut sum = parts.next().unwrap_or_default();
         for part in parts {
@@ -97,7 +99,9 @@ impl Tune {
         }
         self.update(&sum)?;
         let optimiser = watch.elapsed();
-        Ok(Done { loss: loss.mean(), optimiser })
+        let mut loss = LossReport::default();
+        reports.iter().for_each(|report| loss.add(report));
+        Ok(Done { loss: loss.mean(), times, optimiser })
     }
 
     fn update(&mut self, gradients: &Grads) -> Result<(), Failure> {
