@@ -1,14 +1,14 @@
 //! A model's structure put to work: loading, the walk forward and in reverse, generation, export.
 //!
-//! The one invariant: the walk is layer by layer. A block is a small `graph` of differentiable operations; the forward walk
-//! keeps each block's input and nothing else, the reverse walk takes the blocks from the top, differentiates one at a time
-//! and stops below the lowest block that anybody wants a gradient from. Logits of a whole batch never exist. Frozen
-//! weights get no gradient unless a sink asks for it.
+//! The one invariant: the walk is layer by layer. A block's `graph` of differentiable operations defines it; its forward and
+//! reverse on views of rows are held to that. The reverse walk takes the blocks from the top and stops below the lowest
+//! block that anybody wants a gradient from. Logits of a whole batch never exist. Frozen weights get no gradient unless a
+//! sink asks for it.
 //!
 //! Deliberately absent: methods (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
 //!
 //! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees),
-//! [`block`], [`model`] (the walks), [`generate`], [`export`].
+//! [`pass`] (views of rows, several parts at once), [`block`], [`model`], [`generate`], [`export`].
 
 pub mod error;
 
