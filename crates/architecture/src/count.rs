@@ -1,7 +1,10 @@
 //! Counts in closed form, for forecasts of memory and time before anything is loaded.
 
-use crate::decoder::Architecture;
+use crate::decoder::{Architecture, MlpKind, NormPlacement, QkNorm};
 use crate::site::{Place, Site, SiteKind};
+
+/// Values of logits that a chunk may have: 128 MiB.
+const LOGITS: usize = 1 << 25;
 
 impl Architecture {
     /// Parameters of the model; a tied head counts once.
@@ -36,20 +39,49 @@ impl Architecture {
         self.parameters() * element_bytes
     }
 
-    /// Bytes that a forward pass keeps for the backward pass per token: the input of each block.
-    pub fn saved_bytes_per_token(&self, element_bytes: u64) -> u64 {
-        (2 * self.layers as u64 + 1) * self.hidden as u64 * element_bytes
+    /// Bytes that a pass keeps per row for its reverse, with activations of `element_bytes`: the input of each block in 32
+    /// bits and, unless blocks are run again, queries, keys, values, what attention gives, and what stands between the
+    /// linears of an MLP.
+    pub fn kept_bytes_per_row(&self, element_bytes: u64, again: bool) -> u64 {
+        let inputs = 2 * self.hidden as u64 * 4;
+        let attention = 2 * (self.query_width() + self.kv_width()) as u64 * element_bytes + self.heads as u64 * 4;
+        let normed = if self.qk_norm == QkNorm::None { 0 } else { (self.query_width() + self.kv_width()) as u64 * 4 };
+        let between = match (self.mlp, self.experts) {
+            // Experts are run again by their graphs.
+            (_, Some(_)) => 0,
+            (MlpKind::Gated(_), None) => 2 * self.inner as u64 * element_bytes,
+            (MlpKind::Plain(_), None) => self.inner as u64 * element_bytes,
+        };
+        let sums = if self.placement == NormPlacement::Post { 2 * self.hidden as u64 * 4 } else { 0 };
+        let of_block = if again { 0 } else { attention + normed + between + sums };
+        self.layers as u64 * (inputs + of_block) + 2 * self.hidden as u64 * 4
     }
 
-    /// Bytes that re-running the widest block with its backward link takes per token, for documents of `length` rows:
-    /// about six tensors of the inner width, or the projections and three tensors of scores per head.
-    pub fn block_bytes_per_token(&self, length: u64, element_bytes: u64) -> u64 {
-        let rows = self.experts.map_or(1, |experts| experts.per_token as u64);
-        let mlp = rows * (6 * self.inner as u64 + 4 * self.hidden as u64);
-        let scores = self.heads as u64 * length;
-        let attention =
-            3 * scores + 6 * self.query_width() as u64 + 6 * self.kv_width() as u64 + 4 * self.hidden as u64;
-        mlp.max(attention) * element_bytes
+    /// Bytes in use at once per row while one block is run and reversed, beside what is kept.
+    pub fn working_bytes_per_row(&self, element_bytes: u64, again: bool) -> u64 {
+        let (inner, hidden) = (self.inner as u64, self.hidden as u64);
+        let gates = if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 };
+        let mlp = match self.experts {
+            Some(experts) => experts.per_token as u64 * (6 * inner + 4 * hidden) * 4,
+            None => {
+                inner * (4 + (1 + gates) * element_bytes) + if again { gates * inner * (4 + element_bytes) } else { 0 }
+            }
+        };
+        let attention = (3 * self.query_width() + 2 * self.kv_width()) as u64 * (4 + element_bytes);
+        mlp.max(attention) + 4 * hidden * 4
+    }
+
+    /// Bytes of the logits of one chunk of at most `rows` rows, and of what is computed from them.
+    pub fn head_bytes(&self, rows: u64, element_bytes: u64) -> u64 {
+        let chunk = (self.logits_rows() as u64).min(rows);
+        let rounded = if element_bytes < 4 { element_bytes } else { 0 };
+        chunk * (self.vocab as u64 * (4 + rounded) + self.hidden as u64 * (8 + element_bytes))
+    }
+
+    /// Rows of logits that exist at a time. It depends on the vocabulary alone, so that the order of sums never depends on a
+    /// batch; a head's weight is read once a chunk, so that chunks of few rows would wait for memory.
+    pub fn logits_rows(&self) -> usize {
+        (LOGITS / self.vocab.max(1)).clamp(16, 512)
     }
 
     /// Bytes of keys and values that generation keeps per token.

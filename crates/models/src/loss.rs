@@ -10,15 +10,6 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use crate::context::{GraphCx, Tracked};
 use crate::head::Head;
 
-/// Values of logits that a chunk may have, 128 MiB: a head's weight is read once a chunk, so that a chunk of few rows waits for
-/// memory.
-const CHUNK_VALUES: usize = 1 << 25;
-
-/// Rows a chunk. It depends on the vocabulary alone, so that the order of sums never depends on a batch.
-pub(crate) fn chunk_rows(vocab: usize) -> usize {
-    (CHUNK_VALUES / vocab.max(1)).clamp(16, 512)
-}
-
 /// The negative log-likelihoods of a chunk, `[C]`.
 fn nll(head: &Head, h_cd: &Tensor, rows: &[Supervised], cx: &GraphCx<'_>) -> Result<Tensor> {
     let logits_cv = head.graph(h_cd, cx)?;
@@ -61,7 +52,7 @@ pub(crate) fn losses(
         Some(backward) if backward.below => Some(h_td.zeros_like()?),
         _ => None,
     };
-    for rows in supervised.chunks(chunk_rows(cx.base.architecture().vocab)) {
+    for rows in supervised.chunks(cx.base.architecture().logits_rows()) {
         let ids: Vec<u32> = rows.iter().map(|row| row.row).collect();
         let ids_c = Tensor::new(ids.as_slice(), &Device::Cpu)?;
         let h_cd = h_td.index_select(&ids_c, 0)?;

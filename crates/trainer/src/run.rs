@@ -13,6 +13,7 @@ use attune_points::engine::{Engine, StepReport};
 use attune_points::mixing::Feedback;
 use attune_points::{Owner, TensorId, TensorName};
 use attune_spec::id::{Step, Tokens};
+use attune_spec::job::plan::ROWS_PER_PASS;
 
 use crate::checkpoint::{self, Measured, State};
 use crate::control::Control;
@@ -29,10 +30,6 @@ use crate::setup::{self, Prepared};
 /// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
 /// hangs.
 const EXCHANGE_DEADLINE: Duration = Duration::from_secs(600);
-
-/// Rows that go through the model together: enough for the products to run at full speed, few enough for what a pass keeps
-/// to stay small.
-const ROWS_PER_PASS: usize = 2048;
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,7 +126,7 @@ impl<'a> Rank<'a> {
             theta: prepared.theta.clone(),
             buffers: empty_buffers(&*shared.optimizer, &shared.specs),
             guard: Guard::default(),
-            rows_per_pass: ROWS_PER_PASS,
+            rows_per_pass: ROWS_PER_PASS as usize,
             spent: Spent::default(),
             step: Step(0),
             stop_wanted: false,

@@ -16,7 +16,7 @@ use attune_points::engine::StepRule;
 use attune_points::{Bank, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, PlanSlot};
-use attune_spec::job::{Form, Plan};
+use attune_spec::job::{Activations, Form, Plan};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
@@ -26,6 +26,7 @@ use crate::engine::Shared;
 use crate::error::Error;
 use crate::pin::{self, Pins};
 use crate::protocol::{Event, Phase, Request};
+use crate::resident;
 use crate::steps::STEP_RULES;
 
 /// Everything that a run is made of.
@@ -130,8 +131,8 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepar
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
     };
     let shared = Shared {
+        keep: keep(plan, &base, request.ranks),
         model: Model::new(base, Stack::new(slots)),
-        keep: Keep::All,
         objective: objective.into(),
         optimizer,
         schedule,
@@ -153,6 +154,22 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepar
         pinned,
         plan_digest: plan_digest(plan),
     })
+}
+
+/// What forward passes keep: as the job says, or as much as half of the memory that the machine has left holds.
+fn keep(plan: &Plan, base: &Base, ranks: u32) -> Keep {
+    let element_bytes = match base.activations() {
+        attune_models::pass::Activations::F32 => 4,
+        attune_models::pass::Activations::Bf16 => 2,
+    };
+    let all =
+        base.architecture().kept_bytes_per_row(element_bytes, false) * plan.rows_at_once(ranks) * u64::from(ranks);
+    match plan.activations {
+        Activations::Keep => Keep::All,
+        Activations::Recompute => Keep::Inputs,
+        Activations::Auto if resident::available_bytes().is_some_and(|available| all > available / 2) => Keep::Inputs,
+        Activations::Auto => Keep::All,
+    }
 }
 
 /// What is not learned of a file although nothing failed.

@@ -2,7 +2,7 @@
 
 use attune_architecture::SiteKind;
 use attune_proto::v1;
-use attune_spec::job::{Precision, plan::Length};
+use attune_spec::job::{Activations, Precision, plan::Length};
 use attune_spec::method::{Catalogue, expression};
 use serde_json::json;
 
@@ -10,6 +10,9 @@ use crate::admit::{self, Admitted};
 
 /// Bytes that each trained parameter takes: value, gradient and two moments, in f32.
 const TRAINED_BYTES: u64 = 16;
+
+/// Bytes of a process that has a small base's tokenizer and nothing else: the program, its allocator, its threads.
+const PROCESS_BYTES: u64 = 32 << 20;
 
 /// The forecast; nothing when the base's structure is not known here.
 pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
@@ -45,16 +48,16 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
         Precision::Bf16 => 2,
     };
     let trainable = trainable.max(0.0) as u64;
-    let length = u64::from(plan.max_length);
-    // A logical shard is one packed batch of its own; documents end to end are at most `max_length` long each.
-    let shard_tokens = u64::from(plan.batch_tokens / plan.logical_shards.max(1));
-    let activations =
-        shard_tokens * (architecture.saved_bytes_per_token(4) + architecture.block_bytes_per_token(length, 4));
-    let memory_bytes = architecture.weight_bytes(base_bytes) + trainable * TRAINED_BYTES + activations;
-    let forward = architecture.forward_flops_per_token(length as f64 / 2.0, 1.0);
-    // Forward, forward again block by block, and back.
+    let again = plan.activations == Activations::Recompute;
+    let rows = plan.rows_at_once(1);
+    let pass = rows
+        * (architecture.kept_bytes_per_row(base_bytes, again) + architecture.working_bytes_per_row(base_bytes, again))
+        + architecture.head_bytes(rows, base_bytes);
+    let memory_bytes = PROCESS_BYTES + architecture.weight_bytes(base_bytes) + trainable * TRAINED_BYTES + pass;
+    let forward = architecture.forward_flops_per_token(f64::from(plan.max_length) / 2.0, 1.0);
+    // Forward, perhaps again block by block, and back: by the rows, and by the weights where they train.
     let trains_base = trainable >= architecture.parameters() / 2;
-    let passes = if trains_base { 4.0 } else { 3.0 };
+    let passes = 2.0 + if trains_base { 1.0 } else { 0.0 } + if again { 1.0 } else { 0.0 };
     Some(v1::Forecast {
         trainable_parameters: trainable,
         total_parameters: architecture.parameters(),

@@ -8,7 +8,7 @@ use attune_points::{Error, Result};
 
 use crate::block::site;
 use crate::head::Head;
-use crate::loss::{chunk_rows, count, count_documents};
+use crate::loss::{count, count_documents};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local::gather;
 use crate::pass::parts::{Given, PassCx, Sinks, wanted};
@@ -36,7 +36,7 @@ pub(crate) fn losses(
         let layout = task.part.layout;
         let supervised = layout.supervised();
         let mut report = LossReport::default();
-        for rows in supervised.chunks(chunk_rows(vocab)) {
+        for rows in supervised.chunks(cx.architecture().logits_rows()) {
             if let Some(row) = rows.iter().find(|row| row.label as usize >= vocab) {
                 let message = format!("label {} is outside of the model's vocabulary of {vocab}", row.label);
                 return Err(Error::Refused(message));

@@ -4,8 +4,8 @@
 //! hold for both.
 
 use attune_spec::job::{
-    CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, OnBadRow, Outputs,
-    Precision, ReadError, Resources, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec, read_value,
+    Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, OnBadRow,
+    Outputs, Precision, ReadError, Resources, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec, read_value,
 };
 use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
@@ -119,6 +119,11 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         precision: match spec.precision {
             Precision::F32 => v1::Precision::F32,
             Precision::Bf16 => v1::Precision::Bf16,
+        } as i32,
+        activations: match spec.activations {
+            Activations::Auto => v1::Activations::Auto,
+            Activations::Keep => v1::Activations::Keep,
+            Activations::Recompute => v1::Activations::Recompute,
         } as i32,
         checkpoint: Some(checkpoint(&spec.checkpoint)),
         evaluate: Some(evaluate(&spec.evaluate)),
@@ -333,6 +338,7 @@ impl Reader {
             "accumulation": spec.accumulation,
             "max_grad_norm": spec.max_grad_norm.map(|norm| if norm == 0.0 { Value::Null } else { json!(norm) }),
             "precision": self.word::<v1::Precision>(spec.precision, "tune.precision"),
+            "activations": self.word::<v1::Activations>(spec.activations, "tune.activations"),
             "checkpoint": spec.checkpoint.as_ref().map(|spec| given! {
                 "every_steps": spec.every_steps.map(null_if_zero),
                 "keep": spec.keep,

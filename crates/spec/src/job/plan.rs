@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::data::{Form, OnBadRow, TooLong};
 use super::reference::Reference;
 use super::targets::Targets;
-use super::tune::Precision;
+use super::tune::{Activations, Precision};
 use super::{JobKind, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::id::{Digest, Name};
@@ -129,6 +129,8 @@ pub struct Plan {
     pub max_grad_norm: Option<f64>,
     /// The number format of the frozen base.
     pub precision: Precision,
+    /// What a forward pass keeps for the reverse one.
+    pub activations: Activations,
     /// Steps between checkpoints; `None` for on request only.
     pub checkpoint_every: Option<u64>,
     /// Steps between measurements of the validation loss; `None` for before and after only.
@@ -153,7 +155,18 @@ pub(super) fn logical_shards(spec: &JobSpec) -> u32 {
     })
 }
 
+/// Rows that go through the model together: enough for products to run at full speed, few enough for what a pass keeps to
+/// stay small.
+pub const ROWS_PER_PASS: u32 = 2048;
+
 impl Plan {
+    /// The most rows of one pass when `ranks` ranks share the shards: whole micro-batches, at least one.
+    pub fn rows_at_once(&self, ranks: u32) -> u64 {
+        let shard = u64::from(self.batch_tokens / self.logical_shards.max(1)).max(1);
+        let micro_batches = u64::from(self.logical_shards / ranks.max(1)) * u64::from(self.accumulation);
+        shard * (u64::from(ROWS_PER_PASS) / shard).clamp(1, micro_batches.max(1))
+    }
+
     /// Resolves a checked job. `resolve` turns a reference into an input, or says why there is none.
     ///
     /// # Errors
@@ -235,6 +248,7 @@ impl Plan {
             length,
             max_grad_norm: tune.max_grad_norm,
             precision: tune.precision,
+            activations: tune.activations,
             checkpoint_every: tune.checkpoint.every_steps,
             evaluate_every: tune.evaluate.every_steps,
             logical_shards: logical_shards(spec),

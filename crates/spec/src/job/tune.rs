@@ -81,8 +81,21 @@ pub enum Precision {
     /// The base is held in 32 bits.
     #[default]
     F32,
-    /// The base is held in bfloat16 and widened site by site where it is used.
+    /// The base is held in bfloat16, and products take both factors in it.
     Bf16,
+}
+
+/// What a forward pass keeps for the reverse one. It changes memory and time, and no bit of a result.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Activations {
+    /// Whichever the free memory of the machine allows when the run starts.
+    #[default]
+    Auto,
+    /// All that the reverse of each block needs.
+    Keep,
+    /// The input of each block; the block is run again in reverse. About a third more time.
+    Recompute,
 }
 
 /// When the whole state of the run is kept.
@@ -154,6 +167,8 @@ pub struct TuneSpec {
     pub max_grad_norm: Option<f64>,
     /// The number format of the frozen base.
     pub precision: Precision,
+    /// What a forward pass keeps for the reverse one.
+    pub activations: Activations,
     /// When the state of the run is kept.
     pub checkpoint: CheckpointSpec,
     /// When the validation loss is measured.
@@ -183,6 +198,7 @@ impl Default for TuneSpec {
             tokens: None,
             max_grad_norm: Some(1.0),
             precision: Precision::F32,
+            activations: Activations::Auto,
             checkpoint: CheckpointSpec::default(),
             evaluate: EvaluateSpec::default(),
             logical_shards: None,
