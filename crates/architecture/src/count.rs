@@ -54,21 +54,25 @@ impl Architecture {
         };
         let sums = if self.placement == NormPlacement::Post { 2 * self.hidden as u64 * 4 } else { 0 };
         let of_block = if again { 0 } else { attention + normed + between + sums };
-        self.layers as u64 * (inputs + of_block) + 2 * self.hidden as u64 * 4
+        self.layers as u64 * (inputs + of_block)
     }
 
-    /// Bytes in use at once per row while one block is run and reversed, beside what is kept.
+    /// Bytes of buffers per row in which blocks are run and reversed, beside what is kept. A buffer is used again for another
+    /// of its width: four of the stream's do for attention as well, those of the MLP and of keys and values come beside them.
     pub fn working_bytes_per_row(&self, element_bytes: u64, again: bool) -> u64 {
         let (inner, hidden) = (self.inner as u64, self.hidden as u64);
+        let (query, kv) = (self.query_width() as u64, self.kv_width() as u64);
         let gates = if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 };
+        // What products give is in 32 bits; in a narrower type there is a copy of it that is multiplied and kept.
+        let narrow = element_bytes < 4;
         let mlp = match self.experts {
             Some(experts) => experts.per_token as u64 * (6 * inner + 4 * hidden) * 4,
-            None => {
-                inner * (4 + (1 + gates) * element_bytes) + if again { gates * inner * (4 + element_bytes) } else { 0 }
-            }
+            None => inner * (if narrow { gates * 4 } else { 4 } + gates * element_bytes),
         };
-        let attention = (3 * self.query_width() + 2 * self.kv_width()) as u64 * (4 + element_bytes);
-        mlp.max(attention) + 4 * hidden * 4
+        let stream = 4 * hidden.max(query) * 4 + 2 * kv * 4;
+        let copies = if narrow { 2 * (hidden + kv) * element_bytes } else { 0 };
+        let block = if again { (gates * inner + 2 * (query + kv)) * element_bytes + self.heads as u64 * 4 } else { 0 };
+        mlp + stream + copies + block
     }
 
     /// Bytes of the logits of one chunk of at most `rows` rows, and of what is computed from them.

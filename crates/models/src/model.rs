@@ -141,6 +141,11 @@ impl Model {
         &self.base
     }
 
+    /// The buffers that its passes use again.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
     /// The components.
     pub fn stack(&self) -> &Stack {
         &self.stack

@@ -11,8 +11,8 @@ use crate::admit::{self, Admitted};
 /// Bytes that each trained parameter takes: value, gradient and two moments, in f32.
 const TRAINED_BYTES: u64 = 16;
 
-/// Bytes of a process that has a small base's tokenizer and nothing else: the program, its allocator, its threads.
-const PROCESS_BYTES: u64 = 32 << 20;
+/// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch.
+const PROCESS_BYTES: u64 = 48 << 20;
 
 /// The forecast; nothing when the base's structure is not known here.
 pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {

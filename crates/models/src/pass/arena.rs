@@ -81,6 +81,14 @@ impl Arena {
         made
     }
 
+    /// Bytes of all buffers that nobody uses at the moment: after a pass, of all that it used at once.
+    pub fn idle_bytes(&self) -> usize {
+        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let f32s: usize = free.f32.iter().map(Vec::len).sum();
+        let bf16s: usize = free.bf16.iter().map(Vec::len).sum();
+        4 * f32s + 2 * bf16s
+    }
+
     /// Gives all free buffers back to the system.
     pub fn clear(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Free::default();

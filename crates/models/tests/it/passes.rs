@@ -226,3 +226,35 @@ fn rows_without_a_set_are_the_bases() {
         |theta: &Theta| model.score(&Pass { theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap().loss_sum;
     assert_eq!(loss(&theta), loss(&plain));
 }
+
+/// More rows than a chunk of logits, as in use; wide enough that the thin rows of components, which the forecast leaves out,
+/// are few.
+const WIDE: &str = r#"{
+    "model_type": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": false
+}"#;
+
+#[test]
+fn what_a_pass_uses_is_what_the_forecast_says() {
+    let mut layout = Layout::new();
+    for example in 0..16 {
+        layout.push(Source { example, ..Source::default() }, (0..128).map(|row| (Row::Token(row), row + 1)));
+    }
+    for (dtype, bytes) in [(DType::F32, 4), (DType::BF16, 2)] {
+        for (keep, again) in [(Keep::All, false), (Keep::Inputs, true)] {
+            let base = Base::random(Architecture::from_json(WIDE.as_bytes()).unwrap(), 5, dtype).unwrap();
+            let architecture = base.architecture().clone();
+            let component = low_rank(1, 0.0, true);
+            let attachments = component.attach(&architecture, &architecture.sites()).unwrap();
+            let model = Model::new(base, Stack::new(vec![Slot::new(Arc::new(component), attachments)]));
+            let theta = Theta::single([bank(vec![set(&model, 0, 1)])]);
+            run(&model, &[Pass { theta: &theta, layout: &layout, dropout: None }], keep);
+            let per_row =
+                architecture.kept_bytes_per_row(bytes, again) + architecture.working_bytes_per_row(bytes, again);
+            let forecast = 2048 * per_row + architecture.head_bytes(2048, bytes);
+            let ratio = model.arena().idle_bytes() as f64 / forecast as f64;
+            assert!((0.9..1.1).contains(&ratio), "{dtype:?}, {keep:?}: used {ratio} of the forecast");
+        }
+    }
+}
