@@ -8,6 +8,7 @@ use crate::decoder::{Architecture, Experts, MlpKind, NormKind, Positions};
 use crate::error::Error;
 use crate::family::{FAMILIES, FamilyRow, PositionRule};
 use crate::fields::Fields;
+use crate::head::{HeadKind, PooledRow, Pooling};
 use crate::rope_config::rope;
 use crate::windows::windows;
 
@@ -74,7 +75,9 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
     let activation = activation(row, fields);
     let attention_bias = row.bias.attention_field && fields.flag("attention_bias").unwrap_or(false);
     let mlp_bias = row.bias.mlp_field && fields.flag("mlp_bias").unwrap_or(false);
-    Architecture {
+    let head = head(row, fields);
+    let causal = fields.flag("is_causal").unwrap_or(row.causal);
+    let architecture = Architecture {
         family: row.family,
         hidden: hidden as usize,
         inner: inner as usize,
@@ -83,17 +86,20 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
         kv_heads: kv_heads as usize,
         head_dim: head_dim as usize,
         vocab: vocab as usize,
+        head,
         max_position,
         norm: if row.layer_norm { NormKind::Layer { eps } } else { NormKind::Rms { eps } },
         placement: row.placement,
         positions,
+        token_types: row.token_types.map(|rows| fields.count("type_vocab_size", TABLE_MAX).unwrap_or(rows) as usize),
+        embedding_norm: row.token_types.is_some(),
         qk_norm: row.qk_norm,
         projections: row.projections,
         mlp: if row.gated { MlpKind::Gated(activation) } else { MlpKind::Plain(activation) },
         experts: if row.experts { experts(fields, inner, layers) } else { None },
-        causal: true,
+        causal,
         windows: windows(row, fields, layers),
-        tied: fields.flag("tie_word_embeddings").unwrap_or(row.tied),
+        tied: fields.flag("tie_word_embeddings").unwrap_or(row.tied) && head == HeadKind::Tokens,
         transposed: row.transposed,
         qkv_bias: row.bias.qkv || attention_bias,
         output_bias: row.bias.others || attention_bias,
@@ -103,7 +109,8 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
         bos: fields.tokens("bos_token_id", vocab, row.bos),
         eos: fields.tokens("eos_token_id", vocab, row.eos),
         modules: row.modules,
-    }
+    };
+    if causal { architecture } else { architecture.bidirectional() }
 }
 
 fn kv_heads(row: &FamilyRow, fields: &mut Fields<'_>, heads: u64) -> u64 {
@@ -150,6 +157,27 @@ fn learned(row: &FamilyRow, fields: &mut Fields<'_>, max_position: u64, offset: 
     Positions::Learned { rows: (max_position + offset) as usize, offset: offset as usize }
 }
 
+/// The head that the class in `architectures` has, with as many classes as `id2label` names.
+fn head(row: &FamilyRow, fields: &mut Fields<'_>) -> HeadKind {
+    let class = fields.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str).unwrap_or_default();
+    let labels = |fields: &mut Fields<'_>| {
+        let named = fields.object("id2label").map(|names| names.len() as u64).filter(|named| *named <= WIDTH_MAX);
+        // Two classes where nothing is said, as in Hugging Face's configurations.
+        named.or_else(|| fields.count("num_labels", WIDTH_MAX)).unwrap_or(2).max(1) as usize
+    };
+    if class.ends_with("ForSequenceClassification") {
+        let row = if row.causal { PooledRow::Last } else { PooledRow::First };
+        HeadKind::Sequence { labels: labels(fields), row }
+    } else if class.ends_with("ForTokenClassification") {
+        HeadKind::Rows { labels: labels(fields) }
+    } else if class.strip_suffix("Model") == Some(row.class) && row.head == HeadKind::Tokens {
+        // A decoder's trunk alone, which has no head to give tokens.
+        HeadKind::Embedding(Pooling::Row(PooledRow::Last))
+    } else {
+        row.head
+    }
+}
+
 /// The fields of a mixture of experts, with OLMoE's own values where they are missing.
 fn experts(fields: &mut Fields<'_>, inner: u64, layers: u64) -> Option<Experts> {
     let count = fields.count("num_experts", EXPERTS_MAX).unwrap_or(64);
@@ -185,6 +213,13 @@ fn refuse_unsupported(row: &FamilyRow, fields: &mut Fields<'_>) {
     for &(name, supported) in row.fixed {
         if fields.flag(name).is_some_and(|given| given != supported) {
             fields.fault(name, format!("is {}; expected {supported}, which is what is supported", !supported));
+        }
+    }
+    for &(name, supported) in row.words {
+        if let Some(given) = fields.text(name)
+            && given != supported
+        {
+            fields.fault(name, format!("is {given:?}; expected {supported:?}, which is what is supported"));
         }
     }
     for &name in row.absent {

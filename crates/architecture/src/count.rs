@@ -26,12 +26,13 @@ impl Architecture {
         let used = self.experts.map_or(1.0, |experts| experts.per_token as f64 / experts.count as f64);
         let share = |site: &Site| if site.expert.is_some() { used } else { 1.0 };
         let matrices: f64 = self.layer_sites().map(|site| products(&site) as f64 * share(&site)).sum();
+        let head: u64 = self.head_sites().iter().map(products).sum();
         let attention: f64 = self
             .windows
             .iter()
             .map(|window| 4.0 * self.query_width() as f64 * window.map_or(context, |w| context.min(w as f64)))
             .sum();
-        2.0 * self.layers as f64 * matrices + attention + 2.0 * self.table() as f64 * supervised
+        2.0 * self.layers as f64 * matrices + attention + 2.0 * head as f64 * supervised
     }
 
     /// Bytes of all weights with `element_bytes` each.
@@ -91,11 +92,6 @@ impl Architecture {
     /// Bytes of keys and values that generation keeps per token.
     pub fn cache_bytes_per_token(&self, element_bytes: u64) -> u64 {
         2 * self.layers as u64 * self.kv_width() as u64 * element_bytes
-    }
-
-    /// Elements of the embedding's table.
-    const fn table(&self) -> u64 {
-        self.vocab as u64 * self.hidden as u64
     }
 
     /// The sites of one layer; all have the same.

@@ -1,11 +1,12 @@
-//! The decoder: a table of tokens, layers of attention and MLP around one residual stream, a last norm and a head.
-//! Families differ in what stands at each of these places, and [`Architecture`] says what.
+//! The model: a table of tokens, layers of attention and MLP around one residual stream, and a head. An encoder is one whose
+//! rows see all others. Families differ in what stands at each of these places, and [`Architecture`] says what.
 
 use std::fmt;
 
 use crate::activation::Activation;
 use crate::error::Error;
 use crate::family::Family;
+use crate::head::HeadKind;
 use crate::modules::Modules;
 use crate::rope::Rope;
 use crate::site::{Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
@@ -14,13 +15,13 @@ use crate::site::{Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Architecture {
-    /// The kind of decoder.
+    /// The kind of model.
     pub family: Family,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Width inside the MLP, or inside each expert.
     pub inner: usize,
-    /// Number of decoder layers.
+    /// Number of layers.
     pub layers: usize,
     /// Number of query heads.
     pub heads: usize,
@@ -28,8 +29,10 @@ pub struct Architecture {
     pub kv_heads: usize,
     /// Width of a head; even under rotary positions.
     pub head_dim: usize,
-    /// Number of rows of the embedding and of the head.
+    /// Number of rows of the embedding and of a head over tokens.
     pub vocab: usize,
+    /// What the model gives out.
+    pub head: HeadKind,
     /// Length of context that the model declares.
     pub max_position: u64,
     /// How all norms are computed.
@@ -38,6 +41,10 @@ pub struct Architecture {
     pub placement: NormPlacement,
     /// How rows know their position.
     pub positions: Positions,
+    /// Rows of a table of token types (first and second text), whose rows are added to the embedding.
+    pub token_types: Option<usize>,
+    /// Whether there is a norm on the embedding.
+    pub embedding_norm: bool,
     /// Norms on queries and keys.
     pub qk_norm: QkNorm,
     /// How queries, keys and values are stored.
@@ -48,7 +55,8 @@ pub struct Architecture {
     pub experts: Option<Experts>,
     /// Whether a row sees itself and earlier ones only.
     pub causal: bool,
-    /// For each layer the attention window: a row sees itself and `window - 1` rows before it; none is full causal.
+    /// For each layer the attention window: a row sees itself and `window - 1` rows before it; none is full attention, as
+    /// wherever attention is not causal.
     pub windows: Vec<Option<u64>>,
     /// Whether the head's weight is the embedding's.
     pub tied: bool,
@@ -199,7 +207,7 @@ impl MlpKind {
 /// What a block computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BlockKind {
-    /// Token ids (and learned positions) to rows.
+    /// Token ids (with token types, learned positions and a norm, where there are such) to rows.
     Embedding,
     /// Norm, attention and residual of a layer.
     Attention {
@@ -216,7 +224,7 @@ pub enum BlockKind {
         /// The layer, from 0.
         layer: u32,
     },
-    /// Last norm and head.
+    /// Last norm, where norms come first, and head.
     Head,
 }
 
@@ -288,6 +296,10 @@ impl Architecture {
         if let Positions::Learned { rows, .. } = self.positions {
             sites.push(table(Place::Positions, rows));
         }
+        sites.extend(self.token_types.map(|rows| table(Place::TokenTypes, rows)));
+        if self.embedding_norm {
+            sites.push(self.norm_at(Place::EmbeddingNorm, None, self.hidden));
+        }
         sites
     }
 
@@ -338,11 +350,6 @@ impl Architecture {
         push(Place::Down, [hidden, inner]);
     }
 
-    pub(crate) fn head_sites(&self) -> Vec<Site> {
-        let head = SiteKind::Linear { output: self.vocab, input: self.hidden, bias: false, transposed: false };
-        vec![self.norm_at(Place::FinalNorm, None, self.hidden), self.at(Place::Head, None, None, head)]
-    }
-
     /// The sites of a block in the order in which it uses them.
     fn with_norm(&self, norm: Site, mut sites: Vec<Site>) -> Vec<Site> {
         match self.placement {
@@ -352,12 +359,12 @@ impl Architecture {
         sites
     }
 
-    fn at(&self, place: Place, layer: Option<u32>, expert: Option<u32>, kind: SiteKind) -> Site {
+    pub(crate) fn at(&self, place: Place, layer: Option<u32>, expert: Option<u32>, kind: SiteKind) -> Site {
         let (path, role) = self.modules.of(place, layer, expert);
         Site { id: path.into(), kind, layer, expert, place, role }
     }
 
-    fn norm_at(&self, place: Place, layer: Option<u32>, width: usize) -> Site {
+    pub(crate) fn norm_at(&self, place: Place, layer: Option<u32>, width: usize) -> Site {
         self.at(place, layer, None, SiteKind::Norm { width, bias: self.norm.has_bias() })
     }
 
@@ -386,14 +393,10 @@ impl Architecture {
         }
     }
 
-    /// The head's name.
-    pub fn head(&self) -> SiteId {
-        self.modules.of(Place::Head, None, None).0.into()
-    }
-
-    /// The name of the table of tokens.
-    pub fn embedding(&self) -> SiteId {
-        self.modules.of(Place::Embedding, None, None).0.into()
+    /// The head's name and that of the table of tokens, if they are one matrix.
+    pub fn tie(&self) -> Option<(SiteId, SiteId)> {
+        let of = |place| SiteId::from(self.modules.of(place, None, None).0);
+        self.tied.then(|| (of(Place::Head), of(Place::Embedding)))
     }
 
     /// The tensors that the model's files hold, in forward order. A tied head has none of its own.
@@ -421,13 +424,20 @@ impl Architecture {
     }
 
     /// The names under which files may hold the tensor `name`, likeliest first: a folder of the trunk alone leaves out the
-    /// prefix that the model with a head puts before it.
-    pub fn spellings<'a>(&self, name: &'a str) -> impl Iterator<Item = &'a str> {
-        [Some(name), name.strip_prefix(self.modules.prefix)].into_iter().flatten()
+    /// prefix that the model with a head puts before it, and files from TensorFlow's time call a norm's tensors `gamma` and
+    /// `beta`.
+    pub fn spellings(&self, name: &str) -> Vec<String> {
+        let old = [(".weight", ".gamma"), (".bias", ".beta")].into_iter().find_map(|(new, old)| {
+            let module = name.strip_suffix(new).filter(|module| module.ends_with("LayerNorm"))?;
+            Some(format!("{module}{old}"))
+        });
+        let with_prefix = std::iter::once(name.to_owned()).chain(old);
+        let bare = |name: &String| name.strip_prefix(self.modules.prefix).map(str::to_owned);
+        with_prefix.flat_map(|name| [bare(&name), Some(name)].into_iter().flatten().rev()).collect()
     }
 
     /// The pairs of tensors that are one: the name that is not in the files, and the one that stands for it.
     pub fn ties(&self) -> Vec<(String, String)> {
-        if self.tied { vec![(self.head().weight(), self.embedding().weight())] } else { Vec::new() }
+        self.tie().map(|(head, embedding)| (head.weight(), embedding.weight())).into_iter().collect()
     }
 }

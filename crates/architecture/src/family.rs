@@ -1,17 +1,20 @@
-//! The supported kinds of decoder, and where they differ: a row of the table each.
+//! The supported kinds of model, and where they differ: a row of the table each.
 //!
-//! A model of the same mathematics is a row here and its module names in `modules`: OLMo-2 (norms after attention and MLP),
+//! A model of the same mathematics is a row here and its module names in `modules`. OLMo-2 (norms after attention and MLP),
 //! OPT (learned positions with offset 2, ReLU), GPT-NeoX (fused projections by head, parallel MLP), Phi and Gemma (parallel
-//! blocks, scaled embeddings, norms of `1 + w`), Mixtral (experts under other names, softmax over the chosen) each ask for one more column of [`FamilyRow`] and the place in
-//! [`crate::Architecture`] that it fills.
+//! blocks, scaled embeddings, norms of `1 + w`), Mixtral (experts under other names, softmax over the chosen), RoBERTa
+//! (BERT with positions from 2 and a dense layer in its classifier) and ModernBERT (windows in some layers, rotary, gated)
+//! each ask for one more column of [`FamilyRow`] and the place in [`crate::Architecture`] that it fills; T5, ViT and CLIP
+//! for blocks of their own (cross-attention, patches).
 
 use std::fmt;
 
 use crate::activation::Activation;
 use crate::decoder::{NormPlacement, Projections, QkNorm};
+use crate::head::{HeadKind, Pooling};
 use crate::modules::{self, Modules};
 
-/// A kind of decoder, named by `model_type`.
+/// A kind of model, named by `model_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Family {
@@ -27,6 +30,8 @@ pub enum Family {
     Olmoe,
     /// `gpt2`: layer norm, learned positions, a plain MLP, one linear for q, k and v.
     Gpt2,
+    /// `bert`: an encoder with norms after attention and MLP, token types and learned positions.
+    Bert,
 }
 
 /// How a family's attention windows are configured.
@@ -81,6 +86,13 @@ pub(crate) struct FamilyRow {
     pub(crate) name: &'static str,
     pub(crate) fields: &'static FieldNames,
     pub(crate) modules: &'static Modules,
+    /// What the class names in `architectures` start with.
+    pub(crate) class: &'static str,
+    /// The head of a class that names none.
+    pub(crate) head: HeadKind,
+    pub(crate) causal: bool,
+    /// Token types and a norm on the embedding.
+    pub(crate) token_types: Option<u64>,
     /// Layer norm in place of root mean squares.
     pub(crate) layer_norm: bool,
     pub(crate) eps: f64,
@@ -107,6 +119,8 @@ pub(crate) struct FamilyRow {
     pub(crate) eos: Option<u32>,
     /// Fields that change the mathematics in a way that is not supported: the one value that is.
     pub(crate) fixed: &'static [(&'static str, bool)],
+    /// The same for words.
+    pub(crate) words: &'static [(&'static str, &'static str)],
     /// The same for fields that have to be missing or null.
     pub(crate) absent: &'static [&'static str],
 }
@@ -126,6 +140,10 @@ const LLAMA: FamilyRow = FamilyRow {
     name: "llama",
     fields: &LLAMA_FIELDS,
     modules: &modules::LLAMA,
+    class: "Llama",
+    head: HeadKind::Tokens,
+    causal: true,
+    token_types: None,
     layer_norm: false,
     eps: 1e-6,
     placement: NormPlacement::Pre,
@@ -147,12 +165,14 @@ const LLAMA: FamilyRow = FamilyRow {
     bos: Some(1),
     eos: Some(2),
     fixed: &[],
+    words: &[],
     absent: &[],
 };
 
 const QWEN2: FamilyRow = FamilyRow {
     family: Family::Qwen2,
     name: "qwen2",
+    class: "Qwen2",
     bias: BiasRule { qkv: true, others: false, attention_field: false, mlp_field: false },
     kv_heads: Some(32),
     max_position: 32_768,
@@ -167,6 +187,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Mistral,
         name: "mistral",
+        class: "Mistral",
         bias: BiasRule { qkv: false, others: false, attention_field: false, mlp_field: false },
         kv_heads: Some(8),
         max_position: 131_072,
@@ -177,6 +198,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Qwen3,
         name: "qwen3",
+        class: "Qwen3",
         qk_norm: QkNorm::PerHead,
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         head_dim: Some(128),
@@ -185,6 +207,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Olmoe,
         name: "olmoe",
+        class: "Olmoe",
         modules: &modules::OLMOE,
         eps: 1e-5,
         qk_norm: QkNorm::Whole,
@@ -199,6 +222,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
     FamilyRow {
         family: Family::Gpt2,
         name: "gpt2",
+        class: "GPT2",
         fields: &FieldNames {
             hidden: "n_embd",
             inner: "n_inner",
@@ -230,6 +254,29 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         ],
         ..LLAMA
     },
+    FamilyRow {
+        family: Family::Bert,
+        name: "bert",
+        fields: &FieldNames { eps: "layer_norm_eps", ..LLAMA_FIELDS },
+        modules: &modules::BERT,
+        class: "Bert",
+        head: HeadKind::Embedding(Pooling::Mean),
+        causal: false,
+        token_types: Some(2),
+        layer_norm: true,
+        eps: 1e-12,
+        placement: NormPlacement::Post,
+        positions: PositionRule::Learned { offset: 0 },
+        gated: false,
+        activation: Activation::Gelu,
+        bias: BiasRule { qkv: true, others: true, attention_field: false, mlp_field: false },
+        max_position: 512,
+        bos: None,
+        eos: None,
+        fixed: &[("is_decoder", false), ("add_cross_attention", false)],
+        words: &[("position_embedding_type", "absolute")],
+        ..LLAMA
+    },
 ];
 
 /// `sliding_window` of Mistral and Qwen2 when the field is missing.
@@ -241,6 +288,12 @@ impl Family {
     /// All supported families.
     pub fn all() -> impl Iterator<Item = Self> {
         FAMILIES.iter().map(|row| row.family)
+    }
+
+    /// What the names of Hugging Face's classes start with, and how that of the model with a head over tokens goes on.
+    pub(crate) fn class(self) -> (&'static str, &'static str) {
+        let class = FAMILIES.iter().find(|row| row.family == self).map_or("", |row| row.class);
+        (class, if self == Self::Gpt2 { "LMHeadModel" } else { "ForCausalLM" })
     }
 
     /// The value of `model_type`.

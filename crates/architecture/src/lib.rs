@@ -24,6 +24,7 @@ pub mod count;
 pub mod targets;
 
 pub mod decoder;
+pub mod head;
 
 pub use activation::Activation;
 pub use decoder::{
@@ -31,5 +32,6 @@ pub use decoder::{
 };
 pub use error::Error;
 pub use family::Family;
+pub use head::{HeadKind, PooledRow, Pooling};
 pub use rope::{Rope, RopeScaling};
 pub use site::{Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};

@@ -28,6 +28,13 @@ impl Modules {
     }
 }
 
+impl Modules {
+    /// Whether the family has a module at `place`.
+    pub(crate) fn has(&self, place: Place) -> bool {
+        self.modules.iter().any(|module| module.0 == place)
+    }
+}
+
 impl PartialEq for Modules {
     fn eq(&self, other: &Self) -> bool {
         std::ptr::eq(self, other)
@@ -52,6 +59,7 @@ pub(crate) static LLAMA: Modules = Modules {
         (Place::Down, "model.layers.{}.mlp.down_proj", "down_proj"),
         (Place::FinalNorm, "model.norm", "norm"),
         (Place::Head, "lm_head", "lm_head"),
+        (Place::Classifier, "score", "score"),
     ],
 };
 
@@ -74,6 +82,7 @@ pub(crate) static OLMOE: Modules = Modules {
         (Place::Down, "model.layers.{}.mlp.experts.{}.down_proj", "down_proj"),
         (Place::FinalNorm, "model.norm", "norm"),
         (Place::Head, "lm_head", "lm_head"),
+        (Place::Classifier, "score", "score"),
     ],
 };
 
@@ -91,5 +100,27 @@ pub(crate) static GPT2: Modules = Modules {
         (Place::Down, "transformer.h.{}.mlp.c_proj", "mlp.c_proj"),
         (Place::FinalNorm, "transformer.ln_f", "ln_f"),
         (Place::Head, "lm_head", "lm_head"),
+        (Place::Classifier, "score", "score"),
+    ],
+};
+
+/// BERT. Its heads have no prefix, so [`Modules::prefix`] is the trunk's.
+pub(crate) static BERT: Modules = Modules {
+    prefix: "bert.",
+    modules: &[
+        (Place::Embedding, "bert.embeddings.word_embeddings", "word_embeddings"),
+        (Place::Positions, "bert.embeddings.position_embeddings", "position_embeddings"),
+        (Place::TokenTypes, "bert.embeddings.token_type_embeddings", "token_type_embeddings"),
+        (Place::EmbeddingNorm, "bert.embeddings.LayerNorm", "embeddings.LayerNorm"),
+        (Place::Query, "bert.encoder.layer.{}.attention.self.query", "query"),
+        (Place::Key, "bert.encoder.layer.{}.attention.self.key", "key"),
+        (Place::Value, "bert.encoder.layer.{}.attention.self.value", "value"),
+        (Place::Output, "bert.encoder.layer.{}.attention.output.dense", "attention.output.dense"),
+        (Place::AttentionNorm, "bert.encoder.layer.{}.attention.output.LayerNorm", "attention.output.LayerNorm"),
+        (Place::Up, "bert.encoder.layer.{}.intermediate.dense", "intermediate.dense"),
+        (Place::Down, "bert.encoder.layer.{}.output.dense", "output.dense"),
+        (Place::MlpNorm, "bert.encoder.layer.{}.output.LayerNorm", "output.LayerNorm"),
+        (Place::Pooler, "bert.pooler.dense", "pooler.dense"),
+        (Place::Classifier, "classifier", "classifier"),
     ],
 };

@@ -154,6 +154,10 @@ pub enum Place {
     Embedding,
     /// The table of learned positions.
     Positions,
+    /// The table of token types.
+    TokenTypes,
+    /// On the embedding.
+    EmbeddingNorm,
     /// Before attention, or after it where norms come last.
     AttentionNorm,
     /// Queries.
@@ -182,8 +186,12 @@ pub enum Place {
     Down,
     /// Before the head.
     FinalNorm,
-    /// Logits.
+    /// Logits over tokens.
     Head,
+    /// Before a classifier of documents, with a tanh.
+    Pooler,
+    /// Logits over classes.
+    Classifier,
 }
 
 /// A place in a model.
@@ -193,7 +201,7 @@ pub struct Site {
     pub id: SiteId,
     /// What it computes.
     pub kind: SiteKind,
-    /// The decoder layer that it belongs to, from 0; none for the embedding, the last norm and the head.
+    /// The decoder layer that it belongs to, from 0; none for the embedding and the head.
     pub layer: Option<u32>,
     /// The expert of the layer that it belongs to, from 0.
     pub expert: Option<u32>,

@@ -8,8 +8,8 @@ use attune_spec::{Fault, FieldPath, suggest};
 use crate::decoder::Architecture;
 use crate::site::{Place, Site, SiteId, SiteKind};
 
-/// All linears except the head and routers: a router has as many outputs as there are experts, fewer than most ranks, and
-/// is trained with care or not at all. Naming it names it.
+/// All linears of layers except routers. A head is trained whole or not at all; a router has as many outputs as there are
+/// experts, fewer than most ranks, and is trained with care. Naming one names it.
 const ALL_LINEAR: &str = "all-linear";
 
 /// Every site.
@@ -81,7 +81,7 @@ fn located<'a>(targets: &'a Targets, field: &str) -> Vec<(&'a str, FieldPath)> {
 fn names(entry: &str, site: &Site) -> bool {
     let id = site.id.as_str();
     if entry == ALL_LINEAR {
-        matches!(site.kind, SiteKind::Linear { .. }) && !matches!(site.place, Place::Head | Place::Router)
+        matches!(site.kind, SiteKind::Linear { .. }) && site.layer.is_some() && site.place != Place::Router
     } else if entry == ALL {
         true
     } else if entry.contains('*') {

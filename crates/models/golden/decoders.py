@@ -98,7 +98,7 @@ def randomise(model, seed, std):
     g = ref.generator(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            norm = name.endswith("weight") and any(part in name for part in ("norm", "ln_"))
+            norm = name.endswith("weight") and any(part in name.lower() for part in ("norm", "ln_"))
             p.copy_(torch.randn(p.shape, generator=g) * std + (1.0 if norm else 0.0))
 
 

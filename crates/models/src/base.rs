@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use attune_architecture::{Architecture, Site, SiteId, SiteKind, TensorPart};
+use attune_architecture::{Architecture, Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
 use attune_points::{TensorName, Weight};
 use attune_spec::job::Precision;
 use attune_tensor::{FrozenWeight, Rng};
@@ -18,17 +18,16 @@ use crate::pass::Activations;
 #[derive(Debug)]
 pub struct Base {
     architecture: Architecture,
-    /// The head's name and the embedding's, which a tied model keeps one matrix for.
-    head: SiteId,
-    embedding: SiteId,
+    /// The head's name and the embedding's, if the model keeps one matrix for both.
+    tie: Option<(SiteId, SiteId)>,
     matrices: BTreeMap<TensorName, FrozenWeight>,
     vectors: BTreeMap<TensorName, Tensor>,
 }
 
 impl Base {
     fn empty(architecture: Architecture) -> Self {
-        let (head, embedding) = (architecture.head(), architecture.embedding());
-        Self { architecture, head, embedding, matrices: BTreeMap::new(), vectors: BTreeMap::new() }
+        let tie = architecture.tie();
+        Self { architecture, tie, matrices: BTreeMap::new(), vectors: BTreeMap::new() }
     }
 
     /// Opens a Hugging Face folder. Matrices that are stored in the asked precision stay mapped files; others are converted
@@ -39,26 +38,57 @@ impl Base {
     /// [`Error`] naming the file, and the tensor where one is at fault.
     pub fn open(folder: &Path, precision: Precision) -> Result<Self, Error> {
         let mut base = Self::empty(folder::architecture(folder)?);
-        for (info, tensor) in folder::tensors(folder, &base.architecture)? {
-            let name = TensorName::from_path(&info.name);
-            if tensor.shape().len() == 2 {
-                let dtype = match precision {
-                    Precision::Bf16 => DType::BF16,
-                    Precision::F32 => DType::F32,
-                };
-                let weight = if info.transposed {
-                    FrozenWeight::dense(&tensor.to_tensor(dtype)?.t()?)?
-                } else if precision == Precision::Bf16 && tensor.dtype() == dtype {
-                    FrozenWeight::mapped(tensor)?
-                } else {
-                    FrozenWeight::dense(&tensor.to_tensor(dtype)?)?
-                };
-                base.matrices.insert(name, weight);
-            } else {
-                base.vectors.insert(name, tensor.to_tensor(DType::F32)?);
-            }
-        }
+        base.read(folder, precision, &[], 0)?;
         Ok(base)
+    }
+
+    /// The same trunk under an architecture that [`Architecture::with_head`] or [`Architecture::bidirectional`] made of the
+    /// folder's own. Tensors of a classifier and its pooler that the files lack start at random from the seed.
+    ///
+    /// # Errors
+    /// As for [`Base::open`].
+    pub fn open_as(
+        folder: &Path,
+        precision: Precision,
+        change: impl FnOnce(Architecture) -> Result<Architecture, attune_spec::Fault>,
+        seed: u64,
+    ) -> Result<Self, Error> {
+        let fault = |fault| Error::Architecture {
+            folder: folder.to_owned(),
+            source: attune_architecture::Error::Fields(vec![fault]),
+        };
+        let mut base = Self::empty(change(folder::architecture(folder)?).map_err(fault)?);
+        base.read(folder, precision, &[Place::Classifier, Place::Pooler], seed)?;
+        Ok(base)
+    }
+
+    /// Reads the folder's tensors; those at `fresh` places may be missing.
+    fn read(&mut self, folder: &Path, precision: Precision, fresh: &[Place], seed: u64) -> Result<(), Error> {
+        let dtype = match precision {
+            Precision::Bf16 => DType::BF16,
+            Precision::F32 => DType::F32,
+        };
+        for (info, tensor) in folder::tensors(folder, &self.architecture, fresh)? {
+            let name = TensorName::from_path(&info.name);
+            let matrix = info.shape.len() == 2;
+            let Some(tensor) = tensor else {
+                self.random_tensor(&info, seed, if matrix { dtype } else { DType::F32 })?;
+                continue;
+            };
+            if !matrix {
+                self.vectors.insert(name, tensor.to_tensor(DType::F32)?);
+                continue;
+            }
+            let weight = if info.transposed {
+                FrozenWeight::dense(&tensor.to_tensor(dtype)?.t()?)?
+            } else if precision == Precision::Bf16 && tensor.dtype() == dtype {
+                FrozenWeight::mapped(tensor)?
+            } else {
+                FrozenWeight::dense(&tensor.to_tensor(dtype)?)?
+            };
+            self.matrices.insert(name, weight);
+        }
+        Ok(())
     }
 
     /// Reads the architecture of a folder and makes random weights for it: matrices normal with the architecture's standard
@@ -75,20 +105,26 @@ impl Base {
     /// # Errors
     /// Whatever making the tensors raises.
     pub fn random(architecture: Architecture, seed: u64, dtype: DType) -> Result<Self, Error> {
-        let stream = Rng::new(seed, "base weights");
         let mut base = Self::empty(architecture);
         for info in base.architecture.tensors() {
-            let name = TensorName::from_path(&info.name);
-            if info.shape.len() == 2 {
-                let mut stream = stream.named(&info.name);
-                let weight = stream.normal_tensor(info.shape, base.architecture.initial_std(info.place), dtype)?;
-                base.matrices.insert(name, FrozenWeight::dense(&weight)?);
-            } else {
-                let value = if info.part == TensorPart::Bias { 0.0 } else { 1.0 };
-                base.vectors.insert(name, Tensor::full(value, info.shape, &Device::Cpu)?.to_dtype(dtype)?);
-            }
+            base.random_tensor(&info, seed, dtype)?;
         }
         Ok(base)
+    }
+
+    fn random_tensor(&mut self, info: &TensorInfo, seed: u64, dtype: DType) -> Result<(), Error> {
+        let name = TensorName::from_path(&info.name);
+        if info.shape.len() == 2 {
+            let mut stream = Rng::new(seed, "base weights").named(&info.name);
+            let std = self.architecture.initial_std(info.place);
+            let weight = stream.normal_tensor(info.shape.as_slice(), std, dtype)?;
+            self.matrices.insert(name, FrozenWeight::dense(&weight)?);
+        } else {
+            let value = if info.part == TensorPart::Bias { 0.0 } else { 1.0 };
+            let vector = Tensor::full(value, info.shape.as_slice(), &Device::Cpu)?.to_dtype(dtype)?;
+            self.vectors.insert(name, vector);
+        }
+        Ok(())
     }
 
     /// A base of given tensors, which must be those that the architecture names, in its shapes.
@@ -123,9 +159,10 @@ impl Base {
 
     /// The name under which the tensor `local` of `site` is kept: a tied head's weight is the embedding's.
     pub fn tensor_name(&self, site: &str, local: &str) -> TensorName {
-        let tied = self.architecture.tied && site == self.head.as_str();
-        let owner = if tied { self.embedding.as_str() } else { site };
-        TensorName::new(owner, local)
+        match &self.tie {
+            Some((head, embedding)) if site == head.as_str() => TensorName::new(embedding.as_str(), local),
+            _ => TensorName::new(site, local),
+        }
     }
 
     pub(crate) fn matrix(&self, name: &TensorName) -> attune_points::Result<&FrozenWeight> {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use attune_architecture::Architecture;
 use attune_points::TensorName;
 use candle_core::{DType, Tensor};
 
@@ -61,7 +62,8 @@ pub fn write(
     let config = from.join(CONFIG);
     let text = std::fs::read(&config).map_err(Error::io(&config))?;
     let to_config = to.join(CONFIG);
-    std::fs::write(&to_config, with_dtype(&text, dtype, &config)?).map_err(Error::io(&to_config))?;
+    std::fs::write(&to_config, rewritten(&text, dtype, base.architecture(), &config)?)
+        .map_err(Error::io(&to_config))?;
     for name in COMPANIONS {
         match std::fs::copy(from.join(name), to.join(name)) {
             Ok(_) => {}
@@ -72,8 +74,9 @@ pub fn write(
     Ok(())
 }
 
-/// The text of a `config.json` naming the type that the weights are written in, under the spelling that it used.
-fn with_dtype(text: &[u8], dtype: DType, path: &Path) -> Result<Vec<u8>, Error> {
+/// The text of a `config.json` naming the type that the weights are written in, under the spelling that it used, and the
+/// head if it is another than the text's own.
+fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path) -> Result<Vec<u8>, Error> {
     let format = |error: serde_json::Error| Error::Format { path: path.to_owned(), message: error.to_string() };
     let mut config: serde_json::Value = serde_json::from_slice(text).map_err(format)?;
     let name = match dtype {
@@ -85,6 +88,18 @@ fn with_dtype(text: &[u8], dtype: DType, path: &Path) -> Result<Vec<u8>, Error> 
     if let Some(config) = config.as_object_mut() {
         let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
         config.insert(key.to_owned(), name.into());
+        if Architecture::from_json(text).is_ok_and(|read| read.head != architecture.head) {
+            config.insert("architectures".to_owned(), serde_json::json!([architecture.class_name()]));
+            if let Some(labels) = architecture.head.labels() {
+                let names: Vec<String> = (0..labels).map(|label| format!("LABEL_{label}")).collect();
+                let id2label: serde_json::Map<_, _> =
+                    (0..).zip(&names).map(|(id, name): (usize, _)| (id.to_string(), name.as_str().into())).collect();
+                let label2id: serde_json::Map<_, _> =
+                    names.iter().enumerate().map(|(id, name)| (name.clone(), id.into())).collect();
+                config.insert("id2label".to_owned(), id2label.into());
+                config.insert("label2id".to_owned(), label2id.into());
+            }
+        }
     }
     let mut text = serde_json::to_vec_pretty(&config).map_err(format)?;
     text.push(b'\n');

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use attune_architecture::{Architecture, TensorInfo};
+use attune_architecture::{Architecture, Place, TensorInfo};
 use attune_tensor::{Mapped, MappedTensor};
 
 use crate::error::Error;
@@ -19,12 +19,20 @@ pub(crate) fn architecture(folder: &Path) -> Result<Architecture, Error> {
 }
 
 /// The mapped tensors of a folder, checked against what the architecture needs. Tensors beyond that (a tied head's copy, old
-/// buffers of masks and rotary angles) are left alone.
-pub(crate) fn tensors(folder: &Path, architecture: &Architecture) -> Result<Vec<(TensorInfo, MappedTensor)>, Error> {
+/// buffers of masks and rotary angles) are left alone. Those at `fresh` places may be missing.
+pub(crate) fn tensors(
+    folder: &Path,
+    architecture: &Architecture,
+    fresh: &[Place],
+) -> Result<Vec<(TensorInfo, Option<MappedTensor>)>, Error> {
     let files = files(folder)?.into_iter().map(|file| Mapped::open(&file)).collect::<Result<Vec<_>, _>>()?;
     let mut found = Vec::new();
     for needed in architecture.tensors() {
-        let Some((file, tensor)) = find(&files, architecture.spellings(&needed.name))? else {
+        let Some((file, tensor)) = find(&files, &architecture.spellings(&needed.name))? else {
+            if fresh.contains(&needed.place) {
+                found.push((needed, None));
+                continue;
+            }
             return Err(Error::MissingTensor { folder: folder.to_owned(), name: needed.name });
         };
         if tensor.shape() != needed.stored_shape() {
@@ -35,16 +43,13 @@ pub(crate) fn tensors(folder: &Path, architecture: &Architecture) -> Result<Vec<
                 found: tensor.shape().to_vec(),
             });
         }
-        found.push((needed, tensor));
+        found.push((needed, Some(tensor)));
     }
     Ok(found)
 }
 
 /// The tensor that one of the files holds under the first of `names` that any has.
-fn find<'f, 'n>(
-    files: &'f [Mapped],
-    names: impl Iterator<Item = &'n str>,
-) -> Result<Option<(&'f Mapped, MappedTensor)>, Error> {
+fn find<'f>(files: &'f [Mapped], names: &[String]) -> Result<Option<(&'f Mapped, MappedTensor)>, Error> {
     for name in names {
         for file in files {
             if let Some(tensor) = file.get(name)? {

@@ -1,5 +1,6 @@
 //! Generation: token by token, with a cache of keys and values.
 
+use attune_architecture::HeadKind;
 use attune_points::{Error, Result, Theta};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
@@ -60,6 +61,11 @@ pub fn generate(
     mut each: impl FnMut(u32) -> bool,
 ) -> Result<Generated> {
     check(prompt, sampling)?;
+    let architecture = model.base().architecture();
+    if architecture.head != HeadKind::Tokens || !architecture.causal {
+        let message = "this model does not generate: that needs causal attention and a head over tokens";
+        return Err(Error::Refused(message.to_owned()));
+    }
     let stream = Rng::new(sampling.seed, "sampling");
     let mut caches = model.caches();
     let mut logits = model.decode(theta, prompt, &mut caches)?;
@@ -78,7 +84,7 @@ pub fn generate(
         }
         if tokens.len() < sampling.max_tokens {
             let length = prompt.len() + tokens.len();
-            logits = if model.base().architecture().positions.changes_at(length) {
+            logits = if architecture.positions.changes_at(length) {
                 // Every frequency has changed, so nothing that was computed for the shorter text can be kept.
                 caches = model.caches();
                 model.decode(theta, &[prompt, &tokens].concat(), &mut caches)?

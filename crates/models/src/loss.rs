@@ -1,5 +1,6 @@
 //! The loss over chunks of supervised rows: the logits of one chunk exist at a time.
 
+use attune_architecture::{Architecture, HeadKind};
 use attune_points::engine::LossReport;
 use attune_points::layout::{LabelCounts, Supervised};
 use attune_points::objective::{ChunkLoss, ChunkView, Objective};
@@ -10,13 +11,22 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use crate::context::{GraphCx, Tracked};
 use crate::head::Head;
 
+/// A label that the head has no logit for.
+pub(crate) fn outside(label: u32, architecture: &Architecture) -> Error {
+    let width = architecture.logits_width();
+    Error::Refused(match architecture.head {
+        HeadKind::Tokens => format!("label {label} is outside of the model's vocabulary of {width}"),
+        _ => format!("label {label} is outside of the model's {width} classes"),
+    })
+}
+
 /// The negative log-likelihoods of a chunk, `[C]`.
 fn nll(head: &Head, h_cd: &Tensor, rows: &[Supervised], cx: &GraphCx<'_>) -> Result<Tensor> {
     let logits_cv = head.graph(h_cd, cx)?;
     let labels: Vec<u32> = rows.iter().map(|row| row.label).collect();
     let vocab = logits_cv.dim(D::Minus1)?;
     if let Some(label) = labels.iter().find(|label| **label as usize >= vocab) {
-        return Err(Error::Refused(format!("label {label} is outside of the model's vocabulary of {vocab}")));
+        return Err(outside(*label, cx.base.architecture()));
     }
     let labels_c1 = Tensor::new(labels, &Device::Cpu)?.unsqueeze(1)?;
     Ok(ops::log_softmax(&logits_cv)?.gather(&labels_c1, 1)?.squeeze(1)?.neg()?)

@@ -3,19 +3,19 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use attune_architecture::Site;
+use attune_architecture::{HeadKind, Pooling, Site};
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{GradSink, Layout, Result, TensorId, Theta};
+use attune_points::{Error, GradSink, Layout, Result, TensorId, Theta};
 use attune_tensor::autograd;
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::block::{Block, BlockCache, trunk};
 use crate::context::{GraphCx, Tracked};
 use crate::dropout::Dropout;
-use crate::head::Head;
+use crate::head::{self, Head};
 use crate::loss::{Backward, losses};
 use crate::pass::parts::{self, Part};
 use crate::pass::walk::{self, Keep, Machine, Task};
@@ -183,6 +183,21 @@ impl Model {
             let (mut reports, _) = walk::grads(&self.machine(), &[task], Keep::All, &mut [sink])?;
             return Ok(reports.pop().unwrap_or_default());
         }
+        self.backward(pass, scale, sink, |cx, h_td, backward| {
+            let losses = losses(&self.head, h_td, objective, cx, Some(backward))?;
+            Ok((losses.report, losses.dh_td))
+        })
+    }
+
+    /// A forward walk, `top` on the hidden rows (it gives their gradient where [`Backward::below`] asks for it), and the
+    /// reverse walk.
+    fn backward<T>(
+        &self,
+        pass: &Pass<'_>,
+        scale: f64,
+        sink: &mut dyn GradSink,
+        top: impl FnOnce(&GraphCx<'_>, &Tensor, Backward<'_>) -> Result<(T, Option<Tensor>)>,
+    ) -> Result<T> {
         let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
@@ -197,8 +212,8 @@ impl Model {
         let (leaves, tracked) = self.leaves(&self.wanted(&self.head.sites, pass.theta, sink)?, pass.theta)?;
         let backward =
             Backward { scale, leaves: &leaves, tracked: &tracked, sink: &mut *sink, below: lowest.is_some() };
-        let losses = losses(&self.head, &h[0], objective, &cx, Some(backward))?;
-        let (Some(lowest), Some(dh_td)) = (lowest, losses.dh_td) else { return Ok(losses.report) };
+        let (found, dh_td) = top(&cx, &h[0], backward)?;
+        let (Some(lowest), Some(dh_td)) = (lowest, dh_td) else { return Ok(found) };
 
         let mut dprobs = match &self.auxiliary {
             Some(auxiliary) => auxiliary.loss(&routing, pass.layout)?.dprobs,
@@ -213,7 +228,61 @@ impl Model {
             }
             dy = self.reverse(index, &input, &dy, &wanted[index], index > lowest, &cx, sink)?;
         }
-        Ok(losses.report)
+        Ok(found)
+    }
+
+    /// A vector per document, `[N, D]`, of a model with an embedding head.
+    ///
+    /// # Errors
+    /// Another head; whatever the pass raises.
+    pub fn embed(&self, pass: &Pass<'_>) -> Result<Tensor> {
+        let pooling = self.pooling()?;
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        let none = Tracked::new();
+        let cx = self.context(pass, &plan, &none);
+        self.head.pooled(&self.walk(&cx, None, None)?[0], pooling, &cx)
+    }
+
+    /// The gradient of a loss whose gradient by [`Model::embed`]'s vectors is `dy_nd`, into `sink`; gives the vectors.
+    ///
+    /// # Errors
+    /// As for [`Model::embed`].
+    pub fn embed_grad(&self, pass: &Pass<'_>, dy_nd: &Tensor, sink: &mut dyn GradSink) -> Result<Tensor> {
+        let pooling = self.pooling()?;
+        self.backward(pass, 1.0, sink, |cx, h_td, backward| {
+            let h_leaf = autograd::leaf(h_td)?;
+            let y_nd = self.head.pooled(h_leaf.as_tensor(), pooling, &cx.with(backward.tracked, None))?;
+            let leaves: Vec<&Var> = backward.leaves.iter().map(|(_, var)| var).chain([&h_leaf]).collect();
+            let mut gradients = autograd::pull(&leaves, &[(&y_nd, dy_nd)])?;
+            let dh_td = gradients.pop().flatten();
+            for ((id, _), gradient) in backward.leaves.iter().zip(gradients) {
+                gradient.map(|gradient| backward.sink.put(id, &gradient)).transpose()?;
+            }
+            Ok((y_nd.detach(), dh_td))
+        })
+    }
+
+    fn pooling(&self) -> Result<Pooling> {
+        match self.base.architecture().head {
+            HeadKind::Embedding(pooling) => Ok(pooling),
+            other => Err(Error::Refused(format!("this model's head is {other:?}; it gives no vector per document"))),
+        }
+    }
+
+    /// Logits of each document's class, `[N, classes]`, of a model that classifies documents.
+    ///
+    /// # Errors
+    /// Another head; whatever the pass raises.
+    pub fn classify(&self, pass: &Pass<'_>) -> Result<Tensor> {
+        let HeadKind::Sequence { row, .. } = self.base.architecture().head else {
+            return Err(Error::Refused("this model does not classify documents".to_owned()));
+        };
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        let none = Tracked::new();
+        let cx = self.context(pass, &plan, &none);
+        let rows = head::rows(pass.layout, row)?;
+        let h_nd = self.walk(&cx, None, None)?[0].index_select(&Tensor::new(rows.as_slice(), &Device::Cpu)?, 0)?;
+        self.head.graph(&h_nd, &cx.with(&none, Some(&rows)))
     }
 
     /// One block in reverse: its graph is run again on its saved input, with leaves for the input and the wanted tensors.
@@ -280,7 +349,7 @@ impl Model {
         Ok(saved.inputs.into_values().flatten().chain(last).collect())
     }
 
-    /// Logits of every row, `[T, V]`: for scoring short texts and tests; training never makes them.
+    /// Logits of every row, `[T, V]` or `[T, classes]`: for scoring short texts and tests; training never makes them.
     ///
     /// # Errors
     /// Whatever the pass raises.

@@ -15,6 +15,9 @@ pub const NO_LABEL: u32 = u32::MAX;
 /// The column of next-token labels, one `u32` a row; [`NO_LABEL`] where the row is not supervised.
 pub const LABELS: &str = "labels";
 
+/// The column of token types, one `u32` a row: which of two texts a row belongs to. Missing means 0 for all.
+pub const TOKEN_TYPES: &str = "token_types";
+
 /// What one row of a batch holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Row {

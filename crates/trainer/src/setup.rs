@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use attune_architecture::Architecture;
+use attune_architecture::{Architecture, HeadKind};
 use attune_artifacts::canonical;
 use attune_data::loader::{Domain, in_order};
 use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
@@ -213,6 +213,14 @@ fn check_fit(plan: &Plan, architecture: &Architecture, tokenizer: &Tokenizer) ->
     if needs > has {
         let message =
             format!("has a tokenizer of {needs} tokens and a vocabulary of {has}; they do not belong together");
+        faults.push(Fault::new("base", message));
+    }
+    if architecture.head != HeadKind::Tokens || !architecture.causal {
+        let message = format!(
+            "is a {}, which gives no tokens from left to right; expected a model with causal attention and a head over \
+             tokens",
+            architecture.class_name()
+        );
         faults.push(Fault::new("base", message));
     }
     let context = architecture.max_position;

@@ -1,5 +1,6 @@
 use attune_architecture::{
-    Activation, Architecture, Experts, Family, MlpKind, NormKind, Place, Positions, QkNorm, RopeScaling,
+    Activation, Architecture, Experts, Family, HeadKind, MlpKind, NormKind, Place, PooledRow, Pooling, Positions,
+    QkNorm, RopeScaling,
 };
 
 pub(crate) const LLAMA_31_8B: &str = r#"{
@@ -56,6 +57,14 @@ pub(crate) const OLMOE_1B_7B: &str = r#"{
   "num_key_value_heads": 16, "output_router_logits": false, "pad_token_id": 1, "rms_norm_eps": 1e-05,
   "rope_scaling": null, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": false,
   "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 50304
+}"#;
+
+pub(crate) const BERT_BASE: &str = r#"{
+  "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": false,
+  "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
+  "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+  "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute",
+  "type_vocab_size": 2, "use_cache": true, "vocab_size": 30522
 }"#;
 
 /// `base` with some fields replaced, or removed by `null` under a key that starts with `-`.
@@ -154,8 +163,7 @@ fn gpt2_has_its_published_size_and_its_own_names() {
     transformer.h.0.mlp.c_proj.bias [768] [768]
     transformer.h.1.ln_1.weight [768] [768]
     ");
-    let bare: Vec<&str> = model.spellings("transformer.h.0.ln_1.weight").collect();
-    assert_eq!(bare, ["transformer.h.0.ln_1.weight", "h.0.ln_1.weight"]);
+    assert_eq!(model.spellings("transformer.h.0.ln_1.weight"), ["transformer.h.0.ln_1.weight", "h.0.ln_1.weight"]);
 }
 
 #[test]
@@ -170,6 +178,50 @@ fn olmoe_has_its_published_sizes_whole_and_in_use() {
     let site = model.site("model.layers.3.mlp.experts.7.gate_proj").unwrap();
     assert_eq!((site.place, site.expert, site.role), (Place::Gate, Some(7), "gate_proj"));
     assert_eq!(model.site("model.layers.3.mlp.gate").unwrap().place, Place::Router);
+}
+
+#[test]
+fn bert_base_has_its_published_size_under_each_head() {
+    let model = read(BERT_BASE);
+    // 109,482,240 with the pooler, which a vector per document does not read.
+    let pooler = 768 * 768 + 768;
+    assert_eq!(model.parameters() + pooler, 109_482_240);
+    assert!(!model.causal && !model.tied && model.embedding_norm && model.token_types == Some(2));
+    assert_eq!(model.head, HeadKind::Embedding(Pooling::Mean));
+    let classes = HeadKind::Sequence { labels: 2, row: PooledRow::First };
+    let classifier = model.clone().with_head(classes).unwrap();
+    assert_eq!(classifier.parameters(), 109_483_778);
+    let named = serde_json::json!({
+        "architectures": ["BertForTokenClassification"], "id2label": {"0": "O", "1": "B-PER", "2": "I-PER"}
+    });
+    let tagger = read(&edited(BERT_BASE, named));
+    assert_eq!((tagger.head, tagger.logits_width()), (HeadKind::Rows { labels: 3 }, 3));
+    assert_eq!(tagger.class_name(), "BertForTokenClassification");
+    assert_eq!(
+        model.spellings("bert.embeddings.LayerNorm.weight"),
+        [
+            "bert.embeddings.LayerNorm.weight",
+            "embeddings.LayerNorm.weight",
+            "bert.embeddings.LayerNorm.gamma",
+            "embeddings.LayerNorm.gamma"
+        ]
+    );
+    assert_eq!(model.with_head(HeadKind::Tokens).unwrap_err().path.as_str(), "head");
+}
+
+#[test]
+fn a_decoder_takes_other_heads_and_sees_both_ways() {
+    let model = read(QWEN25_05B);
+    let tokens = model.parameters();
+    let embedding = model.clone().bidirectional().with_head(HeadKind::Embedding(Pooling::Mean)).unwrap();
+    assert!(!embedding.causal && !embedding.tied);
+    // A tied head has no weight of its own to leave out.
+    assert_eq!(embedding.parameters(), tokens);
+    let scores = model.with_head(HeadKind::Sequence { labels: 5, row: PooledRow::Last }).unwrap();
+    assert_eq!(scores.parameters(), tokens + 5 * 896);
+    assert_eq!(scores.tensors().last().unwrap().name, "score.weight");
+    let read_so = read(&edited(QWEN25_05B, serde_json::json!({"architectures": ["Qwen2Model"], "is_causal": false})));
+    assert_eq!((read_so.head, read_so.causal), (HeadKind::Embedding(Pooling::Row(PooledRow::Last)), false));
 }
 
 #[test]
@@ -213,8 +265,21 @@ fn every_scaling_variant_is_read_in_its_spellings() {
 fn the_tensors_and_sites_add_up_to_the_count() {
     let untied = edited(QWEN25_05B, serde_json::json!({"tie_word_embeddings": false}));
     let biased = edited(LLAMA_31_8B, serde_json::json!({"attention_bias": true, "mlp_bias": true}));
+    let classes = edited(BERT_BASE, serde_json::json!({"architectures": ["BertForSequenceClassification"]}));
     let half = edited(GPT2, serde_json::json!({"tie_word_embeddings": false, "n_inner": 100}));
-    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN25_05B, &untied, &biased, QWEN3_06B, GPT2, &half, OLMOE_1B_7B] {
+    for config in [
+        LLAMA_31_8B,
+        MISTRAL_7B,
+        QWEN25_05B,
+        &untied,
+        &biased,
+        QWEN3_06B,
+        GPT2,
+        &half,
+        OLMOE_1B_7B,
+        BERT_BASE,
+        &classes,
+    ] {
         let model = read(config);
         let tensors: u64 = model.tensors().iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
         assert_eq!(tensors, model.parameters());

@@ -2,7 +2,7 @@ use attune_architecture::{Architecture, Error};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::configs::{GPT2, LLAMA_31_8B, MISTRAL_7B, OLMOE_1B_7B, QWEN25_05B, edited};
+use crate::configs::{BERT_BASE, GPT2, LLAMA_31_8B, MISTRAL_7B, OLMOE_1B_7B, QWEN25_05B, edited};
 
 fn refused(config: &str) -> Error {
     match Architecture::from_json(config.as_bytes()) {
@@ -14,7 +14,7 @@ fn refused(config: &str) -> Error {
 #[test]
 fn another_family_is_refused_by_name() {
     let error = refused(&edited(LLAMA_31_8B, json!({"model_type": "mamba"})));
-    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, olmoe, gpt2"#);
+    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, olmoe, gpt2, bert"#);
     assert!(matches!(refused("{}"), Error::Family { given, .. } if given.is_empty()));
 }
 
@@ -155,6 +155,22 @@ fn experts_must_be_few_enough_and_not_clipped() {
         ),
     ] {
         let faults = refused(&edited(OLMOE_1B_7B, edit.clone())).faults();
+        let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
+        assert_eq!(found, [(path, message)], "{edit}");
+    }
+}
+
+#[test]
+fn options_of_bert_that_change_its_mathematics_are_refused() {
+    for (edit, path, message) in [
+        (json!({"is_decoder": true}), "is_decoder", "is true; expected false, which is what is supported"),
+        (
+            json!({"position_embedding_type": "relative_key"}),
+            "position_embedding_type",
+            "is \"relative_key\"; expected \"absolute\", which is what is supported",
+        ),
+    ] {
+        let faults = refused(&edited(BERT_BASE, edit.clone())).faults();
         let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
         assert_eq!(found, [(path, message)], "{edit}");
     }

@@ -1,7 +1,7 @@
 use attune_architecture::{Site, SiteKind, targets};
 use attune_spec::job::Targets;
 
-use crate::configs::{GPT2, OLMOE_1B_7B, QWEN25_05B, edited, read};
+use crate::configs::{BERT_BASE, GPT2, OLMOE_1B_7B, QWEN25_05B, edited, read};
 
 fn linear_or_embedding(site: &Site) -> bool {
     !matches!(site.kind, SiteKind::Norm { .. })
@@ -60,6 +60,14 @@ fn all_linear_has_experts_but_no_router() {
     let count = |entry: &str| targets::resolve(&entry.into(), None, &model, |_| true).unwrap().len();
     let found = ["all-linear", "gate", "experts.1.up_proj", "*.experts.*"].map(count);
     assert_eq!(found, [2 * (4 + 9), 2, 2, 18]);
+}
+
+#[test]
+fn all_linear_of_an_encoder_leaves_its_head_alone() {
+    let model = read(&edited(BERT_BASE, serde_json::json!({"architectures": ["BertForSequenceClassification"]})));
+    let count = |entry: &str| targets::resolve(&entry.into(), None, &model, |_| true).unwrap().len();
+    let found = ["all-linear", "query", "intermediate.dense", "classifier", "pooler.dense"].map(count);
+    assert_eq!(found, [72, 12, 12, 1, 1]);
 }
 
 #[test]

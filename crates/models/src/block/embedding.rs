@@ -1,7 +1,8 @@
-//! Token ids, and learned positions where the model has them, to rows.
+//! Token ids, with token types, learned positions and a norm where the model has them, to rows.
 
 use attune_architecture::{Architecture, Place, Positions, Site, SiteId, SiteKind};
 use attune_points::error::Context as _;
+use attune_points::layout::{Axis, Column, TOKEN_TYPES, Values};
 use attune_points::{Error, Layout, Result, Row};
 use attune_tensor::view::{MatRef, ViewMut};
 use attune_tensor::{ops, reading};
@@ -14,7 +15,7 @@ use crate::pass::walk::Run;
 use crate::pass::{PassCx, Rows, Sinks};
 
 pub(super) struct Embedding {
-    /// The table of tokens, then that of positions.
+    /// The table of tokens, then those of positions and of token types, then the norm.
     pub(super) sites: Vec<Site>,
 }
 
@@ -26,17 +27,52 @@ impl Embedding {
         if let Some(ids) = places(positions, architecture)? {
             tables.push((Place::Positions, ids));
         }
+        if let Some(types) = architecture.token_types {
+            tables.push((Place::TokenTypes, token_types(layout, types)?));
+        }
         Ok(tables)
+    }
+
+    /// The sum of the rows of all tables.
+    fn sum(&self, cx: &PassCx<'_>) -> Result<Rows<f32>> {
+        let mut x_td = cx.arena.rows(cx.n_rows(), cx.architecture().hidden);
+        for (part, rows) in cx.parts_of(Given::All) {
+            for (i, (place, ids)) in self.tables(cx.parts[part].layout, cx.architecture())?.iter().enumerate() {
+                let to = x_td.view_mut().into_sub_rows(rows.start, rows.end);
+                let id = &site(&self.sites, *place)?.id;
+                let at = || format!("embedding {id}");
+                match cx.own(part, id, "weight") {
+                    Some((_, w_vd)) => select(reading::read(w_vd).context(at)?.mat(), ids, to, i > 0),
+                    None => {
+                        let frozen = cx.base.matrix(&cx.base.tensor_name(id.as_str(), "weight"))?;
+                        select(frozen.read().context(at)?.mat(), ids, to, i > 0);
+                    }
+                }
+            }
+        }
+        Ok(x_td)
+    }
+
+    /// The norm on the sum, where there is one.
+    fn norm(&self) -> Option<&Site> {
+        self.sites.iter().find(|site| site.place == Place::EmbeddingNorm)
     }
 
     fn rows(&self, positions: impl Iterator<Item = usize>, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let architecture = cx.base.architecture();
         let ids = tokens(cx.layout, architecture.vocab)?;
-        let x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
-        match places(positions, architecture)? {
-            None => Ok(vec![x_td]),
-            Some(ids) => Ok(vec![(x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?]),
+        let mut x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
+        if let Some(ids) = places(positions, architecture)? {
+            x_td = (x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?;
         }
+        if let Some(types) = architecture.token_types {
+            let ids = token_types(cx.layout, types)?;
+            x_td = (x_td + look_up(&site(&self.sites, Place::TokenTypes)?.id, &ids, cx)?)?;
+        }
+        Ok(vec![match self.norm() {
+            Some(norm) => cx.norm(norm, &x_td)?,
+            None => x_td,
+        }])
     }
 }
 
@@ -54,22 +90,12 @@ impl Block for Embedding {
         if run == Run::Saved {
             return Ok((Vec::new(), None));
         }
-        let mut x_td = cx.arena.rows(cx.n_rows(), cx.architecture().hidden);
-        for (part, rows) in cx.parts_of(Given::All) {
-            for (i, (place, ids)) in self.tables(cx.parts[part].layout, cx.architecture())?.iter().enumerate() {
-                let to = x_td.view_mut().into_sub_rows(rows.start, rows.end);
-                let id = &site(&self.sites, *place)?.id;
-                let at = || format!("embedding {id}");
-                match cx.own(part, id, "weight") {
-                    Some((_, w_vd)) => select(reading::read(w_vd).context(at)?.mat(), ids, to, i > 0),
-                    None => {
-                        let frozen = cx.base.matrix(&cx.base.tensor_name(id.as_str(), "weight"))?;
-                        select(frozen.read().context(at)?.mat(), ids, to, i > 0);
-                    }
-                }
-            }
-        }
-        Ok((vec![x_td], None))
+        let x_td = self.sum(cx)?;
+        let y_td = match self.norm() {
+            Some(norm) => cx.norm_rows(norm, &x_td)?,
+            None => x_td,
+        };
+        Ok((vec![y_td], None))
     }
 
     fn vjp(
@@ -81,7 +107,13 @@ impl Block for Embedding {
         cx: &PassCx<'_>,
         sinks: &mut Sinks<'_>,
     ) -> Result<Vec<Rows<f32>>> {
-        let dx_td = super::only(dy)?;
+        let mut dx_td = super::only(dy)?;
+        if let Some(norm) = self.norm() {
+            // Adding up rows again costs less than keeping the sum.
+            let (x_td, dy_td) = (self.sum(cx)?, dx_td);
+            dx_td = cx.arena.zeros(x_td.n_rows(), x_td.n_cols());
+            cx.norm_vjp(norm, x_td.view(), Given::All, dy_td.view(), dx_td.view_mut(), sinks)?;
+        }
         for (part, rows) in cx.parts_of(Given::All) {
             let dx = dx_td.view().sub_rows(rows.start, rows.end);
             for (place, ids) in self.tables(cx.parts[part].layout, cx.architecture())? {
@@ -138,6 +170,21 @@ fn tokens(layout: &Layout, vocab: usize) -> Result<Vec<u32>> {
         }
     });
     ids.collect()
+}
+
+/// The type of each row of a layout, below `types`.
+fn token_types(layout: &Layout, types: usize) -> Result<Vec<u32>> {
+    let refused = |message: String| Err(Error::Refused(message));
+    match layout.column(TOKEN_TYPES) {
+        None => Ok(vec![0; layout.n_rows()]),
+        Some(Column { axis: Axis::Row, values: Values::U32(ids) }) => {
+            match ids.iter().find(|id| **id as usize >= types) {
+                None => Ok(ids.clone()),
+                Some(id) => refused(format!("token type {id} is outside of the model's {types}")),
+            }
+        }
+        Some(_) => refused(format!("column {TOKEN_TYPES:?} has to hold one whole number a row")),
+    }
 }
 
 /// Copies, or adds, the rows `ids` of a table.

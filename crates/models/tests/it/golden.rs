@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use attune_models::generate::{Finish, generate};
 use attune_models::{Auxiliary as _, Base, LoadBalance, Model, Pass, Routing, Sampling, Stack};
-use attune_points::{Bank, BankKind, Grads, Params, TensorId, TensorName, Theta};
+use attune_points::{Grads, TensorId, TensorName, Theta};
 use attune_spec::job::Precision;
-use candle_core::DType;
 
-use crate::support::{CrossEntropy, Golden, difference, golden, largest};
+use crate::support::{CrossEntropy, Golden, all_trained, difference, golden, largest};
 
 const CASES: [&str; 23] = [
     "gpt2",
@@ -57,7 +56,9 @@ fn the_list_is_complete() {
         .map(|entry| entry.file_name().into_string().unwrap())
         .collect();
     found.sort();
-    assert_eq!(found, CASES);
+    let mut expected: Vec<&str> = CASES.into_iter().chain(crate::encoders::CASES).collect();
+    expected.sort_unstable();
+    assert_eq!(found, expected);
 }
 
 #[test]
@@ -156,16 +157,6 @@ fn routing_and_the_balance_are_the_references_and_their_gradient_reaches_routers
         }
     }
     assert_eq!(compared, 10);
-}
-
-/// Every weight of the base as a trained weight.
-fn all_trained(model: &Model) -> (Theta, Vec<TensorId>) {
-    let names = model.base().architecture().tensors().into_iter().map(|info| TensorName::from_path(&info.name));
-    let params: Params = names.map(|name| (name.clone(), model.base().tensor(&name, DType::F32).unwrap())).collect();
-    let bank = Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true };
-    let theta = Theta::single([bank]);
-    let ids = theta.trained().map(|(id, _)| id).collect();
-    (theta, ids)
 }
 
 #[test]

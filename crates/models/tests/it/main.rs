@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
 mod components;
+mod encoders;
 mod export;
 mod folder;
 mod golden;

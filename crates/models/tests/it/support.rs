@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use attune_points::layout::{NO_LABEL, Source};
+use attune_models::Model;
+use attune_points::layout::{Axis, Column, NO_LABEL, Source, TOKEN_TYPES, Values};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
-use attune_points::{Layout, Result, Row};
+use attune_points::{Bank, BankKind, Layout, Params, Result, Row, TensorId, TensorName, Theta};
 use candle_core::{DType, Device, Tensor};
 
 pub(crate) fn golden(case: &str) -> PathBuf {
@@ -38,7 +40,11 @@ impl Golden {
         self.tensor(name).to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap()[0]
     }
 
-    /// The batch: documents, tokens, labels.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// The batch: documents, tokens, labels, token types where there are any.
     pub(crate) fn layout(&self) -> Layout {
         let (ids, labels) = (self.ints("input_ids"), self.ints("labels"));
         let mut layout = Layout::new();
@@ -50,8 +56,22 @@ impl Golden {
             start += rows.len();
             layout.push(Source::default(), rows);
         }
+        if self.has(TOKEN_TYPES) {
+            let types = self.ints(TOKEN_TYPES).into_iter().map(|id| id as u32).collect();
+            layout.set_column(TOKEN_TYPES, Column { axis: Axis::Row, values: Values::U32(types) }).unwrap();
+        }
         layout
     }
+}
+
+/// Every weight of the base as a trained weight.
+pub(crate) fn all_trained(model: &Model) -> (Theta, Vec<TensorId>) {
+    let names = model.base().architecture().tensors().into_iter().map(|info| TensorName::from_path(&info.name));
+    let params: Params = names.map(|name| (name.clone(), model.base().tensor(&name, DType::F32).unwrap())).collect();
+    let bank = Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true };
+    let theta = Theta::single([bank]);
+    let ids = theta.trained().map(|(id, _)| id).collect();
+    (theta, ids)
 }
 
 /// Plain cross-entropy.

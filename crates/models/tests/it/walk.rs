@@ -38,6 +38,13 @@ const TINY_OLMOE: &str = r#"{
     "eos_token_id": null
 }"#;
 
+/// As many classes as the documents here have labels.
+const TINY_BERT: &str = r#"{
+    "model_type": "bert", "architectures": ["BertForTokenClassification"], "hidden_size": 8, "intermediate_size": 12,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 11, "max_position_embeddings": 7, "num_labels": 11,
+    "layer_norm_eps": 1e-3, "initializer_range": 0.5
+}"#;
+
 fn tiny_of(config: &str) -> Model {
     let architecture = Architecture::from_json(config.as_bytes()).unwrap();
     Model::new(Base::random(architecture, 5, DType::F64).unwrap(), Stack::default()).in_f64()
@@ -84,7 +91,7 @@ fn with(theta: &Theta, id: &TensorId, tensor: Tensor) -> Theta {
 /// The derivative along a random direction in each tensor against a central difference, in f64.
 #[test]
 fn every_tensors_gradient_agrees_with_central_differences() {
-    for config in [TINY, TINY_QWEN3, TINY_GPT2, TINY_OLMOE] {
+    for config in [TINY, TINY_QWEN3, TINY_GPT2, TINY_OLMOE, TINY_BERT] {
         gradients_agree_with_central_differences(&tiny_of(config));
     }
 }

@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Sites by name. Each entry is `all-linear` (every linear but the head), `all` (every site), a module name or the end of a
-/// path on whole components (`q_proj`, `self_attn.q_proj`), a full path, or a pattern with `*` that must match the full path
-/// (`model.layers.1*.mlp.*`).
+/// Sites by name. Each entry is `all-linear` (every linear but heads and routers), `all` (every site), a module name or the
+/// end of a path on whole components (`q_proj`, `self_attn.q_proj`), a full path, or a pattern with `*` that must match the
+/// full path (`model.layers.1*.mlp.*`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Targets {
