@@ -99,6 +99,8 @@ fn attention(
     let d_o = numbers(rows * wide, 4);
     let (mut o, mut lse) = (vec![0.0; rows * wide], vec![0.0; rows * heads]);
     let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
+    let half = |of: &[f32]| of.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>();
+    let (q16, k16, v16, mut o16) = (half(&q), half(&k), half(&v), half(&o));
     let (qv, kv, vv) = (View::new(&q, rows, wide), View::new(&k, rows, narrow), View::new(&v, rows, narrow));
     let forward = time(|| {
         let o = ViewMut::new(&mut o, rows, wide);
@@ -111,6 +113,26 @@ fn attention(
             kv.into(),
             vv.into(),
             View::new(&o, rows, wide).into(),
+            &lse,
+            View::new(&d_o, rows, wide),
+            None,
+            ViewMut::new(&mut dq, rows, wide),
+            ViewMut::new(&mut dk, rows, narrow),
+            ViewMut::new(&mut dv, rows, narrow),
+        );
+    });
+    let (qv, kv, vv) = (View::new(&q16, rows, wide), View::new(&k16, rows, narrow), View::new(&v16, rows, narrow));
+    let forward16 = time(|| {
+        let o = ViewMut::new(&mut o16, rows, wide);
+        cpu().attention(&how, qv.into(), kv.into(), vv.into(), o.into(), &mut lse);
+    });
+    let backward16 = time(|| {
+        cpu().attention_vjp(
+            &how,
+            qv.into(),
+            kv.into(),
+            vv.into(),
+            View::new(&o16, rows, wide).into(),
             &lse,
             View::new(&d_o, rows, wide),
             None,
@@ -133,6 +155,7 @@ fn attention(
     line("forward", 2.0, forward);
     line("backward", 5.0, backward);
     line("both", 7.0, forward + backward);
+    line("of bf16", 7.0, forward16 + backward16);
 }
 
 /// A pass over so many bytes.

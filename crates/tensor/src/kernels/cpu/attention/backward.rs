@@ -268,8 +268,8 @@ impl Block<'_> {
                 pack::ahead(s, operand, query, cols.clone());
             }
             let (q, d_o) = (&mut packed.q[at * padded..][..padded], &mut packed.d_o[at * padded..][..padded]);
-            pack::row(Row::of(&call.q, query, cols.clone()), factor, q);
-            pack::row(Row::F32(&call.d_o.row(query)[cols.clone()]), 1.0, d_o);
+            pack::row(s, Row::of(&call.q, query, cols.clone()), factor, q);
+            pack::row(s, Row::F32(&call.d_o.row(query)[cols.clone()]), 1.0, d_o);
             let dlse = call.dlse.map_or(0.0, |dlse| dlse.row(query)[head]);
             packed.d[at] = pack::dot(s, Row::of(&call.o, query, cols), d_o) - dlse;
             packed.lse[at] = call.lse.row(query)[head] * std::f32::consts::LOG2_E;

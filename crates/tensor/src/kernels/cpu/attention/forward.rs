@@ -6,6 +6,7 @@ use super::{KEYS, Shape, Sight, Task, pack};
 use crate::kernels::Attention;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::exponent::exp2;
+use crate::kernels::cpu::map::{Formula, narrow, update};
 use crate::kernels::cpu::rows::{Row, RowMut, Scratch, Shared, SharedMat, for_tasks, take};
 use crate::kernels::simd::{Body, Simd};
 use crate::view::{MatMut, MatRef, ViewMut};
@@ -91,6 +92,16 @@ impl Body for Block<'_> {
     }
 }
 
+/// `x ↦ factor · x`.
+struct Times(f32);
+
+impl Formula<1, 1> for Times {
+    #[inline(always)]
+    fn at<S: Simd>(&self, s: S, [x]: [S::F; 1], _: [S::F; 1]) -> [S::F; 1] {
+        [s.mul(x, s.splat(self.0))]
+    }
+}
+
 /// The packed blocks of a task, and what is known of its rows so far.
 struct Packed<'a> {
     q: &'a mut [f32],
@@ -142,7 +153,7 @@ impl Block<'_> {
                 }
             }
         }
-        self.finish(first, count, padded, &packed);
+        self.finish(s, first, count, padded, &packed);
     }
 
     /// Packs the queries, scaled for exponentials of base 2.
@@ -159,7 +170,7 @@ impl Block<'_> {
             if row % group == 0 {
                 pack::ahead(s, &self.call.q, at, self.call.shape.group_cols(self.task.kv));
             }
-            pack::row(Row::of(&self.call.q, at, self.call.shape.query_cols(head)), factor, to);
+            pack::row(s, Row::of(&self.call.q, at, self.call.shape.query_cols(head)), factor, to);
         }
         rest.fill(0.0);
     }
@@ -270,18 +281,18 @@ impl Block<'_> {
 
     /// Writes what has become of the rows.
     #[inline(always)]
-    fn finish(&self, first: usize, count: usize, padded: usize, packed: &Packed<'_>) {
+    fn finish<S: Simd>(&self, s: S, first: usize, count: usize, padded: usize, packed: &Packed<'_>) {
         let Shape { how, group } = self.call.shape;
         for row in 0..count * group {
             let (at, head) = (self.task.start + first + row / group, self.task.kv * group + row % group);
             let (sum, o) = (packed.sum[row], &packed.o[row * padded..][..how.head_dim]);
-            let factor = 1.0 / sum;
+            let factor = Times(1.0 / sum);
             // SAFETY: a task has these heads of these rows to itself.
             unsafe {
                 self.call.lse.row(at, head..head + 1)[0] = (packed.max[row] + sum.log2()) * std::f32::consts::LN_2;
                 match self.call.o.row(at, self.call.shape.query_cols(head)) {
-                    RowMut::F32(to) => to.iter_mut().zip(o).for_each(|(to, o)| *to = o * factor),
-                    RowMut::Bf16(to) => to.iter_mut().zip(o).for_each(|(to, o)| *to = half::bf16::from_f32(o * factor)),
+                    RowMut::F32(to) => update(s, [o], [to], &factor),
+                    RowMut::Bf16(to) => narrow(s, o, to, &factor),
                 }
             }
         }

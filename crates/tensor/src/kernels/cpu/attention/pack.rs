@@ -12,20 +12,24 @@ use crate::view::MatRef;
 /// Rows ahead of the one that is packed that the caches are told of: rows of one head are too far apart to be foreseen.
 const AHEAD: usize = 8;
 
-/// `to = factor · from`, and zeros behind it.
+/// `to = factor · from`, and zeros behind it up to a whole number of vectors.
 #[inline(always)]
-pub(super) fn row(from: Row<'_>, factor: f32, to: &mut [f32]) {
-    let len = match from {
+pub(super) fn row<S: Simd>(s: S, from: Row<'_>, factor: f32, to: &mut [f32]) {
+    let factor = s.splat(factor);
+    match from {
         Row::F32(from) => {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
-            from.len()
+            for (from, to) in from.chunks(S::LANES).zip(to.chunks_exact_mut(S::LANES)) {
+                let x = if from.len() == S::LANES { s.load(from) } else { s.load_part(from) };
+                s.store(to, s.mul(x, factor));
+            }
         }
         Row::Bf16(from) => {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32() * factor);
-            from.len()
+            for (from, to) in from.chunks(S::LANES).zip(to.chunks_exact_mut(S::LANES)) {
+                let x = if from.len() == S::LANES { s.load_bf16(from) } else { s.load_bf16_part(from) };
+                s.store(to, s.mul(x, factor));
+            }
         }
-    };
-    to[len..].fill(0.0);
+    }
 }
 
 /// Says that columns `cols` of the row [`AHEAD`] of `at` will be needed.
@@ -56,7 +60,7 @@ pub(super) fn block<S: Simd>(
     let (filled, rest) = to.split_at_mut(rows.len() * padded);
     for (at, to) in rows.zip(filled.chunks_exact_mut(padded)) {
         ahead(s, from, at, cols.clone());
-        row(Row::of(from, at, cols.clone()), 1.0, to);
+        row(s, Row::of(from, at, cols.clone()), 1.0, to);
     }
     rest.fill(0.0);
 }
