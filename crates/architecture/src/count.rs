@@ -80,13 +80,13 @@ impl Architecture {
     pub fn head_bytes(&self, rows: u64, element_bytes: u64) -> u64 {
         let chunk = (self.logits_rows() as u64).min(rows);
         let rounded = if element_bytes < 4 { element_bytes } else { 0 };
-        chunk * (self.vocab as u64 * (4 + rounded) + self.hidden as u64 * (8 + element_bytes))
+        chunk * (self.logits_width() as u64 * (4 + rounded) + self.hidden as u64 * (8 + element_bytes))
     }
 
-    /// Rows of logits that exist at a time. It depends on the vocabulary alone, so that the order of sums never depends on a
+    /// Rows of logits that exist at a time. It depends on the logits' width alone, so that the order of sums never depends on a
     /// batch; a head's weight is read once a chunk, so that chunks of few rows would wait for memory.
     pub fn logits_rows(&self) -> usize {
-        (LOGITS / self.vocab.max(1)).clamp(16, 512)
+        (LOGITS / self.logits_width().max(1)).clamp(16, 512)
     }
 
     /// Bytes of keys and values that generation keeps per token.
