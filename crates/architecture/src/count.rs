@@ -47,11 +47,14 @@ impl Architecture {
         let inputs = 2 * self.hidden as u64 * 4;
         let attention = 2 * (self.query_width() + self.kv_width()) as u64 * element_bytes + self.heads as u64 * 4;
         let normed = if self.qk_norm == QkNorm::None { 0 } else { (self.query_width() + self.kv_width()) as u64 * 4 };
-        let between = match (self.mlp, self.experts) {
-            // Experts are run again by their graphs.
-            (_, Some(_)) => 0,
-            (MlpKind::Gated(_), None) => 2 * self.inner as u64 * element_bytes,
-            (MlpKind::Plain(_), None) => self.inner as u64 * element_bytes,
+        let gates = if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 };
+        let between = match self.experts {
+            // Of each of a row's experts also what it gives, and of each expert its probability, twice.
+            Some(experts) => {
+                experts.per_token as u64 * (gates * self.inner as u64 * element_bytes + self.hidden as u64 * 4)
+                    + 2 * experts.count as u64 * 4
+            }
+            None => gates * self.inner as u64 * element_bytes,
         };
         let sums = if self.placement == NormPlacement::Post { 2 * self.hidden as u64 * 4 } else { 0 };
         let of_block = if again { 0 } else { attention + normed + between + sums };
@@ -66,13 +69,20 @@ impl Architecture {
         let gates = if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 };
         // What products give is in 32 bits; in a narrower type there is a copy of it that is multiplied and kept.
         let narrow = element_bytes < 4;
-        let mlp = match self.experts {
-            Some(experts) => experts.per_token as u64 * (6 * inner + 4 * hidden) * 4,
-            None => inner * (if narrow { gates * 4 } else { 4 } + gates * element_bytes),
+        let first = inner * (if narrow { gates * 4 } else { 4 } + gates * element_bytes);
+        let attention = 2 * (query + kv) * element_bytes + self.heads as u64 * 4;
+        let (mlp, saved) = match self.experts {
+            // The gradient by what experts give is in rows of its own; what they read goes where either was before.
+            Some(experts) => {
+                let narrowed = if narrow { element_bytes } else { 0 };
+                let each = (first + hidden * (4 + narrowed), gates * inner * element_bytes + hidden * 4);
+                (experts.per_token as u64 * each.0, attention.max(experts.per_token as u64 * each.1))
+            }
+            None => (first, gates * inner * element_bytes + attention),
         };
         let stream = 4 * hidden.max(query) * 4 + 2 * kv * 4;
         let copies = if narrow { 2 * (hidden + kv) * element_bytes } else { 0 };
-        let block = if again { (gates * inner + 2 * (query + kv)) * element_bytes + self.heads as u64 * 4 } else { 0 };
+        let block = if again { saved } else { 0 };
         mlp + stream + copies + block
     }
 

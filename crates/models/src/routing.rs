@@ -125,14 +125,19 @@ impl Auxiliary for LoadBalance {
 /// The `k` likeliest experts of each row, likeliest first; of equals the first.
 pub(crate) fn likeliest(probs_te: &Tensor, k: usize) -> Result<Vec<u32>> {
     let probs = probs_te.detach().to_dtype(DType::F64)?.to_vec2::<f64>()?;
-    let mut chosen = Vec::with_capacity(probs.len() * k);
-    for probs_e in probs {
+    Ok(likeliest_of(probs.into_iter(), k))
+}
+
+/// The same of rows of probabilities.
+pub(crate) fn likeliest_of(rows: impl ExactSizeIterator<Item = Vec<f64>>, k: usize) -> Vec<u32> {
+    let mut chosen = Vec::with_capacity(rows.len() * k);
+    for probs_e in rows {
         let mut order: Vec<u32> = (0..probs_e.len() as u32).collect();
         // A stable sort leaves equals in their order.
         order.sort_by(|&a, &b| probs_e[b as usize].total_cmp(&probs_e[a as usize]));
         chosen.extend(&order[..k]);
     }
-    Ok(chosen)
+    chosen
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! Norm, MLP, residual.
 
+use std::ops::Range;
+
 use attune_architecture::{Activation, MlpKind, Place, Site};
 use attune_points::Result;
-use attune_tensor::view::MatRef;
+use attune_tensor::view::{MatRef, ViewMut};
 use attune_tensor::{kernels, ops};
 use candle_core::Tensor;
 
@@ -18,12 +20,111 @@ use crate::pass::{Mat, PassCx, Rows, Sinks};
 
 /// What the reverse pass needs: the rest is computed again.
 pub struct Saved {
-    gate: Option<Mat>,
-    up: Mat,
+    opened: Opened<Mat>,
     sum: Option<Rows<f32>>,
-    thin_gate: Option<Thin>,
-    thin_up: Thin,
-    thin_down: Thin,
+    down: Thin,
+}
+
+/// What the first linears of an MLP gave: in 32 bits at first, in the type of the activations where it is kept.
+pub(super) struct Opened<M> {
+    pub(super) gate: Option<M>,
+    pub(super) up: M,
+    /// Of the linears that gave it; of several, where rows differ in them.
+    pub(super) thin: Vec<Firsts>,
+}
+
+/// The low-rank rows of an MLP's first linears.
+pub(super) struct Firsts {
+    gate: Option<Thin>,
+    up: Thin,
+}
+
+impl Opened<Rows<f32>> {
+    /// Room for `rows` of them.
+    pub(super) fn room(rows: usize, cx: &PassCx<'_>) -> Self {
+        let room = || cx.arena.rows(rows, cx.architecture().inner);
+        let gate = matches!(cx.architecture().mlp, MlpKind::Gated(_)).then(room);
+        Self { gate, up: room(), thin: Vec::new() }
+    }
+
+    /// Runs the first linears of `sites` on `n_td`, the rows `at` of these.
+    pub(super) fn open(
+        &mut self,
+        sites: &[Site],
+        n_td: MatRef<'_>,
+        given: Given<'_>,
+        at: Range<usize>,
+        cx: &PassCx<'_>,
+    ) -> Result<()> {
+        let linear = |place, to: &mut Rows<f32>| {
+            let to = to.view_mut().into_sub_rows(at.start, at.end);
+            cx.linear(site(sites, place)?, n_td, given, to, false)
+        };
+        let gate = self.gate.as_mut().map(|gate| linear(Place::Gate, gate)).transpose()?;
+        let up = linear(Place::Up, &mut self.up)?;
+        self.thin.push(Firsts { gate, up });
+        Ok(())
+    }
+
+    /// What the last linear reads.
+    pub(super) fn inner(&self, cx: &PassCx<'_>) -> Mat {
+        inner(self.gate.as_ref().map(|gate| gate.view().into()), self.up.view().into(), cx)
+    }
+
+    /// In the type of the activations, to be kept.
+    pub(super) fn narrowed(self, cx: &PassCx<'_>) -> Opened<Mat> {
+        let Self { gate, up, thin } = self;
+        let narrowed = || (gate.map(|gate| cx.narrowed(gate)), cx.narrowed(up));
+        let (gate, up) = cx.meter.time(Work::Elementwise, narrowed);
+        Opened { gate, up, thin }
+    }
+}
+
+impl Opened<Mat> {
+    /// What the last linear reads.
+    pub(super) fn inner(&self, cx: &PassCx<'_>) -> Mat {
+        inner(self.gate.as_ref().map(Mat::view), self.up.view(), cx)
+    }
+
+    /// The gradients by what the first linears gave, from the one by what the last linear read.
+    pub(super) fn vjp(self, dinner_ti: &Rows<f32>, cx: &PassCx<'_>) -> Opened<Mat> {
+        let Self { gate, up, thin } = self;
+        let (t, width) = (dinner_ti.n_rows(), dinner_ti.n_cols());
+        let f = kernel(cx.architecture().mlp.activation());
+        let mut dup = cx.arena.mat(t, width, cx.dtype);
+        let dgate = cx.meter.time(Work::Elementwise, || {
+            let Some(gate) = &gate else {
+                cx.kernels.activate_vjp(f, up.view(), dinner_ti.view(), dup.view_mut());
+                return None;
+            };
+            let mut dgate = cx.arena.mat(t, width, cx.dtype);
+            cx.kernels.gated_vjp(f, gate.view(), up.view(), dinner_ti.view(), dgate.view_mut(), dup.view_mut());
+            Some(dgate)
+        });
+        Opened { gate: dgate, up: dup, thin }
+    }
+
+    /// The reverse of [`Opened::open`], of which these are the gradients: `thin` is the number of the call.
+    #[expect(clippy::too_many_arguments, reason = "the operands of one operation, spelt out")]
+    pub(super) fn open_vjp(
+        &self,
+        thin: usize,
+        sites: &[Site],
+        n_td: MatRef<'_>,
+        given: Given<'_>,
+        at: Range<usize>,
+        mut dn_td: Option<ViewMut<'_, f32>>,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<()> {
+        let firsts = &self.thin[thin];
+        let gate = self.gate.as_ref().zip(firsts.gate.as_ref()).map(|(dy, thin)| (Place::Gate, dy, thin));
+        for (i, (place, dy, thin)) in gate.into_iter().chain([(Place::Up, &self.up, &firsts.up)]).enumerate() {
+            let (dy, to) = (dy.view().sub_rows(at.start, at.end), dn_td.as_mut().map(|dn| (dn.reborrow(), i > 0)));
+            cx.linear_vjp(site(sites, place)?, n_td, given, thin, dy, to, sinks)?;
+        }
+        Ok(())
+    }
 }
 
 pub(super) struct Mlp {
@@ -44,26 +145,14 @@ impl Block for Mlp {
     fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
         let norm = site(&self.sites, Place::MlpNorm)?;
         let n_td = residual::read(norm, &x[0], cx)?;
-        let linear = |place| -> Result<(Rows<f32>, Thin)> {
-            let mut y = cx.arena.rows(cx.n_rows(), cx.architecture().inner);
-            let thin = cx.linear(site(&self.sites, place)?, n_td.view(), Given::All, y.view_mut(), false)?;
-            Ok((y, thin))
-        };
-        let gate = match cx.architecture().mlp {
-            MlpKind::Gated(_) => Some(linear(Place::Gate)?),
-            MlpKind::Plain(_) => None,
-        };
-        let (gate, thin_gate) = gate.unzip();
-        let (up, thin_up) = linear(Place::Up)?;
+        let mut opened = Opened::room(cx.n_rows(), cx);
+        opened.open(&self.sites, n_td.view(), Given::All, 0..cx.n_rows(), cx)?;
         drop(n_td);
-        let inner_ti = inner(gate.as_ref().map(|gate| gate.view().into()), up.view().into(), cx);
+        let inner_ti = opened.inner(cx);
         let last = Last { linear: site(&self.sites, Place::Down)?, x_ti: inner_ti.view() };
-        let Joined { y, sum, thin: thin_down } = residual::join(norm, &x[0], &last, cx, run)?;
+        let Joined { y, sum, thin: down } = residual::join(norm, &x[0], &last, cx, run)?;
         drop(inner_ti);
-        let saved = run.saves().then(|| {
-            let (gate, up) = cx.meter.time(Work::Elementwise, || (gate.map(|gate| cx.narrowed(gate)), cx.narrowed(up)));
-            block::Saved::Mlp(Box::new(Saved { gate, up, sum, thin_gate, thin_up, thin_down }))
-        });
+        let saved = run.saves().then(|| block::Saved::Mlp(Box::new(Saved { opened: opened.narrowed(cx), sum, down })));
         Ok((y, saved))
     }
 
@@ -77,40 +166,24 @@ impl Block for Mlp {
         sinks: &mut Sinks<'_>,
     ) -> Result<Vec<Rows<f32>>> {
         let Some(block::Saved::Mlp(saved)) = saved else { return Err(super::nothing_saved("an MLP")) };
-        let saved = *saved;
+        let Saved { opened, sum, down } = *saved;
         let norm = site(&self.sites, Place::MlpNorm)?;
-        let (t, inner_width) = (cx.n_rows(), cx.architecture().inner);
-        let dsum = residual::join_vjp(norm, saved.sum.as_ref(), super::only(dy)?, cx, sinks)?;
-        let mut dinner_ti = cx.arena.rows(t, inner_width);
+        let t = cx.n_rows();
+        let dsum = residual::join_vjp(norm, sum.as_ref(), super::only(dy)?, cx, sinks)?;
+        let mut dinner_ti = cx.arena.rows(t, cx.architecture().inner);
         {
-            let inner_ti = inner(saved.gate.as_ref().map(Mat::view), saved.up.view(), cx);
-            let (down, dy) = (site(&self.sites, Place::Down)?, cx.as_activations(dsum.view()));
+            let (inner_ti, dy) = (opened.inner(cx), cx.as_activations(dsum.view()));
             let to = Some((dinner_ti.view_mut(), false));
-            let dy = dy.view(dsum.view());
-            cx.linear_vjp(down, inner_ti.view(), Given::All, &saved.thin_down, dy, to, sinks)?;
+            let (last, dy) = (site(&self.sites, Place::Down)?, dy.view(dsum.view()));
+            cx.linear_vjp(last, inner_ti.view(), Given::All, &down, dy, to, sinks)?;
         }
-        let mut dup = cx.arena.mat(t, inner_width, cx.dtype);
-        let dgate = cx.meter.time(Work::Elementwise, || {
-            let f = kernel(cx.architecture().mlp.activation());
-            let Some(gate) = &saved.gate else {
-                cx.kernels.activate_vjp(f, saved.up.view(), dinner_ti.view(), dup.view_mut());
-                return None;
-            };
-            let mut dgate = cx.arena.mat(t, inner_width, cx.dtype);
-            let (gate, up) = (gate.view(), saved.up.view());
-            cx.kernels.gated_vjp(f, gate, up, dinner_ti.view(), dgate.view_mut(), dup.view_mut());
-            Some(dgate)
-        });
-        drop((dinner_ti, saved.gate, saved.up));
+        let dopened = opened.vjp(&dinner_ti, cx);
+        drop(dinner_ti);
         let n_td = residual::read(norm, &x[0], cx)?;
         let through = residual::reads(norm, below, cx, sinks)?;
         let mut dn_td = through.then(|| cx.arena.rows(t, x[0].n_cols()));
-        let up = (Place::Up, dup, saved.thin_up);
-        let gate = dgate.zip(saved.thin_gate).map(|(dgate, thin)| (Place::Gate, dgate, thin));
-        for (i, (place, dy, thin)) in gate.into_iter().chain([up]).enumerate() {
-            let to = dn_td.as_mut().map(|dn| (dn.view_mut(), i > 0));
-            cx.linear_vjp(site(&self.sites, place)?, n_td.view(), Given::All, &thin, dy.view(), to, sinks)?;
-        }
+        let dn = dn_td.as_mut().map(Rows::view_mut);
+        dopened.open_vjp(0, &self.sites, n_td.view(), Given::All, 0..t, dn, cx, sinks)?;
         Ok(vec![residual::read_vjp(norm, &x[0], dsum, dn_td, cx, sinks)?])
     }
 }

@@ -22,6 +22,8 @@ pub enum Saved {
     Attention(Box<attention::Saved>),
     /// Of an MLP.
     Mlp(Box<mlp::Saved>),
+    /// Of a mixture of experts.
+    Experts(Box<experts::Saved>),
 }
 
 /// A piece of the trunk between two points of the residual stream.

@@ -44,11 +44,20 @@ pub(super) fn join(norm: &Site, x_td: &Rows<f32>, last: &Last<'_>, cx: &PassCx<'
     let mut sum = cx.arena.rows(x_td.n_rows(), x_td.n_cols());
     sum.values_mut().copy_from_slice(x_td.values());
     let thin = cx.linear(last.linear, last.x_ti, Given::All, sum.view_mut(), true)?;
-    if !post {
-        return Ok(Joined { y: vec![sum], sum: None, thin });
+    let (y, sum) = close(norm, sum, cx, run)?;
+    Ok(Joined { y, sum, thin })
+}
+
+/// A block's output, if it was asked for, and `x + f(x)` where its reverse needs it.
+type Closed = (Vec<Rows<f32>>, Option<Rows<f32>>);
+
+/// Ends a block whose `x + f(x)` is known.
+pub(super) fn close(norm: &Site, sum: Rows<f32>, cx: &PassCx<'_>, run: Run) -> Result<Closed> {
+    if cx.architecture().placement == NormPlacement::Pre {
+        return Ok((vec![sum], None));
     }
     let y = if run == Run::Saved { Vec::new() } else { vec![cx.norm_rows(norm, &sum)?] };
-    Ok(Joined { y, sum: run.saves().then_some(sum), thin })
+    Ok((y, run.saves().then_some(sum)))
 }
 
 /// The gradient by `x + f`, from the one by the block's output.

@@ -212,8 +212,8 @@ pub(crate) fn block_vjp(
     Ok(dx)
 }
 
-/// Rows of 32 bits, gathered.
-pub(crate) fn gather(x: View<'_, f32>, rows: impl Iterator<Item = usize>, mut to: ViewMut<'_, f32>) {
+/// Rows, gathered.
+pub(crate) fn gather<T: Copy>(x: View<'_, T>, rows: impl Iterator<Item = usize>, mut to: ViewMut<'_, T>) {
     for (place, row) in rows.enumerate() {
         to.row(place).copy_from_slice(x.row(row));
     }

@@ -56,6 +56,19 @@ pub(crate) enum Given<'g> {
     All,
     /// Some rows of one part, by their numbers in its layout.
     Of { part: usize, ids: &'g [u32] },
+    /// Some rows of some parts, in the order of the parts.
+    Among(&'g [(usize, Vec<u32>)]),
+}
+
+impl<'g> Given<'g> {
+    /// The numbers of a part's rows in its layout; `None` for all of them.
+    fn ids(self, part: usize) -> Option<&'g [u32]> {
+        match self {
+            Self::All => None,
+            Self::Of { ids, .. } => Some(ids),
+            Self::Among(parts) => Some(parts.iter().find(|(other, _)| *other == part).map_or(&[], |(_, ids)| ids)),
+        }
+    }
 }
 
 /// A component on some of the rows that an operation is given.
@@ -130,6 +143,15 @@ impl<'a> PassCx<'a> {
         match given {
             Given::All => self.rows.iter().cloned().enumerate().filter(|(_, rows)| !rows.is_empty()).collect(),
             Given::Of { part, ids } => vec![(part, 0..ids.len())],
+            Given::Among(parts) => {
+                let mut end = 0;
+                let rows = parts.iter().map(|(part, ids)| {
+                    let start = end;
+                    end += ids.len();
+                    (*part, start..end)
+                });
+                rows.collect()
+            }
         }
     }
 
@@ -149,17 +171,11 @@ impl<'a> PassCx<'a> {
                 let fused = map.fused();
                 let (slot, start) = (binding.slot, rows.start);
                 if let Bound::All(set) = binding.rows {
-                    let ids = match given {
-                        Given::All => Ids::All,
-                        Given::Of { ids, .. } => Ids::Borrowed(ids),
-                    };
+                    let ids = given.ids(index).map_or(Ids::All, Ids::Borrowed);
                     placed.push(Placed { part: index, rows: rows.clone(), ids, slot, set, at, map, fused });
                     continue;
                 }
-                let ids: Vec<u32> = match given {
-                    Given::All => (0..rows.len() as u32).collect(),
-                    Given::Of { ids, .. } => ids.to_vec(),
-                };
+                let ids = given.ids(index).map_or_else(|| (0..rows.len() as u32).collect(), <[u32]>::to_vec);
                 for (run, set) in crate::context::runs(&binding.rows, &ids) {
                     let Some(set) = set else { continue };
                     let rows = start + run.start..start + run.end;
