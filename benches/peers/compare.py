@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from shapes import VARIANTS
+from shapes import SHAPES, VARIANTS
 
 HERE = Path(__file__).resolve().parent
 LR = 1e-4
@@ -46,6 +46,8 @@ CASES = [
     Case("S", "lora", "f32", 2, 10),
     Case("S", "lora", "bf16", 2, 10),
     Case("S", "full", "f32", 2, 10),
+    Case("E", "lora", "f32", 2, 10),
+    Case("B", "lora", "f32", 1, 5),
     Case("M", "lora", "f32", 1, 3),
     Case("M", "lora", "bf16", 1, 3),
 ]
@@ -93,6 +95,7 @@ class Comparison:
             subprocess.run([sys.executable, HERE / "shapes.py", case.shape, case.precision, made], check=True, stderr=subprocess.DEVNULL)
         value = {
             "base": str(made / "base"),
+            "model": SHAPES[case.shape].model,
             "adapter": str(made / "adapter") if case.trains == "lora" else None,
             "batch": str(made / "batch.json"),
             "precision": case.precision,

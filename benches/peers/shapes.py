@@ -29,6 +29,13 @@ class Shape:
     length: int
     config: dict
     targets: list = field(default_factory=lambda: LINEARS)
+    # A class of every document is learnt instead of the next tokens.
+    classifies: bool = False
+
+    @property
+    def model(self):
+        """The class of transformers that reads it."""
+        return "AutoModelForSequenceClassification" if self.classifies else "AutoModelForCausalLM"
 
     @property
     def tokens(self):
@@ -47,6 +54,19 @@ SHAPES = {
         "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True,
         "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
     }),
+    # S with eight experts of half its MLP's width, two of them a token: as many operations a token. PEFT gives adapters to
+    # linears, and these experts are none to transformers: attention's are tuned, the experts stay frozen.
+    "E": Shape("OlmoeConfig", 8, 256, {
+        "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "intermediate_size": 344, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "vocab_size": 4096,
+        "max_position_embeddings": 2048, "tie_word_embeddings": False, "pad_token_id": 1,
+    }, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    # BERT base as a classifier. Attune has no dropout of hidden rows: neither side drops any.
+    "B": Shape("BertConfig", 8, 128, {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "vocab_size": 30522, "max_position_embeddings": 512, "num_labels": 2, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }, targets=["query", "key", "value", "dense"], classifies=True),
 }
 
 # Ways of PyTorch to train in a precision: type of the base's weights, type of the adapter's, whether under bf16 autocast.
@@ -74,16 +94,16 @@ def write(shape, precision, out, seed=0):
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[precision]
     config = getattr(transformers, shape.family)(**shape.config, use_cache=False, bos_token_id=0, eos_token_id=1)
     # Random numbers are drawn in f32, so that both precisions are the same model up to rounding.
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = getattr(transformers, shape.model).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith("bias"):
                 value.normal_(0.0, 0.02)
-            elif "norm" in name:
+            elif "norm" in name.lower():
                 value.normal_(1.0, 0.1)
     model.to(dtype).save_pretrained(out / "base")
 
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules=shape.targets, task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, bias="none", target_modules=shape.targets)
     model = peft.get_peft_model(model, lora)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -92,7 +112,10 @@ def write(shape, precision, out, seed=0):
     model.save_pretrained(out / "adapter")
 
     ids = torch.randint(0, shape.config["vocab_size"], (shape.documents, shape.length))
-    (out / "batch.json").write_text(json.dumps({"documents": ids.tolist()}))
+    batch = {"documents": ids.tolist()}
+    if shape.classifies:
+        batch["classes"] = torch.randint(0, shape.config["num_labels"], (shape.documents,)).tolist()
+    (out / "batch.json").write_text(json.dumps(batch))
 
 
 def main():

@@ -4,7 +4,7 @@ Usage: step_torch.py CASE.json [--variant NAME]
        step_torch.py --floor     the memory of a process that has imported all of it and does nothing
        step_torch.py --peak      the fastest matrix products that PyTorch reaches here, GFLOP/s
 
-CASE has `base`, `adapter` (null: all weights train), `batch`, `precision`, `lr`, `warmup`, `steps`. Variants are the ways to
+CASE has `base`, `model` (transformers' class that reads it), `adapter` (null: all weights train), `batch`, `precision`, `lr`, `warmup`, `steps`. Variants are the ways to
 train in a precision; `compare.py` takes the fastest.
 """
 
@@ -23,7 +23,6 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from shapes import VARIANTS  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 def resident_mib(field="VmHWM"):
     with open("/proc/self/status") as f:
@@ -38,7 +37,7 @@ def forget_peak():
 
 def model_of(case, variant):
     base_type, adapter_type, autocast = VARIANTS[case["precision"]][variant]
-    model = AutoModelForCausalLM.from_pretrained(case["base"], dtype=getattr(torch, base_type), attn_implementation="sdpa")
+    model = getattr(transformers, case["model"]).from_pretrained(case["base"], dtype=getattr(torch, base_type), attn_implementation="sdpa")
     model.config.use_cache = False
     if case["adapter"]:
         model = peft.PeftModel.from_pretrained(model, case["adapter"], is_trainable=True, autocast_adapter_dtype=False)
@@ -53,7 +52,9 @@ def run(case, variant):
     imported_mib = resident_mib()
     model, autocast = model_of(case, variant)
     with open(case["batch"]) as f:
-        ids = torch.tensor(json.load(f)["documents"])
+        batch = json.load(f)
+    ids = torch.tensor(batch["documents"])
+    given = {"labels": torch.tensor(batch["classes"])} if "classes" in batch else {"labels": ids, "use_cache": False}
     trained = [value for value in model.parameters() if value.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=case["lr"], weight_decay=0.0)
     loaded_mib, whole_peak = resident_mib("VmRSS"), resident_mib()
@@ -62,7 +63,7 @@ def run(case, variant):
     for _ in range(case["warmup"] + case["steps"]):
         started, cpu = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, **given).loss
         forward = time.perf_counter()
         loss.backward()
         backward = time.perf_counter()

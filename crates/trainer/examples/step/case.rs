@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use attune_architecture::{HeadKind, PooledRow};
 use attune_models::pass::walk::Keep;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
@@ -17,7 +18,8 @@ pub(crate) struct Case {
     pub(crate) base: PathBuf,
     /// A PEFT folder to begin with; without it all weights train.
     pub(crate) adapter: Option<PathBuf>,
-    /// `{"documents": [[id, ...], ...]}`; every token after a document's first is a target.
+    /// `{"documents": [[id, ...], ...]}`; every token after a document's first is a target, unless there are `classes`, one a
+    /// document.
     batch: PathBuf,
     /// `f32` or `bf16`.
     precision: String,
@@ -41,6 +43,7 @@ const fn one() -> usize {
 #[derive(Deserialize)]
 struct Batch {
     documents: Vec<Vec<u32>>,
+    classes: Option<Vec<u32>>,
 }
 
 impl Case {
@@ -60,13 +63,22 @@ impl Case {
         if self.recompute { Keep::Inputs } else { Keep::All }
     }
 
-    /// The batch, in as many parts as were asked for.
-    pub(crate) fn layouts(&self) -> Result<Vec<Layout>, Failure> {
+    /// The batch, in as many parts as were asked for. A class is the label of the document's row that `head` reads.
+    pub(crate) fn layouts(&self, head: HeadKind) -> Result<Vec<Layout>, Failure> {
         let batch: Batch = serde_json::from_slice(&std::fs::read(&self.batch)?)?;
         let mut layouts = vec![Layout::new(); self.shards.clamp(1, batch.documents.len().max(1))];
         let parts = layouts.len();
         for (index, ids) in batch.documents.iter().enumerate() {
-            let labels = ids.iter().skip(1).copied().chain([NO_LABEL]);
+            let labels: Vec<u32> = match (&batch.classes, head) {
+                (Some(classes), HeadKind::Sequence { row, .. }) => {
+                    let mut labels = vec![NO_LABEL; ids.len()];
+                    let row = if row == PooledRow::First { 0 } else { ids.len().saturating_sub(1) };
+                    labels[row] = *classes.get(index).ok_or("fewer classes than documents")?;
+                    labels
+                }
+                (Some(_), _) => return Err("this model does not classify documents".into()),
+                (None, _) => ids.iter().skip(1).copied().chain([NO_LABEL]).collect(),
+            };
             let rows = ids.iter().zip(labels).map(|(&id, label)| (Row::Token(id), label));
             layouts[index % parts].push(Source::default(), rows);
         }

@@ -67,10 +67,11 @@ impl Tune {
         let optimizer = OPTIMIZERS.build(&method, &"optimizer".into(), &cx).map_err(|f| format!("{f:?}"))?;
         let zeros = |tensor: &Tensor| optimizer.buffers(tensor.dims()).into_iter().map(|(_, n)| vec![0.0; n]).collect();
         let buffers = theta.trained().map(|(id, tensor)| (id, zeros(tensor))).collect();
+        let layouts = case.layouts(base.architecture().head)?;
         Ok(Self {
             model: Model::new(base, stack),
             theta,
-            layouts: case.layouts()?,
+            layouts,
             objective,
             optimizer,
             buffers,
@@ -136,8 +137,8 @@ impl Tune {
         let arch = self.model.base().architecture();
         let per_row = |layout: &Layout| {
             let rows = layout.n_rows().max(1) as f64;
-            let pairs: f64 =
-                layout.docs().iter().map(|doc| doc.n_rows() as f64 * (doc.n_rows() as f64 + 1.0) / 2.0).sum();
+            let seen = |rows: f64| if arch.causal { rows * (rows + 1.0) / 2.0 } else { rows * rows };
+            let pairs: f64 = layout.docs().iter().map(|doc| seen(doc.n_rows() as f64)).sum();
             let supervised = layout.counts().tokens as f64 / rows;
             let products = arch.forward_flops_per_token(0.0, supervised);
             let attention = arch.forward_flops_per_token(pairs / rows, supervised) - products;
