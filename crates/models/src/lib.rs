@@ -27,6 +27,8 @@ mod head;
 mod loss;
 pub mod model;
 pub mod pass;
+mod regions;
+mod scope;
 
 pub mod dropout;
 pub mod export;

@@ -1,15 +1,18 @@
 //! The loss over chunks of supervised rows: the logits of one chunk exist at a time.
 
+use std::collections::BTreeSet;
+
 use attune_architecture::{Architecture, HeadKind};
 use attune_points::engine::LossReport;
 use attune_points::layout::{LabelCounts, Supervised};
-use attune_points::objective::{ChunkLoss, ChunkView, Objective};
+use attune_points::objective::{ChunkLoss, ChunkView, Level, Objective};
 use attune_points::{Doc, Error, GradSink, Layout, Result, TensorId};
 use attune_tensor::{autograd, ops};
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use crate::context::{GraphCx, Tracked};
 use crate::head::Head;
+use crate::{regions, scope};
 
 /// A label that the head has no logit for.
 pub(crate) fn outside(label: u32, architecture: &Architecture) -> Error {
@@ -21,15 +24,14 @@ pub(crate) fn outside(label: u32, architecture: &Architecture) -> Error {
 }
 
 /// The negative log-likelihoods of a chunk, `[C]`.
-fn nll(head: &Head, h_cd: &Tensor, rows: &[Supervised], cx: &GraphCx<'_>) -> Result<Tensor> {
-    let logits_cv = head.graph(h_cd, cx)?;
+fn nll(logits_cv: &Tensor, rows: &[Supervised], cx: &GraphCx<'_>) -> Result<Tensor> {
     let labels: Vec<u32> = rows.iter().map(|row| row.label).collect();
     let vocab = logits_cv.dim(D::Minus1)?;
     if let Some(label) = labels.iter().find(|label| **label as usize >= vocab) {
         return Err(outside(*label, cx.base.architecture()));
     }
     let labels_c1 = Tensor::new(labels, &Device::Cpu)?.unsqueeze(1)?;
-    Ok(ops::log_softmax(&logits_cv)?.gather(&labels_c1, 1)?.squeeze(1)?.neg()?)
+    Ok(ops::log_softmax(logits_cv)?.gather(&labels_c1, 1)?.squeeze(1)?.neg()?)
 }
 
 /// The report of all chunks and, where a sink is given, the gradient by the hidden rows.
@@ -48,7 +50,8 @@ pub(crate) struct Backward<'a> {
     pub(crate) below: bool,
 }
 
-/// Walks the supervised rows of the batch, chunk by chunk.
+/// Walks the supervised rows of the batch, chunk by chunk; twice, with the scopes' losses in between, where the objective
+/// sees more than a chunk.
 pub(crate) fn losses(
     head: &Head,
     h_td: &Tensor,
@@ -57,77 +60,138 @@ pub(crate) fn losses(
     mut backward: Option<Backward<'_>>,
 ) -> Result<Losses> {
     let supervised = cx.layout.supervised();
+    let length = cx.base.architecture().logits_rows();
     let mut report = LossReport::default();
-    let mut dh_td = match &backward {
+    let dh_td = match &backward {
         Some(backward) if backward.below => Some(h_td.zeros_like()?),
         _ => None,
     };
-    for rows in supervised.chunks(cx.base.architecture().logits_rows()) {
+    let mut sweep = Sweep { head, h_td, cx, dh_td };
+    if objective.level() == Level::Chunk {
+        for rows in supervised.chunks(length) {
+            let loss = objective.chunk(&ChunkView { layout: cx.layout, rows })?;
+            let values = sweep.chunk(rows, &loss, backward.as_mut())?;
+            count(&mut report, rows, &weighted(&loss, values), cx.layout);
+        }
+    } else {
+        let mut logp_t = Vec::with_capacity(supervised.len());
+        for rows in supervised.chunks(length) {
+            let loss = ChunkLoss::CrossEntropy { weight_t: vec![1.0; rows.len()] };
+            logp_t.extend(sweep.chunk(rows, &loss, None)?.into_iter().map(|nll| -nll));
+            count(&mut report, rows, &vec![0.0; rows.len()], cx.layout);
+        }
+        let dlogp_t = scope::losses(objective, cx.layout, &supervised, &logp_t, &mut report)?;
+        if let Some(backward) = &mut backward {
+            for (rows, dlogp_c) in supervised.chunks(length).zip(dlogp_t.chunks(length)) {
+                let loss = ChunkLoss::CrossEntropy { weight_t: dlogp_c.iter().map(|dlogp| -dlogp).collect() };
+                sweep.chunk(rows, &loss, Some(&mut *backward))?;
+            }
+        }
+    }
+    count_documents(&mut report, &supervised, cx.layout.docs());
+    Ok(Losses { report, dh_td: sweep.dh_td })
+}
+
+/// The loss of each row of a chunk: what was computed of it, times its weight.
+pub(crate) fn weighted(loss: &ChunkLoss, values: Vec<f64>) -> Vec<f64> {
+    match loss {
+        ChunkLoss::CrossEntropy { weight_t } => weight_t.iter().zip(values).map(|(weight, nll)| weight * nll).collect(),
+        _ => values,
+    }
+}
+
+/// One walk over the supervised rows.
+struct Sweep<'s, 'a> {
+    head: &'s Head,
+    h_td: &'s Tensor,
+    cx: &'s GraphCx<'a>,
+    /// The gradient by the hidden rows so far, where it is asked for.
+    dh_td: Option<Tensor>,
+}
+
+impl Sweep<'_, '_> {
+    /// What a loss computes of each row of a chunk, in f64, before weights; gradients, where they are asked for, go on.
+    fn chunk(
+        &mut self,
+        rows: &[Supervised],
+        loss: &ChunkLoss,
+        backward: Option<&mut Backward<'_>>,
+    ) -> Result<Vec<f64>> {
+        let (head, cx) = (self.head, self.cx);
         let ids: Vec<u32> = rows.iter().map(|row| row.row).collect();
         let ids_c = Tensor::new(ids.as_slice(), &Device::Cpu)?;
-        let h_cd = h_td.index_select(&ids_c, 0)?;
-        let ChunkLoss::CrossEntropy { weight_t } = objective.chunk(&ChunkView { layout: cx.layout, rows })? else {
-            return Err(Error::Refused("this engine computes cross-entropies only".to_owned()));
+        let h_cd = self.h_td.index_select(&ids_c, 0)?;
+        let values = |logits_cv: &Tensor| match loss {
+            ChunkLoss::CrossEntropy { .. } => nll(logits_cv, rows, cx),
+            ChunkLoss::Logits(loss) => checked(loss.graph(logits_cv)?, rows.len()),
+            _ => Err(Error::Refused("this engine does not know how to compute such a loss".to_owned())),
         };
-        let nll_c = match &mut backward {
-            None => nll(head, &h_cd, rows, &cx.with(cx.tracked, Some(&ids)))?,
+        let values_c = match backward {
+            None => values(&head.graph(&h_cd, &cx.with(cx.tracked, Some(&ids)))?)?,
             Some(backward) => {
                 let h_leaf = autograd::leaf(&h_cd)?;
-                let nll_c = nll(head, h_leaf.as_tensor(), rows, &cx.with(backward.tracked, Some(&ids)))?;
-                let dnll: Vec<f64> = weight_t.iter().map(|weight| weight * backward.scale).collect();
-                let dnll_c = Tensor::new(dnll, &Device::Cpu)?.to_dtype(nll_c.dtype())?;
+                let logits_cv = head.graph(h_leaf.as_tensor(), &cx.with(backward.tracked, Some(&ids)))?;
+                let values_c = values(&logits_cv)?;
+                let dvalues: Vec<f64> = match loss {
+                    ChunkLoss::CrossEntropy { weight_t } => weight_t.iter().map(|w| w * backward.scale).collect(),
+                    _ => vec![backward.scale; rows.len()],
+                };
+                let dvalues_c = Tensor::new(dvalues, &Device::Cpu)?.to_dtype(values_c.dtype())?;
                 let leaves: Vec<&Var> = backward.leaves.iter().map(|(_, var)| var).chain([&h_leaf]).collect();
-                let mut gradients = autograd::pull(&leaves, &[(&nll_c, &dnll_c)])?;
-                if let (Some(sum), Some(Some(dh_cd))) = (&dh_td, gradients.pop()) {
-                    dh_td = Some(sum.index_add(&ids_c, &dh_cd, 0)?);
+                let mut gradients = autograd::pull(&leaves, &[(&values_c, &dvalues_c)])?;
+                if let (Some(sum), Some(Some(dh_cd))) = (&self.dh_td, gradients.pop()) {
+                    self.dh_td = Some(sum.index_add(&ids_c, &dh_cd, 0)?);
                 }
                 for ((id, _), gradient) in backward.leaves.iter().zip(gradients) {
                     if let Some(gradient) = gradient {
-                        backward.sink.put(id, &gradient)?;
+                        regions::put(&mut *backward.sink, id, &gradient)?;
                     }
                 }
-                nll_c
+                values_c
             }
         };
-        let values = nll_c.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?;
-        count(&mut report, rows, &weight_t, values, cx.layout);
+        Ok(values_c.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?)
     }
-    count_documents(&mut report, &supervised, cx.layout.docs());
-    Ok(Losses { report, dh_td })
 }
 
-/// Counts each document with a supervised row once, however many chunks it was cut into.
-pub(crate) fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
-    let mut last = None;
-    for row in supervised {
-        let index = docs.partition_point(|doc| doc.rows.end <= row.row);
-        if last.replace(index) != Some(index) {
-            report.counts.documents += 1;
-            if let Some((_, counts)) = report.by_domain.get_mut(usize::from(docs[index].domain)) {
-                counts.documents += 1;
-            }
+/// Losses of a chunk, if there is one for each row.
+pub(crate) fn checked(loss_c: Tensor, rows: usize) -> Result<Tensor> {
+    match loss_c.dims() {
+        [n] if *n == rows => Ok(loss_c),
+        dims => {
+            Err(Error::Refused(format!("a loss by logits has shape {dims:?}; expected one number a row, [{rows}]")))
         }
     }
 }
 
-/// Adds a chunk to the report, in f64.
-pub(crate) fn count(
-    report: &mut LossReport,
-    rows: &[Supervised],
-    weight_t: &[f64],
-    nll_t: impl IntoIterator<Item = f64>,
-    layout: &Layout,
-) {
-    let docs = layout.docs();
-    for ((row, weight), value) in rows.iter().zip(weight_t).zip(nll_t) {
-        let loss = weight * value;
+/// Counts each document and each group with a supervised row once, however many chunks it was cut into.
+pub(crate) fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
+    let (mut last, mut groups) = (None, BTreeSet::new());
+    for row in supervised {
+        let index = docs.partition_point(|doc| doc.rows.end <= row.row);
+        if last.replace(index) == Some(index) {
+            continue;
+        }
+        let groups = u64::from(groups.insert(docs[index].group));
+        let counts = LabelCounts { tokens: 0, documents: 1, groups };
+        report.counts = report.counts + counts;
+        if let Some((_, of_domain)) = report.by_domain.get_mut(usize::from(docs[index].domain)) {
+            *of_domain = *of_domain + counts;
+        }
+    }
+}
+
+/// Adds the losses of a chunk's rows to the report, in f64.
+pub(crate) fn count(report: &mut LossReport, rows: &[Supervised], loss_t: &[f64], layout: &Layout) {
+    let (docs, token) = (layout.docs(), LabelCounts { tokens: 1, ..LabelCounts::default() });
+    for (row, loss) in rows.iter().zip(loss_t) {
         report.loss_sum += loss;
-        report.counts.tokens += 1;
+        report.counts = report.counts + token;
         let domain = usize::from(docs[docs.partition_point(|doc| doc.rows.end <= row.row)].domain);
         if report.by_domain.len() <= domain {
             report.by_domain.resize(domain + 1, Default::default());
         }
         let sum = &mut report.by_domain[domain];
-        *sum = (sum.0 + loss, sum.1 + LabelCounts { tokens: 1, documents: 0 });
+        *sum = (sum.0 + loss, sum.1 + token);
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use attune_architecture::{HeadKind, Pooling, Site};
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{Error, GradSink, Layout, Result, TensorId, Theta};
+use attune_points::{Error, GradSink, Layout, Owner, Result, TensorId, Theta};
 use attune_tensor::autograd;
 use candle_core::{DType, Device, Tensor, Var};
 
@@ -20,6 +20,7 @@ use crate::loss::{Backward, losses};
 use crate::pass::parts::{self, Part};
 use crate::pass::walk::{self, Keep, Machine, Task};
 use crate::pass::{Arena, Times};
+use crate::regions;
 use crate::routing::{Auxiliary, Routing};
 use crate::stack::Stack;
 
@@ -202,14 +203,15 @@ impl Model {
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
         let wanted: Vec<Vec<TensorId>> =
-            self.trunk.iter().map(|block| self.wanted(block.sites(), pass.theta, sink)).collect::<Result<_>>()?;
+            self.trunk.iter().map(|block| self.wanted(block.sites(), pass.theta, sink)).collect();
         let lowest = wanted.iter().position(|ids| !ids.is_empty());
         let mut saved = Saved { from: lowest.unwrap_or(self.trunk.len()), inputs: BTreeMap::new() };
         let mut routing = Vec::new();
         let collected = self.auxiliary.is_some().then_some(&mut routing);
         let h = self.walk(&cx, Some(&mut saved), collected)?;
 
-        let (leaves, tracked) = self.leaves(&self.wanted(&self.head.sites, pass.theta, sink)?, pass.theta)?;
+        let (leaves, tracked) =
+            self.leaves(&self.wanted(&self.head.sites, pass.theta, sink), pass.theta, pass.layout.n_rows())?;
         let backward =
             Backward { scale, leaves: &leaves, tracked: &tracked, sink: &mut *sink, below: lowest.is_some() };
         let (found, dh_td) = top(&cx, &h[0], backward)?;
@@ -256,7 +258,7 @@ impl Model {
             let mut gradients = autograd::pull(&leaves, &[(&y_nd, dy_nd)])?;
             let dh_td = gradients.pop().flatten();
             for ((id, _), gradient) in backward.leaves.iter().zip(gradients) {
-                gradient.map(|gradient| backward.sink.put(id, &gradient)).transpose()?;
+                gradient.map(|gradient| regions::put(&mut *backward.sink, id, &gradient)).transpose()?;
             }
             Ok((y_nd.detach(), dh_td))
         })
@@ -297,7 +299,7 @@ impl Model {
         cx: &GraphCx<'_>,
         sink: &mut dyn GradSink,
     ) -> Result<Vec<Tensor>> {
-        let (leaves, tracked) = self.leaves(wanted, cx.theta)?;
+        let (leaves, tracked) = self.leaves(wanted, cx.theta, cx.layout.n_rows())?;
         let x: Vec<Var> =
             if below { input.iter().map(autograd::leaf).collect::<candle_core::Result<_>>()? } else { Vec::new() };
         let streams: Vec<Tensor> =
@@ -308,11 +310,11 @@ impl Model {
         let mut gradients = autograd::pull(&all, &outputs)?.into_iter();
         for ((id, _), gradient) in leaves.iter().zip(gradients.by_ref()) {
             match gradient {
-                Some(gradient) => sink.put(id, &gradient)?,
+                Some(gradient) => regions::put(sink, id, &gradient)?,
                 // No row went there: the loss does not depend on it.
                 None if self.of_expert(index, id) => {
                     let leaf = tracked.get(id).map(|var| var.zeros_like()).transpose()?;
-                    leaf.map(|zeros| sink.put(id, &zeros)).transpose()?;
+                    leaf.map(|zeros| regions::put(sink, id, &zeros)).transpose()?;
                 }
                 None => {}
             }
@@ -417,17 +419,22 @@ impl Model {
     }
 
     /// The tensors at `sites` whose gradient the sink wants.
-    fn wanted(&self, sites: &[Site], theta: &Theta, sink: &dyn GradSink) -> Result<Vec<TensorId>> {
+    fn wanted(&self, sites: &[Site], theta: &Theta, sink: &dyn GradSink) -> Vec<TensorId> {
         let layout = Layout::new();
         parts::wanted(&self.base, &Part { stack: &self.stack, theta, layout: &layout, dropout: None }, sites, sink)
     }
 
     /// A leaf for each wanted tensor.
-    fn leaves(&self, wanted: &[TensorId], theta: &Theta) -> Result<(Vec<(TensorId, Var)>, Tracked)> {
+    fn leaves(&self, wanted: &[TensorId], theta: &Theta, rows: usize) -> Result<(Vec<(TensorId, Var)>, Tracked)> {
         let mut leaves = Vec::with_capacity(wanted.len());
         for id in wanted {
             let var = match theta.get(id) {
                 Some(tensor) => autograd::leaf(tensor)?,
+                // What is added to the embeddings has their gradient.
+                None if id.owner == Owner::Input => {
+                    let shape = (rows, self.base.architecture().hidden);
+                    Var::zeros(shape, self.dtype(), &Device::Cpu)?
+                }
                 None => autograd::leaf(&self.base.tensor(&id.name, self.dtype())?)?,
             };
             leaves.push((id.clone(), var));

@@ -4,7 +4,7 @@
 //! virtual row) it holds and for each document which rows it owns; everything else about rows and documents travels in
 //! typed columns. Documents never see one another.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use crate::error::{Error, Result};
@@ -227,9 +227,11 @@ impl Layout {
             let rows = doc.rows.start as usize..doc.rows.end as usize;
             self.labels().get(rows).is_some_and(|labels| labels.iter().any(|&label| label != NO_LABEL))
         };
+        let groups: BTreeSet<u32> = self.docs.iter().filter(is_supervised).map(|doc| doc.group).collect();
         LabelCounts {
             tokens: self.labels().iter().filter(|&&label| label != NO_LABEL).count() as u64,
             documents: self.docs.iter().filter(is_supervised).count() as u64,
+            groups: groups.len() as u64,
         }
     }
 }
@@ -262,12 +264,18 @@ pub struct LabelCounts {
     pub tokens: u64,
     /// Documents with at least one supervised row.
     pub documents: u64,
+    /// Groups of documents with at least one supervised row. A group is never cut by the parts of a step.
+    pub groups: u64,
 }
 
 impl std::ops::Add for LabelCounts {
     type Output = Self;
     fn add(self, other: Self) -> Self {
-        Self { tokens: self.tokens + other.tokens, documents: self.documents + other.documents }
+        Self {
+            tokens: self.tokens + other.tokens,
+            documents: self.documents + other.documents,
+            groups: self.groups + other.groups,
+        }
     }
 }
 
@@ -293,7 +301,7 @@ mod tests {
         let layout = two_documents();
         assert_eq!(layout.positions(), [0, 1, 0]);
         assert_eq!(layout.supervised(), [Supervised { row: 1, label: 7 }]);
-        assert_eq!(layout.counts(), LabelCounts { tokens: 1, documents: 1 });
+        assert_eq!(layout.counts(), LabelCounts { tokens: 1, documents: 1, groups: 1 });
         assert_eq!(layout.docs()[1].rows, 2..3);
         assert_eq!(layout.docs()[1].group, 1);
     }

@@ -58,6 +58,8 @@ impl fmt::Debug for TensorName {
 pub enum Owner {
     /// The frozen base model.
     Base,
+    /// The batch: nothing that is kept, only what gradients are taken by.
+    Input,
     /// Set `set` of the bank of slot `slot`.
     Bank {
         /// Index of the bank in [`crate::Theta::banks`].
@@ -74,6 +76,14 @@ pub struct TensorId {
     pub owner: Owner,
     /// The name in the set.
     pub name: TensorName,
+}
+
+impl TensorId {
+    /// The embeddings of the tokens of a part, `[T, D]`: what a row of the table of tokens adds to the trunk's first rows,
+    /// before positions, token types and norms. A sink that wants it gets the loss's gradient by each input embedding.
+    pub fn input_embeddings() -> Self {
+        Self { owner: Owner::Input, name: TensorName::new("", "inputs_embeds") }
+    }
 }
 
 impl fmt::Display for TensorId {

@@ -84,7 +84,7 @@ impl Theta {
     /// A tensor by id.
     pub fn get(&self, id: &TensorId) -> Option<&candle_core::Tensor> {
         match id.owner {
-            Owner::Base => None,
+            Owner::Base | Owner::Input => None,
             Owner::Bank { slot, set } => self.set(slot, set)?.get(&id.name),
         }
     }

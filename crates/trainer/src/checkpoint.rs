@@ -131,6 +131,7 @@ fn wrong(folder: &Path, message: String) -> Error {
 fn key(id: &TensorId) -> String {
     match id.owner {
         attune_points::Owner::Base => format!("base/{}", id.name),
+        attune_points::Owner::Input => format!("input/{}", id.name),
         attune_points::Owner::Bank { slot, set } => format!("{slot}/{set}/{}", id.name),
     }
 }

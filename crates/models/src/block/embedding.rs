@@ -3,7 +3,7 @@
 use attune_architecture::{Architecture, Place, Positions, Site, SiteId, SiteKind};
 use attune_points::error::Context as _;
 use attune_points::layout::{Axis, Column, TOKEN_TYPES, Values};
-use attune_points::{Error, Layout, Result, Row};
+use attune_points::{Error, Layout, Result, Row, TensorId};
 use attune_tensor::view::{MatRef, ViewMut};
 use attune_tensor::{ops, reading};
 use candle_core::{Device, Tensor};
@@ -12,7 +12,8 @@ use super::{Block, BlockCache, Saved, site};
 use crate::context::{GraphCx, Matrix};
 use crate::pass::parts::{Given, wants};
 use crate::pass::walk::Run;
-use crate::pass::{PassCx, Rows, Sinks};
+use crate::pass::{PassCx, Rows, Sinks, local};
+use crate::regions;
 
 pub(super) struct Embedding {
     /// The table of tokens, then those of positions and of token types, then the norm.
@@ -62,6 +63,9 @@ impl Embedding {
         let architecture = cx.base.architecture();
         let ids = tokens(cx.layout, architecture.vocab)?;
         let mut x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
+        if let Some(added) = cx.tracked.get(&TensorId::input_embeddings()) {
+            x_td = (x_td + added.as_tensor())?;
+        }
         if let Some(ids) = places(positions, architecture)? {
             x_td = (x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?;
         }
@@ -116,11 +120,14 @@ impl Block for Embedding {
         }
         for (part, rows) in cx.parts_of(Given::All) {
             let dx = dx_td.view().sub_rows(rows.start, rows.end);
+            if wants(&*sinks[part], &TensorId::input_embeddings()) {
+                regions::put(&mut *sinks[part], &TensorId::input_embeddings(), &local::tensor(dx.into())?)?;
+            }
             for (place, ids) in self.tables(cx.parts[part].layout, cx.architecture())? {
                 let site = site(&self.sites, place)?;
                 let id = cx.id_of(part, &site.id, "weight");
                 let SiteKind::Embedding { vocab, width } = site.kind else { continue };
-                if !wants(&*sinks[part], &id)? {
+                if !wants(&*sinks[part], &id) {
                     continue;
                 }
                 let mut dw_vd = vec![0.0f32; vocab * width];
@@ -128,7 +135,7 @@ impl Block for Embedding {
                     let to = &mut dw_vd[id as usize * width..][..width];
                     to.iter_mut().zip(dx.row(row)).for_each(|(sum, dx)| *sum += dx);
                 }
-                sinks[part].put(&id, &Tensor::from_vec(dw_vd, (vocab, width), &Device::Cpu)?)?;
+                regions::put(&mut *sinks[part], &id, &Tensor::from_vec(dw_vd, (vocab, width), &Device::Cpu)?)?;
             }
         }
         Ok(Vec::new())

@@ -26,6 +26,7 @@ use crate::pass::parts::{Given, wanted};
 use crate::pass::times::Work;
 use crate::pass::walk::Run;
 use crate::pass::{Mat, PassCx, Rows, Sinks};
+use crate::regions;
 use crate::routing::{likeliest, likeliest_of};
 
 /// What the reverse pass needs.
@@ -193,7 +194,7 @@ impl Experts {
                 let placed = cx.placed(&site.id, Given::Among(ids))?;
                 for (index, _) in cx.parts_of(Given::All) {
                     let part = &cx.parts[index];
-                    for id in wanted(cx.base, part, std::slice::from_ref(site), &*sinks[index])? {
+                    for id in wanted(cx.base, part, std::slice::from_ref(site), &*sinks[index]) {
                         let visited = match id.owner {
                             Owner::Bank { slot, set } if part.theta.banks[slot as usize].kind == BankKind::Adapter => {
                                 placed.iter().any(|at| (at.part, at.slot, at.set) == (index, slot, set))
@@ -207,7 +208,7 @@ impl Experts {
                             Some(tensor) => tensor.zeros_like()?,
                             None => cx.base.tensor(&id.name, DType::F32)?.zeros_like()?,
                         };
-                        sinks[index].put(&id, &zeros)?;
+                        regions::put(&mut *sinks[index], &id, &zeros)?;
                     }
                 }
             }

@@ -3,18 +3,22 @@
 
 use attune_architecture::{Place, Site};
 use attune_points::engine::LossReport;
-use attune_points::objective::{ChunkLoss, ChunkView};
+use attune_points::layout::Supervised;
+use attune_points::objective::{ChunkLoss, ChunkView, Level};
 use attune_points::{Error, Result};
+use attune_tensor::autograd;
 use attune_tensor::view::MatRef;
+use candle_core::{Device, Tensor};
 
 use crate::head::Head;
-use crate::loss::{count, count_documents, outside};
+use crate::loss::{checked, count, count_documents, outside, weighted};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::linear::Thin;
-use crate::pass::local::gather;
+use crate::pass::local::{self, gather};
 use crate::pass::parts::{Given, PassCx, Sinks, wanted};
 use crate::pass::times::Work;
 use crate::pass::walk::Task;
+use crate::scope;
 
 /// Where gradients go.
 pub(crate) struct Backward<'b, 's> {
@@ -32,25 +36,42 @@ pub(crate) fn losses(
     mut backward: Option<Backward<'_, '_>>,
 ) -> Result<Vec<LossReport>> {
     head.last(cx.architecture())?;
-    let vocab = cx.architecture().logits_width();
+    let (width, length) = (cx.architecture().logits_width(), cx.architecture().logits_rows());
     let mut reports = Vec::with_capacity(tasks.len());
     for (part, task) in tasks.iter().enumerate() {
-        let layout = task.part.layout;
+        let (objective, layout) = (task.objective, task.part.layout);
         let supervised = layout.supervised();
+        if let Some(row) = supervised.iter().find(|row| row.label as usize >= width) {
+            return Err(outside(row.label, cx.architecture()));
+        }
         let mut report = LossReport::default();
-        for rows in supervised.chunks(cx.architecture().logits_rows()) {
-            if let Some(row) = rows.iter().find(|row| row.label as usize >= vocab) {
-                return Err(outside(row.label, cx.architecture()));
-            }
-            let ChunkLoss::CrossEntropy { weight_t } = task.objective.chunk(&ChunkView { layout, rows })? else {
-                return Err(Error::Refused("this engine computes cross-entropies only".to_owned()));
-            };
+        let sweep = |rows: &[Supervised], loss: &ChunkLoss, backward: &mut Option<Backward<'_, '_>>| {
             let ids: Vec<u32> = rows.iter().map(|row| row.row).collect();
             let labels: Vec<u32> = rows.iter().map(|row| row.label).collect();
-            let dnll = backward.is_some().then(|| weight_t.iter().map(|w| (w * task.scale) as f32).collect::<Vec<_>>());
-            let chunk = Chunk { part, ids: &ids, labels: &labels, dnll_c: dnll.as_deref() };
-            let nll_c = cx.meter.whole(Work::Head, || chunk.run(head, h_td, cx, &mut backward))?;
-            count(&mut report, rows, &weight_t, nll_c.iter().map(|&nll| f64::from(nll)), layout);
+            let chunk = Chunk { part, ids: &ids, labels: &labels, loss, scale: task.scale };
+            let values = cx.meter.whole(Work::Head, || chunk.run(head, h_td, cx, backward))?;
+            Ok::<_, Error>(values.into_iter().map(f64::from).collect::<Vec<f64>>())
+        };
+        if objective.level() == Level::Chunk {
+            for rows in supervised.chunks(length) {
+                let loss = objective.chunk(&ChunkView { layout, rows })?;
+                let values = sweep(rows, &loss, &mut backward)?;
+                count(&mut report, rows, &weighted(&loss, values), layout);
+            }
+        } else {
+            let mut logp_t = Vec::with_capacity(supervised.len());
+            for rows in supervised.chunks(length) {
+                let loss = ChunkLoss::CrossEntropy { weight_t: vec![1.0; rows.len()] };
+                logp_t.extend(sweep(rows, &loss, &mut None)?.into_iter().map(|nll| -nll));
+                count(&mut report, rows, &vec![0.0; rows.len()], layout);
+            }
+            let dlogp_t = scope::losses(objective, layout, &supervised, &logp_t, &mut report)?;
+            if backward.is_some() {
+                for (rows, dlogp_c) in supervised.chunks(length).zip(dlogp_t.chunks(length)) {
+                    let loss = ChunkLoss::CrossEntropy { weight_t: dlogp_c.iter().map(|dlogp| -dlogp).collect() };
+                    sweep(rows, &loss, &mut backward)?;
+                }
+            }
         }
         count_documents(&mut report, &supervised, layout.docs());
         reports.push(report);
@@ -64,8 +85,9 @@ struct Chunk<'c> {
     /// Their numbers in the part's layout.
     ids: &'c [u32],
     labels: &'c [u32],
-    /// The gradient by each row's loss, if gradients are taken.
-    dnll_c: Option<&'c [f32]>,
+    loss: &'c ChunkLoss,
+    /// Factor on the loss before the gradient is taken.
+    scale: f64,
 }
 
 /// What the last linear of a head reads, and what the reverse of that needs.
@@ -88,7 +110,7 @@ impl Chunk<'_> {
         Given::Of { part: self.part, ids: self.ids }
     }
 
-    /// The negative log-likelihoods; gradients go where they should.
+    /// What the loss computes of each row, before weights; gradients go where they should.
     fn run(
         &self,
         head: &Head,
@@ -105,32 +127,67 @@ impl Chunk<'_> {
         let read = self.read(head, h_cd, cx)?;
         let mut logits_cv = cx.arena.rows(c, vocab);
         let thin = cx.linear(linear, read.view(), self.given(), logits_cv.view_mut(), false)?;
-        let mut nll_c = vec![0.0; c];
-        let mut rounded = match (cx.dtype, self.dnll_c) {
+        let mut rounded = match (cx.dtype, &backward) {
             (Activations::Bf16, Some(_)) => Some(cx.arena.mat(c, vocab, cx.dtype)),
             _ => None,
         };
-        let narrow = match &mut rounded {
-            Some(Mat::Bf16(rows)) => Some(rows.view_mut()),
-            _ => None,
-        };
-        cx.kernels.cross_entropy(logits_cv.view_mut(), self.labels, self.dnll_c, narrow, &mut nll_c);
-        let Some(Backward { dh_td, sinks }) = backward else { return Ok(nll_c) };
+        let values_c = self.values(&mut logits_cv, rounded.as_mut(), backward.is_some(), cx)?;
+        let Some(Backward { dh_td, sinks }) = backward else { return Ok(values_c) };
         let dlogits = rounded.as_ref().map_or_else(|| logits_cv.view().into(), Mat::view);
         let before: Vec<Site> = head.sites.iter().filter(|site| site.id != linear.id).cloned().collect();
-        let through =
-            dh_td.is_some() || !wanted(cx.base, &cx.parts[self.part], &before, &*sinks[self.part])?.is_empty();
+        let through = dh_td.is_some() || !wanted(cx.base, &cx.parts[self.part], &before, &*sinks[self.part]).is_empty();
         let mut dread_cd = through.then(|| cx.arena.rows(c, hidden));
         let dread = dread_cd.as_mut().map(|dread| (dread.view_mut(), false));
         cx.linear_vjp(linear, read.view(), self.given(), &thin, dlogits, dread, sinks)?;
-        let Some(dread_cd) = dread_cd else { return Ok(nll_c) };
+        let Some(dread_cd) = dread_cd else { return Ok(values_c) };
         let dh_cd = self.read_vjp(head, &read, dread_cd, cx, sinks)?;
-        let Some(dh_td) = dh_td else { return Ok(nll_c) };
+        let Some(dh_td) = dh_td else { return Ok(values_c) };
         let mut to = dh_td.view_mut();
         for (place, row) in rows().enumerate() {
             to.row(row).copy_from_slice(dh_cd.view().row(place));
         }
-        Ok(nll_c)
+        Ok(values_c)
+    }
+
+    /// What the loss computes of each row. Where gradients are taken, that by the logits takes the place of these, and goes
+    /// to `rounded` where there is one.
+    fn values(
+        &self,
+        logits_cv: &mut Rows<f32>,
+        rounded: Option<&mut Mat>,
+        reverse: bool,
+        cx: &PassCx<'_>,
+    ) -> Result<Vec<f32>> {
+        match self.loss {
+            ChunkLoss::CrossEntropy { weight_t } => {
+                let dnll_c = reverse.then(|| weight_t.iter().map(|w| (w * self.scale) as f32).collect::<Vec<_>>());
+                let narrow = match rounded {
+                    Some(Mat::Bf16(rows)) => Some(rows.view_mut()),
+                    _ => None,
+                };
+                let mut nll_c = vec![0.0; self.ids.len()];
+                let to = logits_cv.view_mut();
+                cx.kernels.cross_entropy(to, self.labels, dnll_c.as_deref(), narrow, &mut nll_c);
+                Ok(nll_c)
+            }
+            ChunkLoss::Logits(loss) => {
+                let leaf = autograd::leaf(&local::tensor(logits_cv.view().into())?)?;
+                let loss_c = checked(loss.graph(leaf.as_tensor())?, self.ids.len())?;
+                if reverse {
+                    let scale_c = Tensor::full(self.scale as f32, self.ids.len(), &Device::Cpu)?;
+                    let gradient = autograd::pull(&[&leaf], &[(&loss_c, &scale_c)])?.pop().flatten();
+                    match gradient {
+                        Some(gradient) => local::write(&gradient, logits_cv.view_mut(), false)?,
+                        None => logits_cv.values_mut().fill(0.0),
+                    }
+                    if let Some(rounded) = rounded {
+                        cx.kernels.convert(logits_cv.view().into(), rounded.view_mut());
+                    }
+                }
+                Ok(loss_c.detach().to_vec1()?)
+            }
+            _ => Err(Error::Refused("this engine does not know how to compute such a loss".to_owned())),
+        }
     }
 
     /// Hidden rows through the last norm and the pooler, where there are such.

@@ -12,10 +12,10 @@ use std::ops::Range;
 use attune_architecture::{Site, SiteKind};
 use attune_points::adapter::{DropoutMask as _, FusedRows};
 use attune_points::error::Context as _;
-use attune_points::{Error, Owner, Result, TensorId};
+use attune_points::{Error, Owner, Region, Result, TensorId};
 use attune_tensor::kernels::{Gemm, LowRank, Operand};
 use attune_tensor::reading;
-use attune_tensor::view::{MatRef, View, ViewMut};
+use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use candle_core::{Device, Tensor};
 
 use crate::dropout::RowMasks;
@@ -23,6 +23,7 @@ use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks, wants};
 use crate::pass::times::Work;
+use crate::regions::{self, within};
 
 /// What the reverse pass of a linear needs: the thin rows of its low-rank components.
 #[derive(Debug, Default)]
@@ -181,22 +182,62 @@ impl<'a> PassCx<'a> {
         for (part, rows) in self.parts_of(given) {
             let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
             let id = self.id_of(part, &site.id, "weight");
-            if wants(&*sinks[part], &id)? {
-                let mut dw = vec![0.0f32; output * input];
-                let of = Gemm::new(Operand::transposed(dy), Operand::plain(x));
-                self.meter.time(Work::Gemm, || self.kernels.gemm(ViewMut::new(&mut dw, output, input), &of));
-                sinks[part].put(&id, &Tensor::from_vec(dw, (output, input), &Device::Cpu)?)?;
+            let dw = self.weight_gradient(&id, sinks[part].want(&id), (output, input), x, dy)?;
+            if let Some(dw) = dw {
+                sinks[part].put(&id, &dw)?;
             }
             let id = self.id_of(part, &site.id, "bias");
-            if bias && wants(&*sinks[part], &id)? {
+            if bias && wants(&*sinks[part], &id) {
                 let mut db = vec![0.0f32; output];
                 let wide = self.wide(dy);
                 let dy = wide.as_ref().map_or_else(|| f32s(dy), |rows| Ok(rows.view()))?;
                 self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
-                sinks[part].put(&id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
+                regions::put(&mut *sinks[part], &id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
             }
         }
         Ok(())
+    }
+
+    /// What is asked for of `dW_oi = dy_toᵀ x_ti`, and no more of it.
+    fn weight_gradient(
+        &self,
+        id: &TensorId,
+        region: Region<'_>,
+        (output, input): (usize, usize),
+        x_ti: MatRef<'_>,
+        dy_to: MatRef<'_>,
+    ) -> Result<Option<Tensor>> {
+        let (rows, cols) = match region {
+            Region::None => return Ok(None),
+            Region::Entries(entries) => {
+                if let Some(entry) = entries.iter().find(|entry| **entry >= (output * input) as u64) {
+                    let all = output * input;
+                    return Err(Error::Refused(format!("entry {entry} of {id} was asked for; it has {all}")));
+                }
+                let dw = self.meter.time(Work::Gemm, || entries_of_product(entries, input, x_ti, dy_to));
+                let length = dw.len();
+                return Ok(Some(Tensor::from_vec(dw, length, &Device::Cpu)?));
+            }
+            Region::All => (None, None),
+            Region::Rows(rows) => (Some(rows), None),
+            Region::Cols(cols) => (None, Some(cols)),
+            Region::Cross(rows, cols) => (Some(rows), Some(cols)),
+        };
+        let cut = |mat: MatRef<'_>, wanted: Option<&[u32]>, dim| -> Result<Option<Mat>> {
+            let Some(wanted) = wanted else { return Ok(None) };
+            within(id, wanted, mat.cols(), dim)?;
+            let mut to = self.arena.mat(mat.rows(), wanted.len(), self.dtype);
+            self.meter.time(Work::Elementwise, || columns(mat, wanted, to.view_mut()));
+            Ok(Some(to))
+        };
+        let (cut_dy, cut_x) = (cut(dy_to, rows, 0)?, cut(x_ti, cols, 1)?);
+        let dy = cut_dy.as_ref().map_or(dy_to, Mat::view);
+        let x = cut_x.as_ref().map_or(x_ti, Mat::view);
+        let shape = (dy.cols(), x.cols());
+        let mut dw = vec![0.0f32; shape.0 * shape.1];
+        let of = Gemm::new(Operand::transposed(dy), Operand::plain(x));
+        self.meter.time(Work::Gemm, || self.kernels.gemm(ViewMut::new(&mut dw, shape.0, shape.1), &of));
+        Ok(Some(Tensor::from_vec(dw, shape, &Device::Cpu)?))
     }
 
     /// A copy in 32 bits of what is not.
@@ -325,23 +366,23 @@ impl<'a> PassCx<'a> {
         let (down, up) = (factors.down.1.view(), factors.up.1.view());
         let (rank, input, output) = (down.rows(), down.cols(), up.rows());
         let sink = &mut sinks[*part];
-        if wants(&**sink, &factors.up.0)? {
+        if wants(&**sink, &factors.up.0) {
             let mut dup = vec![0.0f32; output * rank];
             let of = Gemm::new(Operand::transposed(dy), Operand::plain(h_tr.view()));
             self.kernels.gemm(ViewMut::new(&mut dup, output, rank), &of);
-            sink.put(&factors.up.0, &Tensor::from_vec(dup, (output, rank), &Device::Cpu)?)?;
+            regions::put(&mut **sink, &factors.up.0, &Tensor::from_vec(dup, (output, rank), &Device::Cpu)?)?;
         }
         let mut g = self.arena.rows(rows.len(), rank);
         self.kernels.gemm(g.view_mut(), &Gemm::new(Operand::plain(dy), Operand::plain(up)));
         g.values_mut().iter_mut().for_each(|g| *g *= factors.scale);
         let g = self.narrowed(g);
-        if wants(&**sink, &factors.down.0)? {
+        if wants(&**sink, &factors.down.0) {
             let masked = self.masked(site, factors, x)?;
             let x = masked.as_ref().map_or(x, Mat::view);
             let mut ddown = vec![0.0f32; rank * input];
             let of = Gemm::new(Operand::transposed(g.view()), Operand::plain(x));
             self.kernels.gemm(ViewMut::new(&mut ddown, rank, input), &of);
-            sink.put(&factors.down.0, &Tensor::from_vec(ddown, (rank, input), &Device::Cpu)?)?;
+            regions::put(&mut **sink, &factors.down.0, &Tensor::from_vec(ddown, (rank, input), &Device::Cpu)?)?;
         }
         Ok(g)
     }
@@ -393,6 +434,46 @@ fn cut<'t>(terms: &[LowRank<'t>], run: &Range<usize>) -> Vec<LowRank<'t>> {
     within
         .map(|term| LowRank { rows: term.rows.start - run.start..term.rows.end - run.start, ..term.clone() })
         .collect()
+}
+
+/// Some columns of a matrix, in its own type.
+fn columns(from: MatRef<'_>, wanted: &[u32], to: MatMut<'_>) {
+    fn copy<T: Copy>(from: View<'_, T>, wanted: &[u32], mut to: ViewMut<'_, T>) {
+        for row in 0..from.rows() {
+            let from = from.row(row);
+            to.row(row).iter_mut().zip(wanted).for_each(|(to, &col)| *to = from[col as usize]);
+        }
+    }
+    match (from, to) {
+        (MatRef::F32(from), MatMut::F32(to)) => copy(from, wanted, to),
+        (MatRef::Bf16(from), MatMut::Bf16(to)) => copy(from, wanted, to),
+        _ => unreachable!("operands of a product are in the type of the activations"),
+    }
+}
+
+/// Single entries of `dy_toᵀ x_ti`, by flat index: row after row, so that both are read as they lie.
+fn entries_of_product(entries: &[u64], input: usize, x_ti: MatRef<'_>, dy_to: MatRef<'_>) -> Vec<f32> {
+    fn add<T: Copy, F: Fn(T) -> f32>(
+        sums: &mut [f32],
+        at: &[(usize, usize)],
+        x: View<'_, T>,
+        dy: View<'_, T>,
+        wide: F,
+    ) {
+        for row in 0..x.rows() {
+            let (x, dy) = (x.row(row), dy.row(row));
+            sums.iter_mut().zip(at).for_each(|(sum, &(o, i))| *sum += wide(dy[o]) * wide(x[i]));
+        }
+    }
+    let at: Vec<(usize, usize)> =
+        entries.iter().map(|&entry| (entry as usize / input, entry as usize % input)).collect();
+    let mut sums = vec![0.0; at.len()];
+    match (x_ti, dy_to) {
+        (MatRef::F32(x), MatRef::F32(dy)) => add(&mut sums, &at, x, dy, |v| v),
+        (MatRef::Bf16(x), MatRef::Bf16(dy)) => add(&mut sums, &at, x, dy, |v: half::bf16| v.to_f32()),
+        _ => unreachable!("operands of a product are in the type of the activations"),
+    }
+    sums
 }
 
 /// A view that is known to be of 32 bits.

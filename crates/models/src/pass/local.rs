@@ -13,6 +13,7 @@ use crate::context::{GraphCx, Tracked};
 use crate::dropout::RowMasks;
 use crate::pass::arena::Rows;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks, wanted, wants};
+use crate::regions;
 
 /// Rows as a tensor of f32.
 pub(crate) fn tensor(x: MatRef<'_>) -> Result<Tensor> {
@@ -94,7 +95,7 @@ pub(crate) fn component_vjp(
     for spec in &placed.at.tensors {
         let name = spec.name(placed.at.site.as_str());
         let id = TensorId { owner: Owner::Bank { slot: placed.slot, set: placed.set }, name };
-        if wants(&*sinks[placed.part], &id)?
+        if wants(&*sinks[placed.part], &id)
             && let Some(value) = cx.parts[placed.part].theta.get(&id)
         {
             leaves.push((id, autograd::leaf(value)?));
@@ -110,7 +111,7 @@ pub(crate) fn component_vjp(
     let dx = gradients.pop().flatten();
     for ((id, _), gradient) in leaves.iter().zip(gradients) {
         if let Some(gradient) = gradient {
-            sinks[placed.part].put(id, &gradient)?;
+            regions::put(&mut *sinks[placed.part], id, &gradient)?;
         }
     }
     match (dx_ti, dx) {
@@ -176,7 +177,7 @@ pub(crate) fn block_vjp(
         if below { x.iter().map(|x| cx.arena.rows(x.n_rows(), x.n_cols())).collect() } else { Vec::new() };
     for (part, rows) in cx.parts_of(Given::All) {
         let plan = RowPlan::new(cx.architecture(), cx.parts[part].layout, DType::F32)?;
-        let wanted = wanted(cx.base, &cx.parts[part], sites, &*sinks[part])?;
+        let wanted = wanted(cx.base, &cx.parts[part], sites, &*sinks[part]);
         let mut leaves = Vec::with_capacity(wanted.len());
         for id in wanted {
             let var = match cx.parts[part].theta.get(&id) {
@@ -198,9 +199,9 @@ pub(crate) fn block_vjp(
         for ((id, var), gradient) in leaves.iter().zip(gradients.by_ref()) {
             let of_expert = || sites.iter().any(|site| site.expert.is_some() && site.id.as_str() == id.name.owner());
             match gradient {
-                Some(gradient) => sinks[part].put(id, &gradient)?,
+                Some(gradient) => regions::put(&mut *sinks[part], id, &gradient)?,
                 // No row went to this expert: the loss does not depend on it.
-                None if of_expert() => sinks[part].put(id, &var.zeros_like()?)?,
+                None if of_expert() => regions::put(&mut *sinks[part], id, &var.zeros_like()?)?,
                 None => {}
             }
         }

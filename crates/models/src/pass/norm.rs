@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 use crate::pass::arena::{Mat, Rows};
 use crate::pass::parts::{Given, PassCx, Sinks, wants};
 use crate::pass::times::Work;
+use crate::regions;
 
 impl PassCx<'_> {
     /// `norm(x)` on the rows given, in the type of the activations.
@@ -122,7 +123,7 @@ impl PassCx<'_> {
             let mut wanted = Vec::new();
             for local in site.locals() {
                 let id = self.id_of(part, &site.id, local);
-                wanted.push(if wants(&*sinks[part], &id)? { Some(id) } else { None });
+                wanted.push(if wants(&*sinks[part], &id) { Some(id) } else { None });
             }
             let any = wanted.iter().any(Option::is_some);
             let (mut dw_d, mut db_d) = (vec![0.0; w_d.len()], vec![0.0; w_d.len()]);
@@ -138,7 +139,7 @@ impl PassCx<'_> {
             for (id, gradient) in wanted.into_iter().zip([dw_d, db_d]) {
                 if let Some(id) = id {
                     let width = gradient.len();
-                    sinks[part].put(&id, &Tensor::from_vec(gradient, width, &Device::Cpu)?)?;
+                    regions::put(&mut *sinks[part], &id, &Tensor::from_vec(gradient, width, &Device::Cpu)?)?;
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use attune_architecture::{Architecture, Site, SiteId};
+use attune_architecture::{Architecture, Place, Site, SiteId};
 use attune_points::adapter::{Attachment, FusedRows, Port, RowMap};
 use attune_points::{
     BankKind, Binding, GradSink, Layout, Owner, Region, Result, Rows as Bound, TensorId, TensorName, Theta,
@@ -203,17 +203,10 @@ impl<'a> PassCx<'a> {
 
     /// Whether any part wants the gradient of one of a site's own tensors.
     ///
-    /// # Errors
-    /// A sink that asks for a part of it.
-    pub(crate) fn wants_any(&self, site: &Site, sinks: &Sinks<'_>) -> Result<bool> {
-        for (part, _) in self.parts_of(Given::All) {
-            for local in site.locals() {
-                if wants(&*sinks[part], &self.id_of(part, &site.id, local))? {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
+    pub(crate) fn wants_any(&self, site: &Site, sinks: &Sinks<'_>) -> bool {
+        let wanted =
+            |part: usize| site.locals().iter().any(|local| wants(&*sinks[part], &self.id_of(part, &site.id, local)));
+        self.parts_of(Given::All).into_iter().any(|(part, _)| wanted(part))
     }
 
     /// A vector of a site (a norm's scale, a bias) as a part sees it.
@@ -264,24 +257,23 @@ fn component<'a>(
 }
 
 /// The tensors at `sites` whose gradient the sink of a part wants.
-///
-/// # Errors
-/// A sink that asks for a part of a tensor's gradient.
-pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn GradSink) -> Result<Vec<TensorId>> {
+pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn GradSink) -> Vec<TensorId> {
     let mut found = Vec::new();
     let mut ask = |id: TensorId| {
-        if wants(sink, &id)? && !found.contains(&id) {
+        if wants(sink, &id) && !found.contains(&id) {
             found.push(id);
         }
-        Ok::<_, attune_points::Error>(())
     };
     for site in sites {
         for local in site.locals() {
             let name: TensorName = base.tensor_name(site.id.as_str(), local);
             match part.theta.weight(&name) {
-                Some((id, _)) => ask(id)?,
-                None => ask(TensorId { owner: Owner::Base, name })?,
+                Some((id, _)) => ask(id),
+                None => ask(TensorId { owner: Owner::Base, name }),
             }
+        }
+        if site.place == Place::Embedding {
+            ask(TensorId::input_embeddings());
         }
         for binding in &part.theta.bindings {
             let slot = binding.slot;
@@ -289,28 +281,17 @@ pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn Gr
             let at = bank.and_then(|_| part.stack.slot(slot)?.at(&site.id));
             for spec in at.into_iter().flat_map(|at| &at.tensors) {
                 for set in sets(&binding.rows) {
-                    ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site.id.as_str()) })?;
+                    ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site.id.as_str()) });
                 }
             }
         }
     }
-    Ok(found)
+    found
 }
 
-/// Whether a sink wants the gradient of a tensor.
-///
-/// # Errors
-/// A sink that asks for a part of it.
-pub(crate) fn wants(sink: &dyn GradSink, id: &TensorId) -> Result<bool> {
-    match sink.want(id) {
-        Region::None => Ok(false),
-        Region::All => Ok(true),
-        Region::Rows(_) | Region::Cols(_) | Region::Cross(..) | Region::Entries(_) => {
-            Err(attune_points::Error::Refused(format!(
-                "part of the gradient of {id} was asked for; this engine computes whole gradients"
-            )))
-        }
-    }
+/// Whether a sink wants the gradient of a tensor, or a part of it.
+pub(crate) fn wants(sink: &dyn GradSink, id: &TensorId) -> bool {
+    sink.want(id) != Region::None
 }
 
 /// The sets that a binding uses.

@@ -87,7 +87,7 @@ pub(crate) fn grads(
     let mut lowest = machine.trunk.len();
     for (index, block) in machine.trunk.iter().enumerate() {
         for (part, sink) in parts.iter().zip(sinks.iter()) {
-            if lowest == machine.trunk.len() && !wanted(machine.base, part, block.sites(), &**sink)?.is_empty() {
+            if lowest == machine.trunk.len() && !wanted(machine.base, part, block.sites(), &**sink).is_empty() {
                 lowest = index;
             }
         }

@@ -7,6 +7,7 @@ mod encoders;
 mod export;
 mod folder;
 mod golden;
+mod gradients;
 mod low_rank;
 mod passes;
 mod support;

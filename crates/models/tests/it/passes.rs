@@ -17,7 +17,7 @@ use crate::low_rank::LowRank;
 use crate::support::{CrossEntropy, difference, largest};
 
 /// Biases, a window in the second layer, grouped heads of an even but odd-halved width, sizes that fill no register.
-const TINY: &str = r#"{
+pub(crate) const TINY: &str = r#"{
     "model_type": "qwen2", "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "vocab_size": 41, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": true, "rope_theta": 100.0, "use_sliding_window": true, "sliding_window": 3,
@@ -25,7 +25,7 @@ const TINY: &str = r#"{
 }"#;
 
 /// Three of seven experts a row, weighed by their probabilities over their sum.
-const MIXTURE: &str = r#"{
+pub(crate) const MIXTURE: &str = r#"{
     "model_type": "olmoe", "hidden_size": 36, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "vocab_size": 41, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": false, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": true,
@@ -39,7 +39,7 @@ fn base(config: &str, dtype: DType) -> Base {
 }
 
 /// A model with a slot of each of `components` on every linear, the head's among them.
-fn model(config: &str, dtype: DType, components: Vec<LowRank>) -> Model {
+pub(crate) fn model(config: &str, dtype: DType, components: Vec<LowRank>) -> Model {
     let base = base(config, dtype);
     let sites = base.architecture().sites();
     let slots = components.into_iter().map(|component| {
@@ -51,7 +51,7 @@ fn model(config: &str, dtype: DType, components: Vec<LowRank>) -> Model {
 }
 
 /// Random values of a slot's tensors.
-fn set(model: &Model, slot: usize, seed: u64) -> Arc<Params> {
+pub(crate) fn set(model: &Model, slot: usize, seed: u64) -> Arc<Params> {
     let mut params = Params::new();
     for at in model.stack().slots()[slot].attachments() {
         let mut rng = Rng::new(seed, "set").sub(slot as u64).named(at.site.as_str());
@@ -63,12 +63,12 @@ fn set(model: &Model, slot: usize, seed: u64) -> Arc<Params> {
     Arc::new(params)
 }
 
-fn bank(sets: Vec<Arc<Params>>) -> Bank {
+pub(crate) fn bank(sets: Vec<Arc<Params>>) -> Bank {
     Bank { slot: "skill".into(), kind: BankKind::Adapter, sets, train: true }
 }
 
 /// Every weight of the base as a trained one, moved away from special values.
-fn weights(model: &Model) -> Bank {
+pub(crate) fn weights(model: &Model) -> Bank {
     let mut rng = Rng::new(3, "moved");
     let names = model.base().architecture().tensors().into_iter().map(|info| TensorName::from_path(&info.name));
     let params: Params = names
@@ -81,7 +81,7 @@ fn weights(model: &Model) -> Bank {
     Bank { slot: "weights".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true }
 }
 
-fn documents(examples: &[u64]) -> Layout {
+pub(crate) fn documents(examples: &[u64]) -> Layout {
     let mut layout = Layout::new();
     for &example in examples {
         let mut rng = Rng::new(9, "document").sub(example);
@@ -105,7 +105,7 @@ fn run(model: &Model, passes: &[Pass<'_>], keep: Keep) -> Vec<(Grads, LossReport
 }
 
 /// The largest relative difference of two sinks' tensors, each against the largest value of the second's.
-fn off(found: &Grads, expected: &Grads) -> f64 {
+pub(crate) fn off(found: &Grads, expected: &Grads) -> f64 {
     let pairs = expected.iter().map(|(id, expected)| {
         let (found, expected) = (found.get(id), expected);
         match (found, expected) {
@@ -124,12 +124,12 @@ fn bits(of: &[(Grads, LossReport)]) -> Vec<(Vec<Option<Vec<f32>>>, LossReport)> 
         .collect()
 }
 
-fn low_rank(rank: usize, dropout: f64, fused: bool) -> LowRank {
+pub(crate) fn low_rank(rank: usize, dropout: f64, fused: bool) -> LowRank {
     LowRank { rank, dropout, fused }
 }
 
 /// Both sides compute in f32, with sums in another order: the bound that the golden files are held to as well.
-const TOLERANCE: f64 = 1e-4;
+pub(crate) const TOLERANCE: f64 = 1e-4;
 
 #[test]
 fn gradients_are_those_of_the_graphs() {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use attune_models::Model;
 use attune_points::layout::{Axis, Column, NO_LABEL, Source, TOKEN_TYPES, Values};
-use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
+use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Level, LogitsLoss, Objective, ScopeLoss, ScopeView};
 use attune_points::{Bank, BankKind, Layout, Params, Result, Row, TensorId, TensorName, Theta};
+use attune_tensor::ops;
 use candle_core::{DType, Device, Tensor};
 
 pub(crate) fn golden(case: &str) -> PathBuf {
@@ -84,6 +85,85 @@ impl Objective for CrossEntropy {
 
     fn chunk(&self, chunk: &ChunkView<'_>) -> Result<ChunkLoss> {
         Ok(ChunkLoss::CrossEntropy { weight_t: vec![1.0; chunk.rows.len()] })
+    }
+}
+
+/// Cross-entropy with the label's weight shared out to all tokens: `(1 - ε) nll - ε mean_v logp_v`, by its logits.
+#[derive(Debug)]
+pub(crate) struct Smoothed;
+
+/// That of one chunk.
+#[derive(Debug)]
+struct SmoothedChunk(Vec<u32>);
+
+impl LogitsLoss for SmoothedChunk {
+    fn graph(&self, logits_cv: &Tensor) -> Result<Tensor> {
+        let logp_cv = ops::log_softmax(logits_cv)?;
+        let labels_c1 = Tensor::new(self.0.as_slice(), &Device::Cpu)?.unsqueeze(1)?;
+        let of_label = logp_cv.gather(&labels_c1, 1)?.squeeze(1)?;
+        Ok((of_label.affine(-0.9, 0.0)? - logp_cv.mean(1)?.affine(0.1, 0.0)?)?)
+    }
+}
+
+impl Objective for Smoothed {
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn chunk(&self, chunk: &ChunkView<'_>) -> Result<ChunkLoss> {
+        Ok(ChunkLoss::Logits(Arc::new(SmoothedChunk(chunk.rows.iter().map(|row| row.label).collect()))))
+    }
+}
+
+/// Cross-entropy by its logits.
+pub(crate) struct ByLogits;
+
+/// That of one chunk.
+#[derive(Debug)]
+struct NllChunk(Vec<u32>);
+
+impl LogitsLoss for NllChunk {
+    fn graph(&self, logits_cv: &Tensor) -> Result<Tensor> {
+        let labels_c1 = Tensor::new(self.0.as_slice(), &Device::Cpu)?.unsqueeze(1)?;
+        Ok(ops::log_softmax(logits_cv)?.gather(&labels_c1, 1)?.squeeze(1)?.neg()?)
+    }
+}
+
+impl Objective for ByLogits {
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn chunk(&self, chunk: &ChunkView<'_>) -> Result<ChunkLoss> {
+        Ok(ChunkLoss::Logits(Arc::new(NllChunk(chunk.rows.iter().map(|row| row.label).collect()))))
+    }
+}
+
+/// A loss that is no sum over rows, of a document, of a group or of a part: `softplus(m)`, where `m` is the mean over the
+/// scope's documents, their signs alternating, of the mean log-probability of their rows.
+pub(crate) struct Alternating(pub(crate) Level);
+
+impl Objective for Alternating {
+    fn level(&self) -> Level {
+        self.0
+    }
+
+    fn denominator(&self) -> Denominator {
+        Denominator::Groups
+    }
+
+    fn scope(&self, scope: &ScopeView<'_>) -> Result<ScopeLoss> {
+        let docs = scope.docs.clone().map(|doc| scope.rows_of(doc)).filter(|rows| !rows.is_empty());
+        let docs: Vec<std::ops::Range<usize>> = docs.collect();
+        ScopeLoss::by_graph(scope.logp_t, |logp_t| {
+            let mut m = Tensor::new(0.0f64, &Device::Cpu)?;
+            for (i, rows) in docs.iter().enumerate() {
+                let mean = logp_t.narrow(0, rows.start, rows.len())?.mean_all()?;
+                m = (m + (mean * if i % 2 == 0 { -1.0 } else { 1.0 })?)?;
+            }
+            let m = (m / docs.len() as f64)?;
+            Ok((m.exp()? + 1.0)?.log()?)
+        })
     }
 }
 

@@ -6,12 +6,13 @@ use attune_architecture::Architecture;
 use attune_models::generate::{Finish, generate};
 use attune_models::{Base, Model, Pass, Routing, Sampling, Stack};
 use attune_points::layout::{NO_LABEL, Source};
+use attune_points::objective::{Level, Objective};
 use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Params, Row, TensorId, TensorName, Theta};
 use attune_spec::job::Precision;
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 
-use crate::support::{CrossEntropy, Golden, difference, golden};
+use crate::support::{Alternating, CrossEntropy, Golden, Smoothed, difference, golden};
 
 const TINY: &str = r#"{
     "model_type": "qwen2", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -92,15 +93,35 @@ fn with(theta: &Theta, id: &TensorId, tensor: Tensor) -> Theta {
 #[test]
 fn every_tensors_gradient_agrees_with_central_differences() {
     for config in [TINY, TINY_QWEN3, TINY_GPT2, TINY_OLMOE, TINY_BERT] {
-        gradients_agree_with_central_differences(&tiny_of(config));
+        gradients_agree_with_central_differences(&tiny_of(config), &documents(&[5, 3, 5, 1, 7]), &CrossEntropy);
     }
 }
 
-fn gradients_agree_with_central_differences(model: &Model) {
+#[test]
+fn the_gradients_of_every_kind_of_objective_agree_with_central_differences() {
+    let (model, layout) = (tiny(), pairs(&[5, 3, 5, 1, 7, 4]));
+    gradients_agree_with_central_differences(&model, &layout, &Smoothed);
+    for level in [Level::Document, Level::Group, Level::Part] {
+        gradients_agree_with_central_differences(&model, &layout, &Alternating(level));
+    }
+}
+
+/// Documents of which every two are a group.
+fn pairs(lengths: &[usize]) -> Layout {
+    let mut layout = Layout::new();
+    for doc in documents(lengths).docs() {
+        let source = documents(lengths);
+        let rows = doc.rows.start as usize..doc.rows.end as usize;
+        let of_doc = source.rows()[rows.clone()].iter().copied().zip(source.labels()[rows].iter().copied());
+        layout.push(Source { example: doc.example, group: Some(doc.example as u32 / 2), ..Source::default() }, of_doc);
+    }
+    layout
+}
+
+fn gradients_agree_with_central_differences(model: &Model, layout: &Layout, objective: &dyn Objective) {
     let theta = trained(model);
-    let layout = documents(&[5, 3, 5, 1, 7]);
     let mut sink = Grads::wanting(theta.trained().map(|(id, _)| id));
-    model.grad(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy, 0.5, &mut sink).unwrap();
+    model.grad(&Pass { theta: &theta, layout, dropout: None }, objective, 0.5, &mut sink).unwrap();
     let mut rng = Rng::new(1, "directions");
     let step = 1e-4;
     for (id, value) in theta.trained() {
@@ -108,7 +129,7 @@ fn gradients_agree_with_central_differences(model: &Model) {
         let loss = |by: f64| {
             let moved = (value + (&direction * by).unwrap()).unwrap();
             let theta = &with(&theta, &id, moved);
-            model.score(&Pass { theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap().loss_sum
+            model.score(&Pass { theta, layout, dropout: None }, objective).unwrap().loss_sum
         };
         let central = |step: f64| 0.5 * (loss(step) - loss(-step)) / (2.0 * step);
         // Of two steps, so that their errors of step² cancel.

@@ -72,7 +72,7 @@ mod tests {
     fn every_supervised_token_counts_the_same() {
         let (layout, rows) = (Layout::new(), [Supervised { row: 3, label: 1 }, Supervised { row: 9, label: 0 }]);
         let loss = Sft.chunk(&ChunkView { layout: &layout, rows: &rows }).unwrap();
-        assert_eq!(loss, ChunkLoss::CrossEntropy { weight_t: vec![1.0, 1.0] });
+        assert!(matches!(loss, ChunkLoss::CrossEntropy { weight_t } if weight_t == [1.0, 1.0]));
         assert_eq!(Sft.denominator(), Denominator::Tokens);
     }
 }

@@ -1,0 +1,180 @@
+//! Gradients by what an objective, a sink or a method asks for beyond a mean of cross-entropies and whole tensors.
+
+use attune_models::pass::walk::Keep;
+use attune_models::{Model, Pass};
+use attune_points::engine::LossReport;
+use attune_points::layout::{LabelCounts, Source};
+use attune_points::objective::{Level, Objective};
+use attune_points::{GradSink, Grads, Layout, Region, Result, TensorId, Theta};
+use candle_core::{DType, Device, Tensor};
+
+use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, low_rank, model, off, set, weights};
+use crate::support::{Alternating, CrossEntropy, Smoothed, difference, largest};
+
+/// The documents with every two that follow each other in a group.
+fn pairs(examples: &[u64]) -> Layout {
+    let (from, mut layout) = (documents(examples), Layout::new());
+    for (i, doc) in from.docs().iter().enumerate() {
+        let rows = doc.rows.start as usize..doc.rows.end as usize;
+        let of_doc = from.rows()[rows.clone()].iter().copied().zip(from.labels()[rows].iter().copied());
+        let (example, domain) = (doc.example, doc.domain);
+        layout.push(Source { example, domain, group: Some(i as u32 / 2), ..Source::default() }, of_doc);
+    }
+    layout
+}
+
+fn tuned(model: &Model) -> Theta {
+    Theta::single([bank(vec![set(model, 0, 1)]), weights(model)])
+}
+
+fn grad(model: &Model, pass: Pass<'_>, objective: &dyn Objective) -> (Grads, LossReport) {
+    let mut sink = Grads::wanting(pass.theta.trained().map(|(id, _)| id));
+    let mut given: [&mut dyn GradSink; 1] = [&mut sink];
+    let (mut reports, _) = model.grad_parts(&[pass], objective, 0.3, Keep::All, &mut given).unwrap();
+    (sink, reports.remove(0))
+}
+
+#[test]
+fn every_kind_of_objective_has_the_losses_and_gradients_of_the_graphs() {
+    let components = || vec![low_rank(3, 0.0, true)];
+    let (fast, graphs) = (model(TINY, DType::F32, components()), model(TINY, DType::F32, components()).by_graphs());
+    let theta = tuned(&fast);
+    let layout = pairs(&[0, 1, 2, 3, 6]);
+    let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+    let scoped =
+        [Level::Document, Level::Group, Level::Part].map(|level| Box::new(Alternating(level)) as Box<dyn Objective>);
+    for objective in scoped.into_iter().chain([Box::new(Smoothed) as Box<dyn Objective>]) {
+        let ((found, report), (expected, by_graphs)) =
+            (grad(&fast, pass, &*objective), grad(&graphs, pass, &*objective));
+        let off = off(&found, &expected);
+        assert!(off < TOLERANCE, "{:?}: off by a factor of {off}", objective.level());
+        assert!((report.loss_sum - by_graphs.loss_sum).abs() < TOLERANCE * by_graphs.loss_sum);
+        assert_eq!((report.counts, layout.counts()), (by_graphs.counts, report.counts));
+        let of_domains: f64 = report.by_domain.iter().map(|(loss, _)| loss).sum();
+        assert!((of_domains - report.loss_sum).abs() < 1e-9 * report.loss_sum);
+        let counts: LabelCounts = report.by_domain.iter().map(|(_, counts)| *counts).sum();
+        assert_eq!((counts.tokens, counts.documents), (report.counts.tokens, report.counts.documents));
+        let scored = fast.score(&pass, &*objective).unwrap();
+        assert_eq!(scored, report, "{:?}: a loss depends on whether gradients are taken", objective.level());
+    }
+}
+
+/// In bf16 the gradient by the logits is rounded after it was computed in 32 bits; see the bound of whole passes.
+#[test]
+fn a_loss_by_logits_agrees_with_the_fused_one_in_both_precisions() {
+    for (dtype, bound) in [(DType::F32, TOLERANCE), (DType::BF16, 0.028)] {
+        let model = model(TINY, dtype, vec![low_rank(3, 0.0, true)]);
+        let theta = Theta::single([bank(vec![set(&model, 0, 1)])]);
+        let layout = documents(&[0, 1, 2]);
+        let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+        let ((fused, report), (by_logits, by_graph)) =
+            (grad(&model, pass, &CrossEntropy), grad(&model, pass, &crate::support::ByLogits));
+        assert!(off(&by_logits, &fused) < bound);
+        assert!((report.loss_sum - by_graph.loss_sum).abs() < 1e-5 * report.loss_sum);
+    }
+}
+
+#[test]
+fn a_group_whose_documents_are_apart_is_refused() {
+    let model = model(TINY, DType::F32, Vec::new());
+    let (from, mut layout) = (documents(&[1, 2, 3]), Layout::new());
+    for (doc, group) in from.docs().iter().zip([0, 1, 0]) {
+        let rows = doc.rows.start as usize..doc.rows.end as usize;
+        let of_doc = from.rows()[rows.clone()].iter().copied().zip(from.labels()[rows].iter().copied());
+        layout.push(Source { group: Some(group), ..Source::default() }, of_doc);
+    }
+    let pass = Pass { theta: &Theta::default(), layout: &layout, dropout: None };
+    let error = model.score(&pass, &Alternating(Level::Group)).unwrap_err();
+    assert_eq!(error.to_string(), "documents of group 0 do not follow each other in the batch");
+}
+
+/// A token's row of the table gets the sum of the gradients by the embeddings that it was looked up for.
+#[test]
+fn gradients_by_input_embeddings_add_up_to_that_of_the_table() {
+    let fast = model(MIXTURE, DType::F32, Vec::new());
+    let exact = model(MIXTURE, DType::F32, Vec::new()).by_graphs();
+    let theta = Theta::single([weights(&fast)]);
+    let layout = documents(&[0, 1, 2, 3]);
+    let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+    let input = TensorId::input_embeddings();
+    let table = theta.trained().map(|(id, _)| id).find(|id| id.to_string() == "model.embed_tokens.weight").unwrap();
+    let by_input = |model: &Model| {
+        let mut sink = Grads::wanting([input.clone(), table.clone()]);
+        model.grad(&pass, &CrossEntropy, 0.3, &mut sink).unwrap();
+        (sink.get(&input).unwrap().clone(), sink.get(&table).unwrap().clone())
+    };
+    let ((dx_td, dw_vd), (by_graphs, _)) = (by_input(&fast), by_input(&exact));
+    assert!(difference(&dx_td, &by_graphs) < TOLERANCE * largest(&by_graphs));
+    let tokens: Vec<u32> = layout
+        .rows()
+        .iter()
+        .map(|row| match row {
+            attune_points::Row::Token(id) => *id,
+            _ => panic!("only tokens here"),
+        })
+        .collect();
+    let sums = dw_vd.zeros_like().unwrap().index_add(&Tensor::new(tokens, &Device::Cpu).unwrap(), &dx_td, 0).unwrap();
+    assert!(difference(&sums, &dw_vd) < 1e-5 * largest(&dw_vd));
+    // With nothing else wanted, the whole trunk is still walked down to it.
+    let mut alone = Grads::wanting([input.clone()]);
+    fast.grad(&pass, &CrossEntropy, 0.3, &mut alone).unwrap();
+    assert_eq!(difference(alone.get(&input).unwrap(), &dx_td), 0.0);
+}
+
+/// A part of a whole gradient.
+type Cut = fn(&Tensor) -> Tensor;
+
+/// Wants one region of every tensor of two axes whose name ends in `of`, and keeps what is put.
+struct Part<'r> {
+    region: Region<'r>,
+    of: &'r str,
+    found: Vec<(TensorId, Tensor)>,
+}
+
+impl GradSink for Part<'_> {
+    fn want(&self, id: &TensorId) -> Region<'_> {
+        if id.to_string().ends_with(self.of) { self.region } else { Region::None }
+    }
+
+    fn put(&mut self, id: &TensorId, gradient: &Tensor) -> Result<()> {
+        self.found.push((id.clone(), gradient.clone()));
+        Ok(())
+    }
+}
+
+#[test]
+fn a_part_of_a_gradient_is_that_part_of_the_whole_one() {
+    for dtype in [DType::F32, DType::BF16] {
+        let model = model(TINY, dtype, vec![low_rank(3, 0.0, true)]);
+        let theta = tuned(&model);
+        let layout = documents(&[0, 1, 2, 3]);
+        let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+        let (whole, _) = grad(&model, pass, &CrossEntropy);
+        for of in ["1.mlp.down_proj.weight", "0.self_attn.q_proj.weight", "0.mlp.up_proj.down", "0.self_attn.k_proj.up"]
+        {
+            let regions: [(Region<'_>, Cut); 4] = [
+                (Region::Rows(&[2, 0]), |g| pick(g, &[2, 0], 0)),
+                (Region::Cols(&[1]), |g| pick(g, &[1], 1)),
+                (Region::Cross(&[1], &[2, 0]), |g| pick(&pick(g, &[1], 0), &[2, 0], 1)),
+                (Region::Entries(&[5, 1]), |g| pick(&g.flatten_all().unwrap(), &[5, 1], 0)),
+            ];
+            for (region, of_whole) in regions {
+                let mut sink = Part { region, of, found: Vec::new() };
+                let mut given: [&mut dyn GradSink; 1] = [&mut sink];
+                model.grad_parts(&[pass], &CrossEntropy, 0.3, Keep::All, &mut given).unwrap();
+                let [(id, found)] = &sink.found[..] else { panic!("{of}: {} parts", sink.found.len()) };
+                let whole = whole.get(id).unwrap();
+                let off = difference(found, &of_whole(whole)) / largest(whole);
+                assert!(off < 1e-5, "{of}, {region:?}: off by a factor of {off}");
+            }
+        }
+        let mut sink = Part { region: Region::Rows(&[99]), of: "0.mlp.up_proj.weight", found: Vec::new() };
+        let mut given: [&mut dyn GradSink; 1] = [&mut sink];
+        let error = model.grad_parts(&[pass], &CrossEntropy, 0.3, Keep::All, &mut given).unwrap_err().to_string();
+        assert_eq!(error, "row 99 of model.layers.0.mlp.up_proj.weight was asked for; it has 52");
+    }
+}
+
+fn pick(from: &Tensor, which: &[u32], dim: usize) -> Tensor {
+    from.index_select(&Tensor::new(which, &Device::Cpu).unwrap(), dim).unwrap()
+}
