@@ -81,7 +81,7 @@ impl Base {
             }
             let weight = if info.transposed {
                 FrozenWeight::dense(&tensor.to_tensor(dtype)?.t()?)?
-            } else if precision == Precision::Bf16 && tensor.dtype() == dtype {
+            } else if tensor.dtype() == dtype && tensor.view().is_some() {
                 FrozenWeight::mapped(tensor)?
             } else {
                 FrozenWeight::dense(&tensor.to_tensor(dtype)?)?

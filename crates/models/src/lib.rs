@@ -23,6 +23,7 @@ pub mod routing;
 
 pub mod block;
 mod cache;
+mod flops;
 mod head;
 mod loss;
 pub mod model;

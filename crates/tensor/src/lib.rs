@@ -15,6 +15,7 @@ pub mod rng;
 pub mod autograd;
 pub mod frozen;
 pub mod ops;
+mod products;
 
 pub mod mapped;
 

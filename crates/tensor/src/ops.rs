@@ -7,6 +7,8 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
 use candle_core::{D, Result, Tensor};
 
+use crate::products;
+
 /// `y_td = x_td / sqrt(mean_d(x²) + eps) · w_d`.
 ///
 /// # Errors
@@ -103,7 +105,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Shapes that do not fit.
 pub fn linear(x_ti: &Tensor, w_oi: &Tensor, b_o: Option<&Tensor>) -> Result<Tensor> {
-    let y_to = x_ti.matmul(&w_oi.t()?)?;
+    let y_to = if products::takes(x_ti, w_oi) { products::linear(x_ti, w_oi)? } else { x_ti.matmul(&w_oi.t()?)? };
     match b_o {
         None => Ok(y_to),
         Some(b_o) => y_to.broadcast_add(b_o),

@@ -34,6 +34,7 @@ use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -198,9 +199,9 @@ impl RowMap for Rows {
             Some(masks) if self.dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, self.dropout, x_ti)?)?),
             _ => None,
         };
-        let h_tr = dropped.as_ref().unwrap_or(x_ti).matmul(&a_ri.t()?)?;
+        let h_tr = ops::linear(dropped.as_ref().unwrap_or(x_ti), a_ri, None)?;
         // The scaling goes on the thin side: T r values instead of T o.
-        Ok((h_tr * self.scale)?.matmul(&b_or.t()?)?)
+        Ok(ops::linear(&(h_tr * self.scale)?, b_or, None)?)
     }
 
     fn fused(&self) -> Option<FusedRows> {

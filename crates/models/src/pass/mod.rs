@@ -9,6 +9,7 @@
 //! `local` (what has no hand-written gradient), then the blocks, `head`, and [`walk`].
 
 pub mod arena;
+mod peak;
 pub mod times;
 
 pub mod parts;
@@ -22,4 +23,5 @@ pub mod walk;
 
 pub use arena::{Activations, Arena, Mat, Rows};
 pub use parts::{PassCx, Sinks};
+pub use peak::gemm_peak;
 pub use times::{Stopwatch, Times, Work};

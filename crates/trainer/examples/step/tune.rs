@@ -37,7 +37,6 @@ pub(crate) struct Tune {
     buffers: BTreeMap<TensorId, Vec<Vec<f32>>>,
     keep: Keep,
     steps_done: Step,
-    trains_base: bool,
 }
 
 /// What a step found.
@@ -77,7 +76,6 @@ impl Tune {
             buffers,
             keep: case.keep(),
             steps_done: Step(0),
-            trains_base: case.adapter.is_none(),
         })
     }
 
@@ -131,22 +129,10 @@ impl Tune {
         self.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum()
     }
 
-    /// Floating-point operations that the model needs a step, recomputation not counted: each product forward and with
-    /// respect to its input; with respect to its weight where that trains; attention's gradient costs twice its forward.
+    /// Floating-point operations that the model needs a step.
     pub(crate) fn step_flops(&self) -> f64 {
-        let arch = self.model.base().architecture();
-        let per_row = |layout: &Layout| {
-            let rows = layout.n_rows().max(1) as f64;
-            let seen = |rows: f64| if arch.causal { rows * (rows + 1.0) / 2.0 } else { rows * rows };
-            let pairs: f64 = layout.docs().iter().map(|doc| seen(doc.n_rows() as f64)).sum();
-            let supervised = layout.counts().tokens as f64 / rows;
-            let products = arch.forward_flops_per_token(0.0, supervised);
-            let attention = arch.forward_flops_per_token(pairs / rows, supervised) - products;
-            let (passes, adapters) =
-                if self.trains_base { (3.0, 0.0) } else { (2.0, 3.0 * 2.0 * self.trained() as f64) };
-            rows * (passes * products + 3.0 * attention + adapters)
-        };
-        self.layouts.iter().map(per_row).sum()
+        let pass = |layout| Pass { theta: &self.theta, layout, dropout: None };
+        self.layouts.iter().map(|layout| self.model.flops(&pass(layout))).sum()
     }
 }
 
