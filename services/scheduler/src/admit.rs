@@ -252,5 +252,6 @@ pub(crate) fn request(spec: &JobSpec) -> attune_scheduler_core::Request {
         },
         max_attempts: at_least_one(spec.limits.max_attempts),
         after: spec.after.iter().cloned().collect(),
+        share: None,
     }
 }

@@ -1,5 +1,6 @@
 //! What a scheduler is told when it starts.
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,12 +37,14 @@ pub struct Timings {
     pub backoff_base: Duration,
     /// The longest wait after any failed attempt.
     pub backoff_cap: Duration,
+    /// How long a queued job that may share a process waits for others to share it with.
+    pub lane_wait: Duration,
     /// How long running calls may go on when the scheduler is asked to end.
     pub shutdown_grace: Duration,
 }
 
 impl Default for Timings {
-    /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 10 s to end.
+    /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 2 s to gather lanes, 10 s to end.
     fn default() -> Self {
         let backoff = Backoff::default();
         Self {
@@ -51,6 +54,7 @@ impl Default for Timings {
             stop_limit: Duration::from_secs(45),
             backoff_base: backoff.base,
             backoff_cap: backoff.cap,
+            lane_wait: Settings::default().lane_wait,
             shutdown_grace: Duration::from_secs(10),
         }
     }
@@ -67,6 +71,8 @@ pub struct Limits {
     pub waiting_messages: usize,
     /// After how many distinct lost workers, without progress between them, a job is given up.
     pub lost_workers: u32,
+    /// The most jobs that share a process.
+    pub lanes: NonZeroU32,
     /// Finished jobs that are kept in memory, so that late messages about them are understood.
     pub finished_jobs: usize,
 }
@@ -78,6 +84,7 @@ impl Default for Limits {
             waiting_requests: 1024,
             waiting_messages: 1024,
             lost_workers: Settings::default().quarantine_after,
+            lanes: Settings::default().max_lanes,
             finished_jobs: 1000,
         }
     }
@@ -102,6 +109,8 @@ impl Config {
             stop_limit: self.timings.stop_limit,
             backoff: Backoff { base: self.timings.backoff_base, cap: self.timings.backoff_cap, ..Backoff::default() },
             quarantine_after: self.limits.lost_workers,
+            max_lanes: self.limits.lanes,
+            lane_wait: self.timings.lane_wait,
         }
     }
 }

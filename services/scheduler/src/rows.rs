@@ -26,6 +26,8 @@ pub(crate) struct JobDocument {
     max_attempts: NonZeroU32,
     #[serde(default)]
     after: BTreeSet<JobId>,
+    #[serde(default)]
+    share: Option<Digest>,
     state: String,
     reason: String,
     cohort: Option<CohortId>,
@@ -38,6 +40,8 @@ pub(crate) struct JobDocument {
     pub(crate) workers: BTreeSet<WorkerId>,
     lost_workers: BTreeSet<WorkerId>,
     preempted_at: Option<Step>,
+    #[serde(default)]
+    solo: bool,
     /// Attempts that failed over the whole life of the job.
     pub(crate) failed_attempts: u32,
 }
@@ -73,6 +77,7 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         labels: resources.labels.clone(),
         max_attempts: job.request.max_attempts,
         after: job.request.after.clone(),
+        share: job.request.share,
         state: job.state.to_string(),
         reason: job.reason.to_string(),
         cohort: job.cohort,
@@ -89,6 +94,7 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         workers: job.workers.clone(),
         lost_workers: job.lost_workers.clone(),
         preempted_at: job.preempted_at,
+        solo: job.solo,
         failed_attempts,
     };
     serde_json::to_value(document).expect("a document has text keys only")
@@ -112,6 +118,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
             },
             max_attempts: read.max_attempts,
             after: read.after,
+            share: read.share,
         },
         state: read.state.parse()?,
         reason: read.reason.parse()?,
@@ -130,6 +137,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
         workers: read.workers,
         lost_workers: read.lost_workers,
         preempted_at: read.preempted_at,
+        solo: read.solo,
     };
     Ok((job, document))
 }
@@ -236,6 +244,7 @@ mod tests {
                     ..core::Resources::default()
                 },
                 after: BTreeSet::from([JobId::new("j-0").unwrap()]),
+                share: Some(digest(3)),
                 ..core::Request::default()
             },
             state: core::State::Stopping(core::Stop::Pause),
@@ -251,6 +260,7 @@ mod tests {
             workers: BTreeSet::from([name("w-1")]),
             lost_workers: BTreeSet::from([name("w-0")]),
             preempted_at: Some(Step(0)),
+            solo: true,
         };
         let (state, stop) = state(given.state);
         let row = attune_store::job::Job {

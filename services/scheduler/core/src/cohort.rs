@@ -1,4 +1,4 @@
-//! A cohort: the attempts that one gang of child processes runs. Today one attempt; lanes make it several.
+//! A cohort: the attempts that one gang of child processes runs. Several where jobs share a base, as lanes of one process.
 //!
 //! Lease and crash belong to the cohort, epoch and commit to the attempt. A cohort's members only ever leave; when the
 //! last one has left, the cohort is over and its row goes.

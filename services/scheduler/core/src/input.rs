@@ -24,6 +24,8 @@ pub enum Outcome {
     Stopped,
     /// It failed.
     Failed(Cause),
+    /// The process that it shared with other attempts died, and nobody knows whose fault it was.
+    Crashed(Cause),
 }
 
 /// One thing that happened. The shell makes an input of every request, message and timer.

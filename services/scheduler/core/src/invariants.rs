@@ -25,6 +25,7 @@ pub fn all(core: &Core) -> Result<(), Broken> {
     one_live_epoch(core)?;
     no_job_lost(core)?;
     gang_whole(core)?;
+    lanes_fit(core)?;
     queue_is_served(core)?;
     indexes_agree(core)
 }
@@ -119,13 +120,36 @@ pub fn gang_whole(core: &Core) -> Result<(), Broken> {
     Ok(())
 }
 
+/// Attempts that share a cohort are of jobs of one project that may share a process, with one key; no more than the limit.
+///
+/// # Errors
+/// When it does not hold.
+pub fn lanes_fit(core: &Core) -> Result<(), Broken> {
+    const NAME: &str = "lanes_fit";
+    for cohort in core.cohorts().filter(|cohort| cohort.attempts.len() > 1) {
+        let n_lanes = cohort.attempts.len();
+        holds(NAME, n_lanes <= core.settings.max_lanes.get() as usize, || {
+            format!("cohort {} has {n_lanes}", cohort.id)
+        })?;
+        let first = &cohort.attempts[0].key;
+        let key = core.job(first).and_then(Job::shares);
+        for attempt in &cohort.attempts {
+            let is_same = key.is_some() && core.job(&attempt.key).and_then(Job::shares) == key;
+            let fits = is_same && attempt.key.project == first.project;
+            holds(NAME, fits, || format!("{} shares cohort {} with {first}", attempt.key, cohort.id))?;
+        }
+    }
+    Ok(())
+}
+
 /// No queued job could be granted: whatever makes room for one is followed by a look at the queue.
 ///
 /// # Errors
 /// When it does not hold.
 pub fn queue_is_served(core: &Core) -> Result<(), Broken> {
     let seats = core.seats();
-    let placements = placement::place(core.queue.iter().filter_map(|place| core.ask(&place.key)), &seats);
+    let queue = core.queue.iter().filter_map(|place| core.ask(&place.key));
+    let placements = placement::place(queue, &seats, core.settings.max_lanes);
     holds("queue_is_served", placements.is_empty(), || format!("nobody granted {placements:?}"))
 }
 
@@ -163,6 +187,7 @@ fn timers_fit(core: &Core) -> bool {
         Timer::Worker(worker) => core.worker(worker).is_some(),
         Timer::Stop(key) => core.job(key).is_some_and(|job| matches!(job.state, State::Stopping(_))),
         Timer::Backoff(key) => core.job(key).is_some_and(|job| job.state == State::Backoff),
+        Timer::Gather(key) => core.job(key).is_some_and(|job| job.state == State::Queued && job.shares().is_some()),
     })
 }
 

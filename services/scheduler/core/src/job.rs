@@ -42,6 +42,8 @@ pub struct Request {
     pub max_attempts: NonZeroU32,
     /// Jobs of the same project that must succeed first.
     pub after: BTreeSet<JobId>,
+    /// Jobs of one project with the same key and the same resources may run as lanes of one process; without a key, alone.
+    pub share: Option<Digest>,
 }
 
 impl Default for Request {
@@ -52,6 +54,7 @@ impl Default for Request {
             resources: Resources::default(),
             max_attempts: NonZeroU32::MIN.saturating_add(2),
             after: BTreeSet::new(),
+            share: None,
         }
     }
 }
@@ -104,12 +107,19 @@ pub struct Job {
     pub lost_workers: BTreeSet<WorkerId>,
     /// The progress at its last preemption on request; it is not preempted again without more.
     pub preempted_at: Option<Step>,
+    /// Whether it runs alone from now on: a process that it shared with other jobs died, and nobody knows whose fault it was.
+    pub solo: bool,
 }
 
 impl Job {
     /// Whether `epoch` is the one whose commits are accepted.
     pub fn is_live(&self, epoch: Epoch) -> bool {
         self.state.is_live() && self.epoch == epoch
+    }
+
+    /// The key of the jobs that it may share a process with, if it may.
+    pub fn shares(&self) -> Option<&Digest> {
+        self.request.share.as_ref().filter(|_| !self.solo)
     }
 
     /// Its place in the queue: priority, then submission.

@@ -1,9 +1,10 @@
 //! The state of the scheduler, and the one function that changes it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 use std::time::Duration;
 
-use attune_spec::id::{CohortId, WorkerId};
+use attune_spec::id::{CohortId, Digest, WorkerId};
 
 use crate::job::Place;
 use crate::placement::{self, Ask, Blocked, Seat};
@@ -26,16 +27,22 @@ pub struct Settings {
     pub backoff: Backoff,
     /// After how many distinct lost workers, without progress between them, a job is given up.
     pub quarantine_after: u32,
+    /// The most jobs that share a process.
+    pub max_lanes: NonZeroU32,
+    /// How long a job that may share a process waits in the queue for others to share it with.
+    pub lane_wait: Duration,
 }
 
 impl Default for Settings {
-    /// Leases of 10 s, 45 s to stop (workers kill after 30 s), three lost workers.
+    /// Leases of 10 s, 45 s to stop (workers kill after 30 s), three lost workers, eight lanes that gather for 2 s.
     fn default() -> Self {
         Self {
             ttl: Duration::from_secs(10),
             stop_limit: Duration::from_secs(45),
             backoff: Backoff::default(),
             quarantine_after: 3,
+            max_lanes: NonZeroU32::MIN.saturating_add(7),
+            lane_wait: Duration::from_secs(2),
         }
     }
 }
@@ -232,12 +239,18 @@ impl Core {
     pub fn blocked(&self, key: &JobKey) -> Option<Blocked> {
         let place = self.jobs.get(key).filter(|job| job.state == State::Queued)?.place();
         let ahead = self.queue.range(..&place).filter_map(|place| self.ask(&place.key));
-        placement::blocked(ahead, self.ask(key)?, &self.seats())
+        placement::blocked(ahead, self.ask(key)?, &self.seats(), self.settings.max_lanes)
     }
 
     pub(crate) fn ask<'a>(&'a self, key: &'a JobKey) -> Option<Ask<'a>> {
         let job = self.jobs.get(key)?;
-        Some(Ask { key, resources: &job.request.resources, prefer: &job.workers })
+        let gathers = self.timers.get(&Timer::Gather(key.clone())).is_some();
+        Some(Ask { key, resources: &job.request.resources, prefer: &job.workers, share: self.share_key(job), gathers })
+    }
+
+    fn share_key<'a>(&self, job: &'a Job) -> Option<&'a Digest> {
+        const ANY: Digest = Digest::from_bytes([0; 32]);
+        if self.has(Plant::KeyUnchecked) { Some(&ANY) } else { job.shares() }
     }
 
     pub(crate) fn seats(&self) -> Vec<Seat<'_>> {

@@ -88,7 +88,7 @@ impl Small {
     }
 
     /// Everything that somebody may say about an attempt, rightly or not.
-    fn reports(attempt: &Attempt, worker: &WorkerId) -> impl Iterator<Item = Input> {
+    fn reports(attempt: &Attempt, worker: &WorkerId, is_shared: bool) -> impl Iterator<Item = Input> + use<> {
         let (key, epoch, worker) = (attempt.key.clone(), attempt.epoch, worker.clone());
         let digest = Digest::from_bytes([7; 32]);
         let commit = |commit| Input::Commit { key: key.clone(), epoch, worker: worker.clone(), commit, digest };
@@ -102,6 +102,9 @@ impl Small {
             ended(Outcome::Failed(Cause::Hung)),
             ended(Outcome::Failed(Cause::SpecFault)),
         ]
+        .into_iter()
+        .chain(is_shared.then(|| ended(Outcome::Crashed(Cause::Hung))))
+        .collect::<Vec<_>>()
         .into_iter()
     }
 
@@ -128,7 +131,9 @@ impl Small {
                 }
                 Change::Cohort(cohort) => {
                     let gang: Vec<WorkerId> = cohort.shares.iter().map(|share| share.worker.clone()).collect();
-                    for attempt in &cohort.attempts {
+                    // A cohort that is written again has lost a member.
+                    let is_known = before.grants.iter().any(|(_, id, _)| *id == cohort.id);
+                    for attempt in cohort.attempts.iter().filter(|_| !is_known) {
                         if before.grants.iter().any(|(a, ..)| a.key == attempt.key && a.epoch >= attempt.epoch) {
                             after.broken = Some(format!("{attempt:?} was granted twice"));
                         }
@@ -167,31 +172,42 @@ impl Model for Small {
         }
         for (attempt, cohort, gang) in &at.grants {
             for worker in gang {
-                Self::reports(attempt, worker).for_each(&mut say);
+                let n_lanes = at.grants.iter().filter(|(_, other, _)| other == cohort).count();
+                Self::reports(attempt, worker, n_lanes > 1).for_each(&mut say);
                 say(Input::CohortGone { worker: worker.clone(), session: Session(0), cohort: *cohort });
                 let cause = Cause::ChildKilled { signal: 9 };
                 say(Input::CohortCrashed { worker: worker.clone(), cohort: *cohort, cause });
             }
             // A forged token.
             let forged = Attempt { epoch: attempt.epoch.next(), ..attempt.clone() };
-            Self::reports(&forged, &gang[0]).for_each(&mut say);
+            Self::reports(&forged, &gang[0], false).for_each(&mut say);
         }
         for worker in workers(self.n_workers) {
-            let offered: Vec<_> = at.grants.iter().filter(|(_, _, gang)| gang.contains(&worker)).collect();
-            let holding = |(attempt, cohort, _): &(Attempt, CohortId, Vec<WorkerId>)| Holding {
+            let mut offered: BTreeMap<CohortId, Vec<Attempt>> = BTreeMap::new();
+            for (attempt, cohort, _) in at.grants.iter().filter(|(_, _, gang)| gang.contains(&worker)) {
+                offered.entry(*cohort).or_default().push(attempt.clone());
+            }
+            let holding = |(cohort, attempts): (&CohortId, &Vec<Attempt>)| Holding {
                 cohort: *cohort,
-                attempts: vec![attempt.clone()],
+                attempts: attempts.clone(),
                 device: Device::Cpu,
                 n_devices: 1,
             };
             // It runs nothing, or the newest, or everything that it was ever offered.
             for n_known in [0, 1, offered.len()] {
-                let held: Vec<Holding> = offered.iter().rev().take(n_known).map(|grant| holding(grant)).collect();
+                let held: Vec<Holding> = offered.iter().rev().take(n_known).map(holding).collect();
                 if held.len() < n_known || (n_known == 1 && offered.len() == 1) {
                     continue;
                 }
                 let cohorts = held.iter().map(|held| held.cohort).collect();
                 say(Input::Heartbeat { worker: worker.clone(), session: Session(0), beat: 1, holding: cohorts });
+                // Of several lanes it may have lost the last.
+                let mut lost = held.clone();
+                let has_several =
+                    lost.last_mut().is_some_and(|held| held.attempts.len() > 1 && held.attempts.pop().is_some());
+                if has_several {
+                    say(self.registration(worker.clone(), lost));
+                }
                 say(self.registration(worker.clone(), held));
             }
             say(Input::Disconnect { worker: worker.clone(), session: Session(0) });
@@ -267,6 +283,8 @@ impl Model for Small {
                 any(at, |job| matches!(job.reason, crate::Reason::AttemptsExhausted(_) | crate::Reason::Quarantined(_)))
             }),
             Property::sometimes(WAITS, |_, at: &Situation| any(at, |job| job.state == State::Backoff)),
+            Property::sometimes(SHARED, |_, at: &Situation| at.core.cohorts().any(|cohort| cohort.attempts.len() > 1)),
+            Property::sometimes(SPARED, |_, at: &Situation| any(at, |job| job.solo && job.n_failed == 0)),
             Property::sometimes(ALONE, |_, at: &Situation| {
                 at.core.workers.is_empty() && any(at, |job| job.state == State::Running)
             }),
@@ -288,6 +306,8 @@ const PAUSED: &str = "a job is paused";
 const CANCELLED: &str = "a job is cancelled";
 const GIVEN_UP: &str = "a job is given up";
 const WAITS: &str = "a job waits after a failure";
+const SHARED: &str = "two jobs share a process";
+const SPARED: &str = "a shared process dies and nobody is charged";
 const ALONE: &str = "every worker is lost while a job runs";
 
 /// Walks every history. What must never be never is, what may be once is, and the number of situations is known: neither
@@ -323,6 +343,10 @@ fn small(n_workers: u32, jobs: &[(&'static str, Request)], max_epoch: u64, n_wis
     Small { n_workers, jobs: jobs.to_vec(), max_epoch, wishes: &WISHES[..n_wishes], plant: None }
 }
 
+fn lane() -> Request {
+    Request { share: Some(Digest::from_bytes([1; 32])), ..gang(1) }
+}
+
 fn behind_a() -> Request {
     Request { after: [JobId::new("a").unwrap()].into(), ..gang(2) }
 }
@@ -347,6 +371,11 @@ fn a_gang_of_two() {
 #[test]
 fn a_gang_behind_a_job() {
     check(small(2, &[("a", gang(1)), ("b", behind_a())], 1, 0), &[WAITS, ALONE], 29_511);
+}
+
+#[test]
+fn two_lanes() {
+    check(small(1, &[("a", lane()), ("b", lane())], 1, 0), &[SHARED, SPARED, WAITS, ALONE], 17_794);
 }
 
 #[test]

@@ -3,12 +3,15 @@
 //! The queue is walked by priority, then by age. A gang gets all its workers or none. A job that fits the fleet but not
 //! what is free keeps the workers that it is waiting for: nobody behind it is placed there, so a large gang is never
 //! starved by small ones, while the rest of the fleet goes on working. A job that fits no fleet of today blocks nobody.
+//! Jobs that may share a process are placed together: the first of them takes along those behind it, up to a limit. They
+//! wait a moment for one another first; meanwhile they keep their place like any job that waits.
 //! Among workers that will do, one that ran the job before is taken first (it has the inputs on its disk), then the one
 //! with the fewest free devices of the kind, so that large holes stay for large shares.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 
-use attune_spec::id::WorkerId;
+use attune_spec::id::{Digest, WorkerId};
 
 use crate::{Device, Devices, JobKey, Resources};
 
@@ -21,6 +24,18 @@ pub struct Ask<'a> {
     pub resources: &'a Resources,
     /// The workers that ran it last.
     pub prefer: &'a BTreeSet<WorkerId>,
+    /// Jobs of one project with the same key and the same resources may be placed together.
+    pub share: Option<&'a Digest>,
+    /// Whether it still waits for others to be placed with.
+    pub gathers: bool,
+}
+
+impl Ask<'_> {
+    /// Whether both may be lanes of one process.
+    fn fits(&self, other: &Self) -> bool {
+        let is_shared = self.share.is_some() && self.share == other.share;
+        is_shared && self.key.project == other.key.project && self.resources == other.resources
+    }
 }
 
 /// A worker that takes new work. Draining, disconnected and lost ones have no seat.
@@ -39,8 +54,8 @@ pub struct Seat<'a> {
 /// A gang that was found: whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
-    /// The job.
-    pub key: JobKey,
+    /// The jobs, in the order of the queue: one, or several that share a process.
+    pub keys: Vec<JobKey>,
     /// The kind of all devices.
     pub device: Device,
     /// The workers, by rank.
@@ -60,33 +75,71 @@ pub enum Blocked {
     Occupied,
     /// Enough is free, but it is kept for a job that goes first.
     Behind,
+    /// Enough is free; it waits a moment for jobs to share a process with.
+    Gathering,
 }
 
 /// Walks the queue, first job first, and returns the gangs that can be granted now.
-pub fn place<'a>(queue: impl IntoIterator<Item = Ask<'a>>, seats: &[Seat<'_>]) -> Vec<Placement> {
+pub fn place<'a>(
+    queue: impl IntoIterator<Item = Ask<'a>>,
+    seats: &[Seat<'_>],
+    max_lanes: NonZeroU32,
+) -> Vec<Placement> {
     let mut free: Vec<Devices> = seats.iter().map(|seat| seat.free).collect();
     let mut kept = vec![false; seats.len()];
     let mut placements = Vec::new();
-    for ask in queue {
-        let idle = |seat_idx: usize| !kept[seat_idx] && free[seat_idx] != Devices::default();
-        if !(0..seats.len()).any(idle) {
+    let is_idle = |kept: &[bool], free: &[Devices]| {
+        (0..seats.len()).any(|seat_idx| !kept[seat_idx] && free[seat_idx] != Devices::default())
+    };
+    if !is_idle(&kept, &free) {
+        return placements;
+    }
+    let queue: Vec<Ask<'a>> = queue.into_iter().collect();
+    let mut is_settled = vec![false; queue.len()];
+    for at in 0..queue.len() {
+        if is_settled[at] {
+            continue;
+        }
+        if !is_idle(&kept, &free) {
             break;
         }
-        if let Some((device, gang)) = gang(&ask, seats, |idx, kind| if kept[idx] { 0 } else { free[idx].of(kind) }) {
+        let ask = &queue[at];
+        let lanes = lanes(&queue, &is_settled, at, max_lanes);
+        lanes.iter().for_each(|&lane| is_settled[lane] = true);
+        let free_of = |idx: usize, kind| if kept[idx] { 0 } else { free[idx].of(kind) };
+        let gang = if is_gathered(&queue, &lanes, max_lanes) { gang(ask, seats, free_of) } else { None };
+        if let Some((device, gang)) = gang {
             for &idx in &gang {
                 free[idx] = free[idx].without(device, ask.resources.n_devices.get());
             }
             let workers = gang.into_iter().map(|idx| seats[idx].worker.clone()).collect();
-            placements.push(Placement { key: ask.key.clone(), device, workers });
+            let keys = lanes.into_iter().map(|lane| queue[lane].key.clone()).collect();
+            placements.push(Placement { keys, device, workers });
         } else {
-            keep(&ask, seats, &free, &mut kept);
+            keep(ask, seats, &free, &mut kept);
         }
     }
     placements
 }
 
+/// The first job that is not settled with those behind it that may share its process.
+fn lanes(queue: &[Ask<'_>], is_settled: &[bool], first: usize, max_lanes: NonZeroU32) -> Vec<usize> {
+    let others = (first + 1..queue.len()).filter(|&at| !is_settled[at] && queue[first].fits(&queue[at]));
+    std::iter::once(first).chain(others).take(max_lanes.get() as usize).collect()
+}
+
+/// Whether these lanes wait for no more: one of them has waited long enough, or no more of them can be placed together.
+fn is_gathered(queue: &[Ask<'_>], lanes: &[usize], max_lanes: NonZeroU32) -> bool {
+    lanes.len() == max_lanes.get() as usize || lanes.iter().any(|&lane| !queue[lane].gathers)
+}
+
 /// Why the job at the end of `ahead` is not granted, or nothing when it would be.
-pub fn blocked<'a>(ahead: impl IntoIterator<Item = Ask<'a>>, ask: Ask<'a>, seats: &[Seat<'_>]) -> Option<Blocked> {
+pub fn blocked<'a>(
+    ahead: impl IntoIterator<Item = Ask<'a>>,
+    ask: Ask<'a>,
+    seats: &[Seat<'_>],
+    max_lanes: NonZeroU32,
+) -> Option<Blocked> {
     let needed = ask.resources.n_workers.get() as usize;
     let most = ask.resources.device.kinds().iter().map(|kind| able(&ask, seats, *kind).count()).max().unwrap_or(0);
     if seats.is_empty() {
@@ -98,9 +151,14 @@ pub fn blocked<'a>(ahead: impl IntoIterator<Item = Ask<'a>>, ask: Ask<'a>, seats
     } else if gang(&ask, seats, |idx, kind| seats[idx].free.of(kind)).is_none() {
         Some(Blocked::Occupied)
     } else {
-        let placed = place(ahead.into_iter().chain([ask]), seats);
-        let granted = placed.iter().any(|placement| placement.key == *ask.key);
-        if granted { None } else { Some(Blocked::Behind) }
+        let queue: Vec<Ask<'a>> = ahead.into_iter().chain([ask]).collect();
+        let placed = place(queue.iter().copied(), seats, max_lanes);
+        if placed.iter().any(|placement| placement.keys.contains(ask.key)) {
+            return None;
+        }
+        let waits = |other: &Ask<'_>| other.fits(&ask) && !other.gathers;
+        let is_gathering = ask.gathers && !queue.iter().any(waits);
+        Some(if is_gathering { Blocked::Gathering } else { Blocked::Behind })
     }
 }
 
@@ -149,8 +207,17 @@ mod tests {
     use attune_spec::id::{JobId, Project};
     use std::num::NonZeroU32;
 
-    /// `name:workers x devices:kind`, or `name:workers x devices:kind:preferred worker`.
-    fn asks(text: &str) -> Vec<(JobKey, Resources, BTreeSet<WorkerId>)> {
+    type Asked = (JobKey, Resources, BTreeSet<WorkerId>, Option<Digest>, bool);
+
+    fn ask((key, resources, prefer, share, gathers): &Asked) -> Ask<'_> {
+        Ask { key, resources, prefer, share: share.as_ref(), gathers: *gathers }
+    }
+
+    const MAX_LANES: NonZeroU32 = NonZeroU32::new(3).unwrap();
+
+    /// `name:workers x devices:kind:preferred worker:zone:letter of the share key`, the last three if wanted; a `~` after the
+    /// letter for a job that gathers.
+    fn asks(text: &str) -> Vec<Asked> {
         let number = |text: &str| NonZeroU32::new(text.parse().unwrap()).unwrap();
         text.split_whitespace()
             .map(|ask| {
@@ -160,10 +227,18 @@ mod tests {
                     n_workers: number(n_workers),
                     n_devices: number(n_devices),
                     device: part[2].parse::<Wanted>().unwrap(),
-                    labels: part.get(4).map(|zone| ("zone".to_owned(), (*zone).to_owned())).into_iter().collect(),
+                    labels: part
+                        .get(4)
+                        .filter(|zone| !zone.is_empty())
+                        .map(|zone| ("zone".to_owned(), (*zone).to_owned()))
+                        .into_iter()
+                        .collect(),
                 };
                 let prefer = part.get(3).filter(|p| !p.is_empty()).map(|p| WorkerId::new(*p).unwrap());
-                (JobKey::new(Project::default(), JobId::new(part[0]).unwrap()), resources, prefer.into_iter().collect())
+                let share = part.get(5).map(|share| Digest::from_bytes([share.as_bytes()[0]; 32]));
+                let gathers = part.get(5).is_some_and(|share| share.ends_with('~'));
+                let key = JobKey::new(Project::default(), JobId::new(part[0]).unwrap());
+                (key, resources, prefer.into_iter().collect(), share, gathers)
             })
             .collect()
     }
@@ -195,12 +270,12 @@ mod tests {
 
     fn placed(queue: &str, fleet: &str) -> String {
         let (asks, rows) = (asks(queue), rows(fleet));
-        let queue = asks.iter().map(|(key, resources, prefer)| Ask { key, resources, prefer });
         let text = |p: &Placement| {
             let workers: Vec<&str> = p.workers.iter().map(WorkerId::as_str).collect();
-            format!("{}={}@{}", p.key.job, p.device, workers.join("+"))
+            let jobs: Vec<&str> = p.keys.iter().map(|key| key.job.as_str()).collect();
+            format!("{}={}@{}", jobs.join("+"), p.device, workers.join("+"))
         };
-        place(queue, &seats(&rows)).iter().map(text).collect::<Vec<_>>().join(" ")
+        place(asks.iter().map(ask), &seats(&rows), MAX_LANES).iter().map(text).collect::<Vec<_>>().join(" ")
     }
 
     #[test]
@@ -220,6 +295,30 @@ mod tests {
             ("others work on", "a:2x2:cpu b:1x1:cpu", "u:1/1:0/0 v:1/2:0/0 w:2/2:0/0", "b=cpu@u"),
             ("what fits no fleet blocks nobody", "a:3x1:cpu b:1x1:cpu", "v:1/1:0/0 w:1/1:0/0", "b=cpu@v"),
             ("labels", "a:1x1:cpu::eu", "v:1/1:0/0:us w:1/1:0/0:eu", "a=cpu@w"),
+            ("lanes take one place", "a:1x1:cpu:::k b:1x1:cpu c:1x1:cpu:::k", "w:2/2:0/0", "a+c=cpu@w b=cpu@w"),
+            ("keys are kept apart", "a:1x1:cpu:::k b:1x1:cpu:::l", "w:1/1:0/0", "a=cpu@w"),
+            ("and resources", "a:1x1:cpu:::k b:1x1:any:::k", "w:1/1:0/0", "a=cpu@w"),
+            (
+                "so many and no more",
+                "a:1x1:cpu:::k b:1x1:cpu:::k c:1x1:cpu:::k d:1x1:cpu:::k",
+                "w:1/1:0/0",
+                "a+b+c=cpu@w",
+            ),
+            (
+                "the rest goes on",
+                "a:1x1:cpu:::k b:1x1:cpu:::k c:1x1:cpu:::k d:1x1:cpu:::k",
+                "w:2/2:0/0",
+                "a+b+c=cpu@w d=cpu@w",
+            ),
+            ("they gather", "a:1x1:cpu:::k~ b:1x1:cpu:::k~", "w:1/1:0/0", ""),
+            ("until one has waited", "a:1x1:cpu:::k~ b:1x1:cpu:::k", "w:1/1:0/0", "a+b=cpu@w"),
+            ("or they are enough", "a:1x1:cpu:::k~ b:1x1:cpu:::k~ c:1x1:cpu:::k~", "w:1/1:0/0", "a+b+c=cpu@w"),
+            (
+                "who gathers keeps one place",
+                "a:1x1:cpu:::k~ b:1x1:cpu:::k~ c:1x1:cpu",
+                "v:1/1:0/0 w:1/1:0/0",
+                "c=cpu@w",
+            ),
         ];
         for (name, queue, fleet, expected) in table {
             assert_eq!(placed(queue, fleet), expected, "{name}");
@@ -235,12 +334,15 @@ mod tests {
             ("", "a:1x2:cpu", "w:1/4:0/0", Some(Blocked::Occupied)),
             ("b:1x4:cpu", "a:1x2:cpu", "w:4/4:0/0", Some(Blocked::Behind)),
             ("b:1x2:cpu", "a:1x2:cpu", "w:4/4:0/0", None),
+            ("", "a:1x1:cpu:::k~", "w:1/1:0/0", Some(Blocked::Gathering)),
+            ("b:1x1:cpu:::k~", "a:1x1:cpu:::k~", "w:1/1:0/0", Some(Blocked::Gathering)),
+            ("b:1x1:cpu:::k", "a:1x1:cpu:::k~", "w:1/1:0/0", None),
+            ("b:1x2:cpu", "a:1x1:cpu:::k", "w:1/2:0/0", Some(Blocked::Behind)),
         ];
-        for (ahead, ask, fleet, expected) in table {
-            let (ahead, ask, rows) = (asks(ahead), asks(ask), rows(fleet));
-            let ahead = ahead.iter().map(|(key, resources, prefer)| Ask { key, resources, prefer });
-            let (key, resources, prefer) = &ask[0];
-            assert_eq!(blocked(ahead, Ask { key, resources, prefer }, &seats(&rows)), expected, "{key} on {fleet}");
+        for (ahead, asked, fleet, expected) in table {
+            let (ahead, asked, rows) = (asks(ahead), asks(asked), rows(fleet));
+            let found = blocked(ahead.iter().map(ask), ask(&asked[0]), &seats(&rows), MAX_LANES);
+            assert_eq!(found, expected, "{} on {fleet}", asked[0].0);
         }
     }
 
@@ -248,28 +350,31 @@ mod tests {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
         #[test]
         fn gangs_are_whole_and_one_look_is_enough(
-            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3), 0..9),
+            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3, 0_usize..4), 0..9),
             fleet in proptest::collection::vec((0_u32..5, 0_u32..5, 0_u32..3, 0_u32..3, 0_usize..2), 0..7),
         ) {
             let (kinds, zones) = (["any", "cpu", "cuda"], ["", "us", "eu"]);
-            let ask = |(n, &(workers, devices, kind, zone)): (usize, &(u32, u32, usize, usize))| {
-                let zone = if zone == 0 { String::new() } else { format!("::{}", zones[zone]) };
-                format!("j{n}:{workers}x{devices}:{}{zone}", kinds[kind])
+            let written = |(n, &(workers, devices, kind, zone, share)): (usize, &(u32, u32, usize, usize, usize))| {
+                let share = ["", ":k", ":k~", ":l~"][share];
+                format!("j{n}:{workers}x{devices}:{}::{}{share}", kinds[kind], zones[zone])
             };
             let seat = |(n, &(cpu, n_cpu, cuda, n_cuda, zone)): (usize, &(u32, u32, u32, u32, usize))| {
                 format!("w{n}:{}/{n_cpu}:{}/{n_cuda}:{}", cpu.min(n_cpu), cuda.min(n_cuda), zones[1 + zone])
             };
-            let asks = asks(&queue.iter().enumerate().map(ask).collect::<Vec<_>>().join(" "));
+            let asks = asks(&queue.iter().enumerate().map(written).collect::<Vec<_>>().join(" "));
             let mut rows = rows(&fleet.iter().enumerate().map(seat).collect::<Vec<_>>().join(" "));
-            let view = |(key, resources, prefer)| Ask { key, resources, prefer };
-            let queue = || asks.iter().map(|(key, resources, prefer)| view((key, resources, prefer)));
-            let placements = place(queue(), &seats(&rows));
+            let queue = || asks.iter().map(ask);
+            let placements = place(queue(), &seats(&rows), MAX_LANES);
 
             // The order in which workers are listed decides nothing.
             let reversed: Vec<Row> = rows.iter().rev().cloned().collect();
-            proptest::prop_assert_eq!(&placements, &place(queue(), &seats(&reversed)));
-            for Placement { key, device, workers } in &placements {
-                let (_, resources, _) = asks.iter().find(|(asked, ..)| asked == key).unwrap();
+            proptest::prop_assert_eq!(&placements, &place(queue(), &seats(&reversed), MAX_LANES));
+            for Placement { keys, device, workers } in &placements {
+                let lanes: Vec<&Asked> = asks.iter().filter(|(asked, ..)| keys.contains(asked)).collect();
+                let (_, resources, _, share, _) = lanes[0];
+                proptest::prop_assert!(lanes.len() == keys.len() && keys.len() <= MAX_LANES.get() as usize);
+                proptest::prop_assert!(lanes.len() == 1 || share.is_some());
+                proptest::prop_assert!(lanes.iter().all(|lane| (&lane.1, &lane.3) == (resources, share)));
                 let distinct: BTreeSet<_> = workers.iter().collect();
                 proptest::prop_assert_eq!((workers.len(), distinct.len()), (resources.n_workers.get() as usize, workers.len()));
                 proptest::prop_assert!(resources.device.kinds().contains(device));
@@ -281,8 +386,8 @@ mod tests {
                     }
                 }
             }
-            let rest = queue().filter(|ask| placements.iter().all(|placement| placement.key != *ask.key));
-            proptest::prop_assert_eq!(place(rest, &seats(&rows)), Vec::new());
+            let rest = queue().filter(|ask| placements.iter().all(|placement| !placement.keys.contains(ask.key)));
+            proptest::prop_assert_eq!(place(rest, &seats(&rows), MAX_LANES), Vec::new());
         }
     }
 }

@@ -39,11 +39,19 @@ pub(crate) enum Plant {
     CohortUnstored,
     /// Workers are expired for the scheduler's own silence.
     StallBlamed,
+    /// The crash of a shared process is charged to every job in it.
+    InnocentsCharged,
+    /// A job that was in a shared process when it died is packed with others again.
+    SoloForgotten,
+    /// Jobs are packed together whatever they need.
+    KeyUnchecked,
+    /// One job's end ends all that share its process.
+    LanesEndTogether,
 }
 
 #[cfg(test)]
 impl Plant {
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::EpochUnchecked,
         Self::CommitAfterEnd,
         Self::EpochReused,
@@ -62,5 +70,9 @@ impl Plant {
         Self::OfferFromScratch,
         Self::CohortUnstored,
         Self::StallBlamed,
+        Self::InnocentsCharged,
+        Self::SoloForgotten,
+        Self::KeyUnchecked,
+        Self::LanesEndTogether,
     ];
 }

@@ -20,6 +20,8 @@ pub(crate) enum Timer {
     Stop(JobKey),
     /// A failed job queues again.
     Backoff(JobKey),
+    /// A queued job has waited long enough for others to share a process with.
+    Gather(JobKey),
 }
 
 /// A set of timers, each set at most once.

@@ -134,6 +134,7 @@ fn waits_for(blocked: Blocked) -> &'static str {
         Blocked::TooFewWorkers => "fewer workers than it asks for have such devices",
         Blocked::Occupied => "other jobs occupy the devices",
         Blocked::Behind => "free devices are kept for a job that goes first",
+        Blocked::Gathering => "it waits a moment for other jobs to share a process with",
     }
 }
 

@@ -6,7 +6,8 @@ use attune_spec::id::{CohortId, Digest, Step, WorkerId};
 
 use super::rng::Rng;
 use crate::{
-    Action, Answer, Attempt, Cause, Commit, Devices, Holding, Input, JobKey, Offer, Outcome, Refusal, Session, Share,
+    Action, Answer, Attempt, Cause, Commit, Devices, Granted, Holding, Input, JobKey, Offer, Outcome, Refusal, Session,
+    Share,
 };
 
 /// What a job does when it runs, by the first letter of its name.
@@ -68,16 +69,36 @@ enum Phase {
     Over,
 }
 
+/// A cohort: one process.
 #[derive(Debug, Clone)]
 struct Held {
-    attempt: Attempt,
     share: Share,
+    lanes: Vec<Lane>,
+}
+
+impl Held {
+    fn lane(&mut self, attempt: &Attempt) -> Option<&mut Lane> {
+        self.lanes.iter_mut().find(|lane| lane.attempt == *attempt)
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Lane {
+    attempt: Attempt,
     phase: Phase,
     step: u64,
     saved: u64,
     ignores_stop: bool,
     /// The commit whose answer it waits for.
     pending: Option<u64>,
+}
+
+impl Lane {
+    fn new(granted: Granted, ignores_stop: bool) -> Self {
+        let step = granted.checkpoint.map_or(0, |checkpoint| checkpoint.step.0);
+        let phase = Phase::Starting;
+        Self { attempt: granted.attempt, phase, step, saved: step, ignores_stop, pending: None }
+    }
 }
 
 /// What differs between agents and times.
@@ -105,7 +126,7 @@ pub(crate) struct Agent {
     sent_ms: BTreeMap<u64, u64>,
     lease_until_ms: u64,
     held: BTreeMap<CohortId, Held>,
-    outbox: BTreeMap<u64, (CohortId, Input)>,
+    outbox: BTreeMap<u64, (CohortId, Option<Attempt>, Input)>,
     n_tickets: u64,
     n_unanswered: u64,
 }
@@ -136,13 +157,16 @@ impl Agent {
         }
         self.outbox.clear();
         // Only what still runs is taken over.
-        self.held.retain(|_, held| held.phase != Phase::Over);
+        self.held.values_mut().for_each(|held| held.lanes.retain(|lane| lane.phase != Phase::Over));
+        self.held.retain(|_, held| !held.lanes.is_empty());
         for (cohort, held) in &mut self.held {
-            held.pending = None;
-            // It does not remember what was answered: it commits once more.
-            held.saved = 0;
-            if held.phase == Phase::Complete {
-                held.phase = Phase::Running;
+            for lane in &mut held.lanes {
+                lane.pending = None;
+                // It does not remember what was answered: it commits once more.
+                lane.saved = 0;
+                if lane.phase == Phase::Complete {
+                    lane.phase = Phase::Running;
+                }
             }
             out.push(Out::Timer(20, Alarm::Work(*cohort)));
         }
@@ -154,10 +178,10 @@ impl Agent {
     pub(crate) fn connect(&mut self, session: Session, now_ms: u64, out: &mut Vec<Out>) {
         (self.session, self.is_welcome, self.beat, self.n_unanswered) = (session, false, 0, 0);
         self.sent_ms = BTreeMap::from([(0, now_ms)]);
-        self.outbox.retain(|_, (_, input)| !matches!(input, Input::CohortGone { .. }));
+        self.outbox.retain(|_, (_, _, input)| !matches!(input, Input::CohortGone { .. }));
         let holding = self.held.iter().map(|(cohort, held)| Holding {
             cohort: *cohort,
-            attempts: vec![held.attempt.clone()],
+            attempts: held.lanes.iter().map(|lane| lane.attempt.clone()).collect(),
             device: held.share.device,
             n_devices: held.share.n_devices,
         });
@@ -189,7 +213,7 @@ impl Agent {
                     let holding = self.held.keys().copied().collect();
                     out.push(Out::Send(Input::Heartbeat { worker, session, beat, holding }, None));
                 }
-                for (ticket, (_, input)) in &self.outbox {
+                for (ticket, (_, _, input)) in &self.outbox {
                     out.push(Out::Send(input.clone(), Some(*ticket)));
                 }
                 out.push(Out::Timer(knobs.ttl_ms / 3, Alarm::Beat));
@@ -206,140 +230,154 @@ impl Agent {
     fn work(&mut self, cohort: CohortId, knobs: Knobs, rng: &mut Rng, out: &mut Vec<Out>) {
         let Some(held) = self.held.get_mut(&cohort) else { return };
         let leads = held.share.rank == 0;
-        let is_alive = held.phase != Phase::Over;
-        if is_alive && rng.chance(knobs.crash) {
-            held.phase = Phase::Over;
-            let cause = Cause::ChildKilled { signal: 9 };
-            self.report(cohort, Input::CohortCrashed { worker: self.id.clone(), cohort, cause }, out);
-            return;
+        let alive = held.lanes.iter_mut().filter(|lane| lane.phase != Phase::Over);
+        let alive: Vec<Attempt> = alive.map(|lane| lane.attempt.clone()).collect();
+        if !alive.is_empty() && rng.chance(knobs.crash) {
+            return self.crash(cohort, &alive, rng, out);
         }
         out.push(Out::Timer(rng.between(50, 400), Alarm::Work(cohort)));
-        if !leads || held.pending.is_some() {
+        if leads {
+            for attempt in &alive {
+                self.work_on(cohort, attempt, out);
+            }
+        }
+    }
+
+    /// The process dies. Its worker says so of the whole, or of each attempt that still ran.
+    fn crash(&mut self, cohort: CohortId, alive: &[Attempt], rng: &mut Rng, out: &mut Vec<Out>) {
+        let Some(held) = self.held.get_mut(&cohort) else { return };
+        held.lanes.iter_mut().for_each(|lane| lane.phase = Phase::Over);
+        let cause = Cause::ChildKilled { signal: 9 };
+        if rng.chance(500) {
+            let input = Input::CohortCrashed { worker: self.id.clone(), cohort, cause };
+            self.report(cohort, None, input, out);
             return;
         }
-        let key = held.attempt.key.clone();
-        match held.phase {
+        let outcome = if alive.len() > 1 { Outcome::Crashed(cause) } else { Outcome::Failed(cause) };
+        for attempt in alive {
+            self.finish(cohort, attempt, outcome, out);
+        }
+    }
+
+    fn work_on(&mut self, cohort: CohortId, attempt: &Attempt, out: &mut Vec<Out>) {
+        let Some(lane) = self.held.get_mut(&cohort).and_then(|held| held.lane(attempt)) else { return };
+        if lane.pending.is_some() {
+            return;
+        }
+        let key = attempt.key.clone();
+        match lane.phase {
             Phase::Starting if Nature::of(&key) == Nature::Faulty => {
-                self.finish(cohort, Outcome::Failed(Cause::SpecFault), out);
+                self.finish(cohort, attempt, Outcome::Failed(Cause::SpecFault), out);
             }
             Phase::Starting => {
-                held.phase = Phase::Running;
-                let (epoch, worker) = (held.attempt.epoch, self.id.clone());
-                self.report(cohort, Input::AttemptRunning { key, epoch, worker }, out);
+                lane.phase = Phase::Running;
+                let (epoch, worker) = (attempt.epoch, self.id.clone());
+                self.report(cohort, Some(attempt), Input::AttemptRunning { key, epoch, worker }, out);
             }
             Phase::Running => {
-                held.step += 1;
+                lane.step += 1;
                 match Nature::of(&key) {
-                    Nature::Flaky if held.step == 2 => self.finish(cohort, Outcome::Failed(Cause::Hung), out),
-                    Nature::Poison if held.step == 2 => out.push(Out::Die),
-                    Nature::Faulty | Nature::Flaky | Nature::Poison => {}
-                    Nature::Honest if held.step >= N_STEPS => {
-                        held.phase = Phase::Complete;
-                        self.commit(cohort, Commit::Output, out);
+                    Nature::Flaky if lane.step == 2 => {
+                        self.finish(cohort, attempt, Outcome::Failed(Cause::Hung), out);
                     }
-                    Nature::Honest if held.step.is_multiple_of(CHECKPOINT_EVERY) => self.save(cohort, out),
+                    Nature::Poison if lane.step == 2 => out.push(Out::Die),
+                    Nature::Faulty | Nature::Flaky | Nature::Poison => {}
+                    Nature::Honest if lane.step >= N_STEPS => {
+                        lane.phase = Phase::Complete;
+                        self.commit(cohort, attempt, Commit::Output, out);
+                    }
+                    Nature::Honest if lane.step.is_multiple_of(CHECKPOINT_EVERY) => self.save(cohort, attempt, out),
                     Nature::Honest => {}
                 }
             }
-            Phase::Complete => self.finish(cohort, Outcome::Succeeded, out),
-            Phase::Stopping if held.ignores_stop => {}
-            Phase::Stopping if held.saved < held.step => self.save(cohort, out),
-            Phase::Stopping => self.finish(cohort, Outcome::Stopped, out),
+            Phase::Complete => self.finish(cohort, attempt, Outcome::Succeeded, out),
+            Phase::Stopping if lane.ignores_stop => {}
+            Phase::Stopping if lane.saved < lane.step => self.save(cohort, attempt, out),
+            Phase::Stopping => self.finish(cohort, attempt, Outcome::Stopped, out),
             Phase::Over => {}
         }
     }
 
-    fn save(&mut self, cohort: CohortId, out: &mut Vec<Out>) {
-        let step = self.held[&cohort].step;
-        self.commit(cohort, Commit::Checkpoint(Step(step)), out);
+    fn save(&mut self, cohort: CohortId, attempt: &Attempt, out: &mut Vec<Out>) {
+        let Some(lane) = self.held.get_mut(&cohort).and_then(|held| held.lane(attempt)) else { return };
+        let step = lane.step;
+        self.commit(cohort, attempt, Commit::Checkpoint(Step(step)), out);
     }
 
-    fn commit(&mut self, cohort: CohortId, commit: Commit, out: &mut Vec<Out>) {
-        let Attempt { key, epoch } = self.held[&cohort].attempt.clone();
+    fn commit(&mut self, cohort: CohortId, attempt: &Attempt, commit: Commit, out: &mut Vec<Out>) {
+        let Attempt { key, epoch } = attempt.clone();
         let digest = digest_of(&key, commit);
         let worker = self.id.clone();
-        let ticket = self.report(cohort, Input::Commit { key, epoch, worker, commit, digest }, out);
-        if let Some(held) = self.held.get_mut(&cohort) {
-            held.pending = Some(ticket);
+        let ticket = self.report(cohort, Some(attempt), Input::Commit { key, epoch, worker, commit, digest }, out);
+        if let Some(lane) = self.held.get_mut(&cohort).and_then(|held| held.lane(attempt)) {
+            lane.pending = Some(ticket);
             if let Commit::Checkpoint(step) = commit {
-                held.saved = step.0;
+                lane.saved = step.0;
             }
         }
     }
 
-    fn finish(&mut self, cohort: CohortId, outcome: Outcome, out: &mut Vec<Out>) {
-        let Some(held) = self.held.get_mut(&cohort) else { return };
-        held.phase = Phase::Over;
-        let Attempt { key, epoch } = held.attempt.clone();
+    fn finish(&mut self, cohort: CohortId, attempt: &Attempt, outcome: Outcome, out: &mut Vec<Out>) {
+        let Some(lane) = self.held.get_mut(&cohort).and_then(|held| held.lane(attempt)) else { return };
+        lane.phase = Phase::Over;
+        let Attempt { key, epoch } = attempt.clone();
         let worker = self.id.clone();
-        self.report(cohort, Input::AttemptFinished { key, epoch, worker, outcome }, out);
+        self.report(cohort, Some(attempt), Input::AttemptFinished { key, epoch, worker, outcome }, out);
     }
 
     /// Sends something until it is answered.
-    fn report(&mut self, cohort: CohortId, input: Input, out: &mut Vec<Out>) -> u64 {
+    fn report(&mut self, cohort: CohortId, attempt: Option<&Attempt>, input: Input, out: &mut Vec<Out>) -> u64 {
         self.n_tickets += 1;
-        self.outbox.insert(self.n_tickets, (cohort, input.clone()));
+        self.outbox.insert(self.n_tickets, (cohort, attempt.cloned(), input.clone()));
         out.push(Out::Send(input, Some(self.n_tickets)));
         self.n_tickets
     }
 
     /// The answer to a report.
     pub(crate) fn answered(&mut self, ticket: u64, answer: &Answer) {
-        let Some((cohort, input)) = self.outbox.remove(&ticket) else { return };
+        let Some((cohort, attempt, input)) = self.outbox.remove(&ticket) else { return };
         let Some(held) = self.held.get_mut(&cohort) else { return };
-        if held.pending == Some(ticket) {
-            held.pending = None;
+        let Some(lane) = attempt.and_then(|attempt| held.lane(&attempt)) else { return };
+        if lane.pending == Some(ticket) {
+            lane.pending = None;
         }
         match answer {
             // A checkpoint overtaken by its own successor is no reason to die.
             Answer::Done | Answer::Repeated | Answer::Refused(Refusal::OlderCheckpoint { .. }) => {}
             Answer::Refused(_) if matches!(input, Input::AttemptRunning { .. }) => {}
-            Answer::Refused(_) => held.phase = Phase::Over,
+            Answer::Refused(_) => lane.phase = Phase::Over,
         }
     }
 
     /// What the scheduler wants.
     pub(crate) fn told(&mut self, action: Action, knobs: Knobs, rng: &mut Rng, out: &mut Vec<Out>) {
         match action {
-            Action::Offer(Offer { cohort, mut attempts, share, gang: _, ttl: _ }) => {
-                let Some(granted) = attempts.pop() else { return };
+            Action::Offer(Offer { cohort, attempts, share, gang: _, ttl: _ }) => {
                 if self.held.contains_key(&cohort) {
                     return;
                 }
-                let step = granted.checkpoint.map_or(0, |checkpoint| checkpoint.step.0);
-                let ignores_stop = rng.chance(knobs.stubborn);
-                let held = Held {
-                    attempt: granted.attempt,
-                    share,
-                    phase: Phase::Starting,
-                    step,
-                    saved: step,
-                    ignores_stop,
-                    pending: None,
-                };
-                self.held.insert(cohort, held);
+                let lane = |granted| Lane::new(granted, rng.chance(knobs.stubborn));
+                let lanes = attempts.into_iter().map(lane).collect();
+                self.held.insert(cohort, Held { share, lanes });
                 out.push(Out::Timer(rng.between(20, 600), Alarm::Work(cohort)));
             }
             Action::Stop { cohort, attempt, .. } => {
-                if let Some(held) = self.held.get_mut(&cohort)
-                    && held.attempt == attempt
-                    && matches!(held.phase, Phase::Starting | Phase::Running)
+                if let Some(lane) = self.held.get_mut(&cohort).and_then(|held| held.lane(&attempt))
+                    && matches!(lane.phase, Phase::Starting | Phase::Running)
                 {
-                    held.phase = Phase::Stopping;
+                    lane.phase = Phase::Stopping;
                 }
             }
             Action::Drop { cohort, attempt, .. } => {
-                if let Some(held) = self.held.get_mut(&cohort)
-                    && held.attempt == attempt
-                {
-                    held.phase = Phase::Over;
+                if let Some(held) = self.held.get_mut(&cohort) {
+                    held.lanes.retain(|lane| lane.attempt != attempt);
                 }
             }
             Action::Release { cohort, .. } => {
                 self.held.remove(&cohort);
-                self.outbox.retain(|_, (of, _)| *of != cohort);
+                self.outbox.retain(|_, (of, ..)| *of != cohort);
                 let (worker, session) = (self.id.clone(), self.session);
-                self.report(cohort, Input::CohortGone { worker, session, cohort }, out);
+                self.report(cohort, None, Input::CohortGone { worker, session, cohort }, out);
             }
             Action::Welcome { session, .. } if session == self.session => {
                 self.is_welcome = true;

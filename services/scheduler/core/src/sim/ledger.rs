@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use attune_spec::id::{CohortId, Digest, Epoch, Step, WorkerId};
 
-use crate::{Action, Answer, Cause, Change, Cohort, Commit, Effects, Event, EventKind, Input, JobKey, Reason, State};
+use crate::{
+    Action, Answer, Cause, Change, Cohort, Commit, Effects, Event, EventKind, Input, JobKey, Outcome, Reason, State,
+};
 
 #[derive(Debug, Default)]
 pub(crate) struct History {
@@ -16,6 +18,9 @@ pub(crate) struct History {
     is_live: bool,
     /// Failures since the last progress, without and with lost offers.
     n_failed: (u32, u32),
+    /// Whether it was spared the charge for the death of a process that it shared: once at most.
+    spared: bool,
+    share: Option<Digest>,
     best: Step,
     newest: Option<(Epoch, Step, Digest)>,
     output: Option<Epoch>,
@@ -49,8 +54,8 @@ impl Ledger {
         if let Input::Submit { key, request, .. } = input
             && effects.answer == Answer::Done
         {
-            let max_attempts = request.max_attempts.get();
-            self.jobs.insert(key.clone(), History { max_attempts, ..History::default() });
+            let (max_attempts, share) = (request.max_attempts.get(), request.share);
+            self.jobs.insert(key.clone(), History { max_attempts, share, ..History::default() });
         }
         for change in &effects.changes {
             if let Change::Commit(commit) = change {
@@ -92,6 +97,8 @@ impl Ledger {
     }
 
     fn event(&mut self, event: &Event, input: &Input, now_ms: u64) -> Result<(), String> {
+        let cohort = self.jobs.get(&event.key).and_then(|history| self.cohorts.get(&history.cohort));
+        let is_shared = cohort.is_some_and(|cohort| cohort.attempts.len() > 1);
         let history = self.history(&event.key)?;
         if let Some(ended) = history.ended {
             return Err(format!("a final state changed: {} was {ended}, then {event:?}", event.key));
@@ -106,7 +113,28 @@ impl Ledger {
                     return Err(format!("{} succeeded without a result of epoch {}", event.key, event.epoch));
                 }
                 if let Some(cause) = reason.cause() {
-                    history.count(&event.key, to, reason, cause)?;
+                    if let Input::AttemptFinished { key, .. } = input
+                        && *key != event.key
+                    {
+                        return Err(format!("{} failed because of {key}", event.key));
+                    }
+                    // Who says of a lane that it failed by itself means that lane; whatever else ends several is spared.
+                    let is_death = match input {
+                        Input::AttemptFinished { outcome: Outcome::Crashed(_), .. } => history.share.is_some(),
+                        Input::AttemptFinished { .. } => false,
+                        Input::Register { holding, .. } => {
+                            is_shared && holding.iter().all(|held| held.cohort != history.cohort)
+                        }
+                        _ => is_shared,
+                    };
+                    if is_death && !history.spared && cause != Cause::OfferLost {
+                        history.spared = true;
+                        if to != State::Backoff {
+                            return Err(format!("{} is {to} because a process died that it shared", event.key));
+                        }
+                    } else {
+                        history.count(&event.key, to, reason, cause)?;
+                    }
                     if *input == Input::Tick {
                         let cohort = history.cohort;
                         self.check_expiry(&event.key, cohort, now_ms)?;
@@ -149,8 +177,17 @@ impl Ledger {
         for share in &cohort.shares {
             self.vouched_ms.insert((share.worker.clone(), cohort.id), now_ms);
         }
+        let of_first =
+            cohort.attempts.first().map(|first| (&first.key.project, self.jobs.get(&first.key).map(|h| h.share)));
+        let of_first = of_first.map(|(project, share)| (project.clone(), share.flatten()));
         for attempt in &cohort.attempts {
             let history = self.history(&attempt.key)?;
+            if cohort.attempts.len() > 1 {
+                let own = (attempt.key.project.clone(), history.share);
+                if history.share.is_none() || history.spared || of_first.as_ref() != Some(&own) {
+                    return Err(format!("{} must not share cohort {}", attempt.key, cohort.id));
+                }
+            }
             if attempt.epoch <= history.granted {
                 return Err(format!("epoch {} of {} was granted twice", attempt.epoch, attempt.key));
             }

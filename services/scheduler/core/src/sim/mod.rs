@@ -92,6 +92,9 @@ fn the_core_holds() {
     ] {
         assert!(tally.faults.contains_key(fault), "{fault:?} never happened");
     }
+    for lanes in ["2 lanes", "3 lanes"] {
+        assert!(tally.arrows.get(lanes).is_some_and(|n| *n > 20), "cohorts of {lanes} are rare");
+    }
     for refusal in [
         "commit: AttemptOver",
         "commit: NotItsLease",

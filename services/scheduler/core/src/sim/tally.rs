@@ -26,6 +26,11 @@ impl Tally {
             *self.refusals.entry(format!("{by}{name}")).or_default() += 1;
         }
         for change in &effects.changes {
+            if let Change::Cohort(cohort) = change
+                && cohort.attempts.len() > 1
+            {
+                *self.arrows.entry(format!("{} lanes", cohort.attempts.len())).or_default() += 1;
+            }
             if let Change::Event(event) = change
                 && let EventKind::Moved { from, to, reason } = event.kind
             {

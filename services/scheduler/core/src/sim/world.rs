@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use attune_spec::id::{JobId, Project, WorkerId};
+use attune_spec::id::{Digest, JobId, Project, WorkerId};
 
 use super::agent::{Agent, Alarm, Knobs, Out, digest_of};
 use super::ledger::Ledger;
@@ -22,6 +22,8 @@ pub(crate) const SETTINGS: Settings = Settings {
     stop_limit: Duration::from_millis(8000),
     backoff: Backoff { base: Duration::from_millis(400), factor: 2, cap: Duration::from_millis(4000) },
     quarantine_after: 3,
+    max_lanes: NonZeroU32::new(3).unwrap(),
+    lane_wait: Duration::from_millis(700),
 };
 
 /// Something that is about to happen.
@@ -401,7 +403,8 @@ impl World {
     /// A person does something, sometimes twice.
     fn person(&mut self) -> Result<(), String> {
         if self.n_jobs < self.max_jobs || !self.is_calm {
-            let wait_ms = self.rng.between(50, 1500);
+            // Some submit several at once.
+            let wait_ms = if self.rng.chance(400) { 10 } else { self.rng.between(50, 2000) };
             self.after(wait_ms, Next::Person);
         }
         let submits = self.n_jobs < self.max_jobs && (self.is_calm || self.rng.chance(400));
@@ -434,6 +437,10 @@ impl World {
             device,
             labels: BTreeMap::new(),
         };
+        // Two kinds of jobs may share a process with their like; the others ask for whatever they want.
+        let share = self.rng.chance(400).then(|| Digest::from_bytes([self.rng.below(2) as u8; 32]));
+        let device = Wanted::Only(Device::Cpu);
+        let resources = if share.is_some() { Resources { device, ..Resources::default() } } else { resources };
         let known: Vec<JobId> =
             self.store.jobs.keys().filter(|k| k.project == key.project).map(|k| k.job.clone()).collect();
         let n_after = if self.rng.chance(300) { self.rng.between(1, 2) } else { 0 };
@@ -443,6 +450,7 @@ impl World {
             resources,
             max_attempts: count(self.rng.between(2, 6)),
             after: after.clone(),
+            share,
         };
         let finished = self.store.finished(&key, after);
         Input::Submit { key, request, finished }

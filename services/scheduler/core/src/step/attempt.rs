@@ -6,6 +6,23 @@ use crate::plant::Plant;
 use crate::step::Draft;
 use crate::{Answer, Cause, Core, JobKey, Outcome, Reason, Refusal, Retry, State, Stop};
 
+/// How an attempt failed.
+#[derive(Clone, Copy)]
+pub(super) struct Failure<'a> {
+    pub(super) cause: Cause,
+    /// The worker that is to blame, if one is.
+    pub(super) lost: Option<&'a WorkerId>,
+    /// Whether it died with a process that others shared, so that nobody knows whose fault it was.
+    pub(super) is_shared: bool,
+}
+
+impl Failure<'_> {
+    /// A failure of this attempt and no other.
+    pub(super) const fn own(cause: Cause) -> Self {
+        Self { cause, lost: None, is_shared: false }
+    }
+}
+
 /// Lost offers in a row that are not charged to the job: a broken connection is not its fault.
 const FREE_LOST_OFFERS: u32 = 2;
 
@@ -43,11 +60,17 @@ impl Core {
         if (job.state, outcome) == (State::Succeeded, Outcome::Succeeded) {
             return Ok(Answer::Repeated);
         }
-        let is_failure = matches!(outcome, Outcome::Failed(_));
+        let is_failure = matches!(outcome, Outcome::Failed(_) | Outcome::Crashed(_));
         let (state, cohort) = (job.state, self.live_cohort(job, worker, !is_failure)?.id);
         self.acknowledge(worker, cohort);
         match (outcome, state) {
-            (Outcome::Failed(cause), _) => self.fail_attempt(key, cause, None, draft),
+            (Outcome::Failed(cause), _) if self.has(Plant::LanesEndTogether) => {
+                self.fail_cohort(cohort, cause, None, draft);
+            }
+            (Outcome::Failed(cause), _) => self.fail_attempt(key, Failure::own(cause), draft),
+            (Outcome::Crashed(cause), _) => {
+                self.fail_attempt(key, Failure { cause, lost: None, is_shared: true }, draft);
+            }
             // Whoever asked for the stop was first: it is carried out, also when the attempt had just reached its end.
             (Outcome::Stopped | Outcome::Succeeded, State::Stopping(stop)) => self.settle_stop(key, stop, draft),
             (Outcome::Succeeded, _) => {
@@ -98,19 +121,29 @@ impl Core {
     /// Fails every attempt of a cohort. `lost` is the worker that is to blame, if one is.
     pub(super) fn fail_cohort(&mut self, cohort: CohortId, cause: Cause, lost: Option<&WorkerId>, draft: &mut Draft) {
         let attempts = self.cohorts.get(&cohort).map(|cohort| cohort.attempts.clone()).unwrap_or_default();
+        let failure = Failure { cause, lost, is_shared: attempts.len() > 1 };
         for attempt in attempts {
-            self.fail_attempt(&attempt.key, cause, lost, draft);
+            self.fail_attempt(&attempt.key, failure, draft);
         }
     }
 
-    pub(super) fn fail_attempt(&mut self, key: &JobKey, cause: Cause, lost: Option<&WorkerId>, draft: &mut Draft) {
+    /// Fails an attempt. What died with a shared process costs its job nothing, whatever the cause, but it runs alone from
+    /// now on: that happens once at most, and shows whose fault it was.
+    pub(super) fn fail_attempt(&mut self, key: &JobKey, failure: Failure<'_>, draft: &mut Draft) {
+        let Failure { cause, lost, is_shared } = failure;
         if let State::Stopping(stop) = self.jobs[key].state {
             // It was to end anyway; what it had committed is there.
             return self.settle_stop(key, stop, draft);
         }
         let is_counted = !self.has(Plant::FailuresUncounted);
         let quarantine_after = self.settings.quarantine_after as usize;
+        let (is_spared, is_packed_again) = (!self.has(Plant::InnocentsCharged), self.has(Plant::SoloForgotten));
         let job = self.edit(key, draft);
+        if is_shared && is_spared && cause != Cause::OfferLost && job.shares().is_some() {
+            job.solo = !is_packed_again;
+            job.n_offers_lost = 0;
+            return self.move_to(key, State::Backoff, Reason::Failure(cause), draft);
+        }
         let is_free = cause == Cause::OfferLost && job.n_offers_lost < FREE_LOST_OFFERS;
         job.n_offers_lost = if cause == Cause::OfferLost { job.n_offers_lost.saturating_add(1) } else { 0 };
         if !is_free && is_counted {

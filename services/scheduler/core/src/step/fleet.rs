@@ -9,6 +9,7 @@ use attune_spec::id::{CohortId, WorkerId};
 
 use crate::plant::Plant;
 use crate::step::Draft;
+use crate::step::attempt::Failure;
 use crate::timers::Timer;
 use crate::{
     Action, Answer, Attempt, Cause, Core, Devices, Holding, Occupied, Reason, Refusal, Session, State, Stop, Worker,
@@ -97,7 +98,7 @@ impl Core {
             if theirs.contains(&attempt) {
                 self.repeat_stop(&attempt.key, Some(worker), draft);
             } else {
-                self.fail_attempt(&attempt.key, Cause::WorkerLost, None, draft);
+                self.fail_attempt(&attempt.key, Failure::own(Cause::WorkerLost), draft);
             }
         }
     }

@@ -1,11 +1,11 @@
-//! Grants: a queued job, a whole gang, a new epoch.
+//! Grants: a queued job or several that share a process, a whole gang, a new epoch each.
 
-use attune_spec::id::WorkerId;
+use attune_spec::id::{CohortId, WorkerId};
 
 use crate::placement::{self, Placement};
 use crate::plant::Plant;
 use crate::step::Draft;
-use crate::{Action, Attempt, Cohort, Core, Granted, Occupied, Offer, Reason, Share, State};
+use crate::{Action, Attempt, Cohort, Core, Granted, JobKey, Occupied, Offer, Reason, Share, State};
 
 impl Core {
     /// Grants every job that finds a gang now.
@@ -15,31 +15,18 @@ impl Core {
         }
         let seats = self.seats();
         let queue = self.queue.iter().filter_map(|place| self.ask(&place.key));
-        for placement in placement::place(queue, &seats) {
+        for placement in placement::place(queue, &seats, self.settings.max_lanes) {
             self.grant_one(placement, draft);
         }
     }
 
     fn grant_one(&mut self, placement: Placement, draft: &mut Draft) {
-        let Placement { key, device, workers } = placement;
+        let Placement { keys, device, workers } = placement;
         let id = self.counters.next_cohort;
         self.counters.next_cohort = id.next();
-        let is_raised = !self.has(Plant::EpochReused) || self.jobs[&key].epoch.0 == 0;
-
-        let starts_over = self.has(Plant::OfferFromScratch);
-
-        let job = self.edit(&key, draft);
-        if is_raised {
-            job.epoch = job.epoch.next();
-        }
-        job.cohort = Some(id);
-        job.outputs.clear();
-        job.workers = workers.iter().cloned().collect();
-        let attempt = Attempt { key: key.clone(), epoch: job.epoch };
-        let granted = Granted { attempt: attempt.clone(), checkpoint: job.checkpoint.filter(|_| !starts_over) };
-        let n_devices = job.request.resources.n_devices.get();
-        self.move_to(&key, State::Starting, Reason::Granted, draft);
-
+        let attempts: Vec<Granted> = keys.iter().map(|key| self.grant_attempt(key, id, &workers, draft)).collect();
+        // They are placed together because they ask for the same.
+        let n_devices = self.jobs[&keys[0]].request.resources.n_devices.get();
         let share = |(rank, worker): (u32, &WorkerId)| Share { worker: worker.clone(), rank, device, n_devices };
         let shares: Vec<Share> = (0..).zip(&workers).map(share).collect();
         for share in &shares {
@@ -47,14 +34,32 @@ impl Core {
             worker.occupied.insert(id, Occupied { device, n_devices, releasing: false });
             draft.actions.push(Action::Offer(Offer {
                 cohort: id,
-                attempts: vec![granted.clone()],
+                attempts: attempts.clone(),
                 share: share.clone(),
                 gang: workers.clone(),
                 ttl: self.settings.ttl,
             }));
         }
-        self.cohorts.insert(id, Cohort { id, attempts: vec![attempt], shares });
+        let attempts = attempts.into_iter().map(|granted| granted.attempt).collect();
+        self.cohorts.insert(id, Cohort { id, attempts, shares });
         draft.cohorts.insert(id, None);
         self.open_leases(id, false);
+    }
+
+    /// Gives a job its next epoch, in this cohort.
+    fn grant_attempt(&mut self, key: &JobKey, cohort: CohortId, workers: &[WorkerId], draft: &mut Draft) -> Granted {
+        let is_raised = !self.has(Plant::EpochReused) || self.jobs[key].epoch.0 == 0;
+        let starts_over = self.has(Plant::OfferFromScratch);
+        let job = self.edit(key, draft);
+        if is_raised {
+            job.epoch = job.epoch.next();
+        }
+        job.cohort = Some(cohort);
+        job.outputs.clear();
+        job.workers = workers.iter().cloned().collect();
+        let attempt = Attempt { key: key.clone(), epoch: job.epoch };
+        let checkpoint = job.checkpoint.filter(|_| !starts_over);
+        self.move_to(key, State::Starting, Reason::Granted, draft);
+        Granted { attempt, checkpoint }
     }
 }

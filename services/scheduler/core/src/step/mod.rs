@@ -162,6 +162,7 @@ impl Core {
             }
             State::Queued => {
                 self.queue.remove(&self.jobs[key].place());
+                self.timers.clear(&Timer::Gather(key.clone()));
                 // It may have kept workers from the jobs behind it.
                 draft.has_room |= to == State::Cancelled && !self.has(Plant::KeptForgotten);
             }
@@ -186,6 +187,7 @@ impl Core {
         match to {
             State::Queued => {
                 self.queue.insert(job.place());
+                self.gather(&job.clone());
                 draft.has_room = true;
             }
             State::Backoff if !self.has(Plant::BackoffForgotten) => {
@@ -199,6 +201,13 @@ impl Core {
             State::Succeeded | State::Failed | State::Cancelled => draft.ended.push(key.clone()),
             State::Backoff | State::Stopping(_) | State::Waiting | State::Starting | State::Running | State::Paused => {
             }
+        }
+    }
+
+    /// Lets a queued job that may share a process wait for others. A restarted scheduler waits no more.
+    fn gather(&mut self, job: &Job) {
+        if job.shares().is_some() && self.settings.max_lanes.get() > 1 {
+            self.timers.set(Timer::Gather(job.key.clone()), self.now.plus(self.settings.lane_wait));
         }
     }
 

@@ -36,6 +36,7 @@ impl Core {
         }
         if job.pending.is_empty() {
             self.queue.insert(job.place());
+            self.gather(&job);
             draft.has_room = true;
         } else {
             (job.state, job.reason) = (State::Waiting, Reason::DependencyPending);
@@ -181,5 +182,6 @@ fn new_job(key: JobKey, request: Request, order: u64) -> Job {
         workers: Default::default(),
         lost_workers: Default::default(),
         preempted_at: None,
+        solo: false,
     }
 }

@@ -8,8 +8,8 @@ use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, Step, WorkerId};
 
 use super::{Store, checked_step};
 use crate::{
-    Action, Answer, Attempt, Cause, Commit, Core, Device, Devices, Effects, Holding, Input, Job, JobKey, Outcome,
-    Refusal, Request, Resources, Session, Settings, Timestamp, Wanted,
+    Action, Answer, Cause, Commit, Core, Device, Devices, Effects, Holding, Input, Job, JobKey, Outcome, Refusal,
+    Request, Resources, Session, Settings, Timestamp, Wanted,
 };
 
 /// A job of the default project.
@@ -134,11 +134,11 @@ impl Desk {
         })
     }
 
-    /// What a worker that runs the newest attempt of a job says about it.
+    /// What a worker that runs the newest attempt of a job says about its cohort.
     pub(crate) fn holding(&self, key: &JobKey) -> Holding {
-        let row = self.row(key);
-        let attempts = vec![Attempt { key: key.clone(), epoch: row.epoch }];
-        Holding { cohort: row.cohort.unwrap(), attempts, device: Device::Cpu, n_devices: 1 }
+        let cohort = self.row(key).cohort.unwrap();
+        let attempts = self.core.cohort(cohort).unwrap().attempts.clone();
+        Holding { cohort, attempts, device: Device::Cpu, n_devices: 1 }
     }
 
     /// The next heartbeat of a worker.

@@ -7,6 +7,7 @@ mod commits;
 mod dependencies;
 mod fleet;
 mod gangs;
+mod lanes;
 mod restarts;
 mod retries;
 mod transitions;

@@ -116,7 +116,11 @@ impl Store {
             return differs("the queue");
         }
         let timers = |core: &Core| -> Vec<Timer> {
-            core.timers.iter().map(|(timer, _)| timer.clone()).filter(|t| !matches!(t, Timer::Worker(_))).collect()
+            core.timers
+                .iter()
+                .map(|(timer, _)| timer.clone())
+                .filter(|t| !matches!(t, Timer::Worker(_) | Timer::Gather(_)))
+                .collect()
         };
         if !core.leases.keys().eq(restored.leases.keys()) || timers(core) != timers(&restored) {
             return differs("a lease or timer");
