@@ -46,7 +46,7 @@ enum How {
 
 /// A base and the components at its sites.
 pub struct Model {
-    base: Base,
+    base: Arc<Base>,
     stack: Stack,
     trunk: Vec<Box<dyn Block>>,
     head: Head,
@@ -56,8 +56,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model that computes with the engine's kernels, in the precision of its base.
-    pub fn new(base: Base, stack: Stack) -> Self {
+    /// A model that computes with the engine's kernels, in the precision of its base. Several models may have one base.
+    pub fn new(base: impl Into<Arc<Base>>, stack: Stack) -> Self {
+        let base = base.into();
         let (trunk, head) = (trunk(base.architecture()), Head::new(base.architecture()));
         Self { base, stack, trunk, head, auxiliary: None, how: How::Views, arena: Arena::default() }
     }

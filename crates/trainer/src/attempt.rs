@@ -1,14 +1,16 @@
-//! The process that trains: reads a request and commands, writes events.
+//! The process that trains: reads a request, or several, and commands; writes events.
 
 use std::io::{BufRead, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::cohort;
 use crate::control::Control;
 use crate::error::Error;
-use crate::protocol::{Command, Event, FailureClass, Request, VERSION};
+use crate::protocol::{Cohort, Command, Event, FailureClass, Request, Tagged, VERSION};
 use crate::run;
 
 /// The exit status of a run that failed and said why.
@@ -16,11 +18,37 @@ const FAILED: u8 = 1;
 /// The exit status of a process whose agent is gone.
 const ORPHANED: i32 = 3;
 
-/// Commands in, events out.
+/// One lane: commands in, events out.
 struct Wires<W> {
-    out: Mutex<W>,
+    lane: u32,
+    out: Arc<Mutex<W>>,
+    work: PathBuf,
     stop: AtomicBool,
     checkpoint: AtomicBool,
+    leave: AtomicBool,
+}
+
+impl<W: Write + Send> Wires<W> {
+    fn new(lane: u32, out: &Arc<Mutex<W>>, work: PathBuf) -> Self {
+        let flag = || AtomicBool::new(false);
+        Self { lane, out: Arc::clone(out), work, stop: flag(), checkpoint: flag(), leave: flag() }
+    }
+
+    fn hear(&self, command: &Command) {
+        match command {
+            Command::CheckpointAndStop => self.stop.store(true, Ordering::Relaxed),
+            Command::Checkpoint => self.checkpoint.store(true, Ordering::Relaxed),
+            Command::Leave => self.leave.store(true, Ordering::Relaxed),
+            // The copy in the store is the one that counts; a folder that cannot be removed goes with the work folder.
+            Command::CheckpointStored { step } => {
+                drop(std::fs::remove_dir_all(self.work.join(format!("checkpoint-{step}"))));
+            }
+        }
+    }
+
+    fn fail(&self, error: &Error) {
+        self.emit(Event::Failed { class: error.class(), message: error.to_string(), faults: error.faults() });
+    }
 }
 
 impl<W: Write + Send> Control for Wires<W> {
@@ -28,71 +56,90 @@ impl<W: Write + Send> Control for Wires<W> {
         self.stop.load(Ordering::Relaxed)
     }
 
+    fn leave_requested(&self) -> bool {
+        self.leave.load(Ordering::Relaxed)
+    }
+
     fn take_checkpoint_request(&self) -> bool {
         self.checkpoint.swap(false, Ordering::Relaxed)
     }
 
     fn emit(&self, event: Event) {
-        let mut out = self.out.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let line = serde_json::to_string(&event).unwrap_or_default();
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = serde_json::to_string(&Tagged { lane: self.lane, message: event }).unwrap_or_default();
         // An agent that no longer reads has closed our input as well, which ends the process.
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 }
 
-/// Runs one attempt: a request on the first line of `input`, commands on the lines after it, events on `out`. When the input
-/// ends while the run goes on, the process ends: its agent is gone.
+/// Runs what the first line of `input` asks for, with commands on the lines after it and events on `out`. When the input
+/// ends while a run goes on, the process ends: its agent is gone.
+///
+/// The status of one run is that of the process. Several are lanes that each say how they ended; the process has then
+/// done all that it had to.
 pub fn run_attempt(mut input: impl BufRead + Send + 'static, out: impl Write + Send + 'static) -> ExitCode {
-    let wires = std::sync::Arc::new(Wires {
-        out: Mutex::new(out),
-        stop: AtomicBool::new(false),
-        checkpoint: AtomicBool::new(false),
-    });
-    let request = match read_request(&mut input) {
-        Ok(request) => request,
+    let out = Arc::new(Mutex::new(out));
+    let requests = match read_requests(&mut input) {
+        Ok(requests) => requests,
         Err(message) => {
+            let wires = Wires::new(0, &out, PathBuf::new());
             wires.emit(Event::Failed { class: FailureClass::Internal, message, faults: Vec::new() });
             return ExitCode::from(FAILED);
         }
     };
-    let listening = std::sync::Arc::clone(&wires);
-    let work = request.work.clone();
-    std::thread::spawn(move || listen(input, &listening, &work));
-    let end = catch_unwind(AssertUnwindSafe(|| run::run(&request, &*wires)))
-        .unwrap_or_else(|panic| Err(Error::Panic(run::words(&*panic))));
-    match end {
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            wires.emit(Event::Failed { class: error.class(), message: error.to_string(), faults: error.faults() });
-            ExitCode::from(FAILED)
-        }
+    let wires = |(lane, request): (u32, &Request)| Wires::new(lane, &out, request.work.clone());
+    let lanes: Arc<Vec<_>> = Arc::new((0..).zip(&requests).map(wires).collect());
+    let listening = Arc::clone(&lanes);
+    std::thread::spawn(move || listen(input, &listening));
+    if let ([request], [wires]) = (requests.as_slice(), lanes.as_slice()) {
+        let end = catch_unwind(AssertUnwindSafe(|| run::run(request, wires)))
+            .unwrap_or_else(|panic| Err(Error::Panic(run::words(&*panic))));
+        let Err(error) = end else { return ExitCode::SUCCESS };
+        wires.fail(&error);
+        return ExitCode::from(FAILED);
     }
+    let runs: Vec<(&Request, &dyn Control)> =
+        requests.iter().zip(lanes.iter()).map(|(request, wires)| (request, wires as &dyn Control)).collect();
+    cohort::run(&runs, &|lane, end| {
+        if let (Err(error), Some(wires)) = (end, lanes.get(lane)) {
+            wires.fail(&error);
+        }
+    });
+    ExitCode::SUCCESS
 }
 
-fn read_request(input: &mut impl BufRead) -> Result<Request, String> {
+fn read_requests(input: &mut impl BufRead) -> Result<Vec<Request>, String> {
     let mut line = String::new();
     input.read_line(&mut line).map_err(|error| format!("the request cannot be read: {error}"))?;
-    let request: Request =
-        serde_json::from_str(&line).map_err(|error| format!("the request is not understood: {error}"))?;
-    if request.version != VERSION {
-        return Err(format!("the request has version {}; this program reads {VERSION}", request.version));
+    let unclear = |error: serde_json::Error| format!("the request is not understood: {error}");
+    let value: serde_json::Value = serde_json::from_str(&line).map_err(unclear)?;
+    let requests = if value.get("lanes").is_some() {
+        let cohort: Cohort = serde_json::from_value(value).map_err(unclear)?;
+        check_version(cohort.version)?;
+        cohort.lanes
+    } else {
+        vec![serde_json::from_value(value).map_err(unclear)?]
+    };
+    requests.iter().try_for_each(|request| check_version(request.version))?;
+    if requests.is_empty() { Err("the request has no lane".to_owned()) } else { Ok(requests) }
+}
+
+fn check_version(version: u32) -> Result<(), String> {
+    if version == VERSION {
+        return Ok(());
     }
-    Ok(request)
+    Err(format!("the request has version {version}; this program reads {VERSION}"))
 }
 
 #[expect(clippy::exit, reason = "without its agent the process has nobody to report to")]
-fn listen<W: Write + Send>(input: impl BufRead, wires: &Wires<W>, work: &std::path::Path) {
+fn listen<W: Write + Send>(input: impl BufRead, lanes: &[Wires<W>]) {
     for line in input.lines() {
         let Ok(line) = line else { break };
-        match serde_json::from_str(&line) {
-            Ok(Command::CheckpointAndStop) => wires.stop.store(true, Ordering::Relaxed),
-            Ok(Command::Checkpoint) => wires.checkpoint.store(true, Ordering::Relaxed),
-            // The copy in the store is the one that counts; a folder that cannot be removed goes with the work folder.
-            Ok(Command::CheckpointStored { step }) => {
-                drop(std::fs::remove_dir_all(work.join(format!("checkpoint-{step}"))))
-            }
-            // A command of a newer agent: what this program does not know, it does not do.
-            Err(_) => {}
+        // A command of a newer agent: what this program does not know, it does not do.
+        if let Ok(told) = serde_json::from_str::<Tagged<Command>>(&line)
+            && let Some(wires) = lanes.get(told.lane as usize)
+        {
+            wires.hear(&told.message);
         }
     }
     std::process::exit(ORPHANED);

@@ -7,6 +7,11 @@ pub trait Control: Sync {
     /// Whether the run should write a checkpoint after the current step and end.
     fn stop_requested(&self) -> bool;
 
+    /// Whether the run should end after the current step without a checkpoint.
+    fn leave_requested(&self) -> bool {
+        false
+    }
+
     /// Whether the run should write a checkpoint after the current step; asking takes the request.
     fn take_checkpoint_request(&self) -> bool;
 

@@ -5,8 +5,9 @@
 //!
 //! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
 //!
-//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), `setup` (plan to parts) and
-//! [`component`], [`run`] (the loop), `engine`, [`steps`], `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
+//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it), `setup`
+//! (plan to parts) and [`component`], [`run`] (the loop), `engine`, [`steps`], `guard`, `checkpoint`, `pin`, `evaluate`,
+//! `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -26,6 +27,7 @@ pub mod error;
 pub mod protocol;
 
 pub mod attempt;
+pub mod cohort;
 pub mod component;
 pub mod control;
 pub mod run;

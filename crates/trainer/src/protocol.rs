@@ -1,7 +1,8 @@
 //! What a worker's agent and the process that trains say to each other: JSON, one message a line.
 //!
-//! The agent writes one [`Request`], then [`Command`]s, to the process's standard input and reads [`Event`]s from its
-//! standard output; standard error is the log. The process ends when its input ends, so that it never outlives its agent.
+//! The agent writes one [`Request`], or a [`Cohort`] of several that share the process as lanes, then [`Command`]s, to the
+//! process's standard input and reads [`Event`]s from its standard output; standard error is the log. What is said to or by
+//! a lane has its number, see [`Tagged`]. The process ends when its input ends, so that it never outlives its agent.
 //! It knows no server and no store: inputs are folders that the agent has verified, outputs are folders that it announces.
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use attune_spec::job::Plan;
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages; both sides are built together, so another version is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What is to be done. The first line of the process's input.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,14 +36,43 @@ pub struct Request {
     pub resume: Option<PathBuf>,
 }
 
+/// Several runs over one base, as lanes of one process: the first line of its input in place of a [`Request`]. Lanes are
+/// numbered by their place here, from 0; each ends for itself, and the process ends well when the last one has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cohort {
+    /// [`VERSION`].
+    pub version: u32,
+    /// What each lane is to do.
+    pub lanes: Vec<Request>,
+}
+
+/// A command to a lane, or an event of one. Without a number, as all messages of a process with one lane are, it is lane 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tagged<T> {
+    /// The lane.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub lane: u32,
+    /// What is said.
+    #[serde(flatten)]
+    pub message: T,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+const fn is_first(lane: &u32) -> bool {
+    *lane == 0
+}
+
 /// What the agent asks for while the run goes on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "command", rename_all = "snake_case")]
 pub enum Command {
     /// Write a checkpoint after the current step, then end.
     CheckpointAndStop,
     /// Write a checkpoint after the current step, and go on.
     Checkpoint,
+    /// End after the current step, without a checkpoint: nobody wants the result.
+    Leave,
     /// The announced checkpoint is stored; its folder may be deleted.
     CheckpointStored {
         /// The checkpoint's step.
@@ -211,7 +241,7 @@ pub enum Event {
         /// Where it lies.
         folder: PathBuf,
     },
-    /// The run has written its last checkpoint and ends, as it was asked to.
+    /// The run ends as it was asked to, after its last checkpoint unless it was asked to leave.
     Stopped {
         /// Steps done.
         step: Step,
@@ -244,5 +274,21 @@ mod tests {
         assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
         let command = Command::CheckpointStored { step: Step(5) };
         assert_eq!(serde_json::to_string(&command).unwrap(), r#"{"command":"checkpoint_stored","step":5}"#);
+    }
+
+    #[test]
+    fn the_first_lane_needs_no_number() {
+        let told = |lane| Tagged { lane, message: Command::CheckpointStored { step: Step(5) } };
+        for (lane, line) in [
+            (0, r#"{"command":"checkpoint_stored","step":5}"#),
+            (3, r#"{"lane":3,"command":"checkpoint_stored","step":5}"#),
+        ] {
+            assert_eq!(serde_json::to_string(&told(lane)).unwrap(), line);
+            assert_eq!(serde_json::from_str::<Tagged<Command>>(line).unwrap(), told(lane));
+        }
+        let event = Tagged { lane: 1, message: Event::Stopped { step: Step(2) } };
+        let line = serde_json::to_string(&event).unwrap();
+        assert_eq!(line, r#"{"lane":1,"event":"stopped","step":2}"#);
+        assert_eq!(serde_json::from_str::<Tagged<Event>>(&line).unwrap(), event);
     }
 }

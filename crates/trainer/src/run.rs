@@ -25,7 +25,7 @@ use crate::kernel;
 use crate::output;
 use crate::protocol::{Event, Metric, Phase, Request, Summary};
 use crate::resident;
-use crate::setup::{self, Prepared};
+use crate::setup::{self, Bases, Prepared};
 
 /// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
 /// hangs.
@@ -36,7 +36,7 @@ const EXCHANGE_DEADLINE: Duration = Duration::from_secs(600);
 pub enum End {
     /// It is done, and its outputs are announced.
     Finished(Summary),
-    /// It was asked to stop, and its last checkpoint is announced.
+    /// It was asked to stop, and its last checkpoint is announced unless it was asked to leave.
     Stopped(Step),
 }
 
@@ -45,7 +45,12 @@ pub enum End {
 /// # Errors
 /// [`Error`], by whose class the caller knows what can be done.
 pub fn run(request: &Request, control: &dyn Control) -> Result<End, Error> {
-    let prepared = setup::prepare(request, control)?;
+    run_over(&Bases::default(), request, control)
+}
+
+/// Runs a request to its end, over a base that other runs of this process may use as well.
+pub(crate) fn run_over(bases: &Bases, request: &Request, control: &dyn Control) -> Result<End, Error> {
+    let prepared = setup::prepare(request, control, bases)?;
     let resumed = match &request.resume {
         Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest, &prepared.pinned)?),
         None => None,
@@ -186,7 +191,13 @@ impl<'a> Rank<'a> {
             pinned: self.prepared.pinned.clone(),
         });
         while self.engine.step < total {
-            self.engine.stop_wanted = self.leads() && self.control.stop_requested();
+            let leaves = self.control.leave_requested();
+            if leaves && self.engine.collective.size() == 1 {
+                self.emit(Event::Stopped { step: self.engine.step });
+                return Ok(Some(End::Stopped(self.engine.step)));
+            }
+            // Several ranks leave together, like those that stop.
+            self.engine.stop_wanted = self.leads() && (leaves || self.control.stop_requested());
             self.step()?;
             let (done, plan) = (self.engine.step, &self.request.plan);
             let due = |every: Option<u64>| every.is_some_and(|every| done.0.is_multiple_of(every));
@@ -194,7 +205,9 @@ impl<'a> Rank<'a> {
                 self.measure()?;
             }
             if self.engine.stop_agreed && done < total {
-                self.save()?;
+                if !self.control.leave_requested() {
+                    self.save()?;
+                }
                 self.emit(Event::Stopped { step: done });
                 return Ok(self.leads().then_some(End::Stopped(done)));
             }
@@ -426,7 +439,7 @@ mod tests {
     fn with_rank<T>(plant: impl FnOnce(&mut Prepared), then: impl FnOnce(Rank<'_>) -> T) -> T {
         let small = Small::new();
         let (request, _work) = small.request(small.plan(&[]), 1, None);
-        let mut prepared = setup::prepare(&request, &Quiet).unwrap();
+        let mut prepared = setup::prepare(&request, &Quiet, &Bases::default()).unwrap();
         plant(&mut prepared);
         let rank = local::group::<Message>(1, EXCHANGE_DEADLINE).pop().unwrap();
         then(Rank::new(&request, &prepared, &Quiet, rank, None).unwrap())

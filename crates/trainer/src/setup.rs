@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use attune_architecture::{Architecture, HeadKind};
 use attune_artifacts::canonical;
@@ -16,7 +16,7 @@ use attune_points::engine::StepRule;
 use attune_points::{Bank, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, PlanSlot};
-use attune_spec::job::{Activations, Form, Plan};
+use attune_spec::job::{Activations, Form, Plan, Precision};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
@@ -45,21 +45,42 @@ pub(crate) struct Prepared {
     pub(crate) plan_digest: Digest,
 }
 
+/// The bases that the lanes of a process share: each is opened once.
+#[derive(Debug, Default)]
+pub(crate) struct Bases {
+    open: Mutex<BTreeMap<(PathBuf, Precision), Arc<Base>>>,
+}
+
+impl Bases {
+    /// The base in a folder.
+    fn open(&self, folder: &Path, precision: Precision) -> Result<Arc<Base>, Error> {
+        // Lanes that start together wait here for the first, which opens it.
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (folder.to_owned(), precision);
+        if let Some(base) = open.get(&key) {
+            return Ok(Arc::clone(base));
+        }
+        let base = Arc::new(Base::open(folder, precision)?);
+        open.insert(key, Arc::clone(&base));
+        Ok(base)
+    }
+}
+
 /// The name of a plan in a lineage.
 pub(crate) fn plan_digest(plan: &Plan) -> Digest {
     canonical::digest(&serde_json::to_value(plan).unwrap_or_default())
 }
 
 /// Reads everything that the plan names.
-pub(crate) fn prepare(request: &Request, control: &dyn Control) -> Result<Prepared, Error> {
+pub(crate) fn prepare(request: &Request, control: &dyn Control, bases: &Bases) -> Result<Prepared, Error> {
     let plan = &request.plan;
     let mut pinned = Pins::new();
     control.emit(Event::Starting { phase: Phase::Base });
     let base_folder = folder(request, &plan.base, &mut pinned)?;
     let base = if plan.from_scratch {
-        Base::from_scratch(&base_folder, plan.seed)?
+        Arc::new(Base::from_scratch(&base_folder, plan.seed)?)
     } else {
-        Base::open(&base_folder, plan.precision)?
+        bases.open(&base_folder, plan.precision)?
     };
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;

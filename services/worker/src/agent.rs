@@ -26,7 +26,8 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use crate::attempt::{self, Killed, News, Node, Order, Task, Wire};
+use crate::attempt::{News, Task, Wire};
+use crate::cohort::{self, Killed, Node, Order};
 use crate::node::{self, Home};
 use crate::outbox::Outbox;
 use crate::{Config, Error};
@@ -35,6 +36,8 @@ use crate::{Config, Error};
 const OUT_MESSAGES_MAX: usize = 16_384;
 /// News of attempts that may wait for the agent.
 const NEWS_MAX: usize = 256;
+/// Orders that may wait for a cohort: a few for each of its lanes.
+const ORDERS_MAX: usize = 64;
 /// Longest time for a scheduler to answer a connection and a registration.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest wait before the next try to connect.
@@ -85,15 +88,32 @@ pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
 /// A cohort on this node.
 #[derive(Debug)]
 struct Cohort {
-    attempt: AttemptId,
+    /// Its attempts that the scheduler has not let go, with what is to be said of them.
+    members: Vec<Member>,
     device: i32,
     device_count: u32,
     orders: mpsc::Sender<Order>,
-    outbox: Outbox,
     /// Its process and its task are gone.
     gone: bool,
     /// The scheduler has let it go.
     released: bool,
+}
+
+/// An attempt of a cohort.
+#[derive(Debug)]
+struct Member {
+    attempt: AttemptId,
+    outbox: Outbox,
+}
+
+impl Cohort {
+    fn has(&self, attempt: &AttemptId) -> bool {
+        self.members.iter().any(|member| member.attempt == *attempt)
+    }
+
+    fn member(&mut self, attempt: &AttemptId) -> Option<&mut Member> {
+        self.members.iter_mut().find(|member| member.attempt == *attempt)
+    }
 }
 
 /// A connection.
@@ -228,7 +248,7 @@ impl Agent {
     fn running(&self) -> Vec<v1::RunningCohort> {
         let running = |(id, cohort): (&CohortId, &Cohort)| v1::RunningCohort {
             cohort_id: id.0,
-            attempts: vec![(&cohort.attempt).into()],
+            attempts: cohort.members.iter().map(|member| (&member.attempt).into()).collect(),
             device: cohort.device,
             device_count: cohort.device_count,
         };
@@ -271,7 +291,7 @@ impl Agent {
     fn fence(&mut self) {
         self.lease = None;
         for (id, cohort) in self.cohorts.iter().filter(|(_, cohort)| !cohort.gone) {
-            tracing::warn!(cohort = %id, attempt = %cohort.attempt, "no word from the scheduler for a lease; ending it");
+            tracing::warn!(cohort = %id, "no word from the scheduler for a lease; ending it");
             // A full queue means that an order to stop waits there; the process is killed when the task is dropped.
             let _ = cohort.orders.try_send(Order::Kill(Killed::Fenced));
         }
@@ -295,7 +315,11 @@ impl Agent {
     fn news(&mut self, id: CohortId, news: News) {
         let Some(cohort) = self.cohorts.get_mut(&id) else { return };
         match news {
-            News::Report(report) => cohort.outbox.push(report),
+            News::Report(attempt, report) => {
+                if let Some(member) = cohort.member(&attempt) {
+                    member.outbox.push(report);
+                }
+            }
             News::Gone => {
                 cohort.gone = true;
                 if cohort.released {
@@ -313,8 +337,8 @@ impl Agent {
             return;
         }
         let Some(cohort) = self.cohorts.get_mut(&id) else { return };
-        let attempt = (&cohort.attempt).into();
-        for report in cohort.outbox.take_unsent(&attempt) {
+        let unsent = |member: &mut Member| member.outbox.take_unsent(&(&member.attempt).into());
+        for report in cohort.members.iter_mut().flat_map(unsent).collect::<Vec<_>>() {
             self.say(Say::AttemptReport(report));
         }
     }
@@ -331,16 +355,24 @@ impl Agent {
             Hear::HeartbeatAck(ack) => self.acknowledged(ack.sequence),
             Hear::LeaseOffer(offer) => self.offered(offer),
             Hear::StopAttempt(stop) => {
-                let purpose = stop.purpose();
-                let order = Order::Stop { purpose, grace: time::span(stop.grace.as_ref()) };
-                self.order(stop.attempt.as_ref(), order);
+                let (purpose, grace) = (stop.purpose(), time::span(stop.grace.as_ref()));
+                if let Ok(attempt) = id::attempt("attempt", stop.attempt.as_ref()) {
+                    self.order(Order::Stop { attempt: attempt.clone(), purpose, grace }, &attempt);
+                }
             }
-            Hear::DropAttempt(drop) => self.order(drop.attempt.as_ref(), Order::Kill(Killed::Released)),
+            Hear::DropAttempt(drop) => {
+                if let Ok(attempt) = id::attempt("attempt", drop.attempt.as_ref()) {
+                    self.order(Order::Drop { attempt: attempt.clone() }, &attempt);
+                    for cohort in self.cohorts.values_mut() {
+                        cohort.members.retain(|member| member.attempt != attempt);
+                    }
+                }
+            }
             Hear::KillCohort(kill) => self.killed(CohortId(kill.cohort_id)),
             Hear::ReportAck(ack) => {
                 let Ok(attempt) = id::attempt("attempt", ack.attempt.as_ref()) else { return Ok(()) };
-                if let Some(cohort) = self.cohorts.values_mut().find(|cohort| cohort.attempt == attempt) {
-                    cohort.outbox.acknowledged(ack.sequence);
+                if let Some(member) = self.cohorts.values_mut().find_map(|cohort| cohort.member(&attempt)) {
+                    member.outbox.acknowledged(ack.sequence);
                 }
             }
             Hear::DrainWorker(drain) => {
@@ -361,7 +393,7 @@ impl Agent {
         tracing::info!(worker = %self.worker, "registered with the scheduler");
         for id in self.cohorts.keys().copied().collect::<Vec<_>>() {
             if let Some(cohort) = self.cohorts.get_mut(&id) {
-                cohort.outbox.reconnected();
+                cohort.members.iter_mut().for_each(|member| member.outbox.reconnected());
             }
             self.send_reports(id);
         }
@@ -382,9 +414,8 @@ impl Agent {
         }
     }
 
-    fn order(&mut self, attempt: Option<&v1::AttemptRef>, order: Order) {
-        let Ok(attempt) = id::attempt("attempt", attempt) else { return };
-        if let Some(cohort) = self.cohorts.values().find(|cohort| cohort.attempt == attempt && !cohort.gone) {
+    fn order(&mut self, order: Order, attempt: &AttemptId) {
+        if let Some(cohort) = self.cohorts.values().find(|cohort| cohort.has(attempt) && !cohort.gone) {
             // A full queue already holds an order like this one: the scheduler repeats itself.
             let _ = cohort.orders.try_send(order);
         }
@@ -425,49 +456,54 @@ impl Agent {
             return Err((v1::LeaseRefusal::Busy, message));
         }
         let (device, device_count) = (offer.device, offer.device_count);
-        let [attempt] = <[_; 1]>::try_from(offer.attempts)
-            .map_err(|attempts| unsupported(&format!("{} attempts in one cohort", attempts.len())))?;
-        let key = id::attempt("attempt", attempt.attempt.as_ref())
-            .map_err(|faults| unsupported(&format!("the offer cannot be read: {faults:?}")))?;
-        let (orders, inbox) = mpsc::channel(16);
-        let cohort = Cohort {
-            attempt: key.clone(),
-            device,
-            device_count,
-            orders,
-            outbox: Outbox::default(),
-            gone: false,
-            released: false,
-        };
-        self.cohorts.insert(id, cohort);
+        if offer.attempts.is_empty() || (offer.attempts.len() > 1 && device_count != 1) {
+            return Err(unsupported(&format!("{} attempts on {device_count} devices", offer.attempts.len())));
+        }
+        let mut members = Vec::with_capacity(offer.attempts.len());
+        for attempt in &offer.attempts {
+            let attempt = id::attempt("attempt", attempt.attempt.as_ref())
+                .map_err(|faults| unsupported(&format!("the offer cannot be read: {faults:?}")))?;
+            members.push(Member { attempt, outbox: Outbox::default() });
+        }
+        let keys: Vec<AttemptId> = members.iter().map(|member| member.attempt.clone()).collect();
+        let (orders, inbox) = mpsc::channel(ORDERS_MAX);
+        self.cohorts.insert(id, Cohort { members, device, device_count, orders, gone: false, released: false });
         self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
-        match task(id, key, &attempt, device_count) {
-            Ok(task) => {
-                let (node, wire) = (Arc::clone(&self.node), Wire { cohort: id, news: self.news.clone() });
-                self.group.spawn(Background::new("attempt"), async move {
-                    attempt::run(node, task, inbox, wire).await;
-                    Ok::<_, std::convert::Infallible>(())
-                });
-            }
-            // The offer is taken and fails: the job is at fault, not this worker.
-            Err(faults) => {
-                let text = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-                let fault = |fault: &attune_spec::Fault| v1::FieldFault {
-                    path: fault.path.as_str().to_owned(),
-                    message: fault.message.clone(),
-                };
-                let failure = v1::Failure {
-                    cause: v1::FailureCause::SpecFault as i32,
-                    message: text,
-                    faults: faults.iter().map(fault).collect(),
-                    ..Default::default()
-                };
-                let outcome = Some(v1::attempt_finished::Outcome::Failed(failure));
-                self.news(id, News::Report(Report::Finished(v1::AttemptFinished { outcome })));
-                self.news(id, News::Gone);
+        let mut tasks = Vec::new();
+        for (key, attempt) in keys.into_iter().zip(&offer.attempts) {
+            match task(key.clone(), attempt, device_count) {
+                Ok(task) => tasks.push(task),
+                // The offer is taken and the attempt fails: the job is at fault, not this worker.
+                Err(faults) => {
+                    let outcome = Some(v1::attempt_finished::Outcome::Failed(spec_fault(&faults)));
+                    let finished = v1::AttemptFinished { outcome, shared: false };
+                    self.news(id, News::Report(key, Report::Finished(finished)));
+                }
             }
         }
+        if tasks.is_empty() {
+            self.news(id, News::Gone);
+            return Ok(());
+        }
+        let (node, wire) = (Arc::clone(&self.node), Wire { cohort: id, news: self.news.clone() });
+        self.group.spawn(Background::new("cohort"), async move {
+            cohort::run(node, tasks, inbox, wire).await;
+            Ok::<_, std::convert::Infallible>(())
+        });
         Ok(())
+    }
+}
+
+fn spec_fault(faults: &[attune_spec::Fault]) -> v1::Failure {
+    let fault = |fault: &attune_spec::Fault| v1::FieldFault {
+        path: fault.path.as_str().to_owned(),
+        message: fault.message.clone(),
+    };
+    v1::Failure {
+        cause: v1::FailureCause::SpecFault as i32,
+        message: faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+        faults: faults.iter().map(fault).collect(),
+        ..Default::default()
     }
 }
 
@@ -476,12 +512,7 @@ fn say(message: Say) -> v1::ConnectRequest {
 }
 
 /// What an offer asks for.
-fn task(
-    cohort: CohortId,
-    attempt: AttemptId,
-    offer: &v1::AttemptOffer,
-    ranks: u32,
-) -> Result<Task, Vec<attune_spec::Fault>> {
+fn task(attempt: AttemptId, offer: &v1::AttemptOffer, ranks: u32) -> Result<Task, Vec<attune_spec::Fault>> {
     let missing = || vec![attune_spec::Fault::new("", "is missing in the offer")];
     let spec = job::from_message(offer.spec.as_ref().ok_or_else(missing)?)?;
     let checkpoint = match offer.checkpoint.as_str() {
@@ -489,7 +520,6 @@ fn task(
         text => Some(id::field("checkpoint", text).map_err(|fault| vec![fault])?),
     };
     Ok(Task {
-        cohort,
         attempt,
         name: spec.name.to_string(),
         plan: plan(&spec, &offer.inputs)?,

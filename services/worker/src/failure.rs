@@ -3,8 +3,8 @@
 use attune_proto::v1::{Failure, FailureCause};
 use attune_trainer::protocol::FailureClass;
 
-use crate::attempt::Killed;
 use crate::child::{Exit, memory_kills};
+use crate::cohort::Killed;
 
 /// A failure for a cause.
 pub(crate) fn of(cause: FailureCause, message: impl Into<String>) -> Failure {

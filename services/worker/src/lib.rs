@@ -1,5 +1,5 @@
-//! The node agent: it offers a machine's devices to the scheduler, runs each attempt in a process of its own, and stores
-//! what the attempts make.
+//! The node agent: it offers a machine's devices to the scheduler, runs each attempt in a process of its own, or several
+//! as lanes of one, and stores what the attempts make.
 //!
 //! The one invariant: **nothing runs here that the scheduler may have given to somebody else.** A lease that was not
 //! renewed by this node's own clock ends its processes before it ends at the scheduler.
@@ -7,8 +7,8 @@
 //! Deliberately absent: training (it happens in the process that the agent starts, see `attune_trainer::attempt`),
 //! decisions about jobs (the scheduler's core), and the store's keys (bytes move through the artifact service).
 //!
-//! Reading order: [`Config`], `agent` (the stream to the scheduler), `attempt` (one attempt), `child` (its process),
-//! `upload` and [`transfer`] (artifacts).
+//! Reading order: [`Config`], `agent` (the stream to the scheduler), `cohort` (one process and its lanes), `attempt` (one of
+//! them), `child` (the process itself), `upload` and [`transfer`] (artifacts).
 
 pub mod transfer;
 
@@ -16,6 +16,7 @@ mod agent;
 mod attempt;
 mod child;
 mod clock;
+mod cohort;
 mod config;
 mod error;
 mod failure;

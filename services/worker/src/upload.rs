@@ -17,8 +17,9 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
-use crate::attempt::{Node, Task};
+use crate::attempt::Task;
 use crate::clock;
+use crate::cohort::Node;
 use crate::transfer::{self, PushError};
 
 /// First wait before a push is tried again; doubles up to the longest.

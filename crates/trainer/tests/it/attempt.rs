@@ -7,10 +7,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use attune_models::{Base, export};
 use attune_spec::id::Step;
 use attune_trainer::attempt::run_attempt;
-use attune_trainer::protocol::{Command, Event, FailureClass, Request};
+use attune_trainer::protocol::{Cohort, Command, Event, FailureClass, Request, Tagged, VERSION};
 use candle_core::{DType, Device, Tensor};
 
 use crate::support::{Small, files};
@@ -42,11 +41,11 @@ impl Read for Lines {
     }
 }
 
-type Reaction = Box<dyn FnMut(&Event) -> Option<Command> + Send>;
+type Reaction = Box<dyn FnMut(&Tagged<Event>) -> Option<Tagged<Command>> + Send>;
 
 /// The agent: hears events, and answers some with a command that is dealt with before the run goes on.
 struct Agent {
-    events: Arc<Mutex<Vec<Event>>>,
+    events: Arc<Mutex<Vec<Tagged<Event>>>>,
     line: Vec<u8>,
     commands: Sender<String>,
     asked: Receiver<()>,
@@ -60,7 +59,7 @@ impl Write for Agent {
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        let event: Event = serde_json::from_slice(&self.line).unwrap();
+        let event: Tagged<Event> = serde_json::from_slice(&self.line).unwrap();
         self.line.clear();
         let command = (self.reaction)(&event);
         self.events.lock().unwrap().push(event);
@@ -74,7 +73,15 @@ impl Write for Agent {
     }
 }
 
-fn attempt(first: &str, reaction: Reaction) -> (ExitCode, Vec<Event>) {
+/// Runs a process of one lane.
+fn attempt(first: &str, mut reaction: Box<dyn FnMut(&Event) -> Option<Command> + Send>) -> (ExitCode, Vec<Event>) {
+    let only = move |told: &Tagged<Event>| reaction(&told.message).map(|message| Tagged { lane: 0, message });
+    let (code, events) = process(first, Box::new(only));
+    assert!(events.iter().all(|told| told.lane == 0));
+    (code, events.into_iter().map(|told| told.message).collect())
+}
+
+fn process(first: &str, reaction: Reaction) -> (ExitCode, Vec<Tagged<Event>>) {
     let ((commands, lines), (asking, asked)) = (channel(), channel());
     commands.send(first.to_owned()).unwrap();
     let events = Arc::new(Mutex::new(Vec::new()));
@@ -134,6 +141,37 @@ fn a_checkpoint_on_demand_changes_nothing_and_its_folder_goes_once_it_is_stored(
     assert_eq!(files(&events), whole);
 }
 
+#[test]
+fn lanes_are_told_apart_by_their_numbers() {
+    let small = Small::with_weights();
+    let plan = |seed: &str| small.plan(&[("tune.from_scratch", "false"), ("tune.seed", seed)]);
+    let whole = ["1", "2", "3"].map(|seed| small.finish(plan(seed), 1).1);
+    let (requests, _works): (Vec<_>, Vec<_>) =
+        ["1", "2", "3", "4"].map(|seed| small.request(plan(seed), 1, None)).into_iter().unzip();
+    let first = serde_json::to_string(&Cohort { version: VERSION, lanes: requests }).unwrap();
+    let (code, events) = process(
+        &first,
+        Box::new(|told| match (told.lane, &told.message) {
+            (1, Event::Progress { step: Step(3), .. }) => Some(Tagged { lane: 1, message: Command::Checkpoint }),
+            (1, Event::Checkpoint { step, .. }) => {
+                Some(Tagged { lane: 1, message: Command::CheckpointStored { step: *step } })
+            }
+            (3, Event::Progress { step: Step(2), .. }) => Some(Tagged { lane: 3, message: Command::Leave }),
+            _ => None,
+        }),
+    );
+    assert_eq!(code, ExitCode::SUCCESS);
+    let of = |lane: u32| -> Vec<Event> {
+        events.iter().filter(|told| told.lane == lane).map(|told| told.message.clone()).collect()
+    };
+    for (lane, whole) in (0..).zip(&whole) {
+        assert!(files(&of(lane)) == *whole, "lane {lane}");
+        let saved = of(lane).iter().filter(|event| matches!(event, Event::Checkpoint { .. })).count();
+        assert_eq!(saved, usize::from(lane == 1), "lane {lane}");
+    }
+    assert_eq!(of(3).last(), Some(&Event::Stopped { step: Step(2) }), "who leaves writes nothing");
+}
+
 /// The last event of an attempt that fails.
 fn failure(first: &str) -> (FailureClass, String, Vec<String>) {
     let (code, mut events) = attempt(first, Box::new(|_| None));
@@ -150,11 +188,13 @@ fn failure(first: &str) -> (FailureClass, String, Vec<String>) {
 fn a_request_that_is_not_understood_is_a_failure() {
     let (class, message, _) = failure("{\"version\": 1}");
     assert_eq!(class, FailureClass::Internal);
+    let of_none = Cohort { version: VERSION, lanes: Vec::new() };
+    assert_eq!(failure(&serde_json::to_string(&of_none).unwrap()).1, "the request has no lane");
     assert!(message.starts_with("the request is not understood: missing field"), "{message}");
     let small = Small::new();
     let (mut request, _work) = small.request(small.plan(&[]), 1, None);
     request.version = 7;
-    assert_eq!(failure(&of(&request)).1, "the request has version 7; this program reads 1");
+    assert_eq!(failure(&of(&request)).1, "the request has version 7; this program reads 2");
 }
 
 fn rewrite(base: &Path, name: &str, tensor: Tensor) {
@@ -241,15 +281,8 @@ fn what_is_wrong_with_the_inputs_is_named_in_the_failure() {
         ),
     ];
     for (name, damage, expected, field) in cases {
-        let small = Small::new();
+        let small = Small::with_weights();
         let base = small.path("base");
-        let random = Base::from_scratch(&base, 1).unwrap();
-        let made = small.path("made");
-        export::write(&random, &std::collections::BTreeMap::new(), DType::F32, &base, &made).unwrap();
-        for entry in std::fs::read_dir(&made).unwrap() {
-            let entry = entry.unwrap();
-            std::fs::copy(entry.path(), base.join(entry.file_name())).unwrap();
-        }
         damage(&base);
         let plan = small.plan(&[("tune.from_scratch", "false"), ("tune.steps", "1")]);
         let (request, _work) = small.request(plan, 1, None);

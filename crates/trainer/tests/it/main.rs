@@ -4,6 +4,7 @@
 
 mod attempt;
 mod bits;
+mod cohort;
 mod faults;
 mod outputs;
 mod peft_steps;

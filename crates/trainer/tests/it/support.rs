@@ -64,6 +64,20 @@ impl Small {
         Self { folder }
     }
 
+    /// The same, and the base has random weights in a file.
+    pub(crate) fn with_weights() -> Self {
+        let small = Self::new();
+        let (base, made) = (small.path("base"), small.path("made"));
+        let random = attune_models::Base::from_scratch(&base, 1).unwrap();
+        let nothing = BTreeMap::new();
+        attune_models::export::write(&random, &nothing, candle_core::DType::F32, &base, &made).unwrap();
+        for entry in std::fs::read_dir(&made).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), base.join(entry.file_name())).unwrap();
+        }
+        small
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -129,6 +143,7 @@ pub(crate) fn files(events: &[Event]) -> BTreeMap<String, Vec<u8>> {
 pub(crate) struct Outside {
     pub(crate) events: Mutex<Vec<Event>>,
     pub(crate) stop_after: Option<u64>,
+    leave_after: Option<u64>,
     steps: AtomicU64,
 }
 
@@ -136,12 +151,20 @@ impl Outside {
     pub(crate) fn stopping_after(steps: u64) -> Self {
         Self { stop_after: Some(steps), ..Self::default() }
     }
+
+    pub(crate) fn leaving_after(steps: u64) -> Self {
+        Self { leave_after: Some(steps), ..Self::default() }
+    }
 }
 
 impl Control for Outside {
     fn stop_requested(&self) -> bool {
         // It is asked before each step: the stop comes with the step that makes the number full.
         self.stop_after.is_some_and(|after| self.steps.load(Ordering::Relaxed) + 1 >= after)
+    }
+
+    fn leave_requested(&self) -> bool {
+        self.leave_after.is_some_and(|after| self.steps.load(Ordering::Relaxed) >= after)
     }
 
     fn take_checkpoint_request(&self) -> bool {

@@ -166,7 +166,8 @@ impl Reports {
                         Taken::Step(input(Outcome::Stopped), Box::new(extra))
                     }
                     Some(attempt_finished::Outcome::Failed(failure)) => {
-                        let outcome = Outcome::Failed(log::cause(&failure));
+                        let cause = log::cause(&failure);
+                        let outcome = if finished.shared { Outcome::Crashed(cause) } else { Outcome::Failed(cause) };
                         extra.failure = Some(failure);
                         Taken::Step(input(outcome), Box::new(extra))
                     }

@@ -67,24 +67,47 @@ impl Scheduler {
     }
 
     pub(crate) fn offer(&self, cohort: u64, changes: &[(&str, &str)]) -> AttemptRef {
+        self.offer_lanes(cohort, 1, changes).remove(0)
+    }
+
+    /// Offers a cohort of so many attempts of the same job file.
+    pub(crate) fn offer_lanes(&self, cohort: u64, n_lanes: u64, changes: &[(&str, &str)]) -> Vec<AttemptRef> {
         let mut value = read_yaml(JOB).unwrap();
         for (path, text) in changes {
             set_path(&mut value, path, text).unwrap();
         }
         let spec = read_value(&value, Catalogue::embedded()).unwrap();
-        let attempt = AttemptRef { project: "default".to_owned(), job_id: format!("j{cohort}"), epoch: cohort };
+        let attempt = |lane| AttemptRef {
+            project: "default".to_owned(),
+            job_id: if lane == 0 { format!("j{cohort}") } else { format!("j{cohort}-{lane}") },
+            epoch: cohort,
+        };
+        let attempts: Vec<AttemptRef> = (0..n_lanes).map(attempt).collect();
+        let offer = |attempt: &AttemptRef| v1::AttemptOffer {
+            attempt: Some(attempt.clone()),
+            spec: Some(job::to_message(&spec).unwrap()),
+            ..Default::default()
+        };
         self.say(Say::LeaseOffer(v1::LeaseOffer {
             cohort_id: cohort,
-            attempts: vec![v1::AttemptOffer {
-                attempt: Some(attempt.clone()),
-                spec: Some(job::to_message(&spec).unwrap()),
-                ..Default::default()
-            }],
+            attempts: attempts.iter().map(offer).collect(),
             device: v1::DeviceKind::Cpu as i32,
             device_count: 1,
             ..Default::default()
         }));
-        attempt
+        attempts
+    }
+
+    /// How an attempt of a cohort ended, and whether its process took others with it.
+    pub(crate) async fn end_of(&self, attempt: &AttemptRef) -> (Outcome, bool) {
+        self.wait("end of the attempt", |said| match said {
+            Said::AttemptReport(report) if report.attempt.as_ref() == Some(attempt) => match report.report.as_ref()? {
+                Report::Finished(finished) => Some((finished.outcome.clone()?, finished.shared)),
+                _ => None,
+            },
+            _ => None,
+        })
+        .await
     }
 
     /// Waits until something that was said fits.

@@ -1,0 +1,166 @@
+//! Lanes: several runs over one base in one process, each with the bytes of the run alone.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use attune_spec::job::Plan;
+use attune_trainer::control::Control;
+use attune_trainer::protocol::{Event, Request};
+use attune_trainer::{Error, cohort, run::End};
+
+use crate::support::{Outside, Small, files};
+
+/// What each lane differs in: rank, targets, data, length, batch, seed, optimiser, dropout.
+const LANES: [&[(&str, &str)]; 3] = [
+    &[
+        ("tune.adapter.rank", "2"),
+        ("tune.adapter.targets", "[q_proj, v_proj]"),
+        ("tune.steps", "6"),
+        ("tune.seed", "1"),
+    ],
+    &[
+        ("tune.adapter", "{method: lora, rank: 5, alpha: 3}"),
+        ("data.domains", "[{name: sums, source: ./sums.jsonl}]"),
+        ("data.max_length", "24"),
+        ("tune.batch_tokens", "96"),
+        ("tune.optimizer", "{method: adamw, lr: 0.02, weight_decay: 0.1}"),
+        ("tune.schedule", "{method: constant}"),
+        ("tune.accumulation", "2"),
+        ("tune.seed", "2"),
+    ],
+    &[
+        ("tune.adapter", "{method: lora, rank: 3, alpha: 8, dropout: 0.3, targets: [down_proj, k_proj]}"),
+        ("tune.logical_shards", "2"),
+        ("tune.evaluate.every_steps", "3"),
+        ("tune.max_grad_norm", "0.01"),
+        ("tune.steps", "8"),
+        ("tune.seed", "3"),
+    ],
+];
+
+fn plan(small: &Small, changes: &[(&str, &str)]) -> Plan {
+    small.plan(&[&[("tune.from_scratch", "false")], changes].concat())
+}
+
+type Files = BTreeMap<String, Vec<u8>>;
+
+/// Runs plans side by side; how each ended, and what it left if it finished.
+fn together(small: &Small, plans: Vec<Plan>, outsides: &[Outside]) -> Vec<(Result<End, Error>, Option<Files>)> {
+    let (requests, _works): (Vec<Request>, Vec<_>) = plans.into_iter().map(|plan| small.request(plan, 1, None)).unzip();
+    let lanes: Vec<(&Request, &dyn Control)> =
+        requests.iter().zip(outsides).map(|(request, outside)| (request, outside as &dyn Control)).collect();
+    let ends: Mutex<BTreeMap<usize, Result<End, Error>>> = Mutex::default();
+    cohort::run(&lanes, &|lane, end| assert!(ends.lock().unwrap().insert(lane, end).is_none()));
+    let ends = ends.into_inner().unwrap();
+    assert_eq!(ends.len(), lanes.len(), "each lane ends once");
+    let left = |(end, outside): (Result<End, Error>, &Outside)| {
+        let is_done = matches!(end, Ok(End::Finished(_)));
+        let files = is_done.then(|| files(&outside.events.lock().unwrap()));
+        (end, files)
+    };
+    ends.into_values().zip(outsides).map(left).collect()
+}
+
+fn outsides(n: usize) -> Vec<Outside> {
+    (0..n).map(|_| Outside::default()).collect()
+}
+
+fn alone(small: &Small) -> Vec<Files> {
+    LANES.iter().map(|changes| small.finish(plan(small, changes), 1).1).collect()
+}
+
+#[test]
+fn lanes_leave_the_bytes_of_the_runs_alone() {
+    let small = Small::with_weights();
+    let alone = alone(&small);
+    for order in [[0, 1, 2], [2, 0, 1]] {
+        let plans = order.iter().map(|lane| plan(&small, LANES[*lane])).collect();
+        let outsides = outsides(3);
+        let ends = together(&small, plans, &outsides);
+        for (lane, (end, files)) in order.iter().zip(ends) {
+            assert!(files.as_ref() == Some(&alone[*lane]), "lane {lane} beside others: {end:?}");
+        }
+        // Each has its own events: as many steps as it has.
+        let steps = |outside: &Outside| {
+            let events = outside.events.lock().unwrap();
+            events.iter().filter(|event| matches!(event, Event::Progress { .. })).count()
+        };
+        assert_eq!(outsides.iter().map(steps).collect::<Vec<_>>(), order.map(|lane| [6, 10, 8][lane]));
+    }
+}
+
+#[test]
+fn a_lane_that_fails_stops_or_leaves_changes_nothing_for_the_others() {
+    let small = Small::with_weights();
+    std::fs::write(small.path("bad.jsonl"), "{\"text\": \"a\"}\n{\"text\": 1}\n").unwrap();
+    let alone = alone(&small);
+    let explodes = [
+        ("tune.optimizer", "{method: adamw, lr: 10, weight_decay: 1}"),
+        ("tune.adapter.targets", "down_proj"),
+        ("tune.steps", "50"),
+    ];
+    let mut plans: Vec<Plan> = LANES.iter().map(|changes| plan(&small, changes)).collect();
+    plans.push(plan(&small, &explodes));
+    plans.push(plan(&small, &[("data.domains[1].source", "./bad.jsonl")]));
+    plans.push(plan(&small, &[("tune.seed", "9")]));
+    plans.push(plan(&small, &[("tune.steps", "30")]));
+    let mut outsides = outsides(5);
+    outsides.extend([Outside::stopping_after(4), Outside::leaving_after(5)]);
+    let mut ends = together(&small, plans, &outsides).into_iter();
+    for (lane, alone) in alone.iter().enumerate() {
+        let (end, files) = ends.next().unwrap();
+        assert!(files.as_ref() == Some(alone), "lane {lane} beside others: {end:?}");
+    }
+    let mut end = || ends.next().unwrap().0;
+    let message = end().unwrap_err().to_string();
+    assert!(message.contains("is not finite at step"), "{message}");
+    let message = end().unwrap_err().to_string();
+    assert!(message.contains("bad.jsonl:2: "), "{message}");
+    assert!(matches!(end(), Ok(End::Stopped(step)) if step.0 == 4));
+    assert!(matches!(end(), Ok(End::Stopped(step)) if step.0 == 5));
+    let saved = |outside: &Outside| {
+        let events = outside.events.lock().unwrap();
+        events.iter().any(|event| matches!(event, Event::Checkpoint { .. }))
+    };
+    assert_eq!((saved(&outsides[5]), saved(&outsides[6])), (true, false), "who leaves writes nothing");
+}
+
+#[test]
+fn a_lane_that_panics_is_alone_with_it() {
+    struct Clumsy(Outside);
+    impl Control for Clumsy {
+        fn stop_requested(&self) -> bool {
+            panic!("dropped the baton")
+        }
+        fn take_checkpoint_request(&self) -> bool {
+            false
+        }
+        fn emit(&self, event: Event) {
+            self.0.emit(event);
+        }
+    }
+    let small = Small::with_weights();
+    let (_, whole) = small.finish(plan(&small, LANES[0]), 1);
+    let (first, _work) = small.request(plan(&small, LANES[0]), 1, None);
+    let (second, _work2) = small.request(plan(&small, LANES[1]), 1, None);
+    let (outside, clumsy) = (Outside::default(), Clumsy(Outside::default()));
+    let ends: Mutex<BTreeMap<usize, String>> = Mutex::default();
+    cohort::run(&[(&first, &outside), (&second, &clumsy)], &|lane, end| {
+        let text = end.map_or_else(|error| error.to_string(), |_| "done".to_owned());
+        ends.lock().unwrap().insert(lane, text);
+    });
+    let ends = ends.into_inner().unwrap();
+    assert_eq!(ends[&0], "done");
+    assert!(ends[&1].contains("dropped the baton"), "{ends:?}");
+    assert!(files(&outside.events.into_inner().unwrap()) == whole);
+}
+
+#[test]
+fn a_run_of_several_ranks_is_no_lane() {
+    let small = Small::with_weights();
+    let (request, _work) = small.request(plan(&small, &[]), 2, None);
+    cohort::run(&[(&request, &Outside::default())], &|_, end| {
+        let message = end.unwrap_err().to_string();
+        assert!(message.contains("makes 2 ranks; a job that shares its base has one"), "{message}");
+    });
+}
