@@ -109,7 +109,7 @@ async fn disturbed(seed: u64, base: &str) -> BTreeMap<String, String> {
 }
 
 /// The demonstration's world and a base that was trained on it for a few steps; gives the base's digest.
-async fn prepare(cluster: &Cluster) -> String {
+pub(crate) async fn prepare(cluster: &Cluster) -> String {
     world(&cluster.path("world"));
     let set = SMALL.into_iter().chain(["tune.steps=4"]).collect::<Vec<_>>();
     let id = cluster.submit(&cluster.path("world/text.yaml"), &set);

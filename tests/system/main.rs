@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
 
 mod kills;
+mod lanes;
 mod main_job;
 mod support;
 mod wrong_input;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use attune_architecture::{Architecture, Site, SiteKind, targets};
-use attune_artifacts::Kind;
+use attune_artifacts::{Kind, canonical};
 use attune_proto::error::invalid_argument;
 use attune_proto::v1;
 use attune_spec::id::{Digest, Project};
@@ -14,6 +14,7 @@ use attune_spec::method::Catalogue;
 use attune_spec::method::SiteKind as MethodSite;
 use attune_spec::{Fault, FieldPath};
 use attune_store::job::Input;
+use serde_json::json;
 use tonic::Status;
 
 use crate::context::Context;
@@ -234,8 +235,13 @@ async fn config_of(context: &Context, project: &Project, digest: &Digest) -> Res
     Ok(Ok(context.blobs.bytes(project, file.blob()).await.map_err(read)?.to_vec()))
 }
 
-/// What the core must know of a specification.
-pub(crate) fn request(spec: &JobSpec) -> attune_scheduler_core::Request {
+/// What jobs that share a process must have in common, beside their project and resources; nothing for a job that runs alone.
+fn share_key(spec: &JobSpec, plan: &Plan) -> Option<Digest> {
+    spec.resources.share_base.then(|| canonical::digest(&json!({"base": plan.base, "precision": plan.precision})))
+}
+
+/// What the core must know of a specification and its plan.
+pub(crate) fn request(spec: &JobSpec, plan: &Plan) -> attune_scheduler_core::Request {
     use attune_scheduler_core as core;
     use std::num::NonZeroU32;
     let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
@@ -252,6 +258,6 @@ pub(crate) fn request(spec: &JobSpec) -> attune_scheduler_core::Request {
         },
         max_attempts: at_least_one(spec.limits.max_attempts),
         after: spec.after.iter().cloned().collect(),
-        share: None,
+        share: share_key(spec, plan),
     }
 }

@@ -149,6 +149,7 @@ fn resources(spec: &Resources) -> v1::ResourceSpec {
             Device::Any => v1::DeviceKind::Unspecified,
             Device::Cpu => v1::DeviceKind::Cpu,
         } as i32,
+        share_base: spec.share_base,
     }
 }
 
@@ -250,6 +251,7 @@ impl Reader {
             "workers": spec.workers,
             "devices_per_worker": spec.devices_per_worker,
             "device": self.word::<v1::DeviceKind>(spec.device, "resources.device"),
+            "share_base": Some(spec.share_base),
         }
     }
 
@@ -425,6 +427,13 @@ tune: {adapter: {method: full}, steps: 3}
             let spec = read_value(&value, Catalogue::embedded()).unwrap();
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec, "{path}");
         }
+        let spec = read(
+            &SHORT
+                .replace("method: full", "method: lora")
+                .replace("steps: 3}", "steps: 3}\nresources: {share_base: true}"),
+        );
+        assert!(spec.resources.share_base);
+        assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
     }
 
     #[test]

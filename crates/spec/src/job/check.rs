@@ -10,7 +10,7 @@ use super::plan::logical_shards;
 use super::tune::SlotSpec;
 use super::{JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
-use crate::method::{Catalogue, MethodRef, Point, schema};
+use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 
 static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
     let schema = JobSpec::schema();
@@ -86,6 +86,7 @@ pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     slots(spec, catalogue, &mut faults);
     data(spec, &mut faults);
     shards(spec, &mut faults);
+    share(spec, catalogue, &mut faults);
     if spec.outputs.merged_tag.is_some() && !spec.outputs.merged {
         faults.push(Fault::new("outputs.merged_tag", "is given, but `outputs.merged` is false"));
     }
@@ -151,6 +152,29 @@ fn data(spec: &JobSpec, faults: &mut Vec<Fault>) {
     check("validation", spec.data.validation.iter().map(|set| set.name.to_string()).collect());
     if spec.data.domains.iter().all(|domain| domain.weight == 0.0) {
         faults.push(Fault::new("data.domains", "all have weight 0; expected one above"));
+    }
+}
+
+/// A base is shared as it is: whoever changes it, or splits its run over devices, needs a process alone.
+fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    if !spec.resources.share_base {
+        return;
+    }
+    let mut refuse = |what: &str| {
+        let message = format!("is true, but {what}; a shared base is frozen, and each job on it has one device");
+        faults.push(Fault::new("resources.share_base", message));
+    };
+    if spec.tune.from_scratch {
+        refuse("`tune.from_scratch` makes a base of the job's own");
+    }
+    if spec.resources.workers * spec.resources.devices_per_worker != 1 {
+        refuse("the job asks for several devices");
+    }
+    for (path, slot) in spec.tune.slots() {
+        let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
+        if method.is_some_and(|method| method.merges == Merges::Weight) {
+            refuse(&format!("`{path}` trains the weights of the base"));
+        }
     }
 }
 

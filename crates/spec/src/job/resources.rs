@@ -29,11 +29,15 @@ pub struct Resources {
     pub devices_per_worker: u32,
     /// The kind of device.
     pub device: Device,
+    /// Whether the job may run in one process with others of its project that train adapters on the same base, in the same
+    /// precision, on the same kind of device: they hold the base in memory once. What it learns is bit for bit what it
+    /// learns alone. The job then waits a moment in the queue for others.
+    pub share_base: bool,
 }
 
 impl Default for Resources {
     fn default() -> Self {
-        Self { workers: 1, devices_per_worker: 1, device: Device::Any }
+        Self { workers: 1, devices_per_worker: 1, device: Device::Any, share_base: false }
     }
 }
 

@@ -96,6 +96,11 @@ fn each_fault_has_its_path_and_says_what_would_do() {
             json!(3),
             "`resources.devices_per_worker` makes 3 ranks, which do not divide the 8 logical shards",
         ),
+        (
+            "resources",
+            json!({"share_base": true, "devices_per_worker": 2}),
+            "`resources.share_base` is true, but the job asks for several devices",
+        ),
         ("outputs.tag", json!("a:b:c"), "`outputs.tag` is wrong: tag \"a:b:c\" is not valid"),
         ("outputs.merged_tag", json!("m"), "`outputs.merged_tag` is given, but `outputs.merged` is false"),
         ("base", json!(null), "`base` is null; expected a text"),
@@ -103,6 +108,20 @@ fn each_fault_has_its_path_and_says_what_would_do() {
     for (path, value, expected) in cases {
         let faults = faults(&[(path, value.clone())]);
         assert!(faults.iter().any(|fault| fault.starts_with(expected)), "{path}: {value}: {faults:#?}");
+    }
+}
+
+#[test]
+fn a_base_is_shared_only_as_it_is() {
+    let share = ("resources.share_base", json!(true));
+    assert_eq!(faults(&[share.clone()]), [""; 0]);
+    for (changed, expected) in [
+        (("tune.adapter", json!({"method": "full"})), "`tune.adapter` trains the weights of the base"),
+        (("tune.from_scratch", json!(true)), "`tune.from_scratch` makes a base of the job's own"),
+    ] {
+        let faults = faults(&[share.clone(), changed]);
+        let wanted = format!("`resources.share_base` is true, but {expected}");
+        assert!(faults.iter().any(|fault| fault.starts_with(&wanted)), "{faults:#?}");
     }
 }
 
