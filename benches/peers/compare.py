@@ -51,6 +51,8 @@ CASES = [
     Case("M", "lora", "f32", 1, 3),
     Case("M", "lora", "bf16", 1, 3),
 ]
+# Eight jobs on one base, side by side against in turn, by tokens of a job's step: Attune against itself.
+LANES = {f"S-lanes-{precision}-{tokens}": (precision, tokens) for precision, tokens in (("f32", 256), ("bf16", 256), ("f32", 32))}
 
 
 def environment():
@@ -148,6 +150,16 @@ class Comparison:
         return Result(case, lines["attune"], lines["torch"])
 
 
+    def lanes(self, name, rounds):
+        say(f"== {name}")
+        precision, tokens = LANES[name]
+        line = process([self.step, "lanes", precision, str(rounds), str(tokens)])
+        self.keep(line)
+        for each in line["rounds"]:
+            say(f"  {each['in_turn']['tokens_per_second']:.1f} tokens/s in turn, {each['together']['tokens_per_second']:.1f} together")
+        return line
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
@@ -188,6 +200,19 @@ def spread(values):
     return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
+def lanes_row(line):
+    each = line["rounds"]
+    of = lambda side, what: [r[side][what] for r in each]  # noqa: E731
+    memory = [statistics.median(of(side, "peak_mib")) for side in ("in_turn", "together")]
+    cells = [
+        line["case"], spread(of("in_turn", "tokens_per_second")), spread(of("together", "tokens_per_second")),
+        *(f"**{statistics.median(r[what] for r in each):.2f}** ({min(r[what] for r in each):.2f}–{max(r[what] for r in each):.2f})"
+          for what in ("ratio", "cpu_ratio")),
+        ", ".join(f"{m:.0f}" for m in memory),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def machine():
     with open("/proc/cpuinfo") as f:
         fields = dict(line.split(":", 1) for line in f.read().split("\n\n")[0].splitlines() if ":" in line)
@@ -211,9 +236,10 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--evidence", type=Path, help="JSON lines are added to this file")
     a = p.parse_args()
-    chosen = [c for c in CASES if not a.cases or any(c.name.startswith(name) for name in a.cases)]
-    if not chosen:
-        sys.exit(f"no case begins with {a.cases}; there are {[c.name for c in CASES]}")
+    is_chosen = lambda known: not a.cases or any(known.startswith(name) for name in a.cases)  # noqa: E731
+    chosen, lanes = [c for c in CASES if is_chosen(c.name)], [name for name in LANES if is_chosen(name)]
+    if not chosen and not lanes:
+        sys.exit(f"no case begins with {a.cases}; there are {[c.name for c in CASES] + list(LANES)}")
     a.out.mkdir(parents=True, exist_ok=True)
     compare = Comparison(a.step.resolve(), a.out.resolve(), a.evidence)
     here = machine()
@@ -224,6 +250,7 @@ def main():
     compare.keep({"machine": here, "peaks": peaks, "torch_import_mib": floor["imported_mib"]})
     gemm_peak = max(v for k, v in flat(peaks) if "gemm" in k and "f32" in k)
     results = [compare.run(case, a.rounds) for case in chosen]
+    lanes = [compare.lanes(name, a.rounds) for name in lanes]
 
     print("| case | Attune, tokens/s | PyTorch, tokens/s | ratio | Attune, MiB | PyTorch, MiB | ratio | of the f32 GEMM peak | losses differ by |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -232,6 +259,9 @@ def main():
     print("\n| case | step, ms | of these |\n|---|---|---|")
     for result in results:
         print(result.breakdown())
+    print("\n| case | in turn, tokens/s | together, tokens/s | ratio | by processor time | MiB in turn, together |\n|---|---|---|---|---|---|")
+    for line in lanes:
+        print(lanes_row(line))
     off = [r.case.name for r in results if r.losses_differ_by() > LOSS_TOLERANCE]
     if off:
         sys.exit(f"losses differ by more than {LOSS_TOLERANCE}: {', '.join(off)}")

@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::Error;
 use crate::folder;
-use crate::pass::Activations;
+use crate::pass::{Activations, Arena};
 
 /// A model's architecture and frozen weights.
 #[derive(Debug)]
@@ -22,12 +22,19 @@ pub struct Base {
     tie: Option<(SiteId, SiteId)>,
     matrices: BTreeMap<TensorName, FrozenWeight>,
     vectors: BTreeMap<TensorName, Tensor>,
+    /// The buffers of passes over it.
+    arena: Arena,
 }
 
 impl Base {
     fn empty(architecture: Architecture) -> Self {
         let tie = architecture.tie();
-        Self { architecture, tie, matrices: BTreeMap::new(), vectors: BTreeMap::new() }
+        Self { architecture, tie, matrices: BTreeMap::new(), vectors: BTreeMap::new(), arena: Arena::default() }
+    }
+
+    /// Where passes take their buffers from: all models over this base together.
+    pub const fn arena(&self) -> &Arena {
+        &self.arena
     }
 
     /// Opens a Hugging Face folder. Matrices that are stored in the asked precision stay mapped files; others are converted

@@ -38,6 +38,6 @@ pub mod generate;
 pub use base::Base;
 pub use error::Error;
 pub use generate::{Generated, Sampling};
-pub use model::{Model, Pass};
+pub use model::{Model, Pass, Together, grad_together, score_together};
 pub use routing::{Auxiliary, LoadBalance, Routing};
 pub use stack::{Slot, Stack};

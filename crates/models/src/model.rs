@@ -52,7 +52,6 @@ pub struct Model {
     head: Head,
     auxiliary: Option<Arc<dyn Auxiliary>>,
     how: How,
-    arena: Arena,
 }
 
 impl Model {
@@ -60,7 +59,7 @@ impl Model {
     pub fn new(base: impl Into<Arc<Base>>, stack: Stack) -> Self {
         let base = base.into();
         let (trunk, head) = (trunk(base.architecture()), Head::new(base.architecture()));
-        Self { base, stack, trunk, head, auxiliary: None, how: How::Views, arena: Arena::default() }
+        Self { base, stack, trunk, head, auxiliary: None, how: How::Views }
     }
 
     /// The same model computing by its blocks' graphs, which define it, in 64 bits: what tests hold the engine to. The
@@ -86,7 +85,7 @@ impl Model {
 
     fn machine(&self) -> Machine<'_> {
         let auxiliary = self.auxiliary.as_deref();
-        Machine { base: &self.base, trunk: &self.trunk, head: &self.head, auxiliary, arena: &self.arena }
+        Machine { base: &self.base, trunk: &self.trunk, head: &self.head, auxiliary, arena: self.base.arena() }
     }
 
     fn task<'a>(&'a self, pass: &Pass<'a>, objective: &'a dyn Objective, scale: f64) -> Task<'a> {
@@ -145,7 +144,7 @@ impl Model {
 
     /// The buffers that its passes use again.
     pub fn arena(&self) -> &Arena {
-        &self.arena
+        self.base.arena()
     }
 
     /// The components.
@@ -443,6 +442,78 @@ impl Model {
         let tracked = leaves.iter().cloned().collect();
         Ok((leaves, tracked))
     }
+}
+
+/// A model's parts of a pass over several models.
+#[derive(Clone, Copy)]
+pub struct Together<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// Its parts.
+    pub passes: &'a [Pass<'a>],
+    /// The loss of its parts.
+    pub objective: &'a dyn Objective,
+    /// Factor on the loss before gradients are taken.
+    pub scale: f64,
+}
+
+/// The gradients of `scale × (sum of losses)` of the parts of several models, each into its own sink as if it were alone, with
+/// their losses and where the time went; sinks and losses in the order of models and their parts. Models over one [`Base`] go
+/// through it in one pass.
+///
+/// # Errors
+/// Whatever the pass raises.
+pub fn grad_together(
+    models: &[Together<'_>],
+    keep: Keep,
+    sinks: &mut [&mut dyn GradSink],
+) -> Result<(Vec<LossReport>, Times)> {
+    if let Some(machine) = one_machine(models) {
+        return walk::grads(&machine, &tasks(models), keep, sinks);
+    }
+    let (mut reports, mut times, mut rest) = (Vec::new(), Times::default(), sinks);
+    for one in models {
+        let (own, others) = rest.split_at_mut(one.passes.len());
+        let (of_one, took) = one.model.grad_parts(one.passes, one.objective, one.scale, keep, own)?;
+        reports.extend(of_one);
+        times += took;
+        rest = others;
+    }
+    Ok((reports, times))
+}
+
+/// The losses of the parts of several models, in their order, and where the time went.
+///
+/// # Errors
+/// Whatever the pass raises.
+pub fn score_together(models: &[Together<'_>]) -> Result<(Vec<LossReport>, Times)> {
+    if let Some(machine) = one_machine(models) {
+        return walk::score(&machine, &tasks(models));
+    }
+    let (mut reports, mut times) = (Vec::new(), Times::default());
+    for one in models {
+        let (of_one, took) = one.model.score_parts(one.passes, one.objective)?;
+        reports.extend(of_one);
+        times += took;
+    }
+    Ok((reports, times))
+}
+
+/// What a pass over all of these runs on, if they have it in common.
+fn one_machine<'a>(models: &[Together<'a>]) -> Option<Machine<'a>> {
+    let first = models.first()?.model;
+    let is_alike = |one: &Together<'_>| {
+        Arc::ptr_eq(&one.model.base, &first.base) && one.model.how == How::Views && one.model.auxiliary.is_none()
+    };
+    models.iter().all(is_alike).then(|| first.machine())
+}
+
+fn tasks<'a>(models: &[Together<'a>]) -> Vec<Task<'a>> {
+    let of_one = |one: &Together<'a>| {
+        let Together { model, passes, objective, scale } = *one;
+        passes.iter().map(move |pass| model.task(pass, objective, scale))
+    };
+    models.iter().flat_map(of_one).collect()
 }
 
 /// The inputs of blocks that the forward walk keeps for the reverse one.

@@ -22,6 +22,7 @@ use candle_core::{Device, Tensor};
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
+use crate::together::{Company, Piece, Wanted};
 
 /// What ranks send one another.
 #[derive(Debug, Clone)]
@@ -34,7 +35,7 @@ pub(crate) enum Message {
 
 /// What all ranks of a run share.
 pub(crate) struct Shared {
-    pub(crate) model: Model,
+    pub(crate) model: Arc<Model>,
     pub(crate) objective: Arc<dyn Objective>,
     pub(crate) optimizer: Box<dyn Optimizer>,
     pub(crate) schedule: Box<dyn Schedule>,
@@ -92,6 +93,8 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) rows_per_pass: usize,
     /// Where time went since it was last looked at.
     pub(crate) spent: Spent,
+    /// The lanes beside which it runs.
+    pub(crate) company: Option<Company<'a>>,
     /// Steps done.
     pub(crate) step: Step,
     /// Whether this rank was asked to stop; told to the others with the next gradients.
@@ -118,6 +121,46 @@ impl RankEngine<'_> {
         let all = self.collective.exchange(parts).map_err(|error| Error::Refused(error.to_string()));
         self.spent.collective += watch.elapsed();
         all
+    }
+
+    /// One pass over some micro-batches: for each its gradients, if they are wanted, and its loss. Beside other lanes it is
+    /// made with theirs.
+    pub(crate) fn pass(
+        &mut self,
+        at: &Theta,
+        group: &[(u32, Arc<Layout>)],
+        dropout: Option<Dropout>,
+        of: &dyn Objective,
+        wanted: Option<Wanted>,
+    ) -> Result<Vec<(Grads, LossReport)>> {
+        let shared = self.shared;
+        // Another objective than the run's own may not outlive this call, and the others wait that long.
+        let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&shared.objective));
+        let (found, times) = if let Some(company) = self.company.filter(|_| is_own) {
+            company.pass(Piece {
+                model: Arc::clone(&shared.model),
+                objective: Arc::clone(&shared.objective),
+                theta: at.clone(),
+                layouts: group.iter().map(|(_, layout)| Arc::clone(layout)).collect(),
+                dropout,
+                wanted,
+            })?
+        } else {
+            let passes: Vec<Pass<'_>> = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout }).collect();
+            let tensors = wanted.as_ref().map(|wanted| wanted.tensors.as_slice()).unwrap_or_default();
+            let mut sinks: Vec<Grads> = group.iter().map(|_| Grads::wanting(tensors.iter().cloned())).collect();
+            let (reports, times) = match &wanted {
+                Some(Wanted { scale, keep, .. }) => {
+                    let mut given: Vec<&mut dyn GradSink> =
+                        sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
+                    shared.model.grad_parts(&passes, of, *scale, *keep, &mut given)?
+                }
+                None => shared.model.score_parts(&passes, of)?,
+            };
+            (sinks.into_iter().zip(reports).collect(), times)
+        };
+        self.spent.passes += times;
+        Ok(found)
     }
 
     fn shards(&self) -> std::ops::Range<u32> {
@@ -211,19 +254,16 @@ impl Engine for RankEngine<'_> {
         of: &dyn Objective,
         scale: f64,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
-        let wanted = self.wanted();
+        let tensors = self.wanted();
         let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
         // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
         // turns, so each keeps its own apart until then.
         let alone = self.collective.size() == 1;
         let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
         for group in groups(parts, self.rows_per_pass) {
-            let passes: Vec<Pass<'_>> = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout }).collect();
-            let mut sinks: Vec<Grads> = group.iter().map(|_| Grads::wanting(wanted.iter().cloned())).collect();
-            let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
-            let (reports, times) = self.shared.model.grad_parts(&passes, of, scale, self.shared.keep, &mut given)?;
-            self.spent.passes += times;
-            for (((part, _), gradients), report) in group.iter().zip(sinks).zip(reports) {
+            let wanted = Wanted { scale, tensors: tensors.clone(), keep: self.shared.keep };
+            let found = self.pass(at, group, dropout, of, Some(wanted))?;
+            for ((part, _), (gradients, report)) in group.iter().zip(found) {
                 match made.last_mut().filter(|_| alone) {
                     Some((_, sum, total)) => {
                         sum.add(&gradients)?;

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use attune_models::Pass;
 use attune_points::engine::{Engine, LossReport, Source};
 use attune_points::{Error, Result};
 
@@ -20,10 +19,8 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
         let mut mine = Vec::with_capacity(parts.len());
         for group in groups(&parts, engine.rows_per_pass) {
-            let passes: Vec<Pass<'_>> =
-                group.iter().map(|(_, layout)| Pass { theta: &theta, layout, dropout: None }).collect();
-            let (reports, _) = engine.shared.model.score_parts(&passes, &*objective)?;
-            mine.extend(group.iter().zip(reports).map(|((part, _), report)| (*part, Message::Report(report))));
+            let found = engine.pass(&theta, group, None, &*objective, None)?;
+            mine.extend(group.iter().zip(found).map(|((part, _), (_, report))| (*part, Message::Report(report))));
         }
         let mut total = LossReport::default();
         for (_, message) in engine.exchange(mine)? {

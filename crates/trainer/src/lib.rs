@@ -5,9 +5,9 @@
 //!
 //! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
 //!
-//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it), `setup`
-//! (plan to parts) and [`component`], [`run`] (the loop), `engine`, [`steps`], `guard`, `checkpoint`, `pin`, `evaluate`,
-//! `output`.
+//! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it)
+//! with `meeting` and `together`, `setup` (plan to parts) and [`component`], [`run`] (the loop), `engine`, [`steps`],
+//! `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -36,10 +36,12 @@ mod checkpoint;
 mod engine;
 mod evaluate;
 mod guard;
+mod meeting;
 mod output;
 mod pin;
 mod setup;
 pub mod steps;
+mod together;
 
 pub mod kernel;
 pub mod methods;

@@ -26,6 +26,7 @@ use crate::output;
 use crate::protocol::{Event, Metric, Phase, Request, Summary};
 use crate::resident;
 use crate::setup::{self, Bases, Prepared};
+use crate::together::Company;
 
 /// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
 /// hangs.
@@ -45,12 +46,17 @@ pub enum End {
 /// # Errors
 /// [`Error`], by whose class the caller knows what can be done.
 pub fn run(request: &Request, control: &dyn Control) -> Result<End, Error> {
-    run_over(&Bases::default(), request, control)
+    run_over(&Bases::default(), None, request, control)
 }
 
-/// Runs a request to its end, over a base that other runs of this process may use as well.
-pub(crate) fn run_over(bases: &Bases, request: &Request, control: &dyn Control) -> Result<End, Error> {
-    let prepared = setup::prepare(request, control, bases)?;
+/// Runs a request to its end, over a base that other runs of this process may use as well, and in their company.
+pub(crate) fn run_over(
+    bases: &Bases,
+    company: Option<Company<'_>>,
+    request: &Request,
+    control: &dyn Control,
+) -> Result<End, Error> {
+    let prepared = setup::prepare(request, control, bases, company.map_or(0, |company| company.largest_pass))?;
     let resumed = match &request.resume {
         Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest, &prepared.pinned)?),
         None => None,
@@ -62,7 +68,7 @@ pub(crate) fn run_over(bases: &Bases, request: &Request, control: &dyn Control) 
             .into_iter()
             .map(|rank| {
                 let (prepared, resumed) = (&prepared, resumed.clone());
-                scope.spawn(move || Rank::new(request, prepared, control, rank, resumed)?.run())
+                scope.spawn(move || Rank::new(request, prepared, control, rank, resumed, company)?.run())
             })
             .collect();
         threads
@@ -122,6 +128,7 @@ impl<'a> Rank<'a> {
         control: &'a dyn Control,
         rank: local::LocalRank<Message>,
         resumed: Option<State>,
+        company: Option<Company<'a>>,
     ) -> Result<Self, Error> {
         let shared = &prepared.shared;
         let mut engine = RankEngine {
@@ -133,6 +140,7 @@ impl<'a> Rank<'a> {
             guard: Guard::default(),
             rows_per_pass: ROWS_PER_PASS as usize,
             spent: Spent::default(),
+            company,
             step: Step(0),
             stop_wanted: false,
             stop_agreed: false,
@@ -178,6 +186,8 @@ impl<'a> Rank<'a> {
 
     /// Runs to the end. The leading rank returns it.
     fn run(mut self) -> Result<Option<End>, Error> {
+        // From here to its outputs it computes; what it reads and writes before and after holds up nobody.
+        self.engine.company.inspect(Company::enter);
         self.rehearse()?;
         let total = self.prepared.shared.total_steps;
         if self.validation.is_empty() {
@@ -202,6 +212,7 @@ impl<'a> Rank<'a> {
             let (done, plan) = (self.engine.step, &self.request.plan);
             let due = |every: Option<u64>| every.is_some_and(|every| done.0.is_multiple_of(every));
             if due(plan.evaluate_every) && done < total {
+                fail::fail_point!("trainer::before_evaluation", |_| std::process::abort());
                 self.measure()?;
             }
             if self.engine.stop_agreed && done < total {
@@ -366,6 +377,7 @@ impl<'a> Rank<'a> {
         if !self.leads() {
             return Ok(None);
         }
+        self.engine.company.inspect(Company::leave);
         fail::fail_point!("trainer::before_outputs");
         for output in output::write(self.request, self.prepared, &self.engine.theta, &self.state())? {
             let output::Output { role, kind, folder } = output;
@@ -439,10 +451,10 @@ mod tests {
     fn with_rank<T>(plant: impl FnOnce(&mut Prepared), then: impl FnOnce(Rank<'_>) -> T) -> T {
         let small = Small::new();
         let (request, _work) = small.request(small.plan(&[]), 1, None);
-        let mut prepared = setup::prepare(&request, &Quiet, &Bases::default()).unwrap();
+        let mut prepared = setup::prepare(&request, &Quiet, &Bases::default(), 0).unwrap();
         plant(&mut prepared);
         let rank = local::group::<Message>(1, EXCHANGE_DEADLINE).pop().unwrap();
-        then(Rank::new(&request, &prepared, &Quiet, rank, None).unwrap())
+        then(Rank::new(&request, &prepared, &Quiet, rank, None, None).unwrap())
     }
 
     fn failure(plant: impl FnOnce(&mut Prepared)) -> (FailureClass, String) {

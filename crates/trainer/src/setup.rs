@@ -71,8 +71,13 @@ pub(crate) fn plan_digest(plan: &Plan) -> Digest {
     canonical::digest(&serde_json::to_value(plan).unwrap_or_default())
 }
 
-/// Reads everything that the plan names.
-pub(crate) fn prepare(request: &Request, control: &dyn Control, bases: &Bases) -> Result<Prepared, Error> {
+/// Reads everything that the plan names. `rows_beside` are the most rows of a pass that the run may share with others.
+pub(crate) fn prepare(
+    request: &Request,
+    control: &dyn Control,
+    bases: &Bases,
+    rows_beside: u64,
+) -> Result<Prepared, Error> {
     let plan = &request.plan;
     let mut pinned = Pins::new();
     control.emit(Event::Starting { phase: Phase::Base });
@@ -152,8 +157,8 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control, bases: &Bases) -
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
     };
     let shared = Shared {
-        keep: keep(plan, &base, request.ranks),
-        model: Model::new(base, Stack::new(slots)),
+        keep: keep(plan, &base, request.ranks, rows_beside),
+        model: Arc::new(Model::new(base, Stack::new(slots))),
         objective: objective.into(),
         optimizer,
         schedule,
@@ -178,13 +183,13 @@ pub(crate) fn prepare(request: &Request, control: &dyn Control, bases: &Bases) -
 }
 
 /// What forward passes keep: as the job says, or as much as half of the memory that the machine has left holds.
-fn keep(plan: &Plan, base: &Base, ranks: u32) -> Keep {
+fn keep(plan: &Plan, base: &Base, ranks: u32, rows_beside: u64) -> Keep {
     let element_bytes = match base.activations() {
         attune_models::pass::Activations::F32 => 4,
         attune_models::pass::Activations::Bf16 => 2,
     };
-    let all =
-        base.architecture().kept_bytes_per_row(element_bytes, false) * plan.rows_at_once(ranks) * u64::from(ranks);
+    let rows = (plan.rows_at_once(ranks) * u64::from(ranks)).max(rows_beside);
+    let all = base.architecture().kept_bytes_per_row(element_bytes, false) * rows;
     match plan.activations {
         Activations::Keep => Keep::All,
         Activations::Recompute => Keep::Inputs,

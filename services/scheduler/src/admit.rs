@@ -18,7 +18,7 @@ use serde_json::json;
 use tonic::Status;
 
 use crate::context::Context;
-use crate::status;
+use crate::{forecast, status};
 
 /// Largest `config.json` that is read.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -240,8 +240,9 @@ fn share_key(spec: &JobSpec, plan: &Plan) -> Option<Digest> {
     spec.resources.share_base.then(|| canonical::digest(&json!({"base": plan.base, "precision": plan.precision})))
 }
 
-/// What the core must know of a specification and its plan.
-pub(crate) fn request(spec: &JobSpec, plan: &Plan) -> attune_scheduler_core::Request {
+/// What the core must know of an admitted job.
+pub(crate) fn request(admitted: &Admitted) -> attune_scheduler_core::Request {
+    let Admitted { spec, plan, .. } = admitted;
     use attune_scheduler_core as core;
     use std::num::NonZeroU32;
     let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
@@ -259,5 +260,6 @@ pub(crate) fn request(spec: &JobSpec, plan: &Plan) -> attune_scheduler_core::Req
         max_attempts: at_least_one(spec.limits.max_attempts),
         after: spec.after.iter().cloned().collect(),
         share: share_key(spec, plan),
+        memory: forecast::memory(admitted).unwrap_or_default(),
     }
 }

@@ -2,7 +2,9 @@
 
 use attune_architecture::SiteKind;
 use attune_proto::v1;
-use attune_spec::job::{Activations, Precision, plan::Length};
+use attune_scheduler_core::Memory;
+use attune_spec::job::plan::{Length, ROWS_PER_PASS};
+use attune_spec::job::{Activations, Plan, Precision};
 use attune_spec::method::{Catalogue, expression};
 use serde_json::json;
 
@@ -14,8 +16,33 @@ const TRAINED_BYTES: u64 = 16;
 /// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch.
 const PROCESS_BYTES: u64 = 48 << 20;
 
-/// The forecast; nothing when the base's structure is not known here.
-pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
+/// What training takes of memory; nothing when the base's structure is not known here.
+pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
+    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let (bytes, again) = (element_bytes(plan), plan.activations == Activations::Recompute);
+    let pass = |rows: u64| {
+        let per_row = architecture.kept_bytes_per_row(bytes, again) + architecture.working_bytes_per_row(bytes, again);
+        rows * per_row + architecture.head_bytes(rows, bytes)
+    };
+    let rows = plan.rows_at_once(1);
+    Some(Memory {
+        base: PROCESS_BYTES + architecture.weight_bytes(bytes),
+        own: trainable(admitted)? * TRAINED_BYTES,
+        pass: pass(rows),
+        full_pass: pass(rows.max(ROWS_PER_PASS.into())),
+    })
+}
+
+/// Bytes of a number of the base.
+const fn element_bytes(plan: &Plan) -> u64 {
+    match plan.precision {
+        Precision::F32 => 4,
+        Precision::Bf16 => 2,
+    }
+}
+
+/// Parameters that train; nothing when somebody does not say how many they are.
+fn trainable(admitted: &Admitted) -> Option<u64> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
     let mut trainable = 0.0;
     for slot in plan.stack.iter().filter(|slot| slot.train) {
@@ -35,6 +62,13 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
             trainable += expression::number(&document.parameters, &names).ok()?;
         }
     }
+    Some(trainable.max(0.0) as u64)
+}
+
+/// The forecast; nothing when the base's structure is not known here.
+pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
+    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let trainable = trainable(admitted)?;
     let step_tokens = u64::from(plan.batch_tokens) * u64::from(plan.accumulation);
     let steps = match plan.length {
         Length::Steps(steps) => steps,
@@ -43,17 +77,7 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
         Length::Epochs(_) => 0,
     };
     let tokens = steps.saturating_mul(step_tokens);
-    let base_bytes = match plan.precision {
-        Precision::F32 => 4,
-        Precision::Bf16 => 2,
-    };
-    let trainable = trainable.max(0.0) as u64;
     let again = plan.activations == Activations::Recompute;
-    let rows = plan.rows_at_once(1);
-    let pass = rows
-        * (architecture.kept_bytes_per_row(base_bytes, again) + architecture.working_bytes_per_row(base_bytes, again))
-        + architecture.head_bytes(rows, base_bytes);
-    let memory_bytes = PROCESS_BYTES + architecture.weight_bytes(base_bytes) + trainable * TRAINED_BYTES + pass;
     let forward = architecture.forward_flops_per_token(f64::from(plan.max_length) / 2.0, 1.0);
     // Forward, perhaps again block by block, and back: by the rows, and by the weights where they train.
     let trains_base = trainable >= architecture.parameters() / 2;
@@ -61,7 +85,7 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
     Some(v1::Forecast {
         trainable_parameters: trainable,
         total_parameters: architecture.parameters(),
-        memory_bytes,
+        memory_bytes: memory(admitted)?.total(),
         steps,
         tokens,
         flops: forward * passes * tokens as f64,

@@ -28,6 +28,8 @@ pub(crate) struct JobDocument {
     after: BTreeSet<JobId>,
     #[serde(default)]
     share: Option<Digest>,
+    #[serde(default)]
+    memory: MemoryDocument,
     state: String,
     reason: String,
     cohort: Option<CohortId>,
@@ -44,6 +46,15 @@ pub(crate) struct JobDocument {
     solo: bool,
     /// Attempts that failed over the whole life of the job.
     pub(crate) failed_attempts: u32,
+}
+
+/// What the job is expected to take of a device's memory, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+struct MemoryDocument {
+    base: u64,
+    own: u64,
+    pass: u64,
+    full_pass: u64,
 }
 
 /// The checkpoint that the next attempt goes on from.
@@ -69,6 +80,7 @@ impl JobDocument {
 /// The document of a job.
 pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
     let resources = &job.request.resources;
+    let core::Memory { base, own, pass, full_pass } = job.request.memory;
     let document = JobDocument {
         order: job.order,
         n_workers: resources.n_workers,
@@ -78,6 +90,7 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         max_attempts: job.request.max_attempts,
         after: job.request.after.clone(),
         share: job.request.share,
+        memory: MemoryDocument { base, own, pass, full_pass },
         state: job.state.to_string(),
         reason: job.reason.to_string(),
         cohort: job.cohort,
@@ -104,6 +117,7 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
 pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocument), Error> {
     let document = JobDocument::read(&row.core)?;
     let read = document.clone();
+    let MemoryDocument { base, own, pass, full_pass } = read.memory;
     let job = core::Job {
         key: JobKey::new(row.project.clone(), row.job.clone()),
         version: row.version,
@@ -119,6 +133,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
             max_attempts: read.max_attempts,
             after: read.after,
             share: read.share,
+            memory: core::Memory { base, own, pass, full_pass },
         },
         state: read.state.parse()?,
         reason: read.reason.parse()?,
@@ -245,6 +260,7 @@ mod tests {
                 },
                 after: BTreeSet::from([JobId::new("j-0").unwrap()]),
                 share: Some(digest(3)),
+                memory: core::Memory { base: 1, own: 2, pass: 3, full_pass: 4 },
                 ..core::Request::default()
             },
             state: core::State::Stopping(core::Stop::Pause),

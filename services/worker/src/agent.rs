@@ -353,7 +353,7 @@ impl Agent {
                 _ => return Err(Error::Refused { message: refused.message }),
             },
             Hear::HeartbeatAck(ack) => self.acknowledged(ack.sequence),
-            Hear::LeaseOffer(offer) => self.offered(offer),
+            Hear::LeaseOffer(offer) => self.offered(&offer),
             Hear::StopAttempt(stop) => {
                 let (purpose, grace) = (stop.purpose(), time::span(stop.grace.as_ref()));
                 if let Ok(attempt) = id::attempt("attempt", stop.attempt.as_ref()) {
@@ -434,7 +434,7 @@ impl Agent {
         }
     }
 
-    fn offered(&mut self, offer: v1::LeaseOffer) {
+    fn offered(&mut self, offer: &v1::LeaseOffer) {
         let id = CohortId(offer.cohort_id);
         if self.cohorts.contains_key(&id) {
             return self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
@@ -445,7 +445,7 @@ impl Agent {
         }
     }
 
-    fn take(&mut self, id: CohortId, offer: v1::LeaseOffer) -> Result<(), (v1::LeaseRefusal, String)> {
+    fn take(&mut self, id: CohortId, offer: &v1::LeaseOffer) -> Result<(), (v1::LeaseRefusal, String)> {
         let unsupported = |message: &str| (v1::LeaseRefusal::Unsupported, message.to_owned());
         if self.leaving.is_some() {
             return Err((v1::LeaseRefusal::Draining, "the worker is leaving".to_owned()));

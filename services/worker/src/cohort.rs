@@ -342,7 +342,7 @@ impl Cohort {
             self.lanes[place].finish(Outcome::Failed(v1::Failure { last_log_lines, ..why }), false).await;
             self.leave(place).await;
         } else {
-            self.lanes[place].ended.get_or_insert(why.clone());
+            self.lanes[place].ended.get_or_insert_with(|| why.clone());
             self.end(why);
         }
     }

@@ -114,7 +114,7 @@ fn each_fault_has_its_path_and_says_what_would_do() {
 #[test]
 fn a_base_is_shared_only_as_it_is() {
     let share = ("resources.share_base", json!(true));
-    assert_eq!(faults(&[share.clone()]), [""; 0]);
+    assert_eq!(faults(std::slice::from_ref(&share)), [""; 0]);
     for (changed, expected) in [
         (("tune.adapter", json!({"method": "full"})), "`tune.adapter` trains the weights of the base"),
         (("tune.from_scratch", json!(true)), "`tune.from_scratch` makes a base of the job's own"),

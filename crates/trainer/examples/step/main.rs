@@ -1,6 +1,7 @@
 //! Some optimiser steps on one batch, measured: Attune's side of the comparison of speed. Prints one JSON line.
 //!
-//! `step CASE.json` or `step peak` (the fastest matrix products here). `benches/peers/compare.py` writes the case and runs
+//! `step CASE.json`, `step peak` (the fastest matrix products here) or `step lanes` (jobs on one base side by side, against the
+//! same jobs in turn). `benches/peers/compare.py` writes the case and runs
 //! both sides in turn; `benches/peers/step_torch.py` is the other one.
 
 #![allow(
@@ -11,6 +12,7 @@
 #![allow(clippy::disallowed_methods, reason = "this program measures time")]
 
 mod case;
+mod lanes;
 mod memory;
 mod peak;
 mod tune;
@@ -32,8 +34,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> Result<(), Failure> {
     let line = match std::env::args().nth(1).as_deref() {
         Some("peak") => peak::measure()?,
+        Some("lanes") => lanes::measure(&std::env::args().skip(2).collect::<Vec<_>>())?,
         Some(path) => run(&Case::read(path.as_ref())?)?,
-        None => return Err("usage: step CASE.json | step peak".into()),
+        None => return Err("usage: step CASE.json | step peak | step lanes [f32|bf16 [ROUNDS [TOKENS]]]".into()),
     };
     println!("{line}");
     Ok(())

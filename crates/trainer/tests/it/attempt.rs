@@ -74,7 +74,10 @@ impl Write for Agent {
 }
 
 /// Runs a process of one lane.
-fn attempt(first: &str, mut reaction: Box<dyn FnMut(&Event) -> Option<Command> + Send>) -> (ExitCode, Vec<Event>) {
+fn attempt(
+    first: &str,
+    mut reaction: impl FnMut(&Event) -> Option<Command> + Send + 'static,
+) -> (ExitCode, Vec<Event>) {
     let only = move |told: &Tagged<Event>| reaction(&told.message).map(|message| Tagged { lane: 0, message });
     let (code, events) = process(first, Box::new(only));
     assert!(events.iter().all(|told| told.lane == 0));
@@ -100,13 +103,10 @@ fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_to_the_same_bytes() {
     let small = Small::new();
     let (_, whole) = small.finish(small.plan(&[]), 1);
     let (request, _work) = small.request(small.plan(&[]), 2, None);
-    let (code, events) = attempt(
-        &of(&request),
-        Box::new(|event| match event {
-            Event::Progress { step: Step(3), .. } => Some(Command::CheckpointAndStop),
-            _ => None,
-        }),
-    );
+    let (code, events) = attempt(&of(&request), |event| match event {
+        Event::Progress { step: Step(3), .. } => Some(Command::CheckpointAndStop),
+        _ => None,
+    });
     assert_eq!(code, ExitCode::SUCCESS);
     let [.., Event::Checkpoint { step, folder }, Event::Stopped { step: stopped }] = events.as_slice() else {
         panic!("{events:?}")
@@ -114,7 +114,7 @@ fn a_run_that_is_asked_to_stop_saves_itself_and_goes_on_to_the_same_bytes() {
     assert_eq!((*step, *stopped), (Step(4), Step(4)), "the step that begins after the command is the last");
     // It goes on with another number of ranks.
     let (request, _work) = small.request(small.plan(&[]), 1, Some(folder));
-    let (code, events) = attempt(&of(&request), Box::new(|_| None));
+    let (code, events) = attempt(&of(&request), |_| None);
     assert_eq!(code, ExitCode::SUCCESS);
     assert!(events.iter().any(|event| matches!(event, Event::Running { step: Step(4), .. })));
     assert!(matches!(events.last(), Some(Event::Finished { .. })), "{:?}", events.last());
@@ -126,14 +126,11 @@ fn a_checkpoint_on_demand_changes_nothing_and_its_folder_goes_once_it_is_stored(
     let small = Small::new();
     let (_, whole) = small.finish(small.plan(&[]), 1);
     let (request, work) = small.request(small.plan(&[]), 1, None);
-    let (code, events) = attempt(
-        &of(&request),
-        Box::new(|event| match event {
-            Event::Progress { step: Step(3), .. } => Some(Command::Checkpoint),
-            Event::Checkpoint { step, .. } => Some(Command::CheckpointStored { step: *step }),
-            _ => None,
-        }),
-    );
+    let (code, events) = attempt(&of(&request), |event| match event {
+        Event::Progress { step: Step(3), .. } => Some(Command::Checkpoint),
+        Event::Checkpoint { step, .. } => Some(Command::CheckpointStored { step: *step }),
+        _ => None,
+    });
     assert_eq!(code, ExitCode::SUCCESS);
     let checkpoints = events.iter().filter(|event| matches!(event, Event::Checkpoint { .. })).count();
     assert_eq!(checkpoints, 1);
@@ -174,7 +171,7 @@ fn lanes_are_told_apart_by_their_numbers() {
 
 /// The last event of an attempt that fails.
 fn failure(first: &str) -> (FailureClass, String, Vec<String>) {
-    let (code, mut events) = attempt(first, Box::new(|_| None));
+    let (code, mut events) = attempt(first, |_| None);
     assert_eq!(code, ExitCode::from(1));
     match events.pop() {
         Some(Event::Failed { class, message, faults }) => {
@@ -287,7 +284,7 @@ fn what_is_wrong_with_the_inputs_is_named_in_the_failure() {
         let plan = small.plan(&[("tune.from_scratch", "false"), ("tune.steps", "1")]);
         let (request, _work) = small.request(plan, 1, None);
         if expected.is_empty() {
-            let (code, events) = attempt(&of(&request), Box::new(|_| None));
+            let (code, events) = attempt(&of(&request), |_| None);
             assert_eq!(code, ExitCode::SUCCESS, "{name}: {:?}", events.last());
             continue;
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use attune_spec::id::{CohortId, Digest, Epoch, JobId, Step, WorkerId};
 
-use crate::{Cause, Devices, Holding, JobKey, Request, Session, State};
+use crate::{Cause, Device, Devices, Holding, JobKey, Request, Session, State};
 
 /// What an attempt commits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,6 +80,8 @@ pub enum Input {
         session: Session,
         /// All its devices.
         devices: Devices,
+        /// Memory of each device, by kind, where it is known.
+        memory: BTreeMap<Device, u64>,
         /// Its labels.
         labels: BTreeMap<String, String>,
         /// Whether it wants nothing new.

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 
 use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, Step, WorkerId};
 
-use crate::{Reason, Resources, State};
+use crate::{Memory, Reason, Resources, State};
 
 /// The key of a job: its project is always part of it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,6 +44,8 @@ pub struct Request {
     pub after: BTreeSet<JobId>,
     /// Jobs of one project with the same key and the same resources may run as lanes of one process; without a key, alone.
     pub share: Option<Digest>,
+    /// What it takes of a device's memory: no more jobs share a process than the device holds.
+    pub memory: Memory,
 }
 
 impl Default for Request {
@@ -55,6 +57,7 @@ impl Default for Request {
             max_attempts: NonZeroU32::MIN.saturating_add(2),
             after: BTreeSet::new(),
             share: None,
+            memory: Memory::default(),
         }
     }
 }

@@ -80,7 +80,7 @@ pub use job::{Checkpoint, Job, JobKey, Request};
 pub use machine::{Core, Counters, Settings};
 pub use reason::Reason;
 pub use refusal::{Refusal, RefusalKind};
-pub use resources::{Device, Devices, Resources, Wanted};
+pub use resources::{Device, Devices, Memory, Resources, Wanted};
 pub use state::{State, Stop};
 pub use time::Timestamp;
 pub use worker::{Holding, Occupied, Session, Worker};

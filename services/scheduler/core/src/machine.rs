@@ -12,7 +12,8 @@ use crate::plant::Plant;
 use crate::step::Draft;
 use crate::timers::{Timer, Timers};
 use crate::{
-    Answer, Attempt, Backoff, Cohort, Effects, Input, Job, JobKey, RestoreError, State, Timestamp, Worker, invariants,
+    Answer, Attempt, Backoff, Cohort, Effects, Input, Job, JobKey, Memory, Request, RestoreError, State, Timestamp,
+    Worker, invariants,
 };
 
 /// The limits that a scheduler works with.
@@ -245,7 +246,9 @@ impl Core {
     pub(crate) fn ask<'a>(&'a self, key: &'a JobKey) -> Option<Ask<'a>> {
         let job = self.jobs.get(key)?;
         let gathers = self.timers.get(&Timer::Gather(key.clone())).is_some();
-        Some(Ask { key, resources: &job.request.resources, prefer: &job.workers, share: self.share_key(job), gathers })
+        let memory = if self.has(Plant::MemoryIgnored) { Memory::default() } else { job.request.memory };
+        let Request { resources, .. } = &job.request;
+        Some(Ask { key, resources, prefer: &job.workers, share: self.share_key(job), gathers, memory })
     }
 
     fn share_key<'a>(&self, job: &'a Job) -> Option<&'a Digest> {
@@ -256,8 +259,8 @@ impl Core {
     pub(crate) fn seats(&self) -> Vec<Seat<'_>> {
         let takes_work = |worker: &&Worker| worker.connected && !worker.draining;
         let seat = |worker| {
-            let Worker { id, devices, labels, .. }: &Worker = worker;
-            Seat { worker: id, devices: *devices, free: worker.free(), labels }
+            let Worker { id, devices, memory, labels, .. }: &Worker = worker;
+            Seat { worker: id, devices: *devices, free: worker.free(), memory, labels }
         };
         self.workers.values().filter(takes_work).map(seat).collect()
     }

@@ -84,7 +84,8 @@ fn normalise(core: &mut Core) {
 impl Small {
     fn registration(&self, worker: WorkerId, holding: Vec<Holding>) -> Input {
         let devices = Devices { n_cpu: 1, n_cuda: 0 };
-        Input::Register { worker, session: Session(1), devices, labels: BTreeMap::new(), draining: false, holding }
+        let (memory, labels) = (BTreeMap::new(), BTreeMap::new());
+        Input::Register { worker, session: Session(1), devices, memory, labels, draining: false, holding }
     }
 
     /// Everything that somebody may say about an attempt, rightly or not.

@@ -3,7 +3,8 @@
 //! The queue is walked by priority, then by age. A gang gets all its workers or none. A job that fits the fleet but not
 //! what is free keeps the workers that it is waiting for: nobody behind it is placed there, so a large gang is never
 //! starved by small ones, while the rest of the fleet goes on working. A job that fits no fleet of today blocks nobody.
-//! Jobs that may share a process are placed together: the first of them takes along those behind it, up to a limit. They
+//! Jobs that may share a process are placed together: the first of them takes along those behind it, up to a limit and to
+//! what the device's memory is expected to hold. They
 //! wait a moment for one another first; meanwhile they keep their place like any job that waits.
 //! Among workers that will do, one that ran the job before is taken first (it has the inputs on its disk), then the one
 //! with the fewest free devices of the kind, so that large holes stay for large shares.
@@ -13,7 +14,7 @@ use std::num::NonZeroU32;
 
 use attune_spec::id::{Digest, WorkerId};
 
-use crate::{Device, Devices, JobKey, Resources};
+use crate::{Device, Devices, JobKey, Memory, Resources};
 
 /// A job that waits for a gang.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +29,8 @@ pub struct Ask<'a> {
     pub share: Option<&'a Digest>,
     /// Whether it still waits for others to be placed with.
     pub gathers: bool,
+    /// What it takes of a device's memory.
+    pub memory: Memory,
 }
 
 impl Ask<'_> {
@@ -47,6 +50,8 @@ pub struct Seat<'a> {
     pub devices: Devices,
     /// Those that nothing occupies.
     pub free: Devices,
+    /// Memory of each device, by kind, where it is known.
+    pub memory: &'a BTreeMap<Device, u64>,
     /// Its labels.
     pub labels: &'a BTreeMap<String, String>,
 }
@@ -104,11 +109,17 @@ pub fn place<'a>(
             break;
         }
         let ask = &queue[at];
-        let lanes = lanes(&queue, &is_settled, at, max_lanes);
-        lanes.iter().for_each(|&lane| is_settled[lane] = true);
         let free_of = |idx: usize, kind| if kept[idx] { 0 } else { free[idx].of(kind) };
-        let gang = if is_gathered(&queue, &lanes, max_lanes) { gang(ask, seats, free_of) } else { None };
-        if let Some((device, gang)) = gang {
+        let gang = gang(ask, seats, free_of);
+        let memory = |(device, gang): &(Device, Vec<usize>)| {
+            gang.iter().filter_map(|&idx| seats[idx].memory.get(device).copied()).min()
+        };
+        let limit = gang.as_ref().and_then(memory).unwrap_or(u64::MAX);
+        let (lanes, is_full) = lanes(&queue, &is_settled, at, max_lanes, limit);
+        lanes.iter().for_each(|&lane| is_settled[lane] = true);
+        // They wait for no more once one of them has waited long enough, or no more of them can be placed together.
+        let is_gathered = is_full || lanes.iter().any(|&lane| !queue[lane].gathers);
+        if let Some((device, gang)) = gang.filter(|_| is_gathered) {
             for &idx in &gang {
                 free[idx] = free[idx].without(device, ask.resources.n_devices.get());
             }
@@ -122,15 +133,31 @@ pub fn place<'a>(
     placements
 }
 
-/// The first job that is not settled with those behind it that may share its process.
-fn lanes(queue: &[Ask<'_>], is_settled: &[bool], first: usize, max_lanes: NonZeroU32) -> Vec<usize> {
+/// The first job that is not settled with those behind it that may share its process and fit `limit` bytes with it, and
+/// whether there is no place for another. The first is placed even where it alone is expected to take more.
+fn lanes(
+    queue: &[Ask<'_>],
+    is_settled: &[bool],
+    first: usize,
+    max_lanes: NonZeroU32,
+    limit: u64,
+) -> (Vec<usize>, bool) {
+    let (mut lanes, mut memory, mut is_full) = (vec![first], queue[first].memory, false);
     let others = (first + 1..queue.len()).filter(|&at| !is_settled[at] && queue[first].fits(&queue[at]));
-    std::iter::once(first).chain(others).take(max_lanes.get() as usize).collect()
-}
-
-/// Whether these lanes wait for no more: one of them has waited long enough, or no more of them can be placed together.
-fn is_gathered(queue: &[Ask<'_>], lanes: &[usize], max_lanes: NonZeroU32) -> bool {
-    lanes.len() == max_lanes.get() as usize || lanes.iter().any(|&lane| !queue[lane].gathers)
+    for at in others.take_while(|_| max_lanes.get() > 1) {
+        let together = memory.with(queue[at].memory);
+        if together.total() > limit {
+            is_full = true;
+            continue;
+        }
+        memory = together;
+        lanes.push(at);
+        if lanes.len() == max_lanes.get() as usize {
+            break;
+        }
+    }
+    is_full |= lanes.len() == max_lanes.get() as usize;
+    (lanes, is_full)
 }
 
 /// Why the job at the end of `ahead` is not granted, or nothing when it would be.
@@ -207,16 +234,16 @@ mod tests {
     use attune_spec::id::{JobId, Project};
     use std::num::NonZeroU32;
 
-    type Asked = (JobKey, Resources, BTreeSet<WorkerId>, Option<Digest>, bool);
+    type Asked = (JobKey, Resources, BTreeSet<WorkerId>, Option<Digest>, bool, Memory);
 
-    fn ask((key, resources, prefer, share, gathers): &Asked) -> Ask<'_> {
-        Ask { key, resources, prefer, share: share.as_ref(), gathers: *gathers }
+    fn ask((key, resources, prefer, share, gathers, memory): &Asked) -> Ask<'_> {
+        Ask { key, resources, prefer, share: share.as_ref(), gathers: *gathers, memory: *memory }
     }
 
     const MAX_LANES: NonZeroU32 = NonZeroU32::new(3).unwrap();
 
-    /// `name:workers x devices:kind:preferred worker:zone:letter of the share key`, the last three if wanted; a `~` after the
-    /// letter for a job that gathers.
+    /// `name:workers x devices:kind:preferred worker:zone:letter of the share key:bytes`, the last four if wanted; a `~` after
+    /// the letter for a job that gathers. The bytes are the job's own, beside 100 for a base.
     fn asks(text: &str) -> Vec<Asked> {
         let number = |text: &str| NonZeroU32::new(text.parse().unwrap()).unwrap();
         text.split_whitespace()
@@ -237,15 +264,17 @@ mod tests {
                 let prefer = part.get(3).filter(|p| !p.is_empty()).map(|p| WorkerId::new(*p).unwrap());
                 let share = part.get(5).map(|share| Digest::from_bytes([share.as_bytes()[0]; 32]));
                 let gathers = part.get(5).is_some_and(|share| share.ends_with('~'));
+                let bytes = part.get(6).map(|own| own.parse().unwrap());
+                let memory = bytes.map(|own| Memory { base: 100, own, ..Memory::default() }).unwrap_or_default();
                 let key = JobKey::new(Project::default(), JobId::new(part[0]).unwrap());
-                (key, resources, prefer.into_iter().collect(), share, gathers)
+                (key, resources, prefer.into_iter().collect(), share, gathers, memory)
             })
             .collect()
     }
 
-    type Row = (WorkerId, Devices, Devices, BTreeMap<String, String>);
+    type Row = (WorkerId, Devices, Devices, BTreeMap<Device, u64>, BTreeMap<String, String>);
 
-    /// `name:cpu free/cpu:cuda free/cuda`, or with `:zone` after it.
+    /// `name:cpu free/cpu:cuda free/cuda`, or with `:zone` and `:bytes of a processor's device` after it.
     fn rows(text: &str) -> Vec<Row> {
         let pair = |text: &str| {
             let (free, all) = text.split_once('/').unwrap();
@@ -256,15 +285,22 @@ mod tests {
                 let part: Vec<&str> = seat.split(':').collect();
                 let ((cpu_free, n_cpu), (cuda_free, n_cuda)) = (pair(part[1]), pair(part[2]));
                 let labels = part.get(3).map(|zone| ("zone".to_owned(), (*zone).to_owned())).into_iter().collect();
+                let memory = part.get(4).map(|bytes| (Device::Cpu, bytes.parse().unwrap())).into_iter().collect();
                 let worker = WorkerId::new(part[0]).unwrap();
-                (worker, Devices { n_cpu, n_cuda }, Devices { n_cpu: cpu_free, n_cuda: cuda_free }, labels)
+                (worker, Devices { n_cpu, n_cuda }, Devices { n_cpu: cpu_free, n_cuda: cuda_free }, memory, labels)
             })
             .collect()
     }
 
     fn seats(rows: &[Row]) -> Vec<Seat<'_>> {
         rows.iter()
-            .map(|(worker, devices, free, labels)| Seat { worker, devices: *devices, free: *free, labels })
+            .map(|(worker, devices, free, memory, labels)| Seat {
+                worker,
+                devices: *devices,
+                free: *free,
+                memory,
+                labels,
+            })
             .collect()
     }
 
@@ -319,6 +355,15 @@ mod tests {
                 "v:1/1:0/0 w:1/1:0/0",
                 "c=cpu@w",
             ),
+            (
+                "no more than memory holds",
+                "a:1x1:cpu:::k:5 b:1x1:cpu:::k:6 c:1x1:cpu:::k:4",
+                "w:2/2:0/0::109",
+                "a+c=cpu@w b=cpu@w",
+            ),
+            ("which they wait for no longer", "a:1x1:cpu:::k~:5 b:1x1:cpu:::k~:5", "w:1/1:0/0::109", "a=cpu@w"),
+            ("one alone tries", "a:1x1:cpu:::k:50", "w:1/1:0/0::109", "a=cpu@w"),
+            ("of memory that is unknown there is enough", "a:1x1:cpu:::k:50 b:1x1:cpu:::k:9", "w:1/1:0/0", "a+b=cpu@w"),
         ];
         for (name, queue, fleet, expected) in table {
             assert_eq!(placed(queue, fleet), expected, "{name}");
@@ -350,16 +395,18 @@ mod tests {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
         #[test]
         fn gangs_are_whole_and_one_look_is_enough(
-            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3, 0_usize..4), 0..9),
+            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3, 0_usize..4, 0_u64..9), 0..9),
             fleet in proptest::collection::vec((0_u32..5, 0_u32..5, 0_u32..3, 0_u32..3, 0_usize..2), 0..7),
         ) {
             let (kinds, zones) = (["any", "cpu", "cuda"], ["", "us", "eu"]);
-            let written = |(n, &(workers, devices, kind, zone, share)): (usize, &(u32, u32, usize, usize, usize))| {
+            let written = |(n, ask): (usize, &(u32, u32, usize, usize, usize, u64))| {
+                let (workers, devices, kind, zone, share, bytes) = *ask;
                 let share = ["", ":k", ":k~", ":l~"][share];
-                format!("j{n}:{workers}x{devices}:{}::{}{share}", kinds[kind], zones[zone])
+                let bytes = if share.is_empty() { String::new() } else { format!(":{bytes}") };
+                format!("j{n}:{workers}x{devices}:{}::{}{share}{bytes}", kinds[kind], zones[zone])
             };
             let seat = |(n, &(cpu, n_cpu, cuda, n_cuda, zone)): (usize, &(u32, u32, u32, u32, usize))| {
-                format!("w{n}:{}/{n_cpu}:{}/{n_cuda}:{}", cpu.min(n_cpu), cuda.min(n_cuda), zones[1 + zone])
+                format!("w{n}:{}/{n_cpu}:{}/{n_cuda}:{}:109", cpu.min(n_cpu), cuda.min(n_cuda), zones[1 + zone])
             };
             let asks = asks(&queue.iter().enumerate().map(written).collect::<Vec<_>>().join(" "));
             let mut rows = rows(&fleet.iter().enumerate().map(seat).collect::<Vec<_>>().join(" "));
@@ -371,14 +418,16 @@ mod tests {
             proptest::prop_assert_eq!(&placements, &place(queue(), &seats(&reversed), MAX_LANES));
             for Placement { keys, device, workers } in &placements {
                 let lanes: Vec<&Asked> = asks.iter().filter(|(asked, ..)| keys.contains(asked)).collect();
-                let (_, resources, _, share, _) = lanes[0];
+                let (_, resources, _, share, ..) = lanes[0];
                 proptest::prop_assert!(lanes.len() == keys.len() && keys.len() <= MAX_LANES.get() as usize);
                 proptest::prop_assert!(lanes.len() == 1 || share.is_some());
                 proptest::prop_assert!(lanes.iter().all(|lane| (&lane.1, &lane.3) == (resources, share)));
+                let memory = lanes.iter().map(|lane| lane.5).reduce(Memory::with).unwrap_or_default();
+                proptest::prop_assert!(lanes.len() == 1 || *device != Device::Cpu || memory.total() <= 109);
                 let distinct: BTreeSet<_> = workers.iter().collect();
                 proptest::prop_assert_eq!((workers.len(), distinct.len()), (resources.n_workers.get() as usize, workers.len()));
                 proptest::prop_assert!(resources.device.kinds().contains(device));
-                for (worker, _, free, labels) in &mut rows {
+                for (worker, _, free, _, labels) in &mut rows {
                     if workers.contains(worker) {
                         proptest::prop_assert!(free.of(*device) >= resources.n_devices.get());
                         proptest::prop_assert!(resources.labels.iter().all(|(name, value)| labels.get(name) == Some(value)));

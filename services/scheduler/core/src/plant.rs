@@ -45,13 +45,15 @@ pub(crate) enum Plant {
     SoloForgotten,
     /// Jobs are packed together whatever they need.
     KeyUnchecked,
+    /// Jobs are packed together whether the device holds them or not.
+    MemoryIgnored,
     /// One job's end ends all that share its process.
     LanesEndTogether,
 }
 
 #[cfg(test)]
 impl Plant {
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::EpochUnchecked,
         Self::CommitAfterEnd,
         Self::EpochReused,
@@ -73,6 +75,7 @@ impl Plant {
         Self::InnocentsCharged,
         Self::SoloForgotten,
         Self::KeyUnchecked,
+        Self::MemoryIgnored,
         Self::LanesEndTogether,
     ];
 }

@@ -99,6 +99,37 @@ impl Default for Resources {
     }
 }
 
+/// What a job is expected to take of a device's memory, in bytes; all 0 where nobody knows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Memory {
+    /// The process and the base: once for all jobs that share them.
+    pub base: u64,
+    /// What the job trains, with gradients and the optimiser's state.
+    pub own: u64,
+    /// A pass over the job's own rows.
+    pub pass: u64,
+    /// The largest pass that it takes part in beside others; no less than its own.
+    pub full_pass: u64,
+}
+
+impl Memory {
+    /// What jobs take that share a process.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        Self {
+            base: self.base.max(other.base),
+            own: self.own.saturating_add(other.own),
+            pass: self.pass.saturating_add(other.pass),
+            full_pass: self.full_pass.max(other.full_pass),
+        }
+    }
+
+    /// All of it.
+    pub fn total(self) -> u64 {
+        self.base.saturating_add(self.own).saturating_add(self.pass.min(self.full_pass))
+    }
+}
+
 /// A number of devices of each kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Devices {
@@ -130,6 +161,16 @@ impl Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn jobs_that_share_a_process_have_one_base_and_no_more_than_one_full_pass() {
+        let job = |own, pass| Memory { base: 100, own, pass, full_pass: 40 };
+        assert_eq!(job(5, 30).total(), 135);
+        let two = job(5, 30).with(job(7, 5));
+        assert_eq!(two.total(), 100 + 12 + 35);
+        assert_eq!(two.with(job(1, 20)).total(), 100 + 13 + 40);
+        assert_eq!(Memory::default().with(job(5, 30)), job(5, 30));
+    }
 
     #[test]
     fn names_round_trip() {

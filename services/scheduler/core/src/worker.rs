@@ -47,6 +47,8 @@ pub struct Worker {
     pub draining: bool,
     /// All its devices.
     pub devices: Devices,
+    /// Memory of each device, by kind, where it is known.
+    pub memory: BTreeMap<Device, u64>,
     /// What a job's `resources.labels` are compared with.
     pub labels: BTreeMap<String, String>,
     /// The number of its newest heartbeat in this session.

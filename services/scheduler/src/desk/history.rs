@@ -140,8 +140,8 @@ impl History {
         }
         self.beats.insert(id.clone(), 0);
         let devices = Devices { n_cpu: 2, n_cuda: 0 };
-        let (session, labels) = (Session(self.n_sessions), BTreeMap::new());
-        self.take(Input::Register { worker: id, session, devices, labels, draining: false, holding }).await;
+        let (session, memory, labels) = (Session(self.n_sessions), BTreeMap::new(), BTreeMap::new());
+        self.take(Input::Register { worker: id, session, devices, memory, labels, draining: false, holding }).await;
     }
 
     async fn heartbeat(&mut self, n: u64) {

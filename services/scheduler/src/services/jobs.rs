@@ -93,9 +93,9 @@ impl Jobs {
         id: attune_store::job::Request,
         retry_of: Option<JobId>,
     ) -> Result<v1::Job, Status> {
-        let Admitted { spec, resolved, plan, inputs, .. } = admitted;
+        let request = admit::request(&admitted);
+        let Admitted { spec, resolved, inputs, .. } = admitted;
         let unwritable = |error: serde_json::Error| attune_proto::Class::Internal.status(error.to_string());
-        let request = admit::request(&spec, &plan);
         let job = NewJob {
             project: key.project,
             job: key.job,

@@ -1,5 +1,6 @@
 //! The workers' stream: a registration, then whatever happens, until one side goes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use attune_proto::convert::Faults;
@@ -8,7 +9,7 @@ use attune_proto::v1::worker_service_server::WorkerService;
 use attune_proto::v1::{self, connect_request::Message as Said};
 use attune_proto::{Class, WORKER_PROTOCOL_VERSION};
 use attune_scheduler_core::{
-    self as core, Answer, Cause, Devices, Holding, Input, JobKey, Refusal, RefusalKind, Session,
+    self as core, Answer, Cause, Device, Devices, Holding, Input, JobKey, Refusal, RefusalKind, Session,
 };
 use attune_spec::Fault;
 use attune_spec::id::{CohortId, WorkerId};
@@ -207,15 +208,27 @@ fn read(register: &v1::Register, session: Session) -> Result<(WorkerId, Input), 
     if register.devices.is_empty() {
         faults.push(Fault::new("register.devices", "is empty; expected at least one"));
     }
-    let mut devices = Devices::default();
+    let (mut devices, mut memory) = (Devices::default(), BTreeMap::new());
     for (index, device) in register.devices.iter().enumerate() {
-        match device.kind() {
-            v1::DeviceKind::Cpu => devices.n_cpu += 1,
-            v1::DeviceKind::Cuda => devices.n_cuda += 1,
+        let kind = match device.kind() {
+            v1::DeviceKind::Cpu => {
+                devices.n_cpu += 1;
+                Device::Cpu
+            }
+            v1::DeviceKind::Cuda => {
+                devices.n_cuda += 1;
+                Device::Cuda
+            }
             v1::DeviceKind::Unspecified => {
                 let path = format!("register.devices[{index}].kind");
                 faults.push(Fault::new(path.as_str(), "is not known here; expected cpu or cuda"));
+                continue;
             }
+        };
+        // A job may get any of them: the smallest counts. A worker that does not know says 0.
+        if device.memory_bytes > 0 {
+            let least = memory.entry(kind).or_insert(device.memory_bytes);
+            *least = device.memory_bytes.min(*least);
         }
     }
     let mut holding = Vec::with_capacity(register.running.len());
@@ -224,7 +237,7 @@ fn read(register: &v1::Register, session: Session) -> Result<(WorkerId, Input), 
     }
     let registration = worker.map(|worker| {
         let (labels, draining) = (register.labels.clone(), register.draining);
-        (worker.clone(), Input::Register { worker, session, devices, labels, draining, holding })
+        (worker.clone(), Input::Register { worker, session, devices, memory, labels, draining, holding })
     });
     faults.finish(registration)
 }

@@ -131,7 +131,8 @@ async fn reports_are_recorded_once_and_strangers_are_not_believed() {
     let list = v1::ListMetricsRequest { job_id: made.job_id.clone(), ..Default::default() };
     let points = client.jobs().list_metrics(list).await.unwrap().into_inner().points;
     assert_eq!(points.iter().map(|point| point.value).collect::<Vec<_>>(), [1.0]);
-    let failed = v1::AttemptFinished { outcome: Some(v1::attempt_finished::Outcome::Failed(v1::Failure::default())) };
+    let failed = v1::attempt_finished::Outcome::Failed(v1::Failure::default());
+    let failed = v1::AttemptFinished { outcome: Some(failed), shared: false };
     stranger.report_as(&it, 2, v1::attempt_report::Report::Finished(failed)).await;
     assert_eq!(get(&client, &made.job_id).await.unwrap().state(), JobState::Running);
 }

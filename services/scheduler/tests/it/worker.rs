@@ -173,7 +173,7 @@ impl Worker {
     }
 
     pub(crate) async fn finish(&mut self, attempt: &v1::AttemptRef, outcome: v1::attempt_finished::Outcome) {
-        let finished = v1::AttemptFinished { outcome: Some(outcome) };
+        let finished = v1::AttemptFinished { outcome: Some(outcome), shared: false };
         self.report(attempt, v1::attempt_report::Report::Finished(finished)).await;
     }
 

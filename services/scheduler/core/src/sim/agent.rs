@@ -6,8 +6,8 @@ use attune_spec::id::{CohortId, Digest, Step, WorkerId};
 
 use super::rng::Rng;
 use crate::{
-    Action, Answer, Attempt, Cause, Commit, Devices, Granted, Holding, Input, JobKey, Offer, Outcome, Refusal, Session,
-    Share,
+    Action, Answer, Attempt, Cause, Commit, Device, Devices, Granted, Holding, Input, JobKey, Offer, Outcome, Refusal,
+    Session, Share,
 };
 
 /// What a job does when it runs, by the first letter of its name.
@@ -40,6 +40,7 @@ const CHECKPOINT_EVERY: u64 = 4;
 
 /// What an agent wants done.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "messages are most of it")]
 pub(crate) enum Out {
     /// Send this; with a ticket, the answer is wanted.
     Send(Input, Option<u64>),
@@ -100,6 +101,9 @@ impl Lane {
         Self { attempt: granted.attempt, phase, step, saved: step, ignores_stop, pending: None }
     }
 }
+
+/// Memory of a processor's device.
+pub(crate) const DEVICE_BYTES: u64 = 100;
 
 /// What differs between agents and times.
 #[derive(Debug, Clone, Copy)]
@@ -189,6 +193,7 @@ impl Agent {
             worker: self.id.clone(),
             session,
             devices: self.devices,
+            memory: BTreeMap::from([(Device::Cpu, DEVICE_BYTES)]),
             labels: BTreeMap::new(),
             draining: false,
             holding: holding.collect(),

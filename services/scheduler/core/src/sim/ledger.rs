@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use attune_spec::id::{CohortId, Digest, Epoch, Step, WorkerId};
 
+use super::agent::DEVICE_BYTES;
 use crate::{
-    Action, Answer, Cause, Change, Cohort, Commit, Effects, Event, EventKind, Input, JobKey, Outcome, Reason, State,
+    Action, Answer, Attempt, Cause, Change, Cohort, Commit, Effects, Event, EventKind, Input, JobKey, Memory, Outcome,
+    Reason, State,
 };
 
 #[derive(Debug, Default)]
@@ -21,6 +23,7 @@ pub(crate) struct History {
     /// Whether it was spared the charge for the death of a process that it shared: once at most.
     spared: bool,
     share: Option<Digest>,
+    memory: Memory,
     best: Step,
     newest: Option<(Epoch, Step, Digest)>,
     output: Option<Epoch>,
@@ -54,8 +57,8 @@ impl Ledger {
         if let Input::Submit { key, request, .. } = input
             && effects.answer == Answer::Done
         {
-            let (max_attempts, share) = (request.max_attempts.get(), request.share);
-            self.jobs.insert(key.clone(), History { max_attempts, share, ..History::default() });
+            let (max_attempts, share, memory) = (request.max_attempts.get(), request.share, request.memory);
+            self.jobs.insert(key.clone(), History { max_attempts, share, memory, ..History::default() });
         }
         for change in &effects.changes {
             if let Change::Commit(commit) = change {
@@ -180,6 +183,11 @@ impl Ledger {
         let of_first =
             cohort.attempts.first().map(|first| (&first.key.project, self.jobs.get(&first.key).map(|h| h.share)));
         let of_first = of_first.map(|(project, share)| (project.clone(), share.flatten()));
+        let memory = |attempt: &Attempt| self.jobs.get(&attempt.key).map(|history| history.memory);
+        let memory = cohort.attempts.iter().filter_map(memory).reduce(Memory::with).unwrap_or_default();
+        if cohort.attempts.len() > 1 && memory.total() > DEVICE_BYTES {
+            return Err(format!("cohort {} takes more memory than its device has: {memory:?}", cohort.id));
+        }
         for attempt in &cohort.attempts {
             let history = self.history(&attempt.key)?;
             if cohort.attempts.len() > 1 {

@@ -13,8 +13,8 @@ use super::tally::Tally;
 use crate::plant::Plant;
 use crate::testing::{Store, checked_step};
 use crate::{
-    Action, Answer, Backoff, Cohort, Commit, Core, Device, Devices, Effects, Input, Job, JobKey, Outcome, Request,
-    Resources, Session, Settings, State, Timestamp, Wanted,
+    Action, Answer, Backoff, Cohort, Commit, Core, Device, Devices, Effects, Input, Job, JobKey, Memory, Outcome,
+    Request, Resources, Session, Settings, State, Timestamp, Wanted,
 };
 
 pub(crate) const SETTINGS: Settings = Settings {
@@ -438,9 +438,11 @@ impl World {
             labels: BTreeMap::new(),
         };
         // Two kinds of jobs may share a process with their like; the others ask for whatever they want.
-        let share = self.rng.chance(400).then(|| Digest::from_bytes([self.rng.below(2) as u8; 32]));
+        let share = self.rng.chance(500).then(|| Digest::from_bytes([self.rng.below(2) as u8; 32]));
         let device = Wanted::Only(Device::Cpu);
         let resources = if share.is_some() { Resources { device, ..Resources::default() } } else { resources };
+        // Two of the large ones are about what a device holds.
+        let own = if self.rng.chance(300) { self.rng.between(35, 45) } else { 5 };
         let known: Vec<JobId> =
             self.store.jobs.keys().filter(|k| k.project == key.project).map(|k| k.job.clone()).collect();
         let n_after = if self.rng.chance(300) { self.rng.between(1, 2) } else { 0 };
@@ -451,6 +453,7 @@ impl World {
             max_attempts: count(self.rng.between(2, 6)),
             after: after.clone(),
             share,
+            memory: Memory { base: 10, own, pass: 5, full_pass: 8 },
         };
         let finished = self.store.finished(&key, after);
         Input::Submit { key, request, finished }

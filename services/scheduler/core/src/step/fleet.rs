@@ -12,13 +12,15 @@ use crate::step::Draft;
 use crate::step::attempt::Failure;
 use crate::timers::Timer;
 use crate::{
-    Action, Answer, Attempt, Cause, Core, Devices, Holding, Occupied, Reason, Refusal, Session, State, Stop, Worker,
+    Action, Answer, Attempt, Cause, Core, Device, Devices, Holding, Occupied, Reason, Refusal, Session, State, Stop,
+    Worker,
 };
 
 /// What a worker says when it connects.
 pub(super) struct Registration {
     pub(super) session: Session,
     pub(super) devices: Devices,
+    pub(super) memory: BTreeMap<Device, u64>,
     pub(super) labels: BTreeMap<String, String>,
     pub(super) draining: bool,
     pub(super) holding: Vec<Holding>,
@@ -31,7 +33,7 @@ impl Core {
         registration: Registration,
         draft: &mut Draft,
     ) -> Result<Answer, Refusal> {
-        let Registration { session, devices, labels, draining, holding } = registration;
+        let Registration { session, devices, memory, labels, draining, holding } = registration;
         if let Some(known) = self.workers.get(&id) {
             if session == known.session {
                 return Ok(Answer::Repeated);
@@ -53,6 +55,7 @@ impl Core {
             connected: true,
             draining,
             devices,
+            memory,
             labels,
             beat: 0,
             occupied: kept.iter().map(|h| occupied(h, false)).chain(stray.iter().map(|h| occupied(h, true))).collect(),

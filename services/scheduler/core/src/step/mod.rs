@@ -63,8 +63,8 @@ impl Core {
             Input::Retry { key } => self.retry(&key, draft),
             Input::Preempt { key } => self.preempt(&key, draft),
             Input::Forget { key } => self.forget(&key),
-            Input::Register { worker, session, devices, labels, draining, holding } => {
-                let registration = fleet::Registration { session, devices, labels, draining, holding };
+            Input::Register { worker, session, devices, memory, labels, draining, holding } => {
+                let registration = fleet::Registration { session, devices, memory, labels, draining, holding };
                 self.register(worker, registration, draft)
             }
             Input::Heartbeat { worker, session, beat, holding } => {

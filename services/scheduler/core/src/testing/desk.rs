@@ -128,6 +128,7 @@ impl Desk {
             worker: worker(name),
             session: Session(self.session),
             devices: Devices { n_cpu, n_cuda: 0 },
+            memory: BTreeMap::from([(Device::Cpu, 100)]),
             labels: BTreeMap::new(),
             draining: false,
             holding,

@@ -7,7 +7,7 @@ use attune_spec::id::{CohortId, Digest, Epoch};
 
 use super::desk::{Desk, checkpoint, failed, finished, gang, job, running, worker};
 use crate::placement::Blocked;
-use crate::{Action, Attempt, Cause, Input, JobKey, Offer, Outcome, Request};
+use crate::{Action, Attempt, Cause, Input, JobKey, Memory, Offer, Outcome, Request};
 
 /// Longer than jobs wait for others to share a process with.
 const GATHERED: Duration = Duration::from_secs(3);
@@ -16,11 +16,14 @@ fn lane(key: u8) -> Request {
     Request { share: Some(Digest::from_bytes([key; 32])), resources: gang(1, 1), ..Request::default() }
 }
 
-fn offers(actions: &[Action]) -> Vec<&Offer> {
-    let offer = |action| match action {
-        &Action::Offer(ref offer) => Some(offer),
+fn offer(action: &Action) -> Option<&Offer> {
+    match action {
+        Action::Offer(offer) => Some(offer),
         _ => None,
-    };
+    }
+}
+
+fn offers(actions: &[Action]) -> Vec<&Offer> {
     actions.iter().filter_map(offer).collect()
 }
 
@@ -72,6 +75,17 @@ fn as_many_as_may_share_do_not_wait() {
     assert_eq!(desk.state(&first), "queued submitted");
     let second = desk.submit("b", lane(1));
     assert_eq!([&first, &second].map(|key| desk.state(key)), ["starting granted", "starting granted"]);
+}
+
+#[test]
+fn no_more_share_a_device_than_it_holds() {
+    let mut desk = Desk::new();
+    let memory = Memory { base: 20, own: 30, pass: 10, full_pass: 15 };
+    let keys = ["a", "b", "c"].map(|name| desk.submit(name, Request { memory, ..lane(1) }));
+    // Two of them take 95 of its 100 bytes.
+    desk.register("w", 1, Vec::new());
+    assert_eq!(keys.each_ref().map(|key| desk.row(key).state.code()), ["starting", "starting", "queued"]);
+    assert_eq!(desk.row(&keys[0]).cohort, desk.row(&keys[1]).cohort);
 }
 
 #[test]
