@@ -58,6 +58,8 @@ pub(crate) struct Spent {
     pub(crate) data: Duration,
     pub(crate) collective: Duration,
     pub(crate) optimizer: Duration,
+    /// Floating-point operations that gradients needed.
+    pub(crate) flops: f64,
 }
 
 impl Spent {
@@ -78,6 +80,7 @@ impl std::ops::AddAssign for Spent {
         self.data += other.data;
         self.collective += other.collective;
         self.optimizer += other.optimizer;
+        self.flops += other.flops;
     }
 }
 
@@ -261,6 +264,8 @@ impl Engine for RankEngine<'_> {
         let alone = self.collective.size() == 1;
         let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
         for group in groups(parts, self.rows_per_pass) {
+            let passes = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout });
+            self.spent.flops += passes.map(|pass| self.shared.model.flops(&pass)).sum::<f64>();
             let wanted = Wanted { scale, tensors: tensors.clone(), keep: self.shared.keep };
             let found = self.pass(at, group, dropout, of, Some(wanted))?;
             for ((part, _), (gradients, report)) in group.iter().zip(found) {

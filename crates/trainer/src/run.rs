@@ -236,6 +236,8 @@ impl<'a> Rank<'a> {
     /// Runs the largest pass that can occur, forward and backward, and writes a checkpoint, so that a lack of memory shows
     /// now. Nothing of it is kept.
     fn rehearse(&mut self) -> Result<(), Error> {
+        // While nothing else runs yet.
+        kernel::gemm_peak(self.engine.shared.model.base().activations());
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let layout = Arc::new(largest(&self.prepared.packing));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
@@ -286,6 +288,13 @@ impl<'a> Rank<'a> {
         Ok(())
     }
 
+    /// Model FLOP utilisation: the share of the fastest product of this machine that the operations which a model needs reach.
+    /// All ranks compute here, side by side; what is computed again to save memory counts for nothing.
+    fn utilisation(&self, flops: f64, took: Duration) -> f64 {
+        let peak = kernel::gemm_peak(self.engine.shared.model.base().activations());
+        flops * f64::from(self.engine.collective.size()) / took.as_secs_f64().max(1e-9) / peak
+    }
+
     fn report(&self, report: &StepReport, lr: f64, took: Duration) {
         let (step, total_steps) = (self.engine.step, self.prepared.shared.total_steps);
         let tokens_per_second = report.n_rows as f64 / took.as_secs_f64().max(1e-9);
@@ -297,6 +306,7 @@ impl<'a> Rank<'a> {
             metric("train/grad_norm".to_owned(), report.grad_norm),
             metric("train/lr".to_owned(), lr),
             metric("train/tokens_per_second".to_owned(), tokens_per_second),
+            metric("train/mfu".to_owned(), self.utilisation(self.engine.spent.flops, took)),
         ];
         for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
             if counts.tokens > 0 {
@@ -384,6 +394,8 @@ impl<'a> Rank<'a> {
             self.emit(Event::Output { role, kind, folder });
         }
         if let Some(message) = where_time_went(&self.spent, self.speed.1) {
+            let percent = 100.0 * self.utilisation(self.spent.flops, self.speed.1);
+            let message = format!("{message}; model FLOP utilisation {percent:.0} % of the fastest product here");
             self.emit(Event::Note { topic: "time".to_owned(), message });
         }
         let losses = |measured: Option<&Measured>| measured.map(|measured| measured.loss.clone()).unwrap_or_default();

@@ -27,6 +27,8 @@ fn a_run_goes_through_its_phases_and_learns() {
     assert_eq!(losses.len(), 4, "before, at 10, at 20, after");
     assert!(losses[3] < 0.9 * losses[0], "{losses:?}");
     assert_eq!(metric(&events, "train/loss").len(), 30);
+    let utilisation = metric(&events, "train/mfu");
+    assert!(utilisation.len() == 30 && utilisation.iter().all(|share| *share > 0.0), "{utilisation:?}");
     assert!(files.keys().any(|name| name == "Result/adapter_model.safetensors"), "{:?}", files.keys());
     let config = String::from_utf8(files["Result/adapter_config.json"].clone()).unwrap();
     assert!(config.contains("\"base_model_name_or_path\": \"blake3:"), "{config}");
