@@ -20,7 +20,8 @@ impl Architecture {
     }
 
     /// Floating-point operations of one token's forward pass, a multiplication and an addition counted apart, when it
-    /// attends to `context` rows on average; of experts those are counted that a token goes through. The head is counted for `supervised` of the tokens, a share in 0 ..= 1.
+    /// attends to `context` rows on average; of experts those are counted that a token goes through. The head is counted for
+    /// `supervised` of the tokens, a share in 0 ..= 1.
     /// A backward pass with frozen weights costs about as much again, with trained weights twice as much.
     pub fn forward_flops_per_token(&self, context: f64, supervised: f64) -> f64 {
         let used = self.experts.map_or(1.0, |experts| experts.per_token as f64 / experts.count as f64);
@@ -45,9 +46,8 @@ impl Architecture {
     /// linears of an MLP.
     pub fn kept_bytes_per_row(&self, element_bytes: u64, again: bool) -> u64 {
         let inputs = 2 * self.hidden as u64 * 4;
-        let attention = 2 * (self.query_width() + self.kv_width()) as u64 * element_bytes + self.heads as u64 * 4;
+        let (gates, attention) = (self.gates(), self.attention_bytes(element_bytes));
         let normed = if self.qk_norm == QkNorm::None { 0 } else { (self.query_width() + self.kv_width()) as u64 * 4 };
-        let gates = if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 };
         let between = match self.experts {
             // Of each of a row's experts also what it gives, and of each expert its probability, twice.
             Some(experts) => {
@@ -66,11 +66,10 @@ impl Architecture {
     pub fn working_bytes_per_row(&self, element_bytes: u64, again: bool) -> u64 {
         let (inner, hidden) = (self.inner as u64, self.hidden as u64);
         let (query, kv) = (self.query_width() as u64, self.kv_width() as u64);
-        let gates = if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 };
+        let (gates, attention) = (self.gates(), self.attention_bytes(element_bytes));
         // What products give is in 32 bits; in a narrower type there is a copy of it that is multiplied and kept.
         let narrow = element_bytes < 4;
         let first = inner * (if narrow { gates * 4 } else { 4 } + gates * element_bytes);
-        let attention = 2 * (query + kv) * element_bytes + self.heads as u64 * 4;
         let (mlp, saved) = match self.experts {
             // The gradient by what experts give is in rows of its own; what they read goes where either was before.
             Some(experts) => {
@@ -102,6 +101,16 @@ impl Architecture {
     /// Bytes of keys and values that generation keeps per token.
     pub fn cache_bytes_per_token(&self, element_bytes: u64) -> u64 {
         2 * self.layers as u64 * self.kv_width() as u64 * element_bytes
+    }
+
+    /// Linears before an MLP's activation.
+    const fn gates(&self) -> u64 {
+        if matches!(self.mlp, MlpKind::Gated(_)) { 2 } else { 1 }
+    }
+
+    /// Bytes of a row's queries, keys, values, what attention gives, and the logarithms of its sums.
+    fn attention_bytes(&self, element_bytes: u64) -> u64 {
+        2 * (self.query_width() + self.kv_width()) as u64 * element_bytes + self.heads as u64 * 4
     }
 
     /// The sites of one layer; all have the same.

@@ -50,8 +50,7 @@ pub(crate) struct Backward<'a> {
     pub(crate) below: bool,
 }
 
-/// Walks the supervised rows of the batch, chunk by chunk; twice, with the scopes' losses in between, where the objective
-/// sees more than a chunk.
+/// The losses of a batch by the head's graph.
 pub(crate) fn losses(
     head: &Head,
     h_td: &Tensor,
@@ -59,41 +58,55 @@ pub(crate) fn losses(
     cx: &GraphCx<'_>,
     mut backward: Option<Backward<'_>>,
 ) -> Result<Losses> {
-    let supervised = cx.layout.supervised();
-    let length = cx.base.architecture().logits_rows();
-    let mut report = LossReport::default();
     let dh_td = match &backward {
         Some(backward) if backward.below => Some(h_td.zeros_like()?),
         _ => None,
     };
     let mut sweep = Sweep { head, h_td, cx, dh_td };
+    let (reverse, length) = (backward.is_some(), cx.base.architecture().logits_rows());
+    let report = sweeps(objective, cx.layout, length, reverse, |rows, loss, reverse| {
+        sweep.chunk(rows, loss, backward.as_mut().filter(|_| reverse))
+    })?;
+    Ok(Losses { report, dh_td: sweep.dh_td })
+}
+
+/// The loss of an objective on a layout, by sweeps over its supervised rows, `length` of them at a time: one, or, where the
+/// objective sees more than a chunk, one that finds log-probabilities and, if gradients are taken, one that takes the scopes'
+/// gradients back. `sweep` gives what a loss computes of each row, before weights, and takes gradients if it is told to.
+pub(crate) fn sweeps(
+    objective: &dyn Objective,
+    layout: &Layout,
+    length: usize,
+    reverse: bool,
+    mut sweep: impl FnMut(&[Supervised], &ChunkLoss, bool) -> Result<Vec<f64>>,
+) -> Result<LossReport> {
+    let supervised = layout.supervised();
+    let mut report = LossReport::default();
     if objective.level() == Level::Chunk {
         for rows in supervised.chunks(length) {
-            let loss = objective.chunk(&ChunkView { layout: cx.layout, rows })?;
-            let values = sweep.chunk(rows, &loss, backward.as_mut())?;
-            count(&mut report, rows, &weighted(&loss, values), cx.layout);
+            let loss = objective.chunk(&ChunkView { layout, rows })?;
+            let values = sweep(rows, &loss, reverse)?;
+            count(&mut report, rows, &weighted(&loss, values), layout);
         }
     } else {
         let mut logp_t = Vec::with_capacity(supervised.len());
         for rows in supervised.chunks(length) {
             let loss = ChunkLoss::CrossEntropy { weight_t: vec![1.0; rows.len()] };
-            logp_t.extend(sweep.chunk(rows, &loss, None)?.into_iter().map(|nll| -nll));
-            count(&mut report, rows, &vec![0.0; rows.len()], cx.layout);
+            logp_t.extend(sweep(rows, &loss, false)?.into_iter().map(|nll| -nll));
+            count(&mut report, rows, &vec![0.0; rows.len()], layout);
         }
-        let dlogp_t = scope::losses(objective, cx.layout, &supervised, &logp_t, &mut report)?;
-        if let Some(backward) = &mut backward {
-            for (rows, dlogp_c) in supervised.chunks(length).zip(dlogp_t.chunks(length)) {
-                let loss = ChunkLoss::CrossEntropy { weight_t: dlogp_c.iter().map(|dlogp| -dlogp).collect() };
-                sweep.chunk(rows, &loss, Some(&mut *backward))?;
-            }
+        let dlogp_t = scope::losses(objective, layout, &supervised, &logp_t, &mut report)?;
+        for (rows, dlogp_c) in supervised.chunks(length).zip(dlogp_t.chunks(length)).filter(|_| reverse) {
+            let loss = ChunkLoss::CrossEntropy { weight_t: dlogp_c.iter().map(|dlogp| -dlogp).collect() };
+            sweep(rows, &loss, true)?;
         }
     }
-    count_documents(&mut report, &supervised, cx.layout.docs());
-    Ok(Losses { report, dh_td: sweep.dh_td })
+    count_documents(&mut report, &supervised, layout.docs());
+    Ok(report)
 }
 
 /// The loss of each row of a chunk: what was computed of it, times its weight.
-pub(crate) fn weighted(loss: &ChunkLoss, values: Vec<f64>) -> Vec<f64> {
+fn weighted(loss: &ChunkLoss, values: Vec<f64>) -> Vec<f64> {
     match loss {
         ChunkLoss::CrossEntropy { weight_t } => weight_t.iter().zip(values).map(|(weight, nll)| weight * nll).collect(),
         _ => values,
@@ -165,7 +178,7 @@ pub(crate) fn checked(loss_c: Tensor, rows: usize) -> Result<Tensor> {
 }
 
 /// Counts each document and each group with a supervised row once, however many chunks it was cut into.
-pub(crate) fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
+fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
     let (mut last, mut groups) = (None, BTreeSet::new());
     for row in supervised {
         let index = docs.partition_point(|doc| doc.rows.end <= row.row);
@@ -182,7 +195,7 @@ pub(crate) fn count_documents(report: &mut LossReport, supervised: &[Supervised]
 }
 
 /// Adds the losses of a chunk's rows to the report, in f64.
-pub(crate) fn count(report: &mut LossReport, rows: &[Supervised], loss_t: &[f64], layout: &Layout) {
+fn count(report: &mut LossReport, rows: &[Supervised], loss_t: &[f64], layout: &Layout) {
     let (docs, token) = (layout.docs(), LabelCounts { tokens: 1, ..LabelCounts::default() });
     for (row, loss) in rows.iter().zip(loss_t) {
         report.loss_sum += loss;

@@ -161,11 +161,7 @@ impl Model {
             let (mut reports, _) = walk::score(&self.machine(), &[self.task(pass, objective, 1.0)])?;
             return Ok(reports.pop().unwrap_or_default());
         }
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
-        let none = Tracked::new();
-        let cx = self.context(pass, &plan, &none);
-        let h = self.walk(&cx, None, None)?;
-        Ok(losses(&self.head, &h[0], objective, &cx, None)?.report)
+        self.by_graph(pass, |cx| Ok(losses(&self.head, &self.walk(cx, None, None)?[0], objective, cx, None)?.report))
     }
 
     /// The gradient of `scale × (sum of losses)` into `sink`, tensor by tensor, and the loss.
@@ -239,10 +235,7 @@ impl Model {
     /// Another head; whatever the pass raises.
     pub fn embed(&self, pass: &Pass<'_>) -> Result<Tensor> {
         let pooling = self.pooling()?;
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
-        let none = Tracked::new();
-        let cx = self.context(pass, &plan, &none);
-        self.head.pooled(&self.walk(&cx, None, None)?[0], pooling, &cx)
+        self.by_graph(pass, |cx| self.head.pooled(&self.walk(cx, None, None)?[0], pooling, cx))
     }
 
     /// The gradient of a loss whose gradient by [`Model::embed`]'s vectors is `dy_nd`, into `sink`; gives the vectors.
@@ -279,12 +272,12 @@ impl Model {
         let HeadKind::Sequence { row, .. } = self.base.architecture().head else {
             return Err(Error::Refused("this model does not classify documents".to_owned()));
         };
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
-        let none = Tracked::new();
-        let cx = self.context(pass, &plan, &none);
         let rows = head::rows(pass.layout, row)?;
-        let h_nd = self.walk(&cx, None, None)?[0].index_select(&Tensor::new(rows.as_slice(), &Device::Cpu)?, 0)?;
-        self.head.graph(&h_nd, &cx.with(&none, Some(&rows)))
+        let rows_n = Tensor::new(rows.as_slice(), &Device::Cpu)?;
+        self.by_graph(pass, |cx| {
+            let h_nd = self.walk(cx, None, None)?[0].index_select(&rows_n, 0)?;
+            self.head.graph(&h_nd, &cx.with(cx.tracked, Some(&rows)))
+        })
     }
 
     /// One block in reverse: its graph is run again on its saved input, with leaves for the input and the wanted tensors.
@@ -333,9 +326,8 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn routing(&self, pass: &Pass<'_>) -> Result<Vec<Routing>> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
-        let (none, mut routing) = (Tracked::new(), Vec::new());
-        self.walk(&self.context(pass, &plan, &none), None, Some(&mut routing))?;
+        let mut routing = Vec::new();
+        self.by_graph(pass, |cx| self.walk(cx, None, Some(&mut routing)))?;
         Ok(routing)
     }
 
@@ -344,10 +336,8 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn hidden(&self, pass: &Pass<'_>) -> Result<Vec<Tensor>> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
-        let none = Tracked::new();
         let mut saved = Saved { from: 1, inputs: BTreeMap::new() };
-        let last = self.walk(&self.context(pass, &plan, &none), Some(&mut saved), None)?;
+        let last = self.by_graph(pass, |cx| self.walk(cx, Some(&mut saved), None))?;
         Ok(saved.inputs.into_values().flatten().chain(last).collect())
     }
 
@@ -356,10 +346,7 @@ impl Model {
     /// # Errors
     /// Whatever the pass raises.
     pub fn logits(&self, pass: &Pass<'_>) -> Result<Tensor> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
-        let none = Tracked::new();
-        let cx = self.context(pass, &plan, &none);
-        self.head.graph(&self.walk(&cx, None, None)?[0], &cx)
+        self.by_graph(pass, |cx| self.head.graph(&self.walk(cx, None, None)?[0], cx))
     }
 
     /// An empty cache.
@@ -370,15 +357,20 @@ impl Model {
     /// Logits `[V]` after the last of `tokens`, which follow those in the caches.
     pub(crate) fn decode(&self, theta: &Theta, tokens: &[u32], caches: &mut [BlockCache]) -> Result<Tensor> {
         let layout = Layout::single(tokens);
-        let plan = RowPlan::new(self.base.architecture(), &layout, self.dtype())?;
-        let none = Tracked::new();
-        let cx = self.context(&Pass { theta, layout: &layout, dropout: None }, &plan, &none);
-        let mut x = Vec::new();
-        for (block, cache) in self.trunk.iter().zip(caches) {
-            x = block.decode(&x, cache, &cx)?;
-        }
-        let last = x[0].narrow(0, tokens.len() - 1, 1)?;
-        Ok(self.head.graph(&last, &cx)?.squeeze(0)?)
+        self.by_graph(&Pass { theta, layout: &layout, dropout: None }, |cx| {
+            let mut x = Vec::new();
+            for (block, cache) in self.trunk.iter().zip(caches) {
+                x = block.decode(&x, cache, cx)?;
+            }
+            let last = x[0].narrow(0, tokens.len() - 1, 1)?;
+            Ok(self.head.graph(&last, cx)?.squeeze(0)?)
+        })
+    }
+
+    /// Does `f` on the blocks' graphs, without leaves.
+    fn by_graph<T>(&self, pass: &Pass<'_>, f: impl FnOnce(&GraphCx<'_>) -> Result<T>) -> Result<T> {
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        f(&self.context(pass, &plan, &Tracked::new()))
     }
 
     fn context<'a>(&'a self, pass: &Pass<'a>, plan: &'a RowPlan, tracked: &'a Tracked) -> GraphCx<'a> {

@@ -16,10 +16,7 @@ pub(crate) fn put(sink: &mut dyn GradSink, id: &TensorId, gradient: &Tensor) -> 
         Region::Cols(cols) => along(id, gradient, 1, cols)?,
         Region::Cross(rows, cols) => along(id, &along(id, gradient, 0, rows)?, 1, cols)?,
         Region::Entries(entries) => {
-            let all = gradient.elem_count();
-            if let Some(entry) = entries.iter().find(|entry| **entry >= all as u64) {
-                return Err(Error::Refused(format!("entry {entry} of {id} was asked for; it has {all}")));
-            }
+            entries_within(id, entries, gradient.elem_count())?;
             let entries: Vec<i64> = entries.iter().map(|&entry| entry as i64).collect();
             gradient.flatten_all()?.index_select(&Tensor::new(entries, &Device::Cpu)?, 0)?
         }
@@ -41,6 +38,17 @@ pub(crate) fn within(id: &TensorId, wanted: &[u32], length: usize, dim: usize) -
     let what = if dim == 0 { "row" } else { "column" };
     match wanted.iter().find(|index| **index as usize >= length) {
         Some(index) => Err(Error::Refused(format!("{what} {index} of {id} was asked for; it has {length}"))),
+        None => Ok(()),
+    }
+}
+
+/// Refuses entries that a tensor of `all` does not have.
+///
+/// # Errors
+/// As said.
+pub(crate) fn entries_within(id: &TensorId, entries: &[u64], all: usize) -> Result<()> {
+    match entries.iter().find(|entry| **entry >= all as u64) {
+        Some(entry) => Err(Error::Refused(format!("entry {entry} of {id} was asked for; it has {all}"))),
         None => Ok(()),
     }
 }

@@ -5,12 +5,13 @@
 //! The shortest of many calls counts, so that other work on the machine tells least.
 #![expect(clippy::disallowed_methods, clippy::print_stdout, reason = "a bench reads the clock and prints")]
 
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use attune_tensor::kernels::{Activation, Attention, Kernels, Mask, cpu};
-use attune_tensor::view::{View, ViewMut};
+use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use half::bf16;
 
 /// Time that one line may take.
@@ -97,50 +98,30 @@ fn attention(
     let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
     let (q, k, v) = (numbers(rows * wide, 1), numbers(rows * narrow, 2), numbers(rows * narrow, 3));
     let d_o = numbers(rows * wide, 4);
-    let (mut o, mut lse) = (vec![0.0; rows * wide], vec![0.0; rows * heads]);
+    let lse = RefCell::new(vec![0.0; rows * heads]);
     let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
+    let forwards = |[q, k, v]: [MatRef<'_>; 3], mut o: MatMut<'_>| {
+        time(|| cpu().attention(&how, q, k, v, o.reborrow(), &mut lse.borrow_mut()))
+    };
+    let mut backwards = |[q, k, v]: [MatRef<'_>; 3], o: MatRef<'_>| {
+        time(|| {
+            let (lse, d_o) = (lse.borrow(), View::new(&d_o, rows, wide));
+            let dq = ViewMut::new(&mut dq, rows, wide);
+            let (dk, dv) = (ViewMut::new(&mut dk, rows, narrow), ViewMut::new(&mut dv, rows, narrow));
+            cpu().attention_vjp(&how, q, k, v, o, &lse, d_o, None, dq, dk, dv);
+        })
+    };
+    let mut o = vec![0.0f32; rows * wide];
+    let qkv =
+        [View::new(&q, rows, wide).into(), View::new(&k, rows, narrow).into(), View::new(&v, rows, narrow).into()];
+    let forward = forwards(qkv, ViewMut::new(&mut o, rows, wide).into());
+    let backward = backwards(qkv, View::new(&o, rows, wide).into());
     let half = |of: &[f32]| of.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>();
-    let (q16, k16, v16, mut o16) = (half(&q), half(&k), half(&v), half(&o));
-    let (qv, kv, vv) = (View::new(&q, rows, wide), View::new(&k, rows, narrow), View::new(&v, rows, narrow));
-    let forward = time(|| {
-        let o = ViewMut::new(&mut o, rows, wide);
-        cpu().attention(&how, qv.into(), kv.into(), vv.into(), o.into(), &mut lse);
-    });
-    let backward = time(|| {
-        cpu().attention_vjp(
-            &how,
-            qv.into(),
-            kv.into(),
-            vv.into(),
-            View::new(&o, rows, wide).into(),
-            &lse,
-            View::new(&d_o, rows, wide),
-            None,
-            ViewMut::new(&mut dq, rows, wide),
-            ViewMut::new(&mut dk, rows, narrow),
-            ViewMut::new(&mut dv, rows, narrow),
-        );
-    });
-    let (qv, kv, vv) = (View::new(&q16, rows, wide), View::new(&k16, rows, narrow), View::new(&v16, rows, narrow));
-    let forward16 = time(|| {
-        let o = ViewMut::new(&mut o16, rows, wide);
-        cpu().attention(&how, qv.into(), kv.into(), vv.into(), o.into(), &mut lse);
-    });
-    let backward16 = time(|| {
-        cpu().attention_vjp(
-            &how,
-            qv.into(),
-            kv.into(),
-            vv.into(),
-            View::new(&o16, rows, wide).into(),
-            &lse,
-            View::new(&d_o, rows, wide),
-            None,
-            ViewMut::new(&mut dq, rows, wide),
-            ViewMut::new(&mut dk, rows, narrow),
-            ViewMut::new(&mut dv, rows, narrow),
-        );
-    });
+    let (q, k, v, mut o) = (half(&q), half(&k), half(&v), half(&o));
+    let qkv =
+        [View::new(&q, rows, wide).into(), View::new(&k, rows, narrow).into(), View::new(&v, rows, narrow).into()];
+    let forward16 = forwards(qkv, ViewMut::new(&mut o, rows, wide).into());
+    let backward16 = backwards(qkv, View::new(&o, rows, wide).into());
     let seen = |at: usize, len: usize| match mask {
         Mask::Bidirectional => len,
         Mask::Causal { window } => (at + 1).min(window.unwrap_or(len)),

@@ -22,7 +22,7 @@ use candle_core::{Device, Tensor};
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
-use crate::together::{Company, Piece, Wanted};
+use crate::together::{self, Asked, Company, Piece, Wanted};
 
 /// What ranks send one another.
 #[derive(Debug, Clone)]
@@ -149,18 +149,10 @@ impl RankEngine<'_> {
                 wanted,
             })?
         } else {
-            let passes: Vec<Pass<'_>> = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout }).collect();
-            let tensors = wanted.as_ref().map(|wanted| wanted.tensors.as_slice()).unwrap_or_default();
-            let mut sinks: Vec<Grads> = group.iter().map(|_| Grads::wanting(tensors.iter().cloned())).collect();
-            let (reports, times) = match &wanted {
-                Some(Wanted { scale, keep, .. }) => {
-                    let mut given: Vec<&mut dyn GradSink> =
-                        sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
-                    shared.model.grad_parts(&passes, of, *scale, *keep, &mut given)?
-                }
-                None => shared.model.score_parts(&passes, of)?,
-            };
-            (sinks.into_iter().zip(reports).collect(), times)
+            let layouts = group.iter().map(|(_, layout)| &**layout).collect();
+            let asked =
+                Asked { model: &shared.model, objective: of, theta: at, layouts, dropout, wanted: wanted.as_ref() };
+            together::pass(&[asked])?.pop().unwrap_or_default()
         };
         self.spent.passes += times;
         Ok(found)

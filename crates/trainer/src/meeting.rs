@@ -35,8 +35,9 @@ impl<W, R> Meeting<W, R> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the others who are there, and gives the result of this lane's piece. One of the lanes calls its `work` with all pieces, in
-    /// the order of lanes, and it returns their results in that order. Nothing comes back when that lane panicked.
+    /// Waits for the others who are there, and gives the result of this lane's piece. One of the lanes calls its `work` with
+    /// all pieces, in the order of lanes, and it returns their results in that order. Nothing comes back when that lane
+    /// panicked.
     pub(crate) fn bring(&self, lane: usize, piece: W, work: impl FnOnce(Vec<W>) -> Vec<R>) -> Option<R> {
         let mut state = self.state();
         state.brought.insert(lane, piece);

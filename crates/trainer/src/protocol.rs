@@ -268,9 +268,9 @@ mod tests {
 
     #[test]
     fn messages_are_one_line_and_name_themselves() {
-        let event = Event::Checkpoint { step: Step(5), folder: "/work/a\nb".into() };
+        let event = Event::Checkpoint { step: Step(5), folder: "checkpoints/a\nb".into() };
         let line = serde_json::to_string(&event).unwrap();
-        assert_eq!(line, r#"{"event":"checkpoint","step":5,"folder":"/work/a\nb"}"#);
+        assert_eq!(line, r#"{"event":"checkpoint","step":5,"folder":"checkpoints/a\nb"}"#);
         assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
         let command = Command::CheckpointStored { step: Step(5) };
         assert_eq!(serde_json::to_string(&command).unwrap(), r#"{"command":"checkpoint_stored","step":5}"#);

@@ -2,16 +2,18 @@
 
 /// The largest resident memory so far, in bytes; 0 where the system does not say.
 pub(crate) fn peak_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().next()).and_then(|number| number.parse::<u64>().ok());
-    kilobytes.unwrap_or(0) * 1024
+    field("/proc/self/status", "VmHWM:").unwrap_or(0)
 }
 
 /// Bytes that the machine can give to this process without swapping; `None` where the system does not say.
 pub(crate) fn available_bytes() -> Option<u64> {
-    let memory = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = memory.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    field("/proc/meminfo", "MemAvailable:")
+}
+
+/// The bytes that a line of one of Linux's tables names in kilobytes.
+fn field(table: &str, name: &str) -> Option<u64> {
+    let table = std::fs::read_to_string(table).ok()?;
+    let line = table.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 

@@ -29,6 +29,29 @@ pub(crate) struct Piece {
     pub(crate) wanted: Option<Wanted>,
 }
 
+/// The same, borrowed.
+pub(crate) struct Asked<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) objective: &'a dyn Objective,
+    pub(crate) theta: &'a Theta,
+    pub(crate) layouts: Vec<&'a Layout>,
+    pub(crate) dropout: Option<Dropout>,
+    pub(crate) wanted: Option<&'a Wanted>,
+}
+
+impl Piece {
+    fn asked(&self) -> Asked<'_> {
+        Asked {
+            model: &self.model,
+            objective: &*self.objective,
+            theta: &self.theta,
+            layouts: self.layouts.iter().map(|layout| &**layout).collect(),
+            dropout: self.dropout,
+            wanted: self.wanted.as_ref(),
+        }
+    }
+}
+
 /// Gradients of `scale × loss`.
 pub(crate) struct Wanted {
     pub(crate) scale: f64,
@@ -126,26 +149,32 @@ fn do_alike(pieces: &[&Piece]) -> Vec<Outcome> {
 }
 
 fn do_together(pieces: &[&Piece]) -> Result<Vec<Found>> {
+    let asked: Vec<Asked<'_>> = pieces.iter().map(|piece| piece.asked()).collect();
+    pass(&asked)
+}
+
+/// One pass over what is asked, of which all want gradients, with the same kept, or all want none.
+pub(crate) fn pass(pieces: &[Asked<'_>]) -> Result<Vec<Found>> {
     let passes: Vec<Vec<Pass<'_>>> = pieces
         .iter()
         .map(|piece| {
-            piece.layouts.iter().map(|layout| Pass { theta: &piece.theta, layout, dropout: piece.dropout }).collect()
+            piece.layouts.iter().map(|layout| Pass { theta: piece.theta, layout, dropout: piece.dropout }).collect()
         })
         .collect();
     let lanes: Vec<Together<'_>> = pieces
         .iter()
         .zip(&passes)
         .map(|(piece, passes)| Together {
-            model: &piece.model,
+            model: piece.model,
             passes,
-            objective: &*piece.objective,
-            scale: piece.wanted.as_ref().map_or(1.0, |wanted| wanted.scale),
+            objective: piece.objective,
+            scale: piece.wanted.map_or(1.0, |wanted| wanted.scale),
         })
         .collect();
-    let tensors = |piece: &Piece| piece.wanted.as_ref().map(|wanted| wanted.tensors.clone()).unwrap_or_default();
+    let tensors = |piece: &Asked<'_>| piece.wanted.map(|wanted| wanted.tensors.clone()).unwrap_or_default();
     let mut sinks: Vec<Grads> =
         pieces.iter().flat_map(|piece| piece.layouts.iter().map(|_| Grads::wanting(tensors(piece)))).collect();
-    let (reports, times) = match pieces.first().and_then(|piece| piece.wanted.as_ref()) {
+    let (reports, times) = match pieces.first().and_then(|piece| piece.wanted) {
         Some(wanted) => {
             let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
             grad_together(&lanes, wanted.keep, &mut given)?

@@ -334,7 +334,7 @@ impl Block for Experts {
         drop(dinner_ai);
         let n_td = residual::read(norm, &x[0], cx)?;
         let n_ad = self.sent(&n_td, &sent, cx);
-        let through = residual::reads(norm, below, cx, sinks)?;
+        let through = residual::reads(norm, below, cx, sinks);
         let mut dn_ad = through.then(|| cx.arena.rows(sent.places.len(), width));
         for (thin, Visit { expert, at, ids }) in sent.to.iter().enumerate() {
             let n_nd = n_ad.view().sub_rows(at.start, at.end);

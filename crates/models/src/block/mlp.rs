@@ -180,7 +180,7 @@ impl Block for Mlp {
         let dopened = opened.vjp(&dinner_ti, cx);
         drop(dinner_ti);
         let n_td = residual::read(norm, &x[0], cx)?;
-        let through = residual::reads(norm, below, cx, sinks)?;
+        let through = residual::reads(norm, below, cx, sinks);
         let mut dn_td = through.then(|| cx.arena.rows(t, x[0].n_cols()));
         let dn = dn_td.as_mut().map(Rows::view_mut);
         dopened.open_vjp(0, &self.sites, n_td.view(), Given::All, 0..t, dn, cx, sinks)?;

@@ -75,8 +75,8 @@ pub(super) fn join_vjp(
 }
 
 /// Whether the gradient by what `f` reads is needed: for what lies below, or for the norm's own tensors.
-pub(super) fn reads(norm: &Site, below: bool, cx: &PassCx<'_>, sinks: &Sinks<'_>) -> Result<bool> {
-    Ok(below || (cx.architecture().placement == NormPlacement::Pre && cx.wants_any(norm, sinks)))
+pub(super) fn reads(norm: &Site, below: bool, cx: &PassCx<'_>, sinks: &Sinks<'_>) -> bool {
+    below || (cx.architecture().placement == NormPlacement::Pre && cx.wants_any(norm, sinks))
 }
 
 /// The gradient by the block's input, from those by `x + f` and by what `f` reads.

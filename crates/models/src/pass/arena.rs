@@ -88,11 +88,6 @@ impl Arena {
         let bf16s: usize = free.bf16.iter().map(Vec::len).sum();
         4 * f32s + 2 * bf16s
     }
-
-    /// Gives all free buffers back to the system.
-    pub fn clear(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Free::default();
-    }
 }
 
 /// Numbers that go back to their arena when they are dropped.

@@ -1,30 +1,36 @@
 //! The loss over chunks of supervised rows: the last norm, the head and the cross-entropy of one chunk at a time, and at once
 //! the gradient by its hidden rows.
 
-use attune_architecture::{Place, Site};
+use attune_architecture::Place;
 use attune_points::engine::LossReport;
-use attune_points::layout::Supervised;
-use attune_points::objective::{ChunkLoss, ChunkView, Level};
+use attune_points::layout::NO_LABEL;
+use attune_points::objective::ChunkLoss;
 use attune_points::{Error, Result};
 use attune_tensor::autograd;
 use attune_tensor::view::MatRef;
 use candle_core::{Device, Tensor};
 
 use crate::head::Head;
-use crate::loss::{checked, count, count_documents, outside, weighted};
+use crate::loss::{checked, outside, sweeps};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::linear::Thin;
 use crate::pass::local::{self, gather};
 use crate::pass::parts::{Given, PassCx, Sinks, wanted};
 use crate::pass::times::Work;
 use crate::pass::walk::Task;
-use crate::scope;
 
 /// Where gradients go.
 pub(crate) struct Backward<'b, 's> {
     /// The gradient by the hidden rows, if anything below needs it; zero at first.
     pub(crate) dh_td: Option<&'b mut Rows<f32>>,
     pub(crate) sinks: &'b mut Sinks<'s>,
+}
+
+impl<'s> Backward<'_, 's> {
+    /// The same for one chunk.
+    fn again(&mut self) -> Backward<'_, 's> {
+        Backward { dh_td: self.dh_td.as_deref_mut(), sinks: &mut *self.sinks }
+    }
 }
 
 /// The losses of all parts, part by part.
@@ -39,42 +45,19 @@ pub(crate) fn losses(
     let (width, length) = (cx.architecture().logits_width(), cx.architecture().logits_rows());
     let mut reports = Vec::with_capacity(tasks.len());
     for (part, task) in tasks.iter().enumerate() {
-        let (objective, layout) = (task.objective, task.part.layout);
-        let supervised = layout.supervised();
-        if let Some(row) = supervised.iter().find(|row| row.label as usize >= width) {
-            return Err(outside(row.label, cx.architecture()));
+        let layout = task.part.layout;
+        if let Some(&label) = layout.labels().iter().find(|&&label| label != NO_LABEL && label as usize >= width) {
+            return Err(outside(label, cx.architecture()));
         }
-        let mut report = LossReport::default();
-        let sweep = |rows: &[Supervised], loss: &ChunkLoss, backward: &mut Option<Backward<'_, '_>>| {
+        let reverse = backward.is_some();
+        reports.push(sweeps(task.objective, layout, length, reverse, |rows, loss, reverse| {
             let ids: Vec<u32> = rows.iter().map(|row| row.row).collect();
             let labels: Vec<u32> = rows.iter().map(|row| row.label).collect();
             let chunk = Chunk { part, ids: &ids, labels: &labels, loss, scale: task.scale };
+            let backward = backward.as_mut().filter(|_| reverse).map(Backward::again);
             let values = cx.meter.whole(Work::Head, || chunk.run(head, h_td, cx, backward))?;
-            Ok::<_, Error>(values.into_iter().map(f64::from).collect::<Vec<f64>>())
-        };
-        if objective.level() == Level::Chunk {
-            for rows in supervised.chunks(length) {
-                let loss = objective.chunk(&ChunkView { layout, rows })?;
-                let values = sweep(rows, &loss, &mut backward)?;
-                count(&mut report, rows, &weighted(&loss, values), layout);
-            }
-        } else {
-            let mut logp_t = Vec::with_capacity(supervised.len());
-            for rows in supervised.chunks(length) {
-                let loss = ChunkLoss::CrossEntropy { weight_t: vec![1.0; rows.len()] };
-                logp_t.extend(sweep(rows, &loss, &mut None)?.into_iter().map(|nll| -nll));
-                count(&mut report, rows, &vec![0.0; rows.len()], layout);
-            }
-            let dlogp_t = scope::losses(objective, layout, &supervised, &logp_t, &mut report)?;
-            if backward.is_some() {
-                for (rows, dlogp_c) in supervised.chunks(length).zip(dlogp_t.chunks(length)) {
-                    let loss = ChunkLoss::CrossEntropy { weight_t: dlogp_c.iter().map(|dlogp| -dlogp).collect() };
-                    sweep(rows, &loss, &mut backward)?;
-                }
-            }
-        }
-        count_documents(&mut report, &supervised, layout.docs());
-        reports.push(report);
+            Ok(values.into_iter().map(f64::from).collect())
+        })?);
     }
     Ok(reports)
 }
@@ -116,7 +99,7 @@ impl Chunk<'_> {
         head: &Head,
         h_td: &Rows<f32>,
         cx: &PassCx<'_>,
-        backward: &mut Option<Backward<'_, '_>>,
+        backward: Option<Backward<'_, '_>>,
     ) -> Result<Vec<f32>> {
         let (c, hidden, vocab) = (self.ids.len(), cx.architecture().hidden, cx.architecture().logits_width());
         let start = cx.rows[self.part].start;
@@ -134,8 +117,9 @@ impl Chunk<'_> {
         let values_c = self.values(&mut logits_cv, rounded.as_mut(), backward.is_some(), cx)?;
         let Some(Backward { dh_td, sinks }) = backward else { return Ok(values_c) };
         let dlogits = rounded.as_ref().map_or_else(|| logits_cv.view().into(), Mat::view);
-        let before: Vec<Site> = head.sites.iter().filter(|site| site.id != linear.id).cloned().collect();
-        let through = dh_td.is_some() || !wanted(cx.base, &cx.parts[self.part], &before, &*sinks[self.part]).is_empty();
+        // The sites of a head are in the order of use, the last linear at the end.
+        let before = head.sites.split_last().map_or(&[][..], |(_, before)| before);
+        let through = dh_td.is_some() || !wanted(cx.base, &cx.parts[self.part], before, &*sinks[self.part]).is_empty();
         let mut dread_cd = through.then(|| cx.arena.rows(c, hidden));
         let dread = dread_cd.as_mut().map(|dread| (dread.view_mut(), false));
         cx.linear_vjp(linear, read.view(), self.given(), &thin, dlogits, dread, sinks)?;

@@ -23,7 +23,7 @@ use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks, wants};
 use crate::pass::times::Work;
-use crate::regions::{self, within};
+use crate::regions::{self, entries_within, within};
 
 /// What the reverse pass of a linear needs: the thin rows of its low-rank components.
 #[derive(Debug, Default)]
@@ -210,10 +210,7 @@ impl<'a> PassCx<'a> {
         let (rows, cols) = match region {
             Region::None => return Ok(None),
             Region::Entries(entries) => {
-                if let Some(entry) = entries.iter().find(|entry| **entry >= (output * input) as u64) {
-                    let all = output * input;
-                    return Err(Error::Refused(format!("entry {entry} of {id} was asked for; it has {all}")));
-                }
+                entries_within(id, entries, output * input)?;
                 let dw = self.meter.time(Work::Gemm, || entries_of_product(entries, input, x_ti, dy_to));
                 let length = dw.len();
                 return Ok(Some(Tensor::from_vec(dw, length, &Device::Cpu)?));

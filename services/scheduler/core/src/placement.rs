@@ -4,8 +4,8 @@
 //! what is free keeps the workers that it is waiting for: nobody behind it is placed there, so a large gang is never
 //! starved by small ones, while the rest of the fleet goes on working. A job that fits no fleet of today blocks nobody.
 //! Jobs that may share a process are placed together: the first of them takes along those behind it, up to a limit and to
-//! what the device's memory is expected to hold. They
-//! wait a moment for one another first; meanwhile they keep their place like any job that waits.
+//! what the device's memory is expected to hold. They wait a moment for one another first; meanwhile they keep their place
+//! like any job that waits.
 //! Among workers that will do, one that ran the job before is taken first (it has the inputs on its disk), then the one
 //! with the fewest free devices of the kind, so that large holes stay for large shares.
 
