@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shapes import SHAPES, VARIANTS
@@ -36,10 +36,12 @@ class Case:
     steps: int
     shards: int = 1
     recompute: bool = False
+    # The number of an NVIDIA device; the processor without.
+    device: int | None = None
 
     @property
     def name(self):
-        return f"{self.shape}-{self.trains}-{self.precision}"
+        return f"{self.shape}-{self.trains}-{self.precision}" + ("" if self.device is None else "-cuda")
 
 
 CASES = [
@@ -51,6 +53,8 @@ CASES = [
     Case("M", "lora", "f32", 1, 3),
     Case("M", "lora", "bf16", 1, 3),
 ]
+# The same on an NVIDIA device, where one is asked for; more steps, for they are short.
+CASES_ON_DEVICE = [replace(case, warmup=5, steps=20, device=0) for case in CASES]
 # Eight jobs on one base, side by side against in turn, by tokens of a job's step: Attune against itself.
 LANES = {f"S-lanes-{precision}-{tokens}": (precision, tokens) for precision, tokens in (("f32", 256), ("bf16", 256), ("f32", 32))}
 
@@ -106,6 +110,7 @@ class Comparison:
             "steps": case.steps if steps is None else steps,
             "shards": case.shards,
             "recompute": case.recompute,
+            "device": case.device,
         }
         path = self.out / f"{case.name}{'' if warmup is None else '-short'}.json"
         path.write_text(json.dumps(value))
@@ -235,9 +240,11 @@ def main():
     p.add_argument("--cases", nargs="*", default=[], help="names or their beginnings; all without")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--evidence", type=Path, help="JSON lines are added to this file")
+    p.add_argument("--cuda", action="store_true", help="on an NVIDIA device; `step` must be built with the feature `cuda`")
     a = p.parse_args()
     is_chosen = lambda known: not a.cases or any(known.startswith(name) for name in a.cases)  # noqa: E731
-    chosen, lanes = [c for c in CASES if is_chosen(c.name)], [name for name in LANES if is_chosen(name)]
+    cases, lanes = (CASES_ON_DEVICE, {}) if a.cuda else (CASES, LANES)
+    chosen, lanes = [c for c in cases if is_chosen(c.name)], [name for name in lanes if is_chosen(name)]
     if not chosen and not lanes:
         sys.exit(f"no case begins with {a.cases}; there are {[c.name for c in CASES] + list(LANES)}")
     a.out.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,11 @@ def model_of(case, variant):
     return model, autocast
 
 
+def rest(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def run(case, variant):
     imported_mib = resident_mib()
     model, autocast = model_of(case, variant)
@@ -55,6 +60,8 @@ def run(case, variant):
         batch = json.load(f)
     ids = torch.tensor(batch["documents"])
     given = {"labels": torch.tensor(batch["classes"])} if "classes" in batch else {"labels": ids, "use_cache": False}
+    device = torch.device("cpu" if case.get("device") is None else f"cuda:{case['device']}")
+    model, ids, given = model.to(device), ids.to(device), {k: v.to(device) if torch.is_tensor(v) else v for k, v in given.items()}
     trained = [value for value in model.parameters() if value.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=case["lr"], weight_decay=0.0)
     loaded_mib, whole_peak = resident_mib("VmRSS"), resident_mib()
@@ -62,18 +69,22 @@ def run(case, variant):
     seconds, losses = [], []
     for _ in range(case["warmup"] + case["steps"]):
         started, cpu = time.perf_counter(), time.process_time()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, **given).loss
+        rest(device)
         forward = time.perf_counter()
         loss.backward()
+        rest(device)
         backward = time.perf_counter()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         losses.append(loss.item())
+        rest(device)
         done = time.perf_counter()
         seconds.append({"step": done - started, "forward": forward - started, "backward": backward - forward, "optimiser": done - backward, "cpu": time.process_time() - cpu})
         if len(losses) == 1:
             first_step_unix = time.time()
+    on_device = torch.cuda.max_memory_reserved() / 2**20 if device.type == "cuda" else None
     timed = seconds[case["warmup"] :]
     steps_peak = resident_mib()
     return {
@@ -89,6 +100,7 @@ def run(case, variant):
         "loaded_mib": round(loaded_mib, 1),
         "peak_steps_mib": round(steps_peak, 1),
         "peak_mib": round(max(whole_peak, steps_peak), 1),
+        "device_mib": on_device,
         "first_step_unix": first_step_unix,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},

@@ -7,6 +7,7 @@ use std::path::Path;
 use attune_architecture::{Architecture, Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
 use attune_points::{TensorName, Weight};
 use attune_spec::job::Precision;
+use attune_tensor::kernels::{Kept, Kernels};
 use attune_tensor::{FrozenWeight, Rng};
 use candle_core::{DType, Device, Tensor};
 
@@ -17,6 +18,8 @@ use crate::pass::{Activations, Arena};
 /// A model's architecture and frozen weights.
 #[derive(Debug)]
 pub struct Base {
+    /// Copies of the matrices on a device; they go before the matrices do.
+    kept: Vec<Kept>,
     architecture: Architecture,
     /// The head's name and the embedding's, if the model keeps one matrix for both.
     tie: Option<(SiteId, SiteId)>,
@@ -29,7 +32,22 @@ pub struct Base {
 impl Base {
     fn empty(architecture: Architecture) -> Self {
         let tie = architecture.tie();
-        Self { architecture, tie, matrices: BTreeMap::new(), vectors: BTreeMap::new(), arena: Arena::default() }
+        let (matrices, vectors, arena) = (BTreeMap::new(), BTreeMap::new(), Arena::default());
+        Self { kept: Vec::new(), architecture, tie, matrices, vectors, arena }
+    }
+
+    /// The same base on the device of these kernels: passes over it work there, and the matrices lie there too.
+    ///
+    /// # Errors
+    /// What the device failed at: not enough memory, for one.
+    pub fn on(mut self, kernels: &'static dyn Kernels) -> attune_points::Result<Self> {
+        self.kept.clear();
+        self.arena = Arena::new(kernels);
+        for matrix in self.matrices.values() {
+            self.kept.extend(kernels.keep(matrix.read()?.mat()));
+        }
+        kernels.fault()?;
+        Ok(self)
     }
 
     /// Where passes take their buffers from: all models over this base together.

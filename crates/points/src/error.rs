@@ -52,6 +52,9 @@ pub enum Error {
         /// How many steps were watched.
         steps: u64,
     },
+    /// The device that computes has failed; results since then are worth nothing.
+    #[error(transparent)]
+    Device(#[from] attune_tensor::kernels::Fault),
     /// A request that this engine cannot serve, with what would do.
     #[error("{0}")]
     Refused(String),

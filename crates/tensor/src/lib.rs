@@ -21,6 +21,7 @@ pub mod mapped;
 
 pub mod kernels;
 pub mod reading;
+pub mod store;
 pub mod view;
 
 pub mod testing;

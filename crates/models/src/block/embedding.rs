@@ -4,7 +4,6 @@ use attune_architecture::{Architecture, Place, Positions, Site, SiteId, SiteKind
 use attune_points::error::Context as _;
 use attune_points::layout::{Axis, Column, TOKEN_TYPES, Values};
 use attune_points::{Error, Layout, Result, Row, TensorId};
-use attune_tensor::view::{MatRef, ViewMut};
 use attune_tensor::{ops, reading};
 use candle_core::{Device, Tensor};
 
@@ -43,10 +42,12 @@ impl Embedding {
                 let id = &site(&self.sites, *place)?.id;
                 let at = || format!("embedding {id}");
                 match cx.own(part, id, "weight") {
-                    Some((_, w_vd)) => select(reading::read(w_vd).context(at)?.mat(), ids, to, i > 0),
+                    Some((_, w_vd)) => {
+                        cx.kernels.gather(reading::read(w_vd).context(at)?.mat(), ids, to.into(), i > 0);
+                    }
                     None => {
                         let frozen = cx.base.matrix(&cx.base.tensor_name(id.as_str(), "weight"))?;
-                        select(frozen.read().context(at)?.mat(), ids, to, i > 0);
+                        cx.kernels.gather(frozen.read().context(at)?.mat(), ids, to.into(), i > 0);
                     }
                 }
             }
@@ -191,19 +192,6 @@ fn token_types(layout: &Layout, types: usize) -> Result<Vec<u32>> {
             }
         }
         Some(_) => refused(format!("column {TOKEN_TYPES:?} has to hold one whole number a row")),
-    }
-}
-
-/// Copies, or adds, the rows `ids` of a table.
-fn select(w_vd: MatRef<'_>, ids: &[u32], mut to: ViewMut<'_, f32>, add: bool) {
-    for (place, &id) in ids.iter().enumerate() {
-        let to = to.row(place);
-        match (w_vd, add) {
-            (MatRef::F32(view), false) => to.copy_from_slice(view.row(id as usize)),
-            (MatRef::F32(view), true) => to.iter_mut().zip(view.row(id as usize)).for_each(|(x, w)| *x += w),
-            (MatRef::Bf16(view), false) => to.iter_mut().zip(view.row(id as usize)).for_each(|(x, w)| *x = w.to_f32()),
-            (MatRef::Bf16(view), true) => to.iter_mut().zip(view.row(id as usize)).for_each(|(x, w)| *x += w.to_f32()),
-        }
     }
 }
 

@@ -21,7 +21,6 @@ use super::{Block, mlp, residual, site};
 use crate::block;
 use crate::context::GraphCx;
 use crate::pass::linear::Thin;
-use crate::pass::local::gather;
 use crate::pass::parts::{Given, wanted};
 use crate::pass::times::Work;
 use crate::pass::walk::Run;
@@ -175,14 +174,10 @@ impl Experts {
 
     /// The rows of `x_td` that experts see, one after the other.
     fn sent(&self, x_td: &Mat, sent: &Sent, cx: &PassCx<'_>) -> Mat {
-        let rows = sent.rows(self.mixture.per_token).map(|(row, _)| row);
+        let rows: Vec<u32> = sent.rows(self.mixture.per_token).map(|(row, _)| row as u32).collect();
         let width = x_td.view().cols();
         let mut to = cx.arena.mat(sent.places.len(), width, cx.dtype);
-        cx.meter.time(Work::Elementwise, || match (x_td, &mut to) {
-            (Mat::F32(x), Mat::F32(to)) => gather(x.view(), rows, to.view_mut()),
-            (Mat::Bf16(x), Mat::Bf16(to)) => gather(x.view(), rows, to.view_mut()),
-            _ => unreachable!("both are in the type of the activations"),
-        });
+        cx.meter.time(Work::Elementwise, || cx.kernels.gather(x_td.view(), &rows, to.view_mut(), false));
         to
     }
 
@@ -273,7 +268,7 @@ impl Block for Experts {
         drop(inner_ai);
         let mut sum = cx.arena.rows(x[0].n_rows(), x[0].n_cols());
         cx.meter.time(Work::Elementwise, || {
-            sum.values_mut().copy_from_slice(x[0].values());
+            cx.kernels.convert(x[0].view().into(), sum.view_mut().into());
             let mut to = sum.view_mut();
             for ((row, w), y_d) in sent.rows(k).zip(y_ad.values().chunks_exact(x[0].n_cols())) {
                 to.row(row).iter_mut().zip(y_d).for_each(|(sum, y)| *sum += w * y);

@@ -42,7 +42,7 @@ pub(super) fn join(norm: &Site, x_td: &Rows<f32>, last: &Last<'_>, cx: &PassCx<'
         return Ok(Joined { y: Vec::new(), sum: None, thin });
     }
     let mut sum = cx.arena.rows(x_td.n_rows(), x_td.n_cols());
-    sum.values_mut().copy_from_slice(x_td.values());
+    cx.kernels.convert(x_td.view().into(), sum.view_mut().into());
     let thin = cx.linear(last.linear, last.x_ti, Given::All, sum.view_mut(), true)?;
     let (y, sum) = close(norm, sum, cx, run)?;
     Ok(Joined { y, sum, thin })

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use attune_tensor::kernels::{self, Kernels};
+use attune_tensor::store::{Number, Store};
 use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use half::bf16;
 
@@ -15,38 +17,62 @@ pub enum Activations {
 }
 
 /// A number that an arena keeps buffers of.
-pub trait Stored: Copy + Default + Send + 'static {
+pub trait Stored: Number {
     /// The free buffers of this type.
-    fn free(free: &mut Free) -> &mut Vec<Vec<Self>>;
+    fn free(free: &mut Free) -> &mut Vec<Store<Self>>;
 }
 
 /// Buffers that nobody uses, by type.
 #[derive(Debug, Default)]
 pub struct Free {
-    f32: Vec<Vec<f32>>,
-    bf16: Vec<Vec<bf16>>,
+    f32: Vec<Store<f32>>,
+    bf16: Vec<Store<bf16>>,
 }
 
 impl Stored for f32 {
-    fn free(free: &mut Free) -> &mut Vec<Vec<Self>> {
+    fn free(free: &mut Free) -> &mut Vec<Store<Self>> {
         &mut free.f32
     }
 }
 
 impl Stored for bf16 {
-    fn free(free: &mut Free) -> &mut Vec<Vec<Self>> {
+    fn free(free: &mut Free) -> &mut Vec<Store<Self>> {
         &mut free.bf16
     }
 }
 
-/// A source of buffers. Clones share what they hold.
-#[derive(Debug, Clone, Default)]
-pub struct Arena(Arc<Mutex<Free>>);
+/// A source of buffers where a device's kernels work on them best. Clones share what they hold.
+#[derive(Debug, Clone)]
+pub struct Arena {
+    kernels: &'static dyn Kernels,
+    free: Arc<Mutex<Free>>,
+}
+
+impl Default for Arena {
+    /// Of the processor.
+    fn default() -> Self {
+        Self::new(kernels::cpu())
+    }
+}
 
 impl Arena {
+    /// Of the device of these kernels.
+    pub fn new(kernels: &'static dyn Kernels) -> Self {
+        Self { kernels, free: Arc::default() }
+    }
+
+    /// The kernels that work on its buffers.
+    pub fn kernels(&self) -> &'static dyn Kernels {
+        self.kernels
+    }
+
+    fn free(&self) -> std::sync::MutexGuard<'_, Free> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A buffer of `length` numbers of any value.
     pub fn take<T: Stored>(&self, length: usize) -> Buffer<T> {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.free();
         let buffers = T::free(&mut free);
         // The smallest that is large enough, unless most of it would lie idle.
         let fits = |capacity: usize| capacity >= length && capacity / 2 <= length.max(1024);
@@ -56,7 +82,7 @@ impl Arena {
         drop(free);
         let mut buffer = Buffer { values, length, home: self.clone() };
         if buffer.values.len() < length {
-            buffer.values = vec![T::default(); length];
+            buffer.values = Store::new(self.kernels, length);
         }
         buffer
     }
@@ -77,15 +103,15 @@ impl Arena {
     /// A matrix of zeros in 32 bits.
     pub fn zeros(&self, rows: usize, cols: usize) -> Rows<f32> {
         let mut made = self.rows(rows, cols);
-        made.buffer.as_mut().fill(0.0);
+        self.kernels.fill(made.view_mut(), 0.0);
         made
     }
 
     /// Bytes of all buffers that nobody uses at the moment: after a pass, of all that it used at once.
     pub fn idle_bytes(&self) -> usize {
-        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let f32s: usize = free.f32.iter().map(Vec::len).sum();
-        let bf16s: usize = free.bf16.iter().map(Vec::len).sum();
+        let free = self.free();
+        let f32s: usize = free.f32.iter().map(|buffer| buffer.len()).sum();
+        let bf16s: usize = free.bf16.iter().map(|buffer| buffer.len()).sum();
         4 * f32s + 2 * bf16s
     }
 }
@@ -93,7 +119,7 @@ impl Arena {
 /// Numbers that go back to their arena when they are dropped.
 #[derive(Debug)]
 pub struct Buffer<T: Stored> {
-    values: Vec<T>,
+    values: Store<T>,
     length: usize,
     home: Arena,
 }
@@ -114,7 +140,7 @@ impl<T: Stored> Drop for Buffer<T> {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
         if !values.is_empty() {
-            T::free(&mut self.home.0.lock().unwrap_or_else(PoisonError::into_inner)).push(values);
+            T::free(&mut self.home.free()).push(values);
         }
     }
 }

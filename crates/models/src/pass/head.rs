@@ -14,7 +14,7 @@ use crate::head::Head;
 use crate::loss::{checked, outside, sweeps};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::linear::Thin;
-use crate::pass::local::{self, gather};
+use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Sinks, wanted};
 use crate::pass::times::Work;
 use crate::pass::walk::Task;
@@ -103,10 +103,10 @@ impl Chunk<'_> {
     ) -> Result<Vec<f32>> {
         let (c, hidden, vocab) = (self.ids.len(), cx.architecture().hidden, cx.architecture().logits_width());
         let start = cx.rows[self.part].start;
-        let rows = || self.ids.iter().map(move |&id| start + id as usize);
+        let rows: Vec<u32> = self.ids.iter().map(|&id| start as u32 + id).collect();
         let linear = head.last(cx.architecture())?;
         let mut h_cd = cx.arena.rows(c, hidden);
-        gather(h_td.view(), rows(), h_cd.view_mut());
+        cx.kernels.gather(h_td.view().into(), &rows, h_cd.view_mut().into(), false);
         let read = self.read(head, h_cd, cx)?;
         let mut logits_cv = cx.arena.rows(c, vocab);
         let thin = cx.linear(linear, read.view(), self.given(), logits_cv.view_mut(), false)?;
@@ -126,10 +126,7 @@ impl Chunk<'_> {
         let Some(dread_cd) = dread_cd else { return Ok(values_c) };
         let dh_cd = self.read_vjp(head, &read, dread_cd, cx, sinks)?;
         let Some(dh_td) = dh_td else { return Ok(values_c) };
-        let mut to = dh_td.view_mut();
-        for (place, row) in rows().enumerate() {
-            to.row(row).copy_from_slice(dh_cd.view().row(place));
-        }
+        cx.kernels.scatter(dh_cd.view(), &rows, dh_td.view_mut());
         Ok(values_c)
     }
 
@@ -162,7 +159,7 @@ impl Chunk<'_> {
                     let gradient = autograd::pull(&[&leaf], &[(&loss_c, &scale_c)])?.pop().flatten();
                     match gradient {
                         Some(gradient) => local::write(&gradient, logits_cv.view_mut(), false)?,
-                        None => logits_cv.values_mut().fill(0.0),
+                        None => cx.kernels.fill(logits_cv.view_mut(), 0.0),
                     }
                     if let Some(rounded) = rounded {
                         cx.kernels.convert(logits_cv.view().into(), rounded.view_mut());

@@ -311,7 +311,7 @@ impl<'a> PassCx<'a> {
         let down = factors.down.1.view();
         let mut h = self.arena.rows(rows.len(), down.rows());
         self.kernels.gemm(h.view_mut(), &Gemm::new(Operand::plain(x), Operand::transposed(down)));
-        h.values_mut().iter_mut().for_each(|h| *h *= factors.scale);
+        self.kernels.scale(h.view_mut(), factors.scale);
         Ok(self.narrowed(h))
     }
 
@@ -320,7 +320,7 @@ impl<'a> PassCx<'a> {
         let Some(mask) = self.mask(site, factors, x.cols())? else { return Ok(None) };
         let mut masked = self.arena.rows(x.rows(), x.cols());
         self.kernels.convert(x, masked.view_mut().into());
-        masked.values_mut().iter_mut().zip(&mask).for_each(|(x, mask)| *x *= mask);
+        self.kernels.multiply(View::new(&mask, x.rows(), x.cols()).into(), masked.view_mut());
         Ok(Some(self.narrowed(masked)))
     }
 
@@ -371,7 +371,7 @@ impl<'a> PassCx<'a> {
         }
         let mut g = self.arena.rows(rows.len(), rank);
         self.kernels.gemm(g.view_mut(), &Gemm::new(Operand::plain(dy), Operand::plain(up)));
-        g.values_mut().iter_mut().for_each(|g| *g *= factors.scale);
+        self.kernels.scale(g.view_mut(), factors.scale);
         let g = self.narrowed(g);
         if wants(&**sink, &factors.down.0) {
             let masked = self.masked(site, factors, x)?;
@@ -393,7 +393,7 @@ impl<'a> PassCx<'a> {
         let mut back = self.arena.rows(rows.len(), down.cols());
         self.kernels.gemm(back.view_mut(), &of);
         if let Some(mask) = self.mask(site, factors, down.cols())? {
-            back.values_mut().iter_mut().zip(&mask).for_each(|(dx, mask)| *dx *= mask);
+            self.kernels.multiply(View::new(&mask, back.n_rows(), back.n_cols()).into(), back.view_mut());
         }
         self.kernels.add(back.view().into(), dx.reborrow());
         Ok(())

@@ -5,7 +5,7 @@ use attune_architecture::Site;
 use attune_points::adapter::{DropoutMask, RowCx};
 use attune_points::{Error, Locals, Owner, Result, TensorId};
 use attune_tensor::autograd;
-use attune_tensor::view::{MatRef, View, ViewMut};
+use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::attention::RowPlan;
@@ -211,11 +211,4 @@ pub(crate) fn block_vjp(
         }
     }
     Ok(dx)
-}
-
-/// Rows, gathered.
-pub(crate) fn gather<T: Copy>(x: View<'_, T>, rows: impl Iterator<Item = usize>, mut to: ViewMut<'_, T>) {
-    for (place, row) in rows.enumerate() {
-        to.row(place).copy_from_slice(x.row(row));
-    }
 }

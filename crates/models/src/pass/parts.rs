@@ -107,7 +107,7 @@ impl Ids<'_> {
 }
 
 impl<'a> PassCx<'a> {
-    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], arena: &Arena, kernels: &'static dyn Kernels) -> Self {
+    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], arena: &Arena) -> Self {
         let (mut rows, mut docs, mut end) = (Vec::with_capacity(parts.len()), Vec::new(), 0);
         for part in parts {
             let start = end;
@@ -118,8 +118,16 @@ impl<'a> PassCx<'a> {
         }
         let angles = angles(base.architecture(), &docs, end, arena);
         let dtype = base.activations();
-        let arena = arena.clone();
+        let (arena, kernels) = (arena.clone(), arena.kernels());
         Self { kernels, base, parts, rows, docs, angles, arena, dtype, meter: Meter::default() }
+    }
+
+    /// Whether the device has done everything so far.
+    ///
+    /// # Errors
+    /// What it failed at.
+    pub(crate) fn check(&self) -> Result<()> {
+        Ok(self.kernels.fault()?)
     }
 
     pub(crate) fn architecture(&self) -> &'a Architecture {

@@ -3,7 +3,6 @@
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
 use attune_points::{GradSink, Result};
-use attune_tensor::kernels;
 
 use crate::base::Base;
 use crate::block::{Block, Saved};
@@ -63,15 +62,17 @@ pub(crate) struct Task<'a> {
 /// The losses of the parts, without gradients, and where the time went.
 pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<LossReport>, Times)> {
     let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
-    let cx = PassCx::new(machine.base, &parts, machine.arena, kernels::cpu());
+    let cx = PassCx::new(machine.base, &parts, machine.arena);
     let mut x = Vec::new();
     for block in machine.trunk {
         x = block.forward(&x, &cx, Run::Output)?.0;
+        cx.check()?;
         if block.routes().is_some() {
             x.truncate(1);
         }
     }
     let reports = head::losses(machine.head, &x[0], tasks, &cx, None)?;
+    cx.check()?;
     Ok((reports, cx.meter.times()))
 }
 
@@ -83,7 +84,7 @@ pub(crate) fn grads(
     sinks: &mut [&mut dyn GradSink],
 ) -> Result<(Vec<LossReport>, Times)> {
     let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
-    let cx = PassCx::new(machine.base, &parts, machine.arena, kernels::cpu());
+    let cx = PassCx::new(machine.base, &parts, machine.arena);
     let mut lowest = machine.trunk.len();
     for (index, block) in machine.trunk.iter().enumerate() {
         for (part, sink) in parts.iter().zip(sinks.iter()) {
@@ -99,6 +100,7 @@ pub(crate) fn grads(
     for (index, block) in machine.trunk.iter().enumerate() {
         let run = if index >= lowest && keep == Keep::All { Run::OutputAndSaved } else { Run::Output };
         let (mut y, saved) = block.forward(&x, &cx, run)?;
+        cx.check()?;
         if let Some(layer) = block.routes() {
             routing.push(Routed { layer, probs_te: y.pop() });
         }
@@ -110,6 +112,7 @@ pub(crate) fn grads(
     let mut dh_td = (lowest < machine.trunk.len()).then(|| cx.arena.zeros(cx.n_rows(), cx.architecture().hidden));
     let backward = head::Backward { dh_td: dh_td.as_mut(), sinks: &mut *sinks };
     let reports = head::losses(machine.head, &x[0], tasks, &cx, Some(backward))?;
+    cx.check()?;
     drop(x);
     let mut dprobs = dprobs(machine, &routing, tasks, &cx)?;
     drop(routing);
@@ -123,6 +126,7 @@ pub(crate) fn grads(
         // Routings come in the order of layers, so the last one left is this block's.
         dy.extend(block.routes().and_then(|_| dprobs.pop()));
         dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;
+        cx.check()?;
     }
     Ok((reports, cx.meter.times()))
 }

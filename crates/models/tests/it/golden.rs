@@ -10,7 +10,7 @@ use attune_spec::job::Precision;
 
 use crate::support::{CrossEntropy, Golden, all_trained, difference, golden, largest};
 
-const CASES: [&str; 23] = [
+pub(crate) const CASES: [&str; 23] = [
     "gpt2",
     "gpt2_bare",
     "gpt2_untied",

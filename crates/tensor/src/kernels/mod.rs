@@ -8,12 +8,17 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::store::Memory;
 use crate::view::{MatMut, MatRef, View, ViewMut};
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod simd;
 
 pub use cpu::{Cpu, Isa, cpu};
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, Fault as CudaFault, count as cuda_count, cuda};
 
 /// A factor of a product: a matrix, or its transpose.
 #[derive(Debug, Clone, Copy)]
@@ -117,12 +122,60 @@ pub struct Attention<'a> {
     pub docs: &'a [Range<usize>],
 }
 
+/// A copy of a matrix in a device's own memory, which lasts as long as this guard. The matrix must not change or move before.
+pub struct Kept {
+    _guard: Box<dyn Send + Sync>,
+}
+
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Kept")
+    }
+}
+
+impl Kept {
+    /// The copy lasts until `guard` is dropped.
+    pub fn new(guard: impl Send + Sync + 'static) -> Self {
+        Self { _guard: Box::new(guard) }
+    }
+}
+
+/// A device that failed: what it was asked for since then has not been done.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{device}: {message}")]
+pub struct Fault {
+    /// The device's name.
+    pub device: String,
+    /// What failed first.
+    pub message: String,
+}
+
 /// The kernels of a device. Shapes that do not fit are bugs of the caller and panic.
+///
+/// Views are of memory that the processor may address, on every device: a call ends when its results are there.
 ///
 /// Inputs of type [`MatRef`] may be f32 or bf16; arithmetic is in f32.
 pub trait Kernels: Send + Sync + fmt::Debug {
     /// A short name of the device and its instruction set, part of a run's kernel profile.
     fn profile(&self) -> &'static str;
+
+    /// Memory that these kernels work in best; `None` if that is the processor's, or if there is none left (a [`Fault`]).
+    fn memory(&self, _bytes: usize) -> Option<Memory> {
+        None
+    }
+
+    /// Brings a matrix near that many calls will read; `None` if it is there, or if it cannot be brought (a [`Fault`]).
+    fn keep(&self, _x: MatRef<'_>) -> Option<Kept> {
+        None
+    }
+
+    /// Whether everything that was asked for so far has been done.
+    ///
+    /// # Errors
+    /// The first [`Fault`].
+    fn fault(&self) -> Result<(), Fault> {
+        Ok(())
+    }
 
     /// A product.
     fn gemm(&self, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>);
@@ -132,6 +185,21 @@ pub trait Kernels: Send + Sync + fmt::Debug {
 
     /// `y += x`.
     fn add(&self, x: MatRef<'_>, y: ViewMut<'_, f32>);
+
+    /// `y *= x`.
+    fn multiply(&self, x: MatRef<'_>, y: ViewMut<'_, f32>);
+
+    /// `y *= factor`.
+    fn scale(&self, y: ViewMut<'_, f32>, factor: f32);
+
+    /// `y = value`.
+    fn fill(&self, y: ViewMut<'_, f32>, value: f32);
+
+    /// `y_nd (+)= x_td` of the rows `t = rows[n]`. Sums are of 32 bits only.
+    fn gather(&self, x: MatRef<'_>, rows: &[u32], y: MatMut<'_>, accumulate: bool);
+
+    /// `y_td = x_nd` for the rows `t = rows[n]`, which are distinct; the others stay.
+    fn scatter(&self, x: View<'_, f32>, rows: &[u32], y: ViewMut<'_, f32>);
 
     /// `y_d (+)= Σ_t x_td`: the gradient of a bias.
     fn sum_rows(&self, x_td: View<'_, f32>, y_d: &mut [f32], accumulate: bool);

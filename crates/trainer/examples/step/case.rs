@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use attune_architecture::{HeadKind, PooledRow};
+use attune_models::Base;
 use attune_models::pass::walk::Keep;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
@@ -15,7 +16,7 @@ use crate::Failure;
 #[derive(Debug, Deserialize)]
 pub(crate) struct Case {
     /// A Hugging Face folder.
-    pub(crate) base: PathBuf,
+    base: PathBuf,
     /// A PEFT folder to begin with; without it all weights train.
     pub(crate) adapter: Option<PathBuf>,
     /// `{"documents": [[id, ...], ...]}`; every token after a document's first is a target, unless there are `classes`, one a
@@ -34,6 +35,9 @@ pub(crate) struct Case {
     /// Whether the reverse pass runs each block again instead of keeping what it needs.
     #[serde(default)]
     recompute: bool,
+    /// The number of an NVIDIA device; the processor without.
+    #[serde(default)]
+    device: Option<usize>,
 }
 
 const fn one() -> usize {
@@ -51,7 +55,7 @@ impl Case {
         Ok(serde_json::from_slice(&std::fs::read(path)?)?)
     }
 
-    pub(crate) fn precision(&self) -> Result<Precision, Failure> {
+    fn precision(&self) -> Result<Precision, Failure> {
         match self.precision.as_str() {
             "f32" => Ok(Precision::F32),
             "bf16" => Ok(Precision::Bf16),
@@ -61,6 +65,32 @@ impl Case {
 
     pub(crate) const fn keep(&self) -> Keep {
         if self.recompute { Keep::Inputs } else { Keep::All }
+    }
+
+    /// The base where it was asked for.
+    pub(crate) fn open(&self) -> Result<Base, Failure> {
+        let base = Base::open(&self.base, self.precision()?)?;
+        match self.device {
+            None => Ok(base),
+            #[cfg(feature = "cuda")]
+            Some(ordinal) => Ok(base.on(attune_tensor::kernels::cuda(ordinal)?)?),
+            #[cfg(not(feature = "cuda"))]
+            Some(_) => Err("this program was built without the feature `cuda`".into()),
+        }
+    }
+
+    /// Bytes of the device's memory that are in use, by whomever; none on the processor.
+    pub(crate) fn device_bytes(&self) -> Result<Option<usize>, Failure> {
+        match self.device {
+            None => Ok(None),
+            #[cfg(feature = "cuda")]
+            Some(ordinal) => {
+                let (free, all) = attune_tensor::kernels::cuda(ordinal)?.free_bytes()?;
+                Ok(Some(all - free))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Some(_) => Ok(None),
+        }
     }
 
     /// The batch, in as many parts as were asked for. A class is the label of the document's row that `head` reads.

@@ -79,6 +79,7 @@ fn run(case: &Case) -> Result<Value, Failure> {
         "loaded": loaded,
         "peak_steps_mib": peak_of_steps,
         "peak_mib": peak_of_steps.max(peak_of_loading),
+        "device_mib": case.device_bytes()?.map(|bytes| bytes >> 20),
         "first_step_unix": first_step_unix,
         "threads": rayon::current_num_threads(),
         "profile": attune_trainer::kernel::profile(),

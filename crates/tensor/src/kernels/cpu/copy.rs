@@ -73,6 +73,44 @@ impl Body for Add<'_> {
     }
 }
 
+/// Does `f` to each row.
+pub(super) fn each_row(mut y: ViewMut<'_, f32>, f: impl Fn(&mut [f32])) {
+    (0..y.rows()).for_each(|row| f(y.row(row)));
+}
+
+/// See [`crate::kernels::Kernels::multiply`].
+pub(super) fn multiply(x: MatRef<'_>, mut y: ViewMut<'_, f32>) {
+    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()), "shape of the product");
+    for row in 0..y.rows() {
+        match &x {
+            MatRef::F32(x) => y.row(row).iter_mut().zip(x.row(row)).for_each(|(y, x)| *y *= x),
+            MatRef::Bf16(x) => y.row(row).iter_mut().zip(x.row(row)).for_each(|(y, x)| *y *= x.to_f32()),
+        }
+    }
+}
+
+/// See [`crate::kernels::Kernels::gather`].
+pub(super) fn gather(cpu: &Cpu, x: MatRef<'_>, rows: &[u32], mut y: MatMut<'_>, accumulate: bool) {
+    assert_eq!((rows.len(), x.cols()), (y.rows(), y.cols()), "shape of what is gathered");
+    for (place, &row) in rows.iter().enumerate() {
+        let from = x.sub_rows(row as usize, row as usize + 1);
+        let to = y.reborrow().into_sub_rows(place, place + 1);
+        match to {
+            MatMut::F32(to) if accumulate => add(cpu, from, to),
+            MatMut::Bf16(_) if accumulate => panic!("a sum of rows in bf16"),
+            to => convert(cpu, from, to),
+        }
+    }
+}
+
+/// See [`crate::kernels::Kernels::scatter`].
+pub(super) fn scatter(x: View<'_, f32>, rows: &[u32], mut y: ViewMut<'_, f32>) {
+    assert_eq!((rows.len(), y.cols()), (x.rows(), x.cols()), "shape of what is scattered");
+    for (place, &row) in rows.iter().enumerate() {
+        y.row(row as usize).copy_from_slice(x.row(place));
+    }
+}
+
 /// See [`crate::kernels::Kernels::sum_rows`].
 pub(super) fn sum_rows(cpu: &Cpu, x_td: View<'_, f32>, y_d: &mut [f32], accumulate: bool) {
     assert_eq!(x_td.cols(), y_d.len(), "length of the sum");
@@ -165,6 +203,31 @@ mod tests {
                     assert_eq!(bits(&with_threads(threads, || run(true))), bits(&run(true)));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_are_gathered_scattered_multiplied_scaled_and_filled() {
+        let x = normal("gathered", 4 * 3);
+        let (narrow, wanted) = (rounded(&x), [2u32, 0, 2]);
+        for cpu in cpus() {
+            let mut y = vec![1.0f32; 9];
+            cpu.gather(View::new(&x, 4, 3).into(), &wanted, ViewMut::new(&mut y, 3, 3).into(), true);
+            let expected: Vec<f32> =
+                wanted.iter().flat_map(|&row| &x[3 * row as usize..][..3]).map(|x| 1.0 + x).collect();
+            assert_eq!(bits(&y), bits(&expected));
+            let mut copied = vec![bf16::ZERO; 9];
+            cpu.gather(View::new(&narrow, 4, 3).into(), &wanted, ViewMut::new(&mut copied, 3, 3).into(), false);
+            assert_eq!((copied[0], copied[3], copied[8]), (narrow[6], narrow[0], narrow[8]));
+            let mut back = vec![7.0f32; 12];
+            cpu.scatter(View::new(&expected, 3, 3).sub_rows(0, 2), &[3, 1], ViewMut::new(&mut back, 4, 3));
+            assert_eq!((&back[9..], &back[3..6], back[0], back[6]), (&expected[..3], &expected[3..6], 7.0, 7.0));
+            cpu.multiply(View::new(&narrow, 4, 3).into(), ViewMut::new(&mut back, 4, 3));
+            assert_eq!(back[0], 7.0 * narrow[0].to_f32());
+            cpu.scale(ViewMut::new(&mut back, 4, 3), 0.5);
+            assert_eq!(back[0], 3.5 * narrow[0].to_f32());
+            cpu.fill(ViewMut::strided(&mut back, 4, 2, 3), 2.0);
+            assert_eq!((back[0], back[1], back[2] == 2.0, back[10]), (2.0, 2.0, false, 2.0));
         }
     }
 }

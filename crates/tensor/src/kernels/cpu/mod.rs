@@ -167,6 +167,26 @@ impl Kernels for Cpu {
         copy::add(self, x, y);
     }
 
+    fn multiply(&self, x: MatRef<'_>, y: ViewMut<'_, f32>) {
+        copy::multiply(x, y);
+    }
+
+    fn scale(&self, y: ViewMut<'_, f32>, factor: f32) {
+        copy::each_row(y, |y| y.iter_mut().for_each(|y| *y *= factor));
+    }
+
+    fn fill(&self, y: ViewMut<'_, f32>, value: f32) {
+        copy::each_row(y, |y| y.fill(value));
+    }
+
+    fn gather(&self, x: MatRef<'_>, rows: &[u32], y: MatMut<'_>, accumulate: bool) {
+        copy::gather(self, x, rows, y, accumulate);
+    }
+
+    fn scatter(&self, x: View<'_, f32>, rows: &[u32], y: ViewMut<'_, f32>) {
+        copy::scatter(x, rows, y);
+    }
+
     fn sum_rows(&self, x_td: View<'_, f32>, y_d: &mut [f32], accumulate: bool) {
         copy::sum_rows(self, x_td, y_d, accumulate);
     }
