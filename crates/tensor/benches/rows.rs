@@ -94,7 +94,7 @@ fn attention(
     peak: f64,
 ) {
     let rows = docs.last().map_or(0, |doc| doc.end);
-    let how = Attention { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), mask, docs };
+    let how = Attention { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), mask, docs, keys: None };
     let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
     let (q, k, v) = (numbers(rows * wide, 1), numbers(rows * narrow, 2), numbers(rows * narrow, 3));
     let d_o = numbers(rows * wide, 4);

@@ -81,7 +81,7 @@ impl Attention {
         let window = self.window.map(|window| window as usize);
         let mask = if causal { Mask::Causal { window } } else { Mask::Bidirectional };
         let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-        kernels::Attention { heads, kv_heads, head_dim, scale, mask, docs: &cx.docs }
+        kernels::Attention { heads, kv_heads, head_dim, scale, mask, docs: &cx.docs, keys: None }
     }
 
     /// Queries, keys and values on a pass, neither normed nor turned, and what the reverse of their linears needs.

@@ -120,6 +120,9 @@ pub struct Attention<'a> {
     pub mask: Mask,
     /// The rows of each document: ascending and disjoint.
     pub docs: &'a [Range<usize>],
+    /// For each document the rows of its keys and values, where these are more than its queries: the queries are the last
+    /// rows of the document. `None` if queries, keys and values are the same rows; only then there are gradients.
+    pub keys: Option<&'a [Range<usize>]>,
 }
 
 /// A copy of a matrix in a device's own memory, which lasts as long as this guard. The matrix must not change or move before.
@@ -237,7 +240,7 @@ pub trait Kernels: Send + Sync + fmt::Debug {
     fn rope(&self, x: ViewMut<'_, f32>, head_dim: usize, cos: View<'_, f32>, sin: View<'_, f32>, inverse: bool);
 
     /// `o = softmax(scale q kᵀ + mask) v` by blocks, and the logarithm of each row's sum of exponentials, `lse_th`.
-    /// `q, o [T, H W]`, `k, v [T, K W]`.
+    /// `q, o [T, H W]`, `k, v [T, K W]`, or as many rows of keys and values as [`Attention::keys`] speaks of.
     fn attention(
         &self,
         how: &Attention<'_>,

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::tile::{Left, product, tile};
-use super::{KEYS, Shape, Sight, Task, pack};
+use super::{KEYS, Shape, Sight, pack};
 use crate::kernels::Attention;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::exponent::exp2;
@@ -23,6 +23,19 @@ const ROWS: usize = 48;
 /// Rows in a chunk: as many blocks of keys as fit the second cache, packed.
 fn chunk(head_dim: usize) -> usize {
     KEYS * (128 / head_dim.max(1)).clamp(1, 4)
+}
+
+/// A head's share of the rows of a document, as tasks are cut.
+#[derive(Debug, Clone, Copy)]
+struct Task {
+    /// First row of the document, and its length.
+    start: usize,
+    len: usize,
+    /// The key head.
+    kv: usize,
+    /// Which chunks of queries and of keys.
+    queries: usize,
+    keys: usize,
 }
 
 /// See [`crate::kernels::Kernels::attention_vjp`].
@@ -42,6 +55,7 @@ pub(in crate::kernels::cpu) fn attention_vjp(
     dv: ViewMut<'_, f32>,
 ) {
     let shape = Shape::new(how, &q, &k, &v);
+    assert!(how.keys.is_none(), "gradients of queries that see keys of earlier rows");
     let rows = q.rows();
     for (name, found) in [("o", (o.rows(), o.cols())), ("do", (d_o.rows(), d_o.cols())), ("dq", (dq.rows(), dq.cols()))]
     {

@@ -1,8 +1,10 @@
 //! The forward pass: a task is some queries of a key head's group, over all keys that they see.
 #![expect(unsafe_code, reason = "tiles work on packed blocks through pointers; tasks write disjoint heads of one view")]
 
+use std::ops::Range;
+
 use super::tile::{Left, product, tile};
-use super::{KEYS, Shape, Sight, Task, pack};
+use super::{KEYS, Shape, Sight, pack};
 use crate::kernels::Attention;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::exponent::exp2;
@@ -17,6 +19,18 @@ const NUMBERS: usize = 1 << 14;
 /// Queries in a task.
 fn queries(shape: &Shape<'_>) -> usize {
     (NUMBERS / (shape.group * shape.how.head_dim).max(1)).clamp(16, 256)
+}
+
+/// Some queries of a document, for the heads of a key head.
+#[derive(Debug, Clone)]
+struct Task {
+    /// Their rows, and the place of the first of them in the document.
+    rows: Range<usize>,
+    first: usize,
+    /// The rows of the document's keys.
+    keys: Range<usize>,
+    /// The key head.
+    kv: usize,
 }
 
 /// See [`crate::kernels::Kernels::attention`].
@@ -39,18 +53,17 @@ pub(in crate::kernels::cpu) fn attention(
     }
     let each = queries(&shape);
     let mut tasks = Vec::new();
-    for doc in how.docs {
+    for (doc, keys) in shape.docs() {
         for kv in 0..how.kv_heads {
-            tasks.extend((0..doc.len().div_ceil(each)).map(|queries| Task {
-                start: doc.start,
-                len: doc.len(),
+            tasks.extend(doc.clone().step_by(each).map(|row| Task {
+                rows: row..doc.end.min(row + each),
+                first: keys.len() - (doc.end - row),
+                keys: keys.clone(),
                 kv,
-                queries,
-                keys: 0,
             }));
         }
     }
-    for_tasks(tasks.len(), shape.worth_sharing(), |task| cpu.call_f32(Block { call: &call, task: tasks[task] }));
+    for_tasks(tasks.len(), shape.worth_sharing(), |task| cpu.call_f32(Block { call: &call, task: &tasks[task] }));
 }
 
 /// The operands of a call.
@@ -80,7 +93,7 @@ impl Call<'_> {
 /// One task on one instruction set.
 struct Block<'a> {
     call: &'a Call<'a>,
-    task: Task,
+    task: &'a Task,
 }
 
 impl Body for Block<'_> {
@@ -120,9 +133,8 @@ impl Block<'_> {
     #[inline(always)]
     fn rows<S: Simd, const M: usize>(&self, s: S) {
         let Shape { how, group } = self.call.shape;
-        let each = queries(&self.call.shape);
-        let first = self.task.queries * each;
-        let count = each.min(self.task.len - first);
+        let Task { first, ref keys, .. } = *self.task;
+        let count = self.task.rows.len();
         let (rows, width) = ((count * group).next_multiple_of(M), how.head_dim);
         let padded = width.next_multiple_of(S::LANES);
         let len = 2 * rows * padded + 2 * rows + 2 * KEYS * padded + M * KEYS + 8 * 16;
@@ -137,28 +149,28 @@ impl Block<'_> {
             v: take(scratch, KEYS * padded),
             p: take(scratch, M * KEYS),
         };
-        self.begin(s, first, count, padded, &mut packed);
+        self.begin(s, count, padded, &mut packed);
         let shape = &self.call.shape;
-        let (from, to) = (shape.seen(first, self.task.len).start, shape.seen(first + count - 1, self.task.len).end);
+        let (from, to) = (shape.seen(first, keys.len()).start, shape.seen(first + count - 1, keys.len()).end);
         for from in (from / KEYS * KEYS..to).step_by(KEYS) {
             self.pack_keys(s, from, padded, &mut packed);
             for panel in 0..rows / M {
                 let query = |row: usize| first + (row / group).min(count - 1);
                 let span = (query(panel * M), query(panel * M + M - 1));
-                if let Some(sight) = Sight::of(shape, self.task.len, span, from, 2 * S::LANES) {
+                if let Some(sight) = Sight::of(shape, keys.len(), span, from, 2 * S::LANES) {
                     self.panel::<S, M>(s, panel * M, sight, padded, &mut packed, |row| {
-                        let seen = shape.seen(query(row), self.task.len);
+                        let seen = shape.seen(query(row), keys.len());
                         (seen.start.saturating_sub(from), seen.end.saturating_sub(from))
                     });
                 }
             }
         }
-        self.finish(s, first, count, padded, &packed);
+        self.finish(s, count, padded, &packed);
     }
 
     /// Packs the queries, scaled for exponentials of base 2.
     #[inline(always)]
-    fn begin<S: Simd>(&self, s: S, first: usize, count: usize, padded: usize, packed: &mut Packed<'_>) {
+    fn begin<S: Simd>(&self, s: S, count: usize, padded: usize, packed: &mut Packed<'_>) {
         let Shape { how, group } = self.call.shape;
         let factor = how.scale * std::f32::consts::LOG2_E;
         packed.max.fill(f32::NEG_INFINITY);
@@ -166,7 +178,7 @@ impl Block<'_> {
         packed.o.fill(0.0);
         let (filled, rest) = packed.q.split_at_mut(count * group * padded);
         for (row, to) in filled.chunks_exact_mut(padded).enumerate() {
-            let (at, head) = (self.task.start + first + row / group, self.task.kv * group + row % group);
+            let (at, head) = (self.task.rows.start + row / group, self.task.kv * group + row % group);
             if row % group == 0 {
                 pack::ahead(s, &self.call.q, at, self.call.shape.group_cols(self.task.kv));
             }
@@ -179,9 +191,8 @@ impl Block<'_> {
     #[inline(always)]
     fn pack_keys<S: Simd>(&self, s: S, from: usize, padded: usize, packed: &mut Packed<'_>) {
         let width = self.call.shape.how.head_dim;
-        let count = KEYS.min(self.task.len - from);
-        let (rows, cols) =
-            (self.task.start + from..self.task.start + from + count, self.task.kv * width..(self.task.kv + 1) * width);
+        let Task { ref keys, kv, .. } = *self.task;
+        let (rows, cols) = (keys.start + from..keys.end.min(keys.start + from + KEYS), kv * width..(kv + 1) * width);
         pack::block(s, &self.call.k, rows.clone(), cols.clone(), padded, packed.v);
         pack::turned(s, packed.v, padded, packed.k);
         pack::block(s, &self.call.v, rows, cols, padded, packed.v);
@@ -281,10 +292,10 @@ impl Block<'_> {
 
     /// Writes what has become of the rows.
     #[inline(always)]
-    fn finish<S: Simd>(&self, s: S, first: usize, count: usize, padded: usize, packed: &Packed<'_>) {
+    fn finish<S: Simd>(&self, s: S, count: usize, padded: usize, packed: &Packed<'_>) {
         let Shape { how, group } = self.call.shape;
         for row in 0..count * group {
-            let (at, head) = (self.task.start + first + row / group, self.task.kv * group + row % group);
+            let (at, head) = (self.task.rows.start + row / group, self.task.kv * group + row % group);
             let (sum, o) = (packed.sum[row], &packed.o[row * padded..][..how.head_dim]);
             let factor = Times(1.0 / sum);
             // SAFETY: a task has these heads of these rows to itself.

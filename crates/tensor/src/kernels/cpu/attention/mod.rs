@@ -10,7 +10,8 @@
 //! dv = pᵀ do    ds = p (do vᵀ - D)    dq = scale · ds k    dk = scale · dsᵀ q
 //! ```
 //! The query heads of a group are rows beside each other, so that they share the packed keys and values. Blocks begin at
-//! multiples of their length from the start of their document; hence a document's bits depend on nothing beside it.
+//! multiples of their length from the start of their document, and what a row does not see adds zeros to its sums; hence a
+//! row's bits depend neither on what is beside its document nor on which rows of it are asked for.
 //!
 //! # Paper
 //! FlashAttention-2: faster attention with better parallelism and work partitioning. Dao, 2023.
@@ -33,19 +34,6 @@ use crate::view::MatRef;
 /// Keys in a block: a multiple of every tile's height and width.
 const KEYS: usize = 96;
 
-/// A head's share of the rows of a document, as tasks are cut.
-#[derive(Debug, Clone, Copy)]
-struct Task {
-    /// First row of the document, and its length.
-    start: usize,
-    len: usize,
-    /// The key head.
-    kv: usize,
-    /// Which blocks of queries and, backwards, of keys.
-    queries: usize,
-    keys: usize,
-}
-
 /// The shape of one call.
 #[derive(Debug, Clone, Copy)]
 struct Shape<'a> {
@@ -57,11 +45,11 @@ struct Shape<'a> {
 impl<'a> Shape<'a> {
     /// Checks the operands' shapes, which the caller answers for.
     fn new(how: &'a Attention<'a>, q: &MatRef<'_>, k: &MatRef<'_>, v: &MatRef<'_>) -> Self {
-        let &Attention { heads, kv_heads, head_dim, mask, docs, .. } = how;
+        let &Attention { heads, kv_heads, head_dim, mask, docs, keys, .. } = how;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads of {kv_heads} key heads");
         assert_eq!(q.cols(), heads * head_dim, "width of q");
         assert_eq!((k.cols(), v.cols()), (kv_heads * head_dim, kv_heads * head_dim), "widths of k and v");
-        assert_eq!((k.rows(), v.rows()), (q.rows(), q.rows()), "rows of k and v");
+        assert!(k.rows() == v.rows() && (keys.is_some() || k.rows() == q.rows()), "rows of k and v");
         assert_ne!(mask, Mask::Causal { window: Some(0) }, "a window holds at least the row itself");
         let mut end = 0;
         for doc in docs {
@@ -69,7 +57,17 @@ impl<'a> Shape<'a> {
             end = doc.end;
         }
         assert!(end <= q.rows(), "documents of {end} rows, of which there are {}", q.rows());
+        if let Some(keys) = keys {
+            assert_eq!(keys.len(), docs.len(), "documents with keys");
+            let fits = |(doc, keys): (&Range<usize>, &Range<usize>)| doc.len() <= keys.len() && keys.end <= k.rows();
+            assert!(docs.iter().zip(keys).all(fits), "queries are the last of the rows of keys");
+        }
         Self { how, group: heads / kv_heads }
+    }
+
+    /// The documents: their queries and their keys.
+    fn docs(&self) -> impl Iterator<Item = (&'a Range<usize>, &'a Range<usize>)> + use<'a> {
+        self.how.docs.iter().zip(self.how.keys.unwrap_or(self.how.docs))
     }
 
     /// The keys that query `at` of a document of `len` rows sees. Both ends never fall from one query to the next.
@@ -103,11 +101,11 @@ impl<'a> Shape<'a> {
 
     /// Products of a query with a key that a call takes.
     fn pairs(&self) -> usize {
-        let seen = |doc: &Range<usize>| match self.how.mask {
-            Mask::Bidirectional | Mask::Causal { window: None } => doc.len() * doc.len(),
-            Mask::Causal { window: Some(window) } => doc.len() * window.min(doc.len()),
+        let seen = |(doc, keys): (&Range<usize>, &Range<usize>)| match self.how.mask {
+            Mask::Bidirectional | Mask::Causal { window: None } => doc.len() * keys.len(),
+            Mask::Causal { window: Some(window) } => doc.len() * window.min(keys.len()),
         };
-        self.how.docs.iter().map(seen).sum::<usize>() * self.how.heads
+        self.docs().map(seen).sum::<usize>() * self.how.heads
     }
 
     /// Whether all threads are worth waking.

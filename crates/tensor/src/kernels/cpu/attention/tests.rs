@@ -77,7 +77,7 @@ impl Case {
 
     fn how(&self) -> Attention<'_> {
         let &Self { heads, kv_heads, head_dim, scale, mask, ref docs, .. } = self;
-        Attention { heads, kv_heads, head_dim, scale, mask, docs }
+        Attention { heads, kv_heads, head_dim, scale, mask, docs, keys: None }
     }
 
     fn wide(&self) -> usize {
@@ -153,6 +153,33 @@ impl Case {
             ViewMut::new(&mut dv, self.rows, narrow),
         );
         Results { o: wide(&o), lse, dq, dk, dv }
+    }
+
+    /// Attention of the last `most` rows of each document alone: these rows, their outputs and logarithms of sums. Keys and
+    /// values lie in another order than queries, apart from each other.
+    fn last(&self, cpu: &Cpu, most: usize) -> (Vec<usize>, Vec<f32>, Vec<f32>) {
+        let (wide, narrow) = (self.wide(), self.narrow());
+        let (mut rows, mut docs, mut q) = (Vec::new(), Vec::new(), Vec::new());
+        for doc in &self.docs {
+            let of_doc = doc.end - most.min(doc.len())..doc.end;
+            docs.push(rows.len()..rows.len() + of_doc.len());
+            q.extend_from_slice(&self.q[of_doc.start * wide..of_doc.end * wide]);
+            rows.extend(of_doc);
+        }
+        let (mut keys, mut k, mut v) = (vec![0..0; docs.len()], Vec::new(), Vec::new());
+        for (keys, doc) in keys.iter_mut().zip(&self.docs).rev() {
+            for (to, from) in [(&mut k, &self.k), (&mut v, &self.v)] {
+                to.extend(vec![f32::NAN; narrow]);
+                *keys = to.len() / narrow..to.len() / narrow + doc.len();
+                to.extend_from_slice(&from[doc.start * narrow..doc.end * narrow]);
+            }
+        }
+        let (mut o, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; rows.len() * self.heads]);
+        let how = Attention { docs: &docs, keys: Some(&keys), ..self.how() };
+        let of_keys = |of| View::new(of, k.len() / narrow, narrow).into();
+        let to = MatMut::F32(ViewMut::new(&mut o, rows.len(), wide));
+        cpu.attention(&how, View::new(&q, rows.len(), wide).into(), of_keys(&k), of_keys(&v), to, &mut lse);
+        (rows, o, lse)
     }
 
     fn sees(&self, query: usize, key: usize) -> bool {
@@ -349,6 +376,29 @@ fn a_document_has_the_bits_that_it_has_alone() {
 }
 
 #[test]
+fn the_last_rows_of_documents_have_the_results_that_they_have_among_all() {
+    for (name, case) in cases() {
+        let (wide, expected) = (case.wide(), case.expected(false));
+        let rows_of = |of: &[f64], rows: &[usize], cols: usize| -> Vec<f64> {
+            rows.iter().flat_map(|row| of[row * cols..(row + 1) * cols].to_vec()).collect()
+        };
+        for cpu in cpus() {
+            let all = case.run(&cpu);
+            for most in [1, 2, 13, 100] {
+                let what = format!("{name}, the last {most}, {}", cpu.isa().name());
+                let (rows, o, lse) = case.last(&cpu, most);
+                let (terms, amplified) = (case.head_dim + case.rows, case.amplified());
+                assert_sums(&what, DType::F32, &o, &rows_of(&expected.o, &rows, wide), terms, amplified);
+                assert_sums(&what, DType::F32, &lse, &rows_of(&expected.lse, &rows, case.heads), terms, amplified);
+                for (at, row) in rows.iter().enumerate() {
+                    assert_eq!(bits(&o[at * wide..][..wide]), bits(&all.o[row * wide..][..wide]), "{what}: row {row}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn large_scores_stay_finite() {
     for cpu in cpus() {
         let mut case = Case::new(documents(&[110]), (2, 1, 4), CAUSAL);
@@ -357,6 +407,8 @@ fn large_scores_stay_finite() {
         case.k.iter_mut().for_each(|k| *k *= 100.0);
         let found = case.run(&cpu);
         case.check("large", DType::F32, &found, &case.expected(true));
+        let (_, o, lse) = case.last(&cpu, 1);
+        assert!(o.iter().chain(&lse).all(|x| x.is_finite()));
     }
 }
 
