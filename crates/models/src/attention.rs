@@ -1,7 +1,7 @@
 //! Attention within documents: rows of a pack are grouped by the length of their document, and documents of one length
 //! attend together. Nothing is padded, no document sees another, and no matrix over the whole pack exists.
 //!
-//! Axes: N documents of one length, L query rows, S key rows, H heads, K key/value heads, G = H / K, W width of a head.
+//! Axes: N documents of one length, L rows of each, H heads, K key/value heads, G = H / K, W width of a head.
 
 use std::collections::BTreeMap;
 
@@ -45,13 +45,13 @@ impl RowPlan {
         let mut masks = BTreeMap::new();
         for &length in by_length.keys() {
             for &window in &architecture.windows {
-                if let Some(mask) = mask(length, length, window, architecture.causal, dtype)? {
+                if let Some(mask) = mask(length, window, architecture.causal, dtype)? {
                     masks.insert((length, window), mask);
                 }
             }
         }
         Ok(Self {
-            rope: RopeTables::new(architecture, &lengths, 0, dtype)?,
+            rope: RopeTables::new(architecture, &lengths, dtype)?,
             reorder,
             groups: by_length.into_iter().map(|(length, docs)| (docs.len(), length)).collect(),
             masks,
@@ -85,47 +85,38 @@ impl RowPlan {
     }
 }
 
-/// The additive mask of `rows` queries that are the last of `keys` rows: 0 where a query sees a key, minus infinity where
-/// not. A query sees itself and the rows before it, or all rows where attention is not causal; with a window those at most
-/// `window - 1` rows away. `None` if every query sees every key.
-pub(crate) fn mask(
-    rows: usize,
-    keys: usize,
-    window: Option<u64>,
-    causal: bool,
-    dtype: DType,
-) -> Result<Option<Tensor>> {
-    let before = keys - rows;
+/// The additive mask of documents of one length, `[L, L]`: causal or not, and within a window if there is one, which hides rows
+/// more than `window - 1` rows away. `None` if every query sees every key.
+fn mask(length: usize, window: Option<u64>, causal: bool, dtype: DType) -> Result<Option<Tensor>> {
     let sees = |row: usize, key: usize| {
-        let position = before + row;
-        (key <= position || !causal) && window.is_none_or(|window| position.abs_diff(key) < window as usize)
+        (key <= row || !causal) && window.is_none_or(|window| row.abs_diff(key) < window as usize)
     };
-    let values: Vec<f32> = (0..rows)
-        .flat_map(|row| (0..keys).map(move |key| if sees(row, key) { 0.0 } else { f32::NEG_INFINITY }))
+    let values: Vec<f32> = (0..length)
+        .flat_map(|row| (0..length).map(move |key| if sees(row, key) { 0.0 } else { f32::NEG_INFINITY }))
         .collect();
     if values.iter().all(|&value| value == 0.0) {
         return Ok(None);
     }
-    Ok(Some(Tensor::from_vec(values, (rows, keys), &Device::Cpu)?.to_dtype(dtype)?))
+    Ok(Some(Tensor::from_vec(values, (length, length), &Device::Cpu)?.to_dtype(dtype)?))
 }
 
-/// `softmax(q kᵀ / sqrt(W) + mask) v` for documents of one shape: `q [N, L, H, W]`, `k` and `v [N, S, K, W]`, mask `[L, S]`,
+/// `softmax(q kᵀ / sqrt(W) + mask) v` for documents of one shape: `q [N, L, H, W]`, `k` and `v [N, L, K, W]`, mask `[L, L]`,
 /// to `[N L, H W]`. Query head h reads key head h / G.
-pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let (n, l, h, w) = q.dims4()?;
-    let (_, s, kv, _) = k.dims4()?;
+    let kv = k.dim(2)?;
     let g = h / kv;
     let scaled = (q * (1.0 / (w as f64).sqrt()))?;
     let q_nkgl =
         scaled.reshape((n, l, kv, g, w))?.permute((0, 2, 3, 1, 4))?.contiguous()?.reshape((n, kv, g * l, w))?;
-    let k_nkws = k.permute((0, 2, 3, 1))?.contiguous()?;
-    let v_nksw = v.transpose(1, 2)?.contiguous()?;
-    let scores = q_nkgl.matmul(&k_nkws)?;
+    let k_nkwl = k.permute((0, 2, 3, 1))?.contiguous()?;
+    let v_nklw = v.transpose(1, 2)?.contiguous()?;
+    let scores = q_nkgl.matmul(&k_nkwl)?;
     let scores = match mask {
-        Some(mask) => scores.reshape((n * kv * g, l, s))?.broadcast_add(mask)?.reshape((n, kv, g * l, s))?,
+        Some(mask) => scores.reshape((n * kv * g, l, l))?.broadcast_add(mask)?.reshape((n, kv, g * l, l))?,
         None => scores,
     };
-    let o = ops::softmax(&scores)?.matmul(&v_nksw)?;
+    let o = ops::softmax(&scores)?.matmul(&v_nklw)?;
     Ok(o.reshape((n, kv, g, l, w))?.permute((0, 3, 1, 2, 4))?.contiguous()?.reshape((n * l, h * w))?)
 }
 
@@ -135,8 +126,8 @@ mod tests {
 
     #[test]
     fn masks_show_the_past_within_the_window() {
-        let of = |rows, keys, window, causal| {
-            let mask = mask(rows, keys, window, causal, DType::F32).unwrap();
+        let of = |length, window, causal| {
+            let mask = mask(length, window, causal, DType::F32).unwrap();
             mask.map(|mask| {
                 mask.to_vec2::<f32>().unwrap().iter().map(|row| row.iter().map(|v| *v == 0.0).collect()).collect()
             })
@@ -144,12 +135,10 @@ mod tests {
         let expect = |rows: &[&[u8]]| -> Option<Vec<Vec<bool>>> {
             Some(rows.iter().map(|row| row.iter().map(|v| *v == 1).collect()).collect())
         };
-        assert_eq!(of(3, 3, None, true), expect(&[&[1, 0, 0], &[1, 1, 0], &[1, 1, 1]]));
-        assert_eq!(of(3, 3, Some(2), true), expect(&[&[1, 0, 0], &[1, 1, 0], &[0, 1, 1]]));
-        assert_eq!(of(1, 4, Some(2), true), expect(&[&[0, 0, 1, 1]]));
-        assert_eq!(of(1, 4, None, true), None);
-        assert_eq!(of(2, 3, None, true), expect(&[&[1, 1, 0], &[1, 1, 1]]));
-        assert_eq!(of(3, 3, None, false), None);
-        assert_eq!(of(3, 3, Some(2), false), expect(&[&[1, 1, 0], &[1, 1, 1], &[0, 1, 1]]));
+        assert_eq!(of(3, None, true), expect(&[&[1, 0, 0], &[1, 1, 0], &[1, 1, 1]]));
+        assert_eq!(of(3, Some(2), true), expect(&[&[1, 0, 0], &[1, 1, 0], &[0, 1, 1]]));
+        assert_eq!(of(1, Some(2), true), None);
+        assert_eq!(of(3, None, false), None);
+        assert_eq!(of(3, Some(2), false), expect(&[&[1, 1, 0], &[1, 1, 1], &[0, 1, 1]]));
     }
 }

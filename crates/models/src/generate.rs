@@ -1,11 +1,16 @@
-//! Generation: token by token, with a cache of keys and values.
+//! Generation: token by token, with a cache of keys and values, of one text or of many at once.
+
+use std::cmp::Ordering;
 
 use attune_architecture::HeadKind;
 use attune_points::{Error, Result, Theta};
 use attune_tensor::Rng;
-use candle_core::{DType, Tensor};
 
+use crate::cache::Cache;
 use crate::model::Model;
+
+/// Rows that go through a model at a time: beyond this, activations of long prompts would need more memory than it saves time.
+const ROWS: usize = 2048;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,11 +53,20 @@ pub struct Generated {
     pub finish: Finish,
 }
 
+/// A text to be continued, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The text.
+    pub prompt: &'a [u32],
+    /// How its next tokens are chosen.
+    pub sampling: &'a Sampling,
+}
+
 /// Continues `prompt`. `each` sees every new token as it comes and ends generation by returning `false`.
 ///
 /// # Errors
-/// [`Error::Refused`] for an empty prompt or sampling values out of range;
-/// whatever the passes raise.
+/// [`Error::Refused`] for an empty prompt, sampling values out of range, or a model without causal attention or a head over
+/// tokens; whatever the passes raise.
 pub fn generate(
     model: &Model,
     theta: &Theta,
@@ -60,38 +74,115 @@ pub fn generate(
     sampling: &Sampling,
     mut each: impl FnMut(u32) -> bool,
 ) -> Result<Generated> {
-    check(prompt, sampling)?;
+    let made = generate_all(model, theta, &[Request { prompt, sampling }], |_, token| each(token))?;
+    made.into_iter().next().ok_or_else(|| Error::Refused("nothing was generated".to_owned()))
+}
+
+/// Continues several texts at once: every one as [`generate`] would alone, bit for bit. `each` sees every new token with the
+/// number of its request, in the order of requests within a turn, and ends that text by returning `false`.
+///
+/// # Errors
+/// As for [`generate`]; if one text fails, all do.
+pub fn generate_all(
+    model: &Model,
+    theta: &Theta,
+    requests: &[Request<'_>],
+    mut each: impl FnMut(usize, u32) -> bool,
+) -> Result<Vec<Generated>> {
     let architecture = model.base().architecture();
+    requests.iter().try_for_each(|request| check(request.prompt, request.sampling))?;
     if architecture.head != HeadKind::Tokens || !architecture.causal {
         let message = "this model does not generate: that needs causal attention and a head over tokens";
         return Err(Error::Refused(message.to_owned()));
     }
-    let stream = Rng::new(sampling.seed, "sampling");
-    let mut caches = model.caches();
-    let mut logits = model.decode(theta, prompt, &mut caches)?;
-    let mut tokens = Vec::new();
+    let mut cache = model.cache(requests.len());
+    let mut texts: Vec<Text<'_>> = requests.iter().map(Text::new).collect();
     loop {
-        if tokens.len() >= sampling.max_tokens {
-            return Ok(Generated { tokens, finish: Finish::Length });
+        let open: Vec<(usize, &[u32])> = texts
+            .iter()
+            .enumerate()
+            .filter(|(_, text)| text.finish.is_none())
+            .map(|(at, text)| (at, &text.tokens[..]))
+            .collect();
+        if open.is_empty() {
+            return Ok(texts.into_iter().map(Text::end).collect());
         }
-        let token = choose(&logits, sampling, &mut stream.sub(tokens.len() as u64))?;
-        if sampling.stop.contains(&token) {
-            return Ok(Generated { tokens, finish: Finish::Stop });
+        model.reserve(&open, &mut cache);
+        let mut chosen = Vec::with_capacity(open.len());
+        for run in runs(&open, &cache) {
+            let logits = model.next(theta, run, &mut cache)?;
+            for (&(at, _), logits) in run.iter().zip(&logits) {
+                chosen.push((at, texts[at].choose(logits)?));
+            }
         }
-        tokens.push(token);
+        for (at, token) in chosen {
+            texts[at].take(token, |token| each(at, token));
+            // Where every frequency has changed, nothing that was computed for the shorter text can be kept.
+            if texts[at].finish.is_some() || architecture.positions.changes_at(texts[at].tokens.len()) {
+                cache.clear(at);
+            }
+        }
+    }
+}
+
+/// The texts cut into runs of at most [`ROWS`] new rows, or of one text.
+fn runs<'t, 'r>(open: &'r [(usize, &'t [u32])], cache: &Cache) -> Vec<&'r [(usize, &'t [u32])]> {
+    let (mut runs, mut start, mut rows) = (Vec::new(), 0, 0);
+    for (end, (at, text)) in open.iter().enumerate() {
+        let new = text.len() - cache.rows(*at);
+        if start < end && rows + new > ROWS {
+            runs.push(&open[start..end]);
+            (start, rows) = (end, 0);
+        }
+        rows += new;
+    }
+    runs.push(&open[start..]);
+    runs
+}
+
+/// A text that is being made.
+struct Text<'a> {
+    request: &'a Request<'a>,
+    stream: Rng,
+    /// The prompt and what follows.
+    tokens: Vec<u32>,
+    finish: Option<Finish>,
+}
+
+impl<'a> Text<'a> {
+    fn new(request: &'a Request<'a>) -> Self {
+        let Request { prompt, sampling } = request;
+        let finish = (sampling.max_tokens == 0).then_some(Finish::Length);
+        Self { request, stream: Rng::new(sampling.seed, "sampling"), tokens: prompt.to_vec(), finish }
+    }
+
+    /// Number of new tokens.
+    fn made(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// The next token from logits `[V]`.
+    fn choose(&self, logits: &[f64]) -> Result<u32> {
+        choose(logits, self.request.sampling, &mut self.stream.sub(self.made() as u64))
+    }
+
+    fn take(&mut self, token: u32, each: impl FnOnce(u32) -> bool) {
+        let Sampling { max_tokens, stop, .. } = self.request.sampling;
+        if stop.contains(&token) {
+            self.finish = Some(Finish::Stop);
+            return;
+        }
+        self.tokens.push(token);
         if !each(token) {
-            return Ok(Generated { tokens, finish: Finish::Callback });
+            self.finish = Some(Finish::Callback);
+        } else if self.made() >= *max_tokens {
+            self.finish = Some(Finish::Length);
         }
-        if tokens.len() < sampling.max_tokens {
-            let length = prompt.len() + tokens.len();
-            logits = if architecture.positions.changes_at(length) {
-                // Every frequency has changed, so nothing that was computed for the shorter text can be kept.
-                caches = model.caches();
-                model.decode(theta, &[prompt, &tokens].concat(), &mut caches)?
-            } else {
-                model.decode(theta, &[token], &mut caches)?
-            };
-        }
+    }
+
+    fn end(mut self) -> Generated {
+        let tokens = self.tokens.split_off(self.request.prompt.len());
+        Generated { tokens, finish: self.finish.unwrap_or(Finish::Length) }
     }
 }
 
@@ -109,18 +200,18 @@ fn check(prompt: &[u32], sampling: &Sampling) -> Result<()> {
 }
 
 /// The next token from logits `[V]`. Ties go to the smaller id.
-fn choose(logits: &Tensor, sampling: &Sampling, stream: &mut Rng) -> Result<u32> {
-    let logits: Vec<f64> = logits.to_dtype(DType::F64)?.to_vec1()?;
+fn choose(logits: &[f64], sampling: &Sampling, stream: &mut Rng) -> Result<u32> {
     if let Some(value) = logits.iter().find(|value| value.is_nan()) {
         return Err(Error::Refused(format!("a logit is {value}; the weights are not usable")));
     }
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    // Descending by value, then ascending by id: sort_by is stable.
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-    let best = order.first().copied().unwrap_or(0);
+    let descending = |a: &usize, b: &usize| -> Ordering { logits[*b].total_cmp(&logits[*a]) };
     if sampling.temperature == 0.0 {
-        return Ok(best as u32);
+        return Ok((0..logits.len()).min_by(descending).unwrap_or(0) as u32);
     }
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    // Descending by value, then ascending by id: the sort is stable.
+    order.sort_by(descending);
+    let best = order.first().copied().unwrap_or(0);
     let weight = |id: usize| ((logits[id] - logits[best]) / sampling.temperature).exp();
     let total: f64 = order.iter().map(|&id| weight(id)).sum();
     let mut kept = 0;
@@ -141,13 +232,10 @@ fn choose(logits: &Tensor, sampling: &Sampling, stream: &mut Rng) -> Result<u32>
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn pick(sampling: &Sampling, seed: u64) -> u32 {
-        let logits = Tensor::new(&[0.0f32, 2.0, 2.0, -1.0], &Device::Cpu).unwrap();
-        choose(&logits, sampling, &mut Rng::new(seed, "test")).unwrap()
+        choose(&[0.0, 2.0, 2.0, -1.0], sampling, &mut Rng::new(seed, "test")).unwrap()
     }
 
     #[test]

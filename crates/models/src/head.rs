@@ -74,7 +74,7 @@ pub(crate) fn rows(layout: &Layout, row: PooledRow) -> Result<Vec<u32>> {
 }
 
 /// Rows `h_td` to a vector per document, `[N, D]`.
-fn pool(h_td: &Tensor, layout: &Layout, pooling: Pooling) -> Result<Tensor> {
+pub(crate) fn pool(h_td: &Tensor, layout: &Layout, pooling: Pooling) -> Result<Tensor> {
     match pooling {
         Pooling::Row(row) => Ok(h_td.index_select(&Tensor::new(rows(layout, row)?, &Device::Cpu)?, 0)?),
         Pooling::Mean => {

@@ -8,7 +8,7 @@
 //! Deliberately absent: methods (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
 //!
 //! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees),
-//! [`pass`] (views of rows, several parts at once), [`block`], [`model`], [`generate`], [`export`].
+//! [`pass`] (views of rows, several parts at once), [`block`], [`model`] (`graphs`, its oracle; `outputs`), [`generate`], [`export`].
 
 pub mod error;
 
@@ -24,9 +24,11 @@ pub mod routing;
 pub mod block;
 mod cache;
 mod flops;
+mod graphs;
 mod head;
 mod loss;
 pub mod model;
+mod outputs;
 pub mod pass;
 mod regions;
 mod scope;
@@ -37,7 +39,7 @@ pub mod generate;
 
 pub use base::Base;
 pub use error::Error;
-pub use generate::{Generated, Sampling};
+pub use generate::{Generated, Request, Sampling};
 pub use model::{Model, Pass, Together, grad_together, score_together};
 pub use routing::{Auxiliary, LoadBalance, Routing};
 pub use stack::{Slot, Stack};

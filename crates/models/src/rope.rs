@@ -11,15 +11,10 @@ pub(crate) struct RopeTables {
 }
 
 impl RopeTables {
-    /// Tables for documents of `lengths` rows, whose positions each start at `start`. Angles are computed in f64: a position
-    /// of some thousands times a frequency near 1 loses all its digits in f32. The frequencies of dynamic scaling depend on
-    /// the length of the document, `start` included. `None` where positions are learned.
-    pub(crate) fn new(
-        architecture: &Architecture,
-        lengths: &[usize],
-        start: usize,
-        dtype: DType,
-    ) -> Result<Option<Self>> {
+    /// Tables for documents of `lengths` rows. Angles are computed in f64: a position of some thousands times a frequency near
+    /// 1 loses all its digits in f32. The frequencies of dynamic scaling depend on the length of the document. `None` where
+    /// positions are learned.
+    pub(crate) fn new(architecture: &Architecture, lengths: &[usize], dtype: DType) -> Result<Option<Self>> {
         let Some(rope) = architecture.positions.rope() else { return Ok(None) };
         let half = architecture.head_dim / 2;
         let factor = rope.attention_factor();
@@ -27,11 +22,10 @@ impl RopeTables {
         let (mut cos, mut sin) = (Vec::with_capacity(rows * half), Vec::with_capacity(rows * half));
         let mut frequencies = (usize::MAX, Vec::new());
         for &length in lengths {
-            let end = start + length;
-            if frequencies.0 != end {
-                frequencies = (end, rope.frequencies(architecture.head_dim, end));
+            if frequencies.0 != length {
+                frequencies = (length, rope.frequencies(architecture.head_dim, length));
             }
-            for position in start..end {
+            for position in 0..length {
                 for frequency in &frequencies.1 {
                     let angle = position as f64 * frequency;
                     cos.push(angle.cos() * factor);

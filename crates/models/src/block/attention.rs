@@ -9,7 +9,6 @@ use candle_core::Tensor;
 
 use super::residual::{Joined, Last};
 use super::{Block, BlockCache, residual, site};
-use crate::attention::{attend, mask};
 use crate::block;
 use crate::context::GraphCx;
 use crate::pass::arena::Buffer;
@@ -35,6 +34,16 @@ pub struct Saved {
     /// Of the linears that make queries, keys and values.
     thin: Vec<Thin>,
     thin_o: Thin,
+}
+
+/// Queries, keys and values of the rows of a pass.
+struct Asked {
+    q: Mat,
+    k: Mat,
+    v: Mat,
+    raw_q: Option<Rows<f32>>,
+    raw_k: Option<Rows<f32>>,
+    thin: Vec<Thin>,
 }
 
 pub(super) struct Attention {
@@ -75,13 +84,47 @@ impl Attention {
 }
 
 impl Attention {
+    /// Queries, keys and values of the rows that come in.
+    fn ask(&self, x_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Asked> {
+        let n_td = residual::read(site(&self.sites, Place::AttentionNorm)?, x_td, cx)?;
+        let ([q, k, v], thin) = self.rows(n_td.view(), cx)?;
+        drop(n_td);
+        let ((q, raw_q), (k, raw_k)) = (self.ready(q, Place::QueryNorm, cx)?, self.ready(k, Place::KeyNorm, cx)?);
+        let v = cx.meter.time(Work::Elementwise, || cx.narrowed(v));
+        Ok(Asked { q, k, v, raw_q, raw_k, thin })
+    }
+
+    /// What they find among keys and values, and the logarithms of the sums of exponentials.
+    fn find(&self, q: &Mat, k: MatRef<'_>, v: MatRef<'_>, cx: &PassCx<'_>) -> (Mat, Buffer<f32>) {
+        let mut o = cx.arena.mat(cx.n_rows(), cx.architecture().query_width(), cx.dtype);
+        let mut lse = cx.arena.take::<f32>(cx.n_rows() * cx.architecture().heads);
+        cx.meter.time(Work::Attention, || {
+            cx.kernels.attention(&self.how(cx), q.view(), k, v, o.view_mut(), lse.as_mut());
+        });
+        (o, lse)
+    }
+
+    /// Joins what was found to the stream.
+    fn join(&self, x_td: &Rows<f32>, o: &Mat, cx: &PassCx<'_>, run: Run) -> Result<Joined> {
+        let last = Last { linear: site(&self.sites, Place::Output)?, x_ti: o.view() };
+        residual::join(site(&self.sites, Place::AttentionNorm)?, x_td, &last, cx, run)
+    }
+
     /// How rows attend on a pass.
     fn how<'c>(&self, cx: &'c PassCx<'_>) -> kernels::Attention<'c> {
         let Architecture { heads, kv_heads, head_dim, causal, .. } = *cx.architecture();
         let window = self.window.map(|window| window as usize);
         let mask = if causal { Mask::Causal { window } } else { Mask::Bidirectional };
         let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-        kernels::Attention { heads, kv_heads, head_dim, scale, mask, docs: &cx.docs, keys: None }
+        kernels::Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            scale,
+            mask,
+            docs: &cx.docs,
+            keys: cx.kept.as_ref().map(|kept| &kept.rows[..]),
+        }
     }
 
     /// Queries, keys and values on a pass, neither normed nor turned, and what the reverse of their linears needs.
@@ -219,19 +262,9 @@ impl Block for Attention {
     }
 
     fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
-        let norm = site(&self.sites, Place::AttentionNorm)?;
-        let n_td = residual::read(norm, &x[0], cx)?;
-        let ([q, k, v], thin) = self.rows(n_td.view(), cx)?;
-        drop(n_td);
-        let ((q, raw_q), (k, raw_k)) = (self.ready(q, Place::QueryNorm, cx)?, self.ready(k, Place::KeyNorm, cx)?);
-        let v = cx.meter.time(Work::Elementwise, || cx.narrowed(v));
-        let mut o = cx.arena.mat(cx.n_rows(), cx.architecture().query_width(), cx.dtype);
-        let mut lse = cx.arena.take::<f32>(cx.n_rows() * cx.architecture().heads);
-        cx.meter.time(Work::Attention, || {
-            cx.kernels.attention(&self.how(cx), q.view(), k.view(), v.view(), o.view_mut(), lse.as_mut());
-        });
-        let last = Last { linear: site(&self.sites, Place::Output)?, x_ti: o.view() };
-        let Joined { y, sum, thin: thin_o } = residual::join(norm, &x[0], &last, cx, run)?;
+        let Asked { q, k, v, raw_q, raw_k, thin } = self.ask(&x[0], cx)?;
+        let (o, lse) = self.find(&q, k.view(), v.view(), cx);
+        let Joined { y, sum, thin: thin_o } = self.join(&x[0], &o, cx, run)?;
         let saved = Saved { q, k, v, o, lse, raw_q, raw_k, sum, thin, thin_o };
         Ok((y, run.saves().then(|| block::Saved::Attention(Box::new(saved)))))
     }
@@ -272,17 +305,11 @@ impl Block for Attention {
         Ok(vec![residual::read_vjp(norm, &x[0], dsum, dn_td, cx, sinks)?])
     }
 
-    fn decode(&self, x: &[Tensor], cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let y_td = super::residual(&x[0], site(&self.sites, Place::AttentionNorm)?, cx, |h_td| {
-            let (q, k, v) = self.project(h_td, cx)?;
-            let (start, rows, architecture) = (cache.rows(), q.dim(0)?, cx.base.architecture());
-            let tables = RopeTables::new(architecture, &[rows], start, cx.dtype)?;
-            let (q, k) = turned(q, k, tables.as_ref())?;
-            let (k, v) = cache.extend(&k, &v)?;
-            let mask = mask(rows, start + rows, self.window, architecture.causal, cx.dtype)?;
-            let o_td = attend(&q.unsqueeze(0)?, &k.unsqueeze(0)?, &v.unsqueeze(0)?, mask.as_ref())?;
-            self.output(&o_td, cx)
-        })?;
-        Ok(vec![y_td])
+    fn decode(&self, x: &[Rows<f32>], cache: &mut BlockCache, cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
+        let Some(kept) = &cx.kept else { return Ok(self.forward(x, cx, Run::Output)?.0) };
+        let Asked { q, k, v, .. } = self.ask(&x[0], cx)?;
+        let [all_k, all_v] = cx.meter.time(Work::Elementwise, || cache.extend(&k, &v, kept, cx));
+        let (o, _) = self.find(&q, all_k, all_v, cx);
+        Ok(self.join(&x[0], &o, cx, Run::Output)?.y)
     }
 }

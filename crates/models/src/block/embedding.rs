@@ -7,7 +7,7 @@ use attune_points::{Error, Layout, Result, Row, TensorId};
 use attune_tensor::{ops, reading};
 use candle_core::{Device, Tensor};
 
-use super::{Block, BlockCache, Saved, site};
+use super::{Block, Saved, site};
 use crate::context::{GraphCx, Matrix};
 use crate::pass::parts::{Given, wants};
 use crate::pass::walk::Run;
@@ -20,11 +20,11 @@ pub(super) struct Embedding {
 }
 
 impl Embedding {
-    /// The tables that are looked up for a layout, and the row of each for each of its rows.
-    fn tables(&self, layout: &Layout, architecture: &Architecture) -> Result<Vec<(Place, Vec<u32>)>> {
+    /// The tables that are looked up for a part, and the row of each for each of its rows.
+    fn tables(&self, part: usize, cx: &PassCx<'_>) -> Result<Vec<(Place, Vec<u32>)>> {
+        let (layout, architecture) = (cx.parts[part].layout, cx.architecture());
         let mut tables = vec![(Place::Embedding, tokens(layout, architecture.vocab)?)];
-        let positions = layout.docs().iter().flat_map(|doc| 0..doc.n_rows());
-        if let Some(ids) = places(positions, architecture)? {
+        if let Some(ids) = places(cx.positions(part), architecture)? {
             tables.push((Place::Positions, ids));
         }
         if let Some(types) = architecture.token_types {
@@ -37,7 +37,7 @@ impl Embedding {
     fn sum(&self, cx: &PassCx<'_>) -> Result<Rows<f32>> {
         let mut x_td = cx.arena.rows(cx.n_rows(), cx.architecture().hidden);
         for (part, rows) in cx.parts_of(Given::All) {
-            for (i, (place, ids)) in self.tables(cx.parts[part].layout, cx.architecture())?.iter().enumerate() {
+            for (i, (place, ids)) in self.tables(part, cx)?.iter().enumerate() {
                 let to = x_td.view_mut().into_sub_rows(rows.start, rows.end);
                 let id = &site(&self.sites, *place)?.id;
                 let at = || format!("embedding {id}");
@@ -59,15 +59,22 @@ impl Embedding {
     fn norm(&self) -> Option<&Site> {
         self.sites.iter().find(|site| site.place == Place::EmbeddingNorm)
     }
+}
 
-    fn rows(&self, positions: impl Iterator<Item = usize>, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
+impl Block for Embedding {
+    fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    /// Reads the tokens of the layout; takes no stream.
+    fn graph(&self, _: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let architecture = cx.base.architecture();
         let ids = tokens(cx.layout, architecture.vocab)?;
         let mut x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
         if let Some(added) = cx.tracked.get(&TensorId::input_embeddings()) {
             x_td = (x_td + added.as_tensor())?;
         }
-        if let Some(ids) = places(positions, architecture)? {
+        if let Some(ids) = places(cx.layout.docs().iter().flat_map(|doc| 0..doc.n_rows()), architecture)? {
             x_td = (x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?;
         }
         if let Some(types) = architecture.token_types {
@@ -78,17 +85,6 @@ impl Embedding {
             Some(norm) => cx.norm(norm, &x_td)?,
             None => x_td,
         }])
-    }
-}
-
-impl Block for Embedding {
-    fn sites(&self) -> &[Site] {
-        &self.sites
-    }
-
-    /// Reads the tokens of the layout; takes no stream.
-    fn graph(&self, _: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        self.rows(cx.layout.docs().iter().flat_map(|doc| 0..doc.n_rows()), cx)
     }
 
     fn forward(&self, _: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<Saved>)> {
@@ -124,7 +120,7 @@ impl Block for Embedding {
             if wants(&*sinks[part], &TensorId::input_embeddings()) {
                 regions::put(&mut *sinks[part], &TensorId::input_embeddings(), &local::tensor(dx.into())?)?;
             }
-            for (place, ids) in self.tables(cx.parts[part].layout, cx.architecture())? {
+            for (place, ids) in self.tables(part, cx)? {
                 let site = site(&self.sites, place)?;
                 let id = cx.id_of(part, &site.id, "weight");
                 let SiteKind::Embedding { vocab, width } = site.kind else { continue };
@@ -140,12 +136,6 @@ impl Block for Embedding {
             }
         }
         Ok(Vec::new())
-    }
-
-    fn decode(&self, _: &[Tensor], cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let rows = cx.layout.rows().len();
-        let start = cache.advance(rows);
-        self.rows(start..start + rows, cx)
     }
 }
 

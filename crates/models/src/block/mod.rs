@@ -73,12 +73,13 @@ pub trait Block: Send + Sync {
         local::block_vjp(&|x, cx| self.graph(x, cx), self.sites(), x, &dy, below, cx, sinks)
     }
 
-    /// The same for rows that follow those in `cache`. Blocks that look at one row at a time need no cache.
+    /// The block's output for rows that follow those in `cache`, which takes in what it needs of them. Blocks that look at
+    /// one row at a time need no cache.
     ///
     /// # Errors
     /// Whatever its operations raise.
-    fn decode(&self, x: &[Tensor], _cache: &mut BlockCache, cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        self.graph(x, cx)
+    fn decode(&self, x: &[Rows<f32>], _cache: &mut BlockCache, cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
+        Ok(self.forward(x, cx, Run::Output)?.0)
     }
 }
 

@@ -195,6 +195,14 @@ pub enum Mat {
 }
 
 impl Mat {
+    /// Its type.
+    pub const fn dtype(&self) -> Activations {
+        match self {
+            Self::F32(_) => Activations::F32,
+            Self::Bf16(_) => Activations::Bf16,
+        }
+    }
+
     /// To be read.
     pub fn view(&self) -> MatRef<'_> {
         match self {

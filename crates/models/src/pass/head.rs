@@ -53,7 +53,7 @@ pub(crate) fn losses(
         reports.push(sweeps(task.objective, layout, length, reverse, |rows, loss, reverse| {
             let ids: Vec<u32> = rows.iter().map(|row| row.row).collect();
             let labels: Vec<u32> = rows.iter().map(|row| row.label).collect();
-            let chunk = Chunk { part, ids: &ids, labels: &labels, loss, scale: task.scale };
+            let chunk = Chunk { at: At { part, ids: &ids }, labels: &labels, loss, scale: task.scale };
             let backward = backward.as_mut().filter(|_| reverse).map(Backward::again);
             let values = cx.meter.whole(Work::Head, || chunk.run(head, h_td, cx, backward))?;
             Ok(values.into_iter().map(f64::from).collect())
@@ -62,15 +62,39 @@ pub(crate) fn losses(
     Ok(reports)
 }
 
-/// Supervised rows of one part.
-struct Chunk<'c> {
+/// Logits of rows `ids` of a part, `[C, V]` or `[C, classes]`.
+///
+/// # Errors
+/// A head without logits; whatever a component raises.
+pub(crate) fn logits(head: &Head, h_td: &Rows<f32>, part: usize, ids: &[u32], cx: &PassCx<'_>) -> Result<Rows<f32>> {
+    let logits = cx.meter.whole(Work::Head, || At { part, ids }.logits(head, h_td, cx))?;
+    cx.check()?;
+    Ok(logits.logits_cv)
+}
+
+/// Some rows of a part.
+#[derive(Clone, Copy)]
+struct At<'c> {
     part: usize,
     /// Their numbers in the part's layout.
     ids: &'c [u32],
+}
+
+/// Supervised rows of one part.
+struct Chunk<'c> {
+    at: At<'c>,
     labels: &'c [u32],
     loss: &'c ChunkLoss,
     /// Factor on the loss before the gradient is taken.
     scale: f64,
+}
+
+/// What comes of a head on some rows.
+struct Logits {
+    read: Read,
+    logits_cv: Rows<f32>,
+    /// Of the last linear.
+    thin: Thin,
 }
 
 /// What the last linear of a head reads, and what the reverse of that needs.
@@ -89,10 +113,6 @@ impl Read {
 }
 
 impl Chunk<'_> {
-    fn given(&self) -> Given<'_> {
-        Given::Of { part: self.part, ids: self.ids }
-    }
-
     /// What the loss computes of each row, before weights; gradients go where they should.
     fn run(
         &self,
@@ -101,15 +121,9 @@ impl Chunk<'_> {
         cx: &PassCx<'_>,
         backward: Option<Backward<'_, '_>>,
     ) -> Result<Vec<f32>> {
-        let (c, hidden, vocab) = (self.ids.len(), cx.architecture().hidden, cx.architecture().logits_width());
-        let start = cx.rows[self.part].start;
-        let rows: Vec<u32> = self.ids.iter().map(|&id| start as u32 + id).collect();
-        let linear = head.last(cx.architecture())?;
-        let mut h_cd = cx.arena.rows(c, hidden);
-        cx.kernels.gather(h_td.view().into(), &rows, h_cd.view_mut().into(), false);
-        let read = self.read(head, h_cd, cx)?;
-        let mut logits_cv = cx.arena.rows(c, vocab);
-        let thin = cx.linear(linear, read.view(), self.given(), logits_cv.view_mut(), false)?;
+        let (at, linear) = (self.at, head.last(cx.architecture())?);
+        let Logits { read, mut logits_cv, thin } = at.logits(head, h_td, cx)?;
+        let (c, vocab) = (logits_cv.n_rows(), logits_cv.n_cols());
         let mut rounded = match (cx.dtype, &backward) {
             (Activations::Bf16, Some(_)) => Some(cx.arena.mat(c, vocab, cx.dtype)),
             _ => None,
@@ -119,14 +133,14 @@ impl Chunk<'_> {
         let dlogits = rounded.as_ref().map_or_else(|| logits_cv.view().into(), Mat::view);
         // The sites of a head are in the order of use, the last linear at the end.
         let before = head.sites.split_last().map_or(&[][..], |(_, before)| before);
-        let through = dh_td.is_some() || !wanted(cx.base, &cx.parts[self.part], before, &*sinks[self.part]).is_empty();
-        let mut dread_cd = through.then(|| cx.arena.rows(c, hidden));
+        let through = dh_td.is_some() || !wanted(cx.base, &cx.parts[at.part], before, &*sinks[at.part]).is_empty();
+        let mut dread_cd = through.then(|| cx.arena.rows(c, h_td.n_cols()));
         let dread = dread_cd.as_mut().map(|dread| (dread.view_mut(), false));
-        cx.linear_vjp(linear, read.view(), self.given(), &thin, dlogits, dread, sinks)?;
+        cx.linear_vjp(linear, read.view(), at.given(), &thin, dlogits, dread, sinks)?;
         let Some(dread_cd) = dread_cd else { return Ok(values_c) };
-        let dh_cd = self.read_vjp(head, &read, dread_cd, cx, sinks)?;
+        let dh_cd = at.read_vjp(head, &read, dread_cd, cx, sinks)?;
         let Some(dh_td) = dh_td else { return Ok(values_c) };
-        cx.kernels.scatter(dh_cd.view(), &rows, dh_td.view_mut());
+        cx.kernels.scatter(dh_cd.view(), &at.rows(cx), dh_td.view_mut());
         Ok(values_c)
     }
 
@@ -146,16 +160,16 @@ impl Chunk<'_> {
                     Some(Mat::Bf16(rows)) => Some(rows.view_mut()),
                     _ => None,
                 };
-                let mut nll_c = vec![0.0; self.ids.len()];
+                let mut nll_c = vec![0.0; self.at.ids.len()];
                 let to = logits_cv.view_mut();
                 cx.kernels.cross_entropy(to, self.labels, dnll_c.as_deref(), narrow, &mut nll_c);
                 Ok(nll_c)
             }
             ChunkLoss::Logits(loss) => {
                 let leaf = autograd::leaf(&local::tensor(logits_cv.view().into())?)?;
-                let loss_c = checked(loss.graph(leaf.as_tensor())?, self.ids.len())?;
+                let loss_c = checked(loss.graph(leaf.as_tensor())?, self.at.ids.len())?;
                 if reverse {
-                    let scale_c = Tensor::full(self.scale as f32, self.ids.len(), &Device::Cpu)?;
+                    let scale_c = Tensor::full(self.scale as f32, self.at.ids.len(), &Device::Cpu)?;
                     let gradient = autograd::pull(&[&leaf], &[(&loss_c, &scale_c)])?.pop().flatten();
                     match gradient {
                         Some(gradient) => local::write(&gradient, logits_cv.view_mut(), false)?,
@@ -169,6 +183,28 @@ impl Chunk<'_> {
             }
             _ => Err(Error::Refused("this engine does not know how to compute such a loss".to_owned())),
         }
+    }
+}
+
+impl At<'_> {
+    fn given(&self) -> Given<'_> {
+        Given::Of { part: self.part, ids: self.ids }
+    }
+
+    /// Their numbers in the pass.
+    fn rows(&self, cx: &PassCx<'_>) -> Vec<u32> {
+        let start = cx.rows[self.part].start as u32;
+        self.ids.iter().map(|&id| start + id).collect()
+    }
+
+    fn logits(&self, head: &Head, h_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Logits> {
+        let linear = head.last(cx.architecture())?;
+        let mut h_cd = cx.arena.rows(self.ids.len(), h_td.n_cols());
+        cx.kernels.gather(h_td.view().into(), &self.rows(cx), h_cd.view_mut().into(), false);
+        let read = self.read(head, h_cd, cx)?;
+        let mut logits_cv = cx.arena.rows(self.ids.len(), cx.architecture().logits_width());
+        let thin = cx.linear(linear, read.view(), self.given(), logits_cv.view_mut(), false)?;
+        Ok(Logits { read, logits_cv, thin })
     }
 
     /// Hidden rows through the last norm and the pooler, where there are such.

@@ -1,6 +1,8 @@
 //! What has no hand-written gradient: a component or a whole block runs its graph on each part's rows, and its reverse is
 //! candle's on that small local graph.
 
+use std::ops::Range;
+
 use attune_architecture::Site;
 use attune_points::adapter::{DropoutMask, RowCx};
 use attune_points::{Error, Locals, Owner, Result, TensorId};
@@ -71,13 +73,36 @@ pub(crate) fn add_component(
     site: &Site,
     placed: &Placed<'_>,
     x_ti: MatRef<'_>,
-    y_to: ViewMut<'_, f32>,
+    mut y_to: ViewMut<'_, f32>,
 ) -> Result<()> {
-    let x = tensor(x_ti.sub_rows(placed.rows.start, placed.rows.end))?;
-    let masks = masks(cx, placed);
+    let (masks, locals) = (masks(cx, placed), locals(cx, placed, &[])?);
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    let delta = placed.map.graph(&x, &locals(cx, placed, &[])?, &RowCx { site: &site.id, dropout })?;
-    write(&delta, y_to.into_sub_rows(placed.rows.start, placed.rows.end), true)
+    for rows in together(cx, placed) {
+        let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
+        let delta = placed.map.graph(&x, &locals, &RowCx { site: &site.id, dropout })?;
+        write(&delta, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
+    }
+    Ok(())
+}
+
+/// The rows that a component sees at once: all of its own. Where texts go on, which drops nothing, it sees one document after
+/// the other: a graph's bits may depend on all rows that it is given, and a text's shall not on those beside it.
+fn together(cx: &PassCx<'_>, placed: &Placed<'_>) -> Vec<Range<usize>> {
+    if cx.kept.is_none() || placed.rows.is_empty() {
+        return vec![placed.rows.clone()];
+    }
+    let start = cx.rows[placed.part].start;
+    let doc = |at: usize| {
+        let id = placed.ids.some().map_or(at, |ids| ids[at] as usize);
+        cx.docs.partition_point(|doc| doc.end <= start + id)
+    };
+    let docs: Vec<usize> = (0..placed.rows.len()).map(doc).collect();
+    let mut end = placed.rows.start;
+    let of_doc = |docs: &[usize]| {
+        end += docs.len();
+        end - docs.len()..end
+    };
+    docs.chunk_by(|a, b| a == b).map(of_doc).collect()
 }
 
 /// The reverse of [`add_component`].
@@ -137,7 +162,7 @@ fn graph_cx<'a>(cx: &PassCx<'a>, part: usize, plan: &'a RowPlan, tracked: &'a Tr
 }
 
 /// The rows of a part in each stream, as tensors.
-fn streams(x: &[Rows<f32>], rows: &std::ops::Range<usize>) -> Result<Vec<Tensor>> {
+fn streams(x: &[Rows<f32>], rows: &Range<usize>) -> Result<Vec<Tensor>> {
     x.iter().map(|x| tensor(x.view().sub_rows(rows.start, rows.end).into())).collect()
 }
 

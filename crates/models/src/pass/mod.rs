@@ -6,7 +6,8 @@
 //! one job are its logical shards; parts of several jobs are lanes.
 //!
 //! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `linear` (a site with its components), `norm`,
-//! `local` (what has no hand-written gradient), then the blocks, `head`, and [`walk`].
+//! `local` (what has no hand-written gradient), then the blocks, `head`, [`walk`], and
+//! `outputs`.
 
 pub mod arena;
 mod peak;
@@ -19,6 +20,7 @@ pub(crate) mod local;
 pub(crate) mod norm;
 
 pub(crate) mod head;
+pub(crate) mod outputs;
 pub mod walk;
 
 pub use arena::{Activations, Arena, Mat, Rows};

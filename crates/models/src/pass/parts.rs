@@ -12,6 +12,7 @@ use attune_tensor::view::View;
 use candle_core::{DType, Tensor};
 
 use crate::base::Base;
+use crate::cache::Kept;
 use crate::dropout::Dropout;
 use crate::pass::arena::{Activations, Arena, Mat, Rows};
 use crate::pass::times::Meter;
@@ -42,6 +43,8 @@ pub struct PassCx<'a> {
     pub(crate) rows: Vec<Range<usize>>,
     /// The rows of each document of each part.
     pub(crate) docs: Vec<Range<usize>>,
+    /// Where the keys and values of each document lie, if its rows follow others that went through before.
+    pub(crate) kept: Option<Kept>,
     /// Cosines and sines of each row's angles, `[T, W/2]`; none where positions are not turned.
     pub(crate) angles: Option<(Rows<f32>, Rows<f32>)>,
     pub(crate) arena: Arena,
@@ -107,7 +110,8 @@ impl Ids<'_> {
 }
 
 impl<'a> PassCx<'a> {
-    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], arena: &Arena) -> Self {
+    /// What the blocks see of a pass over whole documents or, with `kept`, over the rows that follow those in a cache.
+    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], kept: Option<Kept>, arena: &Arena) -> Self {
         let (mut rows, mut docs, mut end) = (Vec::with_capacity(parts.len()), Vec::new(), 0);
         for part in parts {
             let start = end;
@@ -116,10 +120,23 @@ impl<'a> PassCx<'a> {
             let shifted = |doc: &attune_points::Doc| start + doc.rows.start as usize..start + doc.rows.end as usize;
             docs.extend(part.layout.docs().iter().map(shifted).filter(|doc| !doc.is_empty()));
         }
-        let angles = angles(base.architecture(), &docs, end, arena);
-        let dtype = base.activations();
-        let (arena, kernels) = (arena.clone(), arena.kernels());
-        Self { kernels, base, parts, rows, docs, angles, arena, dtype, meter: Meter::default() }
+        let (dtype, arena, kernels) = (base.activations(), arena.clone(), arena.kernels());
+        let mut cx =
+            Self { kernels, base, parts, rows, docs, kept, angles: None, arena, dtype, meter: Meter::default() };
+        cx.angles = angles(&cx);
+        cx
+    }
+
+    /// How many rows of a document, by its number in the pass, went through before.
+    fn before(&self, doc: usize) -> usize {
+        self.kept.as_ref().map_or(0, |kept| kept.rows[doc].len() - self.docs[doc].len())
+    }
+
+    /// The places of a part's rows in their documents.
+    pub(crate) fn positions(&self, part: usize) -> impl Iterator<Item = usize> {
+        let of_part = |row: usize| self.docs.partition_point(|doc| doc.start < row);
+        let docs = of_part(self.rows[part].start)..of_part(self.rows[part].end);
+        docs.flat_map(|doc| (self.before(doc)..).take(self.docs[doc].len()))
     }
 
     /// Whether the device has done everything so far.
@@ -317,41 +334,38 @@ fn sets(rows: &Bound) -> Vec<u32> {
 
 /// Cosines and sines of the angles of each row. They are computed in f64: a position of some thousands times a frequency
 /// near 1 loses all its digits in f32. The frequencies of dynamic scaling depend on the length of the document.
-fn angles(
-    architecture: &Architecture,
-    docs: &[Range<usize>],
-    rows: usize,
-    arena: &Arena,
-) -> Option<(Rows<f32>, Rows<f32>)> {
+fn angles(cx: &PassCx<'_>) -> Option<(Rows<f32>, Rows<f32>)> {
+    let architecture = cx.architecture();
     let rope = architecture.positions.rope()?;
     let half = architecture.head_dim / 2;
     let factor = rope.attention_factor();
-    let (mut cos, mut sin) = (arena.rows(rows, half), arena.rows(rows, half));
+    let (mut cos, mut sin) = (cx.arena.rows(cx.n_rows(), half), cx.arena.rows(cx.n_rows(), half));
     let mut frequencies = Vec::new();
     // The table of the longest document so far with these frequencies: others are its beginning.
     let mut longest: Option<Range<usize>> = None;
-    for doc in docs {
+    for (doc, before) in cx.docs.iter().zip((0..).map(|doc| cx.before(doc))) {
         let length = doc.len();
-        let own = rope.frequencies(architecture.head_dim, length);
+        let own = rope.frequencies(architecture.head_dim, before + length);
         if own != frequencies {
             frequencies = own;
             longest = None;
         }
-        let known = longest.as_ref().map_or(0, |longest| longest.len().min(length));
-        if let Some(longest) = &longest {
-            let from = longest.start * half..(longest.start + known) * half;
+        let known = longest.as_ref().filter(|_| before == 0);
+        if let Some(longest) = known {
+            let from = longest.start * half..(longest.start + longest.len().min(length)) * half;
             cos.values_mut().copy_within(from.clone(), doc.start * half);
             sin.values_mut().copy_within(from, doc.start * half);
         }
-        for position in known..length {
-            let at = (doc.start + position) * half;
+        let known = known.map_or(0, Range::len);
+        for row in known.min(length)..length {
+            let at = (doc.start + row) * half;
             for (i, frequency) in frequencies.iter().enumerate() {
-                let angle = position as f64 * frequency;
+                let angle = (before + row) as f64 * frequency;
                 cos.values_mut()[at + i] = (angle.cos() * factor) as f32;
                 sin.values_mut()[at + i] = (angle.sin() * factor) as f32;
             }
         }
-        if length > known {
+        if before == 0 && length > known {
             longest = Some(doc.clone());
         }
     }

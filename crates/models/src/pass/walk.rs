@@ -1,8 +1,11 @@
 //! The walk over the blocks, forward and in reverse.
 
+use std::ops::Range;
+
+use attune_architecture::Experts;
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{GradSink, Result};
+use attune_points::{Error, GradSink, Result};
 
 use crate::base::Base;
 use crate::block::{Block, Saved};
@@ -59,19 +62,39 @@ pub(crate) struct Task<'a> {
     pub(crate) scale: f64,
 }
 
+/// A block that the forward walk went through.
+pub(crate) struct Passed {
+    pub(crate) index: usize,
+    pub(crate) input: Vec<Rows<f32>>,
+    pub(crate) saved: Option<Saved>,
+    /// Where it sent its rows, if it is a mixture of experts.
+    pub(crate) routed: Option<Routed>,
+}
+
+/// The forward walk: gives the rows above the last block. `step` runs a block, by its index, and `passed` gets what is left
+/// of it.
+pub(crate) fn up(
+    trunk: &[Box<dyn Block>],
+    cx: &PassCx<'_>,
+    mut step: impl FnMut(usize, &dyn Block, &[Rows<f32>]) -> Result<(Vec<Rows<f32>>, Option<Saved>)>,
+    mut passed: impl FnMut(Passed) -> Result<()>,
+) -> Result<Rows<f32>> {
+    let mut x = Vec::new();
+    for (index, block) in trunk.iter().enumerate() {
+        let (mut y, saved) = step(index, &**block, &x)?;
+        cx.check()?;
+        let routed = block.routes().map(|layer| Routed { layer, probs_te: y.pop() });
+        passed(Passed { index, input: std::mem::replace(&mut x, y), saved, routed })?;
+    }
+    x.into_iter().next().ok_or_else(|| Error::Refused("a model without blocks has no rows".to_owned()))
+}
+
 /// The losses of the parts, without gradients, and where the time went.
 pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<LossReport>, Times)> {
     let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
-    let cx = PassCx::new(machine.base, &parts, machine.arena);
-    let mut x = Vec::new();
-    for block in machine.trunk {
-        x = block.forward(&x, &cx, Run::Output)?.0;
-        cx.check()?;
-        if block.routes().is_some() {
-            x.truncate(1);
-        }
-    }
-    let reports = head::losses(machine.head, &x[0], tasks, &cx, None)?;
+    let cx = PassCx::new(machine.base, &parts, None, machine.arena);
+    let h_td = up(machine.trunk, &cx, |_, block, x| block.forward(x, &cx, Run::Output), |_| Ok(()))?;
+    let reports = head::losses(machine.head, &h_td, tasks, &cx, None)?;
     cx.check()?;
     Ok((reports, cx.meter.times()))
 }
@@ -84,7 +107,23 @@ pub(crate) fn grads(
     sinks: &mut [&mut dyn GradSink],
 ) -> Result<(Vec<LossReport>, Times)> {
     let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
-    let cx = PassCx::new(machine.base, &parts, machine.arena);
+    let scales: Vec<f64> = tasks.iter().map(|task| task.scale).collect();
+    reverse(machine, &parts, &scales, keep, sinks, |h_td, cx, backward| {
+        head::losses(machine.head, h_td, tasks, cx, Some(backward))
+    })
+}
+
+/// A forward walk, `top` on its rows (it adds their gradient to [`head::Backward::dh_td`], where there is one), and the reverse
+/// walk; with where the time went. A loss on routing counts by the `scales` of the parts.
+pub(crate) fn reverse<T>(
+    machine: &Machine<'_>,
+    parts: &[Part<'_>],
+    scales: &[f64],
+    keep: Keep,
+    sinks: &mut [&mut dyn GradSink],
+    top: impl FnOnce(&Rows<f32>, &PassCx<'_>, head::Backward<'_, '_>) -> Result<T>,
+) -> Result<(T, Times)> {
+    let cx = PassCx::new(machine.base, parts, None, machine.arena);
     let mut lowest = machine.trunk.len();
     for (index, block) in machine.trunk.iter().enumerate() {
         for (part, sink) in parts.iter().zip(sinks.iter()) {
@@ -95,26 +134,24 @@ pub(crate) fn grads(
     }
     // The input of each block from the lowest on, and what it saved.
     let mut kept: Vec<(Vec<Rows<f32>>, Option<Saved>)> = Vec::new();
-    let mut x = Vec::new();
     let mut routing = Vec::new();
-    for (index, block) in machine.trunk.iter().enumerate() {
+    let step = |index, block: &dyn Block, x: &[Rows<f32>]| {
         let run = if index >= lowest && keep == Keep::All { Run::OutputAndSaved } else { Run::Output };
-        let (mut y, saved) = block.forward(&x, &cx, run)?;
-        cx.check()?;
-        if let Some(layer) = block.routes() {
-            routing.push(Routed { layer, probs_te: y.pop() });
+        block.forward(x, &cx, run)
+    };
+    let h_td = up(machine.trunk, &cx, step, |passed| {
+        routing.extend(passed.routed);
+        if passed.index >= lowest {
+            kept.push((passed.input, passed.saved));
         }
-        let input = std::mem::replace(&mut x, y);
-        if index >= lowest {
-            kept.push((input, saved));
-        }
-    }
+        Ok(())
+    })?;
     let mut dh_td = (lowest < machine.trunk.len()).then(|| cx.arena.zeros(cx.n_rows(), cx.architecture().hidden));
     let backward = head::Backward { dh_td: dh_td.as_mut(), sinks: &mut *sinks };
-    let reports = head::losses(machine.head, &x[0], tasks, &cx, Some(backward))?;
+    let found = top(&h_td, &cx, backward)?;
     cx.check()?;
-    drop(x);
-    let mut dprobs = dprobs(machine, &routing, tasks, &cx)?;
+    drop(h_td);
+    let mut dprobs = dprobs(machine, &routing, scales, &cx)?;
     drop(routing);
     let mut dy: Vec<Rows<f32>> = dh_td.into_iter().collect();
     for (index, block) in machine.trunk.iter().enumerate().skip(lowest).rev() {
@@ -128,35 +165,38 @@ pub(crate) fn grads(
         dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;
         cx.check()?;
     }
-    Ok((reports, cx.meter.times()))
+    Ok((found, cx.meter.times()))
 }
 
 /// The probabilities that a layer of experts gave to each row.
-struct Routed {
+pub(crate) struct Routed {
     layer: u32,
     probs_te: Option<Rows<f32>>,
 }
 
+impl Routed {
+    /// That of the rows of one part.
+    pub(crate) fn of(&self, rows: &Range<usize>, experts: Experts) -> Option<Result<Routing>> {
+        let probs = self.probs_te.as_ref()?.view().sub_rows(rows.start, rows.end);
+        let (layer, per_token) = (self.layer, experts.per_token);
+        Some(local::tensor(probs.into()).map(|probs_te| Routing { layer, probs_te, per_token }))
+    }
+}
+
 /// The gradient of the auxiliary loss by each layer's probabilities, in the order of layers: each part's own loss, on its own
 /// rows. Empty without such a loss.
-fn dprobs(machine: &Machine<'_>, routing: &[Routed], tasks: &[Task<'_>], cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
+fn dprobs(machine: &Machine<'_>, routing: &[Routed], scales: &[f64], cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
     let (Some(auxiliary), Some(experts)) = (machine.auxiliary, cx.architecture().experts) else {
         return Ok(Vec::new());
     };
     let whole = |routed: &Routed| routed.probs_te.as_ref().map(|probs| cx.arena.zeros(probs.n_rows(), probs.n_cols()));
     let mut dprobs: Vec<Rows<f32>> = routing.iter().filter_map(whole).collect();
     for (part, rows) in cx.parts_of(Given::All) {
-        let of_part = routing.iter().filter_map(|routed| {
-            let probs = routed.probs_te.as_ref()?.view().sub_rows(rows.start, rows.end);
-            Some(local::tensor(probs.into()).map(|probs_te| Routing {
-                layer: routed.layer,
-                probs_te,
-                per_token: experts.per_token,
-            }))
-        });
-        let loss = auxiliary.loss(&of_part.collect::<Result<Vec<_>>>()?, tasks[part].part.layout)?;
+        let of_part: Vec<Routing> =
+            routing.iter().filter_map(|routed| routed.of(&rows, experts)).collect::<Result<_>>()?;
+        let loss = auxiliary.loss(&of_part, cx.parts[part].layout)?;
         for (dprobs, of_part) in dprobs.iter_mut().zip(&loss.dprobs) {
-            let scaled = (of_part * tasks[part].scale)?;
+            let scaled = (of_part * scales[part])?;
             local::write(&scaled, dprobs.view_mut().into_sub_rows(rows.start, rows.end), false)?;
         }
     }

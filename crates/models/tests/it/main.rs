@@ -8,6 +8,7 @@ mod device;
 mod encoders;
 mod export;
 mod folder;
+mod generating;
 mod golden;
 mod gradients;
 mod low_rank;

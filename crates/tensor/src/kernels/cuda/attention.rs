@@ -1,5 +1,7 @@
 //! Attention on the device: documents are cut into tiles of 32 rows, each a block of threads for every head.
 
+use std::ops::Range;
+
 use super::device::Fault;
 use super::work::{Grid, Work, args};
 use crate::kernels::{Attention, Mask};
@@ -25,17 +27,18 @@ unsafe impl Number for Tile {}
 
 /// The tiles of all documents.
 fn tiles(how: &Attention<'_>) -> Vec<Tile> {
-    let of_doc = |doc: &std::ops::Range<usize>| {
-        let doc = doc.clone();
+    let of_doc = |(doc, keys): (&Range<usize>, &Range<usize>)| {
+        let (doc, keys) = (doc.clone(), keys.clone());
+        let before = keys.len() - doc.len();
         (0..doc.len()).step_by(TILE).map(move |first| Tile {
             row: (doc.start + first) as i32,
             count: (doc.len() - first).min(TILE) as i32,
-            position: first as i32,
-            other: doc.start as i32,
-            length: doc.len() as i32,
+            position: (before + first) as i32,
+            other: keys.start as i32,
+            length: keys.len() as i32,
         })
     };
-    how.docs.iter().flat_map(of_doc).collect()
+    how.docs.iter().zip(how.keys.unwrap_or(how.docs)).flat_map(of_doc).collect()
 }
 
 /// Whether attention is causal, and the length of its window or 0.
@@ -57,8 +60,15 @@ fn check(how: &Attention<'_>, q: (usize, usize), k: (usize, usize), v: (usize, u
     let Attention { heads, kv_heads, head_dim, docs, .. } = *how;
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {heads} heads on {kv_heads}");
     assert_eq!((q.1, k.1, v.1), (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), "attention: widths");
-    let rows = super::rows_of(docs);
-    assert!(rows <= q.0 && rows <= k.0 && rows <= v.0, "attention: documents reach to row {rows}");
+    let keys = how.keys.unwrap_or(docs);
+    assert_eq!(keys.len(), docs.len(), "attention: documents of keys");
+    assert!(docs.iter().zip(keys).all(|(doc, keys)| doc.len() <= keys.len()), "attention: more queries than keys");
+    let end = |docs: &[Range<usize>]| docs.iter().map(|doc| doc.end).max().unwrap_or(0);
+    assert!(
+        end(docs) <= q.0 && end(keys) <= k.0 && end(keys) <= v.0,
+        "attention: documents reach to row {}",
+        end(keys)
+    );
 }
 
 /// See [`crate::kernels::Kernels::attention`].
@@ -99,6 +109,7 @@ pub(super) fn reverse(
     [dq, dk, dv]: [ViewMut<'_, f32>; 3],
 ) -> Result<(), Fault> {
     let Given { q, k, v, o, lse_th, d_o, dlse_th } = *given;
+    assert!(how.keys.is_none(), "attention_vjp: queries that are some rows of their documents have no gradient");
     check(how, (q.rows(), q.cols()), (k.rows(), k.cols()), (v.rows(), v.cols()));
     let (rows, heads, kv_heads) = (q.rows(), how.heads as i32, how.kv_heads as i32);
     assert_eq!((lse_th.len(), o.rows(), d_o.rows()), (rows * how.heads, rows, rows), "attention_vjp: rows");

@@ -17,7 +17,6 @@
 #![expect(unsafe_code, reason = "kernels are launched by address, and what they touch is this module's duty")]
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use half::bf16;
@@ -442,9 +441,4 @@ impl Kernels for Cuda {
             work.launch("cross_entropy", Grid::of_rows(rows, vocab), of)
         });
     }
-}
-
-/// Rows in the order of a device's tiles.
-fn rows_of(docs: &[Range<usize>]) -> usize {
-    docs.iter().map(|doc| doc.end).max().unwrap_or(0)
 }

@@ -211,7 +211,7 @@ fn attention_is_the_processors() {
         let (d_o, dlse) = (normal("d_o", rows * wide), normal("dlse", rows * heads));
         for mask in masks {
             let scale = (head_dim as f32).sqrt().recip();
-            let how = Attention { heads, kv_heads, head_dim, scale, mask, docs: &docs };
+            let how = Attention { heads, kv_heads, head_dim, scale, mask, docs: &docs, keys: None };
             let kinds: [[MatRef<'_>; 3]; 2] = [
                 [View::new(&q, rows, wide).into(), View::new(&k, rows, thin).into(), View::new(&v, rows, thin).into()],
                 [
@@ -239,6 +239,21 @@ fn attention_is_the_processors() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn the_last_rows_of_documents_attend_like_the_processors() {
+    let (docs, keys) = ([0..1, 1..4, 4..44], [0..70, 80..83, 90..190]);
+    let (heads, kv_heads, head_dim, rows, all) = (4, 2, 32, 44, 190);
+    let (wide, thin) = (heads * head_dim, kv_heads * head_dim);
+    let (q, k, v) = (normal("q", rows * wide), normal("k", all * thin), normal("v", all * thin));
+    for mask in [Mask::Causal { window: None }, Mask::Causal { window: Some(9) }] {
+        let how = Attention { heads, kv_heads, head_dim, scale: 0.2, mask, docs: &docs, keys: Some(&keys) };
+        both(&format!("{mask:?}"), 2e-5, &[vec![0.0; rows * wide], vec![0.0; rows * heads]], |kernels, [o, lse]| {
+            let (q, k, v) = (View::new(&q, rows, wide), View::new(&k, all, thin), View::new(&v, all, thin));
+            kernels.attention(&how, q.into(), k.into(), v.into(), MatMut::F32(ViewMut::new(o, rows, wide)), lse);
+        });
     }
 }
 

@@ -1,0 +1,199 @@
+//! A model by its blocks' graphs, which define it: the oracle of passes on views, in 32 or 64 bits. A block is reversed by
+//! running its graph again on its saved input.
+
+use std::collections::BTreeMap;
+
+use attune_architecture::{Pooling, Site};
+use attune_points::{GradSink, Layout, Owner, Result, TensorId, Theta};
+use attune_tensor::autograd;
+use candle_core::{Device, Tensor, Var};
+
+use crate::attention::RowPlan;
+use crate::context::{GraphCx, Tracked};
+use crate::loss::Backward;
+use crate::model::{Model, Pass};
+use crate::pass::parts::{self, Part};
+use crate::regions;
+use crate::routing::Routing;
+
+impl Model {
+    /// A forward walk, `top` on the hidden rows (it gives their gradient where [`Backward::below`] asks for it), and the
+    /// reverse walk.
+    pub(crate) fn backward<T>(
+        &self,
+        pass: &Pass<'_>,
+        scale: f64,
+        sink: &mut dyn GradSink,
+        top: impl FnOnce(&GraphCx<'_>, &Tensor, Backward<'_>) -> Result<(T, Option<Tensor>)>,
+    ) -> Result<T> {
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        let none = Tracked::new();
+        let cx = self.context(pass, &plan, &none);
+        let wanted: Vec<Vec<TensorId>> =
+            self.trunk.iter().map(|block| self.wanted(block.sites(), pass.theta, sink)).collect();
+        let lowest = wanted.iter().position(|ids| !ids.is_empty());
+        let mut saved = Saved { from: lowest.unwrap_or(self.trunk.len()), inputs: BTreeMap::new() };
+        let mut routing = Vec::new();
+        let collected = self.auxiliary.is_some().then_some(&mut routing);
+        let h = self.walk(&cx, Some(&mut saved), collected)?;
+
+        let (leaves, tracked) =
+            self.leaves(&self.wanted(&self.head.sites, pass.theta, sink), pass.theta, pass.layout.n_rows())?;
+        let backward =
+            Backward { scale, leaves: &leaves, tracked: &tracked, sink: &mut *sink, below: lowest.is_some() };
+        let (found, dh_td) = top(&cx, &h[0], backward)?;
+        let (Some(lowest), Some(dh_td)) = (lowest, dh_td) else { return Ok(found) };
+
+        let mut dprobs = match &self.auxiliary {
+            Some(auxiliary) => auxiliary.loss(&routing, pass.layout)?.dprobs,
+            None => Vec::new(),
+        };
+        let mut dy = vec![dh_td];
+        for index in (lowest..self.trunk.len()).rev() {
+            let input = saved.inputs.remove(&index).unwrap_or_default();
+            // Routings come in the order of layers, so the last one left is this block's.
+            if let Some(dprobs_te) = self.trunk[index].routes().and_then(|_| dprobs.pop()) {
+                dy.push((dprobs_te * scale)?);
+            }
+            dy = self.reverse(index, &input, &dy, &wanted[index], index > lowest, &cx, sink)?;
+        }
+        Ok(found)
+    }
+
+    /// What [`Model::embed_grad`] says.
+    pub(crate) fn embed_grad_by_graph(
+        &self,
+        pass: &Pass<'_>,
+        pooling: Pooling,
+        dy_nd: &Tensor,
+        sink: &mut dyn GradSink,
+    ) -> Result<Tensor> {
+        self.backward(pass, 1.0, sink, |cx, h_td, backward| {
+            let h_leaf = autograd::leaf(h_td)?;
+            let y_nd = self.head.pooled(h_leaf.as_tensor(), pooling, &cx.with(backward.tracked, None))?;
+            let leaves: Vec<&Var> = backward.leaves.iter().map(|(_, var)| var).chain([&h_leaf]).collect();
+            let mut gradients = autograd::pull(&leaves, &[(&y_nd, dy_nd)])?;
+            let dh_td = gradients.pop().flatten();
+            for ((id, _), gradient) in backward.leaves.iter().zip(gradients) {
+                gradient.map(|gradient| regions::put(&mut *backward.sink, id, &gradient)).transpose()?;
+            }
+            Ok((y_nd.detach(), dh_td))
+        })
+    }
+
+    /// One block in reverse: its graph is run again on its saved input, with leaves for the input and the wanted tensors.
+    #[expect(clippy::too_many_arguments, reason = "the state of the walk, spelt out")]
+    fn reverse(
+        &self,
+        index: usize,
+        input: &[Tensor],
+        dy: &[Tensor],
+        wanted: &[TensorId],
+        below: bool,
+        cx: &GraphCx<'_>,
+        sink: &mut dyn GradSink,
+    ) -> Result<Vec<Tensor>> {
+        let (leaves, tracked) = self.leaves(wanted, cx.theta, cx.layout.n_rows())?;
+        let x: Vec<Var> =
+            if below { input.iter().map(autograd::leaf).collect::<candle_core::Result<_>>()? } else { Vec::new() };
+        let streams: Vec<Tensor> =
+            if below { x.iter().map(|x| x.as_tensor().clone()).collect() } else { input.to_vec() };
+        let y = self.trunk[index].graph(&streams, &cx.with(&tracked, None))?;
+        let outputs: Vec<(&Tensor, &Tensor)> = y.iter().zip(dy).collect();
+        let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain(&x).collect();
+        let mut gradients = autograd::pull(&all, &outputs)?.into_iter();
+        for ((id, _), gradient) in leaves.iter().zip(gradients.by_ref()) {
+            match gradient {
+                Some(gradient) => regions::put(sink, id, &gradient)?,
+                // No row went there: the loss does not depend on it.
+                None if self.of_expert(index, id) => {
+                    let leaf = tracked.get(id).map(|var| var.zeros_like()).transpose()?;
+                    leaf.map(|zeros| regions::put(sink, id, &zeros)).transpose()?;
+                }
+                None => {}
+            }
+        }
+        gradients.zip(&x).map(|(dx, x)| Ok(dx.map_or_else(|| x.zeros_like(), Ok)?)).collect()
+    }
+
+    /// Whether a tensor belongs to one of several experts of a block.
+    fn of_expert(&self, index: usize, id: &TensorId) -> bool {
+        let mut sites = self.trunk[index].sites().iter();
+        sites.any(|site| site.expert.is_some() && site.id.as_str() == id.name.owner())
+    }
+
+    /// Does `f` on the blocks' graphs, without leaves.
+    pub(crate) fn by_graph<T>(&self, pass: &Pass<'_>, f: impl FnOnce(&GraphCx<'_>) -> Result<T>) -> Result<T> {
+        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        f(&self.context(pass, &plan, &Tracked::new()))
+    }
+
+    fn context<'a>(&'a self, pass: &Pass<'a>, plan: &'a RowPlan, tracked: &'a Tracked) -> GraphCx<'a> {
+        let Pass { theta, layout, dropout } = *pass;
+        GraphCx {
+            base: &self.base,
+            stack: &self.stack,
+            theta,
+            layout,
+            plan,
+            dropout,
+            rows: None,
+            tracked,
+            dtype: self.dtype(),
+        }
+    }
+
+    /// The forward walk; keeps the inputs of blocks from `saved.from` on, and the routing of every layer of experts.
+    pub(crate) fn walk(
+        &self,
+        cx: &GraphCx<'_>,
+        mut saved: Option<&mut Saved>,
+        mut routing: Option<&mut Vec<Routing>>,
+    ) -> Result<Vec<Tensor>> {
+        let mut x = Vec::new();
+        for (index, block) in self.trunk.iter().enumerate() {
+            if let Some(saved) = saved.as_mut().filter(|saved| index >= saved.from) {
+                saved.inputs.insert(index, x.clone());
+            }
+            x = block.graph(&x, cx)?;
+            let Some(layer) = block.routes() else { continue };
+            let (probs_te, experts) = (x.pop(), self.base.architecture().experts);
+            if let (Some(routing), Some(probs_te), Some(experts)) = (routing.as_mut(), probs_te, experts) {
+                routing.push(Routing { layer, probs_te, per_token: experts.per_token });
+            }
+        }
+        Ok(x)
+    }
+
+    /// The tensors at `sites` whose gradient the sink wants.
+    fn wanted(&self, sites: &[Site], theta: &Theta, sink: &dyn GradSink) -> Vec<TensorId> {
+        let layout = Layout::new();
+        parts::wanted(&self.base, &Part { stack: &self.stack, theta, layout: &layout, dropout: None }, sites, sink)
+    }
+
+    /// A leaf for each wanted tensor.
+    fn leaves(&self, wanted: &[TensorId], theta: &Theta, rows: usize) -> Result<(Vec<(TensorId, Var)>, Tracked)> {
+        let mut leaves = Vec::with_capacity(wanted.len());
+        for id in wanted {
+            let var = match theta.get(id) {
+                Some(tensor) => autograd::leaf(tensor)?,
+                // What is added to the embeddings has their gradient.
+                None if id.owner == Owner::Input => {
+                    let shape = (rows, self.base.architecture().hidden);
+                    Var::zeros(shape, self.dtype(), &Device::Cpu)?
+                }
+                None => autograd::leaf(&self.base.tensor(&id.name, self.dtype())?)?,
+            };
+            leaves.push((id.clone(), var));
+        }
+        let tracked = leaves.iter().cloned().collect();
+        Ok((leaves, tracked))
+    }
+}
+
+/// The inputs of blocks that the forward walk keeps for the reverse one.
+#[derive(Default)]
+pub(crate) struct Saved {
+    pub(crate) from: usize,
+    pub(crate) inputs: BTreeMap<usize, Vec<Tensor>>,
+}
