@@ -1,6 +1,6 @@
 //! What floating-point results depend on beside the plan: instruction set and library versions.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
 use attune_models::pass::{self, Activations};
 use attune_tensor::kernels::Kernels;
@@ -8,21 +8,28 @@ use attune_tensor::kernels::Kernels;
 /// The version of this code as lineage records it.
 pub const CODE_VERSION: &str = concat!("attune ", env!("CARGO_PKG_VERSION"));
 
-/// The kernel profile of this process. Runs with the same plan, code and profile give the same bits.
+/// The kernel profile of this process on the processor.
 pub fn profile() -> String {
-    let cpu: &dyn Kernels = attune_tensor::kernels::cpu();
-    format!("{} {} gemm-0.19 {}", cpu.profile(), std::env::consts::ARCH, instructions())
+    profile_of(attune_tensor::kernels::cpu())
 }
 
-/// Floating-point operations a second of the fastest product in this process; measured once.
-pub(crate) fn gemm_peak(activations: Activations) -> f64 {
-    static F32: OnceLock<f64> = OnceLock::new();
-    static BF16: OnceLock<f64> = OnceLock::new();
-    let known = match activations {
-        Activations::F32 => &F32,
-        Activations::Bf16 => &BF16,
-    };
-    *known.get_or_init(|| pass::gemm_peak(activations))
+/// The kernel profile of passes by these kernels: runs with the same plan, code and profile give the same bits. Graphs of
+/// components run on the processor, whatever the rest does.
+pub(crate) fn profile_of(kernels: &dyn Kernels) -> String {
+    format!("{} {} gemm-0.19 {}", kernels.profile(), std::env::consts::ARCH, instructions())
+}
+
+/// Floating-point operations a second of the fastest product of these kernels in this process; measured once.
+pub(crate) fn gemm_peak(kernels: &'static dyn Kernels, activations: Activations) -> f64 {
+    static KNOWN: Mutex<Vec<(&str, Activations, f64)>> = Mutex::new(Vec::new());
+    let key = kernels.profile();
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, _, peak)) = known.iter().find(|(profile, of, _)| *profile == key && *of == activations) {
+        return *peak;
+    }
+    let peak = pass::gemm_peak(kernels, activations);
+    known.push((key, activations, peak));
+    peak
 }
 
 /// What the matrix library takes, which graphs of components run on.

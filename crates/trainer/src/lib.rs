@@ -27,6 +27,7 @@ pub mod error;
 pub mod protocol;
 
 pub mod attempt;
+pub mod card;
 pub mod cohort;
 pub mod component;
 pub mod control;

@@ -32,6 +32,9 @@ pub struct Request {
     pub work: PathBuf,
     /// Ranks of data-parallel training in this process.
     pub ranks: u32,
+    /// The number of the NVIDIA device that all ranks work on; the processor without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub card: Option<u32>,
     /// The checkpoint to go on from: a folder as this program wrote it.
     pub resume: Option<PathBuf>,
 }

@@ -131,6 +131,7 @@ impl<'a> Rank<'a> {
         company: Option<Company<'a>>,
     ) -> Result<Self, Error> {
         let shared = &prepared.shared;
+        let profile = kernel::profile_of(shared.model.base().arena().kernels());
         let mut engine = RankEngine {
             shared,
             loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing)?,
@@ -152,7 +153,7 @@ impl<'a> Rank<'a> {
             rule: setup::step_rule(&request.plan, shared.total_steps)?,
             tokens: Tokens(0),
             validation: Vec::new(),
-            kernel_profiles: vec![kernel::profile()],
+            kernel_profiles: vec![profile.clone()],
             watch: Stopwatch::start(),
             speed: (0, Duration::ZERO),
             spent: Spent::default(),
@@ -167,8 +168,8 @@ impl<'a> Rank<'a> {
             made.tokens = state.tokens;
             made.validation = state.validation;
             made.kernel_profiles = state.kernel_profiles;
-            if made.kernel_profiles.last() != Some(&kernel::profile()) {
-                made.kernel_profiles.push(kernel::profile());
+            if made.kernel_profiles.last() != Some(&profile) {
+                made.kernel_profiles.push(profile);
             }
         }
         Ok(made)
@@ -237,7 +238,7 @@ impl<'a> Rank<'a> {
     /// now. Nothing of it is kept.
     fn rehearse(&mut self) -> Result<(), Error> {
         // While nothing else runs yet.
-        kernel::gemm_peak(self.engine.shared.model.base().activations());
+        self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let layout = Arc::new(largest(&self.prepared.packing));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
@@ -291,8 +292,12 @@ impl<'a> Rank<'a> {
     /// Model FLOP utilisation: the share of the fastest product of this machine that the operations which a model needs reach.
     /// All ranks compute here, side by side; what is computed again to save memory counts for nothing.
     fn utilisation(&self, flops: f64, took: Duration) -> f64 {
-        let peak = kernel::gemm_peak(self.engine.shared.model.base().activations());
-        flops * f64::from(self.engine.collective.size()) / took.as_secs_f64().max(1e-9) / peak
+        flops * f64::from(self.engine.collective.size()) / took.as_secs_f64().max(1e-9) / self.gemm_peak()
+    }
+
+    fn gemm_peak(&self) -> f64 {
+        let base = self.engine.shared.model.base();
+        kernel::gemm_peak(base.arena().kernels(), base.activations())
     }
 
     fn report(&self, report: &StepReport, lr: f64, took: Duration) {

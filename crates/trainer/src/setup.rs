@@ -20,6 +20,7 @@ use attune_spec::job::{Activations, Form, Plan, Precision};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
+use crate::card;
 use crate::component::Component;
 use crate::control::Control;
 use crate::engine::Shared;
@@ -45,22 +46,25 @@ pub(crate) struct Prepared {
     pub(crate) plan_digest: Digest,
 }
 
+/// A base by its folder, its precision and the device that it lies on.
+type Opened = (PathBuf, Precision, Option<u32>);
+
 /// The bases that the lanes of a process share: each is opened once.
 #[derive(Debug, Default)]
 pub(crate) struct Bases {
-    open: Mutex<BTreeMap<(PathBuf, Precision), Arc<Base>>>,
+    open: Mutex<BTreeMap<Opened, Arc<Base>>>,
 }
 
 impl Bases {
-    /// The base in a folder.
-    fn open(&self, folder: &Path, precision: Precision) -> Result<Arc<Base>, Error> {
+    /// The base in a folder, on the device of this number or on the processor.
+    fn open(&self, folder: &Path, precision: Precision, card: Option<u32>) -> Result<Arc<Base>, Error> {
         // Lanes that start together wait here for the first, which opens it.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (folder.to_owned(), precision);
+        let key = (folder.to_owned(), precision, card);
         if let Some(base) = open.get(&key) {
             return Ok(Arc::clone(base));
         }
-        let base = Arc::new(Base::open(folder, precision)?);
+        let base = Arc::new(Base::open(folder, precision)?.on(card::kernels(card)?)?);
         open.insert(key, Arc::clone(&base));
         Ok(base)
     }
@@ -81,11 +85,15 @@ pub(crate) fn prepare(
     let plan = &request.plan;
     let mut pinned = Pins::new();
     control.emit(Event::Starting { phase: Phase::Base });
+    if let (Some(card), 2..) = (request.card, request.ranks) {
+        let message = format!("{} ranks share NVIDIA device {card}: this version uses one a job", request.ranks);
+        control.emit(Event::Note { topic: "device".to_owned(), message });
+    }
     let base_folder = folder(request, &plan.base, &mut pinned)?;
     let base = if plan.from_scratch {
-        Arc::new(Base::from_scratch(&base_folder, plan.seed)?)
+        Arc::new(Base::from_scratch(&base_folder, plan.seed)?.on(card::kernels(request.card)?)?)
     } else {
-        bases.open(&base_folder, plan.precision)?
+        bases.open(&base_folder, plan.precision, request.card)?
     };
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;
@@ -182,18 +190,19 @@ pub(crate) fn prepare(
     })
 }
 
-/// What forward passes keep: as the job says, or as much as half of the memory that the machine has left holds.
+/// What forward passes keep: as the job says, or as much as half of the memory that the device or the machine has left holds.
 fn keep(plan: &Plan, base: &Base, ranks: u32, rows_beside: u64) -> Keep {
     let element_bytes = match base.activations() {
         attune_models::pass::Activations::F32 => 4,
         attune_models::pass::Activations::Bf16 => 2,
     };
+    let free = base.arena().kernels().free_bytes().or_else(resident::available_bytes);
     let rows = (plan.rows_at_once(ranks) * u64::from(ranks)).max(rows_beside);
     let all = base.architecture().kept_bytes_per_row(element_bytes, false) * rows;
     match plan.activations {
         Activations::Keep => Keep::All,
         Activations::Recompute => Keep::Inputs,
-        Activations::Auto if resident::available_bytes().is_some_and(|available| all > available / 2) => Keep::Inputs,
+        Activations::Auto if free.is_some_and(|free| all > free / 2) => Keep::Inputs,
         Activations::Auto => Keep::All,
     }
 }

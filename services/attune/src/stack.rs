@@ -110,12 +110,13 @@ pub(crate) struct Stack {
 }
 
 impl Stack {
-    /// Starts a scheduler in `folder` and `workers` workers of `devices` devices each.
+    /// Starts a scheduler in `folder` and `workers` workers of `devices` devices each; the first offers the machine's NVIDIA devices, or `cards` of them.
     pub(crate) async fn start(
         arguments: &SchedulerArguments,
         folder: &Path,
         workers: u32,
         devices: u32,
+        cards: Option<u32>,
     ) -> Result<Self, Failure> {
         std::fs::create_dir_all(folder).map_err(|error| Failure::file(folder, &error))?;
         let listener = arguments.bind().await?;
@@ -129,7 +130,9 @@ impl Stack {
         stack.scheduler.spawn(Task::new("scheduler").shutdown_on_error(), serving);
         for number in 1..=workers {
             let name = format!("worker-{number}");
-            let config = worker(&stack.url, &folder.join("workers").join(number.to_string()), &name, devices)?;
+            let mut config = worker(&stack.url, &folder.join("workers").join(number.to_string()), &name, devices)?;
+            // Workers of one machine would offer the same devices.
+            config.cards = if number == 1 { cards } else { Some(0) };
             let stop = stack.workers.stop();
             stack.workers.spawn(Task::new("worker").shutdown_on_error(), attune_worker::run(config, stop));
         }

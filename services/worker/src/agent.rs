@@ -18,6 +18,7 @@ use attune_spec::job::plan::Input;
 use attune_spec::job::{JobSpec, Plan, Reference};
 use attune_spec::method::Catalogue;
 use attune_telemetry::{Stop, Task as Background, TaskGroup};
+use attune_trainer::card::Card;
 use attune_trainer::kernel;
 use futures::future::{BoxFuture, OptionFuture};
 use futures::{FutureExt as _, StreamExt as _};
@@ -67,6 +68,7 @@ pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
     let mut agent = Agent {
         worker: home.worker.clone(),
         work_dir: config.work_dir.clone(),
+        cards: node::cards(config.cards)?,
         config,
         node,
         group: TaskGroup::new(),
@@ -92,6 +94,8 @@ struct Cohort {
     members: Vec<Member>,
     device: i32,
     device_count: u32,
+    /// The numbers of its NVIDIA devices.
+    cards: Vec<u32>,
     orders: mpsc::Sender<Order>,
     /// Its process and its task are gone.
     gone: bool,
@@ -149,6 +153,8 @@ struct Agent {
     worker: WorkerId,
     work_dir: PathBuf,
     config: Config,
+    /// The NVIDIA devices that it offers.
+    cards: Vec<Card>,
     node: Arc<Node>,
     group: TaskGroup,
     cohorts: BTreeMap<CohortId, Cohort>,
@@ -236,7 +242,7 @@ impl Agent {
             worker_id: self.worker.to_string(),
             name: self.config.name.clone(),
             protocol_version: WORKER_PROTOCOL_VERSION,
-            devices: node::devices(self.config.devices),
+            devices: node::devices(self.config.devices, &self.cards),
             labels: self.config.labels.clone().into_iter().collect(),
             kernel_profile: kernel::profile(),
             code_version: kernel::CODE_VERSION.to_owned(),
@@ -450,11 +456,13 @@ impl Agent {
         if self.leaving.is_some() {
             return Err((v1::LeaseRefusal::Draining, "the worker is leaving".to_owned()));
         }
-        let busy: u32 = self.cohorts.values().map(|cohort| cohort.device_count).sum();
-        if busy.saturating_add(offer.device_count) > self.config.devices {
-            let message = format!("{busy} of {} devices are in use", self.config.devices);
-            return Err((v1::LeaseRefusal::Busy, message));
-        }
+        let is_card = offer.device == v1::DeviceKind::Cuda as i32;
+        let all = if is_card { self.cards.len() as u32 } else { self.config.devices };
+        let alike = self.cohorts.values().filter(|cohort| cohort.device == offer.device);
+        let taken = alike.map(|cohort| (cohort.device_count, &cohort.cards[..]));
+        let free = node::free(taken, all, offer.device_count);
+        let cards = if is_card { free } else { free.map(|_| Vec::new()) }
+            .map_err(|message| (v1::LeaseRefusal::Busy, message))?;
         let (device, device_count) = (offer.device, offer.device_count);
         if offer.attempts.is_empty() || (offer.attempts.len() > 1 && device_count != 1) {
             return Err(unsupported(&format!("{} attempts on {device_count} devices", offer.attempts.len())));
@@ -467,11 +475,14 @@ impl Agent {
         }
         let keys: Vec<AttemptId> = members.iter().map(|member| member.attempt.clone()).collect();
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-        self.cohorts.insert(id, Cohort { members, device, device_count, orders, gone: false, released: false });
+        self.cohorts.insert(
+            id,
+            Cohort { members, device, device_count, cards: cards.clone(), orders, gone: false, released: false },
+        );
         self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
         let mut tasks = Vec::new();
         for (key, attempt) in keys.into_iter().zip(&offer.attempts) {
-            match task(key.clone(), attempt, device_count) {
+            match task(key.clone(), attempt, device_count, cards.first().copied()) {
                 Ok(task) => tasks.push(task),
                 // The offer is taken and the attempt fails: the job is at fault, not this worker.
                 Err(faults) => {
@@ -512,7 +523,12 @@ fn say(message: Say) -> v1::ConnectRequest {
 }
 
 /// What an offer asks for.
-fn task(attempt: AttemptId, offer: &v1::AttemptOffer, ranks: u32) -> Result<Task, Vec<attune_spec::Fault>> {
+fn task(
+    attempt: AttemptId,
+    offer: &v1::AttemptOffer,
+    ranks: u32,
+    card: Option<u32>,
+) -> Result<Task, Vec<attune_spec::Fault>> {
     let missing = || vec![attune_spec::Fault::new("", "is missing in the offer")];
     let spec = job::from_message(offer.spec.as_ref().ok_or_else(missing)?)?;
     let checkpoint = match offer.checkpoint.as_str() {
@@ -526,6 +542,7 @@ fn task(attempt: AttemptId, offer: &v1::AttemptOffer, ranks: u32) -> Result<Task
         checkpoint,
         checkpoint_step: Step(offer.checkpoint_step),
         ranks,
+        card,
         stall: Duration::from_secs(spec.limits.stall_seconds),
     })
 }

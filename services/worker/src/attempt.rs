@@ -37,6 +37,8 @@ pub(crate) struct Task {
     pub(crate) checkpoint: Option<Digest>,
     pub(crate) checkpoint_step: Step,
     pub(crate) ranks: u32,
+    /// The number of the NVIDIA device that it works on; the processor without.
+    pub(crate) card: Option<u32>,
     /// Longest time without a finished step.
     pub(crate) stall: Duration,
 }

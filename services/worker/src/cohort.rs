@@ -164,8 +164,8 @@ impl Cohort {
             lane.finish(Outcome::Failed(failed), false).await;
             return Ok(None);
         }
-        let Task { name, plan, ranks, .. } = task;
-        Ok(Some(Request { version: VERSION, name, plan, inputs, work, ranks, resume }))
+        let Task { name, plan, ranks, card, .. } = task;
+        Ok(Some(Request { version: VERSION, name, plan, inputs, work, ranks, card, resume }))
     }
 
     /// Fetches an artifact while listening for orders; nothing when the lane has ended.

@@ -17,6 +17,8 @@ pub struct Config {
     pub work_dir: PathBuf,
     /// Number of CPU devices that it offers; each is one rank of a job.
     pub devices: u32,
+    /// Number of NVIDIA devices that it offers, from the first; all that this build can work on without.
+    pub cards: Option<u32>,
     /// Labels to place by.
     pub labels: BTreeMap<String, String>,
     /// The training process: given a request on its standard input, it runs one attempt.
@@ -35,6 +37,7 @@ impl Config {
             name: String::new(),
             work_dir: work_dir.into(),
             devices: 1,
+            cards: None,
             labels: BTreeMap::new(),
             program,
             grace: Duration::from_secs(60),

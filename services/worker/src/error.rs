@@ -21,6 +21,16 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// More NVIDIA devices are to be offered than there are.
+    #[error(
+        "{wanted} NVIDIA devices were to be offered; this program finds {found} (it needs their driver, and to be built with the feature `cuda`)"
+    )]
+    Cards {
+        /// What was asked for.
+        wanted: u32,
+        /// What there is.
+        found: usize,
+    },
     /// The work folder cannot be used.
     #[error("cannot {doing} {}: {source}", path.display())]
     Io {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use attune_proto::v1;
 use attune_spec::id::WorkerId;
+use attune_trainer::card::{self, Card};
 
 use crate::Error;
 
@@ -64,8 +65,20 @@ fn worker_id(path: &Path) -> Result<WorkerId, Error> {
     Ok(id)
 }
 
-/// The machine as `count` CPU devices of equal shares.
-pub(crate) fn devices(count: u32) -> Vec<v1::Device> {
+/// The NVIDIA devices that are offered: all, or the first `wanted`.
+pub(crate) fn cards(wanted: Option<u32>) -> Result<Vec<Card>, Error> {
+    let mut found = card::cards();
+    match wanted {
+        Some(wanted) if wanted as usize > found.len() => Err(Error::Cards { wanted, found: found.len() }),
+        wanted => {
+            found.truncate(wanted.map_or(usize::MAX, |wanted| wanted as usize));
+            Ok(found)
+        }
+    }
+}
+
+/// The machine as `count` CPU devices of equal shares, and its NVIDIA devices.
+pub(crate) fn devices(count: u32, cards: &[Card]) -> Vec<v1::Device> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX));
     let memory = memory_bytes();
     let name = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -78,7 +91,30 @@ pub(crate) fn devices(count: u32) -> Vec<v1::Device> {
         memory_bytes: memory / u64::from(count.max(1)),
         cores: (cores / count.max(1)).max(1),
     };
-    (0..count).map(device).collect()
+    let card = |(index, card): (u32, &Card)| v1::Device {
+        index,
+        kind: v1::DeviceKind::Cuda as i32,
+        name: card.name.clone(),
+        memory_bytes: card.memory_bytes,
+        cores: 1,
+    };
+    (0..count).map(device).chain((0..).zip(cards).map(card)).collect()
+}
+
+/// The first numbers of the `all` devices of a kind that nobody has, from how many and which others have taken; or why there
+/// are not enough.
+pub(crate) fn free<'c>(
+    taken: impl Iterator<Item = (u32, &'c [u32])>,
+    all: u32,
+    count: u32,
+) -> Result<Vec<u32>, String> {
+    let taken: Vec<(u32, &[u32])> = taken.collect();
+    let busy: u32 = taken.iter().map(|(count, _)| count).sum();
+    if busy.saturating_add(count) > all {
+        return Err(format!("{busy} of {all} devices are in use"));
+    }
+    let is_free = |number: &u32| !taken.iter().any(|(_, numbers)| numbers.contains(number));
+    Ok((0..all).filter(is_free).take(count as usize).collect())
 }
 
 /// Memory that processes of this machine may use.
@@ -123,9 +159,28 @@ mod tests {
 
     #[test]
     fn the_machine_is_shared_evenly() {
-        let two = devices(2);
-        assert_eq!(two.len(), 2);
+        let card = Card { name: "a card".to_owned(), memory_bytes: 7 };
+        let two = devices(2, &[card.clone(), card]);
+        assert_eq!(two.len(), 4);
+        assert_eq!((two[3].kind, two[3].index, two[3].memory_bytes), (v1::DeviceKind::Cuda as i32, 1, 7));
         assert!(two[0].memory_bytes > 0 && two[0].memory_bytes == two[1].memory_bytes);
         assert!(disk_free_bytes(Path::new("/")) > 0);
+    }
+
+    #[test]
+    fn devices_are_given_to_one_each() {
+        let taken = [(1, &[1][..]), (2, &[0, 3])];
+        assert_eq!(free(taken.into_iter(), 6, 2), Ok(vec![2, 4]));
+        assert_eq!(free(taken.into_iter(), 4, 1), Ok(vec![2]));
+        assert_eq!(free(taken.into_iter(), 4, 2), Err("3 of 4 devices are in use".to_owned()));
+        assert_eq!(free([].into_iter(), 2, 2), Ok(vec![0, 1]));
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn devices_that_are_not_there_are_not_offered() {
+        let error = cards(Some(3)).unwrap_err().to_string();
+        assert!(error.starts_with("3 NVIDIA devices were to be offered; this program finds 0"), "{error}");
+        assert!(cards(None).unwrap().is_empty());
     }
 }

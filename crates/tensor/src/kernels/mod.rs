@@ -18,7 +18,7 @@ mod simd;
 
 pub use cpu::{Cpu, Isa, cpu};
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, Fault as CudaFault, count as cuda_count, cuda};
+pub use cuda::{Cuda, Fault as CudaFault, Found as CudaDevice, cuda, devices as cuda_devices};
 
 /// A factor of a product: a matrix, or its transpose.
 #[derive(Debug, Clone, Copy)]
@@ -169,6 +169,11 @@ pub trait Kernels: Send + Sync + fmt::Debug {
 
     /// Brings a matrix near that many calls will read; `None` if it is there, or if it cannot be brought (a [`Fault`]).
     fn keep(&self, _x: MatRef<'_>) -> Option<Kept> {
+        None
+    }
+
+    /// Bytes that are free in the memory that [`Kernels::memory`] gives; `None` where that is the processor's.
+    fn free_bytes(&self) -> Option<u64> {
         None
     }
 

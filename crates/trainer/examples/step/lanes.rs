@@ -163,6 +163,7 @@ fn measured(
         inputs: BTreeMap::new(),
         work: work.path().to_owned(),
         ranks: 1,
+        card: None,
         resume: None,
     };
     let requests: Vec<Request> = plans.iter().zip(&works).map(request).collect();

@@ -105,6 +105,7 @@ impl Small {
             inputs: BTreeMap::new(),
             work: work.path().to_owned(),
             ranks,
+            card: None,
             resume: resume.map(Path::to_owned),
         };
         (request, work)

@@ -27,6 +27,9 @@ pub(crate) struct Up {
     /// CPU devices that each worker offers; a job's ranks each take one.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     devices: u32,
+    /// NVIDIA devices that the first worker offers; all that this build can work on if it is left out.
+    #[arg(long, value_name = "N")]
+    cards: Option<u32>,
 }
 
 /// Runs a scheduler alone until it is interrupted; workers connect to it.
@@ -58,6 +61,9 @@ pub(crate) struct Worker {
     /// CPU devices that it offers; a job's ranks each take one.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     devices: u32,
+    /// NVIDIA devices that it offers; all that this build can work on if it is left out.
+    #[arg(long, value_name = "N")]
+    cards: Option<u32>,
     /// A label to place by; may be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
@@ -82,7 +88,8 @@ pub(super) fn up(arguments: &Up) -> Result<(), Failure> {
         None => home()?.join(".attune"),
     };
     block_on(async {
-        let stack = Stack::start(&arguments.scheduler, &folder, arguments.workers, arguments.devices).await?;
+        let stack =
+            Stack::start(&arguments.scheduler, &folder, arguments.workers, arguments.devices, arguments.cards).await?;
         tracing::info!(target: "attune", url = stack.url, data_dir = %folder.display(), workers = arguments.workers, "listening");
         stack.run_until(stack::asked_to_end()).await
     })
@@ -113,6 +120,7 @@ pub(super) fn worker(arguments: &Worker, server: &str) -> Result<(), Failure> {
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
     let name = arguments.name.clone().unwrap_or_else(host);
     let mut config = stack::worker(server, &arguments.work_dir, &name, arguments.devices)?;
+    config.cards = arguments.cards;
     config.labels = arguments.labels.iter().cloned().collect::<BTreeMap<_, _>>();
     config.grace = Duration::from_secs(arguments.grace);
     block_on(async {

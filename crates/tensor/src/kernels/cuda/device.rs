@@ -106,6 +106,23 @@ pub(super) fn count() -> usize {
     result::device::get_count().map_or(0, |count| count.max(0) as usize)
 }
 
+/// A device that the driver knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Its own name.
+    pub name: String,
+    /// All of its memory.
+    pub memory_bytes: usize,
+}
+
+/// What the driver says of a device, without opening it.
+pub(super) fn found(ordinal: usize) -> Result<Found, Fault> {
+    let device = result::device::get(ordinal as i32)?;
+    // SAFETY: the device is the driver's own.
+    let memory_bytes = unsafe { result::device::total_mem(device)? };
+    Ok(Found { name: result::device::get_name(device)?, memory_bytes })
+}
+
 /// A device with its one stream; whoever has it works alone.
 pub(super) struct Device {
     pub(super) name: String,

@@ -36,7 +36,7 @@ mod places;
 mod tests;
 mod work;
 
-pub use device::Fault;
+pub use device::{Fault, Found};
 
 /// An NVIDIA device that is ready to work.
 pub struct Cuda {
@@ -53,9 +53,9 @@ impl fmt::Debug for Cuda {
     }
 }
 
-/// How many NVIDIA devices this process sees; 0 without a driver.
-pub fn count() -> usize {
-    device::count()
+/// The NVIDIA devices that this process sees, by their numbers; none without a driver.
+pub fn devices() -> Vec<Found> {
+    (0..device::count()).filter_map(|ordinal| device::found(ordinal).ok()).collect()
 }
 
 /// The device of this number, opened once for the life of the process: the libraries are loaded and the kernels compiled.
@@ -181,6 +181,10 @@ impl Kernels for Cuda {
                 None
             }
         }
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        Self::free_bytes(self).ok().map(|(free, _)| free as u64)
     }
 
     fn fault(&self) -> Result<(), crate::kernels::Fault> {
