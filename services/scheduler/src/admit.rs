@@ -254,6 +254,7 @@ pub(crate) fn request(admitted: &Admitted) -> attune_scheduler_core::Request {
             device: match spec.resources.device {
                 attune_spec::job::Device::Any => core::Wanted::Any,
                 attune_spec::job::Device::Cpu => core::Wanted::Only(core::Device::Cpu),
+                attune_spec::job::Device::Cuda => core::Wanted::Only(core::Device::Cuda),
             },
             labels: BTreeMap::new(),
         },

@@ -148,6 +148,7 @@ fn resources(spec: &Resources) -> v1::ResourceSpec {
         device: match spec.device {
             Device::Any => v1::DeviceKind::Unspecified,
             Device::Cpu => v1::DeviceKind::Cpu,
+            Device::Cuda => v1::DeviceKind::Cuda,
         } as i32,
         share_base: spec.share_base,
     }

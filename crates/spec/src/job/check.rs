@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::plan::logical_shards;
 use super::tune::SlotSpec;
-use super::{JobSpec, VERSION};
+use super::{Device, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 
@@ -196,6 +196,13 @@ fn shards(spec: &JobSpec, faults: &mut Vec<Fault>) {
     if ranks > 0 && !shards.is_multiple_of(ranks) {
         let message = format!(
             "makes {ranks} ranks, which do not divide the {shards} logical shards; set `tune.logical_shards` to a multiple"
+        );
+        faults.push(Fault::new("resources.devices_per_worker", message));
+    }
+    if spec.resources.device == Device::Cuda && spec.resources.devices_per_worker > 1 {
+        let message = format!(
+            "is {}; expected 1: this version trains a job on one NVIDIA device",
+            spec.resources.devices_per_worker
         );
         faults.push(Fault::new("resources.devices_per_worker", message));
     }

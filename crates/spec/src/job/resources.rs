@@ -14,6 +14,8 @@ pub enum Device {
     Any,
     /// Processor cores.
     Cpu,
+    /// An NVIDIA device.
+    Cuda,
 }
 
 /// Where to run.

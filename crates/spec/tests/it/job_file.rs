@@ -98,6 +98,11 @@ fn each_fault_has_its_path_and_says_what_would_do() {
         ),
         (
             "resources",
+            json!({"device": "cuda", "devices_per_worker": 2}),
+            "`resources.devices_per_worker` is 2; expected 1: this version trains a job on one NVIDIA device",
+        ),
+        (
+            "resources",
             json!({"share_base": true, "devices_per_worker": 2}),
             "`resources.share_base` is true, but the job asks for several devices",
         ),
