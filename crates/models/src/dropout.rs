@@ -5,6 +5,7 @@ use attune_architecture::SiteId;
 use attune_points::adapter::DropoutMask;
 use attune_points::{Layout, Result};
 use attune_tensor::Rng;
+use attune_tensor::rng;
 use candle_core::{Device, Tensor};
 
 /// The key of a pass's dropout.
@@ -24,34 +25,45 @@ pub(crate) struct RowMasks<'a> {
     pub(crate) rows: Option<&'a [u32]>,
 }
 
-impl DropoutMask for RowMasks<'_> {
-    fn mask(&self, site: &SiteId, width: usize, p: f64, like: &Tensor) -> Result<Tensor> {
+/// Which values of some rows are kept: a bit each.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    bits: Vec<u32>,
+    width: usize,
+    /// What a kept value is multiplied with.
+    factor: f32,
+}
+
+impl Kept {
+    /// The factor on each value, row after row.
+    pub(crate) fn factors(&self) -> Vec<f32> {
+        rng::spread(&self.bits, self.width, self.factor)
+    }
+}
+
+impl RowMasks<'_> {
+    /// Which values of the rows at hand are kept at a site, where each is dropped with probability `p`.
+    pub(crate) fn kept(&self, site: &SiteId, width: usize, p: f64) -> Kept {
         let stream = Rng::new(self.key.seed, "dropout").sub(self.key.step).named(site.as_str());
         // A word below the threshold drops the value.
-        let threshold = (p * 4_294_967_296.0) as u64;
-        let keep = (1.0 / (1.0 - p)) as f32;
+        let threshold = (p * 4_294_967_296.0) as u32;
+        let docs = self.layout.docs();
         let n_rows = self.rows.map_or_else(|| self.layout.n_rows(), <[u32]>::len);
-        let mut values = Vec::with_capacity(n_rows * width);
-        let mut draw = |doc: &attune_points::Doc, row: u32| {
-            let example = stream.sub(u64::from(doc.domain)).sub(doc.example);
-            let mut words = example.sub(u64::from(row - doc.rows.start));
-            values.extend((0..width).map(|_| if u64::from(words.next_u32()) < threshold { 0.0 } else { keep }));
+        let of_row = |at: usize| {
+            let row = self.rows.map_or(at as u32, |rows| rows[at]);
+            let doc = &docs[docs.partition_point(|doc| doc.rows.end <= row)];
+            stream.sub(u64::from(doc.domain)).sub(doc.example).sub(u64::from(row - doc.rows.start))
         };
-        match self.rows {
-            None => {
-                for doc in self.layout.docs() {
-                    doc.rows.clone().for_each(|row| draw(doc, row));
-                }
-            }
-            Some(rows) => {
-                let docs = self.layout.docs();
-                for &row in rows {
-                    let at = docs.partition_point(|doc| doc.rows.end <= row);
-                    draw(&docs[at], row);
-                }
-            }
-        }
-        Ok(Tensor::from_vec(values, (n_rows, width), &Device::Cpu)?.to_dtype(like.dtype())?)
+        let bits = rng::bits(n_rows, width, threshold, of_row);
+        Kept { bits, width, factor: (1.0 / (1.0 - p)) as f32 }
+    }
+}
+
+impl DropoutMask for RowMasks<'_> {
+    fn mask(&self, site: &SiteId, width: usize, p: f64, like: &Tensor) -> Result<Tensor> {
+        let n_rows = self.rows.map_or_else(|| self.layout.n_rows(), <[u32]>::len);
+        let factors = self.kept(site, width, p).factors();
+        Ok(Tensor::from_vec(factors, (n_rows, width), &Device::Cpu)?.to_dtype(like.dtype())?)
     }
 }
 

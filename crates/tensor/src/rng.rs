@@ -14,6 +14,7 @@
 use std::f64::consts::TAU;
 
 use candle_core::{DType, Device, Shape, Tensor};
+use rayon::prelude::*;
 
 const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -32,6 +33,55 @@ pub const fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
         round += 1;
     }
     c
+}
+
+/// The words of eight blocks that follow each other, from `first` on: word by word, block by block.
+#[inline(always)]
+fn eight_blocks(key: [u32; 2], first: u64, nonce: [u32; 2]) -> [[u32; 8]; 4] {
+    let mut k = key;
+    let counters: [[u32; 2]; 8] = std::array::from_fn(|block| halves(first.wrapping_add(block as u64)));
+    let mut c = [counters.map(|[low, _]| low), counters.map(|[_, high]| high), [nonce[0]; 8], [nonce[1]; 8]];
+    for _ in 0..ROUNDS {
+        let mut next = [[0u32; 8]; 4];
+        for i in 0..8 {
+            let (p0, p1) = (MULTIPLIERS[0] * u64::from(c[0][i]), MULTIPLIERS[1] * u64::from(c[2][i]));
+            next[0][i] = (p1 >> 32) as u32 ^ c[1][i] ^ k[0];
+            next[1][i] = p1 as u32;
+            next[2][i] = (p0 >> 32) as u32 ^ c[3][i] ^ k[1];
+            next[3][i] = p0 as u32;
+        }
+        c = next;
+        k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
+    }
+    c
+}
+
+/// For each of `rows` rows and each of `width` values whether a word of the row's stream is `least` or more; bit `i % 32` of
+/// number `i / 32` of the row is value `i`'s. The rows are shared out to the threads of the pool.
+pub fn bits(rows: usize, width: usize, least: u32, stream: impl Fn(usize) -> Rng + Sync) -> Vec<u32> {
+    let words = width.div_ceil(32);
+    let mut bits = vec![0; rows * words];
+    if words > 0 {
+        let rows = bits.par_chunks_mut(words).enumerate().with_min_len((1usize << 12).div_ceil(width));
+        rows.for_each(|(row, bits)| stream(row).at_least(least, width, bits));
+    }
+    bits
+}
+
+/// `value` where a bit of [`bits`] is set, else 0: rows of `width` numbers.
+pub fn spread(bits: &[u32], width: usize, value: f32) -> Vec<f32> {
+    let words = width.div_ceil(32).max(1);
+    let mut values = vec![0.0; bits.len() / words * width];
+    if width > 0 {
+        let rows =
+            values.par_chunks_mut(width).zip(bits.par_chunks(words)).with_min_len((1usize << 14).div_ceil(width));
+        rows.for_each(|(values, bits)| {
+            for (values, bits) in values.chunks_mut(32).zip(bits) {
+                values.iter_mut().enumerate().for_each(|(i, x)| *x = if bits >> i & 1 == 1 { value } else { 0.0 });
+            }
+        });
+    }
+    values
 }
 
 const fn halves(x: u64) -> [u32; 2] {
@@ -100,6 +150,18 @@ impl Rng {
                 self.block = Some((index, words));
                 words[word]
             }
+        }
+    }
+
+    /// For each of `width` words from the stream's beginning on whether it is `least` or more: bit `i % 32` of number `i / 32`.
+    /// The same as asking [`Rng::next_u32`] for each, in a fraction of the time.
+    fn at_least(&self, least: u32, width: usize, bits: &mut [u32]) {
+        let (key, nonce) = (halves(self.key), halves(self.nonce));
+        for (group, bits) in bits.iter_mut().enumerate() {
+            let words = eight_blocks(key, 8 * group as u64, nonce);
+            let all = (0..32).map(|i| u32::from(words[i % 4][i / 4] >= least) << i).sum::<u32>();
+            let n = width - 32 * group;
+            *bits = if n < 32 { all & ((1 << n) - 1) } else { all };
         }
     }
 
@@ -201,6 +263,26 @@ mod tests {
         assert_eq!(found, FROZEN);
     }
     const FROZEN: [u32; 5] = [324_625_240, 2_086_673_888, 577_870_259, 2_936_539_534, 3_923_889_106];
+
+    #[test]
+    fn bits_are_those_of_words_one_by_one() {
+        for (width, least) in [(1, 0), (31, 1 << 30), (32, 1 << 31), (100, u32::MAX), (257, 0x1234_5678)] {
+            let stream = |row: usize| Rng::keyed(5, "bits", 2, row as u64);
+            let found = bits(7, width, least, stream);
+            let words = width.div_ceil(32);
+            for row in 0..7 {
+                let mut one_by_one = stream(row);
+                for i in 0..32 * words {
+                    let bit = found[row * words + i / 32] >> (i % 32) & 1 == 1;
+                    assert_eq!(bit, i < width && one_by_one.next_u32() >= least, "row {row}, value {i} of {width}");
+                }
+            }
+            let spread = spread(&found, width, 2.5);
+            let bit = |row: usize, i: usize| found[row * words + i / 32] >> (i % 32) & 1 == 1;
+            let expected = (0..7 * width).map(|at| if bit(at / width, at % width) { 2.5 } else { 0.0 });
+            assert!(spread.iter().copied().eq(expected), "{width}");
+        }
+    }
 
     #[test]
     fn sub_streams_do_not_depend_on_use_and_do_not_repeat() {

@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use attune_architecture::{Site, SiteKind};
-use attune_points::adapter::{DropoutMask as _, FusedRows};
+use attune_points::adapter::FusedRows;
 use attune_points::error::Context as _;
 use attune_points::{Error, Owner, Region, Result, TensorId};
 use attune_tensor::kernels::{Gemm, LowRank, Operand};
@@ -18,16 +18,23 @@ use attune_tensor::reading;
 use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use candle_core::{Device, Tensor};
 
-use crate::dropout::RowMasks;
+use crate::dropout::{Kept, RowMasks};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks, wants};
 use crate::pass::times::Work;
 use crate::regions::{self, entries_within, within};
 
-/// What the reverse pass of a linear needs: the thin rows of its low-rank components.
+/// What the reverse pass of a linear needs of each of its low-rank components.
 #[derive(Debug, Default)]
-pub(crate) struct Thin(Vec<Mat>);
+pub(crate) struct Thin(Vec<ThinRows>);
+
+/// The thin rows of a low-rank component, and which values of what it read were kept, if some were dropped.
+#[derive(Debug)]
+struct ThinRows {
+    h_tr: Mat,
+    kept: Option<Kept>,
+}
 
 /// A low-rank component at work.
 struct Factors<'p, 'a> {
@@ -54,14 +61,14 @@ impl<'a> PassCx<'a> {
         let placed = self.placed(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let thin = self.meter.time(Work::Adapter, || {
-            factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<Mat>>>()
+            factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()
         })?;
         let (within, beside) = first_of_each_row(&factors);
         let terms: Vec<LowRank<'_>> = within
             .iter()
             .map(|&i| LowRank {
                 rows: factors[i].placed.rows.clone(),
-                left: thin[i].view(),
+                left: thin[i].h_tr.view(),
                 right: Operand::transposed(factors[i].up.1.view()),
             })
             .collect();
@@ -86,7 +93,7 @@ impl<'a> PassCx<'a> {
             for i in beside {
                 let rows = &factors[i].placed.rows;
                 let b = Operand::transposed(factors[i].up.1.view());
-                let of = Gemm { accumulate: true, ..Gemm::new(Operand::plain(thin[i].view()), b) };
+                let of = Gemm { accumulate: true, ..Gemm::new(Operand::plain(thin[i].h_tr.view()), b) };
                 self.kernels.gemm(y_to.reborrow().into_sub_rows(rows.start, rows.end), &of);
             }
             for placed in placed.iter().filter(|placed| placed.fused.is_none()) {
@@ -105,7 +112,7 @@ impl<'a> PassCx<'a> {
         let placed = self.placed(&site.id, given)?;
         let factors = self.factors(&placed)?;
         self.meter.time(Work::Adapter, || {
-            Ok(Thin(factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<Mat>>>()?))
+            Ok(Thin(factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()?))
         })
     }
 
@@ -127,8 +134,8 @@ impl<'a> PassCx<'a> {
         let placed = self.placed(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let mut back = Vec::with_capacity(factors.len());
-        for (factors, h_tr) in factors.iter().zip(&thin.0) {
-            let g_tr = self.meter.time(Work::Adapter, || self.factors_vjp(site, factors, x_ti, h_tr, dy_to, sinks))?;
+        for (factors, thin) in factors.iter().zip(&thin.0) {
+            let g_tr = self.meter.time(Work::Adapter, || self.factors_vjp(factors, x_ti, thin, dy_to, sinks))?;
             back.push(g_tr);
         }
         self.own_vjp(site, x_ti, given, dy_to, sinks)?;
@@ -159,7 +166,9 @@ impl<'a> PassCx<'a> {
                 })?;
             }
             for i in masked.into_iter().chain(beside) {
-                self.meter.time(Work::Adapter, || self.add_back(site, &factors[i], &back[i], dx.reborrow()))?;
+                self.meter.time(Work::Adapter, || {
+                    self.add_back(&factors[i], thin.0[i].kept.as_ref(), &back[i], dx.reborrow())
+                });
             }
         }
         for placed in placed.iter().filter(|placed| placed.fused.is_none()) {
@@ -303,33 +312,33 @@ impl<'a> PassCx<'a> {
     }
 
     /// `h_tr = scale (mask ∘ x) downᵀ`.
-    fn thin(&self, site: &Site, factors: &Factors<'_, '_>, x_ti: MatRef<'_>) -> Result<Mat> {
+    fn thin(&self, site: &Site, factors: &Factors<'_, '_>, x_ti: MatRef<'_>) -> Result<ThinRows> {
         let rows = &factors.placed.rows;
         let x = x_ti.sub_rows(rows.start, rows.end);
-        let masked = self.masked(site, factors, x)?;
+        let kept = self.kept(site, factors, x.cols());
+        let masked = kept.as_ref().map(|kept| self.masked(kept, x));
         let x = masked.as_ref().map_or(x, Mat::view);
         let down = factors.down.1.view();
         let mut h = self.arena.rows(rows.len(), down.rows());
         self.kernels.gemm(h.view_mut(), &Gemm::new(Operand::plain(x), Operand::transposed(down)));
         self.kernels.scale(h.view_mut(), factors.scale);
-        Ok(self.narrowed(h))
+        Ok(ThinRows { h_tr: self.narrowed(h), kept })
     }
 
-    /// `mask ∘ x`, if the component drops anything.
-    fn masked(&self, site: &Site, factors: &Factors<'_, '_>, x: MatRef<'_>) -> Result<Option<Mat>> {
-        let Some(mask) = self.mask(site, factors, x.cols())? else { return Ok(None) };
+    /// `mask ∘ x`.
+    fn masked(&self, kept: &Kept, x: MatRef<'_>) -> Mat {
         let mut masked = self.arena.rows(x.rows(), x.cols());
         self.kernels.convert(x, masked.view_mut().into());
-        self.kernels.multiply(View::new(&mask, x.rows(), x.cols()).into(), masked.view_mut());
-        Ok(Some(self.narrowed(masked)))
+        self.kernels.multiply(View::new(&kept.factors(), x.rows(), x.cols()).into(), masked.view_mut());
+        self.narrowed(masked)
     }
 
-    fn mask(&self, site: &Site, factors: &Factors<'_, '_>, width: usize) -> Result<Option<Vec<f32>>> {
+    /// Which of the values that a component reads are kept; `None` if it drops nothing.
+    fn kept(&self, site: &Site, factors: &Factors<'_, '_>, width: usize) -> Option<Kept> {
         let part = &self.parts[factors.placed.part];
-        let Some(key) = part.dropout.filter(|_| factors.dropout > 0.0) else { return Ok(None) };
+        let key = part.dropout.filter(|_| factors.dropout > 0.0)?;
         let masks = RowMasks { key, layout: part.layout, rows: factors.placed.ids.some() };
-        let like = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu)?;
-        Ok(Some(masks.mask(&site.id, width, factors.dropout, &like)?.flatten_all()?.to_vec1()?))
+        Some(masks.kept(&site.id, width, factors.dropout))
     }
 
     /// A gradient in the type of the activations: a copy where they differ.
@@ -351,10 +360,9 @@ impl<'a> PassCx<'a> {
     /// Gradients of a low-rank component's tensors to its part's sink; returns `g_tr`.
     fn factors_vjp(
         &self,
-        site: &Site,
         factors: &Factors<'_, '_>,
         x_ti: MatRef<'_>,
-        h_tr: &Mat,
+        ThinRows { h_tr, kept }: &ThinRows,
         dy_to: MatRef<'_>,
         sinks: &mut Sinks<'_>,
     ) -> Result<Mat> {
@@ -374,7 +382,7 @@ impl<'a> PassCx<'a> {
         self.kernels.scale(g.view_mut(), factors.scale);
         let g = self.narrowed(g);
         if wants(&**sink, &factors.down.0) {
-            let masked = self.masked(site, factors, x)?;
+            let masked = kept.as_ref().map(|kept| self.masked(kept, x));
             let x = masked.as_ref().map_or(x, Mat::view);
             let mut ddown = vec![0.0f32; rank * input];
             let of = Gemm::new(Operand::transposed(g.view()), Operand::plain(x));
@@ -385,18 +393,17 @@ impl<'a> PassCx<'a> {
     }
 
     /// `dx += mask ∘ (g down)` for a component that is not summed within the product.
-    fn add_back(&self, site: &Site, factors: &Factors<'_, '_>, g_tr: &Mat, dx: ViewMut<'_, f32>) -> Result<()> {
+    fn add_back(&self, factors: &Factors<'_, '_>, kept: Option<&Kept>, g_tr: &Mat, dx: ViewMut<'_, f32>) {
         let rows = &factors.placed.rows;
         let down = factors.down.1.view();
         let of = Gemm::new(Operand::plain(g_tr.view()), Operand::plain(down));
         let mut dx = dx.into_sub_rows(rows.start, rows.end);
         let mut back = self.arena.rows(rows.len(), down.cols());
         self.kernels.gemm(back.view_mut(), &of);
-        if let Some(mask) = self.mask(site, factors, down.cols())? {
-            self.kernels.multiply(View::new(&mask, back.n_rows(), back.n_cols()).into(), back.view_mut());
+        if let Some(kept) = kept {
+            self.kernels.multiply(View::new(&kept.factors(), back.n_rows(), back.n_cols()).into(), back.view_mut());
         }
         self.kernels.add(back.view().into(), dx.reborrow());
-        Ok(())
     }
 }
 
