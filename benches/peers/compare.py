@@ -191,7 +191,8 @@ class Result:
             self.case.name, spread(ours), f"{spread(theirs)} ({self.torch[0]['variant']})",
             f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f})",
             f"{memory:.0f}", f"{other:.0f} (its import {floor_mib:.0f})", f"**{memory / other:.2f}**",
-            f"{100 * gflops / gemm_peak:.0f} %", f"{self.losses_differ_by():.1e}",
+            # The peak is the processor's.
+            "–" if self.case.device is not None else f"{100 * gflops / gemm_peak:.0f} %", f"{self.losses_differ_by():.1e}",
         ]
         return f"| {' | '.join(cells)} |"
 

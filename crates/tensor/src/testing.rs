@@ -30,6 +30,23 @@ pub fn tolerance(dtype: DType, reduction: usize, max: f64) -> f64 {
     SAFETY * epsilon(dtype) * (reduction.max(1) as f64).sqrt() * max
 }
 
+/// The first NVIDIA device, if there is one; else the reason is printed, unless `ATTUNE_CUDA` asks for one.
+///
+/// # Panics
+/// If `ATTUNE_CUDA` asks for a device and there is none.
+#[cfg(feature = "cuda")]
+#[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
+pub fn cuda_device() -> Option<&'static crate::kernels::Cuda> {
+    match crate::kernels::cuda(0) {
+        Ok(device) => Some(device),
+        Err(fault) => {
+            assert!(std::env::var_os("ATTUNE_CUDA").is_none(), "ATTUNE_CUDA asks for a device: {fault}");
+            eprintln!("skipped: {fault}");
+            None
+        }
+    }
+}
+
 /// The values of a tensor in row-major order.
 ///
 /// # Panics

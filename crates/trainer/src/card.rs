@@ -26,7 +26,10 @@ pub const fn cards() -> Vec<Card> {
 }
 
 /// The kernels of a device by its number, or of the processor.
-pub(crate) fn kernels(card: Option<u32>) -> Result<&'static dyn Kernels, Error> {
+///
+/// # Errors
+/// [`Error::Device`]: there is no such device, or this build knows none.
+pub fn kernels(card: Option<u32>) -> Result<&'static dyn Kernels, Error> {
     let Some(number) = card else { return Ok(kernels::cpu()) };
     match open(number) {
         Ok(kernels) => Ok(kernels),

@@ -93,9 +93,8 @@ struct Cohort {
     /// Its attempts that the scheduler has not let go, with what is to be said of them.
     members: Vec<Member>,
     device: i32,
-    device_count: u32,
-    /// The numbers of its NVIDIA devices.
-    cards: Vec<u32>,
+    /// The numbers of its devices among those of their kind.
+    numbers: Vec<u32>,
     orders: mpsc::Sender<Order>,
     /// Its process and its task are gone.
     gone: bool,
@@ -256,7 +255,7 @@ impl Agent {
             cohort_id: id.0,
             attempts: cohort.members.iter().map(|member| (&member.attempt).into()).collect(),
             device: cohort.device,
-            device_count: cohort.device_count,
+            device_count: cohort.numbers.len() as u32,
         };
         self.cohorts.iter().map(running).collect()
     }
@@ -459,10 +458,10 @@ impl Agent {
         let is_card = offer.device == v1::DeviceKind::Cuda as i32;
         let all = if is_card { self.cards.len() as u32 } else { self.config.devices };
         let alike = self.cohorts.values().filter(|cohort| cohort.device == offer.device);
-        let taken = alike.map(|cohort| (cohort.device_count, &cohort.cards[..]));
-        let free = node::free(taken, all, offer.device_count);
-        let cards = if is_card { free } else { free.map(|_| Vec::new()) }
-            .map_err(|message| (v1::LeaseRefusal::Busy, message))?;
+        let taken: Vec<u32> = alike.flat_map(|cohort| &cohort.numbers).copied().collect();
+        let numbers = node::free(&taken, all, offer.device_count);
+        let numbers = numbers.map_err(|message| (v1::LeaseRefusal::Busy, message))?;
+        let card = numbers.first().copied().filter(|_| is_card);
         let (device, device_count) = (offer.device, offer.device_count);
         if offer.attempts.is_empty() || (offer.attempts.len() > 1 && device_count != 1) {
             return Err(unsupported(&format!("{} attempts on {device_count} devices", offer.attempts.len())));
@@ -475,14 +474,11 @@ impl Agent {
         }
         let keys: Vec<AttemptId> = members.iter().map(|member| member.attempt.clone()).collect();
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-        self.cohorts.insert(
-            id,
-            Cohort { members, device, device_count, cards: cards.clone(), orders, gone: false, released: false },
-        );
+        self.cohorts.insert(id, Cohort { members, device, numbers, orders, gone: false, released: false });
         self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
         let mut tasks = Vec::new();
         for (key, attempt) in keys.into_iter().zip(&offer.attempts) {
-            match task(key.clone(), attempt, device_count, cards.first().copied()) {
+            match task(key.clone(), attempt, device_count, card) {
                 Ok(task) => tasks.push(task),
                 // The offer is taken and the attempt fails: the job is at fault, not this worker.
                 Err(faults) => {

@@ -101,20 +101,13 @@ pub(crate) fn devices(count: u32, cards: &[Card]) -> Vec<v1::Device> {
     (0..count).map(device).chain((0..).zip(cards).map(card)).collect()
 }
 
-/// The first numbers of the `all` devices of a kind that nobody has, from how many and which others have taken; or why there
-/// are not enough.
-pub(crate) fn free<'c>(
-    taken: impl Iterator<Item = (u32, &'c [u32])>,
-    all: u32,
-    count: u32,
-) -> Result<Vec<u32>, String> {
-    let taken: Vec<(u32, &[u32])> = taken.collect();
-    let busy: u32 = taken.iter().map(|(count, _)| count).sum();
+/// The first `count` numbers of the `all` devices of a kind that are not taken; or why there are not enough.
+pub(crate) fn free(taken: &[u32], all: u32, count: u32) -> Result<Vec<u32>, String> {
+    let busy = taken.len() as u32;
     if busy.saturating_add(count) > all {
         return Err(format!("{busy} of {all} devices are in use"));
     }
-    let is_free = |number: &u32| !taken.iter().any(|(_, numbers)| numbers.contains(number));
-    Ok((0..all).filter(is_free).take(count as usize).collect())
+    Ok((0..all).filter(|number| !taken.contains(number)).take(count as usize).collect())
 }
 
 /// Memory that processes of this machine may use.
@@ -169,11 +162,10 @@ mod tests {
 
     #[test]
     fn devices_are_given_to_one_each() {
-        let taken = [(1, &[1][..]), (2, &[0, 3])];
-        assert_eq!(free(taken.into_iter(), 6, 2), Ok(vec![2, 4]));
-        assert_eq!(free(taken.into_iter(), 4, 1), Ok(vec![2]));
-        assert_eq!(free(taken.into_iter(), 4, 2), Err("3 of 4 devices are in use".to_owned()));
-        assert_eq!(free([].into_iter(), 2, 2), Ok(vec![0, 1]));
+        assert_eq!(free(&[1, 0, 3], 6, 2), Ok(vec![2, 4]));
+        assert_eq!(free(&[1, 0, 3], 4, 1), Ok(vec![2]));
+        assert_eq!(free(&[1, 0, 3], 4, 2), Err("3 of 4 devices are in use".to_owned()));
+        assert_eq!(free(&[], 2, 2), Ok(vec![0, 1]));
     }
 
     #[test]

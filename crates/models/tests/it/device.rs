@@ -3,33 +3,13 @@
 
 use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Pass, Stack};
-use attune_points::engine::LossReport;
-use attune_points::{GradSink, Grads};
 use attune_spec::job::Precision;
-use attune_tensor::kernels::{Kernels, cuda};
+use attune_tensor::kernels::Kernels as _;
+use attune_tensor::testing::cuda_device as device;
 use candle_core::DType;
 
-use crate::passes::{MIXTURE, TINY, TOLERANCE, base, documents, low_rank, model_over, off, theta};
+use crate::passes::{MIXTURE, TINY, TOLERANCE, base, documents, low_rank, model_over, off, run, theta};
 use crate::support::{CrossEntropy, Golden, all_trained, golden};
-
-fn device() -> Option<&'static dyn Kernels> {
-    match cuda(0) {
-        Ok(device) => Some(device),
-        Err(fault) => {
-            assert!(std::env::var_os("ATTUNE_CUDA").is_none(), "ATTUNE_CUDA asks for a device: {fault}");
-            eprintln!("skipped: {fault}");
-            None
-        }
-    }
-}
-
-fn gradients(model: &Model, passes: &[Pass<'_>], keep: Keep) -> Vec<(Grads, LossReport)> {
-    let wanted = |pass: &Pass<'_>| Grads::wanting(pass.theta.trained().map(|(id, _)| id));
-    let mut sinks: Vec<Grads> = passes.iter().map(wanted).collect();
-    let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
-    let (reports, _) = model.grad_parts(passes, &CrossEntropy, 0.3, keep, &mut given).unwrap();
-    sinks.into_iter().zip(reports).collect()
-}
 
 #[test]
 fn gradients_of_every_family_are_the_processors() {
@@ -41,7 +21,7 @@ fn gradients_of_every_family_are_the_processors() {
         let there = Model::new(open().on(device).unwrap(), Stack::default());
         let (layout, (theta, _)) = (expected.layout(), all_trained(&here));
         let pass = Pass { theta: &theta, layout: &layout, dropout: None };
-        let (found, expected) = (gradients(&there, &[pass], Keep::All), gradients(&here, &[pass], Keep::All));
+        let (found, expected) = (run(&there, &[pass], Keep::All), run(&here, &[pass], Keep::All));
         let apart = off(&found[0].0, &expected[0].0);
         assert!(apart < TOLERANCE, "{case}: gradients are off by {apart}");
         assert!((found[0].1.mean() - expected[0].1.mean()).abs() < TOLERANCE, "{case}: losses differ");
@@ -61,9 +41,9 @@ fn adapters_parts_and_dropout_are_the_processors() {
             let theta = theta(&here, 2);
             let pass = |layout| Pass { theta: &theta, layout, dropout: crate::passes::DROPOUT };
             let passes = [pass(&first), pass(&second)];
-            let expected = gradients(&here, &passes, Keep::All);
+            let expected = run(&here, &passes, Keep::All);
             for keep in [Keep::All, Keep::Inputs] {
-                for (found, expected) in gradients(&there, &passes, keep).iter().zip(&expected) {
+                for (found, expected) in run(&there, &passes, keep).iter().zip(&expected) {
                     let apart = off(&found.0, &expected.0);
                     assert!(apart < bound, "{dtype:?}, {keep:?}: gradients are off by {apart}");
                 }

@@ -1,6 +1,6 @@
 //! Models against the reference implementation, and the properties of the walk.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr, reason = "helpers of tests are tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
 mod components;
 #[cfg(feature = "cuda")]

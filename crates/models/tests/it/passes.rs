@@ -106,7 +106,7 @@ pub(crate) fn documents(examples: &[u64]) -> Layout {
     layout
 }
 
-fn run(model: &Model, passes: &[Pass<'_>], keep: Keep) -> Vec<(Grads, LossReport)> {
+pub(crate) fn run(model: &Model, passes: &[Pass<'_>], keep: Keep) -> Vec<(Grads, LossReport)> {
     let wanted = |pass: &Pass<'_>| Grads::wanting(pass.theta.trained().map(|(id, _)| id));
     let mut sinks: Vec<Grads> = passes.iter().map(wanted).collect();
     let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();

@@ -8,6 +8,7 @@ use attune_models::pass::walk::Keep;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
 use attune_spec::job::Precision;
+use attune_trainer::card;
 use serde::Deserialize;
 
 use crate::Failure;
@@ -37,7 +38,7 @@ pub(crate) struct Case {
     recompute: bool,
     /// The number of an NVIDIA device; the processor without.
     #[serde(default)]
-    device: Option<usize>,
+    device: Option<u32>,
 }
 
 const fn one() -> usize {
@@ -69,28 +70,13 @@ impl Case {
 
     /// The base where it was asked for.
     pub(crate) fn open(&self) -> Result<Base, Failure> {
-        let base = Base::open(&self.base, self.precision()?)?;
-        match self.device {
-            None => Ok(base),
-            #[cfg(feature = "cuda")]
-            Some(ordinal) => Ok(base.on(attune_tensor::kernels::cuda(ordinal)?)?),
-            #[cfg(not(feature = "cuda"))]
-            Some(_) => Err("this program was built without the feature `cuda`".into()),
-        }
+        Ok(Base::open(&self.base, self.precision()?)?.on(card::kernels(self.device)?)?)
     }
 
     /// Bytes of the device's memory that are in use, by whomever; none on the processor.
-    pub(crate) fn device_bytes(&self) -> Result<Option<usize>, Failure> {
-        match self.device {
-            None => Ok(None),
-            #[cfg(feature = "cuda")]
-            Some(ordinal) => {
-                let (free, all) = attune_tensor::kernels::cuda(ordinal)?.free_bytes()?;
-                Ok(Some(all - free))
-            }
-            #[cfg(not(feature = "cuda"))]
-            Some(_) => Ok(None),
-        }
+    pub(crate) fn device_bytes(&self) -> Result<Option<u64>, Failure> {
+        let all = self.device.and_then(|number| Some(card::cards().get(number as usize)?.memory_bytes));
+        Ok(all.zip(card::kernels(self.device)?.free_bytes()).map(|(all, free)| all - free))
     }
 
     /// The batch, in as many parts as were asked for. A class is the label of the document's row that `head` reads.
