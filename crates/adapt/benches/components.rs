@@ -1,5 +1,5 @@
-//! What a component without a fused form costs: steps of one low-rank component at every linear, summed within the base's
-//! products against by its graph, both in turn in one process.
+//! What components cost: steps of LoRA at every linear, summed within the base's products, against the same by its graph (as
+//! components without a fused form run) and against DoRA, which makes another weight; in turn in one process.
 //!
 //! `cargo bench -p attune-adapt --profile dev --bench components`; `RAYON_NUM_THREADS` says how many threads.
 #![allow(
@@ -33,6 +33,8 @@ const SHAPE: &str = r#"{
 }"#;
 const DOCUMENTS: u64 = 8;
 const LENGTH: usize = 256;
+/// A step's logical shards, each of which has sums over rows of its own.
+const PARTS: usize = 8;
 const ROUNDS: usize = 7;
 
 /// LoRA, which may hide that it has a fused form.
@@ -45,12 +47,15 @@ struct Lora {
 
 impl Lora {
     fn new(fused: bool, architecture: &Architecture, sites: &[Site]) -> (Self, Vec<Attachment>) {
-        let method: MethodRef = serde_json::from_value(json!({"method": "lora", "rank": 16, "alpha": 32})).unwrap();
-        let cx = BuildCx { steps: Step(1), domains: &[] };
-        let inner = ADAPTERS.build(&method, &"adapter".into(), &cx).unwrap();
+        let inner = build("lora");
         let attachments = inner.attach(architecture, sites).unwrap();
         (Self { inner, fused, at: attachments.first().cloned() }, attachments)
     }
+}
+
+fn build(method: &str) -> Box<dyn Adapter> {
+    let method: MethodRef = serde_json::from_value(json!({"method": method, "rank": 16, "alpha": 32})).unwrap();
+    ADAPTERS.build(&method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[] }).unwrap()
 }
 
 impl Adapter for Lora {
@@ -96,12 +101,30 @@ impl Objective for CrossEntropy {
     }
 }
 
-fn model(base: &Arc<Base>, fused: bool) -> (Model, Theta) {
+/// How a component takes part.
+#[derive(Clone, Copy)]
+enum How {
+    Fused,
+    Graph,
+    Weight,
+}
+
+fn model(base: &Arc<Base>, how: How) -> (Model, Theta) {
     let architecture = base.architecture();
     // The head has no adapter, as in the comparisons with other programs.
     let is_target = |site: &Site| site.layer.is_some() && matches!(site.kind, SiteKind::Linear { .. });
     let sites: Vec<Site> = architecture.sites().into_iter().filter(is_target).collect();
-    let (component, attachments) = Lora::new(fused, architecture, &sites);
+    let (component, attachments): (Arc<dyn Adapter>, Vec<Attachment>) = match how {
+        How::Fused | How::Graph => {
+            let (lora, attachments) = Lora::new(matches!(how, How::Fused), architecture, &sites);
+            (Arc::new(lora), attachments)
+        }
+        How::Weight => {
+            let dora = build("dora");
+            let attachments = dora.attach(architecture, &sites).unwrap();
+            (dora.into(), attachments)
+        }
+    };
     let mut params = Params::new();
     for at in &attachments {
         let mut rng = Rng::new(1, "set").named(at.site.as_str());
@@ -111,18 +134,19 @@ fn model(base: &Arc<Base>, fused: bool) -> (Model, Theta) {
         }
     }
     let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: true };
-    let stack = Stack::new(vec![Slot::new(Arc::new(component), attachments)]);
+    let stack = Stack::new(vec![Slot::new(component, attachments)]);
     (Model::new(Arc::clone(base), stack), Theta::single([bank]))
 }
 
 /// Seconds of the clock and of all processors, and the loss.
-fn step(model: &Model, theta: &Theta, layout: &Layout) -> (f64, f64, f64) {
+fn step(model: &Model, theta: &Theta, layouts: &[Layout]) -> (f64, f64, f64) {
     let (watch, cpu) = (Stopwatch::start(), cpu_seconds());
-    let mut sink = Grads::wanting(theta.trained().map(|(id, _)| id));
-    let pass = Pass { theta, layout, dropout: None };
-    let mut sinks: [&mut dyn GradSink; 1] = [&mut sink];
-    let (reports, _) = model.grad_parts(&[pass], &CrossEntropy, 1.0, Keep::All, &mut sinks).unwrap();
-    (watch.elapsed().as_secs_f64(), cpu_seconds() - cpu, reports[0].loss_sum)
+    let passes: Vec<Pass<'_>> = layouts.iter().map(|layout| Pass { theta, layout, dropout: None }).collect();
+    let mut sinks: Vec<Grads> = passes.iter().map(|_| Grads::wanting(theta.trained().map(|(id, _)| id))).collect();
+    let mut sinks: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();
+    let (reports, _) = model.grad_parts(&passes, &CrossEntropy, 1.0, Keep::All, &mut sinks).unwrap();
+    let loss = reports.iter().map(|report| report.loss_sum).sum();
+    (watch.elapsed().as_secs_f64(), cpu_seconds() - cpu, loss)
 }
 
 /// Seconds that all threads have run, to a hundredth.
@@ -134,19 +158,19 @@ fn cpu_seconds() -> f64 {
 
 fn main() {
     let base = Arc::new(Base::random(Architecture::from_json(SHAPE.as_bytes()).unwrap(), 1, DType::F32).unwrap());
-    let mut layout = Layout::new();
+    let mut layouts = vec![Layout::new(); PARTS];
     for example in 0..DOCUMENTS {
         let mut rng = Rng::new(9, "document").sub(example);
         let ids: Vec<u32> = (0..=LENGTH).map(|_| rng.below(4096) as u32).collect();
         let rows =
             (0..LENGTH).map(|row| (Row::Token(ids[row]), if row + 1 == LENGTH { NO_LABEL } else { ids[row + 1] }));
-        layout.push(Source { example, ..Source::default() }, rows.collect::<Vec<_>>());
+        layouts[example as usize % PARTS].push(Source { example, ..Source::default() }, rows.collect::<Vec<_>>());
     }
-    let both = [model(&base, true), model(&base, false)];
-    let mut spent = [(Vec::new(), 0.0), (Vec::new(), 0.0)];
+    let models = [How::Fused, How::Graph, How::Weight].map(|how| model(&base, how));
+    let mut spent = [(); 3].map(|()| (Vec::new(), 0.0));
     for round in 0..=ROUNDS {
-        for ((model, theta), (seconds, cpu)) in both.iter().zip(&mut spent) {
-            let (took, ran, loss) = step(model, theta, &layout);
+        for ((model, theta), (seconds, cpu)) in models.iter().zip(&mut spent) {
+            let (took, ran, loss) = step(model, theta, &layouts);
             // The first round only warms up.
             if round > 0 {
                 seconds.push(took);
@@ -156,12 +180,13 @@ fn main() {
             }
         }
     }
-    let [(fused, fused_cpu), (graph, graph_cpu)] = spent;
-    let median = |mut seconds: Vec<f64>| {
+    let [fused, graph, weight] = spent.map(|(mut seconds, cpu)| {
         seconds.sort_by(f64::total_cmp);
-        seconds[seconds.len() / 2]
-    };
-    let (fused, graph) = (median(fused), median(graph));
-    println!("within the product {:.0} ms, by graph {:.0} ms a step", 1e3 * fused, 1e3 * graph);
-    println!("ratio {:.2}, by processor time {:.2}", graph / fused, graph_cpu / fused_cpu);
+        (seconds[seconds.len() / 2], cpu)
+    });
+    println!("within the product {:.0} ms a step", 1e3 * fused.0);
+    for (how, (seconds, cpu)) in [("by graph", graph), ("by another weight", weight)] {
+        let ratios = (seconds / fused.0, cpu / fused.1);
+        println!("{how} {:.0} ms a step: ratio {:.2}, by processor time {:.2}", 1e3 * seconds, ratios.0, ratios.1);
+    }
 }

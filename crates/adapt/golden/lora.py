@@ -1,4 +1,4 @@
-"""Writes the golden files of LoRA by PEFT. See README.md for names and shapes; pins in benches/peers/requirements.txt.
+"""Writes the golden files of LoRA and DoRA by PEFT. See README.md for names and shapes; pins in benches/peers/requirements.txt.
 
 Usage: lora.py [case ...]
 """
@@ -36,9 +36,15 @@ CASES = {
     "qwen2_some_rslora": ("qwen2", dict(target_modules=["k_proj", "o_proj", "gate_proj"], use_rslora=True), "model.layers.0.self_attn.k_proj"),
     "gpt2_all_linear": ("gpt2", dict(target_modules="all-linear", fan_in_fan_out=True), "transformer.h.1.attn.c_attn"),
     "qwen2_all_linear": ("qwen2", dict(target_modules="all-linear"), "model.layers.1.self_attn.q_proj"),
+    "qwen2_dora": (
+        "qwen2",
+        dict(target_modules="all-linear", use_dora=True, rank_pattern={"down_proj": 2}, alpha_pattern={"k_proj": 3}),
+        "model.layers.1.mlp.down_proj",
+    ),
+    "gpt2_dora": ("gpt2", dict(target_modules="all-linear", use_dora=True, use_rslora=True, fan_in_fan_out=True), "transformer.h.0.attn.c_proj"),
 }
 # The order in which the cases came, so that a new one changes no other's numbers.
-SEEDS = ["llama_some", "llama_all_linear", "llama_patterns", "qwen2_some_rslora", "qwen2_all_linear", "gpt2_all_linear"]
+SEEDS = ["llama_some", "llama_all_linear", "llama_patterns", "qwen2_some_rslora", "qwen2_all_linear", "gpt2_all_linear", "qwen2_dora", "gpt2_dora"]
 ROWS = 32
 
 
@@ -46,7 +52,9 @@ def randomise(model, seed):
     g = ref.generator(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            if "lora_" in name:
+            if "lora_magnitude_vector" in name:
+                p.mul_(1 + torch.randn(p.shape, generator=g) * STD)
+            elif "lora_" in name:
                 p.copy_(torch.randn(p.shape, generator=g) * STD)
 
 
@@ -64,8 +72,9 @@ def save_adapter(model, base, folder):
 
 
 def of_adapter(gradients):
-    """Those of A and B, by their names on disk."""
-    return {k.replace(".default.", "."): v for k, v in gradients.items() if "lora_" in k}
+    """Those of A, B and DoRA's magnitudes, by their names on disk."""
+    on_disk = lambda k: k.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", ".")
+    return {on_disk(k): v for k, v in gradients.items() if "lora_" in k}
 
 
 def write(name):
@@ -103,7 +112,7 @@ def write(name):
     ref.save({f"{site}.weight": merged.get_submodule(site).weight}, folder / "merged.safetensors")
     off = (expected["logits"] - expected["base_logits"]).abs().max().item()
     merge = (ref.logits_of(merged, document.ids) - expected["logits"]).abs().max().item()
-    print(f"{name}: {len(stored) // 2} sites, adapter moves the logits by {off:.2f}, merged the same within {merge:.1e}")
+    print(f"{name}: {sum('lora_A' in k for k in stored)} sites, adapter moves the logits by {off:.2f}, merged the same within {merge:.1e}")
     assert off > 0.1 and merge < 2e-5
 
 

@@ -48,12 +48,14 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
     let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
-    let reader = FROM_PEFT.iter().find(|(known, _)| *known == peft_type).ok_or_else(|| {
-        let known: Vec<&str> = FROM_PEFT.iter().map(|(known, _)| *known).collect();
+    let mut of_type = FROM_PEFT.iter().filter(|reader| reader.peft_type == peft_type);
+    let reader = of_type.find(|reader| (reader.claims)(&config)).ok_or_else(|| {
+        let known: BTreeSet<&str> = FROM_PEFT.iter().map(|reader| reader.peft_type).collect();
+        let known: Vec<&str> = known.into_iter().collect();
         let message = format!("is {peft_type:?}; this version reads {}", known.join(", "));
         unsupported(vec![Fault::new("peft_type", message)])
     })?;
-    let (method, targets) = (reader.1)(&config, &modules(&tensors)).map_err(unsupported)?;
+    let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
     Ok(Folder { method, targets, path: folder.to_owned(), tensors })
 }
 

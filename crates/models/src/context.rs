@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use attune_architecture::{NormKind, Site, SiteId};
-use attune_points::adapter::{Port, RowCx};
+use attune_points::adapter::{Attachment, Port, RowCx, RowMap, WeightMap};
 use attune_points::error::Context as _;
-use attune_points::{BankKind, Binding, Layout, Locals, Owner, Result, Rows, TensorId, Theta};
+use attune_points::{BankKind, Binding, Error, Layout, Locals, Owner, Result, Rows, TensorId, Theta};
 use attune_tensor::{FrozenWeight, frozen, ops};
 use candle_core::{DType, Tensor, Var};
 
 use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::dropout::{Dropout, RowMasks};
-use crate::stack::Stack;
+use crate::stack::{self, Stack};
 
 /// Tensors whose gradient is asked for in the pass at hand, as leaves of the local graph.
 pub(crate) type Tracked = BTreeMap<TensorId, Var>;
@@ -76,19 +76,75 @@ impl<'a> GraphCx<'a> {
     ///
     /// # Errors
     /// Whatever the operator or a component raises, with the site's name.
-    pub fn linear(&self, site: &Site, x_ti: &Tensor) -> Result<Tensor> {
+    pub fn linear(&self, site: &'a Site, x_ti: &Tensor) -> Result<Tensor> {
         let at = || format!("linear {}", site.id);
-        let mut y_to = match self.matrix(&site.id)? {
-            Matrix::Tensor(w_oi) => ops::linear(x_ti, &w_oi, None).context(at)?,
-            Matrix::Frozen(w_oi) => frozen::linear(x_ti, w_oi).context(at)?,
-        };
+        let mut y_to = self.product(site, x_ti)?;
         if site.kind.bias_width().is_some() {
             y_to = y_to.broadcast_add(&self.vector(&site.id, "bias")?).context(at)?;
         }
-        for binding in &self.theta.bindings {
-            y_to = self.component(site, binding, x_ti, y_to)?;
+        for (binding, at, port) in self.attached(&site.id) {
+            y_to = match port {
+                Port::Delta(map) => self.add(site, (binding, at, map), x_ti, y_to)?,
+                Port::Weight(_) => y_to,
+                _ => {
+                    let message = format!("the component at {} has a port that no linear offers", site.id);
+                    return Err(Error::Refused(message));
+                }
+            };
         }
         Ok(y_to)
+    }
+
+    /// What is attached at `site`, in order.
+    fn attached(&self, site: &'a SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
+        let (theta, stack) = (self.theta, self.stack);
+        theta.bindings.iter().filter_map(move |binding| {
+            let bank = theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
+            let slot = bank.and_then(|_| stack.slot(binding.slot))?;
+            let at = slot.at(site)?;
+            Some((binding, at, slot.adapter().port(at)))
+        })
+    }
+
+    /// Rows times the weight at `site`, or what components make of it.
+    fn product(&self, site: &Site, x_ti: &Tensor) -> Result<Tensor> {
+        let maps = self.attached(&site.id).filter_map(|(binding, at, port)| match port {
+            Port::Weight(map) => Some((binding, at, map)),
+            _ => None,
+        });
+        let maps: Vec<(&Binding, &Attachment, &dyn WeightMap)> = maps.collect();
+        let (weight, at) = (self.matrix(&site.id)?, || format!("linear {}", site.id));
+        if maps.is_empty() {
+            return Ok(match weight {
+                Matrix::Tensor(w_oi) => ops::linear(x_ti, &w_oi, None).context(at)?,
+                Matrix::Frozen(w_oi) => frozen::linear(x_ti, w_oi).context(at)?,
+            });
+        }
+        let own_oi = match weight {
+            Matrix::Tensor(w_oi) => w_oi,
+            Matrix::Frozen(w_oi) => w_oi.rows(0..w_oi.shape().0, self.dtype)?,
+        };
+        let ids = self.ids(x_ti.dim(0)?);
+        // Rows that every one of the components binds alike have one weight.
+        let sets: Vec<Vec<Option<u32>>> =
+            (ids.iter()).map(|&id| maps.iter().map(|(binding, _, _)| set_of(&binding.rows, id)).collect()).collect();
+        let (mut parts, mut start) = (Vec::new(), 0);
+        for run in sets.chunk_by(|a, b| a == b) {
+            let mut w_oi = own_oi.clone();
+            for ((binding, at, map), set) in maps.iter().zip(&run[0]) {
+                if let Some(set) = set {
+                    w_oi = map.graph(&w_oi, &self.locals(binding.slot, *set, at)?)?;
+                }
+            }
+            parts.push(ops::linear(&x_ti.narrow(0, start, run.len())?, &w_oi, None).context(at)?);
+            start += run.len();
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// The numbers of the rows at hand.
+    fn ids(&self, n_rows: usize) -> Vec<u32> {
+        self.rows.map_or_else(|| (0..n_rows as u32).collect(), <[u32]>::to_vec)
     }
 
     /// The model's normalisation at `site`, over the last axis of `x`.
@@ -105,16 +161,13 @@ impl<'a> GraphCx<'a> {
     }
 
     /// Adds what the component of one bank contributes at `site`.
-    fn component(&self, site: &Site, binding: &Binding, x_ti: &Tensor, y_to: Tensor) -> Result<Tensor> {
-        let bank = self.theta.banks.get(binding.slot as usize);
-        let slot = self.stack.slot(binding.slot).filter(|_| bank.is_some_and(|bank| bank.kind == BankKind::Adapter));
-        let Some((slot, at)) = slot.and_then(|slot| Some((slot, slot.at(&site.id)?))) else { return Ok(y_to) };
-        let Port::Delta(map) = slot.adapter().port(at) else {
-            return Err(attune_points::Error::Refused(format!(
-                "the component at {} has a port that no linear offers",
-                site.id
-            )));
-        };
+    fn add(
+        &self,
+        site: &Site,
+        (binding, at, map): (&Binding, &Attachment, &dyn RowMap),
+        x_ti: &Tensor,
+        y_to: Tensor,
+    ) -> Result<Tensor> {
         let delta = |rows: Option<&[u32]>, x_ti: &Tensor, set: u32| {
             let masks = self.dropout.map(|key| RowMasks { key, layout: self.layout, rows });
             let dropout = masks.as_ref().map(|masks| masks as &dyn attune_points::adapter::DropoutMask);
@@ -123,8 +176,7 @@ impl<'a> GraphCx<'a> {
         if let Rows::All(set) = binding.rows {
             return Ok((y_to + delta(self.rows, x_ti, set)?)?);
         }
-        let n_rows = x_ti.dim(0)?;
-        let ids: Vec<u32> = self.rows.map_or_else(|| (0..n_rows as u32).collect(), <[u32]>::to_vec);
+        let ids = self.ids(x_ti.dim(0)?);
         let mut parts = Vec::new();
         for (run, set) in runs(&binding.rows, &ids) {
             let y = y_to.narrow(0, run.start, run.len())?;
@@ -137,34 +189,27 @@ impl<'a> GraphCx<'a> {
     }
 
     /// The tensors of an attachment, leaves where a gradient is asked for.
-    fn locals(&self, slot: u16, set: u32, at: &attune_points::adapter::Attachment) -> Result<Locals> {
-        let site = at.site.as_str();
-        let found = at.tensors.iter().map(|spec| {
-            let id = TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site) };
-            let tensor = match self.tracked.get(&id) {
-                Some(var) => Some(var.as_tensor()),
-                None => self.theta.get(&id),
-            };
-            let tensor = tensor.ok_or_else(|| attune_points::Error::UnknownTensor {
-                component: site.to_owned(),
-                name: spec.local.to_owned(),
-                declared: Vec::new(),
-            })?;
-            Ok((spec.local, tensor.clone()))
-        });
-        Ok(Locals::new(site, found.collect::<Result<Vec<_>>>()?))
+    fn locals(&self, slot: u16, set: u32, at: &Attachment) -> Result<Locals> {
+        stack::locals_by(at, |name| {
+            let id = TensorId { owner: Owner::Bank { slot, set }, name: name.clone() };
+            self.tracked.get(&id).map(|var| var.as_tensor()).or_else(|| self.theta.get(&id))
+        })
+    }
+}
+
+/// The set of a row.
+fn set_of(rows: &Rows, row: u32) -> Option<u32> {
+    match rows {
+        Rows::All(set) => Some(*set),
+        Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),
     }
 }
 
 /// Runs of `ids` that are bound to one set: places in `ids`, and the set.
 pub(crate) fn runs(rows: &Rows, ids: &[u32]) -> Vec<(Range<usize>, Option<u32>)> {
-    let set_of = |row: u32| match rows {
-        Rows::All(set) => Some(*set),
-        Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),
-    };
     let mut runs: Vec<(Range<usize>, Option<u32>)> = Vec::new();
     for (place, &row) in ids.iter().enumerate() {
-        let set = set_of(row);
+        let set = set_of(rows, row);
         match runs.last_mut() {
             Some((run, last)) if *last == set => run.end = place + 1,
             _ => runs.push((place..place + 1, set)),

@@ -35,6 +35,14 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
+    /// The same of all these rows, which are of one width and factor; none of no rows.
+    pub(crate) fn join(rows: impl IntoIterator<Item = Self>) -> Option<Self> {
+        rows.into_iter().reduce(|mut all, rows| {
+            all.bits.extend(rows.bits);
+            all
+        })
+    }
+
     /// The factor on each value, row after row.
     pub(crate) fn factors(&self) -> Vec<f32> {
         rng::spread(&self.bits, self.width, self.factor)

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use attune_architecture::SiteId;
 use attune_points::adapter::{Adapter, Attachment};
-use attune_points::{Locals, Params, Result};
+use attune_points::{Locals, Params, Result, TensorName};
+use candle_core::Tensor;
 
 /// One slot: a component and its attachments.
 #[derive(Clone)]
@@ -41,12 +42,20 @@ impl Slot {
 /// # Errors
 /// A tensor that the set does not hold.
 pub fn locals(at: &Attachment, params: &Params) -> Result<Locals> {
+    locals_by(at, |name| params.get(name))
+}
+
+/// The tensors of an attachment under their local names, by whoever holds them.
+///
+/// # Errors
+/// A tensor that nobody holds.
+pub(crate) fn locals_by<'t>(at: &Attachment, held: impl Fn(&TensorName) -> Option<&'t Tensor>) -> Result<Locals> {
     let site = at.site.as_str();
     let found = at.tensors.iter().map(|spec| {
-        let tensor = params.get(&spec.name(site)).ok_or_else(|| attune_points::Error::UnknownTensor {
+        let tensor = held(&spec.name(site)).ok_or_else(|| attune_points::Error::UnknownTensor {
             component: site.to_owned(),
             name: spec.local.to_owned(),
-            declared: params.iter().map(|(name, _)| name.to_string()).collect(),
+            declared: at.tensors.iter().map(|spec| spec.local.to_owned()).collect(),
         })?;
         Ok((spec.local, tensor.clone()))
     });

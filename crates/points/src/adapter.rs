@@ -54,14 +54,30 @@ pub enum BaseEdit {
     None,
 }
 
-/// Where a component takes part. More ports (weight, input, output, branch, attention, router, sequence, side, head,
-/// mixture) join with their first users.
+/// Where a component takes part. More ports (input, output, branch, attention, router, sequence, side, head, mixture) join
+/// with their first users.
+#[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
     /// `y + delta(x)` at a linear operator.
     Delta(&'a dyn RowMap),
+    /// Another weight in place of a linear operator's own, made of it.
+    Weight(&'a dyn WeightMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
+}
+
+/// A map from the weight of a linear operator to the weight that its rows are multiplied with.
+///
+/// The engine makes the new weight at one site at a time, once forward and once in reverse, and keeps none: a pass never
+/// holds the weights of two sites. Several such components at a site apply in the order of the stack.
+pub trait WeightMap: Send + Sync {
+    /// The weight `[o, i]` in place of `w_oi`, in differentiable operations only and valid in f64: the definition, the oracle
+    /// of tests and the backward.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor>;
 }
 
 /// A map from the rows at a site to rows of its output.

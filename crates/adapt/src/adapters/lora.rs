@@ -42,6 +42,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::parts::factors;
+use crate::parts::scaling::{self, Scaling};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
@@ -85,7 +86,8 @@ impl Default for Config {
 }
 
 pub(super) struct Lora {
-    config: Config,
+    scaling: Scaling,
+    dropout: f64,
     /// The map of each site that has a scaling of its own.
     own: BTreeMap<String, Rows>,
     /// The map of all others.
@@ -121,26 +123,18 @@ impl Method for Lora {
     type Object = dyn Adapter;
 
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
-        let mut faults = Vec::new();
-        for (site, rank) in config.rank_pattern.iter().filter(|(_, rank)| !(1..=4096).contains(*rank)) {
-            faults.push(Fault::new("rank_pattern", format!("has {rank} for {site:?}; expected 1 to 4096")));
-        }
-        for (site, alpha) in config.alpha_pattern.iter().filter(|(_, alpha)| !(0.0..=1e6).contains(*alpha)) {
-            faults.push(Fault::new("alpha_pattern", format!("has {alpha} for {site:?}; expected 0 to 1000000")));
-        }
-        if faults.is_empty() { Ok(Box::new(Self::new(config))) } else { Err(faults) }
+        let lora = Self::new(config);
+        let faults = lora.scaling.faults();
+        if faults.is_empty() { Ok(Box::new(lora)) } else { Err(faults) }
     }
 }
 
 impl Lora {
     fn new(config: Config) -> Self {
-        let rows = |site: Option<&str>| {
-            let (rank, alpha) = (f64::from(config.rank_at(site)), config.alpha_at(site));
-            Rows { scale: alpha / if config.rslora { rank.sqrt() } else { rank }, dropout: config.dropout }
-        };
-        let sites = config.rank_pattern.keys().chain(config.alpha_pattern.keys());
-        let own = sites.map(|site| (site.clone(), rows(Some(site)))).collect();
-        Self { own, rows: rows(None), config }
+        let Config { rank, alpha, dropout, rslora, rank_pattern, alpha_pattern } = config;
+        let scaling = Scaling { rank, alpha, rslora, ranks: rank_pattern, alphas: alpha_pattern };
+        let rows = |scale| Rows { scale, dropout };
+        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout }
     }
 
     fn rows_at(&self, site: &str) -> &Rows {
@@ -148,19 +142,9 @@ impl Lora {
     }
 }
 
-impl Config {
-    fn rank_at(&self, site: Option<&str>) -> u32 {
-        site.and_then(|site| self.rank_pattern.get(site)).copied().unwrap_or(self.rank)
-    }
-
-    fn alpha_at(&self, site: Option<&str>) -> f64 {
-        site.and_then(|site| self.alpha_pattern.get(site)).copied().unwrap_or(self.alpha)
-    }
-}
-
 impl Adapter for Lora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        factors::attach(sites, A, B, |site| self.config.rank_at(Some(site)))
+        factors::attach(sites, A, B, |site| self.scaling.rank_at(site))
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
@@ -177,18 +161,8 @@ impl Adapter for Lora {
     }
 
     fn peft(&self) -> Option<Peft> {
-        let Config { rank, alpha, dropout, rslora, rank_pattern, alpha_pattern } = self.config.clone();
-        let config = LoraConfig {
-            r: rank,
-            lora_alpha: alpha,
-            lora_dropout: dropout,
-            use_rslora: rslora,
-            rank_pattern,
-            alpha_pattern,
-            ..LoraConfig::default()
-        };
-        let config = serde_json::to_value(config).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
-        Some(Peft { config, tensors: vec![(A, "lora_A.weight"), (B, "lora_B.weight")] })
+        let config = LoraConfig { lora_dropout: self.dropout, ..self.scaling.lora_config() };
+        Some(scaling::peft(&config, vec![(A, "lora_A.weight"), (B, "lora_B.weight")]))
     }
 }
 
@@ -211,29 +185,8 @@ impl RowMap for Rows {
 
 /// What `adapter_config.json` of a PEFT LoRA says in our words.
 pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
-    let text = Value::Object(config.clone()).to_string();
-    let config = LoraConfig::parse(text.as_bytes()).map_err(|error| vec![Fault::new("", error.to_string())])?;
-    let beyond = config.beyond_plain();
-    if !beyond.is_empty() {
-        return Err(beyond);
-    }
-    let patterns = config.patterns().map_err(|error| vec![Fault::new("", error.to_string())])?;
-    let mut params = Map::from_iter([
-        ("rank".to_owned(), json!(config.r)),
-        ("alpha".to_owned(), json!(config.lora_alpha)),
-        ("dropout".to_owned(), json!(config.lora_dropout)),
-        ("rslora".to_owned(), json!(config.use_rslora)),
-    ]);
-    let ranks = modules.iter().map(|module| (module, patterns.rank(module))).filter(|(_, rank)| *rank != config.r);
-    let ranks: BTreeMap<&String, u32> = ranks.collect();
-    let alphas = modules.iter().map(|module| (module, patterns.alpha(module)));
-    let alphas: BTreeMap<&String, f64> = alphas.filter(|(_, alpha)| *alpha != config.lora_alpha).collect();
-    if !ranks.is_empty() {
-        params.insert("rank_pattern".to_owned(), json!(ranks));
-    }
-    if !alphas.is_empty() {
-        params.insert("alpha_pattern".to_owned(), json!(alphas));
-    }
+    let (config, mut params) = scaling::from_peft(config, modules, None)?;
+    params.insert("dropout".to_owned(), json!(config.lora_dropout));
     Ok((MethodRef { method: Lora::CARD.name.to_owned(), params }, Targets::Many(modules.to_vec())))
 }
 

@@ -1,5 +1,6 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+mod dora;
 mod full;
 mod lora;
 
@@ -11,10 +12,20 @@ use serde_json::{Map, Value};
 
 /// All adapters.
 pub static ADAPTERS: Registry<dyn Adapter> =
-    Registry::new(Point::Adapter, &[entry::<full::Full>(), entry::<lora::Lora>()]);
+    Registry::new(Point::Adapter, &[entry::<dora::Dora>(), entry::<full::Full>(), entry::<lora::Lora>()]);
 
-/// What a PEFT configuration says in our words: the method with its parameters, and the sites.
-pub(crate) type FromPeft = fn(&Map<String, Value>, &[String]) -> Result<(MethodRef, Targets), Vec<Fault>>;
+/// How configurations of PEFT are read.
+pub(crate) struct FromPeft {
+    /// Their `peft_type`.
+    pub(crate) peft_type: &'static str,
+    /// Whether one of this type is the method's; the first that says so has it.
+    pub(crate) claims: fn(&Map<String, Value>) -> bool,
+    /// What it says in our words: the method with its parameters, and the sites. The modules that have tensors are given.
+    pub(crate) read: fn(&Map<String, Value>, &[String]) -> Result<(MethodRef, Targets), Vec<Fault>>,
+}
 
-/// How the configurations of PEFT are read, by `peft_type`; the modules that have tensors are given.
-pub(crate) static FROM_PEFT: &[(&str, FromPeft)] = &[("LORA", lora::from_peft)];
+/// How the configurations of PEFT are read.
+pub(crate) static FROM_PEFT: &[FromPeft] = &[
+    FromPeft { peft_type: "LORA", claims: dora::is_dora, read: dora::from_peft },
+    FromPeft { peft_type: "LORA", claims: |_| true, read: lora::from_peft },
+];

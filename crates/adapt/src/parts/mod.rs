@@ -1,3 +1,4 @@
 //! What methods share.
 
 pub(crate) mod factors;
+pub(crate) mod scaling;

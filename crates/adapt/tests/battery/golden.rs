@@ -15,12 +15,14 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 6] = [
+const CASES: [(&str, &str); 8] = [
     ("gpt2_all_linear", "gpt2"),
+    ("gpt2_dora", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_patterns", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
+    ("qwen2_dora", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
 ];
 
@@ -87,8 +89,10 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
             report.mean()
         );
         assert_eq!(sink.iter().count(), gradients.len());
+        let spelt = setup.adapter.peft().ok_or("no adapter of PEFT's")?.tensors;
         for (id, gradient) in sink.iter() {
-            let reference = &gradients[&format!("base_model.model.{id}.weight")];
+            let spelt = spelt.iter().find(|(local, _)| *local == id.name.local()).ok_or("no spelling")?.1;
+            let reference = &gradients[&format!("base_model.model.{}.{spelt}", id.name.owner())];
             let off = difference(gradient.ok_or("no gradient")?, reference) / largest(reference);
             assert!(off < TOLERANCE, "{batch}: the gradient of {id} is off by a factor of {off}");
         }
@@ -103,10 +107,13 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
         let at = setup.attachments.iter().find(|at| at.site.as_str() == site).ok_or("no attachment")?;
         let locals = attune_models::stack::locals(at, &setup.params())?;
         let base = setup.model.base();
-        let Merged::Factors { left, right, scale } = setup.adapter.merge(at, &locals, &*setup.weight(at)?)? else {
-            return Err("no factors".into());
+        let weight = match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
+            Merged::Factors { left, right, scale } => {
+                (base.tensor(&base.tensor_name(site, "weight"), DType::F32)? + (left.matmul(&right)? * scale)?)?
+            }
+            Merged::Weight { weight, .. } => weight,
+            other => return Err(format!("{other:?} does not merge").into()),
         };
-        let weight = (base.tensor(&base.tensor_name(site, "weight"), DType::F32)? + (left.matmul(&right)? * scale)?)?;
         let transposed = base.architecture().site(site).is_some_and(|site| site.kind.transposed());
         let reference = if transposed { reference.t()? } else { reference };
         assert!(difference(&weight, &reference) < TOLERANCE, "{name}");
@@ -124,7 +131,7 @@ fn written_back(setup: &Setup, reference: &Path) -> Result<(), Failed> {
         Ok(serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json"))?)?)
     };
     let (ours, theirs) = (config(folder.path())?, config(reference)?);
-    for key in ["r", "lora_alpha", "use_rslora", "fan_in_fan_out", "bias", "peft_type"] {
+    for key in ["r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "bias", "peft_type"] {
         assert_eq!(ours[key], theirs[key], "{key}");
     }
     let tensors = |folder: &Path| -> Result<Tensors, Failed> {

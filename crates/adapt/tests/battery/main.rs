@@ -37,6 +37,9 @@ const PROPERTIES: [(&str, Property); 8] = [
 /// The plain member of the point, against which the others show what is their own.
 const PLAIN: &str = "lora";
 
+/// Parameters under which a method's gradient is that of the loss, where it leaves a term out by default.
+const EXACT: [(&str, &str); 1] = [("dora", "norm_gradient")];
+
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = ADAPTERS
@@ -47,6 +50,7 @@ fn main() {
             })
         })
         .collect();
+    trials.push(Trial::test("adapter::dora::factors_turn_rows_and_leave_their_lengths", row_lengths));
     trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
     trials.push(Trial::test("adapter::inits::a_named_start_replaces_the_own_one", named_start));
     trials.push(Trial::test("adapter::lora::a_rank_beyond_the_width_is_refused_with_the_site", too_wide));
@@ -96,7 +100,11 @@ fn starts_as_the_base(card: &'static Card) -> Result<(), Failed> {
 
 /// The derivative along a random direction in each tensor against a central difference, in f64.
 fn gradient(card: &'static Card) -> Result<(), Failed> {
-    let mut setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F64);
+    let mut method = json!({"method": card.name});
+    for (_, parameter) in EXACT.iter().filter(|(name, _)| *name == card.name) {
+        method[parameter] = true.into();
+    }
+    let mut setup = Setup::new(build(method).map_err(fail)?, card.targets, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
     let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
@@ -269,6 +277,37 @@ fn full_rank() -> Result<(), Failed> {
     let (full, plain) = (step_rank(json!({"method": "full"}))?, step_rank(json!({"method": PLAIN, "rank": 2}))?);
     assert!(full > bound, "a step of full has rank {full}");
     assert!(plain <= bound, "a step of {PLAIN} has rank {plain}");
+    Ok(())
+}
+
+/// How much the factors of a change, moved from their start, change the length of a row at most, against its length.
+fn lengths_off(method: Value) -> Result<f64, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    let start = setup.params();
+    setup.disturb(0.3);
+    for (name, tensor) in start.iter().filter(|(name, _)| !["lora_A", "lora_B"].contains(&name.local())) {
+        setup.theta = setup.with(name, tensor.clone());
+    }
+    let at = &setup.attachments[0];
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let merged = match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
+        Merged::Factors { left, right, scale } => (&weight + (left.matmul(&right)? * scale)?)?,
+        Merged::Weight { weight, .. } => weight,
+        other => return Err(format!("{other:?} does not merge").into()),
+    };
+    assert!(difference(&merged, &weight) > 0.1, "nothing moved");
+    let lengths = |w: &Tensor| w.sqr()?.sum(1)?.sqrt();
+    Ok(largest(&((lengths(&merged)? / lengths(&weight)?)? - 1.0)?))
+}
+
+/// Direction and length are apart: LoRA's factors change both.
+fn row_lengths() -> Result<(), Failed> {
+    let (dora, plain) =
+        (lengths_off(json!({"method": "dora", "rank": 2}))?, lengths_off(json!({"method": PLAIN, "rank": 2}))?);
+    // The lengths are held in 32 bits from the start on.
+    assert!(dora < 1e-6, "lengths change by {dora}");
+    assert!(plain > 0.01, "lengths change by {plain}");
     Ok(())
 }
 

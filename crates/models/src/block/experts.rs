@@ -186,7 +186,7 @@ impl Experts {
         for (expert, sites) in self.experts().enumerate() {
             let ids = sent.to.iter().find(|visit| visit.expert == expert).map_or(&[][..], |visit| &visit.ids);
             for site in sites {
-                let placed = cx.placed(&site.id, Given::Among(ids))?;
+                let placed = cx.placed(&site.id, Given::Among(ids));
                 for (index, _) in cx.parts_of(Given::All) {
                     let part = &cx.parts[index];
                     for id in wanted(cx.base, part, std::slice::from_ref(site), &*sinks[index]) {

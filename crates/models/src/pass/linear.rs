@@ -12,18 +12,18 @@ use std::ops::Range;
 use attune_architecture::{Site, SiteKind};
 use attune_points::adapter::FusedRows;
 use attune_points::error::Context as _;
-use attune_points::{Error, Owner, Region, Result, TensorId};
+use attune_points::{Error, Result, TensorId};
 use attune_tensor::kernels::{Gemm, LowRank, Operand};
 use attune_tensor::reading;
-use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
+use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::{Device, Tensor};
 
 use crate::dropout::{Kept, RowMasks};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local;
-use crate::pass::parts::{Given, PassCx, Placed, Sinks, wants};
+use crate::pass::parts::{Added, Given, PassCx, Sinks, wants};
 use crate::pass::times::Work;
-use crate::regions::{self, entries_within, within};
+use crate::regions;
 
 /// What the reverse pass of a linear needs of each of its low-rank components.
 #[derive(Debug, Default)]
@@ -36,9 +36,12 @@ struct ThinRows {
     kept: Option<Kept>,
 }
 
-/// A low-rank component at work.
+/// A low-rank component at work, on the rows of parts that follow each other and have the same tensors: their products are
+/// one, and only sums over rows are each part's own.
 struct Factors<'p, 'a> {
-    placed: &'p Placed<'a>,
+    placed: Vec<&'p Added<'a>>,
+    /// Of all of them.
+    rows: Range<usize>,
     down: (TensorId, Mat),
     up: (TensorId, Mat),
     scale: f32,
@@ -58,7 +61,7 @@ impl<'a> PassCx<'a> {
         mut y_to: ViewMut<'_, f32>,
         accumulate: bool,
     ) -> Result<Thin> {
-        let placed = self.placed(&site.id, given)?;
+        let placed = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let thin = self.meter.time(Work::Adapter, || {
             factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()
@@ -67,17 +70,18 @@ impl<'a> PassCx<'a> {
         let terms: Vec<LowRank<'_>> = within
             .iter()
             .map(|&i| LowRank {
-                rows: factors[i].placed.rows.clone(),
+                rows: factors[i].rows.clone(),
                 left: thin[i].h_tr.view(),
                 right: Operand::transposed(factors[i].up.1.view()),
             })
             .collect();
-        for (rows, part, own) in self.shared(given, &site.id, "weight") {
+        for of in self.weighed(&site.id, given) {
+            let rows = of.rows.clone();
             let bias = match site.kind {
-                SiteKind::Linear { bias: true, .. } => Some(self.vector(part, &site.id, "bias")?),
+                SiteKind::Linear { bias: true, .. } => Some(self.vector(of.part, &site.id, "bias")?),
                 _ => None,
             };
-            self.with_weight(site, own, |weight| {
+            self.with_weight(site, &of, |weight| {
                 let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
                 let of = Gemm {
                     a: Operand::plain(x_ti.sub_rows(rows.start, rows.end)),
@@ -91,12 +95,12 @@ impl<'a> PassCx<'a> {
         }
         self.meter.time(Work::Adapter, || {
             for i in beside {
-                let rows = &factors[i].placed.rows;
+                let rows = &factors[i].rows;
                 let b = Operand::transposed(factors[i].up.1.view());
                 let of = Gemm { accumulate: true, ..Gemm::new(Operand::plain(thin[i].h_tr.view()), b) };
                 self.kernels.gemm(y_to.reborrow().into_sub_rows(rows.start, rows.end), &of);
             }
-            for placed in placed.iter().filter(|placed| placed.fused.is_none()) {
+            for placed in placed.iter().filter(|placed| placed.port.fused().is_none()) {
                 local::add_component(self, site, placed, x_ti, y_to.reborrow())?;
             }
             Ok::<_, Error>(())
@@ -109,7 +113,7 @@ impl<'a> PassCx<'a> {
     /// # Errors
     /// As for [`PassCx::linear`].
     pub(crate) fn thin_only(&self, site: &Site, x_ti: MatRef<'_>, given: Given<'_>) -> Result<Thin> {
-        let placed = self.placed(&site.id, given)?;
+        let placed = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         self.meter.time(Work::Adapter, || {
             Ok(Thin(factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()?))
@@ -131,119 +135,50 @@ impl<'a> PassCx<'a> {
         mut dx_ti: Option<(ViewMut<'_, f32>, bool)>,
         sinks: &mut Sinks<'_>,
     ) -> Result<()> {
-        let placed = self.placed(&site.id, given)?;
+        let placed = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let mut back = Vec::with_capacity(factors.len());
         for (factors, thin) in factors.iter().zip(&thin.0) {
             let g_tr = self.meter.time(Work::Adapter, || self.factors_vjp(factors, x_ti, thin, dy_to, sinks))?;
             back.push(g_tr);
         }
-        self.own_vjp(site, x_ti, given, dy_to, sinks)?;
-        if let Some((dx, accumulate)) = &mut dx_ti {
-            let (within, beside) = first_of_each_row(&factors);
-            // A mask stands between a component's gradient and the rows: it cannot be summed within the product.
-            let (within, masked): (Vec<usize>, Vec<usize>) =
-                within.into_iter().partition(|&i| factors[i].dropout == 0.0);
-            let terms: Vec<LowRank<'_>> = within
-                .iter()
-                .map(|&i| LowRank {
-                    rows: factors[i].placed.rows.clone(),
-                    left: back[i].view(),
-                    right: Operand::plain(factors[i].down.1.view()),
-                })
-                .collect();
-            for (rows, _, own) in self.shared(given, &site.id, "weight") {
-                self.with_weight(site, own, |weight| {
-                    let of = Gemm {
-                        a: Operand::plain(dy_to.sub_rows(rows.start, rows.end)),
-                        b: weight,
-                        low_rank: &cut(&terms, &rows),
-                        bias: None,
-                        accumulate: *accumulate,
-                    };
-                    let dx = dx.reborrow().into_sub_rows(rows.start, rows.end);
+        let (within, beside) = first_of_each_row(&factors);
+        // A mask stands between a component's gradient and the rows: it cannot be summed within the product.
+        let (within, masked): (Vec<usize>, Vec<usize>) = within.into_iter().partition(|&i| factors[i].dropout == 0.0);
+        let terms: Vec<LowRank<'_>> = within
+            .iter()
+            .map(|&i| LowRank {
+                rows: factors[i].rows.clone(),
+                left: back[i].view(),
+                right: Operand::plain(factors[i].down.1.view()),
+            })
+            .collect();
+        for of in self.weighed(&site.id, given) {
+            let rows = of.rows.clone();
+            let dx =
+                dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow().into_sub_rows(rows.start, rows.end), *accumulate));
+            let product = dx.map(|(dx, accumulate)| {
+                let (a, terms) = (Operand::plain(dy_to.sub_rows(rows.start, rows.end)), cut(&terms, &rows));
+                move |b: Operand<'_>| {
+                    let of = Gemm { a, b, low_rank: &terms, bias: None, accumulate };
                     self.meter.time(Work::Gemm, || self.kernels.gemm(dx, &of));
-                })?;
-            }
+                }
+            });
+            self.weighed_vjp(site, &of, given, (x_ti, dy_to), product, sinks)?;
+        }
+        self.bias_vjp(site, given, dy_to, sinks)?;
+        if let Some((dx, _)) = &mut dx_ti {
             for i in masked.into_iter().chain(beside) {
                 self.meter.time(Work::Adapter, || {
                     self.add_back(&factors[i], thin.0[i].kept.as_ref(), &back[i], dx.reborrow())
                 });
             }
         }
-        for placed in placed.iter().filter(|placed| placed.fused.is_none()) {
+        for placed in placed.iter().filter(|placed| placed.port.fused().is_none()) {
             let dx = dx_ti.as_mut().map(|(dx, _)| dx.reborrow());
             self.meter.time(Work::Adapter, || local::component_vjp(self, site, placed, x_ti, dy_to, dx, sinks))?;
         }
         Ok(())
-    }
-
-    /// The gradients of the site's own weight and bias, part by part.
-    fn own_vjp(
-        &self,
-        site: &Site,
-        x_ti: MatRef<'_>,
-        given: Given<'_>,
-        dy_to: MatRef<'_>,
-        sinks: &mut Sinks<'_>,
-    ) -> Result<()> {
-        let SiteKind::Linear { output, input, bias, .. } = site.kind else { return Ok(()) };
-        for (part, rows) in self.parts_of(given) {
-            let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
-            let id = self.id_of(part, &site.id, "weight");
-            let dw = self.weight_gradient(&id, sinks[part].want(&id), (output, input), x, dy)?;
-            if let Some(dw) = dw {
-                sinks[part].put(&id, &dw)?;
-            }
-            let id = self.id_of(part, &site.id, "bias");
-            if bias && wants(&*sinks[part], &id) {
-                let mut db = vec![0.0f32; output];
-                let wide = self.wide(dy);
-                let dy = wide.as_ref().map_or_else(|| f32s(dy), |rows| Ok(rows.view()))?;
-                self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
-                regions::put(&mut *sinks[part], &id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What is asked for of `dW_oi = dy_toᵀ x_ti`, and no more of it.
-    fn weight_gradient(
-        &self,
-        id: &TensorId,
-        region: Region<'_>,
-        (output, input): (usize, usize),
-        x_ti: MatRef<'_>,
-        dy_to: MatRef<'_>,
-    ) -> Result<Option<Tensor>> {
-        let (rows, cols) = match region {
-            Region::None => return Ok(None),
-            Region::Entries(entries) => {
-                entries_within(id, entries, output * input)?;
-                let dw = self.meter.time(Work::Gemm, || entries_of_product(entries, input, x_ti, dy_to));
-                let length = dw.len();
-                return Ok(Some(Tensor::from_vec(dw, length, &Device::Cpu)?));
-            }
-            Region::All => (None, None),
-            Region::Rows(rows) => (Some(rows), None),
-            Region::Cols(cols) => (None, Some(cols)),
-            Region::Cross(rows, cols) => (Some(rows), Some(cols)),
-        };
-        let cut = |mat: MatRef<'_>, wanted: Option<&[u32]>, dim| -> Result<Option<Mat>> {
-            let Some(wanted) = wanted else { return Ok(None) };
-            within(id, wanted, mat.cols(), dim)?;
-            let mut to = self.arena.mat(mat.rows(), wanted.len(), self.dtype);
-            self.meter.time(Work::Elementwise, || columns(mat, wanted, to.view_mut()));
-            Ok(Some(to))
-        };
-        let (cut_dy, cut_x) = (cut(dy_to, rows, 0)?, cut(x_ti, cols, 1)?);
-        let dy = cut_dy.as_ref().map_or(dy_to, Mat::view);
-        let x = cut_x.as_ref().map_or(x_ti, Mat::view);
-        let shape = (dy.cols(), x.cols());
-        let mut dw = vec![0.0f32; shape.0 * shape.1];
-        let of = Gemm::new(Operand::transposed(dy), Operand::plain(x));
-        self.meter.time(Work::Gemm, || self.kernels.gemm(ViewMut::new(&mut dw, shape.0, shape.1), &of));
-        Ok(Some(Tensor::from_vec(dw, shape, &Device::Cpu)?))
     }
 
     /// A copy in 32 bits of what is not.
@@ -258,44 +193,32 @@ impl<'a> PassCx<'a> {
         }
     }
 
-    /// Reads the weight of a linear, as `w_oi`: the one that stands in for the base's, or the base's.
-    fn with_weight(&self, site: &Site, own: Option<&Tensor>, then: impl FnOnce(Operand<'_>)) -> Result<()> {
-        let at = || format!("linear {}", site.id);
-        match own {
-            Some(tensor) => {
-                let reading = reading::read(tensor).context(at)?;
-                // In a pass of bf16 a trained weight is rounded like the frozen ones; its master value stays in 32 bits.
-                match self.dtype {
-                    Activations::F32 => then(Operand::plain(reading.mat())),
-                    Activations::Bf16 => {
-                        let mut narrow = self.arena.mat(reading.mat().rows(), reading.mat().cols(), self.dtype);
-                        self.kernels.convert(reading.mat(), narrow.view_mut());
-                        then(Operand::plain(narrow.view()));
-                    }
-                }
-            }
-            None => {
-                let frozen = self.base.matrix(&self.base.tensor_name(site.id.as_str(), "weight"))?;
-                then(Operand::plain(frozen.read().context(at)?.mat()));
-            }
-        }
-        Ok(())
-    }
-
-    /// The low-rank components among those placed, with their tensors in the type of the activations.
-    fn factors<'p, 'g>(&self, placed: &'p [Placed<'g>]) -> Result<Vec<Factors<'p, 'g>>> {
-        let mut found = Vec::new();
+    /// The low-rank components among those placed, with their tensors in the type of the activations, in the order in which
+    /// they apply to a row.
+    fn factors<'p, 'g>(&self, placed: &'p [Added<'g>]) -> Result<Vec<Factors<'p, 'g>>> {
+        let mut found: Vec<Factors<'p, 'g>> = Vec::new();
         for placed in placed {
-            let Some(FusedRows::LowRank { down, up, scale, dropout }) = placed.fused else { continue };
+            let Some(FusedRows::LowRank { down, up, scale, dropout }) = placed.port.fused() else { continue };
             let dropout = if self.parts[placed.part].dropout.is_some() { dropout } else { 0.0 };
+            let follows = |before: &&mut Factors<'p, 'g>| {
+                let same = before.placed.last().is_some_and(|last| self.same(last, placed));
+                same && before.rows.end == placed.rows.start && before.dropout == dropout
+            };
+            if let Some(before) = found.iter_mut().find(follows) {
+                before.rows.end = placed.rows.end;
+                before.placed.push(placed);
+                continue;
+            }
             let (down, up) = (self.factor(placed, down)?, self.factor(placed, up)?);
-            found.push(Factors { placed, down, up, scale: scale as f32, dropout });
+            let rows = placed.rows.clone();
+            found.push(Factors { placed: vec![placed], rows, down, up, scale: scale as f32, dropout });
         }
+        found.sort_by_key(|factors| factors.placed.first().map(|placed| (placed.order, placed.rows.start)));
         Ok(found)
     }
 
     /// A tensor of a component, in the type of the activations.
-    fn factor(&self, placed: &Placed<'_>, local: &'static str) -> Result<(TensorId, Mat)> {
+    fn factor(&self, placed: &Added<'_>, local: &'static str) -> Result<(TensorId, Mat)> {
         let site = placed.at.site.as_str();
         let unknown = || Error::UnknownTensor {
             component: site.to_owned(),
@@ -303,7 +226,7 @@ impl<'a> PassCx<'a> {
             declared: placed.at.tensors.iter().map(|spec| spec.local.to_owned()).collect(),
         };
         let spec = placed.at.tensors.iter().find(|spec| spec.local == local).ok_or_else(unknown)?;
-        let id = TensorId { owner: Owner::Bank { slot: placed.slot, set: placed.set }, name: spec.name(site) };
+        let id = placed.id(spec);
         let tensor = self.parts[placed.part].theta.get(&id).ok_or_else(unknown)?;
         let reading = reading::read(tensor).context(|| format!("{id}"))?;
         let mut mat = self.arena.mat(reading.mat().rows(), reading.mat().cols(), self.dtype);
@@ -313,9 +236,9 @@ impl<'a> PassCx<'a> {
 
     /// `h_tr = scale (mask ∘ x) downᵀ`.
     fn thin(&self, site: &Site, factors: &Factors<'_, '_>, x_ti: MatRef<'_>) -> Result<ThinRows> {
-        let rows = &factors.placed.rows;
+        let rows = &factors.rows;
         let x = x_ti.sub_rows(rows.start, rows.end);
-        let kept = self.kept(site, factors, x.cols());
+        let kept = Kept::join(factors.placed.iter().filter_map(|placed| self.kept(site, placed, factors, x.cols())));
         let masked = kept.as_ref().map(|kept| self.masked(kept, x));
         let x = masked.as_ref().map_or(x, Mat::view);
         let down = factors.down.1.view();
@@ -334,10 +257,10 @@ impl<'a> PassCx<'a> {
     }
 
     /// Which of the values that a component reads are kept; `None` if it drops nothing.
-    fn kept(&self, site: &Site, factors: &Factors<'_, '_>, width: usize) -> Option<Kept> {
-        let part = &self.parts[factors.placed.part];
+    fn kept(&self, site: &Site, placed: &Added<'_>, factors: &Factors<'_, '_>, width: usize) -> Option<Kept> {
+        let part = &self.parts[placed.part];
         let key = part.dropout.filter(|_| factors.dropout > 0.0)?;
-        let masks = RowMasks { key, layout: part.layout, rows: factors.placed.ids.some() };
+        let masks = RowMasks { key, layout: part.layout, rows: placed.ids.some() };
         Some(masks.kept(&site.id, width, factors.dropout))
     }
 
@@ -366,35 +289,50 @@ impl<'a> PassCx<'a> {
         dy_to: MatRef<'_>,
         sinks: &mut Sinks<'_>,
     ) -> Result<Mat> {
-        let Placed { rows, part, .. } = factors.placed;
+        let rows = &factors.rows;
         let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
         let (down, up) = (factors.down.1.view(), factors.up.1.view());
-        let (rank, input, output) = (down.rows(), down.cols(), up.rows());
-        let sink = &mut sinks[*part];
-        if wants(&**sink, &factors.up.0) {
-            let mut dup = vec![0.0f32; output * rank];
-            let of = Gemm::new(Operand::transposed(dy), Operand::plain(h_tr.view()));
-            self.kernels.gemm(ViewMut::new(&mut dup, output, rank), &of);
-            regions::put(&mut **sink, &factors.up.0, &Tensor::from_vec(dup, (output, rank), &Device::Cpu)?)?;
+        let wanted = |id: &TensorId, sinks: &Sinks<'_>| factors.placed.iter().any(|at| wants(&*sinks[at.part], id));
+        if wanted(&factors.up.0, sinks) {
+            self.over_parts(factors, &factors.up.0, dy, h_tr.view(), sinks)?;
         }
-        let mut g = self.arena.rows(rows.len(), rank);
+        let mut g = self.arena.rows(rows.len(), down.rows());
         self.kernels.gemm(g.view_mut(), &Gemm::new(Operand::plain(dy), Operand::plain(up)));
         self.kernels.scale(g.view_mut(), factors.scale);
         let g = self.narrowed(g);
-        if wants(&**sink, &factors.down.0) {
+        if wanted(&factors.down.0, sinks) {
             let masked = kept.as_ref().map(|kept| self.masked(kept, x));
-            let x = masked.as_ref().map_or(x, Mat::view);
-            let mut ddown = vec![0.0f32; rank * input];
-            let of = Gemm::new(Operand::transposed(g.view()), Operand::plain(x));
-            self.kernels.gemm(ViewMut::new(&mut ddown, rank, input), &of);
-            regions::put(&mut **sink, &factors.down.0, &Tensor::from_vec(ddown, (rank, input), &Device::Cpu)?)?;
+            self.over_parts(factors, &factors.down.0, g.view(), masked.as_ref().map_or(x, Mat::view), sinks)?;
         }
         Ok(g)
     }
 
+    /// Each part's `aᵀ b`, as its gradient of a tensor, on the rows of a component.
+    fn over_parts(
+        &self,
+        factors: &Factors<'_, '_>,
+        id: &TensorId,
+        a: MatRef<'_>,
+        b: MatRef<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<()> {
+        for placed in &factors.placed {
+            let sink = &mut sinks[placed.part];
+            if !wants(&**sink, id) {
+                continue;
+            }
+            let (start, end) = (placed.rows.start - factors.rows.start, placed.rows.end - factors.rows.start);
+            let mut sum = vec![0.0f32; a.cols() * b.cols()];
+            let of = Gemm::new(Operand::transposed(a.sub_rows(start, end)), Operand::plain(b.sub_rows(start, end)));
+            self.kernels.gemm(ViewMut::new(&mut sum, a.cols(), b.cols()), &of);
+            regions::put(&mut **sink, id, &Tensor::from_vec(sum, (a.cols(), b.cols()), &Device::Cpu)?)?;
+        }
+        Ok(())
+    }
+
     /// `dx += mask ∘ (g down)` for a component that is not summed within the product.
     fn add_back(&self, factors: &Factors<'_, '_>, kept: Option<&Kept>, g_tr: &Mat, dx: ViewMut<'_, f32>) {
-        let rows = &factors.placed.rows;
+        let rows = &factors.rows;
         let down = factors.down.1.view();
         let of = Gemm::new(Operand::plain(g_tr.view()), Operand::plain(down));
         let mut dx = dx.into_sub_rows(rows.start, rows.end);
@@ -421,63 +359,29 @@ impl Narrowed {
 fn first_of_each_row(factors: &[Factors<'_, '_>]) -> (Vec<usize>, Vec<usize>) {
     let (mut first, mut others): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
     for (i, factors_i) in factors.iter().enumerate() {
-        let rows = &factors_i.placed.rows;
+        let rows = &factors_i.rows;
         let taken = first.iter().any(|&j| {
-            let other: &Range<usize> = &factors[j].placed.rows;
+            let other: &Range<usize> = &factors[j].rows;
             rows.start < other.end && other.start < rows.end
         });
         if taken { others.push(i) } else { first.push(i) }
     }
-    first.sort_by_key(|&i| factors[i].placed.rows.start);
+    first.sort_by_key(|&i| factors[i].rows.start);
     (first, others)
 }
 
-/// The terms on the rows of a run, by their rows within it. A term belongs to one part, and a run is of whole parts.
+/// What of the terms is on the rows of a run, by their rows within it.
 fn cut<'t>(terms: &[LowRank<'t>], run: &Range<usize>) -> Vec<LowRank<'t>> {
-    let within = terms.iter().filter(|term| run.start <= term.rows.start && term.rows.end <= run.end);
-    within
-        .map(|term| LowRank { rows: term.rows.start - run.start..term.rows.end - run.start, ..term.clone() })
-        .collect()
-}
-
-/// Some columns of a matrix, in its own type.
-fn columns(from: MatRef<'_>, wanted: &[u32], to: MatMut<'_>) {
-    fn copy<T: Copy>(from: View<'_, T>, wanted: &[u32], mut to: ViewMut<'_, T>) {
-        for row in 0..from.rows() {
-            let from = from.row(row);
-            to.row(row).iter_mut().zip(wanted).for_each(|(to, &col)| *to = from[col as usize]);
-        }
-    }
-    match (from, to) {
-        (MatRef::F32(from), MatMut::F32(to)) => copy(from, wanted, to),
-        (MatRef::Bf16(from), MatMut::Bf16(to)) => copy(from, wanted, to),
-        _ => unreachable!("operands of a product are in the type of the activations"),
-    }
-}
-
-/// Single entries of `dy_toᵀ x_ti`, by flat index: row after row, so that both are read as they lie.
-fn entries_of_product(entries: &[u64], input: usize, x_ti: MatRef<'_>, dy_to: MatRef<'_>) -> Vec<f32> {
-    fn add<T: Copy, F: Fn(T) -> f32>(
-        sums: &mut [f32],
-        at: &[(usize, usize)],
-        x: View<'_, T>,
-        dy: View<'_, T>,
-        wide: F,
-    ) {
-        for row in 0..x.rows() {
-            let (x, dy) = (x.row(row), dy.row(row));
-            sums.iter_mut().zip(at).for_each(|(sum, &(o, i))| *sum += wide(dy[o]) * wide(x[i]));
-        }
-    }
-    let at: Vec<(usize, usize)> =
-        entries.iter().map(|&entry| (entry as usize / input, entry as usize % input)).collect();
-    let mut sums = vec![0.0; at.len()];
-    match (x_ti, dy_to) {
-        (MatRef::F32(x), MatRef::F32(dy)) => add(&mut sums, &at, x, dy, |v| v),
-        (MatRef::Bf16(x), MatRef::Bf16(dy)) => add(&mut sums, &at, x, dy, |v: half::bf16| v.to_f32()),
-        _ => unreachable!("operands of a product are in the type of the activations"),
-    }
-    sums
+    let on_run = terms.iter().filter_map(|term| {
+        let rows = term.rows.start.max(run.start)..term.rows.end.min(run.end);
+        let left = |rows: &Range<usize>| term.left.sub_rows(rows.start - term.rows.start, rows.end - term.rows.start);
+        (!rows.is_empty()).then(|| LowRank {
+            left: left(&rows),
+            rows: rows.start - run.start..rows.end - run.start,
+            right: term.right,
+        })
+    });
+    on_run.collect()
 }
 
 /// A view that is known to be of 32 bits.

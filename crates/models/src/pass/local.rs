@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use attune_architecture::Site;
 use attune_points::adapter::{DropoutMask, RowCx};
-use attune_points::{Error, Locals, Owner, Result, TensorId};
+use attune_points::{Error, Locals, Result, TensorId};
 use attune_tensor::autograd;
 use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::{DType, Device, Tensor, Var};
@@ -14,8 +14,9 @@ use crate::attention::RowPlan;
 use crate::context::{GraphCx, Tracked};
 use crate::dropout::RowMasks;
 use crate::pass::arena::Rows;
-use crate::pass::parts::{Given, PassCx, Placed, Sinks, wanted, wants};
+use crate::pass::parts::{Added, Given, PassCx, Sinks, wanted, wants};
 use crate::regions;
+use crate::stack;
 
 /// Rows as a tensor of f32.
 pub(crate) fn tensor(x: MatRef<'_>) -> Result<Tensor> {
@@ -46,32 +47,26 @@ pub(crate) fn write(tensor: &Tensor, mut to: ViewMut<'_, f32>, add: bool) -> Res
 }
 
 /// The masks of a component's rows.
-fn masks<'m>(cx: &PassCx<'m>, placed: &'m Placed<'_>) -> Option<RowMasks<'m>> {
+fn masks<'m>(cx: &PassCx<'m>, placed: &'m Added<'_>) -> Option<RowMasks<'m>> {
     let part = &cx.parts[placed.part];
     part.dropout.map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
 }
 
 /// The tensors of a component, leaves where a gradient is wanted.
-fn locals(cx: &PassCx<'_>, placed: &Placed<'_>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
-    let site = placed.at.site.as_str();
-    let found = placed.at.tensors.iter().map(|spec| {
-        let id = TensorId { owner: Owner::Bank { slot: placed.slot, set: placed.set }, name: spec.name(site) };
+fn locals(cx: &PassCx<'_>, placed: &Added<'_>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
+    let theta = cx.parts[placed.part].theta;
+    stack::locals_by(placed.at, |name| {
+        let id = TensorId { owner: placed.owner(), name: name.clone() };
         let leaf = tracked.iter().find(|(tracked, _)| *tracked == id).map(|(_, var)| var.as_tensor());
-        let tensor = leaf.or_else(|| cx.parts[placed.part].theta.get(&id)).ok_or_else(|| Error::UnknownTensor {
-            component: site.to_owned(),
-            name: spec.local.to_owned(),
-            declared: Vec::new(),
-        })?;
-        Ok((spec.local, tensor.clone()))
-    });
-    Ok(Locals::new(site, found.collect::<Result<Vec<_>>>()?))
+        leaf.or_else(|| theta.get(&id))
+    })
 }
 
 /// `y += delta(x)` on the component's rows.
 pub(crate) fn add_component(
     cx: &PassCx<'_>,
     site: &Site,
-    placed: &Placed<'_>,
+    placed: &Added<'_>,
     x_ti: MatRef<'_>,
     mut y_to: ViewMut<'_, f32>,
 ) -> Result<()> {
@@ -79,7 +74,7 @@ pub(crate) fn add_component(
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
     for rows in together(cx, placed) {
         let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
-        let delta = placed.map.graph(&x, &locals, &RowCx { site: &site.id, dropout })?;
+        let delta = placed.port.graph(&x, &locals, &RowCx { site: &site.id, dropout })?;
         write(&delta, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
     }
     Ok(())
@@ -87,7 +82,7 @@ pub(crate) fn add_component(
 
 /// The rows that a component sees at once: all of its own. Where texts go on, which drops nothing, it sees one document after
 /// the other: a graph's bits may depend on all rows that it is given, and a text's shall not on those beside it.
-fn together(cx: &PassCx<'_>, placed: &Placed<'_>) -> Vec<Range<usize>> {
+fn together(cx: &PassCx<'_>, placed: &Added<'_>) -> Vec<Range<usize>> {
     if cx.kept.is_none() || placed.rows.is_empty() {
         return vec![placed.rows.clone()];
     }
@@ -109,7 +104,7 @@ fn together(cx: &PassCx<'_>, placed: &Placed<'_>) -> Vec<Range<usize>> {
 pub(crate) fn component_vjp(
     cx: &PassCx<'_>,
     site: &Site,
-    placed: &Placed<'_>,
+    placed: &Added<'_>,
     x_ti: MatRef<'_>,
     dy_to: MatRef<'_>,
     dx_ti: Option<ViewMut<'_, f32>>,
@@ -118,8 +113,7 @@ pub(crate) fn component_vjp(
     let rows = &placed.rows;
     let mut leaves = Vec::new();
     for spec in &placed.at.tensors {
-        let name = spec.name(placed.at.site.as_str());
-        let id = TensorId { owner: Owner::Bank { slot: placed.slot, set: placed.set }, name };
+        let id = placed.id(spec);
         if wants(&*sinks[placed.part], &id)
             && let Some(value) = cx.parts[placed.part].theta.get(&id)
         {
@@ -129,7 +123,7 @@ pub(crate) fn component_vjp(
     let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
     let masks = masks(cx, placed);
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    let delta = placed.map.graph(&x, &locals(cx, placed, &leaves)?, &RowCx { site: &site.id, dropout })?;
+    let delta = placed.port.graph(&x, &locals(cx, placed, &leaves)?, &RowCx { site: &site.id, dropout })?;
     let dy = tensor(dy_to.sub_rows(rows.start, rows.end))?;
     let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&x]).collect();
     let mut gradients = autograd::pull(&all, &[(&delta, &dy)])?;

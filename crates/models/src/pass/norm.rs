@@ -50,7 +50,7 @@ impl PassCx<'_> {
         given: Given<'_>,
         mut y: MatMut<'_>,
     ) -> Result<()> {
-        for (rows, part, _) in self.shared(given, &site.id, "weight") {
+        for (rows, part) in self.shared(given, &site.id) {
             let rows = rows.start * per_row..rows.end * per_row;
             let w_d = self.vector(part, &site.id, "weight")?;
             let x = x.sub_rows(rows.start, rows.end);

@@ -1,11 +1,13 @@
 //! Who owns which rows of a pass, and what every block of it sees.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use attune_architecture::{Architecture, Place, Site, SiteId};
-use attune_points::adapter::{Attachment, FusedRows, Port, RowMap};
+use attune_points::adapter::{Attachment, Port, RowMap};
 use attune_points::{
-    BankKind, Binding, GradSink, Layout, Owner, Region, Result, Rows as Bound, TensorId, TensorName, Theta,
+    BankKind, Binding, Error, GradSink, Layout, Owner, Region, Result, Rows as Bound, TensorId, TensorName, TensorSpec,
+    Theta,
 };
 use attune_tensor::kernels::Kernels;
 use attune_tensor::view::View;
@@ -75,20 +77,44 @@ impl<'g> Given<'g> {
 }
 
 /// A component on some of the rows that an operation is given.
-pub(crate) struct Placed<'a> {
+pub(crate) struct Placed<'a, P> {
     pub(crate) part: usize,
     /// Its rows among those given.
     pub(crate) rows: Range<usize>,
     /// Their numbers in the part's layout.
     pub(crate) ids: Ids<'a>,
+    /// Its place among the components of its rows.
+    pub(crate) order: usize,
     pub(crate) slot: u16,
     pub(crate) set: u32,
     pub(crate) at: &'a Attachment,
-    pub(crate) map: &'a dyn RowMap,
-    pub(crate) fused: Option<FusedRows>,
+    /// How it takes part.
+    pub(crate) port: P,
 }
 
+impl<'a, P> Placed<'a, P> {
+    /// Whose its tensors are.
+    pub(crate) const fn owner(&self) -> Owner {
+        Owner::Bank { slot: self.slot, set: self.set }
+    }
+
+    /// The id of one of its tensors.
+    pub(crate) fn id(&self, spec: &TensorSpec) -> TensorId {
+        TensorId { owner: self.owner(), name: spec.name(self.at.site.as_str()) }
+    }
+
+    /// The same with another port.
+    pub(crate) fn with<Q>(&self, port: Q) -> Placed<'a, Q> {
+        let Self { part, order, slot, set, at, .. } = *self;
+        Placed { part, rows: self.rows.clone(), ids: self.ids.clone(), order, slot, set, at, port }
+    }
+}
+
+/// A component that adds to the rows of a linear.
+pub(crate) type Added<'a> = Placed<'a, &'a dyn RowMap>;
+
 /// Numbers of rows in a layout.
+#[derive(Clone)]
 pub(crate) enum Ids<'a> {
     /// All of them.
     All,
@@ -181,23 +207,19 @@ impl<'a> PassCx<'a> {
     }
 
     /// The components at `site` on the rows given, part by part, in the order in which they apply.
-    ///
-    /// # Errors
-    /// A component whose port no linear offers.
-    pub(crate) fn placed<'g>(&self, site: &SiteId, given: Given<'g>) -> Result<Vec<Placed<'g>>>
+    pub(crate) fn placed<'g>(&self, site: &SiteId, given: Given<'g>) -> Vec<Placed<'g, Port<'g>>>
     where
         'a: 'g,
     {
         let mut placed = Vec::new();
         for (index, rows) in self.parts_of(given) {
             let part = &self.parts[index];
-            for binding in &part.theta.bindings {
-                let Some((at, map)) = component(part, binding, site)? else { continue };
-                let fused = map.fused();
+            for (order, binding) in part.theta.bindings.iter().enumerate() {
+                let Some((at, port)) = component(part, binding, site) else { continue };
                 let (slot, start) = (binding.slot, rows.start);
                 if let Bound::All(set) = binding.rows {
                     let ids = given.ids(index).map_or(Ids::All, Ids::Borrowed);
-                    placed.push(Placed { part: index, rows: rows.clone(), ids, slot, set, at, map, fused });
+                    placed.push(Placed { part: index, rows: rows.clone(), ids, order, slot, set, at, port });
                     continue;
                 }
                 let ids = given.ids(index).map_or_else(|| (0..rows.len() as u32).collect(), <[u32]>::to_vec);
@@ -205,11 +227,27 @@ impl<'a> PassCx<'a> {
                     let Some(set) = set else { continue };
                     let rows = start + run.start..start + run.end;
                     let ids = Ids::Some(ids[run].to_vec());
-                    placed.push(Placed { part: index, rows, ids, slot, set, at, map, fused });
+                    placed.push(Placed { part: index, rows, ids, order, slot, set, at, port });
                 }
             }
         }
-        Ok(placed)
+        placed
+    }
+
+    /// Those of them that add to the rows of a linear.
+    ///
+    /// # Errors
+    /// A component whose port no linear offers.
+    pub(crate) fn added<'g>(&self, site: &SiteId, given: Given<'g>) -> Result<Vec<Added<'g>>>
+    where
+        'a: 'g,
+    {
+        let added = self.placed(site, given).into_iter().filter_map(|placed| match placed.port {
+            Port::Delta(map) => Some(Ok(placed.with(map))),
+            Port::Weight(_) => None,
+            _ => Some(Err(Error::Refused(format!("the component at {site} has a port that no linear offers")))),
+        });
+        added.collect()
     }
 
     /// A tensor that stands in for the base's in all parts (a trained weight), with its id in each part that has one; `None`
@@ -246,39 +284,39 @@ impl<'a> PassCx<'a> {
         Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 
-    /// Runs of parts among the rows given that read one and the same tensor at `site`: the rows, one of the parts, and the
-    /// tensor that stands in for the base's, if any.
-    pub(crate) fn shared(
-        &self,
-        given: Given<'_>,
-        site: &SiteId,
-        local: &str,
-    ) -> Vec<(Range<usize>, usize, Option<&'a Tensor>)> {
-        let mut runs: Vec<(Range<usize>, usize, Option<&'a Tensor>)> = Vec::new();
+    /// Runs of parts among the rows given that read the same tensors at `site`: the rows, and one of the parts.
+    pub(crate) fn shared(&self, given: Given<'_>, site: &SiteId) -> Vec<(Range<usize>, usize)> {
+        let mut runs: Vec<(Range<usize>, usize)> = Vec::new();
         for (part, rows) in self.parts_of(given) {
-            let tensor = self.own(part, site, local).map(|(_, tensor)| tensor);
-            match runs.last_mut() {
-                Some((run, _, last)) if last.map(Tensor::id) == tensor.map(Tensor::id) => run.end = rows.end,
-                _ => runs.push((rows, part, tensor)),
+            match runs.last_mut().filter(|(_, last)| self.alike(*last, part, site)) {
+                Some((run, _)) => run.end = rows.end,
+                None => runs.push((rows, part)),
             }
         }
         runs
     }
+
+    /// Whether two components are one, with the same tensors.
+    pub(crate) fn same<P>(&self, a: &Placed<'_, P>, b: &Placed<'_, P>) -> bool {
+        let set = |placed: &Placed<'_, P>| self.parts[placed.part].theta.set(placed.slot, placed.set);
+        std::ptr::eq(a.at, b.at)
+            && (a.order, a.slot, a.set) == (b.order, b.slot, b.set)
+            && matches!((set(a), set(b)), (Some(a), Some(b)) if Arc::ptr_eq(a, b))
+    }
+
+    /// Whether two parts read the same tensors at `site`, components aside.
+    pub(crate) fn alike(&self, a: usize, b: usize, site: &SiteId) -> bool {
+        let id = |part, local| self.own(part, site, local).map(|(_, tensor)| tensor.id());
+        ["weight", "bias"].into_iter().all(|local| id(a, local) == id(b, local))
+    }
 }
 
 /// What a binding of a part attaches at `site`.
-fn component<'a>(
-    part: &Part<'a>,
-    binding: &Binding,
-    site: &SiteId,
-) -> Result<Option<(&'a Attachment, &'a dyn RowMap)>> {
+fn component<'a>(part: &Part<'a>, binding: &Binding, site: &SiteId) -> Option<(&'a Attachment, Port<'a>)> {
     let bank = part.theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
-    let slot = bank.and_then(|_| part.stack.slot(binding.slot));
-    let Some((slot, at)) = slot.and_then(|slot| Some((slot, slot.at(site)?))) else { return Ok(None) };
-    match slot.adapter().port(at) {
-        Port::Delta(map) => Ok(Some((at, map))),
-        _ => Err(attune_points::Error::Refused(format!("the component at {site} has a port that no linear offers"))),
-    }
+    let slot = bank.and_then(|_| part.stack.slot(binding.slot))?;
+    let at = slot.at(site)?;
+    Some((at, slot.adapter().port(at)))
 }
 
 /// The tensors at `sites` whose gradient the sink of a part wants.

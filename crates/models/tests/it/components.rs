@@ -5,7 +5,7 @@ use std::sync::Arc;
 use attune_architecture::{Architecture, SiteId};
 use attune_models::dropout::Dropout;
 use attune_models::{Base, Model, Pass, Slot, Stack};
-use attune_points::adapter::{Adapter as _, Merged};
+use attune_points::adapter::{Adapter, Merged};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{
     Bank, BankKind, Binding, Error, Grads, Layout, Params, Row, Rows, TensorId, TensorName, Theta, Weight as _,
@@ -13,7 +13,7 @@ use attune_points::{
 use attune_tensor::Rng;
 use candle_core::DType;
 
-use crate::low_rank::LowRank;
+use crate::low_rank::{LowRank, Rescaled};
 use crate::support::{CrossEntropy, difference};
 
 const TINY: &str = r#"{
@@ -28,10 +28,13 @@ fn base() -> Base {
 
 /// A model with a slot of [`LowRank`] on every linear, the head's among them.
 fn model() -> Model {
+    model_of(Arc::new(LowRank { rank: 2, dropout: 0.4, fused: true }))
+}
+
+fn model_of(component: Arc<dyn Adapter>) -> Model {
     let base = base();
-    let adapter = LowRank { rank: 2, dropout: 0.4, fused: true };
-    let attachments = adapter.attach(base.architecture(), &base.architecture().sites()).unwrap();
-    Model::new(base, Stack::new(vec![Slot::new(Arc::new(adapter), attachments)])).in_f64()
+    let attachments = component.attach(base.architecture(), &base.architecture().sites()).unwrap();
+    Model::new(base, Stack::new(vec![Slot::new(component, attachments)])).in_f64()
 }
 
 /// Random values of the slot's tensors.
@@ -83,10 +86,20 @@ fn gradients(model: &Model, theta: &Theta, layout: &Layout, dropout: Option<Drop
 
 #[test]
 fn a_components_gradient_agrees_with_central_differences_under_dropout() {
-    let model = model();
-    let at = theta(vec![set(&model, 1)], Rows::All(0));
+    // Seven linears in each of two layers, and the head; two tensors each.
+    assert_eq!(central_differences(&model()), 30);
+}
+
+#[test]
+fn the_gradient_of_one_that_makes_a_weight_agrees_with_central_differences() {
+    assert_eq!(central_differences(&model_of(Arc::new(Rescaled { rank: 2 }))), 45);
+}
+
+/// How many tensors were compared.
+fn central_differences(model: &Model) -> usize {
+    let at = theta(vec![set(model, 1)], Rows::All(0));
     let layout = documents(&[0, 1, 2, 3]);
-    let found = gradients(&model, &at, &layout, DROPOUT);
+    let found = gradients(model, &at, &layout, DROPOUT);
     let mut rng = Rng::new(1, "directions");
     let step = 1e-5;
     let mut compared = 0;
@@ -95,7 +108,7 @@ fn a_components_gradient_agrees_with_central_differences_under_dropout() {
         let moved = |sign: f64| {
             let mut params: Params = (*at.banks[0].sets[0]).clone();
             params.insert(id.name.clone(), (value + (&direction * (sign * step)).unwrap()).unwrap());
-            loss(&model, &theta(vec![Arc::new(params)], Rows::All(0)), &layout, DROPOUT)
+            loss(model, &theta(vec![Arc::new(params)], Rows::All(0)), &layout, DROPOUT)
         };
         let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * step);
         let gradient = found.get(&id).unwrap_or_else(|| panic!("{id} has no gradient"));
@@ -104,43 +117,51 @@ fn a_components_gradient_agrees_with_central_differences_under_dropout() {
         assert!((numeric - exact).abs() <= 1e-7 * (1.0 + exact.abs()), "{id}: {numeric} against {exact}");
         compared += 1;
     }
-    // Seven linears in each of two layers, and the head; two tensors each.
-    assert_eq!(compared, 30);
+    compared
 }
 
 #[test]
 fn a_model_with_a_component_is_the_model_with_the_merged_weights() {
-    let model = model();
-    let params = set(&model, 1);
-    let layout = documents(&[0, 1, 2]);
-    let weights: Params = (model.stack().slots()[0].attachments())
-        .map(|at| {
-            let site = model.base().architecture().site(at.site.as_str()).unwrap();
-            let weight = model.base().weight(&site);
-            let locals = attune_models::stack::locals(at, &params).unwrap();
-            let Merged::Factors { left, right, scale } =
-                LowRank { rank: 2, dropout: 0.0, fused: true }.merge(at, &locals, &weight).unwrap()
-            else {
-                panic!("a low-rank component merges as factors")
-            };
-            let delta = (left.matmul(&right).unwrap() * scale).unwrap();
-            let merged = (weight.dense(DType::F64).unwrap() + delta).unwrap();
-            (TensorName::new(at.site.as_str(), "weight"), merged)
-        })
-        .collect();
-    let merged = Bank { slot: "w".into(), kind: BankKind::Weights, sets: vec![Arc::new(weights)], train: false };
-    let logits = |theta: &Theta| model.logits(&Pass { theta, layout: &layout, dropout: None }).unwrap();
-    let with = logits(&theta(vec![params.clone()], Rows::All(0)));
-    assert!(difference(&with, &logits(&Theta::single([merged]))) < 1e-12);
-    let off = logits(&theta(vec![params], Rows::All(0)).adapters_off());
-    assert_eq!(difference(&off, &logits(&Theta::default())), 0.0);
-    assert!(difference(&with, &off) > 1e-2);
+    for component in
+        [Arc::new(LowRank { rank: 2, dropout: 0.0, fused: true }) as Arc<dyn Adapter>, Arc::new(Rescaled { rank: 2 })]
+    {
+        let model = model_of(Arc::clone(&component));
+        let params = set(&model, 1);
+        let layout = documents(&[0, 1, 2]);
+        let weights: Params = (model.stack().slots()[0].attachments())
+            .map(|at| {
+                let site = model.base().architecture().site(at.site.as_str()).unwrap();
+                let weight = model.base().weight(&site);
+                let locals = attune_models::stack::locals(at, &params).unwrap();
+                let merged = match component.merge(at, &locals, &weight).unwrap() {
+                    Merged::Factors { left, right, scale } => {
+                        let delta = (left.matmul(&right).unwrap() * scale).unwrap();
+                        (weight.dense(DType::F64).unwrap() + delta).unwrap()
+                    }
+                    Merged::Weight { weight, .. } => weight,
+                    other => panic!("{other:?} does not merge"),
+                };
+                (TensorName::new(at.site.as_str(), "weight"), merged)
+            })
+            .collect();
+        let merged = Bank { slot: "w".into(), kind: BankKind::Weights, sets: vec![Arc::new(weights)], train: false };
+        let logits = |theta: &Theta| model.logits(&Pass { theta, layout: &layout, dropout: None }).unwrap();
+        let with = logits(&theta(vec![params.clone()], Rows::All(0)));
+        assert!(difference(&with, &logits(&Theta::single([merged]))) < 1e-12);
+        let off = logits(&theta(vec![params], Rows::All(0)).adapters_off());
+        assert_eq!(difference(&off, &logits(&Theta::default())), 0.0);
+        assert!(difference(&with, &off) > 1e-2);
+    }
 }
 
 #[test]
 fn rows_use_the_set_that_they_are_bound_to_and_no_other() {
-    let model = model();
-    let sets = vec![set(&model, 1), set(&model, 2)];
+    bound_rows(&model(), 60);
+    bound_rows(&model_of(Arc::new(Rescaled { rank: 2 })), 90);
+}
+
+fn bound_rows(model: &Model, tensors: usize) {
+    let sets = vec![set(model, 1), set(model, 2)];
     let layout = documents(&[0, 1, 2, 3]);
     let docs = layout.docs();
     // Document 0 uses set 1, document 1 none, documents 2 and 3 use set 0.
@@ -148,12 +169,12 @@ fn rows_use_the_set_that_they_are_bound_to_and_no_other() {
     let bound = theta(sets.clone(), Rows::Segments(segments));
     let (set_0, set_1) = (theta(sets.clone(), Rows::All(0)), theta(sets, Rows::All(1)));
     let parts = [(&set_1, &[0][..]), (&Theta::default(), &[1]), (&set_0, &[2, 3])];
-    let sum: f64 = parts.iter().map(|(theta, examples)| loss(&model, theta, &documents(examples), DROPOUT)).sum();
-    assert!((loss(&model, &bound, &layout, DROPOUT) - sum).abs() < 1e-10);
+    let sum: f64 = parts.iter().map(|(theta, examples)| loss(model, theta, &documents(examples), DROPOUT)).sum();
+    assert!((loss(model, &bound, &layout, DROPOUT) - sum).abs() < 1e-10);
 
-    let found = gradients(&model, &bound, &layout, DROPOUT);
+    let found = gradients(model, &bound, &layout, DROPOUT);
     let alone =
-        [gradients(&model, &set_0, &documents(&[2, 3]), DROPOUT), gradients(&model, &set_1, &documents(&[0]), DROPOUT)];
+        [gradients(model, &set_0, &documents(&[2, 3]), DROPOUT), gradients(model, &set_1, &documents(&[0]), DROPOUT)];
     let mut compared = 0;
     for (id, gradient) in found.iter() {
         let attune_points::Owner::Bank { set, .. } = id.owner else { panic!("{id} is no tensor of a bank") };
@@ -161,7 +182,7 @@ fn rows_use_the_set_that_they_are_bound_to_and_no_other() {
         assert!(difference(gradient.unwrap(), expected) < 1e-11, "{id} of set {set}");
         compared += 1;
     }
-    assert_eq!(compared, 60);
+    assert_eq!(compared, tensors);
 }
 
 #[test]

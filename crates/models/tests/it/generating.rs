@@ -1,13 +1,15 @@
 //! What a model on views gives beside losses is held to the blocks' graphs, and many texts at once to each alone.
 
+use std::sync::Arc;
+
 use attune_models::generate::{Finish, Request, generate, generate_all};
 use attune_models::{Base, Model, Pass, Sampling, Stack};
 use attune_points::Theta;
+use attune_points::adapter::Adapter;
 use attune_spec::job::Precision;
 use candle_core::DType;
 
-use crate::low_rank::LowRank;
-use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, low_rank, model, set, weights};
+use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, low_rank, model, rescaled, set, weights};
 use crate::support::{difference, golden, largest};
 
 const QWEN3: &str = r#"{
@@ -28,12 +30,13 @@ const DYNAMIC: &str = r#"{
     "tie_word_embeddings": false, "initializer_range": 0.2, "rope_scaling": {"type": "dynamic", "factor": 2.0}
 }"#;
 
-fn components() -> Vec<Vec<LowRank>> {
+fn components() -> Vec<Vec<Arc<dyn Adapter>>> {
     vec![
         Vec::new(),
         vec![low_rank(3, 0.2, true)],
         vec![low_rank(3, 0.2, false)],
         vec![low_rank(2, 0.0, true), low_rank(4, 0.0, true), low_rank(2, 0.0, false)],
+        vec![rescaled(2), low_rank(3, 0.2, true)],
     ]
 }
 

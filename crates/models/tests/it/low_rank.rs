@@ -1,7 +1,7 @@
-//! The plainest component that has two tensors and dropout.
+//! The plainest components: one that adds to the rows of a linear, one that makes another weight of a linear's.
 
 use attune_architecture::{Architecture, Site, SiteKind};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, WeightMap};
 use attune_points::{Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_tensor::{Rng, ops};
@@ -64,5 +64,54 @@ impl RowMap for LowRank {
     fn fused(&self) -> Option<FusedRows> {
         let (rank, dropout) = (self.rank as f64, self.dropout);
         self.fused.then_some(FusedRows::LowRank { down: "down", up: "up", scale: rank / 2.0, dropout })
+    }
+}
+
+/// `W' = (1 + gain_o) ∘ W + up_or down_ri`, row by row: no change of rows alone can tell what it does to a weight that is
+/// made by another.
+pub(crate) struct Rescaled {
+    pub(crate) rank: usize,
+}
+
+impl Adapter for Rescaled {
+    fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        let attachments = sites.iter().filter_map(|site| {
+            let SiteKind::Linear { output, input, .. } = site.kind else { return None };
+            let tensors = vec![
+                TensorSpec::trained("down", [self.rank, input]),
+                TensorSpec::trained("gain", [output]),
+                TensorSpec::trained("up", [output, self.rank]),
+            ];
+            Some(Attachment { site: site.id.clone(), tensors })
+        });
+        Ok(attachments.collect())
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
+            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
+        };
+        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
+        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Weight(self)
+    }
+
+    fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> Result<Merged> {
+        let weight = weight.dense(tensors.get("gain")?.dtype())?;
+        Ok(Merged::Weight { weight: self.graph(&weight, tensors)?, bias: None })
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}
+
+impl WeightMap for Rescaled {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor> {
+        let gain_o1 = (tensors.get("gain")? + 1.0)?.unsqueeze(1)?;
+        Ok((w_oi.broadcast_mul(&gain_o1)? + tensors.get("up")?.matmul(tensors.get("down")?)?)?)
     }
 }

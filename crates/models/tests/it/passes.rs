@@ -6,14 +6,14 @@ use attune_architecture::Architecture;
 use attune_models::dropout::Dropout;
 use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Pass, Slot, Stack};
-use attune_points::adapter::Adapter as _;
+use attune_points::adapter::Adapter;
 use attune_points::engine::LossReport;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Bank, BankKind, Binding, GradSink, Grads, Layout, Params, Row, Rows, TensorName, Theta};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 
-use crate::low_rank::LowRank;
+use crate::low_rank::{LowRank, Rescaled};
 use crate::support::{CrossEntropy, difference, largest};
 
 /// Biases, a window in the second layer, grouped heads of an even but odd-halved width, sizes that fill no register.
@@ -39,16 +39,16 @@ pub(crate) fn base(config: &str, dtype: DType) -> Base {
 }
 
 /// A model with a slot of each of `components` on every linear, the head's among them.
-pub(crate) fn model(config: &str, dtype: DType, components: Vec<LowRank>) -> Model {
+pub(crate) fn model(config: &str, dtype: DType, components: Vec<Arc<dyn Adapter>>) -> Model {
     model_over(base(config, dtype), components)
 }
 
 /// The same over a base that is there.
-pub(crate) fn model_over(base: Base, components: Vec<LowRank>) -> Model {
+pub(crate) fn model_over(base: Base, components: Vec<Arc<dyn Adapter>>) -> Model {
     let sites = base.architecture().sites();
     let slots = components.into_iter().map(|component| {
         let attachments = component.attach(base.architecture(), &sites).unwrap();
-        Slot::new(Arc::new(component), attachments)
+        Slot::new(component, attachments)
     });
     let stack = Stack::new(slots.collect());
     Model::new(base, stack)
@@ -134,8 +134,12 @@ fn bits(of: &[(Grads, LossReport)]) -> Vec<(Vec<Option<Vec<f32>>>, LossReport)> 
         .collect()
 }
 
-pub(crate) fn low_rank(rank: usize, dropout: f64, fused: bool) -> LowRank {
-    LowRank { rank, dropout, fused }
+pub(crate) fn low_rank(rank: usize, dropout: f64, fused: bool) -> Arc<dyn Adapter> {
+    Arc::new(LowRank { rank, dropout, fused })
+}
+
+pub(crate) fn rescaled(rank: usize) -> Arc<dyn Adapter> {
+    Arc::new(Rescaled { rank })
 }
 
 /// Both sides compute in f32, with sums in another order: the bound that the golden files are held to as well.
@@ -162,13 +166,12 @@ fn gradients_by_graphs(config: &str) {
         vec![low_rank(4, 0.4, false)],
         vec![low_rank(2, 0.0, true), low_rank(5, 0.0, true)],
         vec![low_rank(2, 0.3, false), low_rank(5, 0.3, true)],
+        vec![rescaled(2)],
+        vec![rescaled(2), low_rank(3, 0.3, true), rescaled(3)],
     ] {
         let n = components.len();
-        let copies = |components: &[LowRank]| -> Vec<LowRank> {
-            components.iter().map(|c| low_rank(c.rank, c.dropout, c.fused)).collect()
-        };
         let (fast, graphs) =
-            (model(config, DType::F32, copies(&components)), model(config, DType::F32, components).by_graphs());
+            (model(config, DType::F32, components.clone()), model(config, DType::F32, components).by_graphs());
         let mut banks: Vec<Bank> = (0..n).map(|slot| bank(vec![set(&fast, slot, 1), set(&fast, slot, 2)])).collect();
         let docs = layout.docs();
         let segments = vec![(docs[0].rows.clone(), 1), (docs[2].rows.start..docs[3].rows.end, 0)];
@@ -202,10 +205,11 @@ fn a_part_of_a_mixture_has_the_same_bits_alone_beside_others_recomputed_and_on_a
 }
 
 fn same_bits(config: &str) {
-    let model = model(config, DType::F32, vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false)]);
-    let thetas: Vec<Theta> = (0..3)
-        .map(|seed| Theta::single([bank(vec![set(&model, 0, seed)]), bank(vec![set(&model, 1, seed)])]))
-        .collect();
+    let components = vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2)];
+    let slots = components.len();
+    let model = model(config, DType::F32, components);
+    let thetas: Vec<Theta> =
+        (0..3).map(|seed| Theta::single((0..slots).map(|slot| bank(vec![set(&model, slot, seed)])))).collect();
     let layouts = [documents(&[0, 1]), documents(&[2, 3, 4]), documents(&[5])];
     let passes: Vec<Pass<'_>> =
         thetas.iter().zip(&layouts).map(|(theta, layout)| Pass { theta, layout, dropout: DROPOUT }).collect();
@@ -302,7 +306,7 @@ fn forecast(config: &str) {
             let architecture = base.architecture().clone();
             let component = low_rank(1, 0.0, true);
             let attachments = component.attach(&architecture, &architecture.sites()).unwrap();
-            let model = Model::new(base, Stack::new(vec![Slot::new(Arc::new(component), attachments)]));
+            let model = Model::new(base, Stack::new(vec![Slot::new(component, attachments)]));
             let theta = Theta::single([bank(vec![set(&model, 0, 1)])]);
             run(&model, &[Pass { theta: &theta, layout: &layout, dropout: None }], keep);
             let per_row =

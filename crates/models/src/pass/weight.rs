@@ -1,0 +1,311 @@
+//! The weight that the rows of a linear are multiplied with, and its gradient: the base's own, one that stands in for it, or
+//! what components make of that.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use attune_architecture::{Site, SiteId, SiteKind};
+use attune_points::adapter::{Port, WeightMap};
+use attune_points::error::Context as _;
+use attune_points::{Error, Region, Result, TensorId, TensorName};
+use attune_tensor::kernels::{Gemm, Operand};
+use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
+use attune_tensor::{autograd, reading};
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::pass::arena::{Activations, Mat};
+use crate::pass::linear::f32s;
+use crate::pass::parts::{Given, PassCx, Placed, Sinks, wants};
+use crate::pass::times::Work;
+use crate::regions;
+use crate::regions::{entries_within, within};
+use crate::stack;
+
+/// A component that makes another weight of a linear's.
+type Maps<'a> = Placed<'a, &'a dyn WeightMap>;
+
+/// Rows that are multiplied with one weight.
+pub(crate) struct Weighed<'a> {
+    /// Among those given.
+    pub(crate) rows: Range<usize>,
+    /// One of the parts that they belong to.
+    pub(crate) part: usize,
+    /// What makes the weight of the one that the site has by itself, in order.
+    maps: Vec<Maps<'a>>,
+}
+
+impl Weighed<'_> {
+    /// Whether components make the weight.
+    pub(crate) fn is_made(&self) -> bool {
+        !self.maps.is_empty()
+    }
+}
+
+/// Tensors whose gradient is asked for.
+type Leaves = Vec<(TensorId, Var)>;
+
+impl<'a> PassCx<'a> {
+    /// Runs of the rows given that are multiplied with one and the same weight, and have one bias.
+    pub(crate) fn weighed<'g>(&self, site: &SiteId, given: Given<'g>) -> Vec<Weighed<'g>>
+    where
+        'a: 'g,
+    {
+        let mut runs: Vec<Weighed<'g>> = Vec::new();
+        let placed = self.placed(site, given);
+        for (part, rows) in self.parts_of(given) {
+            let maps = placed.iter().filter(|placed| placed.part == part).filter_map(|placed| match placed.port {
+                Port::Weight(map) => Some((placed, map)),
+                _ => None,
+            });
+            let maps: Vec<_> = maps.collect();
+            let ends = maps.iter().flat_map(|(placed, _)| [placed.rows.start, placed.rows.end]);
+            let ends: Vec<usize> = ends.chain([rows.start, rows.end]).collect::<BTreeSet<_>>().into_iter().collect();
+            for ends in ends.windows(2) {
+                let covers = |placed: &Placed<'g, Port<'g>>| placed.rows.start <= ends[0] && ends[1] <= placed.rows.end;
+                let maps = maps.iter().filter(|(placed, _)| covers(placed)).map(|(placed, map)| placed.with(*map));
+                let run = Weighed { rows: ends[0]..ends[1], part, maps: maps.collect() };
+                match runs.last_mut().filter(|last| self.same_weight(last, &run, site)) {
+                    Some(last) => last.rows.end = run.rows.end,
+                    None => runs.push(run),
+                }
+            }
+        }
+        runs
+    }
+
+    fn same_weight(&self, a: &Weighed<'_>, b: &Weighed<'_>, site: &SiteId) -> bool {
+        let same = |(a, b): (&Maps<'_>, &Maps<'_>)| self.same(a, b);
+        self.alike(a.part, b.part, site) && a.maps.len() == b.maps.len() && a.maps.iter().zip(&b.maps).all(same)
+    }
+
+    /// Reads the weight of some rows, as `w_oi`.
+    pub(crate) fn with_weight(&self, site: &Site, of: &Weighed<'_>, then: impl FnOnce(Operand<'_>)) -> Result<()> {
+        if of.is_made() {
+            return self.with_tensor(site, &self.made(site, of, &[])?, then);
+        }
+        match self.own(of.part, &site.id, "weight") {
+            Some((_, tensor)) => self.with_tensor(site, tensor, then),
+            None => {
+                let frozen = self.base.matrix(&self.base.tensor_name(site.id.as_str(), "weight"))?;
+                let reading = frozen.read().context(|| format!("linear {}", site.id))?;
+                then(Operand::plain(reading.mat()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads a weight that is not the base's.
+    fn with_tensor(&self, site: &Site, tensor: &Tensor, then: impl FnOnce(Operand<'_>)) -> Result<()> {
+        let reading = reading::read(tensor).context(|| format!("linear {}", site.id))?;
+        // In a pass of bf16 a weight of 32 bits is rounded like the frozen ones; its master value is not.
+        match self.dtype {
+            Activations::F32 => then(Operand::plain(reading.mat())),
+            Activations::Bf16 => {
+                let mut narrow = self.arena.mat(reading.mat().rows(), reading.mat().cols(), self.dtype);
+                self.kernels.convert(reading.mat(), narrow.view_mut());
+                then(Operand::plain(narrow.view()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The weight that components make, of `leaves` where there are any.
+    fn made(&self, site: &Site, of: &Weighed<'_>, leaves: &[(TensorId, Var)]) -> Result<Tensor> {
+        self.meter.time(Work::Adapter, || {
+            let leaf = |id: &TensorId| leaves.iter().find(|(leaf, _)| leaf == id).map(|(_, var)| var.as_tensor());
+            let id = self.id_of(of.part, &site.id, "weight");
+            let mut w_oi = match (leaf(&id), self.own(of.part, &site.id, "weight")) {
+                (Some(leaf), _) => leaf.clone(),
+                (None, Some((_, own))) => own.clone(),
+                (None, None) => self.base.tensor(&id.name, DType::F32)?,
+            };
+            let shape = w_oi.shape().clone();
+            for map in &of.maps {
+                let theta = self.parts[map.part].theta;
+                let held = |name: &TensorName| {
+                    let id = TensorId { owner: map.owner(), name: name.clone() };
+                    leaf(&id).or_else(|| theta.get(&id))
+                };
+                w_oi = map.port.graph(&w_oi, &stack::locals_by(map.at, held)?)?;
+                if *w_oi.shape() != shape {
+                    let message = format!("the component at {} made {:?} of {shape:?}", site.id, w_oi.shape());
+                    return Err(Error::Refused(message));
+                }
+            }
+            Ok(w_oi.contiguous()?)
+        })
+    }
+
+    /// The reverse of a product with the weight of some rows: their share of its gradient to the sinks, and the weight to
+    /// `product`, if anything is to be multiplied with it.
+    pub(crate) fn weighed_vjp(
+        &self,
+        site: &Site,
+        of: &Weighed<'_>,
+        given: Given<'_>,
+        (x_ti, dy_to): (MatRef<'_>, MatRef<'_>),
+        product: Option<impl FnOnce(Operand<'_>)>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<()> {
+        let within = |(part, rows): (usize, Range<usize>)| {
+            let rows = rows.start.max(of.rows.start)..rows.end.min(of.rows.end);
+            (!rows.is_empty()).then_some((part, rows))
+        };
+        let parts: Vec<(usize, Range<usize>)> = self.parts_of(given).into_iter().filter_map(within).collect();
+        let operands =
+            |rows: &Range<usize>| (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
+        if !of.is_made() {
+            for (part, rows) in parts {
+                let id = self.id_of(part, &site.id, "weight");
+                if let Some(dw) = self.weight_gradient(&id, sinks[part].want(&id), operands(&rows))? {
+                    sinks[part].put(&id, &dw)?;
+                }
+            }
+            return product.map_or(Ok(()), |product| self.with_weight(site, of, product));
+        }
+        let leaves = self.leaves(site, of, |id| parts.iter().any(|(part, _)| wants(&*sinks[*part], id)))?;
+        let w_oi = self.made(site, of, &leaves)?;
+        if let Some(product) = product {
+            self.with_tensor(site, &w_oi, product)?;
+        }
+        if leaves.is_empty() {
+            return Ok(());
+        }
+        let vars: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
+        for (part, rows) in parts {
+            let dw_oi = self.over_rows(operands(&rows))?;
+            let gradients = self.meter.time(Work::Adapter, || autograd::pull(&vars, &[(&w_oi, &dw_oi)]))?;
+            for ((id, _), gradient) in leaves.iter().zip(gradients) {
+                gradient.map(|gradient| regions::put(&mut *sinks[part], id, &gradient)).transpose()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensors that a made weight is made of and whose gradient is wanted.
+    fn leaves(&self, site: &Site, of: &Weighed<'_>, wanted: impl Fn(&TensorId) -> bool) -> Result<Leaves> {
+        let mut leaves = Leaves::new();
+        let own = self.id_of(of.part, &site.id, "weight");
+        if wanted(&own) {
+            let value = match self.own(of.part, &site.id, "weight") {
+                Some((_, tensor)) => autograd::leaf(tensor)?,
+                None => autograd::leaf(&self.base.tensor(&own.name, DType::F32)?)?,
+            };
+            leaves.push((own, value));
+        }
+        for map in &of.maps {
+            for id in map.at.tensors.iter().map(|spec| map.id(spec)).filter(|id| wanted(id)) {
+                if let Some(value) = self.parts[map.part].theta.get(&id) {
+                    leaves.push((id, autograd::leaf(value)?));
+                }
+            }
+        }
+        Ok(leaves)
+    }
+
+    /// The gradients of the site's own bias, part by part.
+    pub(crate) fn bias_vjp(
+        &self,
+        site: &Site,
+        given: Given<'_>,
+        dy_to: MatRef<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<()> {
+        let SiteKind::Linear { output, bias: true, .. } = site.kind else { return Ok(()) };
+        for (part, rows) in self.parts_of(given) {
+            let id = self.id_of(part, &site.id, "bias");
+            if wants(&*sinks[part], &id) {
+                let mut db = vec![0.0f32; output];
+                let dy = dy_to.sub_rows(rows.start, rows.end);
+                let wide = self.wide(dy);
+                let dy = wide.as_ref().map_or_else(|| f32s(dy), |rows| Ok(rows.view()))?;
+                self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
+                regions::put(&mut *sinks[part], &id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is asked for of `dW_oi = dy_toᵀ x_ti`, and no more of it.
+    fn weight_gradient(
+        &self,
+        id: &TensorId,
+        region: Region<'_>,
+        (x_ti, dy_to): (MatRef<'_>, MatRef<'_>),
+    ) -> Result<Option<Tensor>> {
+        let (output, input) = (dy_to.cols(), x_ti.cols());
+        let (rows, cols) = match region {
+            Region::None => return Ok(None),
+            Region::Entries(entries) => {
+                entries_within(id, entries, output * input)?;
+                let dw = self.meter.time(Work::Gemm, || entries_of_product(entries, input, x_ti, dy_to));
+                let length = dw.len();
+                return Ok(Some(Tensor::from_vec(dw, length, &Device::Cpu)?));
+            }
+            Region::All => (None, None),
+            Region::Rows(rows) => (Some(rows), None),
+            Region::Cols(cols) => (None, Some(cols)),
+            Region::Cross(rows, cols) => (Some(rows), Some(cols)),
+        };
+        let cut = |mat: MatRef<'_>, wanted: Option<&[u32]>, dim| -> Result<Option<Mat>> {
+            let Some(wanted) = wanted else { return Ok(None) };
+            within(id, wanted, mat.cols(), dim)?;
+            let mut to = self.arena.mat(mat.rows(), wanted.len(), self.dtype);
+            self.meter.time(Work::Elementwise, || columns(mat, wanted, to.view_mut()));
+            Ok(Some(to))
+        };
+        let (cut_dy, cut_x) = (cut(dy_to, rows, 0)?, cut(x_ti, cols, 1)?);
+        let dy = cut_dy.as_ref().map_or(dy_to, Mat::view);
+        let x = cut_x.as_ref().map_or(x_ti, Mat::view);
+        Ok(Some(self.over_rows((x, dy))?))
+    }
+
+    /// `dy_toᵀ x_ti`.
+    fn over_rows(&self, (x_ti, dy_to): (MatRef<'_>, MatRef<'_>)) -> Result<Tensor> {
+        let shape = (dy_to.cols(), x_ti.cols());
+        let mut dw = vec![0.0f32; shape.0 * shape.1];
+        let of = Gemm::new(Operand::transposed(dy_to), Operand::plain(x_ti));
+        self.meter.time(Work::Gemm, || self.kernels.gemm(ViewMut::new(&mut dw, shape.0, shape.1), &of));
+        Ok(Tensor::from_vec(dw, shape, &Device::Cpu)?)
+    }
+}
+
+/// Some columns of a matrix, in its own type.
+fn columns(from: MatRef<'_>, wanted: &[u32], to: MatMut<'_>) {
+    fn copy<T: Copy>(from: View<'_, T>, wanted: &[u32], mut to: ViewMut<'_, T>) {
+        for row in 0..from.rows() {
+            let from = from.row(row);
+            to.row(row).iter_mut().zip(wanted).for_each(|(to, &col)| *to = from[col as usize]);
+        }
+    }
+    match (from, to) {
+        (MatRef::F32(from), MatMut::F32(to)) => copy(from, wanted, to),
+        (MatRef::Bf16(from), MatMut::Bf16(to)) => copy(from, wanted, to),
+        _ => unreachable!("operands of a product are in the type of the activations"),
+    }
+}
+
+/// Single entries of `dy_toᵀ x_ti`, by flat index: row after row, so that both are read as they lie.
+fn entries_of_product(entries: &[u64], input: usize, x_ti: MatRef<'_>, dy_to: MatRef<'_>) -> Vec<f32> {
+    fn add<T: Copy, F: Fn(T) -> f32>(
+        sums: &mut [f32],
+        at: &[(usize, usize)],
+        x: View<'_, T>,
+        dy: View<'_, T>,
+        wide: F,
+    ) {
+        for row in 0..x.rows() {
+            let (x, dy) = (x.row(row), dy.row(row));
+            sums.iter_mut().zip(at).for_each(|(sum, &(o, i))| *sum += wide(dy[o]) * wide(x[i]));
+        }
+    }
+    let at: Vec<(usize, usize)> =
+        entries.iter().map(|&entry| (entry as usize / input, entry as usize % input)).collect();
+    let mut sums = vec![0.0; at.len()];
+    match (x_ti, dy_to) {
+        (MatRef::F32(x), MatRef::F32(dy)) => add(&mut sums, &at, x, dy, |v| v),
+        (MatRef::Bf16(x), MatRef::Bf16(dy)) => add(&mut sums, &at, x, dy, |v: half::bf16| v.to_f32()),
+        _ => unreachable!("operands of a product are in the type of the activations"),
+    }
+    sums
+}
