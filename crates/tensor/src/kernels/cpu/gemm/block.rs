@@ -17,6 +17,8 @@ const ROWS: usize = 96;
 const DEPTH: usize = 256;
 /// The same for pairs of bf16, which are half as large.
 const DEPTH_PAIRS: usize = 512;
+/// Register tiles of rows up to which columns are read where they lie.
+const TILES_UNPACKED: usize = 4;
 
 /// Rows and columns of a product.
 pub(super) struct Block<'p, 'a> {
@@ -26,13 +28,16 @@ pub(super) struct Block<'p, 'a> {
     pub(super) scratch: &'p mut Scratch,
 }
 
-/// Packed columns of one stretch: a panel for every two vectors of columns, each `2 LANES depth` numbers after the one
-/// before.
+/// Columns of one stretch: a panel for every two vectors of columns.
 #[derive(Clone, Copy)]
 struct Panels {
     at: *const f32,
     /// Numbers or pairs along the contraction.
     depth: usize,
+    /// Numbers from panel to panel.
+    apart: usize,
+    /// Numbers from one vector to the next, where panels are not packed.
+    unpacked: Option<usize>,
 }
 
 impl Body for Block<'_, '_> {
@@ -48,7 +53,10 @@ impl Body for Block<'_, '_> {
         for at in 0..stretches {
             let ks = at * stretch..depth.min((at + 1) * stretch);
             let last = at + 1 == stretches;
-            let panels = pack_columns(s, &of.b, &cols, ks.clone(), of.pairs, !of.a.along, right);
+            let panels = match unpacked(s, of, &cols, &ks) {
+                Some(panels) => panels,
+                None => pack_columns(s, &of.b, &cols, ks.clone(), of.pairs, !of.a.along, right),
+            };
             let mut row = rows.start;
             while row < rows.end {
                 let (end, term) = if last { term_at(of.low_rank, row, rows.end) } else { (rows.end, None) };
@@ -75,6 +83,16 @@ fn term_at<'p, 'a>(terms: &'p [LowRank<'a>], row: usize, end: usize) -> (usize, 
     }
 }
 
+/// Columns that are read where they lie: whole panels of them, side by side, for so few rows that packing would cost more than
+/// it brings.
+#[inline(always)]
+fn unpacked<S: Simd>(_: S, of: &Product<'_>, cols: &Range<usize>, ks: &Range<usize>) -> Option<Panels> {
+    let few = of.a.outer() <= TILES_UNPACKED * micro::rows::<S>();
+    let (at, apart) = of.b.across(cols.start, ks.start).filter(|_| few && !of.pairs)?;
+    let whole = cols.len().is_multiple_of(2 * S::LANES);
+    whole.then_some(Panels { at, depth: ks.len(), apart: 2 * S::LANES, unpacked: Some(apart) })
+}
+
 #[inline(always)]
 fn pack_columns<S: Simd>(
     s: S,
@@ -86,16 +104,22 @@ fn pack_columns<S: Simd>(
     room: &mut Buffer,
 ) -> Panels {
     let depth = if pairs { ks.len().div_ceil(2) } else { ks.len() };
-    let to = room.reserve(cols.len().next_multiple_of(2 * S::LANES) * depth);
-    for (panel, col) in cols.clone().step_by(2 * S::LANES).enumerate() {
-        let n = (cols.end - col).min(2 * S::LANES);
-        let width = micro::width::<S>(n, beside);
-        // SAFETY: each panel has room for two vectors of columns; the columns and numbers exist.
-        unsafe {
-            b.pack_panel(s, col..col + n, ks.clone(), pairs, width, to.add(panel * 2 * S::LANES * depth));
+    let apart = 2 * S::LANES * depth + APART;
+    let to = room.reserve(cols.len().div_ceil(2 * S::LANES) * apart);
+    // SAFETY: each panel has room for two vectors of columns; the columns and numbers exist.
+    unsafe {
+        if b.along {
+            for (panel, col) in cols.clone().step_by(2 * S::LANES).enumerate() {
+                let n = (cols.end - col).min(2 * S::LANES);
+                let width = micro::width::<S>(n, beside);
+                b.turn_panel(s, col..col + n, ks.clone(), pairs, width, to.add(panel * apart));
+            }
+        } else {
+            let last = micro::width::<S>(cols.len() % (2 * S::LANES), beside);
+            b.copy_panels(s, cols.clone(), ks, pairs, (apart, last), to);
         }
     }
-    Panels { at: to, depth }
+    Panels { at: to, depth, apart, unpacked: None }
 }
 
 /// Rows that stay in a cache while all panels pass.
@@ -121,7 +145,7 @@ impl<'a> Part<'_, 'a> {
         let (of, tile) = (self.of, micro::rows::<S>());
         // Where the rows of a tile are, from the block's first row on.
         let (a, apart, tile_apart) = self.prepare(s, panels.depth, left);
-        let none = Stretch { a: ptr::null(), apart: Some(0), b: ptr::null(), depth: 0 };
+        let none = Stretch { a: ptr::null(), apart: Some(0), b: ptr::null(), unpacked: None, depth: 0 };
         let thin = thin.map(|(term, panels)| {
             let factor = Factor { mat: term.left, along: true };
             let rows = self.rows.start - term.rows.start..self.rows.end - term.rows.start;
@@ -139,18 +163,20 @@ impl<'a> Part<'_, 'a> {
             for row in (0..self.rows.len()).step_by(tile) {
                 let (i, target) = (self.rows.start + row, of.c);
                 let place = if target.turned { col * target.stride + i } else { i * target.stride + col };
-                let panel_of = |panels: Panels| panels.at.wrapping_add(panel * 2 * S::LANES * panels.depth);
+                let panel_of = |panels: Panels| panels.at.wrapping_add(panel * panels.apart);
                 let to = Tile {
                     main: Stretch {
                         a: a.wrapping_byte_add(row / tile * tile_apart),
                         apart,
                         b: panel_of(panels),
+                        unpacked: panels.unpacked,
                         depth: panels.depth,
                     },
                     thin: thin.map_or(none, |(a, apart, panels)| Stretch {
                         a: a.wrapping_byte_add(row * apart),
                         apart: Some(apart),
                         b: panel_of(panels),
+                        unpacked: panels.unpacked,
                         depth: panels.depth,
                     }),
                     c: target.at.wrapping_add(place),

@@ -33,6 +33,8 @@ pub(super) struct Stretch {
     pub(super) apart: Option<usize>,
     /// The panel.
     pub(super) b: *const f32,
+    /// Numbers from one vector of the panel to the next, where it is not packed.
+    pub(super) unpacked: Option<usize>,
     /// Numbers, or pairs, along the contraction.
     pub(super) depth: usize,
 }
@@ -178,8 +180,14 @@ unsafe fn chain<S: Simd, const M: usize, const V: usize, const BESIDE: bool, con
 ) {
     let apart = along.apart.unwrap_or(0);
     let (mut a, mut b) = (along.a, along.b);
+    let b_apart = along.unpacked.unwrap_or(V * S::LANES);
     let lines = along.depth / LINE;
     for _ in 0..lines {
+        if along.unpacked.is_some() {
+            for i in 0..LINE {
+                s.prefetch(b.wrapping_add((LINE + i) * b_apart));
+            }
+        }
         // The next tile's rows, which no hardware foresees.
         for i in 0..if BESIDE { rows::<S>() } else { M } {
             let ahead = if BESIDE { AHEAD * rows::<S>() * 4 + i * 64 } else { (i + M) * apart };
@@ -187,12 +195,12 @@ unsafe fn chain<S: Simd, const M: usize, const V: usize, const BESIDE: bool, con
         }
         for _ in 0..LINE {
             // SAFETY: the caller's.
-            unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, &mut a, &mut b, apart) }
+            unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, (&mut a, apart), (&mut b, b_apart)) }
         }
     }
     for _ in lines * LINE..along.depth {
         // SAFETY: the caller's.
-        unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, &mut a, &mut b, apart) }
+        unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, (&mut a, apart), (&mut b, b_apart)) }
     }
 }
 
@@ -201,9 +209,8 @@ unsafe fn chain<S: Simd, const M: usize, const V: usize, const BESIDE: bool, con
 unsafe fn step<S: Simd, const M: usize, const V: usize, const BESIDE: bool, const PAIRS: bool>(
     s: S,
     sums: &mut [[S::F; V]; M],
-    a: &mut *const f32,
-    b: &mut *const f32,
-    apart: usize,
+    (a, apart): (&mut *const f32, usize),
+    (b, b_apart): (&mut *const f32, usize),
 ) {
     // SAFETY: the caller's.
     unsafe {
@@ -218,7 +225,7 @@ unsafe fn step<S: Simd, const M: usize, const V: usize, const BESIDE: bool, cons
                 *sum = if PAIRS { s.dot_pairs(x, columns, *sum) } else { s.fma(x, columns, *sum) };
             }
         }
-        *b = b.add(V * S::LANES);
+        *b = b.wrapping_add(b_apart);
         *a = a.add(if BESIDE { rows::<S>() } else { 1 });
     }
 }

@@ -20,6 +20,9 @@ pub(super) struct Factor<'a> {
 /// Numbers by which packed rows and panels are moved apart, so that they do not compete for the same lines of a cache.
 pub(super) const APART: usize = 16;
 
+/// How many rows ahead numbers that lie side by side are asked for.
+const AHEAD: usize = 8;
+
 impl<'a> Factor<'a> {
     pub(super) fn left(of: Operand<'a>) -> Self {
         Self { mat: of.mat, along: !of.transposed }
@@ -62,13 +65,25 @@ impl<'a> Factor<'a> {
         }
     }
 
-    /// Lays rows `outer` out as a panel: for each number (or pair) along `ks` one of each row, `width` of them, a multiple
-    /// of the vector's length; zeros where there is no row.
+    /// Where the numbers of the rows from `outer` on lie side by side, from `p` on: the place of the first, and how many numbers
+    /// further the next ones are. Not if they would have to be widened or turned.
+    pub(super) fn across(&self, outer: usize, p: usize) -> Option<(*const f32, usize)> {
+        match self.mat {
+            MatRef::F32(view) if !self.along => {
+                let at = self.place(outer, p, view.stride());
+                Some((view.data().as_ptr().wrapping_add(at), view.stride()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Lays rows `outer`, which lie along the contraction, out as a panel: for each number (or pair) along `ks` one of each row,
+    /// `width` of them, a multiple of the vector's length; zeros where there is no row.
     ///
     /// # Safety
     /// At `to` there is room for `width` numbers for each number or pair of `ks`. The rows and numbers exist.
     #[inline(always)]
-    pub(super) unsafe fn pack_panel<S: Simd>(
+    pub(super) unsafe fn turn_panel<S: Simd>(
         &self,
         s: S,
         outer: Range<usize>,
@@ -77,16 +92,82 @@ impl<'a> Factor<'a> {
         width: usize,
         to: *mut f32,
     ) {
-        debug_assert!(outer.len() <= width && width.is_multiple_of(S::LANES));
+        debug_assert!(self.along && outer.len() <= width && width.is_multiple_of(S::LANES));
         for group in (0..width).step_by(S::LANES) {
             let rows = (outer.start + group).min(outer.end)..(outer.start + group + S::LANES).min(outer.end);
             // SAFETY: the group lies within the panel, whose rows the caller vouches for.
             unsafe {
                 let to = to.add(group);
-                match (self.along, pairs) {
-                    (true, false) => self.turn(s, rows, ks.clone(), width, to),
-                    (true, true) => self.turn_pairs(s, rows, ks.clone(), width, to),
-                    (false, _) => self.copy(s, rows, ks.clone(), pairs, width, to),
+                if pairs {
+                    self.turn_pairs(s, rows, ks.clone(), width, to);
+                } else {
+                    self.turn(s, rows, ks.clone(), width, to);
+                }
+            }
+        }
+    }
+
+    /// Lays rows `outer`, which lie across the contraction, out as panels of two vectors of rows, `apart` numbers after each
+    /// other: for each number (or pair) along `ks` one of each row. The rows of a last panel that is not full are `last` wide,
+    /// zeros where there is no row. What lies side by side is read from one end to the other.
+    ///
+    /// # Safety
+    /// At `to` there is room for the panels. The rows and numbers exist.
+    #[inline(always)]
+    pub(super) unsafe fn copy_panels<S: Simd>(
+        &self,
+        s: S,
+        outer: Range<usize>,
+        ks: Range<usize>,
+        pairs: bool,
+        (apart, last): (usize, usize),
+        to: *mut f32,
+    ) {
+        debug_assert!(!self.along);
+        let (width, step) = (2 * S::LANES, 1 + usize::from(pairs));
+        let full = outer.len() / width;
+        for (unit, p) in ks.clone().step_by(step).enumerate() {
+            // SAFETY: the caller's; the loops end with the rows.
+            unsafe {
+                match self.mat {
+                    MatRef::F32(view) if !pairs => {
+                        let from = view.data().as_ptr().add(p * view.stride() + outer.start);
+                        for panel in 0..full {
+                            let (from, to) = (from.add(panel * width), to.add(panel * apart + unit * width));
+                            s.prefetch(from.wrapping_add(AHEAD * view.stride()));
+                            s.store_at(to, s.load_at(from));
+                            s.store_at(to.add(S::LANES), s.load_at(from.add(S::LANES)));
+                        }
+                    }
+                    MatRef::Bf16(view) if !pairs => {
+                        let from = view.data().as_ptr().add(p * view.stride() + outer.start);
+                        for panel in 0..full {
+                            let (from, to) = (from.add(panel * width), to.add(panel * apart + unit * width));
+                            s.store_at(to, s.load_bf16_at(from));
+                            s.store_at(to.add(S::LANES), s.load_bf16_at(from.add(S::LANES)));
+                        }
+                    }
+                    _ => {
+                        for panel in 0..full {
+                            for group in [0, S::LANES] {
+                                let x = self.load_across(
+                                    s,
+                                    outer.start + panel * width + group,
+                                    S::LANES,
+                                    p..ks.end,
+                                    pairs,
+                                );
+                                s.store_at(to.add(panel * apart + unit * width + group), x);
+                            }
+                        }
+                    }
+                }
+                if full * width < outer.len() {
+                    for group in (0..last).step_by(S::LANES) {
+                        let row = (outer.start + full * width + group).min(outer.end);
+                        let x = self.load_across(s, row, (outer.end - row).min(S::LANES), p..ks.end, pairs);
+                        s.store_at(to.add(full * apart + unit * last + group), x);
+                    }
                 }
             }
         }
@@ -112,14 +193,40 @@ impl<'a> Factor<'a> {
     ) {
         debug_assert!(!self.along && width <= S::LANES);
         let step = 1 + usize::from(pairs);
+        // Panels of which a whole vector can be read.
+        let whole = if outer.len() < S::LANES { 0 } else { (outer.len() - S::LANES) / width + 1 };
+        let panels = outer.len().div_ceil(width);
         for (unit, p) in ks.clone().step_by(step).enumerate() {
-            for (panel, row) in outer.clone().step_by(width).enumerate() {
-                let n = (outer.end - row).min(S::LANES);
-                // SAFETY: `n` numbers exist from `row` on; a vector at each panel's place is within the room, and what it
-                // overwrites of a later place is written after it.
-                unsafe {
-                    let x = self.load_across(s, row, n, p..ks.end, pairs);
-                    s.store_at(to.add(panel * apart + unit * width), x);
+            // SAFETY: as many numbers exist as are read; a vector at each panel's place is within the room, and what it
+            // overwrites of a later place is written after it.
+            unsafe {
+                let to = to.add(unit * width);
+                match self.mat {
+                    MatRef::F32(view) if !pairs => {
+                        let from = view.data().as_ptr().add(p * view.stride() + outer.start);
+                        for panel in 0..whole {
+                            let from = from.add(panel * width);
+                            s.prefetch(from.wrapping_add(AHEAD * view.stride()));
+                            s.store_at(to.add(panel * apart), s.load_at(from));
+                        }
+                    }
+                    MatRef::Bf16(view) if !pairs => {
+                        let from = view.data().as_ptr().add(p * view.stride() + outer.start);
+                        for panel in 0..whole {
+                            s.store_at(to.add(panel * apart), s.load_bf16_at(from.add(panel * width)));
+                        }
+                    }
+                    _ => {
+                        for panel in 0..whole {
+                            let x = self.load_across(s, outer.start + panel * width, S::LANES, p..ks.end, pairs);
+                            s.store_at(to.add(panel * apart), x);
+                        }
+                    }
+                }
+                for panel in whole..panels {
+                    let row = outer.start + panel * width;
+                    let x = self.load_across(s, row, (outer.end - row).min(S::LANES), p..ks.end, pairs);
+                    s.store_at(to.add(panel * apart), x);
                 }
             }
         }
@@ -206,27 +313,6 @@ impl<'a> Factor<'a> {
                 return first;
             }
             s.pair(first, if ks.len() > 1 { self.load_part(s, row, ks.start + 1, n) } else { s.zero() })
-        }
-    }
-
-    /// A group of a panel whose rows lie across.
-    #[inline(always)]
-    unsafe fn copy<S: Simd>(
-        &self,
-        s: S,
-        rows: Range<usize>,
-        ks: Range<usize>,
-        pairs: bool,
-        width: usize,
-        to: *mut f32,
-    ) {
-        let step = 1 + usize::from(pairs);
-        for (unit, p) in ks.clone().step_by(step).enumerate() {
-            // SAFETY: the caller's.
-            unsafe {
-                let x = self.load_across(s, rows.start, rows.len(), p..ks.end, pairs);
-                s.store_at(to.add(unit * width), x);
-            }
         }
     }
 
