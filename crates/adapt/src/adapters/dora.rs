@@ -183,7 +183,7 @@ impl WeightMap for Decomposed {
         // The scaling goes on the smaller factor, and the sum into the product's own tensor is one pass fewer.
         let change_oi = (tensors.get(B)? * self.scale)?.matmul(tensors.get(A)?)?;
         let v_oi = (w_oi + change_oi)?;
-        let lengths_o1 = lengths(&if self.norm_gradient { v_oi.clone() } else { v_oi.detach() })?;
+        let lengths_o1 = if self.norm_gradient { lengths(&v_oi)? } else { lengths(&v_oi.detach())? };
         let factor_o1 = (tensors.get(MAGNITUDE)?.unsqueeze(1)? / lengths_o1)?;
         Ok(v_oi.broadcast_mul(&factor_o1)?)
     }

@@ -21,8 +21,11 @@ pub(crate) struct FromPeft {
     /// Whether one of this type is the method's; the first that says so has it.
     pub(crate) claims: fn(&Map<String, Value>) -> bool,
     /// What it says in our words: the method with its parameters, and the sites. The modules that have tensors are given.
-    pub(crate) read: fn(&Map<String, Value>, &[String]) -> Result<(MethodRef, Targets), Vec<Fault>>,
+    pub(crate) read: fn(&Map<String, Value>, &[String]) -> Read,
 }
+
+/// A method with its parameters and the sites of a configuration.
+type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 
 /// How the configurations of PEFT are read.
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
