@@ -123,6 +123,6 @@ impl Architecture {
 const fn products(site: &Site) -> u64 {
     match site.kind {
         SiteKind::Linear { output, input, .. } => output as u64 * input as u64,
-        SiteKind::Embedding { .. } | SiteKind::Norm { .. } => 0,
+        SiteKind::Embedding { .. } | SiteKind::Norm { .. } | SiteKind::Block { .. } => 0,
     }
 }

@@ -323,7 +323,7 @@ impl Architecture {
             QkNorm::Whole => sites.extend([norm(Place::QueryNorm, query), norm(Place::KeyNorm, kv)]),
         }
         sites.push(linear(Place::Output, hidden, query, self.output_bias));
-        self.with_norm(norm(Place::AttentionNorm, hidden), sites)
+        self.whole(Place::Attention, layer, norm(Place::AttentionNorm, hidden), sites)
     }
 
     pub(crate) fn mlp_sites(&self, layer: u32) -> Vec<Site> {
@@ -336,7 +336,7 @@ impl Architecture {
                 (0..count as u32).for_each(|expert| self.push_mlp(&mut sites, layer, Some(expert)));
             }
         }
-        self.with_norm(self.norm_at(Place::MlpNorm, Some(layer), hidden), sites)
+        self.whole(Place::Mlp, layer, self.norm_at(Place::MlpNorm, Some(layer), hidden), sites)
     }
 
     /// The linears of a layer's MLP or of one of its experts.
@@ -350,8 +350,9 @@ impl Architecture {
         push(Place::Down, [hidden, inner]);
     }
 
-    /// The sites of a block in the order in which it uses them.
-    fn with_norm(&self, norm: Site, mut sites: Vec<Site>) -> Vec<Site> {
+    /// The sites of a block in the order in which it uses them; the block itself is what is between norm and stream.
+    fn whole(&self, place: Place, layer: u32, norm: Site, mut sites: Vec<Site>) -> Vec<Site> {
+        sites.push(self.at(place, Some(layer), None, SiteKind::Block { width: self.hidden }));
         match self.placement {
             NormPlacement::Pre => sites.insert(0, norm),
             NormPlacement::Post => sites.push(norm),
@@ -403,7 +404,7 @@ impl Architecture {
     pub fn tensors(&self) -> Vec<TensorInfo> {
         let mut tensors = Vec::new();
         for Site { id, kind, place, .. } in self.sites() {
-            if self.tied && place == Place::Head {
+            if (self.tied && place == Place::Head) || matches!(kind, SiteKind::Block { .. }) {
                 continue;
             }
             tensors.push(TensorInfo {

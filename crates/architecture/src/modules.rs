@@ -46,6 +46,7 @@ pub(crate) static LLAMA: Modules = Modules {
     prefix: "model.",
     modules: &[
         (Place::Embedding, "model.embed_tokens", "embed_tokens"),
+        (Place::Attention, "model.layers.{}.self_attn", "self_attn"),
         (Place::AttentionNorm, "model.layers.{}.input_layernorm", "input_layernorm"),
         (Place::Query, "model.layers.{}.self_attn.q_proj", "q_proj"),
         (Place::Key, "model.layers.{}.self_attn.k_proj", "k_proj"),
@@ -53,6 +54,7 @@ pub(crate) static LLAMA: Modules = Modules {
         (Place::QueryNorm, "model.layers.{}.self_attn.q_norm", "q_norm"),
         (Place::KeyNorm, "model.layers.{}.self_attn.k_norm", "k_norm"),
         (Place::Output, "model.layers.{}.self_attn.o_proj", "o_proj"),
+        (Place::Mlp, "model.layers.{}.mlp", "mlp"),
         (Place::MlpNorm, "model.layers.{}.post_attention_layernorm", "post_attention_layernorm"),
         (Place::Gate, "model.layers.{}.mlp.gate_proj", "gate_proj"),
         (Place::Up, "model.layers.{}.mlp.up_proj", "up_proj"),
@@ -68,6 +70,7 @@ pub(crate) static OLMOE: Modules = Modules {
     prefix: "model.",
     modules: &[
         (Place::Embedding, "model.embed_tokens", "embed_tokens"),
+        (Place::Attention, "model.layers.{}.self_attn", "self_attn"),
         (Place::AttentionNorm, "model.layers.{}.input_layernorm", "input_layernorm"),
         (Place::Query, "model.layers.{}.self_attn.q_proj", "q_proj"),
         (Place::Key, "model.layers.{}.self_attn.k_proj", "k_proj"),
@@ -75,6 +78,7 @@ pub(crate) static OLMOE: Modules = Modules {
         (Place::QueryNorm, "model.layers.{}.self_attn.q_norm", "q_norm"),
         (Place::KeyNorm, "model.layers.{}.self_attn.k_norm", "k_norm"),
         (Place::Output, "model.layers.{}.self_attn.o_proj", "o_proj"),
+        (Place::Mlp, "model.layers.{}.mlp", "mlp"),
         (Place::MlpNorm, "model.layers.{}.post_attention_layernorm", "post_attention_layernorm"),
         (Place::Router, "model.layers.{}.mlp.gate", "gate"),
         (Place::Gate, "model.layers.{}.mlp.experts.{}.gate_proj", "gate_proj"),
@@ -92,9 +96,11 @@ pub(crate) static GPT2: Modules = Modules {
     modules: &[
         (Place::Embedding, "transformer.wte", "wte"),
         (Place::Positions, "transformer.wpe", "wpe"),
+        (Place::Attention, "transformer.h.{}.attn", "attn"),
         (Place::AttentionNorm, "transformer.h.{}.ln_1", "ln_1"),
         (Place::QueryKeyValue, "transformer.h.{}.attn.c_attn", "c_attn"),
         (Place::Output, "transformer.h.{}.attn.c_proj", "attn.c_proj"),
+        (Place::Mlp, "transformer.h.{}.mlp", "mlp"),
         (Place::MlpNorm, "transformer.h.{}.ln_2", "ln_2"),
         (Place::Up, "transformer.h.{}.mlp.c_fc", "c_fc"),
         (Place::Down, "transformer.h.{}.mlp.c_proj", "mlp.c_proj"),
@@ -104,7 +110,8 @@ pub(crate) static GPT2: Modules = Modules {
     ],
 };
 
-/// BERT. Its heads have no prefix, so [`Modules::prefix`] is the trunk's.
+/// BERT. Its heads have no prefix, so [`Modules::prefix`] is the trunk's. Its MLP is no module: the one that ends it stands for
+/// it.
 pub(crate) static BERT: Modules = Modules {
     prefix: "bert.",
     modules: &[
@@ -112,11 +119,13 @@ pub(crate) static BERT: Modules = Modules {
         (Place::Positions, "bert.embeddings.position_embeddings", "position_embeddings"),
         (Place::TokenTypes, "bert.embeddings.token_type_embeddings", "token_type_embeddings"),
         (Place::EmbeddingNorm, "bert.embeddings.LayerNorm", "embeddings.LayerNorm"),
+        (Place::Attention, "bert.encoder.layer.{}.attention", "attention"),
         (Place::Query, "bert.encoder.layer.{}.attention.self.query", "query"),
         (Place::Key, "bert.encoder.layer.{}.attention.self.key", "key"),
         (Place::Value, "bert.encoder.layer.{}.attention.self.value", "value"),
         (Place::Output, "bert.encoder.layer.{}.attention.output.dense", "attention.output.dense"),
         (Place::AttentionNorm, "bert.encoder.layer.{}.attention.output.LayerNorm", "attention.output.LayerNorm"),
+        (Place::Mlp, "bert.encoder.layer.{}.output", "output"),
         (Place::Up, "bert.encoder.layer.{}.intermediate.dense", "intermediate.dense"),
         (Place::Down, "bert.encoder.layer.{}.output.dense", "output.dense"),
         (Place::MlpNorm, "bert.encoder.layer.{}.output.LayerNorm", "output.LayerNorm"),

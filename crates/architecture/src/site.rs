@@ -4,6 +4,7 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
+use attune_spec::method;
 use serde::{Deserialize, Serialize};
 
 /// A site's name: its Hugging Face module path, `model.layers.3.self_attn.q_proj`. Cheap to clone; ordered as text.
@@ -97,6 +98,12 @@ pub enum SiteKind {
         /// Whether there is a bias of the same shape.
         bias: bool,
     },
+    /// A whole attention or MLP between two points of the residual stream: rows of the stream's width in and out, no tensors
+    /// of its own.
+    Block {
+        /// Width of the stream.
+        width: usize,
+    },
 }
 
 impl SiteKind {
@@ -106,15 +113,17 @@ impl SiteKind {
             Self::Linear { .. } => "linear",
             Self::Embedding { .. } => "embedding",
             Self::Norm { .. } => "norm",
+            Self::Block { .. } => "block",
         }
     }
 
-    /// Shape of the weight.
+    /// Shape of the weight; empty for a block, which has none.
     pub fn weight_shape(&self) -> Vec<usize> {
         match *self {
             Self::Linear { output, input, .. } => vec![output, input],
             Self::Embedding { vocab, width } => vec![vocab, width],
             Self::Norm { width, .. } => vec![width],
+            Self::Block { .. } => Vec::new(),
         }
     }
 
@@ -123,7 +132,7 @@ impl SiteKind {
         match *self {
             Self::Linear { output, bias: true, .. } => Some(output),
             Self::Norm { width, bias: true } => Some(width),
-            Self::Linear { .. } | Self::Embedding { .. } | Self::Norm { .. } => None,
+            Self::Linear { .. } | Self::Embedding { .. } | Self::Norm { .. } | Self::Block { .. } => None,
         }
     }
 
@@ -138,6 +147,7 @@ impl SiteKind {
             Self::Linear { output, input, .. } => output as u64 * input as u64,
             Self::Embedding { vocab, width } => vocab as u64 * width as u64,
             Self::Norm { width, .. } => width as u64,
+            Self::Block { .. } => 0,
         };
         match self.bias_width() {
             Some(width) => weight + width as u64,
@@ -158,6 +168,8 @@ pub enum Place {
     TokenTypes,
     /// On the embedding.
     EmbeddingNorm,
+    /// Attention as a whole.
+    Attention,
     /// Before attention, or after it where norms come last.
     AttentionNorm,
     /// Queries.
@@ -174,6 +186,8 @@ pub enum Place {
     KeyNorm,
     /// From the heads back to the stream.
     Output,
+    /// The MLP, or the mixture of experts, as a whole.
+    Mlp,
     /// Before the MLP, or after it where norms come last.
     MlpNorm,
     /// Logits of experts.
@@ -213,19 +227,34 @@ pub struct Site {
 }
 
 impl Site {
-    /// Output and input width of a linear; of an embedding, width and number of rows.
+    /// Output and input width of a linear; of an embedding, width and number of rows; of a block, the stream's width twice.
     pub const fn out_in(&self) -> Option<(usize, usize)> {
         match self.kind {
             SiteKind::Linear { output, input, .. } => Some((output, input)),
             SiteKind::Embedding { vocab, width } => Some((width, vocab)),
             SiteKind::Norm { .. } => None,
+            SiteKind::Block { width } => Some((width, width)),
         }
     }
 }
 
 impl Site {
-    /// The local names of its own tensors: `weight`, and `bias` where it has one.
+    /// What a method has to apply to, to be put on it.
+    pub const fn offers(&self) -> method::SiteKind {
+        match (self.kind, self.place) {
+            (SiteKind::Linear { .. }, _) => method::SiteKind::Linear,
+            (SiteKind::Embedding { .. }, _) => method::SiteKind::Embedding,
+            (SiteKind::Norm { .. }, _) => method::SiteKind::Norm,
+            (SiteKind::Block { .. }, Place::Attention) => method::SiteKind::Attention,
+            (SiteKind::Block { .. }, _) => method::SiteKind::Mlp,
+        }
+    }
+
+    /// The local names of its own tensors: `weight`, and `bias` where it has one; a block has none.
     pub const fn locals(&self) -> &'static [&'static str] {
+        if matches!(self.kind, SiteKind::Block { .. }) {
+            return &[];
+        }
         if self.kind.bias_width().is_some() { &["weight", "bias"] } else { &["weight"] }
     }
 }

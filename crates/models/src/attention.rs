@@ -16,6 +16,9 @@ use crate::rope::RopeTables;
 #[derive(Debug)]
 pub(crate) struct RowPlan {
     pub(crate) rope: Option<RopeTables>,
+    /// The position of each row.
+    pub(crate) positions: Vec<usize>,
+    docs: Vec<std::ops::Range<u32>>,
     /// Row numbers in the order of the groups, and the way back; `None` if the rows are in that order already.
     reorder: Option<(Tensor, Tensor)>,
     /// Number of documents and their length, group by group.
@@ -25,8 +28,10 @@ pub(crate) struct RowPlan {
 }
 
 impl RowPlan {
-    pub(crate) fn new(architecture: &Architecture, layout: &Layout, dtype: DType) -> Result<Self> {
-        let lengths: Vec<usize> = layout.docs().iter().map(attune_points::Doc::n_rows).collect();
+    /// `taken` says how many places are taken before each document.
+    pub(crate) fn new(architecture: &Architecture, layout: &Layout, taken: &[usize], dtype: DType) -> Result<Self> {
+        let docs = layout.docs().iter().zip(taken);
+        let places: Vec<std::ops::Range<usize>> = docs.map(|(doc, &taken)| taken..taken + doc.n_rows()).collect();
         let mut by_length: BTreeMap<usize, Vec<std::ops::Range<u32>>> = BTreeMap::new();
         for doc in layout.docs().iter().filter(|doc| doc.n_rows() > 0) {
             by_length.entry(doc.n_rows()).or_default().push(doc.rows.clone());
@@ -51,7 +56,9 @@ impl RowPlan {
             }
         }
         Ok(Self {
-            rope: RopeTables::new(architecture, &lengths, dtype)?,
+            rope: RopeTables::new(architecture, &places, dtype)?,
+            positions: places.into_iter().flatten().collect(),
+            docs: layout.docs().iter().map(|doc| doc.rows.clone()).collect(),
             reorder,
             groups: by_length.into_iter().map(|(length, docs)| (docs.len(), length)).collect(),
             masks,
@@ -59,8 +66,18 @@ impl RowPlan {
     }
 
     /// Attention of all rows, each within its document: `q [T, H, W]`, `k` and `v [T, K, W]`, all rotated already, to
-    /// `[T, H W]`.
-    pub(crate) fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, window: Option<u64>) -> Result<Tensor> {
+    /// `[T, H W]`. `before` has for each document keys and values `[P, K, W]` that all its rows see as well.
+    pub(crate) fn attend(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        window: Option<u64>,
+        before: &[Option<(Tensor, Tensor)>],
+    ) -> Result<Tensor> {
+        if before.iter().any(Option::is_some) {
+            return self.attend_beyond(q, k, v, window, before);
+        }
         let select = |x: &Tensor| match &self.reorder {
             Some((order, _)) => x.index_select(order, 0),
             None => Ok(x.clone()),
@@ -74,7 +91,7 @@ impl RowPlan {
                 let (_, heads, width) = x.dims3()?;
                 x.narrow(0, start, rows)?.reshape((n, length, heads, width))
             };
-            outputs.push(attend(&part(&q)?, &part(&k)?, &part(&v)?, self.masks.get(&(length, window)))?);
+            outputs.push(attend(&part(&q)?, &part(&k)?, &part(&v)?, self.masks.get(&(length, window)), 0)?);
             start += rows;
         }
         let o = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 0)? };
@@ -82,6 +99,32 @@ impl RowPlan {
             Some((_, back)) => Ok(o.index_select(back, 0)?),
             None => Ok(o),
         }
+    }
+}
+
+impl RowPlan {
+    /// The same document by document, where some see more than their own rows.
+    fn attend_beyond(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        window: Option<u64>,
+        before: &[Option<(Tensor, Tensor)>],
+    ) -> Result<Tensor> {
+        let mut outputs = Vec::with_capacity(self.docs.len());
+        for (doc, before) in self.docs.iter().zip(before).filter(|(doc, _)| !doc.is_empty()) {
+            let part = |x: &Tensor| x.narrow(0, doc.start as usize, doc.len());
+            let (q, k, v) = (part(q)?, part(k)?, part(v)?);
+            let (k, v) = match before {
+                Some((first_k, first_v)) => (Tensor::cat(&[first_k, &k], 0)?, Tensor::cat(&[first_v, &v], 0)?),
+                None => (k, v),
+            };
+            let extra = k.dim(0)? - doc.len();
+            let mask = self.masks.get(&(doc.len(), window));
+            outputs.push(attend(&q.unsqueeze(0)?, &k.unsqueeze(0)?, &v.unsqueeze(0)?, mask, extra)?);
+        }
+        Ok(Tensor::cat(&outputs, 0)?)
     }
 }
 
@@ -100,9 +143,9 @@ fn mask(length: usize, window: Option<u64>, causal: bool, dtype: DType) -> Resul
     Ok(Some(Tensor::from_vec(values, (length, length), &Device::Cpu)?.to_dtype(dtype)?))
 }
 
-/// `softmax(q kᵀ / sqrt(W) + mask) v` for documents of one shape: `q [N, L, H, W]`, `k` and `v [N, L, K, W]`, mask `[L, L]`,
-/// to `[N L, H W]`. Query head h reads key head h / G.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+/// `softmax(q kᵀ / sqrt(W) + mask) v` for documents of one shape: `q [N, L, H, W]`, `k` and `v [N, P + L, K, W]`, mask `[L, L]`
+/// of the last L keys, to `[N L, H W]`. Query head h reads key head h / G, and all see the first P keys.
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, extra: usize) -> Result<Tensor> {
     let (n, l, h, w) = q.dims4()?;
     let kv = k.dim(2)?;
     let g = h / kv;
@@ -113,7 +156,11 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>) -> Result<T
     let v_nklw = v.transpose(1, 2)?.contiguous()?;
     let scores = q_nkgl.matmul(&k_nkwl)?;
     let scores = match mask {
-        Some(mask) => scores.reshape((n * kv * g, l, l))?.broadcast_add(mask)?.reshape((n, kv, g * l, l))?,
+        Some(mask) => {
+            let mask = mask.pad_with_zeros(1, extra, 0)?;
+            let all = l + extra;
+            scores.reshape((n * kv * g, l, all))?.broadcast_add(&mask)?.reshape((n, kv, g * l, all))?
+        }
         None => scores,
     };
     let o = ops::softmax(&scores)?.matmul(&v_nklw)?;

@@ -240,6 +240,7 @@ impl Weight for SiteWeight<'_> {
             SiteKind::Linear { output, input, .. } => (output, input),
             SiteKind::Embedding { vocab, width } => (vocab, width),
             SiteKind::Norm { width, .. } => (width, 1),
+            SiteKind::Block { .. } => (0, 0),
         }
     }
 
@@ -248,6 +249,10 @@ impl Weight for SiteWeight<'_> {
         match self.site.kind {
             SiteKind::Norm { .. } => Ok(self.base.vector(&name)?.narrow(0, rows.start, rows.len())?.to_dtype(dtype)?),
             SiteKind::Linear { .. } | SiteKind::Embedding { .. } => Ok(self.base.matrix(&name)?.rows(rows, dtype)?),
+            SiteKind::Block { .. } => {
+                let message = format!("{} is a whole block, which has no weight of its own", self.site.id);
+                Err(attune_points::Error::Refused(message))
+            }
         }
     }
 

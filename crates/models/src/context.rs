@@ -1,6 +1,7 @@
 //! What a block's graph sees: its weights, whichever set holds them, and the components at its sites.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use attune_architecture::{NormKind, Site, SiteId};
@@ -168,21 +169,70 @@ impl<'a> GraphCx<'a> {
         x_ti: &Tensor,
         y_to: Tensor,
     ) -> Result<Tensor> {
-        let delta = |rows: Option<&[u32]>, x_ti: &Tensor, set: u32| {
+        self.by_runs(site, (binding, at), x_ti, y_to, |x_ti, y_to, tensors, cx| {
+            Ok((y_to + map.graph(x_ti, tensors, cx)?)?)
+        })
+    }
+
+    /// What components make of the rows that `block` gave, `y_td`, for those that it read, `x_td`.
+    pub(crate) fn branch(&self, block: &Site, x_td: &Tensor, mut y_td: Tensor) -> Result<Tensor> {
+        for (binding, at, port) in self.attached(&block.id) {
+            if let Port::Branch(map) = port {
+                let made =
+                    |x_td: &Tensor, y_td: Tensor, tensors: &Locals, cx: &RowCx<'_>| map.graph(x_td, &y_td, tensors, cx);
+                y_td = self.by_runs(block, (binding, at), x_td, y_td, made)?;
+            }
+        }
+        Ok(y_td)
+    }
+
+    /// For each document the keys and values `[P, K, W]` that components put before its own at `block`.
+    pub(crate) fn keys_before(&self, block: &Site, heads: usize) -> Result<Vec<Option<(Tensor, Tensor)>>> {
+        let mut before: Vec<Option<(Tensor, Tensor)>> = vec![None; self.layout.docs().len()];
+        for (binding, at, port) in self.attached(&block.id) {
+            let Port::Attention(map) = port else { continue };
+            let mut made: BTreeMap<u32, (Tensor, Tensor)> = BTreeMap::new();
+            for (doc, before) in self.layout.docs().iter().zip(&mut before) {
+                let Some(set) = set_of(&binding.rows, doc.rows.start) else { continue };
+                if let Entry::Vacant(entry) = made.entry(set) {
+                    let (k, v) = map.graph(&self.locals(binding.slot, set, at)?)?;
+                    let split = |x: Tensor| x.reshape((x.dim(0)?, heads, x.dim(1)? / heads));
+                    entry.insert((split(k)?, split(v)?));
+                }
+                let (k, v) = &made[&set];
+                *before = Some(match before.take() {
+                    None => (k.clone(), v.clone()),
+                    Some((all_k, all_v)) => (Tensor::cat(&[&all_k, k], 0)?, Tensor::cat(&[&all_v, v], 0)?),
+                });
+            }
+        }
+        Ok(before)
+    }
+
+    /// Runs a component on the rows of each of its sets; others stay.
+    fn by_runs(
+        &self,
+        site: &Site,
+        (binding, at): (&Binding, &Attachment),
+        x: &Tensor,
+        y: Tensor,
+        run: impl Fn(&Tensor, Tensor, &Locals, &RowCx<'_>) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let on = |rows: Option<&[u32]>, x: &Tensor, y: Tensor, set: u32| {
             let masks = self.dropout.map(|key| RowMasks { key, layout: self.layout, rows });
             let dropout = masks.as_ref().map(|masks| masks as &dyn attune_points::adapter::DropoutMask);
-            map.graph(x_ti, &self.locals(binding.slot, set, at)?, &RowCx { site: &site.id, dropout })
+            run(x, y, &self.locals(binding.slot, set, at)?, &RowCx { site: &site.id, dropout })
         };
         if let Rows::All(set) = binding.rows {
-            return Ok((y_to + delta(self.rows, x_ti, set)?)?);
+            return on(self.rows, x, y, set);
         }
-        let ids = self.ids(x_ti.dim(0)?);
+        let ids = self.ids(x.dim(0)?);
         let mut parts = Vec::new();
         for (run, set) in runs(&binding.rows, &ids) {
-            let y = y_to.narrow(0, run.start, run.len())?;
+            let y = y.narrow(0, run.start, run.len())?;
             parts.push(match set {
                 None => y,
-                Some(set) => (y + delta(Some(&ids[run.clone()]), &x_ti.narrow(0, run.start, run.len())?, set)?)?,
+                Some(set) => on(Some(&ids[run.clone()]), &x.narrow(0, run.start, run.len())?, y, set)?,
             });
         }
         Ok(Tensor::cat(&parts, 0)?)

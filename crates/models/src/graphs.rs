@@ -26,7 +26,7 @@ impl Model {
         sink: &mut dyn GradSink,
         top: impl FnOnce(&GraphCx<'_>, &Tensor, Backward<'_>) -> Result<(T, Option<Tensor>)>,
     ) -> Result<T> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        let plan = self.part(pass).plan(self.base.architecture(), self.dtype())?;
         let none = Tracked::new();
         let cx = self.context(pass, &plan, &none);
         let wanted: Vec<Vec<TensorId>> =
@@ -124,7 +124,7 @@ impl Model {
 
     /// Does `f` on the blocks' graphs, without leaves.
     pub(crate) fn by_graph<T>(&self, pass: &Pass<'_>, f: impl FnOnce(&GraphCx<'_>) -> Result<T>) -> Result<T> {
-        let plan = RowPlan::new(self.base.architecture(), pass.layout, self.dtype())?;
+        let plan = self.part(pass).plan(self.base.architecture(), self.dtype())?;
         f(&self.context(pass, &plan, &Tracked::new()))
     }
 

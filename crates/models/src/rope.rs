@@ -1,5 +1,7 @@
 //! Rotary tables for the rows of a batch.
 
+use std::ops::Range;
+
 use attune_architecture::Architecture;
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -11,21 +13,21 @@ pub(crate) struct RopeTables {
 }
 
 impl RopeTables {
-    /// Tables for documents of `lengths` rows. Angles are computed in f64: a position of some thousands times a frequency near
-    /// 1 loses all its digits in f32. The frequencies of dynamic scaling depend on the length of the document. `None` where
+    /// Tables for documents whose rows have these positions. Angles are computed in f64: a position of some thousands times a frequency near
+    /// 1 loses all its digits in f32. The frequencies of dynamic scaling depend on the last position of the document. `None` where
     /// positions are learned.
-    pub(crate) fn new(architecture: &Architecture, lengths: &[usize], dtype: DType) -> Result<Option<Self>> {
+    pub(crate) fn new(architecture: &Architecture, places: &[Range<usize>], dtype: DType) -> Result<Option<Self>> {
         let Some(rope) = architecture.positions.rope() else { return Ok(None) };
         let half = architecture.head_dim / 2;
         let factor = rope.attention_factor();
-        let rows: usize = lengths.iter().sum();
+        let rows: usize = places.iter().map(Range::len).sum();
         let (mut cos, mut sin) = (Vec::with_capacity(rows * half), Vec::with_capacity(rows * half));
         let mut frequencies = (usize::MAX, Vec::new());
-        for &length in lengths {
-            if frequencies.0 != length {
-                frequencies = (length, rope.frequencies(architecture.head_dim, length));
+        for positions in places {
+            if frequencies.0 != positions.end {
+                frequencies = (positions.end, rope.frequencies(architecture.head_dim, positions.end));
             }
-            for position in 0..length {
+            for position in positions.clone() {
                 for frequency in &frequencies.1 {
                     let angle = position as f64 * frequency;
                     cos.push(angle.cos() * factor);

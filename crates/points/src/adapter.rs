@@ -54,8 +54,8 @@ pub enum BaseEdit {
     None,
 }
 
-/// Where a component takes part. More ports (input, output, branch, attention, router, sequence, side, head, mixture) join
-/// with their first users.
+/// Where a component takes part. More ports (input, output, router, sequence, side, head, mixture) join with their first
+/// users.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
@@ -63,6 +63,10 @@ pub enum Port<'a> {
     Delta(&'a dyn RowMap),
     /// Another weight in place of a linear operator's own, made of it.
     Weight(&'a dyn WeightMap),
+    /// Other rows in place of those that a block adds to the stream, made of them.
+    Branch(&'a dyn BranchMap),
+    /// Further keys and values at an attention.
+    Attention(&'a dyn AttentionMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
 }
@@ -78,6 +82,32 @@ pub trait WeightMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor>;
+}
+
+/// A map from what a block reads and gives to what is added to the stream in place of the latter: a bottleneck after an
+/// attention or an MLP, or beside it.
+pub trait BranchMap: Send + Sync {
+    /// The rows `[T, D]` in place of `y_td`, which the block gave for the rows `x_td` (after the norm, where norms come first),
+    /// in differentiable operations only and valid in f64. Each row of the result depends on its own row of both alone.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, x_td: &Tensor, y_td: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor>;
+}
+
+/// Keys and values that every row of an attention sees before those of its own document.
+///
+/// They take places: a document's first row has the position that follows theirs.
+pub trait AttentionMap: Send + Sync {
+    /// How many there are, P; the same at every attention of a slot.
+    fn length(&self) -> usize;
+
+    /// Keys and values, `[P, K W]` each (K key heads of width W), in differentiable operations only and valid in f64. Keys are
+    /// compared as they are: no position turns them.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<(Tensor, Tensor)>;
 }
 
 /// A map from the rows at a site to rows of its output.

@@ -4,14 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use attune_adapt::{ADAPTERS, INITS, peft, slot};
-use attune_architecture::{Site, SiteKind, targets};
+use attune_architecture::{Site, targets};
 use attune_models::{Base, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
 use attune_points::{Bank, BankKind, Params, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::job::plan::PlanSlot;
-use attune_spec::method::{self, BuildCx, MethodRef};
+use attune_spec::method::{BuildCx, MethodRef};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::Rng;
 
@@ -76,7 +76,7 @@ impl Attached {
         let adapter: Arc<dyn Adapter> = ADAPTERS.build(named, path, cx).map_err(Error::Faults)?.into();
         let applies = ADAPTERS.card(&named.method).map(|card| card.applies).unwrap_or_default();
         let under = |faults: Vec<Fault>| Error::Faults(faults.into_iter().map(|fault| fault.under(path)).collect());
-        let takes = |site: &Site| applies.contains(&kind_of(site));
+        let takes = |site: &Site| applies.contains(&site.offers());
         let sites = targets::resolve(targets, exclude, base.architecture(), takes).map_err(under)?;
         let attachments = adapter.attach(base.architecture(), &sites).map_err(under)?;
         Ok(Self { adapter, sites, attachments })
@@ -86,14 +86,6 @@ impl Attached {
         let weights = self.attachments.iter().any(|at| matches!(self.adapter.port(at), Port::Weights));
         let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
         Component { slot: Slot::new(self.adapter, self.attachments), params, kind }
-    }
-}
-
-fn kind_of(site: &Site) -> method::SiteKind {
-    match site.kind {
-        SiteKind::Linear { .. } => method::SiteKind::Linear,
-        SiteKind::Embedding { .. } => method::SiteKind::Embedding,
-        SiteKind::Norm { .. } => method::SiteKind::Norm,
     }
 }
 

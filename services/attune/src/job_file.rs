@@ -6,11 +6,11 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use attune_architecture::{Architecture, SiteKind, targets};
+use attune_architecture::{Architecture, targets};
 use attune_spec::Fault;
 use attune_spec::id::Digest;
 use attune_spec::job::{JobSpec, ReadError, Reference, Targets, read_value, read_yaml, set_path};
-use attune_spec::method::{self, Catalogue, MethodDocument};
+use attune_spec::method::Catalogue;
 
 use crate::print::Failure;
 
@@ -131,7 +131,7 @@ impl JobFile {
             let method = slot.method.as_deref().and_then(|method| Catalogue::embedded().get(method));
             let Some(document) = method.filter(|_| slot.from.is_none()) else { continue };
             let named = slot.targets.clone().unwrap_or_else(|| Targets::from(document.targets.as_str()));
-            let applies = |site: &attune_architecture::Site| document_applies(document, &site.kind);
+            let applies = |site: &attune_architecture::Site| document.applies.contains(&site.offers());
             if let Err(found) = targets::resolve(&named, slot.exclude.as_ref(), &architecture, applies) {
                 faults.extend(found.into_iter().map(|fault| fault.under(&path)));
             }
@@ -145,14 +145,6 @@ fn place(folder: &Path, reference: &Reference) -> Option<PathBuf> {
         Reference::Path(path) => Some(folder.join(path.trim_start_matches("./"))),
         Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) => None,
     }
-}
-
-fn document_applies(document: &MethodDocument, kind: &SiteKind) -> bool {
-    document.applies.contains(&match kind {
-        SiteKind::Linear { .. } => method::SiteKind::Linear,
-        SiteKind::Embedding { .. } => method::SiteKind::Embedding,
-        SiteKind::Norm { .. } => method::SiteKind::Norm,
-    })
 }
 
 #[cfg(test)]

@@ -4,14 +4,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use attune_architecture::{Architecture, Site, SiteKind, targets};
+use attune_architecture::{Architecture, Site, targets};
 use attune_artifacts::{Kind, canonical};
 use attune_proto::error::invalid_argument;
 use attune_proto::v1;
 use attune_spec::id::{Digest, Project};
 use attune_spec::job::{JobSpec, Plan, Reference, plan};
 use attune_spec::method::Catalogue;
-use attune_spec::method::SiteKind as MethodSite;
 use attune_spec::{Fault, FieldPath};
 use attune_store::job::Input;
 use serde_json::json;
@@ -122,14 +121,7 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
 pub(crate) fn sites(slot: &plan::PlanSlot, architecture: &Architecture) -> Result<Vec<Site>, Vec<Fault>> {
     let method = slot.method.as_ref().and_then(|method| Catalogue::embedded().get(&method.method));
     let Some(method) = method else { return Ok(Vec::new()) };
-    let applies = |site: &Site| {
-        let kind = match site.kind {
-            SiteKind::Linear { .. } => MethodSite::Linear,
-            SiteKind::Embedding { .. } => MethodSite::Embedding,
-            SiteKind::Norm { .. } => MethodSite::Norm,
-        };
-        method.applies.contains(&kind)
-    };
+    let applies = |site: &Site| method.applies.contains(&site.offers());
     targets::resolve(&slot.targets, slot.exclude.as_ref(), architecture, applies)
 }
 

@@ -47,6 +47,7 @@ impl Method for Full {
         targets: "all",
         parameters: "i*o + b*o",
         merges: Merges::Weight,
+        trains_base: true,
         ..Card::new(
             "full",
             Point::Adapter,

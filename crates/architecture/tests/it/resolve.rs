@@ -22,18 +22,18 @@ fn many(entries: &[&str]) -> Targets {
 fn each_form_names_its_sites() {
     for (entry, count) in [
         ("all-linear", 84),
-        ("all", 86),
+        ("all", 110),
         ("q_proj", 12),
         ("self_attn.q_proj", 12),
         ("1.self_attn.q_proj", 1),
         ("model.layers.3.mlp.up_proj", 1),
         ("lm_head", 1),
         ("embed_tokens", 1),
-        ("*", 86),
+        ("*", 110),
         ("*.self_attn.*", 48),
         ("model.layers.1*.mlp.*_proj", 9),
         ("*proj", 84),
-        ("*layers.0.*", 7),
+        ("*layers.0.*", 9),
     ] {
         assert_eq!(resolve(entry.into(), None).map(|sites| sites.len()), Ok(count), "{entry}");
     }
@@ -47,9 +47,9 @@ fn modules_of_gpt2_have_roles_of_their_own() {
         sites.len()
     };
     let found = ["all-linear", "c_attn", "c_proj", "attn.c_proj", "mlp.c_proj", "wpe", "all"].map(count);
-    assert_eq!(found, [48, 12, 24, 12, 12, 1, 76]);
+    assert_eq!(found, [48, 12, 24, 12, 12, 1, 100]);
     let faults = targets::resolve(&"q_proj".into(), None, &model, |_| true).unwrap_err();
-    insta::assert_snapshot!(faults[0], @r#"`targets` "q_proj" matches no site of this gpt2 model of 12 layers (modules: wte, wpe, ln_1, c_attn, attn.c_proj, ln_2, c_fc, mlp.c_proj, ln_f, lm_head)"#);
+    insta::assert_snapshot!(faults[0], @r#"`targets` "q_proj" matches no site of this gpt2 model of 12 layers (modules: wte, wpe, ln_1, c_attn, attn.c_proj, attn, ln_2, c_fc, mlp.c_proj, mlp, ln_f, lm_head)"#);
 }
 
 #[test]
@@ -84,10 +84,10 @@ fn several_entries_are_a_union_in_forward_order() {
 fn an_entry_that_names_nothing_proposes_the_nearest() {
     let faults = resolve(many(&["q_porj", "v_proj", "all_linear", "proj", ""]), None).unwrap_err();
     insta::assert_snapshot!(faults.join("\n"), @r#"
-    `targets[0]` "q_porj" matches no site of this qwen2 model of 12 layers; did you mean "q_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
-    `targets[2]` "all_linear" matches no site of this qwen2 model of 12 layers; did you mean "all-linear"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
-    `targets[3]` "proj" matches no site of this qwen2 model of 12 layers (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
-    `targets[4]` "" matches no site of this qwen2 model of 12 layers (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
+    `targets[0]` "q_porj" matches no site of this qwen2 model of 12 layers; did you mean "q_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, self_attn, post_attention_layernorm, gate_proj, up_proj, down_proj, mlp, norm, lm_head)
+    `targets[2]` "all_linear" matches no site of this qwen2 model of 12 layers; did you mean "all-linear"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, self_attn, post_attention_layernorm, gate_proj, up_proj, down_proj, mlp, norm, lm_head)
+    `targets[3]` "proj" matches no site of this qwen2 model of 12 layers (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, self_attn, post_attention_layernorm, gate_proj, up_proj, down_proj, mlp, norm, lm_head)
+    `targets[4]` "" matches no site of this qwen2 model of 12 layers (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, self_attn, post_attention_layernorm, gate_proj, up_proj, down_proj, mlp, norm, lm_head)
     "#);
 }
 

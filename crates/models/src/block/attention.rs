@@ -31,6 +31,8 @@ pub struct Saved {
     raw_q: Option<Rows<f32>>,
     raw_k: Option<Rows<f32>>,
     sum: Option<Rows<f32>>,
+    /// What the block gave, where components make something else of it.
+    given: Option<Rows<f32>>,
     /// Of the linears that make queries, keys and values.
     thin: Vec<Thin>,
     thin_o: Thin,
@@ -95,18 +97,21 @@ impl Attention {
     }
 
     /// What they find among keys and values, and the logarithms of the sums of exponentials.
-    fn find(&self, q: &Mat, k: MatRef<'_>, v: MatRef<'_>, cx: &PassCx<'_>) -> (Mat, Buffer<f32>) {
+    fn find(&self, q: &Mat, k: MatRef<'_>, v: MatRef<'_>, cx: &PassCx<'_>) -> Result<(Mat, Buffer<f32>)> {
         let mut o = cx.arena.mat(cx.n_rows(), cx.architecture().query_width(), cx.dtype);
         let mut lse = cx.arena.take::<f32>(cx.n_rows() * cx.architecture().heads);
         cx.meter.time(Work::Attention, || {
             cx.kernels.attention(&self.how(cx), q.view(), k, v, o.view_mut(), lse.as_mut());
         });
-        (o, lse)
+        let block = site(&self.sites, Place::Attention)?;
+        cx.meter.time(Work::Adapter, || cx.merge_prefixes(block, q.view(), &mut o, lse.as_mut()))?;
+        Ok((o, lse))
     }
 
     /// Joins what was found to the stream.
     fn join(&self, x_td: &Rows<f32>, o: &Mat, cx: &PassCx<'_>, run: Run) -> Result<Joined> {
-        let last = Last { linear: site(&self.sites, Place::Output)?, x_ti: o.view() };
+        let block = site(&self.sites, Place::Attention)?;
+        let last = Last { block, linear: site(&self.sites, Place::Output)?, x_ti: o.view() };
         residual::join(site(&self.sites, Place::AttentionNorm)?, x_td, &last, cx, run)
     }
 
@@ -253,19 +258,21 @@ impl Block for Attention {
     }
 
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
-        let y_td = super::residual(&x[0], site(&self.sites, Place::AttentionNorm)?, cx, |h_td| {
+        let (block, norm) = (site(&self.sites, Place::Attention)?, site(&self.sites, Place::AttentionNorm)?);
+        let y_td = super::residual(&x[0], norm, block, cx, |h_td| {
             let (q, k, v) = self.project(h_td, cx)?;
             let (q, k) = turned(q, k, cx.plan.rope.as_ref())?;
-            self.output(&cx.plan.attend(&q, &k, &v, self.window)?, cx)
+            let before = cx.keys_before(block, k.dim(1)?)?;
+            self.output(&cx.plan.attend(&q, &k, &v, self.window, &before)?, cx)
         })?;
         Ok(vec![y_td])
     }
 
     fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
         let Asked { q, k, v, raw_q, raw_k, thin } = self.ask(&x[0], cx)?;
-        let (o, lse) = self.find(&q, k.view(), v.view(), cx);
-        let Joined { y, sum, thin: thin_o } = self.join(&x[0], &o, cx, run)?;
-        let saved = Saved { q, k, v, o, lse, raw_q, raw_k, sum, thin, thin_o };
+        let (o, lse) = self.find(&q, k.view(), v.view(), cx)?;
+        let Joined { y, sum, thin: thin_o, given } = self.join(&x[0], &o, cx, run)?;
+        let saved = Saved { q, k, v, o, lse, raw_q, raw_k, sum, given, thin, thin_o };
         Ok((y, run.saves().then(|| block::Saved::Attention(Box::new(saved)))))
     }
 
@@ -281,13 +288,18 @@ impl Block for Attention {
         let Some(block::Saved::Attention(saved)) = saved else { return Err(super::nothing_saved("attention")) };
         let norm = site(&self.sites, Place::AttentionNorm)?;
         let (t, query, kv) = (cx.n_rows(), cx.architecture().query_width(), cx.architecture().kv_width());
+        let block = site(&self.sites, Place::Attention)?;
         let dsum = residual::join_vjp(norm, saved.sum.as_ref(), super::only(dy)?, cx, sinks)?;
+        let through = residual::reads(norm, below, cx, sinks);
+        let parted = residual::part_vjp(norm, block, &x[0], saved.given.as_ref(), (&dsum, through), cx, sinks)?;
         let mut do_th = cx.arena.rows(t, query);
         {
-            let (output, dy) = (site(&self.sites, Place::Output)?, cx.as_activations(dsum.view()));
+            let dgiven = parted.as_ref().map_or(&dsum, |(dgiven, _)| dgiven);
+            let (output, dy) = (site(&self.sites, Place::Output)?, cx.as_activations(dgiven.view()));
             let to = Some((do_th.view_mut(), false));
-            cx.linear_vjp(output, saved.o.view(), Given::All, &saved.thin_o, dy.view(dsum.view()), to, sinks)?;
+            cx.linear_vjp(output, saved.o.view(), Given::All, &saved.thin_o, dy.view(dgiven.view()), to, sinks)?;
         }
+        let beside = parted.and_then(|(_, dn_td)| dn_td);
         let (mut dq, mut dk, mut dv) = (cx.arena.rows(t, query), cx.arena.rows(t, kv), cx.arena.rows(t, kv));
         cx.meter.time(Work::Attention, || {
             let Saved { q, k, v, o, lse, .. } = &*saved;
@@ -295,13 +307,20 @@ impl Block for Attention {
             let (dq, dk, dv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
             cx.kernels.attention_vjp(&self.how(cx), q, k, v, o, lse.as_ref(), do_th.view(), None, dq, dk, dv);
         });
+        if cx.is_prefixed(block) {
+            let (q, o, lse) = (saved.q.view(), saved.o.view(), saved.lse.as_ref());
+            let dq = dq.view_mut();
+            cx.meter.time(Work::Adapter, || cx.prefixes_vjp(block, q, o, lse, do_th.view(), dq, sinks))?;
+        }
         drop(do_th);
         let dq = self.ready_vjp(dq, saved.raw_q.as_ref(), Place::QueryNorm, cx, sinks)?;
         let dk = self.ready_vjp(dk, saved.raw_k.as_ref(), Place::KeyNorm, cx, sinks)?;
         let n_td = residual::read(norm, &x[0], cx)?;
-        let through = residual::reads(norm, below, cx, sinks);
         let mut dn_td = through.then(|| cx.arena.rows(t, x[0].n_cols()));
         self.rows_vjp(n_td.view(), [dq, dk, dv], &saved.thin, dn_td.as_mut(), cx, sinks)?;
+        if let (Some(dn_td), Some(beside)) = (&mut dn_td, beside) {
+            cx.kernels.add(beside.view().into(), dn_td.view_mut());
+        }
         Ok(vec![residual::read_vjp(norm, &x[0], dsum, dn_td, cx, sinks)?])
     }
 
@@ -309,7 +328,7 @@ impl Block for Attention {
         let Some(kept) = &cx.kept else { return Ok(self.forward(x, cx, Run::Output)?.0) };
         let Asked { q, k, v, .. } = self.ask(&x[0], cx)?;
         let [all_k, all_v] = cx.meter.time(Work::Elementwise, || cache.extend(&k, &v, kept, cx));
-        let (o, _) = self.find(&q, all_k, all_v, cx);
+        let (o, _) = self.find(&q, all_k, all_v, cx)?;
         Ok(self.join(&x[0], &o, cx, Run::Output)?.y)
     }
 }

@@ -74,7 +74,7 @@ impl Block for Embedding {
         if let Some(added) = cx.tracked.get(&TensorId::input_embeddings()) {
             x_td = (x_td + added.as_tensor())?;
         }
-        if let Some(ids) = places(cx.layout.docs().iter().flat_map(|doc| 0..doc.n_rows()), architecture)? {
+        if let Some(ids) = places(cx.plan.positions.iter().copied(), architecture)? {
             x_td = (x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?;
         }
         if let Some(types) = architecture.token_types {

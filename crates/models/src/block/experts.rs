@@ -38,6 +38,8 @@ pub struct Saved {
     /// Of the last linear of each expert that was sent rows.
     downs: Vec<Thin>,
     sum: Option<Rows<f32>>,
+    /// What the mixture gave, where components make something else of it.
+    given: Option<Rows<f32>>,
 }
 
 /// Where the rows of a pass go.
@@ -229,7 +231,8 @@ impl Block for Experts {
     /// The stream, then `probs_te`.
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let mut routing = None;
-        let y_td = residual(&x[0], site(&self.sites, Place::MlpNorm)?, cx, |h_td| {
+        let (norm, block) = (site(&self.sites, Place::MlpNorm)?, site(&self.sites, Place::Mlp)?);
+        let y_td = residual(&x[0], norm, block, cx, |h_td| {
             let probs_te = ops::softmax(&cx.linear(site(&self.sites, Place::Router)?, h_td)?)?;
             let y_td = self.mix(h_td, &probs_te, cx)?;
             routing = Some(probs_te);
@@ -266,21 +269,30 @@ impl Block for Experts {
             downs.push(cx.linear(down, inner_ni, Given::Among(ids), to, false)?);
         }
         drop(inner_ai);
-        let mut sum = cx.arena.rows(x[0].n_rows(), x[0].n_cols());
+        let block = site(&self.sites, Place::Mlp)?;
+        let is_branched = cx.is_branched(block);
+        let mut sum = cx.arena.zeros(x[0].n_rows(), x[0].n_cols());
         cx.meter.time(Work::Elementwise, || {
-            cx.kernels.convert(x[0].view().into(), sum.view_mut().into());
+            if !is_branched {
+                cx.kernels.convert(x[0].view().into(), sum.view_mut().into());
+            }
             let mut to = sum.view_mut();
             for ((row, w), y_d) in sent.rows(k).zip(y_ad.values().chunks_exact(x[0].n_cols())) {
                 to.row(row).iter_mut().zip(y_d).for_each(|(sum, y)| *sum += w * y);
             }
         });
-        let (mut y, sum) = residual::close(norm, sum, cx, run)?;
+        let (mut y, sum, given) = if is_branched {
+            residual::part(norm, block, &x[0], sum, cx, run)?
+        } else {
+            let (y, sum) = residual::close(norm, sum, cx, run)?;
+            (y, sum, None)
+        };
         let mut probs_te = cx.arena.rows(sent.probs_te.n_rows(), sent.probs_te.n_cols());
         probs_te.values_mut().copy_from_slice(sent.probs_te.values());
         y.push(probs_te);
         let saved = run.saves().then(|| {
             let opened = opened.narrowed(cx);
-            block::Saved::Experts(Box::new(Saved { router, sent, opened, y_ad, downs, sum }))
+            block::Saved::Experts(Box::new(Saved { router, sent, opened, y_ad, downs, sum, given }))
         });
         Ok((y, saved))
     }
@@ -295,18 +307,23 @@ impl Block for Experts {
         sinks: &mut Sinks<'_>,
     ) -> Result<Vec<Rows<f32>>> {
         let Some(block::Saved::Experts(saved)) = saved else { return Err(super::nothing_saved("a mixture")) };
-        let Saved { router, sent, opened, y_ad, downs, sum } = *saved;
+        let Saved { router, sent, opened, y_ad, downs, sum, given } = *saved;
         let (norm, k, width) = (site(&self.sites, Place::MlpNorm)?, self.mixture.per_token, x[0].n_cols());
         let mut dy = dy.into_iter();
         let dy_td = dy.next().ok_or_else(|| Error::Refused("a mixture was given no gradient".to_owned()))?;
         let dprobs_te = dy.next().unwrap_or_else(|| cx.arena.zeros(cx.n_rows(), self.mixture.count));
         let dsum = residual::join_vjp(norm, sum.as_ref(), dy_td, cx, sinks)?;
+        let through = residual::reads(norm, below, cx, sinks);
+        let block = site(&self.sites, Place::Mlp)?;
+        let parted = residual::part_vjp(norm, block, &x[0], given.as_ref(), (&dsum, through), cx, sinks)?;
+        drop(given);
+        let dgiven = parted.as_ref().map_or(&dsum, |(dgiven, _)| dgiven);
         let mut dy_ad = cx.arena.rows(sent.places.len(), width);
         let mut dweights = vec![0.0; sent.weights.len()];
         cx.meter.time(Work::Elementwise, || {
             let experts = y_ad.values().chunks_exact(width).zip(dy_ad.values_mut().chunks_exact_mut(width));
             for (((row, w), place), (y_d, to)) in sent.rows(k).zip(&sent.places).zip(experts) {
-                let dy_d = dsum.view().row(row);
+                let dy_d = dgiven.view().row(row);
                 dweights[*place as usize] = dot(dy_d, y_d);
                 to.iter_mut().zip(dy_d).for_each(|(to, dy)| *to = w * dy);
             }
@@ -329,7 +346,6 @@ impl Block for Experts {
         drop(dinner_ai);
         let n_td = residual::read(norm, &x[0], cx)?;
         let n_ad = self.sent(&n_td, &sent, cx);
-        let through = residual::reads(norm, below, cx, sinks);
         let mut dn_ad = through.then(|| cx.arena.rows(sent.places.len(), width));
         for (thin, Visit { expert, at, ids }) in sent.to.iter().enumerate() {
             let n_nd = n_ad.view().sub_rows(at.start, at.end);
@@ -344,6 +360,9 @@ impl Block for Experts {
         let to = dn_td.as_mut().map(|dn| (dn.view_mut(), false));
         let linear = site(&self.sites, Place::Router)?;
         cx.linear_vjp(linear, n_td.view(), Given::All, &router, narrowed.view(dlogits_te.view()), to, sinks)?;
+        if let (Some(dn_td), Some((_, Some(beside)))) = (&mut dn_td, &parted) {
+            cx.kernels.add(beside.view().into(), dn_td.view_mut());
+        }
         if let (Some(dn_td), Some(dn_ad)) = (&mut dn_td, &dn_ad) {
             cx.meter.time(Work::Elementwise, || {
                 let mut to = dn_td.view_mut();

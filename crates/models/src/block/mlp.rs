@@ -22,6 +22,8 @@ use crate::pass::{Mat, PassCx, Rows, Sinks};
 pub struct Saved {
     opened: Opened<Mat>,
     sum: Option<Rows<f32>>,
+    /// What the block gave, where components make something else of it.
+    given: Option<Rows<f32>>,
     down: Thin,
 }
 
@@ -139,7 +141,8 @@ impl Block for Mlp {
 
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let norm = site(&self.sites, Place::MlpNorm)?;
-        Ok(vec![super::residual(&x[0], norm, cx, |h_td| graph(&self.sites, h_td, cx))?])
+        let block = site(&self.sites, Place::Mlp)?;
+        Ok(vec![super::residual(&x[0], norm, block, cx, |h_td| graph(&self.sites, h_td, cx))?])
     }
 
     fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
@@ -149,10 +152,12 @@ impl Block for Mlp {
         opened.open(&self.sites, n_td.view(), Given::All, 0..cx.n_rows(), cx)?;
         drop(n_td);
         let inner_ti = opened.inner(cx);
-        let last = Last { linear: site(&self.sites, Place::Down)?, x_ti: inner_ti.view() };
-        let Joined { y, sum, thin: down } = residual::join(norm, &x[0], &last, cx, run)?;
+        let block = site(&self.sites, Place::Mlp)?;
+        let last = Last { block, linear: site(&self.sites, Place::Down)?, x_ti: inner_ti.view() };
+        let Joined { y, sum, thin: down, given } = residual::join(norm, &x[0], &last, cx, run)?;
         drop(inner_ti);
-        let saved = run.saves().then(|| block::Saved::Mlp(Box::new(Saved { opened: opened.narrowed(cx), sum, down })));
+        let saved =
+            run.saves().then(|| block::Saved::Mlp(Box::new(Saved { opened: opened.narrowed(cx), sum, given, down })));
         Ok((y, saved))
     }
 
@@ -166,24 +171,31 @@ impl Block for Mlp {
         sinks: &mut Sinks<'_>,
     ) -> Result<Vec<Rows<f32>>> {
         let Some(block::Saved::Mlp(saved)) = saved else { return Err(super::nothing_saved("an MLP")) };
-        let Saved { opened, sum, down } = *saved;
+        let Saved { opened, sum, given, down } = *saved;
         let norm = site(&self.sites, Place::MlpNorm)?;
         let t = cx.n_rows();
         let dsum = residual::join_vjp(norm, sum.as_ref(), super::only(dy)?, cx, sinks)?;
+        let through = residual::reads(norm, below, cx, sinks);
+        let block = site(&self.sites, Place::Mlp)?;
+        let parted = residual::part_vjp(norm, block, &x[0], given.as_ref(), (&dsum, through), cx, sinks)?;
+        drop(given);
         let mut dinner_ti = cx.arena.rows(t, cx.architecture().inner);
         {
-            let (inner_ti, dy) = (opened.inner(cx), cx.as_activations(dsum.view()));
+            let dgiven = parted.as_ref().map_or(&dsum, |(dgiven, _)| dgiven);
+            let (inner_ti, dy) = (opened.inner(cx), cx.as_activations(dgiven.view()));
             let to = Some((dinner_ti.view_mut(), false));
-            let (last, dy) = (site(&self.sites, Place::Down)?, dy.view(dsum.view()));
+            let (last, dy) = (site(&self.sites, Place::Down)?, dy.view(dgiven.view()));
             cx.linear_vjp(last, inner_ti.view(), Given::All, &down, dy, to, sinks)?;
         }
         let dopened = opened.vjp(&dinner_ti, cx);
         drop(dinner_ti);
         let n_td = residual::read(norm, &x[0], cx)?;
-        let through = residual::reads(norm, below, cx, sinks);
         let mut dn_td = through.then(|| cx.arena.rows(t, x[0].n_cols()));
         let dn = dn_td.as_mut().map(Rows::view_mut);
         dopened.open_vjp(0, &self.sites, n_td.view(), Given::All, 0..t, dn, cx, sinks)?;
+        if let (Some(dn_td), Some((_, Some(beside)))) = (&mut dn_td, parted) {
+            cx.kernels.add(beside.view().into(), dn_td.view_mut());
+        }
         Ok(vec![residual::read_vjp(norm, &x[0], dsum, dn_td, cx, sinks)?])
     }
 }

@@ -90,11 +90,18 @@ pub(crate) fn site(sites: &[Site], place: Place) -> Result<&Site> {
         .ok_or_else(|| Error::Refused(format!("this model's structure has no {place:?} where its block looks for one")))
 }
 
-/// `x + f(norm(x))`, or `norm(x + f(x))` where norms come last.
-fn residual(x_td: &Tensor, norm: &Site, cx: &GraphCx<'_>, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+/// `x + f(norm(x))`, or `norm(x + f(x))` where norms come last, with what components make of `f`.
+fn residual(
+    x_td: &Tensor,
+    norm: &Site,
+    block: &Site,
+    cx: &GraphCx<'_>,
+    f: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let parted = |read_td: &Tensor| cx.branch(block, read_td, f(read_td)?);
     match cx.base.architecture().placement {
-        NormPlacement::Pre => Ok((x_td + f(&cx.norm(norm, x_td)?)?)?),
-        NormPlacement::Post => cx.norm(norm, &(x_td + f(x_td)?)?),
+        NormPlacement::Pre => Ok((x_td + parted(&cx.norm(norm, x_td)?)?)?),
+        NormPlacement::Post => cx.norm(norm, &(x_td + parted(x_td)?)?),
     }
 }
 

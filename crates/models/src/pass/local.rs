@@ -14,7 +14,7 @@ use crate::attention::RowPlan;
 use crate::context::{GraphCx, Tracked};
 use crate::dropout::RowMasks;
 use crate::pass::arena::Rows;
-use crate::pass::parts::{Added, Given, PassCx, Sinks, wanted, wants};
+use crate::pass::parts::{Added, Given, PassCx, Placed, Sinks, wanted, wants};
 use crate::regions;
 use crate::stack;
 
@@ -47,19 +47,32 @@ pub(crate) fn write(tensor: &Tensor, mut to: ViewMut<'_, f32>, add: bool) -> Res
 }
 
 /// The masks of a component's rows.
-fn masks<'m>(cx: &PassCx<'m>, placed: &'m Added<'_>) -> Option<RowMasks<'m>> {
+pub(crate) fn masks<'m, P>(cx: &PassCx<'m>, placed: &'m Placed<'_, P>) -> Option<RowMasks<'m>> {
     let part = &cx.parts[placed.part];
     part.dropout.map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
 }
 
 /// The tensors of a component, leaves where a gradient is wanted.
-fn locals(cx: &PassCx<'_>, placed: &Added<'_>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
+pub(crate) fn locals<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
     let theta = cx.parts[placed.part].theta;
     stack::locals_by(placed.at, |name| {
         let id = TensorId { owner: placed.owner(), name: name.clone() };
         let leaf = tracked.iter().find(|(tracked, _)| *tracked == id).map(|(_, var)| var.as_tensor());
         leaf.or_else(|| theta.get(&id))
     })
+}
+
+/// Leaves for the tensors of a component whose gradient its part wants.
+pub(crate) fn leaves<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, sinks: &Sinks<'_>) -> Result<Vec<(TensorId, Var)>> {
+    let mut leaves = Vec::new();
+    for id in placed.at.tensors.iter().map(|spec| placed.id(spec)) {
+        if wants(&*sinks[placed.part], &id)
+            && let Some(value) = cx.parts[placed.part].theta.get(&id)
+        {
+            leaves.push((id, autograd::leaf(value)?));
+        }
+    }
+    Ok(leaves)
 }
 
 /// `y += delta(x)` on the component's rows.
@@ -82,7 +95,7 @@ pub(crate) fn add_component(
 
 /// The rows that a component sees at once: all of its own. Where texts go on, which drops nothing, it sees one document after
 /// the other: a graph's bits may depend on all rows that it is given, and a text's shall not on those beside it.
-fn together(cx: &PassCx<'_>, placed: &Added<'_>) -> Vec<Range<usize>> {
+pub(crate) fn together<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>) -> Vec<Range<usize>> {
     if cx.kept.is_none() || placed.rows.is_empty() {
         return vec![placed.rows.clone()];
     }
@@ -111,15 +124,7 @@ pub(crate) fn component_vjp(
     sinks: &mut Sinks<'_>,
 ) -> Result<()> {
     let rows = &placed.rows;
-    let mut leaves = Vec::new();
-    for spec in &placed.at.tensors {
-        let id = placed.id(spec);
-        if wants(&*sinks[placed.part], &id)
-            && let Some(value) = cx.parts[placed.part].theta.get(&id)
-        {
-            leaves.push((id, autograd::leaf(value)?));
-        }
-    }
+    let leaves = leaves(cx, placed, sinks)?;
     let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
     let masks = masks(cx, placed);
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
@@ -168,7 +173,7 @@ pub(crate) fn block(graph: &Graph<'_>, x: &[Rows<f32>], cx: &PassCx<'_>) -> Resu
     let none = Tracked::new();
     let mut y: Vec<Rows<f32>> = Vec::new();
     for (part, rows) in cx.parts_of(Given::All) {
-        let plan = RowPlan::new(cx.architecture(), cx.parts[part].layout, DType::F32)?;
+        let plan = cx.parts[part].plan(cx.architecture(), DType::F32)?;
         let made = graph(&streams(x, &rows)?, &graph_cx(cx, part, &plan, &none))?;
         if y.is_empty() {
             for made in &made {
@@ -195,7 +200,7 @@ pub(crate) fn block_vjp(
     let mut dx: Vec<Rows<f32>> =
         if below { x.iter().map(|x| cx.arena.rows(x.n_rows(), x.n_cols())).collect() } else { Vec::new() };
     for (part, rows) in cx.parts_of(Given::All) {
-        let plan = RowPlan::new(cx.architecture(), cx.parts[part].layout, DType::F32)?;
+        let plan = cx.parts[part].plan(cx.architecture(), DType::F32)?;
         let wanted = wanted(cx.base, &cx.parts[part], sites, &*sinks[part]);
         let mut leaves = Vec::with_capacity(wanted.len());
         for id in wanted {

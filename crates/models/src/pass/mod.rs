@@ -5,7 +5,8 @@
 //! alone and in the same order as without the others, so that a part's results have the same bits in any company. Parts of
 //! one job are its logical shards; parts of several jobs are lanes.
 //!
-//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `linear` (a site with its components), `norm`,
+//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `linear` (a site with its components), `norm`, `branch` and `prefix` (components of
+//! whole blocks),
 //! `local` (what has no hand-written gradient), then the blocks, `head`, [`walk`], and
 //! `outputs`.
 
@@ -15,9 +16,11 @@ pub mod times;
 
 pub mod parts;
 
+pub(crate) mod branch;
 pub(crate) mod linear;
 pub(crate) mod local;
 pub(crate) mod norm;
+pub(crate) mod prefix;
 pub(crate) mod weight;
 
 pub(crate) mod head;

@@ -13,10 +13,12 @@ use attune_tensor::kernels::Kernels;
 use attune_tensor::view::View;
 use candle_core::{DType, Tensor};
 
+use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::cache::Kept;
 use crate::dropout::Dropout;
 use crate::pass::arena::{Activations, Arena, Mat, Rows};
+use crate::pass::prefix;
 use crate::pass::times::Meter;
 use crate::stack::Stack;
 
@@ -45,6 +47,8 @@ pub struct PassCx<'a> {
     pub(crate) rows: Vec<Range<usize>>,
     /// The rows of each document of each part.
     pub(crate) docs: Vec<Range<usize>>,
+    /// How many places are taken before each document.
+    pub(crate) taken: Vec<usize>,
     /// Where the keys and values of each document lie, if its rows follow others that went through before.
     pub(crate) kept: Option<Kept>,
     /// Cosines and sines of each row's angles, `[T, W/2]`; none where positions are not turned.
@@ -138,17 +142,20 @@ impl Ids<'_> {
 impl<'a> PassCx<'a> {
     /// What the blocks see of a pass over whole documents or, with `kept`, over the rows that follow those in a cache.
     pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], kept: Option<Kept>, arena: &Arena) -> Self {
-        let (mut rows, mut docs, mut end) = (Vec::with_capacity(parts.len()), Vec::new(), 0);
+        let (mut rows, mut docs, mut taken, mut end) = (Vec::with_capacity(parts.len()), Vec::new(), Vec::new(), 0);
         for part in parts {
             let start = end;
             end += part.layout.n_rows();
             rows.push(start..end);
             let shifted = |doc: &attune_points::Doc| start + doc.rows.start as usize..start + doc.rows.end as usize;
-            docs.extend(part.layout.docs().iter().map(shifted).filter(|doc| !doc.is_empty()));
+            let of_part = part.layout.docs().iter().zip(prefix::lengths(part)).filter(|(doc, _)| doc.n_rows() > 0);
+            let (of_part, lengths): (Vec<_>, Vec<_>) = of_part.map(|(doc, length)| (shifted(doc), length)).unzip();
+            docs.extend(of_part);
+            taken.extend(lengths);
         }
         let (dtype, arena, kernels) = (base.activations(), arena.clone(), arena.kernels());
         let mut cx =
-            Self { kernels, base, parts, rows, docs, kept, angles: None, arena, dtype, meter: Meter::default() };
+            Self { kernels, base, parts, rows, docs, taken, kept, angles: None, arena, dtype, meter: Meter::default() };
         cx.angles = angles(&cx);
         cx
     }
@@ -158,11 +165,16 @@ impl<'a> PassCx<'a> {
         self.kept.as_ref().map_or(0, |kept| kept.rows[doc].len() - self.docs[doc].len())
     }
 
-    /// The places of a part's rows in their documents.
+    /// The position of the first row of a document that goes through now, by its number in the pass.
+    fn first(&self, doc: usize) -> usize {
+        self.before(doc) + self.taken[doc]
+    }
+
+    /// The positions of a part's rows.
     pub(crate) fn positions(&self, part: usize) -> impl Iterator<Item = usize> {
         let of_part = |row: usize| self.docs.partition_point(|doc| doc.start < row);
         let docs = of_part(self.rows[part].start)..of_part(self.rows[part].end);
-        docs.flat_map(|doc| (self.before(doc)..).take(self.docs[doc].len()))
+        docs.flat_map(|doc| (self.first(doc)..).take(self.docs[doc].len()))
     }
 
     /// Whether the device has done everything so far.
@@ -319,6 +331,13 @@ fn component<'a>(part: &Part<'a>, binding: &Binding, site: &SiteId) -> Option<(&
     Some((at, slot.adapter().port(at)))
 }
 
+impl Part<'_> {
+    /// How its rows attend, for graphs.
+    pub(crate) fn plan(&self, architecture: &Architecture, dtype: DType) -> Result<RowPlan> {
+        RowPlan::new(architecture, self.layout, &prefix::lengths(self), dtype)
+    }
+}
+
 /// The tensors at `sites` whose gradient the sink of a part wants.
 pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn GradSink) -> Vec<TensorId> {
     let mut found = Vec::new();
@@ -381,7 +400,7 @@ fn angles(cx: &PassCx<'_>) -> Option<(Rows<f32>, Rows<f32>)> {
     let mut frequencies = Vec::new();
     // The table of the longest document so far with these frequencies: others are its beginning.
     let mut longest: Option<Range<usize>> = None;
-    for (doc, before) in cx.docs.iter().zip((0..).map(|doc| cx.before(doc))) {
+    for (doc, before) in cx.docs.iter().zip((0..).map(|doc| cx.first(doc))) {
         let length = doc.len();
         let own = rope.frequencies(architecture.head_dim, before + length);
         if own != frequencies {

@@ -10,11 +10,12 @@ use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{
     Bank, BankKind, Binding, Error, Grads, Layout, Params, Row, Rows, TensorId, TensorName, Theta, Weight as _,
 };
-use attune_tensor::Rng;
-use candle_core::DType;
+use attune_tensor::{Rng, ops};
+use candle_core::{DType, Device, Tensor};
 
 use crate::low_rank::{LowRank, Rescaled};
 use crate::support::{CrossEntropy, difference};
+use crate::whole::{Bottleneck, Prefix};
 
 const TINY: &str = r#"{
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -93,6 +94,51 @@ fn a_components_gradient_agrees_with_central_differences_under_dropout() {
 #[test]
 fn the_gradient_of_one_that_makes_a_weight_agrees_with_central_differences() {
     assert_eq!(central_differences(&model_of(Arc::new(Rescaled { rank: 2 }))), 45);
+}
+
+#[test]
+fn the_gradients_of_those_of_whole_blocks_agree_with_central_differences() {
+    assert_eq!(central_differences(&model_of(Arc::new(Bottleneck { rank: 2, dropout: 0.3 }))), 16);
+    assert_eq!(central_differences(&model_of(Arc::new(Prefix { length: 3 }))), 4);
+}
+
+/// What a prefix says, a text can say: its keys and values are those of the text's rows.
+#[test]
+fn a_prefix_of_the_keys_and_values_of_a_text_is_that_text() {
+    let plain = Model::new(base(), Stack::default()).in_f64();
+    let document = documents(&[2]);
+    let ids: Vec<u32> = document.rows().iter().map(|row| if let Row::Token(id) = row { *id } else { 0 }).collect();
+    let (text, rest) = ids.split_at(3);
+    let (off, whole, beginning) = (Theta::default(), Layout::single(&ids), Layout::single(text));
+    let pass = |layout| Pass { theta: &off, layout, dropout: None };
+    let expected = plain.logits(&pass(&whole)).unwrap();
+
+    let model = model_of(Arc::new(Prefix { length: text.len() }));
+    let hidden = plain.hidden(&pass(&beginning)).unwrap();
+    let mut params = Params::new();
+    for at in model.stack().slots()[0].attachments() {
+        let layer: usize = at.site.as_str().split('.').nth(2).unwrap().parse().unwrap();
+        let weight = |module: &str| {
+            let name = TensorName::from_path(&format!("model.layers.{layer}.{module}.weight"));
+            plain.base().tensor(&name, DType::F64).unwrap()
+        };
+        // Each layer is two blocks; the first reads the stream through a norm.
+        let n_td = ops::rms_norm(&hidden[2 * layer], &weight("input_layernorm"), 1e-5).unwrap();
+        let of = |module: &str| ops::linear(&n_td, &weight(module), None).unwrap();
+        let (k, half) = (of("self_attn.k_proj").reshape((text.len(), 2, 2)).unwrap(), 1);
+        let angles: Vec<f64> = (0..text.len()).map(|position| position as f64).collect();
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f64> = angles.iter().map(|angle| f(*angle)).collect();
+            Tensor::from_vec(values, (text.len(), 1, half), &Device::Cpu).unwrap()
+        };
+        let k = ops::rope(&k, &table(f64::cos), &table(f64::sin)).unwrap().reshape((text.len(), 4)).unwrap();
+        params.insert(TensorName::new(at.site.as_str(), "keys"), k);
+        params.insert(TensorName::new(at.site.as_str(), "values"), of("self_attn.v_proj"));
+    }
+    let with = theta(vec![Arc::new(params)], Rows::All(0));
+    let found = model.logits(&Pass { theta: &with, layout: &Layout::single(rest), dropout: None }).unwrap();
+    let expected = expected.narrow(0, text.len(), rest.len()).unwrap();
+    assert!(difference(&found, &expected) < 1e-10, "{}", difference(&found, &expected));
 }
 
 /// How many tensors were compared.

@@ -9,7 +9,9 @@ use attune_points::adapter::Adapter;
 use attune_spec::job::Precision;
 use candle_core::DType;
 
-use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, low_rank, model, rescaled, set, weights};
+use crate::passes::{
+    MIXTURE, TINY, TOLERANCE, bank, bottleneck, documents, low_rank, model, prefix, rescaled, set, weights,
+};
 use crate::support::{difference, golden, largest};
 
 const QWEN3: &str = r#"{
@@ -37,6 +39,7 @@ fn components() -> Vec<Vec<Arc<dyn Adapter>>> {
         vec![low_rank(3, 0.2, false)],
         vec![low_rank(2, 0.0, true), low_rank(4, 0.0, true), low_rank(2, 0.0, false)],
         vec![rescaled(2), low_rank(3, 0.2, true)],
+        vec![prefix(3), bottleneck(2, 0.2)],
     ]
 }
 

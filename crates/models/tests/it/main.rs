@@ -15,3 +15,4 @@ mod low_rank;
 mod passes;
 mod support;
 mod walk;
+mod whole;

@@ -10,7 +10,7 @@ use super::plan::logical_shards;
 use super::tune::SlotSpec;
 use super::{Device, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
-use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
+use crate::method::{Catalogue, MethodRef, Point, schema};
 
 static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
     let schema = JobSpec::schema();
@@ -172,7 +172,7 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     }
     for (path, slot) in spec.tune.slots() {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
-        if method.is_some_and(|method| method.merges == Merges::Weight) {
+        if method.is_some_and(|method| method.trains_base) {
             refuse(&format!("`{path}` trains the weights of the base"));
         }
     }

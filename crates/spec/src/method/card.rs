@@ -75,6 +75,10 @@ pub enum SiteKind {
     Embedding,
     /// A normalisation.
     Norm,
+    /// Attention as a whole.
+    Attention,
+    /// An MLP, or a mixture of experts, as a whole.
+    Mlp,
 }
 
 /// What becomes of a component when it is merged into the base.
@@ -127,6 +131,8 @@ pub struct Card {
     pub parameters: &'static str,
     /// Whether it can be merged.
     pub merges: Merges,
+    /// Whether it trains the base's own weights, so that its result is a whole model.
+    pub trains_base: bool,
     /// `peft_type` in Hugging Face PEFT's layout, where PEFT has the method.
     pub peft_type: Option<&'static str>,
     /// Conditions between fields.
@@ -146,6 +152,7 @@ impl Card {
             targets: "",
             parameters: "",
             merges: Merges::NotApplicable,
+            trains_base: false,
             peft_type: None,
             rules: &[],
         }

@@ -103,11 +103,18 @@ impl Catalogue {
     }
 }
 
+/// How many names a message lists at most.
+const MOST_LISTED: usize = 8;
+
 pub(super) fn unknown_method(point: Point, given: &str, names: &[&str], path: &FieldPath) -> Fault {
     let hint = suggest::hint(given, names.iter().copied());
-    let listed = names.join(", ");
-    let message =
-        format!("is {given:?}, which no method of point {} is called; known are {listed}{hint}", point.as_str());
+    let point = point.as_str();
+    // A hint says more than a long list.
+    let known = match names.len() {
+        0..=MOST_LISTED => format!("known are {}", names.join(", ")),
+        n => format!("there are {n} (`attune methods list --point {point}`)"),
+    };
+    let message = format!("is {given:?}, which no method of point {point} is called; {known}{hint}");
     Fault::new(path.field("method"), message)
 }
 
@@ -153,6 +160,7 @@ mod tests {
             targets: "all-linear".to_owned(),
             parameters: "rank*(i+o)".to_owned(),
             merges: Merges::Factors,
+            trains_base: false,
             peft_type: None,
             rules: vec![RuleDocument {
                 when: "rank > 64".to_owned(),

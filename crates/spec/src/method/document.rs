@@ -53,6 +53,8 @@ pub struct MethodDocument {
     pub parameters: String,
     /// Whether it can be merged.
     pub merges: Merges,
+    /// Whether it trains the base's own weights, so that its result is a whole model.
+    pub trains_base: bool,
     /// `peft_type` in PEFT's layout.
     pub peft_type: Option<String>,
     /// Conditions between fields.
@@ -81,6 +83,7 @@ impl MethodDocument {
             targets: card.targets.to_owned(),
             parameters: card.parameters.to_owned(),
             merges: card.merges,
+            trains_base: card.trains_base,
             peft_type: card.peft_type.as_ref().map(own),
             rules: card
                 .rules

@@ -112,7 +112,8 @@ mod tests {
             Catalogue::embedded().documents().filter(|method| matches(method, &list)).count()
         };
         assert!(count(None, None) > count(Some("adapter"), None));
-        assert_eq!(count(Some("adapter"), Some("LOW-RANK adaptation")), 1);
+        assert!(count(Some("adapter"), Some("LOW-RANK adaptation")) > 0);
+        assert!(count(Some("adapter"), Some("LOW-RANK adaptation")) < count(Some("adapter"), None));
         assert_eq!(count(Some("optimizer"), Some("low-rank adaptation")), 0);
     }
 }

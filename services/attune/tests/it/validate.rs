@@ -93,7 +93,7 @@ fn all_faults_are_said_at_once_with_their_paths() {
     --- stdout
     --- stderr
     error: job.yaml has 1 fault
-      `tune.adapter.method` is "lroa", which no method of point adapter is called; known are full, lora; did you mean "lora"?
+      `tune.adapter.method` is "lroa", which no method of point adapter is called; known are dora, full, lora; did you mean "lora"?
     "#);
     insta::assert_snapshot!(validate(&JOB.replace("method: lora", "method: adamw"), &["--json"]).all(), @r#"
     exit status 2
@@ -128,7 +128,7 @@ fn sites_are_checked_where_the_base_is_here() {
     --- stdout
     --- stderr
     error: job.yaml has 1 fault
-      `tune.adapter.targets[1]` "v_porj" matches no site of this llama model of 2 layers; did you mean "v_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, post_attention_layernorm, gate_proj, up_proj, down_proj, norm, lm_head)
+      `tune.adapter.targets[1]` "v_porj" matches no site of this llama model of 2 layers; did you mean "v_proj"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, self_attn, post_attention_layernorm, gate_proj, up_proj, down_proj, mlp, norm, lm_head)
     "#);
     let elsewhere = job.replace("./base", "some-base:latest");
     assert_eq!(validate(&elsewhere, &[]).status, 0);

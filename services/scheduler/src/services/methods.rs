@@ -25,6 +25,8 @@ fn card(document: &MethodDocument) -> v1::Method {
         SiteKind::Linear => v1::SiteKind::Linear as i32,
         SiteKind::Embedding => v1::SiteKind::Embedding as i32,
         SiteKind::Norm => v1::SiteKind::Norm as i32,
+        SiteKind::Attention => v1::SiteKind::Attention as i32,
+        SiteKind::Mlp => v1::SiteKind::Mlp as i32,
     };
     v1::Method {
         name: document.name.clone(),
@@ -39,6 +41,7 @@ fn card(document: &MethodDocument) -> v1::Method {
         applies: document.applies.iter().map(site).collect(),
         targets: document.targets.clone(),
         parameters: document.parameters.clone(),
+        trains_base: document.trains_base,
         merges: match document.merges {
             Merges::Factors => v1::MergeForm::Factors,
             Merges::Weight => v1::MergeForm::Weight,
