@@ -6,8 +6,8 @@ use std::path::Path;
 use attune_architecture::Architecture;
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
-use attune_points::Params;
-use attune_points::adapter::{Adapter, Attachment};
+use attune_points::adapter::{Adapter, Attachment, PeftTensors};
+use attune_points::{Params, TensorName};
 use attune_spec::Fault;
 use attune_spec::id::Digest;
 use attune_spec::job::Targets;
@@ -48,9 +48,9 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
     let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
-    let mut of_type = FROM_PEFT.iter().filter(|reader| reader.peft_type == peft_type);
+    let mut of_type = FROM_PEFT.iter().filter(|reader| reader.peft_type.is_none_or(|known| known == peft_type));
     let reader = of_type.find(|reader| (reader.claims)(&config)).ok_or_else(|| {
-        let known: BTreeSet<&str> = FROM_PEFT.iter().map(|reader| reader.peft_type).collect();
+        let known: BTreeSet<&str> = FROM_PEFT.iter().filter_map(|reader| reader.peft_type).collect();
         let known: Vec<&str> = known.into_iter().collect();
         let message = format!("is {peft_type:?}; this version reads {}", known.join(", "));
         unsupported(vec![Fault::new("peft_type", message)])
@@ -90,16 +90,22 @@ impl Folder {
         let mismatch = |message: String| Error::Mismatch { file: self.path.join(WEIGHTS_FILE), message };
         let mut left: BTreeSet<&String> = self.tensors.keys().collect();
         let mut params = Params::new();
-        for (name, spelt, shape) in spelt(adapter, attachments) {
-            let tensor = self.tensors.get(&spelt).ok_or_else(|| mismatch(format!("has no tensor {spelt:?}")))?;
+        for place in places(adapter, attachments) {
+            let spelt = &place.spelt;
+            let tensor = self.tensors.get(spelt).ok_or_else(|| mismatch(format!("has no tensor {spelt:?}")))?;
+            let shape = place.whole();
             if tensor.dims() != shape {
                 let found = tensor.dims();
                 return Err(mismatch(format!(
                     "tensor {spelt:?} has shape {found:?}; the base and adapter_config.json make it {shape:?}"
                 )));
             }
-            left.remove(&spelt);
-            params.insert(name, tensor.clone());
+            left.remove(spelt);
+            let own = match place.columns {
+                None => tensor.clone(),
+                Some((start, _)) => tensor.narrow(1, start, place.shape[1])?.contiguous()?,
+            };
+            params.insert(place.name, own);
         }
         match left.first() {
             None => Ok(params),
@@ -108,18 +114,63 @@ impl Folder {
     }
 }
 
-/// Name, spelling in the file and shape of each tensor.
-fn spelt(adapter: &dyn Adapter, attachments: &[Attachment]) -> Vec<(attune_points::TensorName, String, Vec<usize>)> {
-    let Some(peft) = adapter.peft() else { return Vec::new() };
-    let mut found = Vec::new();
-    for at in attachments {
-        for spec in &at.tensors {
-            let suffix =
-                peft.tensors.iter().find(|(local, _)| *local == spec.local).map_or(spec.local, |(_, suffix)| suffix);
-            found.push((spec.name(at.site.as_str()), format!("{PREFIX}{}.{suffix}", at.site), spec.shape.clone()));
+/// Where a tensor of an adapter is in its file.
+struct Place {
+    name: TensorName,
+    shape: Vec<usize>,
+    /// The name in the file.
+    spelt: String,
+    /// Its first column in a tensor of that name that holds several side by side, and how many columns that has.
+    columns: Option<(usize, usize)>,
+}
+
+impl Place {
+    /// The shape in the file.
+    fn whole(&self) -> Vec<usize> {
+        match self.columns {
+            None => self.shape.clone(),
+            Some((_, all)) => vec![self.shape[0], all],
         }
     }
-    found
+}
+
+/// Where each tensor is; those that several sites share once.
+fn places(adapter: &dyn Adapter, attachments: &[Attachment]) -> Vec<Place> {
+    let Some(peft) = adapter.peft() else { return Vec::new() };
+    let mut places: Vec<Place> = Vec::new();
+    for at in attachments {
+        for spec in &at.tensors {
+            let name = spec.name(at.site.as_str());
+            if places.iter().any(|place| place.name == name) {
+                continue;
+            }
+            let (spelt, columns) = match &peft.tensors {
+                PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
+                PeftTensors::Each(spellings) => {
+                    let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
+                    let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
+                    let dot = if name.owner().is_empty() { "" } else { "." };
+                    (format!("{PREFIX}{}{dot}{suffix}", name.owner()), None)
+                }
+                _ => continue,
+            };
+            places.push(Place { name, shape: spec.shape.clone(), spelt, columns });
+        }
+    }
+    if let PeftTensors::Joined { locals, .. } = &peft.tensors {
+        // Attachments are in forward order already; their tensors in that of the file.
+        let order = |place: &Place| locals.iter().position(|local| *local == place.name.local());
+        for of_site in places.chunk_by_mut(|a, b| a.name.owner() == b.name.owner()) {
+            of_site.sort_by_key(order);
+        }
+        let all = places.iter().map(|place| place.shape[1]).sum();
+        let mut start = 0;
+        for place in &mut places {
+            place.columns = Some((start, all));
+            start += place.shape[1];
+        }
+    }
+    places
 }
 
 /// Writes an adapter folder. `base_name` is a hub id or a digest, never a local path. The same parameters give the same
@@ -147,19 +198,33 @@ pub fn write(
     }
     let mut config: BTreeMap<String, Value> = peft.config.into_iter().collect();
     config.insert("base_model_name_or_path".to_owned(), base_name.into());
-    config.insert("target_modules".to_owned(), target_modules(attachments, architecture).into());
+    match peft.tensors {
+        PeftTensors::Joined { .. } => {
+            let (heads, width) = (architecture.kv_heads, architecture.kv_width());
+            let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
+            config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
+        }
+        _ => {
+            config.insert("target_modules".to_owned(), target_modules(attachments, architecture).into());
+        }
+    }
     // Said where the method has such a key; PEFT looks at it layer by layer and lets it pass for plain linears.
     if let Some(flag) = config.get_mut("fan_in_fan_out") {
         *flag = any_transposed(attachments, architecture).into();
     }
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
+    let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
+    for place in places(adapter, attachments) {
+        let tensor = params.get(&place.name).ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
+        wholes.entry(place.spelt).or_default().push(tensor.to_dtype(DType::F32)?);
+    }
     let mut bytes = Vec::new();
-    for (name, spelt, shape) in spelt(adapter, attachments) {
-        let tensor = params.get(&name).ok_or_else(|| unsupported(&spelt, "is not among the parameters"))?;
-        let values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    for (spelt, parts) in wholes {
+        let whole = Tensor::cat(&parts, if parts.len() > 1 { 1 } else { 0 })?;
+        let values: Vec<f32> = whole.flatten_all()?.to_vec1()?;
         let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        bytes.push((spelt, shape, data));
+        bytes.push((spelt, whole.dims().to_vec(), data));
     }
     let tensors: Vec<safetensors::Tensor<'_>> = bytes
         .iter()

@@ -42,7 +42,11 @@ pub fn fresh<'w>(
                 );
                 return Err(Error::Refused(message));
             }
-            params.insert(spec.name(at.site.as_str()), tensor.clone());
+            // A tensor that several sites share starts with what the first of them makes.
+            let name = spec.name(at.site.as_str());
+            if params.get(&name).is_none() {
+                params.insert(name, tensor.clone());
+            }
         }
     }
     Ok(params)

@@ -181,6 +181,8 @@ pub enum Merged {
         /// `[o]`, where the operator has one.
         bias: Option<Tensor>,
     },
+    /// Nothing: it has to stay beside the base, for this reason.
+    No(&'static str),
 }
 
 /// An adapter in Hugging Face PEFT's layout: its configuration, and how local names are spelt in
@@ -190,6 +192,23 @@ pub struct Peft {
     /// Keys and values of `adapter_config.json`, `peft_type` among them; the writer adds what it knows of the base and the
     /// sites.
     pub config: serde_json::Map<String, serde_json::Value>,
-    /// Local tensor name and its spelling after the module path, such as `lora_A` and `lora_A.weight`.
-    pub tensors: Vec<(&'static str, &'static str)>,
+    /// How its tensors are laid out.
+    pub tensors: PeftTensors,
+}
+
+/// How the tensors of an adapter are laid out in `adapter_model.safetensors`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PeftTensors {
+    /// Each by itself: its local name and its spelling after the path of the module that owns it, such as `lora_A` and
+    /// `lora_A.weight`; one that all sites share has no path before it.
+    Each(Vec<(&'static str, &'static str)>),
+    /// Those of all layers, each of P rows, side by side in one tensor of P rows: layer after layer, and in a layer these one
+    /// after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
+    Joined {
+        /// The one tensor's name.
+        name: &'static str,
+        /// The local names.
+        locals: &'static [&'static str],
+    },
 }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use attune_adapt::peft;
 use attune_artifacts::formats::card::Card;
 use attune_models::{Slot, export, stack};
-use attune_points::adapter::Merged;
-use attune_points::{BankKind, TensorName, Theta};
+use attune_points::adapter::{Merged, Port};
+use attune_points::{BankKind, TensorName, Theta, Weight};
 use attune_spec::job::Precision;
 use attune_spec::job::plan::Input;
 use candle_core::{DType, Tensor};
@@ -129,8 +129,11 @@ fn card(request: &Request, prepared: &Prepared, base_name: &str, state: &State) 
 fn model(prepared: &Prepared, theta: &Theta, dtype: DType, folder: &Path) -> Result<(), Error> {
     let model = &prepared.shared.model;
     let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
-    for (index, slot) in model.stack().slots().iter().enumerate() {
-        merge_slot(prepared, theta, index, slot, &mut replaced)?;
+    // What makes another weight of a site's comes before what is added to it, as in a pass.
+    for makes in [true, false] {
+        for (index, slot) in model.stack().slots().iter().enumerate() {
+            merge_slot(prepared, theta, index, slot, makes, &mut replaced)?;
+        }
     }
     // A model from scratch has no weights but those: all of them are written, trained or not.
     export::write(model.base(), &replaced, dtype, &prepared.base_folder, folder)?;
@@ -142,23 +145,33 @@ fn merge_slot(
     theta: &Theta,
     index: usize,
     slot: &Slot,
+    makes: bool,
     replaced: &mut BTreeMap<TensorName, Tensor>,
 ) -> Result<(), Error> {
     let base = prepared.shared.model.base();
     let Some(own) = params(theta, index) else { return Ok(()) };
     if theta.banks.get(index).is_some_and(|bank| bank.kind == BankKind::Weights) {
+        if !makes {
+            return Ok(());
+        }
         replaced.extend(own.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
         return Ok(());
     }
     let sites = base.architecture().sites();
     for at in slot.attachments() {
         let Some(site) = sites.iter().find(|site| site.id == at.site) else { continue };
+        let is_weight = matches!(slot.adapter().port(at), Port::Weight(_));
+        if is_weight != makes {
+            continue;
+        }
         let name = base.tensor_name(at.site.as_str(), "weight");
         let weight = match replaced.get(&name) {
             Some(weight) => weight.clone(),
             None => base.tensor(&name, DType::F32)?,
         };
-        match slot.adapter().merge(at, &stack::locals(at, own)?, &base.weight(site))? {
+        let of_base = base.weight(site);
+        let given: &dyn Weight = if is_weight { &weight } else { &of_base };
+        match slot.adapter().merge(at, &stack::locals(at, own)?, given)? {
             Merged::Factors { left, right, scale } => {
                 replaced.insert(name, (weight + (left.matmul(&right)? * scale)?)?);
             }
@@ -166,8 +179,12 @@ fn merge_slot(
                 replaced.insert(name, weight);
                 replaced.extend(bias.map(|bias| (base.tensor_name(at.site.as_str(), "bias"), bias)));
             }
+            Merged::No(why) => {
+                let message = format!("the component at {} does not merge: {why}", at.site);
+                return Err(attune_points::Error::Refused(message).into());
+            }
             other => {
-                let message = format!("the component at {} does not merge: {other:?}", at.site);
+                let message = format!("the component at {} merges to {other:?}, which is not known here", at.site);
                 return Err(attune_points::Error::Refused(message).into());
             }
         }

@@ -1,8 +1,10 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+mod compacter;
 mod dora;
 mod full;
 mod lora;
+mod prefix_tuning;
 
 use attune_points::adapter::Adapter;
 use attune_spec::Fault;
@@ -10,14 +12,24 @@ use attune_spec::job::Targets;
 use attune_spec::method::{MethodRef, Point, Registry, entry};
 use serde_json::{Map, Value};
 
-/// All adapters.
-pub static ADAPTERS: Registry<dyn Adapter> =
-    Registry::new(Point::Adapter, &[entry::<dora::Dora>(), entry::<full::Full>(), entry::<lora::Lora>()]);
+use crate::parts::own;
 
-/// How configurations of PEFT are read.
+/// All adapters.
+pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
+    Point::Adapter,
+    &[
+        entry::<compacter::Compacter>(),
+        entry::<dora::Dora>(),
+        entry::<full::Full>(),
+        entry::<lora::Lora>(),
+        entry::<prefix_tuning::PrefixTuning>(),
+    ],
+);
+
+/// How configurations in PEFT's layout are read.
 pub(crate) struct FromPeft {
-    /// Their `peft_type`.
-    pub(crate) peft_type: &'static str,
+    /// Their `peft_type`; none for any.
+    pub(crate) peft_type: Option<&'static str>,
     /// Whether one of this type is the method's; the first that says so has it.
     pub(crate) claims: fn(&Map<String, Value>) -> bool,
     /// What it says in our words: the method with its parameters, and the sites. The modules that have tensors are given.
@@ -29,6 +41,8 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 
 /// How the configurations of PEFT are read.
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
-    FromPeft { peft_type: "LORA", claims: dora::is_dora, read: dora::from_peft },
-    FromPeft { peft_type: "LORA", claims: |_| true, read: lora::from_peft },
+    FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
+    FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

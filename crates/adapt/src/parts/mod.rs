@@ -1,4 +1,5 @@
 //! What methods share.
 
 pub(crate) mod factors;
+pub(crate) mod own;
 pub(crate) mod scaling;

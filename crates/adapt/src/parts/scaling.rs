@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use attune_artifacts::formats::peft::LoraConfig;
-use attune_points::adapter::Peft;
+use attune_points::adapter::{Peft, PeftTensors};
 use attune_spec::Fault;
 use serde_json::{Map, Value, json};
 
@@ -70,7 +70,7 @@ impl Scaling {
 /// An adapter in PEFT's layout by its configuration and the spelling of its tensors.
 pub(crate) fn peft(config: &LoraConfig, tensors: Vec<(&'static str, &'static str)>) -> Peft {
     let config = serde_json::to_value(config).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
-    Peft { config, tensors }
+    Peft { config, tensors: PeftTensors::Each(tensors) }
 }
 
 /// PEFT's configuration and the parameters that say the same of rank and scaling at these modules. What it asks for beyond

@@ -7,14 +7,17 @@
 mod golden;
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use attune_adapt::{ADAPTERS, INITS, peft, slot};
 use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged};
-use attune_points::{Grads, TensorName};
+use attune_points::layout::Source;
+use attune_points::params::Scope;
+use attune_points::{Grads, Layout, Owner, Row, TensorId, TensorName};
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, MethodRef, expression};
+use attune_spec::job::Targets;
+use attune_spec::method::{BuildCx, Card, Merges, MethodRef, SiteKind, expression};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -37,8 +40,20 @@ const PROPERTIES: [(&str, Property); 8] = [
 /// The plain member of the point, against which the others show what is their own.
 const PLAIN: &str = "lora";
 
+/// Parameters of methods whose defaults are made for wider models than the battery's.
+static SMALL: [(&str, &[(&str, u32)]); 1] = [("compacter", &[("reduction", 4), ("factors", 2)])];
+
 /// Parameters under which a method's gradient is that of the loss, where it leaves a term out by default.
 const EXACT: [(&str, &str); 1] = [("dora", "norm_gradient")];
+
+/// A method of the list as the battery runs it.
+fn method(card: &Card) -> Value {
+    let mut method = json!({"method": card.name});
+    for (name, value) in SMALL.iter().filter(|(name, _)| *name == card.name).flat_map(|(_, params)| *params) {
+        method[name] = (*value).into();
+    }
+    method
+}
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -50,6 +65,8 @@ fn main() {
             })
         })
         .collect();
+    trials.push(Trial::test("adapter::compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule));
+    trials.push(Trial::test("adapter::prefix_tuning::queries_of_a_single_row_matter", lone_row));
     trials.push(Trial::test("adapter::dora::factors_turn_rows_and_leave_their_lengths", row_lengths));
     trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
     trials.push(Trial::test("adapter::inits::a_named_start_replaces_the_own_one", named_start));
@@ -90,21 +107,27 @@ fn unknown_field(card: &'static Card) -> Result<(), Failed> {
 }
 
 fn starts_as_the_base(card: &'static Card) -> Result<(), Failed> {
-    let setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    let setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
     let layout = batch();
     let with = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;
     let without = setup.model.logits(&Pass { theta: &setup.theta.adapters_off(), layout: &layout, dropout: None })?;
-    assert_eq!(difference(&with, &without), 0.0);
+    let off = difference(&with, &without);
+    assert_eq!(
+        off > 0.0,
+        card.moves.is_some(),
+        "it starts {off} away from the base, and its card says {:?}",
+        card.moves
+    );
     Ok(())
 }
 
 /// The derivative along a random direction in each tensor against a central difference, in f64.
 fn gradient(card: &'static Card) -> Result<(), Failed> {
-    let mut method = json!({"method": card.name});
+    let mut method = method(card);
     for (_, parameter) in EXACT.iter().filter(|(name, _)| *name == card.name) {
         method[parameter] = true.into();
     }
-    let mut setup = Setup::new(build(method).map_err(fail)?, card.targets, DType::F64);
+    let mut setup = Setup::of(card, build(method).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
     let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
@@ -126,7 +149,7 @@ fn gradient(card: &'static Card) -> Result<(), Failed> {
 }
 
 fn save_and_load(card: &'static Card) -> Result<(), Failed> {
-    let mut setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    let mut setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
     if setup.adapter.peft().is_none() {
         // Its result is a whole model, whose writing and reading the models' own tests cover.
         assert!(card.trains_base, "neither an adapter folder nor a whole model");
@@ -159,7 +182,7 @@ fn save_and_load(card: &'static Card) -> Result<(), Failed> {
 }
 
 fn merged_equals_unmerged(card: &'static Card) -> Result<(), Failed> {
-    let mut setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F64);
+    let mut setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
     let unmerged = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;
@@ -181,9 +204,14 @@ fn merged_equals_unmerged(card: &'static Card) -> Result<(), Failed> {
                 tensors.insert(name, weight);
                 tensors.extend(bias.map(|bias| (base.tensor_name(at.site.as_str(), "bias").to_string(), bias)));
             }
+            Merged::No(_) => {
+                assert_eq!(card.merges, Merges::No);
+                return Ok(());
+            }
             other => return Err(format!("{other:?} does not merge").into()),
         }
     }
+    assert_ne!(card.merges, Merges::No);
     let merged = Model::new(Base::from_tensors(base.architecture().clone(), &tensors)?, Default::default()).in_f64();
     let theta = attune_points::Theta::default();
     let merged = merged.logits(&Pass { theta: &theta, layout: &layout, dropout: None })?;
@@ -194,28 +222,46 @@ fn merged_equals_unmerged(card: &'static Card) -> Result<(), Failed> {
 
 fn cost(card: &'static Card) -> Result<(), Failed> {
     let document = ADAPTERS.documents().find(|document| document.name == card.name).ok_or("no document")?;
-    let setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    let setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
     for at in &setup.attachments {
         let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
         let mut names = document.defaults.as_object().cloned().unwrap_or_default();
+        names.extend(method(card).as_object().cloned().unwrap_or_default());
         let (o, i) = site.out_in().unwrap_or_else(|| (site.kind.parameters() as usize, 1));
         let bias = matches!(site.kind, attune_architecture::SiteKind::Linear { bias: true, .. });
-        names.extend([("i".to_owned(), json!(i)), ("o".to_owned(), json!(o)), ("b".to_owned(), json!(u8::from(bias)))]);
+        let k = setup.model.base().architecture().kv_width();
+        let widths = [("i", json!(i)), ("o", json!(o)), ("k", json!(k)), ("b", json!(u8::from(bias)))];
+        names.extend(widths.map(|(name, width)| (name.to_owned(), width)));
         let expected = expression::number(card.parameters, &names)?;
-        let counted: usize = at.tensors.iter().filter(|t| t.train).map(|t| t.shape.iter().product::<usize>()).sum();
-        assert_eq!(counted as f64, expected, "{}", at.site);
+        let count = |shared: bool| -> usize {
+            let counted = at.tensors.iter().filter(|t| t.train && (t.scope != Scope::Site) == shared);
+            counted.map(|t| t.shape.iter().product::<usize>()).sum()
+        };
+        assert_eq!(count(false) as f64, expected, "{}", at.site);
+        let shared = if card.shared.is_empty() { 0.0 } else { expression::number(card.shared, &names)? };
+        assert_eq!(count(true) as f64, shared, "shared at {}", at.site);
     }
+    // What is shared is there once.
+    let mut all: Vec<TensorName> = Vec::new();
+    all.extend(setup.attachments.iter().flat_map(|at| at.tensors.iter().map(|spec| spec.name(at.site.as_str()))));
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), setup.params().len());
     Ok(())
 }
 
 fn start(card: &'static Card) -> Result<(), Failed> {
-    let setup = Setup::new(build(json!({"method": card.name})).map_err(fail)?, card.targets, DType::F32);
+    let setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
     let fresh = |seed: u64, attachments: &[attune_points::adapter::Attachment]| {
         slot::fresh(&*setup.adapter, None, attachments, |at| setup.weight(at), &Rng::new(seed, "init"))
     };
     let all = fresh(7, &setup.attachments)?;
-    let alone = fresh(7, &setup.attachments[3..4])?;
-    for (name, tensor) in alone.iter() {
+    let last = setup.attachments.len() - 1;
+    let alone = fresh(7, &setup.attachments[last..])?;
+    let shared = |name: &&TensorName| {
+        setup.attachments[last].tensors.iter().any(|t| t.scope != Scope::Site && t.name("") == **name)
+    };
+    for (name, tensor) in alone.iter().filter(|(name, _)| !shared(name)) {
         assert_eq!(difference(tensor, all.get(name).ok_or("missing")?), 0.0, "{name} depends on other sites");
     }
     Ok(())
@@ -277,6 +323,58 @@ fn full_rank() -> Result<(), Failed> {
     let (full, plain) = (step_rank(json!({"method": "full"}))?, step_rank(json!({"method": PLAIN, "rank": 2}))?);
     assert!(full > bound, "a step of full has rank {full}");
     assert!(plain <= bound, "a step of {PLAIN} has rank {plain}");
+    Ok(())
+}
+
+/// How many layers a change of one tensor, by itself, changes what is added to the stream in: of the tensor that reaches most.
+fn reach(method: Value, targets: &str, applies: &[SiteKind]) -> Result<usize, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let adapter = build(method).map_err(fail)?;
+    let mut setup = Setup::on(base, adapter, &Targets::from(targets), applies, DType::F64);
+    setup.disturb(0.1);
+    let mut most = 0;
+    for (id, _) in setup.theta.trained() {
+        let users =
+            setup.attachments.iter().filter(|at| at.tensors.iter().any(|t| t.name(at.site.as_str()) == id.name));
+        let layers: BTreeSet<_> =
+            users.filter_map(|at| setup.model.base().architecture().site(at.site.as_str())?.layer).collect();
+        // Each of these layers has its share in the gradient: without the tensor's part there, it is another one.
+        most = most.max(layers.len());
+    }
+    Ok(most)
+}
+
+fn shared_rule() -> Result<(), Failed> {
+    let blocks = [SiteKind::Attention, SiteKind::Mlp];
+    let (compacter, plain) = (
+        reach(json!({"method": "compacter", "reduction": 4, "factors": 2}), "all", &blocks)?,
+        reach(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?,
+    );
+    assert_eq!((compacter, plain), (2, 1));
+    Ok(())
+}
+
+/// The largest gradient of the loss by the weight of queries in a document of one row, which by itself can attend to nothing but
+/// itself.
+fn lone_queries(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
+    setup.disturb(0.1);
+    let mut layout = Layout::new();
+    layout.push(Source::default(), [(Row::Token(3), 5)]);
+    let name = TensorName::from_path("model.layers.0.self_attn.q_proj.weight");
+    let id = TensorId { owner: Owner::Base, name };
+    let mut sink = Grads::wanting([id.clone()]);
+    setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
+    Ok(sink.get(&id).map_or(0.0, largest))
+}
+
+/// Keys that are there before a document give even its first row a choice; no change of weights does.
+fn lone_row() -> Result<(), Failed> {
+    let prefix = lone_queries(json!({"method": "prefix-tuning", "length": 3}), "all", &[SiteKind::Attention])?;
+    let plain = lone_queries(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?;
+    assert!(prefix > 1e-4, "queries have a gradient of {prefix} at most");
+    assert!(plain < 1e-15, "queries have a gradient of {plain}");
     Ok(())
 }
 

@@ -3,21 +3,26 @@
 use std::sync::Arc;
 
 use attune_adapt::slot;
-use attune_architecture::{Architecture, targets};
+use attune_architecture::{Architecture, Site, targets};
 use attune_models::{Base, Model, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
 use attune_points::{Bank, BankKind, Layout, Params, Row, TensorName, Theta, Weight};
 use attune_spec::job::Targets;
+use attune_spec::method::{Card, SiteKind};
 use attune_tensor::Rng;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 const CONFIG: &str = r#"{
     "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 37, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": true, "rope_theta": 100.0, "initializer_range": 0.3
 }"#;
+
+pub(crate) fn architecture() -> Architecture {
+    Architecture::from_json(CONFIG.as_bytes()).unwrap()
+}
 
 /// A model, a component at its targets, and the component's parameters.
 pub(crate) struct Setup {
@@ -28,14 +33,29 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    pub(crate) fn new(adapter: Box<dyn Adapter>, targets: &str, dtype: DType) -> Self {
-        let architecture = Architecture::from_json(CONFIG.as_bytes()).unwrap();
-        let base = Base::random(architecture, 5, dtype).unwrap();
-        Self::on(base, adapter, &Targets::from(targets), dtype)
+    /// A method of the list on the sites that it takes by itself.
+    pub(crate) fn of(card: &Card, adapter: Box<dyn Adapter>, dtype: DType) -> Self {
+        Self::on(Self::base(dtype), adapter, &Targets::from(card.targets), card.applies, dtype)
     }
 
-    pub(crate) fn on(base: Base, adapter: Box<dyn Adapter>, named: &Targets, dtype: DType) -> Self {
-        let sites = targets::resolve(named, None, base.architecture(), |_| true).unwrap();
+    /// A component on these linears.
+    pub(crate) fn new(adapter: Box<dyn Adapter>, targets: &str, dtype: DType) -> Self {
+        Self::on(Self::base(dtype), adapter, &Targets::from(targets), &[SiteKind::Linear], dtype)
+    }
+
+    fn base(dtype: DType) -> Base {
+        Base::random(architecture(), 5, dtype).unwrap()
+    }
+
+    pub(crate) fn on(
+        base: Base,
+        adapter: Box<dyn Adapter>,
+        named: &Targets,
+        applies: &[SiteKind],
+        dtype: DType,
+    ) -> Self {
+        let takes = |site: &Site| applies.contains(&site.offers());
+        let sites = targets::resolve(named, None, base.architecture(), takes).unwrap();
         let attachments = adapter.attach(base.architecture(), &sites).unwrap();
         let adapter: Arc<dyn Adapter> = adapter.into();
         let stack = Stack::new(vec![Slot::new(Arc::clone(&adapter), attachments.iter().cloned())]);
@@ -58,8 +78,11 @@ impl Setup {
     pub(crate) fn weight<'a>(&'a self, at: &Attachment) -> attune_points::Result<Box<dyn Weight + 'a>> {
         let site = self.model.base().architecture().site(at.site.as_str()).unwrap();
         let base = self.model.base();
-        let dense = base.weight(&site).dense(DType::F32)?;
         let bias = base.weight(&site).bias(DType::F32)?;
+        let dense = match site.kind {
+            attune_architecture::SiteKind::Block { .. } => Tensor::zeros((0, 0), DType::F32, &Device::Cpu)?,
+            _ => base.weight(&site).dense(DType::F32)?,
+        };
         Ok(Box::new(Owned { dense, bias }))
     }
 

@@ -10,7 +10,7 @@ use super::plan::logical_shards;
 use super::tune::SlotSpec;
 use super::{Device, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
-use crate::method::{Catalogue, MethodRef, Point, schema};
+use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 
 static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
     let schema = JobSpec::schema();
@@ -87,6 +87,13 @@ pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     data(spec, &mut faults);
     shards(spec, &mut faults);
     share(spec, catalogue, &mut faults);
+    for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
+        let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
+        if let Some(method) = method.filter(|method| method.merges == Merges::No) {
+            let message = format!("is true, but `{path}` is {}, which cannot be merged into the base", method.name);
+            faults.push(Fault::new("outputs.merged", message));
+        }
+    }
     if spec.outputs.merged_tag.is_some() && !spec.outputs.merged {
         faults.push(Fault::new("outputs.merged_tag", "is given, but `outputs.merged` is false"));
     }

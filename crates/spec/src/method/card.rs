@@ -126,9 +126,13 @@ pub struct Card {
     pub applies: &'static [SiteKind],
     /// The sites of a slot that names none: an entry as in `targets`; empty for points without sites.
     pub targets: &'static str,
-    /// Trainable parameters per site as an expression over the method's parameters and the site's input width `i` and
-    /// output width `o`; empty for points without parameters.
+    /// Trainable parameters per site as an expression over the method's parameters, the site's input width `i` and output
+    /// width `o`, and the width `k` of the model's keys; empty for points without parameters.
     pub parameters: &'static str,
+    /// Trainable parameters that all its sites share, as such an expression; empty for none.
+    pub shared: &'static str,
+    /// Why a model with it does not start as the base, if it does not.
+    pub moves: Option<&'static str>,
     /// Whether it can be merged.
     pub merges: Merges,
     /// Whether it trains the base's own weights, so that its result is a whole model.
@@ -151,6 +155,8 @@ impl Card {
             applies: &[],
             targets: "",
             parameters: "",
+            shared: "",
+            moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,
             peft_type: None,

@@ -159,6 +159,8 @@ mod tests {
             applies: Vec::new(),
             targets: "all-linear".to_owned(),
             parameters: "rank*(i+o)".to_owned(),
+            shared: String::new(),
+            moves: None,
             merges: Merges::Factors,
             trains_base: false,
             peft_type: None,

@@ -51,6 +51,10 @@ pub struct MethodDocument {
     pub targets: String,
     /// Trainable parameters per site, as an expression.
     pub parameters: String,
+    /// Trainable parameters that all its sites share, as an expression; empty for none.
+    pub shared: String,
+    /// Why a model with it does not start as the base, if it does not.
+    pub moves: Option<String>,
     /// Whether it can be merged.
     pub merges: Merges,
     /// Whether it trains the base's own weights, so that its result is a whole model.
@@ -82,6 +86,8 @@ impl MethodDocument {
             applies: card.applies.to_vec(),
             targets: card.targets.to_owned(),
             parameters: card.parameters.to_owned(),
+            shared: card.shared.to_owned(),
+            moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,
             peft_type: card.peft_type.as_ref().map(own),

@@ -60,7 +60,16 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
     }
     if !method.parameters.is_empty() {
         let cost = &method.parameters;
-        facts.push(("Cost", format!("{cost} trained parameters at a site of input width i and output width o")));
+        let widths = match cost.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "k") {
+            true => "where keys are k wide",
+            false => "of input width i and output width o",
+        };
+        let shared =
+            if method.shared.is_empty() { String::new() } else { format!(", and {} that all share", method.shared) };
+        facts.push(("Cost", format!("{cost} trained parameters at a site {widths}{shared}")));
+    }
+    if let Some(why) = &method.moves {
+        facts.push(("Starts", format!("away from the base: {why}")));
     }
     match method.merges {
         Merges::Factors => facts.push(("Merges", "into the base's weight, as a low-rank change".to_owned())),

@@ -42,6 +42,8 @@ fn card(document: &MethodDocument) -> v1::Method {
         targets: document.targets.clone(),
         parameters: document.parameters.clone(),
         trains_base: document.trains_base,
+        shared: document.shared.clone(),
+        moves: document.moves.clone().unwrap_or_default(),
         merges: match document.merges {
             Merges::Factors => v1::MergeForm::Factors,
             Merges::Weight => v1::MergeForm::Weight,

@@ -1,0 +1,35 @@
+//! Adapters that PEFT does not have, in its layout: `adapter_config.json` says the method in our own words.
+
+use attune_points::adapter::{Peft, PeftTensors};
+use attune_spec::Fault;
+use attune_spec::job::Targets;
+use attune_spec::method::MethodRef;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+/// The key of `adapter_config.json` under which the method is.
+const KEY: &str = "attune";
+
+/// The layout of a method with its parameters, whose tensors are spelt by their local names.
+pub(crate) fn peft(method: &str, config: &impl Serialize) -> Peft {
+    let mut named = serde_json::to_value(config).unwrap_or_default();
+    named["method"] = method.into();
+    let peft_type = method.to_uppercase().replace('-', "_");
+    let keys = [("peft_type", json!(peft_type)), ("inference_mode", json!(true)), (KEY, named)];
+    let config = keys.map(|(key, value)| (key.to_owned(), value)).into_iter().collect();
+    Peft { config, tensors: PeftTensors::Each(Vec::new()) }
+}
+
+/// Whether a configuration says a method in our own words.
+pub(crate) fn is_own(config: &Map<String, Value>) -> bool {
+    config.contains_key(KEY)
+}
+
+/// What it says.
+pub(crate) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
+    let named = config.get(KEY).cloned().unwrap_or_default();
+    match serde_json::from_value(named) {
+        Ok(method) => Ok((method, Targets::Many(modules.to_vec()))),
+        Err(error) => Err(vec![Fault::new(KEY, format!("names no method: {error}"))]),
+    }
+}
