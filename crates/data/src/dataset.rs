@@ -1,5 +1,6 @@
 //! A file's rows as tokens in memory.
 
+use attune_points::View;
 use attune_spec::job::{Form, OnBadRow};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -44,19 +45,24 @@ pub struct Report {
     pub bad: BadRows,
 }
 
-/// The documents of a file: tokens, end to end, and a mark on each that is learned.
+/// The rows of a file as documents: tokens, end to end, and a mark on each that is learned. A row is one document, or the two
+/// answers of a pair.
 #[derive(Debug, Clone)]
 pub struct Dataset {
     ids: Vec<u32>,
     trained: Vec<bool>,
     /// Where each document ends in `ids`.
     ends: Vec<usize>,
+    /// The roles of the documents of each row.
+    views: &'static [View],
     report: Report,
 }
 
-/// A document: its tokens and marks.
+/// A document: its role in its row, its tokens and marks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Document<'a> {
+    /// What it is to its row.
+    pub view: View,
     /// The tokens.
     pub ids: &'a [u32],
     /// Which of them are learned.
@@ -88,7 +94,7 @@ impl Dataset {
             if form.is_none() {
                 form = first_form(&file, &batch)?;
             }
-            let encode = |row: readers::Item| -> Result<Encoded, BadRow> {
+            let encode = |row: readers::Item| -> Result<Vec<Encoded>, BadRow> {
                 let row = row?;
                 // A file of nothing but unreadable rows has no form; its rows are bad for that reason already.
                 let Some(form) = form else {
@@ -97,7 +103,7 @@ impl Dataset {
                 let record = forms::read(form, &row.fields);
                 record.and_then(|record| encoder.encode(&record)).map_err(|fault| fault.at(row.origin))
             };
-            let encoded: Vec<Result<Encoded, BadRow>> = batch.into_par_iter().map(encode).collect();
+            let encoded: Vec<Result<Vec<Encoded>, BadRow>> = batch.into_par_iter().map(encode).collect();
             for row in encoded {
                 dataset.push(row);
             }
@@ -109,24 +115,47 @@ impl Dataset {
         dataset.finish(file, form)
     }
 
-    /// Number of documents.
+    /// Number of rows.
     pub fn len(&self) -> usize {
-        self.ends.len()
+        self.ends.len() / self.views.len()
     }
 
-    /// Whether there is no document.
+    /// Whether there is no row.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
 
-    /// The document `index`.
+    /// The documents of row `index`.
     ///
     /// # Panics
     /// If `index` is not below [`Dataset::len`].
-    pub fn document(&self, index: usize) -> Document<'_> {
+    pub fn row(&self, index: usize) -> impl Iterator<Item = Document<'_>> {
+        let first = index * self.views.len();
+        self.views.iter().enumerate().map(move |(at, view)| self.document(first + at, *view))
+    }
+
+    /// The roles of the documents of each row.
+    pub const fn views(&self) -> &'static [View] {
+        self.views
+    }
+
+    /// Tokens of row `index`.
+    ///
+    /// # Panics
+    /// If `index` is not below [`Dataset::len`].
+    pub fn tokens_of(&self, index: usize) -> usize {
+        self.row(index).map(|document| document.ids.len()).sum()
+    }
+
+    /// All documents, row by row.
+    pub fn documents(&self) -> impl Iterator<Item = Document<'_>> {
+        (0..self.len()).flat_map(|index| self.row(index))
+    }
+
+    fn document(&self, index: usize, view: View) -> Document<'_> {
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
         let range = start..self.ends[index];
-        Document { ids: &self.ids[range.clone()], trained: &self.trained[range] }
+        Document { view, ids: &self.ids[range.clone()], trained: &self.trained[range] }
     }
 
     /// What reading the file found.
@@ -136,14 +165,13 @@ impl Dataset {
 
     /// The lengths of all documents, in order.
     pub fn lengths(&self) -> impl Iterator<Item = usize> {
-        (0..self.len()).map(|index| self.document(index).ids.len())
+        self.documents().map(|document| document.ids.len())
     }
 
     /// A digest of tokens, marks and borders: what a run saw, however the file was stored.
     pub fn digest(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
-        for index in 0..self.len() {
-            let Document { ids, trained } = self.document(index);
+        for Document { ids, trained, .. } in self.documents() {
             hasher.update(&(ids.len() as u64).to_le_bytes());
             for (id, trained) in ids.iter().zip(trained) {
                 hasher.update(&id.to_le_bytes());
@@ -162,6 +190,14 @@ fn first_form(file: &str, batch: &[readers::Item]) -> Result<Option<Form>, Error
         .map_err(|words| Error::File { file: file.to_owned(), message: format!("its columns {words}") })
 }
 
+/// The roles of the documents of a row.
+const fn views(form: Form) -> &'static [View] {
+    match form {
+        Form::Chat | Form::PromptCompletion | Form::Alpaca | Form::Text => &[View::Main],
+        Form::Preference => &[View::Chosen, View::Rejected],
+    }
+}
+
 #[derive(Default)]
 struct Building {
     ids: Vec<u32>,
@@ -172,13 +208,15 @@ struct Building {
 }
 
 impl Building {
-    fn push(&mut self, row: Result<Encoded, BadRow>) {
+    fn push(&mut self, row: Result<Vec<Encoded>, BadRow>) {
         match row {
-            Ok(encoded) => {
-                self.ids.extend(&encoded.ids);
-                self.trained.extend(&encoded.trained);
-                self.ends.push(self.ids.len());
-                self.truncated += u64::from(encoded.truncated);
+            Ok(documents) => {
+                self.truncated += u64::from(documents.iter().any(|document| document.truncated));
+                for encoded in documents {
+                    self.ids.extend(&encoded.ids);
+                    self.trained.extend(&encoded.trained);
+                    self.ends.push(self.ids.len());
+                }
             }
             Err(bad) => self.bad.push(bad),
         }
@@ -201,13 +239,13 @@ impl Building {
         let report = Report {
             file,
             form,
-            rows: ends.len() as u64,
+            rows: (ends.len() / views(form).len()) as u64,
             tokens: ids.len() as u64,
             trained_tokens: (trained.iter().filter(|trained| **trained).count() - unpredicted) as u64,
             truncated,
             bad,
         };
-        Ok(Dataset { ids, trained, ends, report })
+        Ok(Dataset { ids, trained, ends, views: views(form), report })
     }
 }
 
@@ -238,8 +276,9 @@ pub(crate) mod tests {
     #[test]
     fn documents_keep_their_order_and_their_marks() {
         let dataset = texts(&["ab".to_owned(), "c".to_owned()]);
-        assert_eq!(dataset.document(0), Document { ids: &[97, 98, 256], trained: &[true; 3] });
-        assert_eq!(dataset.document(1), Document { ids: &[99, 256], trained: &[true; 2] });
+        let documents: Vec<Document<'_>> = dataset.documents().collect();
+        let document = |ids, trained| Document { view: View::Main, ids, trained };
+        assert_eq!(documents, [document(&[97, 98, 256], &[true; 3]), document(&[99, 256], &[true; 2])]);
         assert_eq!(dataset.report().trained_tokens, 3);
         assert_ne!(dataset.digest(), texts(&["a".to_owned(), "bc".to_owned()]).digest());
     }
@@ -278,8 +317,21 @@ pub(crate) mod tests {
     #[test]
     fn csv_rows_are_read_by_their_header() {
         let dataset = read("prompt,completion\n\"a, b\",c\nd,e\n", "a.csv", OnBadRow::Fail, None).unwrap();
-        assert_eq!(dataset.document(0).ids, [97, 44, 32, 98, 99, 256]);
-        assert_eq!(dataset.document(0).trained, [false, false, false, false, true, true]);
+        let document = dataset.row(0).next().unwrap();
+        assert_eq!(document.ids, [97, 44, 32, 98, 99, 256]);
+        assert_eq!(document.trained, [false, false, false, false, true, true]);
         assert_eq!(dataset.report().form, Form::PromptCompletion);
+    }
+
+    #[test]
+    fn a_row_of_a_pair_is_two_documents() {
+        let text =
+            "{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"cd\"}\n{\"chosen\": \"e\", \"rejected\": \"f\"}\n";
+        let dataset = read(text, "a.jsonl", OnBadRow::Fail, None).unwrap();
+        assert_eq!((dataset.len(), dataset.report().form, dataset.report().rows), (2, Form::Preference, 2));
+        let documents: Vec<Document<'_>> = dataset.row(0).collect();
+        assert_eq!(documents[0], Document { view: View::Chosen, ids: &[97, 98, 256], trained: &[false, true, true] });
+        assert_eq!((documents[1].view, documents[1].ids), (View::Rejected, &[97, 99, 100, 256][..]));
+        assert_eq!((dataset.tokens_of(0), dataset.tokens_of(1)), (7, 4));
     }
 }

@@ -68,14 +68,23 @@ impl Encoder {
         self.template.as_ref()
     }
 
-    /// Tokens and marks of a row.
-    pub(crate) fn encode(&self, record: &Record) -> Result<Encoded, RowFault> {
-        let mut encoded = match record {
+    /// Tokens and marks of a row's documents: one, or the two of a pair.
+    pub(crate) fn encode(&self, record: &Record) -> Result<Vec<Encoded>, RowFault> {
+        let encoded = match record {
             Record::Chat(conversation) => self.chat(conversation)?,
             Record::Instruction { instruction, input, output } => self.instruction(instruction, input, output)?,
             Record::PromptCompletion { prompt, completion } => self.continued(prompt, completion)?,
             Record::Text(text) => self.continued("", text)?,
+            Record::Preference(pair) => {
+                let sides = pair.iter().map(|side| self.encode(side)).collect::<Result<Vec<_>, _>>()?;
+                return Ok(sides.into_iter().flatten().collect());
+            }
         };
+        Ok(vec![self.fitted(encoded)?])
+    }
+
+    /// A document of no more than the longest length that has something to learn.
+    fn fitted(&self, mut encoded: Encoded) -> Result<Encoded, RowFault> {
         if encoded.ids.len() > self.max_length {
             let (length, limit) = (encoded.ids.len(), self.max_length);
             match self.too_long {
@@ -157,7 +166,7 @@ mod tests {
 
     /// The text of the learned tokens.
     fn learned(encoder: &Encoder, record: &Record) -> String {
-        let encoded = encoder.encode(record).unwrap();
+        let encoded = encoder.encode(record).unwrap().remove(0);
         let ids: Vec<u32> =
             encoded.ids.iter().zip(&encoded.trained).filter(|(_, trained)| **trained).map(|(id, _)| *id).collect();
         encoder.tokenizer().decode(&ids, true).unwrap()
@@ -196,7 +205,7 @@ mod tests {
     #[test]
     fn long_rows_are_cut_or_refused_as_asked() {
         let text = Record::Text("abcdefgh".to_owned());
-        let cut = encoder(None, 4, TooLong::Truncate).encode(&text).unwrap();
+        let cut = encoder(None, 4, TooLong::Truncate).encode(&text).unwrap().remove(0);
         assert_eq!((cut.ids.len(), cut.truncated), (4, true));
         let fault = encoder(None, 4, TooLong::Refuse).encode(&text).unwrap_err();
         assert_eq!(fault.message, "has 9 tokens; `data.max_length` is 4 (`too_long: truncate` cuts it)");

@@ -28,6 +28,7 @@ pub mod stream;
 
 pub mod preview;
 
+pub use attune_points::View;
 pub use dataset::{Dataset, Reading};
 pub use encode::Encoder;
 pub use error::Error;

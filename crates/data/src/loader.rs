@@ -8,7 +8,7 @@ use std::sync::Arc;
 use attune_points::engine::Batch;
 use attune_points::layout::{LabelCounts, NO_LABEL, Source as DocSource};
 use attune_points::mixing::{Feedback, Mixing, Simplex};
-use attune_points::{Layout, Row};
+use attune_points::{Layout, Row, View};
 use attune_spec::id::Step;
 use attune_spec::job::plan::Length;
 use serde::{Deserialize, Serialize};
@@ -103,12 +103,13 @@ impl Loader {
         let mut layout = Layout::new();
         while self.stream.counters().draws < self.documents_max {
             let Drawn { domain, index } = self.stream.peek(shares);
-            let document = self.domains[domain].data.document(index);
-            if layout.n_rows() + document.ids.len() > budget {
+            let data = &self.domains[domain].data;
+            let tokens = data.tokens_of(index);
+            if layout.n_rows() + tokens > budget {
                 break;
             }
-            self.stream.take(domain, document.ids.len());
-            push(&mut layout, document, domain, index);
+            self.stream.take(domain, tokens);
+            push(&mut layout, data, domain, index);
         }
         layout
     }
@@ -172,7 +173,7 @@ impl Loader {
                 let mut rows = 0;
                 while stream.counters().draws < self.documents_max {
                     let Drawn { domain, index } = stream.peek(&shares);
-                    let length = self.domains[domain].data.document(index).ids.len();
+                    let length = self.domains[domain].data.tokens_of(index);
                     if rows + length > budget {
                         break;
                     }
@@ -185,12 +186,21 @@ impl Loader {
     }
 }
 
-/// Appends a document; the label of a row is the next token where that is learned.
-fn push(layout: &mut Layout, document: Document<'_>, domain: usize, index: usize) {
-    let next =
-        document.ids.iter().zip(document.trained).skip(1).map(|(id, trained)| if *trained { *id } else { NO_LABEL });
-    let rows = document.ids.iter().map(|id| Row::Token(*id)).zip(next.chain([NO_LABEL]));
-    layout.push(DocSource { example: index as u64, domain: domain as u16, ..DocSource::default() }, rows);
+/// Appends the documents of a row, which are a group; the label of a token is the next one where that is learned.
+fn push(layout: &mut Layout, data: &Dataset, domain: usize, index: usize) {
+    let group = layout.docs().last().map_or(0, |doc| doc.group + 1);
+    for Document { view, ids, trained } in data.row(index) {
+        let next = ids.iter().zip(trained).skip(1).map(|(id, trained)| if *trained { *id } else { NO_LABEL });
+        let rows = ids.iter().map(|id| Row::Token(*id)).zip(next.chain([NO_LABEL]));
+        let source = DocSource {
+            example: index as u64,
+            view,
+            domain: domain as u16,
+            group: Some(group),
+            ..DocSource::default()
+        };
+        layout.push(source, rows);
+    }
 }
 
 /// The documents of a validation set in file order, packed into batches of at most `tokens`.
@@ -198,26 +208,30 @@ pub fn in_order(data: &Dataset, tokens: usize) -> Vec<Layout> {
     let mut layouts = Vec::new();
     let mut layout = Layout::new();
     for index in 0..data.len() {
-        let document = data.document(index);
-        if layout.n_rows() > 0 && layout.n_rows() + document.ids.len() > tokens {
+        if layout.n_rows() > 0 && layout.n_rows() + data.tokens_of(index) > tokens {
             layouts.push(std::mem::take(&mut layout));
         }
-        push(&mut layout, document, 0, index);
+        push(&mut layout, data, 0, index);
     }
     layouts.push(layout);
     layouts
 }
 
-/// The micro-batch that costs the most memory: full of documents of the longest length, every token supervised.
-pub fn largest(packing: &Packing) -> Layout {
+/// The micro-batch that costs the most memory: full of documents of the longest length, every token supervised. Documents have
+/// these roles in turn, as far as whole rows fit.
+pub fn largest(packing: &Packing, views: &[View]) -> Layout {
     let mut layout = Layout::new();
     let mut left = packing.shard_tokens();
-    let longest = packing.max_length as usize;
-    while left > 0 {
-        let length = left.min(longest);
-        left -= length;
-        let rows = (0..length).map(|row| (Row::Token(0), if row + 1 < length { 0 } else { NO_LABEL }));
-        layout.push(DocSource::default(), rows);
+    // A row's documents together fit the budget, and each has a token to learn.
+    let longest = (packing.max_length as usize).min(left / views.len()).max(1);
+    while left >= 2 * views.len() {
+        let length = (left / views.len()).min(longest);
+        let group = layout.docs().last().map_or(0, |doc| doc.group + 1);
+        for &view in views {
+            left -= length;
+            let rows = (0..length).map(|row| (Row::Token(0), if row + 1 < length { 0 } else { NO_LABEL }));
+            layout.push(DocSource { view, group: Some(group), ..DocSource::default() }, rows);
+        }
     }
     layout
 }
@@ -312,7 +326,7 @@ mod tests {
 
     #[test]
     fn the_largest_micro_batch_is_full_of_longest_documents() {
-        let layout = largest(&PACKING);
+        let layout = largest(&PACKING, &[View::Main]);
         let lengths: Vec<usize> = layout.docs().iter().map(attune_points::Doc::n_rows).collect();
         assert_eq!(lengths, [12, 8]);
         assert_eq!(layout.counts().tokens, 18);

@@ -74,6 +74,8 @@ pub fn ordered(document: Document<'_>, domain: &str) -> OrderedDocument {
 
 #[cfg(test)]
 mod tests {
+    use attune_points::View;
+
     use super::*;
     use crate::dataset::tests::texts;
     use crate::tokenizer::byte_level;
@@ -82,8 +84,8 @@ mod tests {
     fn marks_and_numbers_are_shown() {
         let data = texts(&["ab".to_owned(), "cdef".to_owned()]);
         let tokenizer = byte_level(&["<|endoftext|>"]);
-        assert_eq!(marked(data.document(0), &tokenizer).unwrap(), "⟦ab<|endoftext|>⟧");
-        let part = Document { ids: &[97, 98, 99], trained: &[false, true, false] };
+        assert_eq!(marked(data.documents().next().unwrap(), &tokenizer).unwrap(), "⟦ab<|endoftext|>⟧");
+        let part = Document { view: View::Main, ids: &[97, 98, 99], trained: &[false, true, false] };
         assert_eq!(marked(part, &tokenizer).unwrap(), "a⟦b⟧c");
         let statistics = statistics(&data);
         assert_eq!(statistics.lengths.first(), Some(&("min".to_owned(), 3)));

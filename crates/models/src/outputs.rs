@@ -1,7 +1,10 @@
 //! What a model gives beside losses and gradients: logits, vectors of documents, hidden rows, routing.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use attune_architecture::{HeadKind, Pooling};
-use attune_points::layout::{NO_LABEL, Source};
+use attune_points::layout::{Axis, Column, NO_LABEL, REFERENCE, Source, Values};
+use attune_points::objective::{Denominator, Level, Objective, ScopeLoss, ScopeView};
 use attune_points::{Error, GradSink, Layout, Result, Row, Theta};
 use candle_core::{DType, Device, Tensor};
 
@@ -9,7 +12,7 @@ use crate::cache::Cache;
 use crate::graphs::Saved;
 use crate::head;
 use crate::model::{How, Model, Pass};
-use crate::pass::outputs;
+use crate::pass::{Times, outputs};
 use crate::routing::Routing;
 
 impl Model {
@@ -106,6 +109,38 @@ impl Model {
         Ok(saved.inputs.into_values().flatten().chain(last).collect())
     }
 
+    /// The layouts with the column [`REFERENCE`], log-probabilities of their labels at `at`, and where the time went. Those
+    /// that have it stay as they are.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    pub fn with_references(&self, at: &Theta, layouts: &[Arc<Layout>]) -> Result<(Vec<Arc<Layout>>, Times)> {
+        let lack = |layout: &&Arc<Layout>| layout.column(REFERENCE).is_none();
+        let passes = layouts.iter().filter(lack).map(|layout| Pass { theta: at, layout, dropout: None });
+        let passes: Vec<Pass<'_>> = passes.collect();
+        if passes.is_empty() {
+            return Ok((layouts.to_vec(), Times::default()));
+        }
+        let heard = Heard::default();
+        let (_, times) = self.score_parts(&passes, &heard)?;
+        let mut heard = heard.0.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter();
+        let mut with = Vec::with_capacity(layouts.len());
+        for layout in layouts {
+            if !lack(&layout) {
+                with.push(Arc::clone(layout));
+                continue;
+            }
+            let mut logp_t = vec![0.0; layout.n_rows()];
+            for (row, logp) in layout.supervised().iter().zip(heard.by_ref()) {
+                logp_t[row.row as usize] = logp;
+            }
+            let mut layout = Layout::clone(layout);
+            layout.set_column(REFERENCE, Column { axis: Axis::Row, values: Values::F64(logp_t) })?;
+            with.push(Arc::new(layout));
+        }
+        Ok((with, times))
+    }
+
     /// An empty cache for this many texts.
     pub(crate) fn cache(&self, texts: usize) -> Cache {
         Cache::new(self.trunk.len(), texts)
@@ -144,10 +179,27 @@ impl Model {
     }
 }
 
+/// An objective that listens: the log-probability of each supervised row's label, part after part.
+#[derive(Default)]
+struct Heard(Mutex<Vec<f64>>);
+
+impl Objective for Heard {
+    fn level(&self) -> Level {
+        Level::Part
+    }
+
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn scope(&self, scope: &ScopeView<'_>) -> Result<ScopeLoss> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend(scope.logp_t);
+        Ok(ScopeLoss { loss: 0.0, dlogp_t: vec![0.0; scope.logp_t.len()], beside: Vec::new() })
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use attune_architecture::{Architecture, Site, SiteKind};
     use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
     use attune_points::{Bank, BankKind, Locals, Params, TensorSpec, Weight};

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use attune_points::engine::LossReport;
-use attune_points::layout::Supervised;
+use attune_points::layout::{Axis, Column, REFERENCE, Supervised, Values};
 use attune_points::objective::{Level, Objective, ScopeView};
 use attune_points::{Doc, Error, Layout, Result};
 
@@ -30,6 +30,16 @@ fn scopes(docs: &[Doc], level: Level) -> Result<Vec<Range<usize>>> {
     Ok(scopes)
 }
 
+/// The log-probabilities of supervised rows' labels under the reference.
+fn reference(layout: &Layout, supervised: &[Supervised]) -> Result<Vec<f64>> {
+    match layout.column(REFERENCE) {
+        Some(Column { axis: Axis::Row, values: Values::F64(logp_t) }) => {
+            Ok(supervised.iter().map(|row| logp_t[row.row as usize]).collect())
+        }
+        _ => Err(Error::Refused(format!("a batch lacks the column {REFERENCE:?}, which the objective reads"))),
+    }
+}
+
 /// The losses of all scopes with a supervised row, added to the report, and the gradient of their sum by the log-probability
 /// of each supervised row.
 pub(crate) fn losses(
@@ -43,6 +53,7 @@ pub(crate) fn losses(
     if docs.is_empty() {
         return Ok(dlogp_t);
     }
+    let reference_t = if objective.needs().reference { reference(layout, supervised)? } else { Vec::new() };
     for scope in scopes(docs, objective.level())? {
         let at = |row: u32| supervised.partition_point(|supervised| supervised.row < row);
         let rows = at(docs[scope.start].rows.start)..at(docs[scope.end - 1].rows.end);
@@ -50,7 +61,13 @@ pub(crate) fn losses(
             continue;
         }
         let domain = usize::from(docs[scope.start].domain);
-        let view = ScopeView { layout, docs: scope, rows: &supervised[rows.clone()], logp_t: &logp_t[rows.clone()] };
+        let view = ScopeView {
+            layout,
+            docs: scope,
+            rows: &supervised[rows.clone()],
+            logp_t: &logp_t[rows.clone()],
+            reference_t: reference_t.get(rows.clone()).unwrap_or_default(),
+        };
         let loss = objective.scope(&view)?;
         if loss.dlogp_t.len() != rows.len() {
             let (got, expected) = (loss.dlogp_t.len(), rows.len());
@@ -58,6 +75,9 @@ pub(crate) fn losses(
         }
         dlogp_t[rows].copy_from_slice(&loss.dlogp_t);
         report.loss_sum += loss.loss;
+        for (name, number) in loss.beside {
+            *report.beside.entry(name).or_default() += number;
+        }
         if report.by_domain.len() <= domain {
             report.by_domain.resize(domain + 1, Default::default());
         }

@@ -1,5 +1,6 @@
 //! What one optimiser step may ask of the machinery, and the point `StepRule` that asks.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use attune_spec::id::Step;
@@ -43,6 +44,8 @@ pub struct LossReport {
     pub counts: LabelCounts,
     /// The same, by domain.
     pub by_domain: Vec<(f64, LabelCounts)>,
+    /// Sums of further numbers that the objective made, by name.
+    pub beside: BTreeMap<&'static str, f64>,
 }
 
 impl LossReport {
@@ -55,6 +58,9 @@ impl LossReport {
         }
         for (sum, part) in self.by_domain.iter_mut().zip(&other.by_domain) {
             *sum = (sum.0 + part.0, sum.1 + part.1);
+        }
+        for (name, number) in &other.beside {
+            *self.beside.entry(name).or_default() += number;
         }
     }
 

@@ -18,6 +18,10 @@ pub const LABELS: &str = "labels";
 /// The column of token types, one `u32` a row: which of two texts a row belongs to. Missing means 0 for all.
 pub const TOKEN_TYPES: &str = "token_types";
 
+/// The column of log-probabilities of labels under a reference model, one `f64` a row; meaningless where a row is not
+/// supervised.
+pub const REFERENCE: &str = "reference_logp";
+
 /// What one row of a batch holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Row {
@@ -96,8 +100,10 @@ pub enum Axis {
 pub enum Values {
     /// Token ids, class labels, graph nodes.
     U32(Vec<u32>),
-    /// Weights, advantages, old log-probabilities.
+    /// Weights, advantages.
     F32(Vec<f32>),
+    /// Log-probabilities.
+    F64(Vec<f64>),
 }
 
 impl Values {
@@ -105,6 +111,7 @@ impl Values {
         match self {
             Self::U32(values) => values.len(),
             Self::F32(values) => values.len(),
+            Self::F64(values) => values.len(),
         }
     }
 }

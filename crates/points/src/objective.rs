@@ -93,6 +93,8 @@ pub struct ScopeView<'a> {
     pub rows: &'a [Supervised],
     /// The log-probability of each of the labels.
     pub logp_t: &'a [f64],
+    /// The same under the reference; empty unless the objective needs it.
+    pub reference_t: &'a [f64],
 }
 
 impl ScopeView<'_> {
@@ -111,6 +113,8 @@ pub struct ScopeLoss {
     pub loss: f64,
     /// Its gradient by the log-probability of each of the scope's rows.
     pub dlogp_t: Vec<f64>,
+    /// Further numbers by name, to be averaged as the loss is.
+    pub beside: Vec<(&'static str, f64)>,
 }
 
 impl ScopeLoss {
@@ -127,8 +131,18 @@ impl ScopeLoss {
             Error::Refused("a loss does not depend on the log-probabilities that it was given".to_owned())
         })?;
         let loss = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-        Ok(Self { loss, dlogp_t: gradient.to_vec1::<f64>()? })
+        Ok(Self { loss, dlogp_t: gradient.to_vec1::<f64>()?, beside: Vec::new() })
     }
+}
+
+/// What an objective needs beside the batch and the model's own outputs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The log-probabilities of labels under a reference: the model as it is without what trains. They come in the column
+    /// [`crate::layout::REFERENCE`], from whoever has them.
+    pub reference: bool,
+    /// Pairs: documents of which each group is a chosen answer and a rejected one.
+    pub pairs: bool,
 }
 
 /// A loss.
@@ -136,6 +150,11 @@ pub trait Objective: Send + Sync {
     /// How much it sees at once.
     fn level(&self) -> Level {
         Level::Chunk
+    }
+
+    /// What it needs beside the batch.
+    fn needs(&self) -> Needs {
+        Needs::default()
     }
 
     /// What the sum of losses is divided by.
@@ -169,10 +188,11 @@ mod tests {
         layout.push(Source::default(), [(Row::Token(1), NO_LABEL), (Row::Token(2), 3)]);
         layout.push(Source::default(), [(Row::Token(1), 2), (Row::Token(2), 3), (Row::Token(3), NO_LABEL)]);
         let rows = layout.supervised();
-        let scope = ScopeView { layout: &layout, docs: 0..2, rows: &rows, logp_t: &[-1.0, -2.0, -3.0] };
+        let scope =
+            ScopeView { layout: &layout, docs: 0..2, rows: &rows, logp_t: &[-1.0, -2.0, -3.0], reference_t: &[] };
         assert_eq!((scope.rows_of(0), scope.rows_of(1)), (0..1, 1..3));
         let loss = ScopeLoss::by_graph(scope.logp_t, |logp_t| Ok(logp_t.sqr()?.sum_all()?)).unwrap();
-        assert_eq!(loss, ScopeLoss { loss: 14.0, dlogp_t: vec![-2.0, -4.0, -6.0] });
+        assert_eq!(loss, ScopeLoss { loss: 14.0, dlogp_t: vec![-2.0, -4.0, -6.0], beside: Vec::new() });
         let constant = ScopeLoss::by_graph(scope.logp_t, |_| Ok(Tensor::new(1.0f64, &Device::Cpu)?));
         assert!(constant.unwrap_err().to_string().contains("does not depend"));
     }

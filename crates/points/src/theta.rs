@@ -71,6 +71,15 @@ impl Theta {
         Self { banks: self.banks.clone(), bindings: Vec::new() }
     }
 
+    /// The same banks with no row bound to those that train: the model that training starts from, if what trains starts as
+    /// nothing.
+    #[must_use]
+    pub fn untrained(&self) -> Self {
+        let trains = |binding: &&Binding| self.banks.get(binding.slot as usize).is_some_and(|bank| bank.train);
+        let bindings = self.bindings.iter().filter(|binding| !trains(binding)).cloned().collect();
+        Self { banks: self.banks.clone(), bindings }
+    }
+
     /// The ids of all tensors in trained banks, bank by bank and set by set, in the order of their names.
     pub fn trained(&self) -> impl Iterator<Item = (TensorId, &candle_core::Tensor)> {
         self.banks.iter().enumerate().filter(|(_, bank)| bank.train).flat_map(|(slot, bank)| {

@@ -157,12 +157,13 @@ fn write_order(paths: &Paths, plan: &Plan, rates: &[f64]) -> Result<(), Failure>
     for (step, lr) in (0..).map(Step).zip(rates) {
         let batch = loader.batch(step)?;
         let docs = batch.parts.iter().flat_map(|(_, layout)| layout.docs());
-        let documents: Vec<_> = docs.map(|doc| ordered(data.document(doc.example as usize), "train")).collect();
+        let documents: Vec<_> =
+            docs.flat_map(|doc| data.row(doc.example as usize)).map(|document| ordered(document, "train")).collect();
         writeln!(steps, "{}", json!({"documents": documents, "lr": lr}))?;
     }
     steps.flush()?;
     let set = read(plan, &paths.validation, &encoder)?;
-    let documents: Vec<_> = (0..set.len()).map(|index| ordered(set.document(index), "validation")).collect();
+    let documents: Vec<_> = set.documents().map(|document| ordered(document, "validation")).collect();
     std::fs::write(paths.out.join("validation.jsonl"), json!({ "documents": documents }).to_string() + "\n")?;
     Ok(())
 }

@@ -137,6 +137,16 @@ impl RankEngine<'_> {
         wanted: Option<Wanted>,
     ) -> Result<Vec<(Grads, LossReport)>> {
         let shared = self.shared;
+        let with;
+        let group = if of.needs().reference {
+            let layouts: Vec<Arc<Layout>> = group.iter().map(|(_, layout)| Arc::clone(layout)).collect();
+            let (layouts, times) = shared.model.with_references(&at.untrained(), &layouts)?;
+            self.spent.passes += times;
+            with = group.iter().map(|(part, _)| *part).zip(layouts).collect::<Vec<_>>();
+            with.as_slice()
+        } else {
+            group
+        };
         // Another objective than the run's own may not outlive this call, and the others wait that long.
         let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&shared.objective));
         let (found, times) = if let Some(company) = self.company.filter(|_| is_own) {

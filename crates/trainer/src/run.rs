@@ -11,7 +11,7 @@ use attune_data::loader::largest;
 use attune_models::pass::Stopwatch;
 use attune_points::engine::{Engine, StepReport};
 use attune_points::mixing::Feedback;
-use attune_points::{Owner, TensorId, TensorName};
+use attune_points::{Owner, TensorId, TensorName, View};
 use attune_spec::id::{Step, Tokens};
 use attune_spec::job::plan::ROWS_PER_PASS;
 
@@ -240,7 +240,8 @@ impl<'a> Rank<'a> {
         // While nothing else runs yet.
         self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
-        let layout = Arc::new(largest(&self.prepared.packing));
+        let views = self.prepared.domains.first().map_or(&[View::Main][..], |domain| domain.data.views());
+        let layout = Arc::new(largest(&self.prepared.packing, views));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
         let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, micro_batches as usize);
@@ -306,16 +307,20 @@ impl<'a> Rank<'a> {
         let mean_seconds = self.speed.1.as_secs_f64() / (self.speed.0.max(1) as f64) * report.n_rows as f64;
         let eta_seconds = mean_seconds * (total_steps.0 - step.0) as f64;
         let metric = |name: String, value: f64| Metric { name, value };
+        let denominator = self.engine.shared.objective.denominator();
         let mut metrics = vec![
-            metric("train/loss".to_owned(), report.loss.mean()),
+            metric("train/loss".to_owned(), report.loss.loss_sum / denominator.of(report.loss.counts)),
             metric("train/grad_norm".to_owned(), report.grad_norm),
             metric("train/lr".to_owned(), lr),
             metric("train/tokens_per_second".to_owned(), tokens_per_second),
             metric("train/mfu".to_owned(), self.utilisation(self.engine.spent.flops, took)),
         ];
+        for (name, sum) in &report.loss.beside {
+            metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
+        }
         for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
             if counts.tokens > 0 {
-                metrics.push(metric(format!("data/{}/loss", domain.name), loss / counts.tokens as f64));
+                metrics.push(metric(format!("data/{}/loss", domain.name), loss / denominator.of(*counts)));
             }
         }
         for (domain, tokens) in self.prepared.domains.iter().zip(&self.engine.loader.counters().tokens) {

@@ -111,8 +111,7 @@ pub(crate) fn prepare(
     for set in &plan.validation {
         let data = read(request, &set.input, set.form, set.rows, &encoder, &mut pinned)?;
         reports.insert(format!("validation/{}", set.name), data.report().clone());
-        let tokens = (plan.batch_tokens / plan.logical_shards).max(plan.max_length) as usize;
-        validation.push((set.name.to_string(), in_order(&data, tokens).into_iter().map(Arc::new).collect()));
+        validation.push((set.name.to_string(), data));
     }
     // Who goes on has been told.
     if request.resume.is_none() {
@@ -128,12 +127,29 @@ pub(crate) fn prepare(
         accumulation: plan.accumulation,
         max_length: plan.max_length,
     };
+    fits(&domains, &validation, &packing)?;
     let total_steps = loader(plan, domains.clone(), packing)?.steps(plan.length)?;
 
     let weights = weights(plan);
     let cx = BuildCx { steps: total_steps, domains: &weights };
     let tune = FieldPath::from("tune");
     let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
+    let mut faults = Vec::new();
+    let domains_data = domains.iter().map(|domain| &*domain.data).zip(0..);
+    let sets = domains_data.map(|(data, at)| ("domains", at, data));
+    let validation_data = validation.iter().map(|(_, data)| data).zip(0..);
+    for (field, at, data) in sets.chain(validation_data.map(|(data, at)| ("validation", at, data))) {
+        let path = FieldPath::from("data").field(field).index(at);
+        faults.extend(of_objective(data, &plan.objective.method, objective.needs().pairs, path));
+    }
+    if !faults.is_empty() {
+        return Err(Error::Faults(faults));
+    }
+    let batched = |(name, data): (String, Dataset)| {
+        let tokens = (plan.batch_tokens / plan.logical_shards).max(plan.max_length) as usize;
+        (name, in_order(&data, tokens).into_iter().map(Arc::new).collect())
+    };
+    let validation = validation.into_iter().map(batched).collect();
     let optimizer = OPTIMIZERS.build(&plan.optimizer, &tune.field("optimizer"), &cx).map_err(Error::Faults)?;
     let schedule = SCHEDULES.build(&plan.schedule, &tune.field("schedule"), &cx).map_err(Error::Faults)?;
 
@@ -205,6 +221,38 @@ fn keep(plan: &Plan, base: &Base, ranks: u32, rows_beside: u64) -> Keep {
         Activations::Auto if free.is_some_and(|free| all > free / 2) => Keep::Inputs,
         Activations::Auto => Keep::All,
     }
+}
+
+/// Whether every row fits the micro-batch that it has to go into whole.
+fn fits(domains: &[Domain], validation: &[(String, Dataset)], packing: &Packing) -> Result<(), Error> {
+    let room = packing.shard_tokens();
+    let longest = |data: &Dataset| (0..data.len()).map(|row| data.tokens_of(row)).max().unwrap_or(0);
+    let sets = domains.iter().map(|domain| &*domain.data).chain(validation.iter().map(|(_, data)| data));
+    let longest = sets.map(longest).max().unwrap_or(0);
+    if longest <= room {
+        return Ok(());
+    }
+    let message = format!(
+        "is {} for {} logical shards, {room} tokens each; the longest row, with both its answers, has {longest}: set \
+         `tune.logical_shards` lower or this higher",
+        packing.batch_tokens, packing.logical_shards
+    );
+    Err(Error::Faults(vec![Fault::new("tune.batch_tokens", message)]))
+}
+
+/// Whether the rows of a file are what an objective compares, pairs or not.
+fn of_objective(data: &Dataset, objective: &str, pairs: bool, path: FieldPath) -> Option<Fault> {
+    let message = match (pairs, data.views().len() == 2) {
+        (true, false) => format!(
+            "holds rows of {}; `{objective}` compares two answers: expected rows with `chosen` and `rejected`",
+            data.report().form.name()
+        ),
+        (false, true) => {
+            format!("holds pairs of a chosen and a rejected answer, and `{objective}` would learn both alike")
+        }
+        _ => return None,
+    };
+    Some(Fault::new(path, message))
 }
 
 /// What is not learned of a file although nothing failed.

@@ -8,12 +8,15 @@ use attune_artifacts::formats::peft::{self, Factor, LoraConfig, Modules};
 use attune_artifacts::formats::safetensors::{Dtype, Tensor};
 use attune_artifacts::{Bundle, Kind};
 
+/// Those of LoRA and its options.
 fn adapters() -> Vec<(String, PathBuf)> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../adapt/golden");
     let mut found: Vec<_> = fs::read_dir(&golden)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .filter(|path| path.join("adapter").is_dir())
+        .filter(|path| {
+            path.join("adapter").is_dir() && !path.ends_with("gpt2_prefix") && !path.ends_with("llama_prefix")
+        })
         .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), path.join("adapter")))
         .collect();
     found.sort();

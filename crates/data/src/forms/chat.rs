@@ -41,33 +41,7 @@ pub(crate) const ASSISTANT: &str = "assistant";
 const ROLES: [&str; 5] = ["system", "developer", "user", ASSISTANT, "tool"];
 
 pub(super) fn read(fields: &Map<String, Value>) -> Result<Record, RowFault> {
-    let parsed;
-    let messages = match fields.get("messages") {
-        Some(Value::Array(messages)) => messages,
-        // A CSV cell holds the list as JSON.
-        Some(Value::String(text)) => {
-            parsed = serde_json::from_str::<Vec<Value>>(text).map_err(|e| {
-                RowFault::new(Reason::WrongType, format!("`messages` is a text that is not a JSON list: {e}"))
-            })?;
-            &parsed
-        }
-        Some(other) => {
-            let message = format!("`messages` is {}; expected a list of {{role, content}}", kind(other));
-            return Err(RowFault::new(Reason::WrongType, message));
-        }
-        None => {
-            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-            return Err(RowFault::new(Reason::MissingField, format!("`messages` is missing; the row has {names:?}")));
-        }
-    };
-    if messages.is_empty() {
-        return Err(RowFault::new(
-            Reason::EmptyText,
-            "`messages` is empty; expected at least one turn of the assistant",
-        ));
-    }
-    let messages =
-        messages.iter().enumerate().map(|(index, value)| message(index, value)).collect::<Result<Vec<_>, _>>()?;
+    let messages = messages(fields, "messages")?;
     if !messages.iter().any(|message| message.trained) {
         let roles: Vec<&str> = messages.iter().map(|message| message.role.as_str()).collect();
         let message = format!("no turn of the assistant is to be trained on; the roles are {roles:?}");
@@ -76,20 +50,48 @@ pub(super) fn read(fields: &Map<String, Value>) -> Result<Record, RowFault> {
     Ok(Record::Chat(Conversation { messages }))
 }
 
-fn message(index: usize, value: &Value) -> Result<Message, RowFault> {
+/// The turns in a column that must be there.
+pub(super) fn messages(fields: &Map<String, Value>, column: &str) -> Result<Vec<Message>, RowFault> {
+    let parsed;
+    let messages = match fields.get(column) {
+        Some(Value::Array(messages)) => messages,
+        // A CSV cell holds the list as JSON.
+        Some(Value::String(text)) => {
+            parsed = serde_json::from_str::<Vec<Value>>(text).map_err(|e| {
+                RowFault::new(Reason::WrongType, format!("`{column}` is a text that is not a JSON list: {e}"))
+            })?;
+            &parsed
+        }
+        Some(other) => {
+            let message = format!("`{column}` is {}; expected a list of {{role, content}}", kind(other));
+            return Err(RowFault::new(Reason::WrongType, message));
+        }
+        None => {
+            let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+            return Err(RowFault::new(Reason::MissingField, format!("`{column}` is missing; the row has {names:?}")));
+        }
+    };
+    if messages.is_empty() {
+        let message = format!("`{column}` is empty; expected at least one turn of the assistant");
+        return Err(RowFault::new(Reason::EmptyText, message));
+    }
+    messages.iter().enumerate().map(|(index, value)| message(column, index, value)).collect()
+}
+
+fn message(column: &str, index: usize, value: &Value) -> Result<Message, RowFault> {
     let Value::Object(fields) = value else {
-        let message = format!("`messages[{index}]` is {}; expected an object {{role, content}}", kind(value));
+        let message = format!("`{column}[{index}]` is {}; expected an object {{role, content}}", kind(value));
         return Err(RowFault::new(Reason::WrongType, message));
     };
-    let text = |column: &str| match fields.get(column) {
+    let text = |field: &str| match fields.get(field) {
         Some(Value::String(text)) => Ok(text),
         Some(other) => {
-            let message = format!("`messages[{index}].{column}` is {}; expected a text", kind(other));
+            let message = format!("`{column}[{index}].{field}` is {}; expected a text", kind(other));
             Err(RowFault::new(Reason::WrongType, message))
         }
         None => {
             let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-            let message = format!("`messages[{index}].{column}` is missing; the message has {names:?}");
+            let message = format!("`{column}[{index}].{field}` is missing; the message has {names:?}");
             Err(RowFault::new(Reason::MissingField, message))
         }
     };
@@ -100,13 +102,13 @@ fn message(index: usize, value: &Value) -> Result<Message, RowFault> {
             "gpt" | "model" | "bot" => "; did you mean \"assistant\"?".to_owned(),
             other => attune_spec::suggest::hint(other, ROLES),
         };
-        let message = format!("`messages[{index}].role` is {role:?}; expected one of {}{hint}", ROLES.join(", "));
+        let message = format!("`{column}[{index}].role` is {role:?}; expected one of {}{hint}", ROLES.join(", "));
         return Err(RowFault::new(Reason::UnknownRole, message));
     }
     let content = text("content")?;
     let assistant = role == ASSISTANT;
     if assistant && content.trim().is_empty() {
-        let message = format!("`messages[{index}].content` is empty; expected the assistant's answer");
+        let message = format!("`{column}[{index}].content` is empty; expected the assistant's answer");
         return Err(RowFault::new(Reason::EmptyText, message));
     }
     let trained = match fields.get("weight") {
@@ -115,7 +117,7 @@ fn message(index: usize, value: &Value) -> Result<Message, RowFault> {
             Some(1.0) => assistant,
             Some(0.0) => false,
             _ => {
-                let message = format!("`messages[{index}].weight` is {weight}; expected 0 or 1");
+                let message = format!("`{column}[{index}].weight` is {weight}; expected 0 or 1");
                 return Err(RowFault::new(Reason::WrongType, message));
             }
         },

@@ -5,6 +5,7 @@
 
 mod alpaca;
 mod chat;
+mod preference;
 mod prompt_completion;
 mod text;
 
@@ -41,20 +42,12 @@ pub(crate) enum Record {
     },
     /// Plain text.
     Text(String),
+    /// Two answers to one prompt: the better one and the other, each with the prompt before it.
+    Preference(Box<[Self; 2]>),
 }
 
 /// All forms, in the order in which they are listed to people.
-const ALL: [Form; 4] = [Form::Chat, Form::PromptCompletion, Form::Alpaca, Form::Text];
-
-/// A form's name in a job file.
-pub(crate) const fn name(form: Form) -> &'static str {
-    match form {
-        Form::Chat => "chat",
-        Form::PromptCompletion => "prompt_completion",
-        Form::Alpaca => "alpaca",
-        Form::Text => "text",
-    }
-}
+const ALL: [Form; 5] = [Form::Chat, Form::PromptCompletion, Form::Alpaca, Form::Text, Form::Preference];
 
 /// The columns without which a row is not of a form.
 const fn columns(form: Form) -> &'static [&'static str] {
@@ -63,6 +56,7 @@ const fn columns(form: Form) -> &'static [&'static str] {
         Form::PromptCompletion => &["prompt", "completion"],
         Form::Alpaca => &["instruction", "output"],
         Form::Text => &["text"],
+        Form::Preference => &["chosen", "rejected"],
     }
 }
 
@@ -74,11 +68,12 @@ pub(crate) fn recognise(fields: &Map<String, Value>) -> Result<Form, String> {
         [form] => Ok(*form),
         [] => {
             let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-            let known = "`messages`, `prompt` + `completion`, `instruction` + `output`, or `text`";
+            let known =
+                "`messages`, `prompt` + `completion`, `instruction` + `output`, `text`, or `chosen` + `rejected`";
             Err(format!("{names:?} are no known form; expected {known}"))
         }
         many => {
-            let names: Vec<&str> = many.iter().map(|form| name(*form)).collect();
+            let names: Vec<&str> = many.iter().map(|form| form.name()).collect();
             Err(format!("fit the forms {}; say which by `form:`", names.join(" and ")))
         }
     }
@@ -91,6 +86,7 @@ pub(crate) fn read(form: Form, fields: &Map<String, Value>) -> Result<Record, Ro
         Form::PromptCompletion => prompt_completion::read(fields),
         Form::Alpaca => alpaca::read(fields),
         Form::Text => text::read(fields),
+        Form::Preference => preference::read(fields),
     }
 }
 
@@ -135,11 +131,12 @@ mod tests {
             (r#"{"completion": "", "prompt": ""}"#, Form::PromptCompletion),
             (r#"{"instruction": "", "input": "", "output": ""}"#, Form::Alpaca),
             (r#"{"text": "", "label": ""}"#, Form::Text),
+            (r#"{"prompt": "", "chosen": "", "rejected": ""}"#, Form::Preference),
         ] {
             assert_eq!(recognise(&fields(row)), Ok(form));
-            assert_eq!(serde_json::to_value(form).unwrap(), name(form));
+            assert_eq!(serde_json::to_value(form).unwrap(), form.name());
         }
         insta::assert_snapshot!(recognise(&fields(r#"{"messages": [], "text": ""}"#)).unwrap_err(), @"fit the forms chat and text; say which by `form:`");
-        insta::assert_snapshot!(recognise(&fields(r#"{"conversations": []}"#)).unwrap_err(), @r#"["conversations"] are no known form; expected `messages`, `prompt` + `completion`, `instruction` + `output`, or `text`"#);
+        insta::assert_snapshot!(recognise(&fields(r#"{"conversations": []}"#)).unwrap_err(), @r#"["conversations"] are no known form; expected `messages`, `prompt` + `completion`, `instruction` + `output`, `text`, or `chosen` + `rejected`"#);
     }
 }

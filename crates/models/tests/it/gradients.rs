@@ -1,11 +1,13 @@
 //! Gradients by what an objective, a sink or a method asks for beyond a mean of cross-entropies and whole tensors.
 
+use std::sync::Arc;
+
 use attune_models::pass::walk::Keep;
 use attune_models::{Model, Pass};
 use attune_points::engine::LossReport;
-use attune_points::layout::{LabelCounts, Source};
+use attune_points::layout::{Column, LabelCounts, REFERENCE, Source, Values};
 use attune_points::objective::{Level, Objective};
-use attune_points::{GradSink, Grads, Layout, Region, Result, TensorId, Theta};
+use attune_points::{Bank, GradSink, Grads, Layout, Region, Result, TensorId, Theta};
 use candle_core::{DType, Device, Tensor};
 
 use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, low_rank, model, off, set, weights};
@@ -177,4 +179,28 @@ fn a_part_of_a_gradient_is_that_part_of_the_whole_one() {
 
 fn pick(from: &Tensor, which: &[u32], dim: usize) -> Tensor {
     from.index_select(&Tensor::new(which, &Device::Cpu).unwrap(), dim).unwrap()
+}
+
+/// Log-probabilities under the reference by a pass without what trains, or stored before.
+#[test]
+fn a_reference_is_the_same_computed_or_stored() {
+    let model = model(TINY, DType::F32, vec![low_rank(3, 0.2, true), low_rank(2, 0.0, true)]);
+    let frozen = Bank { train: false, ..bank(vec![set(&model, 0, 1)]) };
+    let theta = Theta::single([frozen.clone(), bank(vec![set(&model, 1, 1)])]);
+    let layouts = [Arc::new(pairs(&[0, 1])), Arc::new(pairs(&[2, 3, 6]))];
+    let (with, _) = model.with_references(&theta.untrained(), &layouts).unwrap();
+    // Without the trained slot, by other parameters.
+    let mut bare = Theta::single([frozen]);
+    bare.banks.extend(theta.banks[1..].iter().cloned());
+    assert_eq!(model.with_references(&bare, &layouts).unwrap().0, with);
+    assert_ne!(model.with_references(&theta, &layouts).unwrap().0, with);
+    // What is there is not computed again.
+    assert_eq!(model.with_references(&theta, &with).unwrap().0, with);
+    for (layout, with) in layouts.iter().zip(&with) {
+        let Some(Column { values: Values::F64(logp_t), .. }) = with.column(REFERENCE) else { panic!("no column") };
+        let pass = Pass { theta: &bare, layout, dropout: None };
+        let nll = model.score(&pass, &CrossEntropy).unwrap().loss_sum;
+        let sum: f64 = layout.supervised().iter().map(|row| logp_t[row.row as usize]).sum();
+        assert!((nll + sum).abs() < 1e-9 * nll, "{nll} against {sum}");
+    }
 }

@@ -1,9 +1,11 @@
 //! The point `Objective`: layout and outputs to loss.
 
+mod dpo;
 mod sft;
 
 use attune_points::objective::Objective;
 use attune_spec::method::{Point, Registry, entry};
 
 /// All objectives.
-pub static OBJECTIVES: Registry<dyn Objective> = Registry::new(Point::Objective, &[entry::<sft::Sft>()]);
+pub static OBJECTIVES: Registry<dyn Objective> =
+    Registry::new(Point::Objective, &[entry::<dpo::Dpo>(), entry::<sft::Sft>()]);

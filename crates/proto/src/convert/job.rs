@@ -54,6 +54,7 @@ fn data(spec: &DataSpec, faults: &mut Faults) -> v1::DataSpec {
         Some(Form::PromptCompletion) => v1::RowForm::PromptCompletion,
         Some(Form::Alpaca) => v1::RowForm::Alpaca,
         Some(Form::Text) => v1::RowForm::Text,
+        Some(Form::Preference) => v1::RowForm::Preference,
     } as i32;
     let domain = |domain: &DomainSpec| v1::DomainSpec {
         name: domain.name.to_string(),

@@ -19,6 +19,21 @@ pub enum Form {
     Alpaca,
     /// `text`; every token is learned.
     Text,
+    /// `chosen` and `rejected`, two answers to one optional `prompt`: texts, or messages.
+    Preference,
+}
+
+impl Form {
+    /// Its name in a job file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Alpaca => "alpaca",
+            Self::Text => "text",
+            Self::Preference => "preference",
+        }
+    }
 }
 
 /// What happens to a row that cannot be used.

@@ -150,7 +150,10 @@ const SHARDS_MAX: u32 = 8;
 /// that 2, 4 and 8 ranks divide it).
 pub(super) fn logical_shards(spec: &JobSpec) -> u32 {
     spec.tune.logical_shards.unwrap_or_else(|| {
-        let fit = (spec.tune.batch_tokens / spec.data.max_length.max(1)).clamp(1, SHARDS_MAX);
+        // Both answers of a pair go into one shard.
+        let is_paired = spec.data.domains.iter().any(|domain| domain.form == Some(Form::Preference));
+        let longest = spec.data.max_length.max(1).saturating_mul(if is_paired { 2 } else { 1 });
+        let fit = (spec.tune.batch_tokens / longest).clamp(1, SHARDS_MAX);
         1 << fit.ilog2()
     })
 }

@@ -8,8 +8,23 @@ use attune_trainer::run::{End, run};
 
 use crate::support::{Outside, Small, files, metric};
 
-const METHODS: [(&str, &str); 2] =
-    [("lora", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}"), ("full", "{method: full}")];
+/// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
+const KINDS: [(&str, &[(&str, &str)]); 6] = [
+    ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
+    ("full", &[("tune.adapter", "{method: full}")]),
+    ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
+    ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
+    ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
+    ("dpo", PAIRS),
+];
+
+/// The small job on pairs.
+const PAIRS: &[(&str, &str)] = &[
+    ("tune.objective", "{method: dpo, sft: 0.1}"),
+    ("data.domains", "[{name: pairs, source: ./pairs.jsonl}]"),
+    ("data.validation", "[{name: pairs, source: ./pairs.jsonl, rows: 3}]"),
+    ("tune.batch_tokens", "256"),
+];
 
 #[test]
 fn a_run_goes_through_its_phases_and_learns() {
@@ -37,8 +52,8 @@ fn a_run_goes_through_its_phases_and_learns() {
 #[test]
 fn a_stopped_run_goes_on_to_the_same_bytes() {
     let small = Small::new();
-    for (name, adapter) in METHODS {
-        let plan = small.plan(&[("tune.adapter", adapter), ("tune.evaluate.every_steps", "4")]);
+    for (name, changes) in KINDS {
+        let plan = small.plan(&[changes, &[("tune.evaluate.every_steps", "4")]].concat());
         let (_, whole) = small.finish(plan.clone(), 1);
         for cut in [1, 5, 9] {
             let (request, _work) = small.request(plan.clone(), 1, None);
@@ -65,13 +80,47 @@ fn checkpoint(outside: &Outside) -> PathBuf {
 #[test]
 fn more_ranks_give_the_same_bytes() {
     let small = Small::new();
-    for (name, adapter) in METHODS {
-        let plan = small.plan(&[("tune.adapter", adapter), ("tune.steps", "5")]);
+    for (name, changes) in KINDS {
+        let plan = small.plan(&[changes, &[("tune.steps", "5")]].concat());
         let (_, one) = small.finish(plan.clone(), 1);
         for ranks in [2, 4] {
             assert_eq!(small.finish(plan.clone(), ranks).1, one, "{name} on {ranks} ranks");
         }
     }
+}
+
+/// Before training nothing is preferred to what the reference prefers: the loss is that of no difference, and what is learned of
+/// pairs shows in margins.
+#[test]
+fn a_run_on_pairs_starts_at_no_difference_and_learns_to_tell_them_apart() {
+    let small = Small::new();
+    let changes = [("tune.objective", "{method: dpo}"), ("tune.adapter.dropout", "0"), ("tune.steps", "20")];
+    let (events, _) = small.finish(small.plan(&[PAIRS, &changes].concat()), 2);
+    let (losses, measured) = (metric(&events, "train/loss"), metric(&events, "eval/pairs/loss"));
+    for start in [losses[0], measured[0]] {
+        assert!((start - std::f64::consts::LN_2).abs() < 1e-6, "{start}");
+    }
+    let margins = metric(&events, "train/rewards/margin");
+    assert!(margins[0].abs() < 1e-6 && margins[19] > 0.05, "{margins:?}");
+    assert_eq!(*metric(&events, "train/rewards/accuracy").last().unwrap(), 1.0);
+}
+
+#[test]
+fn rows_that_an_objective_does_not_compare_are_refused_by_their_field() {
+    let small = Small::new();
+    let failure = |changes: &[(&str, &str)]| {
+        let (request, _work) = small.request(small.plan(changes), 1, None);
+        run(&request, &Outside::default()).unwrap_err().to_string()
+    };
+    let of_texts = failure(&[("tune.objective", "{method: dpo}")]);
+    assert!(of_texts.contains("`data.domains[1]` holds rows of text; `dpo` compares two answers"), "{of_texts}");
+    let alike = failure(&[PAIRS, &[("tune.objective", "{method: sft}")]].concat());
+    assert!(alike.contains("`data.validation[0]` holds pairs"), "{alike}");
+    let narrow = failure(&[PAIRS, &[("tune.batch_tokens", "80"), ("data.max_length", "20")]].concat());
+    assert!(
+        narrow.contains("`tune.batch_tokens` is 80 for 4 logical shards, 20 tokens each; the longest row"),
+        "{narrow}"
+    );
 }
 
 #[test]

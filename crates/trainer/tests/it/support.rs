@@ -61,6 +61,13 @@ impl Small {
         let sums: String =
             (0..12).map(|i| format!("{{\"text\": \"{i} and {} make {}.\"}}\n", i + 1, 2 * i + 1)).collect();
         std::fs::write(folder.path().join("sums.jsonl"), sums).unwrap();
+        let pairs: String = (0..6)
+            .map(|i| {
+                let (right, wrong) = (2 * i, 2 * i + 1);
+                format!("{{\"prompt\": \"{i}+{i}=\", \"chosen\": \"{right}, even\", \"rejected\": \"{wrong}, odd\"}}\n")
+            })
+            .collect();
+        std::fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
         Self { folder }
     }
 

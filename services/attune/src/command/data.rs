@@ -6,7 +6,7 @@ use std::str::FromStr;
 use attune_data::dataset::Report;
 use attune_data::origin::BadRows;
 use attune_data::preview::{self, Statistics};
-use attune_data::{Dataset, Encoder, Reading, Source, Tokenizer};
+use attune_data::{Dataset, Encoder, Reading, Source, Tokenizer, View};
 use attune_spec::job::{Form, OnBadRow, Reference, TooLong};
 use serde::Deserialize as _;
 use serde::de::IntoDeserializer as _;
@@ -63,7 +63,7 @@ pub(crate) struct Files {
     /// Sets a field of the job file to a YAML value.
     #[arg(long, value_name = "PATH=VALUE", requires = "job")]
     set: Vec<Assignment>,
-    /// How rows are to be understood: chat, prompt_completion, alpaca or text; the columns say it if it is left out.
+    /// How rows are to be understood: chat, prompt_completion, alpaca, text or preference; the columns say it if it is left out.
     #[arg(long, value_name = "FORM", conflicts_with = "job")]
     form: Option<FormName>,
     /// A chat template in place of the base's: `chatml`, or the text of a Jinja template.
@@ -177,19 +177,25 @@ fn show(arguments: &Preview, out: &mut Out) -> Result<(), Failure> {
     let tokenizer = opened.encoder.tokenizer();
     opened.read_each(opened.on_bad_row, Some(arguments.rows), |file, dataset| {
         let dataset = dataset?;
-        for index in 0..dataset.len() {
-            let document = dataset.document(index);
+        let rows = (0..dataset.len()).flat_map(|index| dataset.row(index).map(move |document| (index, document)));
+        for (index, document) in rows {
+            let view = match document.view {
+                View::Chosen => Some("chosen"),
+                View::Rejected => Some("rejected"),
+                _ => None,
+            };
             let text = preview::marked(document, tokenizer)?;
             let ordered = preview::ordered(document, file.source.name());
             let learned = ordered.labels_mask.iter().filter(|mark| **mark == 1).count();
             if out.is_json() {
                 out.record(&json!({
-                    "file": &**file.source.name(), "row": index + 1, "text": text, "tokens": ordered.ids.len(),
+                    "file": &**file.source.name(), "row": index + 1, "view": view, "text": text, "tokens": ordered.ids.len(),
                     "learned_tokens": learned, "ids": ordered.ids, "labels_mask": ordered.labels_mask,
                 }))?;
             } else {
                 let (name, row, tokens) = (file.source.name(), index + 1, ordered.ids.len());
-                out.line(&format!("── {name}, row {row}: {tokens} tokens, {learned} learned"))?;
+                let view = view.map_or_else(String::new, |view| format!(", {view}"));
+                out.line(&format!("── {name}, row {row}{view}: {tokens} tokens, {learned} learned"))?;
                 out.line(text.trim_end_matches('\n'))?;
             }
         }

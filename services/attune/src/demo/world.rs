@@ -95,6 +95,8 @@ impl World {
     const TEXT_VALID: &str = "text.valid.jsonl";
     const CHAT: &str = "chat.train.jsonl";
     const CHAT_VALID: &str = "chat.valid.jsonl";
+    const PREFERENCE: &str = "preference.train.jsonl";
+    const PREFERENCE_VALID: &str = "preference.valid.jsonl";
 
     /// The world of a seed.
     pub(crate) fn new(seed: u64) -> Self {
@@ -112,7 +114,7 @@ impl World {
     }
 
     /// The world's files: name and content.
-    pub(crate) fn files(&self) -> [(&'static str, String); 4] {
+    pub(crate) fn files(&self) -> [(&'static str, String); 6] {
         let (train, valid) = TEXTS;
         let chats = |pairs: Vec<Pair>| pairs.iter().map(Pair::row).collect::<String>();
         [
@@ -120,6 +122,8 @@ impl World {
             (Self::TEXT_VALID, self.texts("valid", valid)),
             (Self::CHAT, chats(self.known())),
             (Self::CHAT_VALID, chats(self.held_out())),
+            (Self::PREFERENCE, self.preferences(|town, relation| !Self::is_held_out(town, relation))),
+            (Self::PREFERENCE_VALID, self.preferences(Self::is_held_out)),
         ]
     }
 
@@ -159,6 +163,25 @@ impl World {
             }
         }
         pairs
+    }
+
+    /// Questions, each with what is right and with what is true of no town or of another one.
+    fn preferences(&self, wanted: impl Fn(usize, usize) -> bool) -> String {
+        let mut rows = String::new();
+        for (index, town) in self.towns.iter().enumerate() {
+            for (number, relation) in RELATIONS.iter().enumerate().filter(|(number, _)| wanted(index, *number)) {
+                let right = town.values[number];
+                let wrong = (right + 1 + index % (relation.values.len() - 1)) % relation.values.len();
+                let say = |role: &str, text: &str, value: usize| json!([{"role": role, "content": filled(text, &town.name, relation.values[value])}]);
+                let row = json!({
+                    "prompt": say("user", relation.questions[0], right),
+                    "chosen": say("assistant", relation.statements[0], right),
+                    "rejected": say("assistant", relation.statements[0], wrong),
+                });
+                rows.push_str(&format!("{row}\n"));
+            }
+        }
+        rows
     }
 
     fn texts(&self, purpose: &str, each: usize) -> String {
