@@ -31,7 +31,7 @@ pub mod model;
 mod outputs;
 pub mod pass;
 mod regions;
-mod scope;
+pub mod scope;
 
 pub mod dropout;
 pub mod export;

@@ -3,12 +3,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use attune_architecture::{HeadKind, Pooling};
-use attune_points::layout::{Axis, Column, NO_LABEL, REFERENCE, Source, Values};
+use attune_points::layout::{Axis, Column, NO_LABEL, Source, Values};
 use attune_points::objective::{Denominator, Level, Objective, ScopeLoss, ScopeView};
 use attune_points::{Error, GradSink, Layout, Result, Row, Theta};
 use candle_core::{DType, Device, Tensor};
 
 use crate::cache::Cache;
+use crate::dropout::Dropout;
 use crate::graphs::Saved;
 use crate::head;
 use crate::model::{How, Model, Pass};
@@ -109,14 +110,20 @@ impl Model {
         Ok(saved.inputs.into_values().flatten().chain(last).collect())
     }
 
-    /// The layouts with the column [`REFERENCE`], log-probabilities of their labels at `at`, and where the time went. Those
-    /// that have it stay as they are.
+    /// The layouts with a column of the log-probabilities of their labels at `at`, and where the time went. Those that have it
+    /// stay as they are.
     ///
     /// # Errors
     /// Whatever the pass raises.
-    pub fn with_references(&self, at: &Theta, layouts: &[Arc<Layout>]) -> Result<(Vec<Arc<Layout>>, Times)> {
-        let lack = |layout: &&Arc<Layout>| layout.column(REFERENCE).is_none();
-        let passes = layouts.iter().filter(lack).map(|layout| Pass { theta: at, layout, dropout: None });
+    pub fn with_logp(
+        &self,
+        column: &str,
+        at: &Theta,
+        dropout: Option<Dropout>,
+        layouts: &[Arc<Layout>],
+    ) -> Result<(Vec<Arc<Layout>>, Times)> {
+        let lack = |layout: &&Arc<Layout>| layout.column(column).is_none();
+        let passes = layouts.iter().filter(lack).map(|layout| Pass { theta: at, layout, dropout });
         let passes: Vec<Pass<'_>> = passes.collect();
         if passes.is_empty() {
             return Ok((layouts.to_vec(), Times::default()));
@@ -135,7 +142,7 @@ impl Model {
                 logp_t[row.row as usize] = logp;
             }
             let mut layout = Layout::clone(layout);
-            layout.set_column(REFERENCE, Column { axis: Axis::Row, values: Values::F64(logp_t) })?;
+            layout.set_column(column, Column { axis: Axis::Row, values: Values::F64(logp_t) })?;
             with.push(Arc::new(layout));
         }
         Ok((with, times))

@@ -1,9 +1,10 @@
-//! Scoped objectives between the two sweeps of the head: from log-probabilities to a loss and its gradient by each.
+//! Scoped objectives between the two sweeps of the head: from log-probabilities to a loss and its gradient by each. The scopes of
+//! a pass are its own; that of a whole step ([`of_step`]) is for whoever has all of its passes.
 
 use std::ops::Range;
 
 use attune_points::engine::LossReport;
-use attune_points::layout::{Axis, Column, REFERENCE, Supervised, Values};
+use attune_points::layout::{Axis, Column, LOGP, REFERENCE, Supervised, Values};
 use attune_points::objective::{Level, Objective, ScopeView};
 use attune_points::{Doc, Error, Layout, Result};
 
@@ -24,19 +25,34 @@ fn scopes(docs: &[Doc], level: Level) -> Result<Vec<Range<usize>>> {
                 scopes.push(start..start + group.len());
             }
         }
-        Level::Part => scopes.push(0..docs.len()),
+        Level::Part | Level::Step => scopes.push(0..docs.len()),
         _ => return Err(Error::Refused(format!("this engine has no scopes of level {level:?}"))),
     }
     Ok(scopes)
 }
 
-/// The log-probabilities of supervised rows' labels under the reference.
-fn reference(layout: &Layout, supervised: &[Supervised]) -> Result<Vec<f64>> {
-    match layout.column(REFERENCE) {
+/// The loss of an objective of level [`Level::Step`] on all documents of a step, whose columns have the log-probabilities of
+/// labels, and the layout's column of its gradient by them.
+///
+/// # Errors
+/// Columns that are not there; whatever the objective raises.
+pub fn of_step(objective: &dyn Objective, layout: &Layout) -> Result<(LossReport, Vec<f64>)> {
+    let supervised = layout.supervised();
+    let logp_t = of_rows(layout, LOGP, &supervised)?;
+    let mut report = LossReport::default();
+    let found = losses(objective, layout, &supervised, &logp_t, &mut report)?;
+    let mut dlogp_t = vec![0.0; layout.n_rows()];
+    supervised.iter().zip(found).for_each(|(row, dlogp)| dlogp_t[row.row as usize] = dlogp);
+    Ok((report, dlogp_t))
+}
+
+/// What a column of numbers has for supervised rows.
+fn of_rows(layout: &Layout, name: &str, supervised: &[Supervised]) -> Result<Vec<f64>> {
+    match layout.column(name) {
         Some(Column { axis: Axis::Row, values: Values::F64(logp_t) }) => {
             Ok(supervised.iter().map(|row| logp_t[row.row as usize]).collect())
         }
-        _ => Err(Error::Refused(format!("a batch lacks the column {REFERENCE:?}, which the objective reads"))),
+        _ => Err(Error::Refused(format!("a batch lacks the column {name:?}, which the objective reads"))),
     }
 }
 
@@ -53,7 +69,7 @@ pub(crate) fn losses(
     if docs.is_empty() {
         return Ok(dlogp_t);
     }
-    let reference_t = if objective.needs().reference { reference(layout, supervised)? } else { Vec::new() };
+    let reference_t = if objective.needs().reference { of_rows(layout, REFERENCE, supervised)? } else { Vec::new() };
     for scope in scopes(docs, objective.level())? {
         let at = |row: u32| supervised.partition_point(|supervised| supervised.row < row);
         let rows = at(docs[scope.start].rows.start)..at(docs[scope.end - 1].rows.end);

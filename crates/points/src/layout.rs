@@ -22,6 +22,12 @@ pub const TOKEN_TYPES: &str = "token_types";
 /// supervised.
 pub const REFERENCE: &str = "reference_logp";
 
+/// The column of log-probabilities of labels, one `f64` a row; meaningless where a row is not supervised.
+pub const LOGP: &str = "logp";
+
+/// The column of the loss's gradient by the log-probabilities of labels, one `f64` a row.
+pub const DLOGP: &str = "dlogp";
+
 /// What one row of a batch holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Row {
@@ -107,6 +113,17 @@ pub enum Values {
 }
 
 impl Values {
+    /// Appends values of the same type; says whether they were.
+    fn extend(&mut self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::U32(all), Self::U32(more)) => all.extend(more),
+            (Self::F32(all), Self::F32(more)) => all.extend(more),
+            (Self::F64(all), Self::F64(more)) => all.extend(more),
+            _ => return false,
+        }
+        true
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::U32(values) => values.len(),
@@ -170,6 +187,31 @@ impl Layout {
         let Source { example, view, lane, domain, group } = source;
         let group = group.unwrap_or(self.docs.len() as u32);
         self.docs.push(Doc { rows: start..self.rows.len() as u32, example, view, lane, domain, group });
+    }
+
+    /// The documents of several batches in one, one after the other, with the columns that all of them have. Groups stay apart.
+    pub fn concat<'l>(layouts: impl IntoIterator<Item = &'l Self>) -> Self {
+        let mut whole: Option<Self> = None;
+        for layout in layouts {
+            let Some(whole) = &mut whole else {
+                whole = Some(layout.clone());
+                continue;
+            };
+            let start = whole.rows.len() as u32;
+            let group = whole.docs.iter().map(|doc| doc.group + 1).max().unwrap_or(0);
+            let shifted = |doc: &Doc| Doc {
+                rows: doc.rows.start + start..doc.rows.end + start,
+                group: doc.group + group,
+                ..doc.clone()
+            };
+            whole.docs.extend(layout.docs.iter().map(shifted));
+            whole.rows.extend(&layout.rows);
+            whole.columns.retain(|name, column| match layout.columns.get(name) {
+                Some(other) if other.axis == column.axis => column.values.extend(&other.values),
+                _ => false,
+            });
+        }
+        whole.unwrap_or_default()
     }
 
     /// Adds or replaces a column.
@@ -301,6 +343,22 @@ mod tests {
         layout.push(Source::default(), [(Row::Token(5), NO_LABEL), (Row::Token(6), 7)]);
         layout.push(Source { example: 1, ..Source::default() }, [(Row::Token(8), NO_LABEL)]);
         layout
+    }
+
+    #[test]
+    fn batches_are_put_together_with_groups_apart_and_the_columns_of_all() {
+        let (mut a, mut b) = (two_documents(), two_documents());
+        let column = |values| Column { axis: Axis::Row, values };
+        a.set_column(LOGP, column(Values::F64(vec![1.0, 2.0, 3.0]))).unwrap();
+        b.set_column(LOGP, column(Values::F64(vec![4.0, 5.0, 6.0]))).unwrap();
+        b.set_column("of one", column(Values::F32(vec![0.0; 3]))).unwrap();
+        let whole = Layout::concat([&b, &a]);
+        assert_eq!(whole.column(LOGP), Some(&column(Values::F64(vec![4.0, 5.0, 6.0, 1.0, 2.0, 3.0]))));
+        assert_eq!(whole.column("of one"), None);
+        let groups: Vec<u32> = whole.docs().iter().map(|doc| doc.group).collect();
+        assert_eq!((groups, whole.docs()[3].rows.clone()), (vec![0, 1, 2, 3], 5..6));
+        assert_eq!(whole.counts(), a.counts() + b.counts());
+        assert_eq!(Layout::concat([]), Layout::new());
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub enum Level {
     Group,
     /// All documents of a part.
     Part,
+    /// All documents of an optimiser step, of all micro-batches on all ranks.
+    Step,
 }
 
 /// What the sum of an objective's losses is divided by; known for the whole optimiser step (all micro-batches, all ranks)

@@ -12,7 +12,8 @@ use attune_models::pass::{Stopwatch, Times, Work};
 use attune_models::{Model, Pass};
 use attune_optim::clip;
 use attune_points::engine::{Batch, Engine, LossReport, Source};
-use attune_points::objective::Objective;
+use attune_points::layout::REFERENCE;
+use attune_points::objective::{Level, Objective};
 use attune_points::optimizer::{Optimizer, UpdateCx};
 use attune_points::schedule::Schedule;
 use attune_points::{Error, GradSink, Grads, Layout, Owner, Params, Result, TensorId, TensorSpec, Theta};
@@ -22,6 +23,7 @@ use candle_core::{Device, Tensor};
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
+use crate::scope::ByColumn;
 use crate::together::{self, Asked, Company, Piece, Wanted};
 
 /// What ranks send one another.
@@ -31,6 +33,8 @@ pub(crate) enum Message {
     Part { gradients: Grads, report: LossReport, stop: bool },
     /// The loss of a part of a validation set.
     Report(LossReport),
+    /// A micro-batch with the log-probabilities of its labels.
+    Scored(Arc<Layout>),
 }
 
 /// What all ranks of a run share.
@@ -84,6 +88,23 @@ impl std::ops::AddAssign for Spent {
     }
 }
 
+/// The objective of a pass.
+pub(crate) enum Asking<'o> {
+    /// One that may outlive the pass: lanes wait for each other with it.
+    Shared(Arc<dyn Objective>),
+    /// One that may not.
+    Lent(&'o dyn Objective),
+}
+
+impl Asking<'_> {
+    fn objective(&self) -> &dyn Objective {
+        match self {
+            Self::Shared(objective) => &**objective,
+            Self::Lent(objective) => *objective,
+        }
+    }
+}
+
 /// One rank's engine.
 pub(crate) struct RankEngine<'a> {
     pub(crate) shared: &'a Shared,
@@ -133,26 +154,24 @@ impl RankEngine<'_> {
         at: &Theta,
         group: &[(u32, Arc<Layout>)],
         dropout: Option<Dropout>,
-        of: &dyn Objective,
+        of: Asking<'_>,
         wanted: Option<Wanted>,
     ) -> Result<Vec<(Grads, LossReport)>> {
         let shared = self.shared;
         let with;
-        let group = if of.needs().reference {
+        let group = if of.objective().needs().reference {
             let layouts: Vec<Arc<Layout>> = group.iter().map(|(_, layout)| Arc::clone(layout)).collect();
-            let (layouts, times) = shared.model.with_references(&at.untrained(), &layouts)?;
+            let (layouts, times) = shared.model.with_logp(REFERENCE, &at.untrained(), None, &layouts)?;
             self.spent.passes += times;
             with = group.iter().map(|(part, _)| *part).zip(layouts).collect::<Vec<_>>();
             with.as_slice()
         } else {
             group
         };
-        // Another objective than the run's own may not outlive this call, and the others wait that long.
-        let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&shared.objective));
-        let (found, times) = if let Some(company) = self.company.filter(|_| is_own) {
+        let (found, times) = if let (Some(company), Asking::Shared(objective)) = (self.company, &of) {
             company.pass(Piece {
                 model: Arc::clone(&shared.model),
-                objective: Arc::clone(&shared.objective),
+                objective: Arc::clone(objective),
                 theta: at.clone(),
                 layouts: group.iter().map(|(_, layout)| Arc::clone(layout)).collect(),
                 dropout,
@@ -160,12 +179,72 @@ impl RankEngine<'_> {
             })?
         } else {
             let layouts = group.iter().map(|(_, layout)| &**layout).collect();
-            let asked =
-                Asked { model: &shared.model, objective: of, theta: at, layouts, dropout, wanted: wanted.as_ref() };
+            let asked = Asked {
+                model: &shared.model,
+                objective: of.objective(),
+                theta: at,
+                layouts,
+                dropout,
+                wanted: wanted.as_ref(),
+            };
             together::pass(&[asked])?.pop().unwrap_or_default()
         };
         self.spent.passes += times;
         Ok(found)
+    }
+
+    /// The gradients of some micro-batches and their losses, by their numbers.
+    fn summed<'o>(
+        &mut self,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+        of: impl Fn() -> Asking<'o>,
+        scale: f64,
+        dropout: Option<Dropout>,
+    ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        let tensors = self.wanted();
+        // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
+        // turns, so each keeps its own apart until then.
+        let alone = self.collective.size() == 1;
+        let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
+        for group in groups(parts, self.rows_per_pass) {
+            let passes = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout });
+            self.spent.flops += passes.map(|pass| self.shared.model.flops(&pass)).sum::<f64>();
+            let wanted = Wanted { scale, tensors: tensors.clone(), keep: self.shared.keep };
+            let found = self.pass(at, group, dropout, of(), Some(wanted))?;
+            for ((part, _), (gradients, report)) in group.iter().zip(found) {
+                match made.last_mut().filter(|_| alone) {
+                    Some((_, sum, total)) => {
+                        sum.add(&gradients)?;
+                        total.add(&report);
+                    }
+                    None => made.push((*part, gradients, report)),
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    /// The same for an objective that sees the whole step. Its loss is reported with the step's first micro-batch.
+    fn step_grads(
+        &mut self,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+        of: &dyn Objective,
+        scale: f64,
+        dropout: Option<Dropout>,
+    ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        let (parts, loss) = self.scope(at, parts, dropout, of)?;
+        let by_column: Arc<dyn Objective> = Arc::new(ByColumn);
+        let mut made = self.summed(at, &parts, || Asking::Shared(Arc::clone(&by_column)), scale, dropout)?;
+        for (number, _, report) in &mut made {
+            report.loss_sum = 0.0;
+            report.by_domain.iter_mut().for_each(|(loss, _)| *loss = 0.0);
+            if *number == 0 {
+                report.add(&loss);
+            }
+        }
+        Ok(made)
     }
 
     fn shards(&self) -> std::ops::Range<u32> {
@@ -259,28 +338,14 @@ impl Engine for RankEngine<'_> {
         of: &dyn Objective,
         scale: f64,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
-        let tensors = self.wanted();
         let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
-        // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
-        // turns, so each keeps its own apart until then.
-        let alone = self.collective.size() == 1;
-        let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
-        for group in groups(parts, self.rows_per_pass) {
-            let passes = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout });
-            self.spent.flops += passes.map(|pass| self.shared.model.flops(&pass)).sum::<f64>();
-            let wanted = Wanted { scale, tensors: tensors.clone(), keep: self.shared.keep };
-            let found = self.pass(at, group, dropout, of, Some(wanted))?;
-            for ((part, _), (gradients, report)) in group.iter().zip(found) {
-                match made.last_mut().filter(|_| alone) {
-                    Some((_, sum, total)) => {
-                        sum.add(&gradients)?;
-                        total.add(&report);
-                    }
-                    None => made.push((*part, gradients, report)),
-                }
-            }
+        if of.level() == Level::Step {
+            return self.step_grads(at, parts, of, scale, dropout);
         }
-        Ok(made)
+        // The run's own objective is known by its place.
+        let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&self.shared.objective));
+        let own = is_own.then(|| Arc::clone(&self.shared.objective));
+        self.summed(at, parts, || own.clone().map_or(Asking::Lent(of), Asking::Shared), scale, dropout)
     }
 
     fn objective(&self) -> Arc<dyn Objective> {

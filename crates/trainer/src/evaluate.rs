@@ -1,11 +1,13 @@
 //! Validation loss, set by set.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use attune_points::engine::{Engine, LossReport, Source};
+use attune_points::objective::Level;
 use attune_points::{Error, Result};
 
-use crate::engine::{Message, RankEngine, groups};
+use crate::engine::{Asking, Message, RankEngine, groups};
 
 /// The mean loss a supervised token on each validation set, at the current parameters; the same on every rank. Batches are
 /// dealt out to the ranks, and their losses are added in file order.
@@ -17,9 +19,14 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         let (objective, theta) = (engine.objective(), engine.theta().clone());
         let (rank, size) = (engine.collective.rank(), engine.collective.size());
         let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
+        if objective.level() == Level::Step {
+            let (_, report) = engine.scope(&theta, &parts, None, &*objective)?;
+            losses.insert(name, report.loss_sum / objective.denominator().of(batch.counts));
+            continue;
+        }
         let mut mine = Vec::with_capacity(parts.len());
         for group in groups(&parts, engine.rows_per_pass) {
-            let found = engine.pass(&theta, group, None, &*objective, None)?;
+            let found = engine.pass(&theta, group, None, Asking::Shared(Arc::clone(&objective)), None)?;
             mine.extend(group.iter().zip(found).map(|((part, _), (_, report))| (*part, Message::Report(report))));
         }
         let mut total = LossReport::default();

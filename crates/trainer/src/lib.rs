@@ -7,7 +7,7 @@
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it)
 //! with `meeting` and `together`, `setup` (plan to parts) and [`component`], [`run`] (the loop), `engine`, [`steps`],
-//! `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
+//! `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -40,6 +40,7 @@ mod guard;
 mod meeting;
 mod output;
 mod pin;
+mod scope;
 mod setup;
 pub mod steps;
 mod together;

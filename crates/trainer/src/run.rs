@@ -245,7 +245,9 @@ impl<'a> Rank<'a> {
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
         let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, micro_batches as usize);
-        let parts: Vec<_> = (0u32..).take(at_once).map(|part| (part, Arc::clone(&layout))).collect();
+        // Each rank has numbers of its own: an objective that sees the whole step has them all put together.
+        let first = self.engine.collective.rank() * at_once as u32;
+        let parts: Vec<_> = (first..).take(at_once).map(|part| (part, Arc::clone(&layout))).collect();
         let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
         for (_, _, report) in self.engine.grads(&theta, &parts, &*objective, 1.0)? {
             self.finite("loss of the rehearsal", report.loss_sum)?;

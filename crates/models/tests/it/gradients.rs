@@ -188,14 +188,14 @@ fn a_reference_is_the_same_computed_or_stored() {
     let frozen = Bank { train: false, ..bank(vec![set(&model, 0, 1)]) };
     let theta = Theta::single([frozen.clone(), bank(vec![set(&model, 1, 1)])]);
     let layouts = [Arc::new(pairs(&[0, 1])), Arc::new(pairs(&[2, 3, 6]))];
-    let (with, _) = model.with_references(&theta.untrained(), &layouts).unwrap();
+    let (with, _) = model.with_logp(REFERENCE, &theta.untrained(), None, &layouts).unwrap();
     // Without the trained slot, by other parameters.
     let mut bare = Theta::single([frozen]);
     bare.banks.extend(theta.banks[1..].iter().cloned());
-    assert_eq!(model.with_references(&bare, &layouts).unwrap().0, with);
-    assert_ne!(model.with_references(&theta, &layouts).unwrap().0, with);
+    assert_eq!(model.with_logp(REFERENCE, &bare, None, &layouts).unwrap().0, with);
+    assert_ne!(model.with_logp(REFERENCE, &theta, None, &layouts).unwrap().0, with);
     // What is there is not computed again.
-    assert_eq!(model.with_references(&theta, &with).unwrap().0, with);
+    assert_eq!(model.with_logp(REFERENCE, &theta, None, &with).unwrap().0, with);
     for (layout, with) in layouts.iter().zip(&with) {
         let Some(Column { values: Values::F64(logp_t), .. }) = with.column(REFERENCE) else { panic!("no column") };
         let pass = Pass { theta: &bare, layout, dropout: None };

@@ -18,6 +18,8 @@
 //! apo_down      σ(βs_w) + 1 - σ(βΔ)
 //! discopop      (1-m) (-log σ(βΔ)) + m e^-βΔ,   m = σ(βΔ/τ), τ = 1/20
 //! sigmoid_norm  -log σ(β(s_w/n_w - s_l/n_l))
+//! aot           as sigmoid, of Δ_k = u_(k) - v_(k): u = log π(w) - log π(l) and v, the same of π_ref, each sorted over the step
+//! aot_unpaired  as sigmoid, of Δ_k = r_w,(k) - r_l,(k), each sorted over the step
 //! L = mean over pairs + sft · -(1/n_w) log π(w)
 //! ```
 //!
@@ -25,14 +27,15 @@
 //! `loss` names one of them, `beta` β, `label_smoothing` ε. The reference is the model without the slots that train.
 //!
 //! # Cost
-//! Two sweeps of the head, and a forward pass of the reference for each batch. Two documents a pair.
+//! Two sweeps of the head, and a forward pass of the reference for each batch; `aot` and `aot_unpaired` one more forward pass.
+//! Two documents a pair.
 //!
 //! # Limits
 //! Before training Δ = 0: sigmoid is log 2, hinge 1, ipo 1/(4β²), apo_zero 1, bco_pair 2 log 2.
 //!
 //! # Departures
-//! `aot` and `aot_unpaired`, which sort over a batch, are not here; nor are WPO's weights, length desensitising and a reference
-//! that follows. A slot that goes on from an adapter is measured against the base, not against that adapter.
+//! WPO's weights, length desensitising and a reference that follows are not here. `aot` and `aot_unpaired` take log-ratios as they
+//! are, whatever the divergence, and sort over the whole step. A slot that goes on from an adapter is measured against the base, not against that adapter.
 //!
 //! # Paper
 //! Direct Preference Optimization: Your Language Model is Secretly a Reward Model. Rafailov et al., 2023; the names of the
@@ -75,6 +78,10 @@ pub(super) enum Loss {
     Discopop,
     /// DPO by tokens.
     SigmoidNorm,
+    /// Distributions of preferences, over the step, apart.
+    Aot,
+    /// Distributions of chosen and of rejected answers, over the step, apart.
+    AotUnpaired,
 }
 
 /// What a log-ratio is taken for.
@@ -196,10 +203,10 @@ impl Config {
         let by_z = |loss: f64, dz: f64| (loss, [beta * dz, -beta * dz]);
         let by_each = |loss: f64, dw: f64, dl: f64| (loss, [dw, dl]);
         match self.loss {
-            Loss::Sigmoid => by_z(
-                -(1.0 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z),
-                -(1.0 - eps) * sigmoid(-z) + eps * sigmoid(z),
-            ),
+            Loss::Sigmoid => {
+                let (loss, dz) = self.smoothed(z);
+                by_z(loss, dz)
+            }
             Loss::Robust => {
                 let loss = -(1.0 - eps) * log_sigmoid(z) + eps * log_sigmoid(-z);
                 let dz = -(1.0 - eps) * sigmoid(-z) - eps * sigmoid(z);
@@ -246,6 +253,11 @@ impl Config {
                 let dfar = if -z < 50.0 { -far } else { 0.0 };
                 by_z(loss, dm * log_sigmoid(z) - (1.0 - m) * sigmoid(-z) + dm * far + m * dfar)
             }
+            // Of one pair there is nothing to sort.
+            Loss::Aot | Loss::AotUnpaired => {
+                let (loss, dz) = self.smoothed(z);
+                by_z(loss, dz)
+            }
             Loss::SigmoidNorm => {
                 let z = beta * (s_w / n_w - s_l / n_l);
                 by_each(-log_sigmoid(z), -beta * sigmoid(-z) / n_w, beta * sigmoid(-z) / n_l)
@@ -254,9 +266,83 @@ impl Config {
     }
 }
 
+impl Config {
+    /// `-(1-ε) log σ(z) - ε log σ(-z)`, and its derivative.
+    fn smoothed(&self, z: f64) -> (f64, f64) {
+        let eps = self.label_smoothing;
+        (-(1.0 - eps) * log_sigmoid(z) - eps * log_sigmoid(-z), -(1.0 - eps) * sigmoid(-z) + eps * sigmoid(z))
+    }
+
+    /// The loss of all pairs by the order of their numbers, and its gradient by the log-ratios of each pair.
+    fn by_order(&self, pairs: &[Answers]) -> (f64, Vec<[f64; 2]>) {
+        // What is sorted against what: by it the chosen and the rejected log-probability count with these signs.
+        let sides: [Vec<f64>; 2] = match self.loss {
+            Loss::Aot => [
+                pairs.iter().map(|pair| pair.logp[0] - pair.logp[1]).collect(),
+                pairs.iter().map(|pair| pair.reference[0] - pair.reference[1]).collect(),
+            ],
+            _ => [pairs.iter().map(|pair| pair.ratio(0)).collect(), pairs.iter().map(|pair| pair.ratio(1)).collect()],
+        };
+        let [first, second] = sides.each_ref().map(|numbers| {
+            let mut order: Vec<usize> = (0..numbers.len()).collect();
+            order.sort_by(|&a, &b| numbers[a].total_cmp(&numbers[b]));
+            order
+        });
+        let (mut loss, mut by_pair) = (0.0, vec![[0.0; 2]; pairs.len()]);
+        for (a, b) in first.into_iter().zip(second) {
+            let (of_pair, dz) = self.smoothed(self.beta * (sides[0][a] - sides[1][b]));
+            loss += of_pair;
+            by_pair[a][0] += self.beta * dz;
+            // The reference's side has no gradient.
+            if self.loss == Loss::Aot { by_pair[a][1] -= self.beta * dz } else { by_pair[b][1] -= self.beta * dz }
+        }
+        (loss, by_pair)
+    }
+}
+
+/// What is known of a pair: sums over each answer's tokens.
+struct Answers {
+    rows: [std::ops::Range<usize>; 2],
+    logp: [f64; 2],
+    reference: [f64; 2],
+}
+
+impl Answers {
+    fn ratio(&self, side: usize) -> f64 {
+        self.logp[side] - self.reference[side]
+    }
+
+    fn tokens(&self, side: usize) -> f64 {
+        self.rows[side].len().max(1) as f64
+    }
+}
+
+/// The pairs of a scope, in order.
+fn pairs(scope: &ScopeView<'_>) -> Result<Vec<Answers>> {
+    let docs = &scope.layout.docs()[scope.docs.clone()];
+    let mut pairs = Vec::with_capacity(docs.len() / 2);
+    let mut first = scope.docs.start;
+    for group in docs.chunk_by(|a, b| a.group == b.group) {
+        let [View::Chosen, View::Rejected] = group.iter().map(|doc| doc.view).collect::<Vec<_>>()[..] else {
+            let message = "a group of the batch is no pair of a chosen and a rejected answer; this objective takes rows with \
+                           `chosen` and `rejected` (`form: preference`)";
+            return Err(Error::Refused(message.to_owned()));
+        };
+        let rows = [first, first + 1].map(|doc| scope.rows_of(doc));
+        first += 2;
+        let sums = |of: &[f64]| rows.each_ref().map(|rows| of[rows.clone()].iter().sum::<f64>());
+        let (logp, reference) = (sums(scope.logp_t), sums(scope.reference_t));
+        pairs.push(Answers { rows, logp, reference });
+    }
+    Ok(pairs)
+}
+
 impl Objective for Dpo {
     fn level(&self) -> Level {
-        Level::Group
+        match self.config.loss {
+            Loss::Aot | Loss::AotUnpaired => Level::Step,
+            _ => Level::Group,
+        }
     }
 
     fn needs(&self) -> Needs {
@@ -268,33 +354,39 @@ impl Objective for Dpo {
     }
 
     fn scope(&self, scope: &ScopeView<'_>) -> Result<ScopeLoss> {
-        let docs = &scope.layout.docs()[scope.docs.clone()];
-        let [View::Chosen, View::Rejected] = docs.iter().map(|doc| doc.view).collect::<Vec<_>>()[..] else {
-            let message = "a group of the batch is no pair of a chosen and a rejected answer; this objective takes rows with \
-                           `chosen` and `rejected` (`form: preference`)";
-            return Err(Error::Refused(message.to_owned()));
+        let (config, pairs) = (&self.config, pairs(scope)?);
+        let (mut loss, by_pair) = match self.level() {
+            Level::Step => config.by_order(&pairs),
+            _ => {
+                let of_pair = |pair: &Answers| {
+                    let scores = [0, 1].map(|side| config.divergence.score(pair.ratio(side)));
+                    let tokens = [0, 1].map(|side| pair.tokens(side));
+                    let (loss, by_scores) = config.of_pair(scores.map(|(score, _)| score), tokens);
+                    (loss, [0, 1].map(|side: usize| by_scores[side] * scores[side].1))
+                };
+                let each: Vec<(f64, [f64; 2])> = pairs.iter().map(of_pair).collect();
+                (each.iter().map(|(loss, _)| loss).sum(), each.into_iter().map(|(_, by_ratios)| by_ratios).collect())
+            }
         };
-        let rows = [scope.docs.start, scope.docs.start + 1].map(|doc| scope.rows_of(doc));
-        let sum = |of: &[f64], rows: &std::ops::Range<usize>| of[rows.clone()].iter().sum::<f64>();
-        let ratios = [0, 1].map(|side: usize| sum(scope.logp_t, &rows[side]) - sum(scope.reference_t, &rows[side]));
-        let scores = ratios.map(|ratio| self.config.divergence.score(ratio));
-        let n = [0, 1].map(|side: usize| rows[side].len().max(1) as f64);
-        let (mut loss, by_scores) = self.config.of_pair(scores.map(|(score, _)| score), n);
         let mut dlogp_t = vec![0.0; scope.logp_t.len()];
-        for side in [0, 1] {
-            let dlogp = by_scores[side] * scores[side].1;
-            dlogp_t[rows[side].clone()].fill(dlogp);
+        let (mut rewards, mut right) = ([0.0; 2], 0.0);
+        for (pair, by_ratios) in pairs.iter().zip(by_pair) {
+            for side in [0, 1] {
+                dlogp_t[pair.rows[side].clone()].fill(by_ratios[side]);
+                rewards[side] += config.beta * pair.ratio(side);
+            }
+            if config.sft > 0.0 {
+                loss -= config.sft * pair.logp[0] / pair.tokens(0);
+                dlogp_t[pair.rows[0].clone()].iter_mut().for_each(|dlogp| *dlogp -= config.sft / pair.tokens(0));
+            }
+            right += f64::from(u8::from(pair.ratio(0) > pair.ratio(1)));
         }
-        if self.config.sft > 0.0 {
-            loss -= self.config.sft * sum(scope.logp_t, &rows[0]) / n[0];
-            dlogp_t[rows[0].clone()].iter_mut().for_each(|dlogp| *dlogp -= self.config.sft / n[0]);
-        }
-        let [chosen, rejected] = ratios.map(|ratio| self.config.beta * ratio);
+        let [chosen, rejected] = rewards;
         let beside = vec![
             ("rewards/chosen", chosen),
             ("rewards/rejected", rejected),
             ("rewards/margin", chosen - rejected),
-            ("rewards/accuracy", f64::from(u8::from(chosen > rejected))),
+            ("rewards/accuracy", right),
         ];
         Ok(ScopeLoss { loss, dlogp_t, beside })
     }
@@ -415,6 +507,48 @@ mod tests {
             (Loss::SigmoidNorm, 0.644_396_660),
         ] {
             assert!((of(loss) - expected).abs() < 1e-6, "{loss:?}: {} against {expected}", of(loss));
+        }
+    }
+
+    /// Sorting pairs the smallest with the smallest: the loss of a step does not depend on which reference stood beside which
+    /// answer, and its gradient is that of the pairs as they were sorted.
+    #[test]
+    fn a_step_is_compared_in_order() {
+        let mut layout = Layout::new();
+        for _ in 0..3 {
+            let of_pair = pair([View::Chosen, View::Rejected]);
+            layout = Layout::concat([&layout, &of_pair].into_iter().filter(|layout| layout.n_rows() > 0));
+        }
+        let rows = layout.supervised();
+        let number = |seed: f64| (0..rows.len()).map(|at| -1.0 - (seed * (at + 1) as f64).sin()).collect::<Vec<f64>>();
+        let (logp, reference) = (number(0.7), number(1.3));
+        for loss in [Loss::Aot, Loss::AotUnpaired] {
+            let objective = Dpo { config: Config { sft: 0.2, ..config(loss) } };
+            assert_eq!(objective.level(), Level::Step);
+            let of = |logp_t: &[f64], reference_t: &[f64]| {
+                objective.scope(&ScopeView { layout: &layout, docs: 0..6, rows: &rows, logp_t, reference_t }).unwrap()
+            };
+            let found = of(&logp, &reference);
+            for at in 0..logp.len() {
+                let moved = |step: f64| {
+                    let mut logp = logp.clone();
+                    logp[at] += step;
+                    of(&logp, &reference).loss
+                };
+                let numeric = (moved(1e-6) - moved(-1e-6)) / 2e-6;
+                assert!(
+                    (numeric - found.dlogp_t[at]).abs() < 1e-7,
+                    "{loss:?}: {numeric} against {}",
+                    found.dlogp_t[at]
+                );
+            }
+            // Five rows a pair: the references of the first and the last change places.
+            let turned = [&reference[10..], &reference[5..10], &reference[..5]].concat();
+            let same = (of(&logp, &turned).loss - found.loss).abs() < 1e-12;
+            assert_eq!(same, loss == Loss::Aot, "{loss:?}");
+            let at_start = of(&logp, &logp).loss
+                + 0.2 * [0, 5, 10].map(|pair| (logp[pair] + logp[pair + 1]) / 2.0).iter().sum::<f64>();
+            assert!((at_start - 3.0 * std::f64::consts::LN_2).abs() < 1e-12, "{loss:?}: {at_start}");
         }
     }
 

@@ -9,13 +9,22 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 6] = [
+const KINDS: [(&str, &[(&str, &str)]); 7] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
     ("dpo", PAIRS),
+    ("a whole step", STEP),
+];
+
+/// The same with a loss that sees all pairs of a step.
+const STEP: &[(&str, &str)] = &[
+    ("tune.objective", "{method: dpo, loss: aot, beta: 1}"),
+    ("data.domains", "[{name: pairs, source: ./pairs.jsonl}]"),
+    ("data.validation", "[{name: pairs, source: ./pairs.jsonl}]"),
+    ("tune.batch_tokens", "256"),
 ];
 
 /// The small job on pairs.
@@ -103,6 +112,19 @@ fn a_run_on_pairs_starts_at_no_difference_and_learns_to_tell_them_apart() {
     let margins = metric(&events, "train/rewards/margin");
     assert!(margins[0].abs() < 1e-6 && margins[19] > 0.05, "{margins:?}");
     assert_eq!(*metric(&events, "train/rewards/accuracy").last().unwrap(), 1.0);
+}
+
+#[test]
+fn a_run_whose_loss_sees_whole_steps_learns_to_tell_pairs_apart() {
+    let small = Small::new();
+    let (events, _) =
+        small.finish(small.plan(&[STEP, &[("tune.adapter.dropout", "0"), ("tune.steps", "20")]].concat()), 2);
+    let (losses, measured) = (metric(&events, "train/loss"), metric(&events, "eval/pairs/loss"));
+    for start in [losses[0], measured[0]] {
+        assert!((start - std::f64::consts::LN_2).abs() < 1e-6, "{start}");
+    }
+    assert!(measured[1] < 0.6, "{measured:?}");
+    assert!(metric(&events, "train/rewards/margin")[19] > 0.2);
 }
 
 #[test]
