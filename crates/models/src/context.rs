@@ -1,5 +1,6 @@
 //! What a block's graph sees: its weights, whichever set holds them, and the components at its sites.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
@@ -30,6 +31,8 @@ pub struct GraphCx<'a> {
     /// The rows at hand, where a block sees only some (the head's chunks).
     pub(crate) rows: Option<&'a [u32]>,
     pub(crate) tracked: &'a Tracked,
+    /// Where the losses of components go, if anybody wants their gradients.
+    pub(crate) heard: Option<&'a RefCell<Vec<Tensor>>>,
     pub(crate) dtype: DType,
 }
 
@@ -44,7 +47,7 @@ pub(crate) enum Matrix<'a> {
 impl<'a> GraphCx<'a> {
     /// The same view with other leaves, and on some rows only.
     pub(crate) fn with(&self, tracked: &'a Tracked, rows: Option<&'a [u32]>) -> Self {
-        Self { tracked, rows, ..*self }
+        Self { tracked, rows, heard: self.heard, ..*self }
     }
 
     /// The trained or replaced tensor `local` of `site`; `None` if it is the base's own.
@@ -170,6 +173,9 @@ impl<'a> GraphCx<'a> {
         y_to: Tensor,
     ) -> Result<Tensor> {
         self.by_runs(site, (binding, at), x_ti, y_to, |x_ti, y_to, tensors, cx| {
+            if let Some(heard) = self.heard {
+                heard.borrow_mut().extend(map.loss(x_ti, tensors, cx)?);
+            }
             Ok((y_to + map.graph(x_ti, tensors, cx)?)?)
         })
     }
@@ -221,7 +227,8 @@ impl<'a> GraphCx<'a> {
         let on = |rows: Option<&[u32]>, x: &Tensor, y: Tensor, set: u32| {
             let masks = self.dropout.map(|key| RowMasks { key, layout: self.layout, rows });
             let dropout = masks.as_ref().map(|masks| masks as &dyn attune_points::adapter::DropoutMask);
-            run(x, y, &self.locals(binding.slot, set, at)?, &RowCx { site: &site.id, dropout })
+            let cx = RowCx { site: &site.id, dropout, layout: self.layout, rows };
+            run(x, y, &self.locals(binding.slot, set, at)?, &cx)
         };
         if let Rows::All(set) = binding.rows {
             return on(self.rows, x, y, set);

@@ -1,6 +1,7 @@
 //! A model by its blocks' graphs, which define it: the oracle of passes on views, in 32 or 64 bits. A block is reversed by
 //! running its graph again on its saved input.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use attune_architecture::{Pooling, Site};
@@ -48,6 +49,7 @@ impl Model {
             Some(auxiliary) => auxiliary.loss(&routing, pass.layout)?.dprobs,
             None => Vec::new(),
         };
+        let beside = scale * pass.layout.counts().tokens as f64;
         let mut dy = vec![dh_td];
         for index in (lowest..self.trunk.len()).rev() {
             let input = saved.inputs.remove(&index).unwrap_or_default();
@@ -55,7 +57,7 @@ impl Model {
             if let Some(dprobs_te) = self.trunk[index].routes().and_then(|_| dprobs.pop()) {
                 dy.push((dprobs_te * scale)?);
             }
-            dy = self.reverse(index, &input, &dy, &wanted[index], index > lowest, &cx, sink)?;
+            dy = self.reverse(index, &input, &dy, &wanted[index], index > lowest, beside, &cx, sink)?;
         }
         Ok(found)
     }
@@ -90,6 +92,7 @@ impl Model {
         dy: &[Tensor],
         wanted: &[TensorId],
         below: bool,
+        beside: f64,
         cx: &GraphCx<'_>,
         sink: &mut dyn GradSink,
     ) -> Result<Vec<Tensor>> {
@@ -98,8 +101,12 @@ impl Model {
             if below { input.iter().map(autograd::leaf).collect::<candle_core::Result<_>>()? } else { Vec::new() };
         let streams: Vec<Tensor> =
             if below { x.iter().map(|x| x.as_tensor().clone()).collect() } else { input.to_vec() };
-        let y = self.trunk[index].graph(&streams, &cx.with(&tracked, None))?;
-        let outputs: Vec<(&Tensor, &Tensor)> = y.iter().zip(dy).collect();
+        let heard = RefCell::new(Vec::new());
+        let y = self.trunk[index].graph(&streams, &GraphCx { heard: Some(&heard), ..cx.with(&tracked, None) })?;
+        let heard = heard.into_inner();
+        let weight = Tensor::new(beside, &Device::Cpu)?.to_dtype(self.dtype())?;
+        let beside = heard.iter().filter(|_| !leaves.is_empty() || below).map(|loss| (loss, &weight));
+        let outputs: Vec<(&Tensor, &Tensor)> = y.iter().zip(dy).chain(beside).collect();
         let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain(&x).collect();
         let mut gradients = autograd::pull(&all, &outputs)?.into_iter();
         for ((id, _), gradient) in leaves.iter().zip(gradients.by_ref()) {
@@ -139,6 +146,7 @@ impl Model {
             dropout,
             rows: None,
             tracked,
+            heard: None,
             dtype: self.dtype(),
         }
     }

@@ -1,11 +1,14 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+use std::ops::Range;
+
 use attune_architecture::{Architecture, Site, SiteId};
 use attune_spec::Fault;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::layout::{Doc, Layout};
 use crate::params::{Locals, TensorSpec};
 use crate::weight::Weight;
 
@@ -119,6 +122,17 @@ pub trait RowMap: Send + Sync {
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor>;
 
+    /// A loss of its own on these rows, a number, in differentiable operations only and valid in f64: a balance of experts. Its
+    /// gradient is added to the objective's as if it were the mean loss of each of the part's supervised tokens; reports have the
+    /// objective's loss alone. None for most; not asked of a map that is fused, nor at a
+    /// head, whose rows come in chunks.
+    ///
+    /// # Errors
+    /// As for [`RowMap::graph`].
+    fn loss(&self, _x_ti: &Tensor, _tensors: &Locals, _cx: &RowCx<'_>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// The same map in a form that the engine computes within the product of the site's own weight; none if it has no such
     /// form. It is held to `graph`.
     fn fused(&self) -> Option<FusedRows> {
@@ -149,6 +163,24 @@ pub struct RowCx<'a> {
     pub site: &'a SiteId,
     /// Whether dropout applies; `None` in evaluation. Keyed by step and site: ask it for row-wise streams.
     pub dropout: Option<&'a dyn DropoutMask>,
+    /// The batch.
+    pub layout: &'a Layout,
+    /// Which of its rows are at hand; all of them if `None`.
+    pub rows: Option<&'a [u32]>,
+}
+
+impl RowCx<'_> {
+    /// The documents of the batch that have rows at hand, each with the places of these among them. Rows of a document follow
+    /// each other.
+    pub fn docs(&self) -> Vec<(&Doc, Range<usize>)> {
+        let docs = self.layout.docs();
+        let place = |row: u32| match self.rows {
+            None => row as usize,
+            Some(rows) => rows.partition_point(|&at| at < row),
+        };
+        let own = docs.iter().map(|doc| (doc, place(doc.rows.start)..place(doc.rows.end)));
+        own.filter(|(_, places)| !places.is_empty()).collect()
+    }
 }
 
 /// Makes the keep-masks of dropout, from logical indices only, so that neither packing nor ranks change them.

@@ -4,6 +4,7 @@ mod compacter;
 mod dora;
 mod full;
 mod lora;
+mod loramoe;
 mod prefix_tuning;
 
 use attune_points::adapter::Adapter;
@@ -22,6 +23,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<dora::Dora>(),
         entry::<full::Full>(),
         entry::<lora::Lora>(),
+        entry::<loramoe::Loramoe>(),
         entry::<prefix_tuning::PrefixTuning>(),
     ],
 );

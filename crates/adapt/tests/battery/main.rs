@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use attune_adapt::{ADAPTERS, INITS, peft, slot};
 use attune_models::{Base, Model, Pass};
-use attune_points::adapter::{Adapter, Merged};
+use attune_points::adapter::{Adapter, Merged, Port, RowCx};
 use attune_points::layout::Source;
 use attune_points::params::Scope;
 use attune_points::{Grads, Layout, Owner, Row, TensorId, TensorName};
@@ -43,8 +43,14 @@ const PLAIN: &str = "lora";
 /// Parameters of methods whose defaults are made for wider models than the battery's.
 static SMALL: [(&str, &[(&str, u32)]); 1] = [("compacter", &[("reduction", 4), ("factors", 2)])];
 
-/// Parameters under which a method's gradient is that of the loss, where it leaves a term out by default.
-const EXACT: [(&str, &str); 1] = [("dora", "norm_gradient")];
+/// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
+fn exact(card: &Card) -> Option<(&'static str, Value)> {
+    match card.name {
+        "dora" => Some(("norm_gradient", json!(true))),
+        "loramoe" => Some(("balance", json!(0))),
+        _ => None,
+    }
+}
 
 /// A method of the list as the battery runs it.
 fn method(card: &Card) -> Value {
@@ -66,6 +72,7 @@ fn main() {
         })
         .collect();
     trials.push(Trial::test("adapter::compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule));
+    trials.push(Trial::test("adapter::loramoe::what_it_adds_to_a_sum_is_no_sum", no_sum));
     trials.push(Trial::test("adapter::prefix_tuning::queries_of_a_single_row_matter", lone_row));
     trials.push(Trial::test("adapter::dora::factors_turn_rows_and_leave_their_lengths", row_lengths));
     trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
@@ -124,8 +131,8 @@ fn starts_as_the_base(card: &'static Card) -> Result<(), Failed> {
 /// The derivative along a random direction in each tensor against a central difference, in f64.
 fn gradient(card: &'static Card) -> Result<(), Failed> {
     let mut method = method(card);
-    for (_, parameter) in EXACT.iter().filter(|(name, _)| *name == card.name) {
-        method[parameter] = true.into();
+    if let Some((parameter, value)) = exact(card) {
+        method[parameter] = value;
     }
     let mut setup = Setup::of(card, build(method).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
@@ -351,6 +358,31 @@ fn shared_rule() -> Result<(), Failed> {
         reach(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?,
     );
     assert_eq!((compacter, plain), (2, 1));
+    Ok(())
+}
+
+/// How far what a component adds for the sum of two rows is from the sum of what it adds for each, against the latter.
+fn additivity(method: Value) -> Result<f64, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    setup.disturb(0.3);
+    let at = &setup.attachments[0];
+    let Port::Delta(map) = setup.adapter.port(at) else { return Err("it adds nothing to rows".into()) };
+    let tensors = attune_models::stack::locals(at, &setup.params())?;
+    let (layout, mut rng) = (Layout::new(), Rng::new(5, "rows"));
+    let cx = RowCx { site: &at.site, dropout: None, layout: &layout, rows: None };
+    let [a, b] = [0; 2].map(|_| rng.normal_tensor(&[4, 24][..], 1.0, DType::F64));
+    let (a, b) = (a?, b?);
+    let added = |x: &Tensor| map.graph(x, &tensors, &cx);
+    let (together, apart) = (added(&(&a + &b)?)?, (added(&a)? + added(&b)?)?);
+    Ok(difference(&together, &apart) / largest(&apart))
+}
+
+/// A row chooses its own mixture; LoRA is linear.
+fn no_sum() -> Result<(), Failed> {
+    let (mixed, plain) =
+        (additivity(json!({"method": "loramoe", "rank": 2}))?, additivity(json!({"method": PLAIN, "rank": 2}))?);
+    assert!(mixed > 0.01, "off by {mixed} of what it adds");
+    assert!(plain < 1e-12, "off by {plain} of what it adds");
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use attune_architecture::Site;
 use attune_points::Result;
-use attune_points::adapter::{BranchMap, DropoutMask, Port, RowCx};
+use attune_points::adapter::{BranchMap, DropoutMask, Port};
 use attune_tensor::autograd;
 use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::Var;
@@ -44,7 +44,8 @@ impl<'a> PassCx<'a> {
                     let x = local::tensor(x_td.sub_rows(rows.start, rows.end))?;
                     let y = y_td.reborrow().into_sub_rows(rows.start, rows.end);
                     let given = local::tensor(y.as_ref().into())?;
-                    let made = placed.port.graph(&x, &given, &tensors, &RowCx { site: &block.id, dropout })?;
+                    let made =
+                        placed.port.graph(&x, &given, &tensors, &local::row_cx(self, &block.id, &placed, dropout))?;
                     local::write(&made, y, false)?;
                 }
             }
@@ -79,7 +80,7 @@ impl<'a> PassCx<'a> {
                 let masks = local::masks(self, placed);
                 let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
                 let tensors = local::locals(self, placed, &leaves)?;
-                let made = placed.port.graph(&x, &given, &tensors, &RowCx { site: &block.id, dropout })?;
+                let made = placed.port.graph(&x, &given, &tensors, &local::row_cx(self, &block.id, placed, dropout))?;
                 local::write(&made, y.view_mut().into_sub_rows(rows.start, rows.end), false)?;
                 steps.push((leaves, x, given, made));
             }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use attune_architecture::Site;
+use attune_architecture::{Site, SiteId};
 use attune_points::adapter::{DropoutMask, RowCx};
 use attune_points::{Error, Locals, Result, TensorId};
 use attune_tensor::autograd;
@@ -75,6 +75,16 @@ pub(crate) fn leaves<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, sinks: &Sinks<'
     Ok(leaves)
 }
 
+/// What a component may know of the pass.
+pub(crate) fn row_cx<'r, P>(
+    cx: &PassCx<'r>,
+    site: &'r SiteId,
+    placed: &'r Placed<'_, P>,
+    dropout: Option<&'r dyn DropoutMask>,
+) -> RowCx<'r> {
+    RowCx { site, dropout, layout: cx.parts[placed.part].layout, rows: placed.ids.some() }
+}
+
 /// `y += delta(x)` on the component's rows.
 pub(crate) fn add_component(
     cx: &PassCx<'_>,
@@ -87,7 +97,7 @@ pub(crate) fn add_component(
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
     for rows in together(cx, placed) {
         let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
-        let delta = placed.port.graph(&x, &locals, &RowCx { site: &site.id, dropout })?;
+        let delta = placed.port.graph(&x, &locals, &row_cx(cx, &site.id, placed, dropout))?;
         write(&delta, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
     }
     Ok(())
@@ -128,10 +138,16 @@ pub(crate) fn component_vjp(
     let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
     let masks = masks(cx, placed);
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    let delta = placed.port.graph(&x, &locals(cx, placed, &leaves)?, &RowCx { site: &site.id, dropout })?;
+    let (tensors, of_rows) = (locals(cx, placed, &leaves)?, row_cx(cx, &site.id, placed, dropout));
+    let delta = placed.port.graph(&x, &tensors, &of_rows)?;
     let dy = tensor(dy_to.sub_rows(rows.start, rows.end))?;
     let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&x]).collect();
-    let mut gradients = autograd::pull(&all, &[(&delta, &dy)])?;
+    // The rows of a head come in chunks: no component sees enough of them there.
+    let loss = if site.layer.is_some() { placed.port.loss(&x, &tensors, &of_rows)? } else { None };
+    let weight = Tensor::new(cx.beside[placed.part] as f32, &Device::Cpu)?;
+    let outputs: Vec<(&Tensor, &Tensor)> =
+        [(&delta, &dy)].into_iter().chain(loss.iter().map(|loss| (loss, &weight))).collect();
+    let mut gradients = autograd::pull(&all, &outputs)?;
     let dx = gradients.pop().flatten();
     for ((id, _), gradient) in leaves.iter().zip(gradients) {
         if let Some(gradient) = gradient {
@@ -156,6 +172,7 @@ fn graph_cx<'a>(cx: &PassCx<'a>, part: usize, plan: &'a RowPlan, tracked: &'a Tr
         dropout: part.dropout,
         rows: None,
         tracked,
+        heard: None,
         dtype: DType::F32,
     }
 }

@@ -49,6 +49,8 @@ pub struct PassCx<'a> {
     pub(crate) docs: Vec<Range<usize>>,
     /// How many places are taken before each document.
     pub(crate) taken: Vec<usize>,
+    /// The factor on the losses of each part's components.
+    pub(crate) beside: Vec<f64>,
     /// Where the keys and values of each document lie, if its rows follow others that went through before.
     pub(crate) kept: Option<Kept>,
     /// Cosines and sines of each row's angles, `[T, W/2]`; none where positions are not turned.
@@ -154,8 +156,20 @@ impl<'a> PassCx<'a> {
             taken.extend(lengths);
         }
         let (dtype, arena, kernels) = (base.activations(), arena.clone(), arena.kernels());
-        let mut cx =
-            Self { kernels, base, parts, rows, docs, taken, kept, angles: None, arena, dtype, meter: Meter::default() };
+        let mut cx = Self {
+            kernels,
+            base,
+            parts,
+            rows,
+            docs,
+            taken,
+            beside: vec![0.0; parts.len()],
+            kept,
+            angles: None,
+            arena,
+            dtype,
+            meter: Meter::default(),
+        };
         cx.angles = angles(&cx);
         cx
     }

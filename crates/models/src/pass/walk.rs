@@ -123,7 +123,9 @@ pub(crate) fn reverse<T>(
     sinks: &mut [&mut dyn GradSink],
     top: impl FnOnce(&Rows<f32>, &PassCx<'_>, head::Backward<'_, '_>) -> Result<T>,
 ) -> Result<(T, Times)> {
-    let cx = PassCx::new(machine.base, parts, None, machine.arena);
+    let mut cx = PassCx::new(machine.base, parts, None, machine.arena);
+    cx.beside = scales.iter().zip(parts).map(|(scale, part)| scale * part.layout.counts().tokens as f64).collect();
+    let cx = cx;
     let mut lowest = machine.trunk.len();
     for (index, block) in machine.trunk.iter().enumerate() {
         for (part, sink) in parts.iter().zip(sinks.iter()) {

@@ -10,7 +10,7 @@ use attune_points::objective::{Level, Objective};
 use attune_points::{Bank, GradSink, Grads, Layout, Region, Result, TensorId, Theta};
 use candle_core::{DType, Device, Tensor};
 
-use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, low_rank, model, off, set, weights};
+use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, gated, low_rank, model, off, set, weights};
 use crate::support::{Alternating, CrossEntropy, Smoothed, difference, largest};
 
 /// The documents with every two that follow each other in a group.
@@ -203,4 +203,26 @@ fn a_reference_is_the_same_computed_or_stored() {
         let sum: f64 = layout.supervised().iter().map(|row| logp_t[row.row as usize]).sum();
         assert!((nll + sum).abs() < 1e-9 * nll, "{nll} against {sum}");
     }
+}
+
+/// A component's loss counts as one of each supervised token: of what only that loss depends on the gradient is known.
+#[test]
+fn the_loss_of_a_component_counts_as_that_of_every_supervised_token() {
+    let model = model(TINY, DType::F32, vec![gated(2)]);
+    let theta = Theta::single([bank(vec![set(&model, 0, 1)])]);
+    let layout = pairs(&[0, 1, 2]);
+    let (found, report) = grad(&model, Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy);
+    let bare = model.score(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap();
+    assert_eq!(report, bare, "a report has another loss than the objective's");
+    let mut compared = 0;
+    let own = theta.trained().filter(|(id, _)| id.name.local() == "own" && id.name.owner().contains("layers"));
+    for (id, value) in own {
+        // That loss is the sum of squares, and the helper's scale is 0.3.
+        let expected = (value * (0.3 * layout.counts().tokens as f64 * 2.0)).unwrap();
+        let off = difference(found.get(&id).unwrap(), &expected);
+        assert!(off < 1e-5 * largest(&expected), "{id}: off by {off}");
+        compared += 1;
+    }
+    // Seven linears in each of two layers; a head has no such loss.
+    assert_eq!(compared, 14);
 }

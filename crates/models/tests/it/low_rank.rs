@@ -115,3 +115,64 @@ impl WeightMap for Rescaled {
         Ok((w_oi.broadcast_mul(&gain_o1)? + tensors.get("up")?.matmul(tensors.get("down")?)?)?)
     }
 }
+
+/// `y += σ(x gate_i) ∘ (x down_riᵀ up_orᵀ)`, and a loss of its own: the squares of each document's mean of σ, and those of `own`,
+/// which does nothing else.
+pub(crate) struct Gated {
+    pub(crate) rank: usize,
+}
+
+impl Adapter for Gated {
+    fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        let attachments = sites.iter().filter_map(|site| {
+            let SiteKind::Linear { output, input, .. } = site.kind else { return None };
+            let tensors = vec![
+                TensorSpec::trained("down", [self.rank, input]),
+                TensorSpec::trained("gate", [1, input]),
+                TensorSpec::trained("own", [2]),
+                TensorSpec::trained("up", [output, self.rank]),
+            ];
+            Some(Attachment { site: site.id.clone(), tensors })
+        });
+        Ok(attachments.collect())
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, _: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        Err(attune_points::Error::Refused(format!("the tensors of {} are given", at.site)))
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Delta(self)
+    }
+
+    fn merge(&self, _: &Attachment, _: &Locals, _: &dyn Weight) -> Result<Merged> {
+        Ok(Merged::No("it has gates"))
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}
+
+impl Gated {
+    fn gates(x_ti: &Tensor, tensors: &Locals) -> Result<Tensor> {
+        let score_t1 = ops::linear(x_ti, tensors.get("gate")?, None)?;
+        Ok((score_t1.neg()?.exp()? + 1.0)?.recip()?)
+    }
+}
+
+impl RowMap for Gated {
+    fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> Result<Tensor> {
+        let h_tr = ops::linear(x_ti, tensors.get("down")?, None)?;
+        Ok(ops::linear(&h_tr, tensors.get("up")?, None)?.broadcast_mul(&Self::gates(x_ti, tensors)?)?)
+    }
+
+    fn loss(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Option<Tensor>> {
+        let gates_t1 = Self::gates(x_ti, tensors)?;
+        let mut loss = tensors.get("own")?.sqr()?.sum_all()?;
+        for (_, rows) in cx.docs() {
+            loss = (loss + gates_t1.narrow(0, rows.start, rows.len())?.mean_all()?.sqr()?)?;
+        }
+        Ok(Some(loss))
+    }
+}

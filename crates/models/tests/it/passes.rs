@@ -13,7 +13,7 @@ use attune_points::{Bank, BankKind, Binding, GradSink, Grads, Layout, Params, Ro
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 
-use crate::low_rank::{LowRank, Rescaled};
+use crate::low_rank::{Gated, LowRank, Rescaled};
 use crate::support::{CrossEntropy, difference, largest};
 use crate::whole::{Bottleneck, Prefix};
 
@@ -156,6 +156,10 @@ pub(crate) fn bottleneck(rank: usize, dropout: f64) -> Arc<dyn Adapter> {
     Arc::new(Bottleneck { rank, dropout })
 }
 
+pub(crate) fn gated(rank: usize) -> Arc<dyn Adapter> {
+    Arc::new(Gated { rank })
+}
+
 pub(crate) fn prefix(length: usize) -> Arc<dyn Adapter> {
     Arc::new(Prefix { length })
 }
@@ -195,6 +199,7 @@ fn gradients_by_graphs(config: &str) {
         vec![low_rank(2, 0.3, false), low_rank(5, 0.3, true)],
         vec![rescaled(2)],
         vec![rescaled(2), low_rank(3, 0.3, true), rescaled(3)],
+        vec![gated(2)],
         vec![bottleneck(3, 0.3)],
         vec![prefix(5)],
         vec![prefix(2), bottleneck(2, 0.0), low_rank(3, 0.3, true), bottleneck(3, 0.3), prefix(3)],
@@ -235,7 +240,8 @@ fn a_part_of_a_mixture_has_the_same_bits_alone_beside_others_recomputed_and_on_a
 }
 
 fn same_bits(config: &str) {
-    let components = vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), bottleneck(2, 0.2)];
+    let components =
+        vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), bottleneck(2, 0.2), gated(2)];
     let slots = components.len();
     let model = model(config, DType::F32, components);
     let thetas: Vec<Theta> =

@@ -9,12 +9,13 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 7] = [
+const KINDS: [(&str, &[(&str, &str)]); 8] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
+    ("loramoe", &[("tune.adapter", "{method: loramoe, rank: 2, experts: 4, knowledge: [sums]}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
 ];
