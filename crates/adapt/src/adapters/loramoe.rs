@@ -135,8 +135,11 @@ impl Adapter for Loramoe {
             for spec in &mut at.tensors {
                 spec.shape[usize::from(spec.local == B)] *= experts;
             }
-            let quiet =
-                at.tensors.first().and_then(|spec| spec.quiet).or((experts == 1).then_some("there is one expert"));
+            let quiet = at
+                .tensors
+                .first()
+                .and_then(|spec| spec.quiet)
+                .or_else(|| (experts == 1).then_some("there is one expert"));
             at.tensors.push(TensorSpec { quiet, ..TensorSpec::trained(ROUTE, [experts, input]) });
         }
         Ok(attachments)
