@@ -292,40 +292,40 @@ impl<'a> PassCx<'a> {
         let rows = &factors.rows;
         let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
         let (down, up) = (factors.down.1.view(), factors.up.1.view());
-        let wanted = |id: &TensorId, sinks: &Sinks<'_>| factors.placed.iter().any(|at| wants(&*sinks[at.part], id));
-        if wanted(&factors.up.0, sinks) {
-            self.over_parts(factors, &factors.up.0, dy, h_tr.view(), sinks)?;
-        }
         let mut g = self.arena.rows(rows.len(), down.rows());
-        self.kernels.gemm(g.view_mut(), &Gemm::new(Operand::plain(dy), Operand::plain(up)));
+        let by_rows = (g.view_mut(), Gemm::new(Operand::plain(dy), Operand::plain(up)));
+        self.over_parts(factors, &factors.up.0, dy, h_tr.view(), Some(by_rows), sinks)?;
         self.kernels.scale(g.view_mut(), factors.scale);
         let g = self.narrowed(g);
-        if wanted(&factors.down.0, sinks) {
+        if factors.placed.iter().any(|placed| wants(&*sinks[placed.part], &factors.down.0)) {
             let masked = kept.as_ref().map(|kept| self.masked(kept, x));
-            self.over_parts(factors, &factors.down.0, g.view(), masked.as_ref().map_or(x, Mat::view), sinks)?;
+            self.over_parts(factors, &factors.down.0, g.view(), masked.as_ref().map_or(x, Mat::view), None, sinks)?;
         }
         Ok(g)
     }
 
-    /// Each part's `aᵀ b`, as its gradient of a tensor, on the rows of a component.
+    /// Each part's `aᵀ b`, as its gradient of a tensor, on the rows of a component; and another product beside them.
     fn over_parts(
         &self,
         factors: &Factors<'_, '_>,
         id: &TensorId,
         a: MatRef<'_>,
         b: MatRef<'_>,
+        beside: Option<(ViewMut<'_, f32>, Gemm<'_>)>,
         sinks: &mut Sinks<'_>,
     ) -> Result<()> {
-        for placed in &factors.placed {
-            let sink = &mut sinks[placed.part];
-            if !wants(&**sink, id) {
-                continue;
-            }
+        let shape = (a.cols(), b.cols());
+        let wanting = factors.placed.iter().filter(|placed| wants(&*sinks[placed.part], id));
+        let mut sums: Vec<(&Added<'_>, Vec<f32>)> =
+            wanting.map(|placed| (*placed, vec![0.0f32; shape.0 * shape.1])).collect();
+        let of_parts = sums.iter_mut().map(|(placed, sum)| {
             let (start, end) = (placed.rows.start - factors.rows.start, placed.rows.end - factors.rows.start);
-            let mut sum = vec![0.0f32; a.cols() * b.cols()];
-            let of = Gemm::new(Operand::transposed(a.sub_rows(start, end)), Operand::plain(b.sub_rows(start, end)));
-            self.kernels.gemm(ViewMut::new(&mut sum, a.cols(), b.cols()), &of);
-            regions::put(&mut **sink, id, &Tensor::from_vec(sum, (a.cols(), b.cols()), &Device::Cpu)?)?;
+            let (a, b) = (a.sub_rows(start, end), b.sub_rows(start, end));
+            (ViewMut::new(sum, shape.0, shape.1), Gemm::new(Operand::transposed(a), Operand::plain(b)))
+        });
+        self.kernels.gemms(beside.into_iter().chain(of_parts).collect());
+        for (placed, sum) in sums {
+            regions::put(&mut *sinks[placed.part], id, &Tensor::from_vec(sum, shape, &Device::Cpu)?)?;
         }
         Ok(())
     }

@@ -188,6 +188,12 @@ pub trait Kernels: Send + Sync + fmt::Debug {
     /// A product.
     fn gemm(&self, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>);
 
+    /// Products that have nothing to do with each other, side by side: for several that are too small to be shared out one by
+    /// one. Each has the bits that it has alone.
+    fn gemms(&self, products: Vec<(ViewMut<'_, f32>, Gemm<'_>)>) {
+        products.into_iter().for_each(|(c_mn, of)| self.gemm(c_mn, &of));
+    }
+
     /// `y = x` in the type of `y`.
     fn convert(&self, x: MatRef<'_>, y: MatMut<'_>);
 

@@ -159,6 +159,10 @@ impl Kernels for Cpu {
         gemm::gemm(self, c_mn, of);
     }
 
+    fn gemms(&self, mut products: Vec<(ViewMut<'_, f32>, Gemm<'_>)>) {
+        gemm::gemms(self, &mut products);
+    }
+
     fn convert(&self, x: MatRef<'_>, y: MatMut<'_>) {
         copy::convert(self, x, y);
     }

@@ -63,15 +63,50 @@ unsafe impl Sync for Target {}
 
 /// What [`Gemm`] says.
 pub(super) fn gemm(cpu: &Cpu, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
-    let both = matches!((of.a.mat, of.b.mat), (MatRef::Bf16(_), MatRef::Bf16(_)));
-    product(cpu, c_mn, of, both && cpu.isa() == Isa::Avx512Bf16);
+    product(cpu, c_mn, of, multiplies_pairs(cpu, of));
 }
 
-fn product(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'_>, pairs: bool) {
+fn multiplies_pairs(cpu: &Cpu, of: &Gemm<'_>) -> bool {
+    let both = matches!((of.a.mat, of.b.mat), (MatRef::Bf16(_), MatRef::Bf16(_)));
+    both && cpu.isa() == Isa::Avx512Bf16
+}
+
+/// Several products, whose tasks are shared out together.
+pub(super) fn gemms(cpu: &Cpu, products: &mut [(ViewMut<'_, f32>, Gemm<'_>)]) {
+    let mut cut: Vec<(Cut, Product<'_>)> = Vec::with_capacity(products.len());
+    for (c_mn, of) in products {
+        if let Some(of) = prepared(cpu, c_mn.reborrow(), of, multiplies_pairs(cpu, of)) {
+            cut.push((cpu.call(Grid { of: &of }), of));
+        }
+    }
+    let products = cut;
+    let tasks = |at: usize| (0..products[at].0.tasks()).map(move |task| (at, task));
+    let tasks: Vec<(usize, usize)> = (0..products.len()).flat_map(tasks).collect();
+    let run = |&(at, task): &(usize, usize)| products[at].0.run(cpu, &products[at].1, task);
+    if tasks.len() < 2 {
+        tasks.iter().for_each(run);
+    } else {
+        tasks.par_iter().with_max_len(1).for_each(run);
+    }
+}
+
+fn product(cpu: &Cpu, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>, pairs: bool) {
+    let Some(of) = prepared(cpu, c_mn, of, pairs) else { return };
+    let grid = cpu.call(Grid { of: &of });
+    if grid.tasks() == 1 {
+        grid.run(cpu, &of, 0);
+    } else {
+        (0..grid.tasks()).into_par_iter().with_max_len(1).for_each(|task| grid.run(cpu, &of, task));
+    }
+}
+
+/// A product ready to be cut; none if it has no number. It holds the place of the result, which the caller keeps from others as
+/// long as it runs.
+fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: bool) -> Option<Product<'a>> {
     let (m, n) = (c_mn.rows(), c_mn.cols());
     check(m, n, of);
     if m == 0 || n == 0 {
-        return;
+        return None;
     }
     let (a, b) = (Factor::left(of.a), Factor::right(of.b));
     // Thin results of a transposed left factor: its columns lie side by side as panels want them.
@@ -79,13 +114,7 @@ fn product(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'_>, pairs: bool) {
     let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
     let (a, b) = if turned { (b, a) } else { (a, b) };
     let pairs = pairs && cpu.call(MultipliesPairs);
-    let of = Product { a, b, low_rank: of.low_rank, bias: of.bias, accumulate: of.accumulate, c, pairs };
-    let grid = cpu.call(Grid { of: &of });
-    if grid.tasks() == 1 {
-        grid.run(cpu, &of, 0);
-    } else {
-        (0..grid.tasks()).into_par_iter().with_max_len(1).for_each(|task| grid.run(cpu, &of, task));
-    }
+    Some(Product { a, b, low_rank: of.low_rank, bias: of.bias, accumulate: of.accumulate, c, pairs })
 }
 
 fn check(m: usize, n: usize, of: &Gemm<'_>) {

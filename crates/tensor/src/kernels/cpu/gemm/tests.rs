@@ -285,3 +285,31 @@ fn nothing_times_nothing_is_the_bias() {
         );
     });
 }
+
+#[test]
+fn products_side_by_side_have_the_bits_that_they_have_alone() {
+    let shapes = [(16, 300, 700), (5, 5, 5), (0, 3, 4), (256, 16, 90), (700, 40, 33)];
+    let factors: Vec<_> = (0u64..)
+        .zip(shapes)
+        .map(|(seed, (m, n, k))| {
+            (
+                factor((m, k), seed % 2 == 0, 3, false, seed + 1),
+                factor((k, n), seed % 3 == 0, 0, seed % 2 == 1, seed + 90),
+            )
+        })
+        .collect();
+    for isa in Isa::ALL {
+        let Some(cpu) = Cpu::with(isa) else { continue };
+        let room = || shapes.map(|(m, n, _)| vec![0.5f32; m * n]);
+        let (mut alone, mut together) = (room(), room());
+        for ((c, (a, b)), (m, n, _)) in alone.iter_mut().zip(&factors).zip(shapes) {
+            gemm(&cpu, ViewMut::new(c, m, n), &Gemm::new(operand(a), operand(b)));
+        }
+        let products =
+            together.iter_mut().zip(&factors).zip(shapes).map(|((c, (a, b)), (m, n, _))| {
+                (ViewMut::new(c.as_mut_slice(), m, n), Gemm::new(operand(a), operand(b)))
+            });
+        super::gemms(&cpu, &mut products.collect::<Vec<_>>());
+        assert_eq!(alone, together, "{isa:?}");
+    }
+}
