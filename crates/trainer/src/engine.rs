@@ -154,7 +154,7 @@ impl RankEngine<'_> {
         at: &Theta,
         group: &[(u32, Arc<Layout>)],
         dropout: Option<Dropout>,
-        of: Asking<'_>,
+        of: &Asking<'_>,
         wanted: Option<Wanted>,
     ) -> Result<Vec<(Grads, LossReport)>> {
         let shared = self.shared;
@@ -168,7 +168,7 @@ impl RankEngine<'_> {
         } else {
             group
         };
-        let (found, times) = if let (Some(company), Asking::Shared(objective)) = (self.company, &of) {
+        let (found, times) = if let (Some(company), Asking::Shared(objective)) = (self.company, of) {
             company.pass(Piece {
                 model: Arc::clone(&shared.model),
                 objective: Arc::clone(objective),
@@ -211,7 +211,7 @@ impl RankEngine<'_> {
             let passes = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout });
             self.spent.flops += passes.map(|pass| self.shared.model.flops(&pass)).sum::<f64>();
             let wanted = Wanted { scale, tensors: tensors.clone(), keep: self.shared.keep };
-            let found = self.pass(at, group, dropout, of(), Some(wanted))?;
+            let found = self.pass(at, group, dropout, &of(), Some(wanted))?;
             for ((part, _), (gradients, report)) in group.iter().zip(found) {
                 match made.last_mut().filter(|_| alone) {
                     Some((_, sum, total)) => {

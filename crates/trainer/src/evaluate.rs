@@ -26,7 +26,7 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         }
         let mut mine = Vec::with_capacity(parts.len());
         for group in groups(&parts, engine.rows_per_pass) {
-            let found = engine.pass(&theta, group, None, Asking::Shared(Arc::clone(&objective)), None)?;
+            let found = engine.pass(&theta, group, None, &Asking::Shared(Arc::clone(&objective)), None)?;
             mine.extend(group.iter().zip(found).map(|((part, _), (_, report))| (*part, Message::Report(report))));
         }
         let mut total = LossReport::default();
