@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use attune_adapt::{ADAPTERS, INITS, peft, slot};
 use attune_architecture::{Site, targets};
-use attune_models::{Base, Slot, Stack};
+use attune_models::{Base, Slot, Stack, stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
-use attune_points::{Bank, BankKind, Params, Theta};
+use attune_points::{Bank, BankKind, Binding, Params, Rows, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::job::plan::PlanSlot;
 use attune_spec::method::{BuildCx, MethodRef};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::Rng;
+use candle_core::DType;
 
 use crate::error::Error;
 
@@ -89,19 +90,47 @@ impl Attached {
     }
 }
 
-/// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of.
+/// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of. Weights that a component
+/// makes are made once, as texts go through the model token by token; they take as much memory as those of its sites in 32 bits.
 ///
 /// # Errors
 /// [`Error`] naming the folder, file or tensor that does not fit the base.
 pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> Result<(Stack, Theta), Error> {
     let cx = BuildCx { steps: Step(0), domains: &[] };
     let (mut slots, mut banks) = (Vec::new(), Vec::new());
+    let mut made = Params::new();
     for (index, folder) in folders.into_iter().enumerate() {
         let Component { slot, params, kind } =
             Component::read(folder, base, &FieldPath::from("adapter").index(index), &cx)?;
+        make_weights(base, &slot, &params, &mut made)?;
         let name = format!("adapter-{index}");
         banks.push(Bank { slot: name.into(), kind, sets: vec![Arc::new(params)], train: false });
         slots.push(slot);
     }
-    Ok((Stack::new(slots), Theta::single(banks)))
+    // A slot whose weights are made already is bound to no row.
+    let makes = |slot: &Slot| slot.attachments().any(|at| matches!(slot.adapter().port(at), Port::Weight(_)));
+    let bound: Vec<bool> = slots.iter().map(|slot| !makes(slot)).collect();
+    let mut theta = Theta::single(banks);
+    theta.bindings.retain(|binding| bound[usize::from(binding.slot)]);
+    if !made.is_empty() {
+        let slot = theta.banks.len() as u16;
+        let kind = BankKind::Weights;
+        theta.banks.push(Bank { slot: "made".into(), kind, sets: vec![Arc::new(made)], train: false });
+        theta.bindings.push(Binding { slot, rows: Rows::All(0) });
+    }
+    Ok((Stack::new(slots), theta))
+}
+
+/// The weights that a slot makes of the base's, or of what slots before it made.
+fn make_weights(base: &Base, slot: &Slot, params: &Params, made: &mut Params) -> Result<(), Error> {
+    for at in slot.attachments() {
+        let Port::Weight(map) = slot.adapter().port(at) else { continue };
+        let name = base.tensor_name(at.site.as_str(), "weight");
+        let weight = match made.get(&name) {
+            Some(weight) => weight.clone(),
+            None => base.tensor(&name, DType::F32)?,
+        };
+        made.insert(name, map.graph(&weight, &stack::locals(at, params)?)?);
+    }
+    Ok(())
 }

@@ -2,13 +2,13 @@
 
 use attune_architecture::Site;
 use attune_points::Result;
-use attune_points::adapter::{BranchMap, DropoutMask, Port};
+use attune_points::adapter::{BranchMap, DropoutMask, Port, RowCx};
 use attune_tensor::autograd;
 use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::Var;
 
 use crate::pass::arena::Rows;
-use crate::pass::local;
+use crate::pass::local::{self, Together};
 use crate::pass::parts::{Given, PassCx, Placed, Sinks};
 use crate::pass::times::Work;
 use crate::regions;
@@ -40,12 +40,12 @@ impl<'a> PassCx<'a> {
             for placed in self.branches(block) {
                 let (masks, tensors) = (local::masks(self, &placed), local::locals(self, &placed, &[])?);
                 let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-                for rows in local::together(self, &placed) {
+                for Together { rows, ids } in local::together(self, &placed) {
                     let x = local::tensor(x_td.sub_rows(rows.start, rows.end))?;
                     let y = y_td.reborrow().into_sub_rows(rows.start, rows.end);
                     let given = local::tensor(y.as_ref().into())?;
-                    let made =
-                        placed.port.graph(&x, &given, &tensors, &local::row_cx(self, &block.id, &placed, dropout))?;
+                    let cx = RowCx { rows: ids.some(), ..local::row_cx(self, &block.id, &placed, dropout) };
+                    let made = placed.port.graph(&x, &given, &tensors, &cx)?;
                     local::write(&made, y, false)?;
                 }
             }

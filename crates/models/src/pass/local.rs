@@ -14,7 +14,7 @@ use crate::attention::RowPlan;
 use crate::context::{GraphCx, Tracked};
 use crate::dropout::RowMasks;
 use crate::pass::arena::Rows;
-use crate::pass::parts::{Added, Given, PassCx, Placed, Sinks, wanted, wants};
+use crate::pass::parts::{Added, Given, Ids, PassCx, Placed, Sinks, wanted, wants};
 use crate::regions;
 use crate::stack;
 
@@ -95,30 +95,38 @@ pub(crate) fn add_component(
 ) -> Result<()> {
     let (masks, locals) = (masks(cx, placed), locals(cx, placed, &[])?);
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    for rows in together(cx, placed) {
+    for Together { rows, ids } in together(cx, placed) {
         let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
-        let delta = placed.port.graph(&x, &locals, &row_cx(cx, &site.id, placed, dropout))?;
+        let of_rows = RowCx { rows: ids.some(), ..row_cx(cx, &site.id, placed, dropout) };
+        let delta = placed.port.graph(&x, &locals, &of_rows)?;
         write(&delta, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
     }
     Ok(())
 }
 
+/// Rows that a component sees at once, and their numbers in the part's layout.
+pub(crate) struct Together<'i> {
+    pub(crate) rows: Range<usize>,
+    pub(crate) ids: Ids<'i>,
+}
+
 /// The rows that a component sees at once: all of its own. Where texts go on, which drops nothing, it sees one document after
 /// the other: a graph's bits may depend on all rows that it is given, and a text's shall not on those beside it.
-pub(crate) fn together<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>) -> Vec<Range<usize>> {
+pub(crate) fn together<'i, P>(cx: &PassCx<'_>, placed: &'i Placed<'_, P>) -> Vec<Together<'i>> {
     if cx.kept.is_none() || placed.rows.is_empty() {
-        return vec![placed.rows.clone()];
+        let ids = placed.ids.some().map_or(Ids::All, Ids::Borrowed);
+        return vec![Together { rows: placed.rows.clone(), ids }];
     }
     let start = cx.rows[placed.part].start;
-    let doc = |at: usize| {
-        let id = placed.ids.some().map_or(at, |ids| ids[at] as usize);
-        cx.docs.partition_point(|doc| doc.end <= start + id)
-    };
+    let id = |at: usize| placed.ids.some().map_or(at as u32, |ids| ids[at]);
+    let doc = |at: usize| cx.docs.partition_point(|doc| doc.end <= start + id(at) as usize);
     let docs: Vec<usize> = (0..placed.rows.len()).map(doc).collect();
-    let mut end = placed.rows.start;
+    let mut end = 0;
     let of_doc = |docs: &[usize]| {
-        end += docs.len();
-        end - docs.len()..end
+        let at = end..end + docs.len();
+        end = at.end;
+        let rows = placed.rows.start + at.start..placed.rows.start + at.end;
+        Together { rows, ids: Ids::Some(at.map(id).collect()) }
     };
     docs.chunk_by(|a, b| a == b).map(of_doc).collect()
 }

@@ -17,7 +17,7 @@ use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::{D, Device, Tensor, Var};
 
 use crate::pass::Mat;
-use crate::pass::local;
+use crate::pass::local::{self, Together};
 use crate::pass::parts::{Given, Part, PassCx, Placed, Sinks};
 use crate::regions;
 
@@ -113,7 +113,7 @@ impl<'a> PassCx<'a> {
         for placed in self.prefixes(block) {
             let (k, v) = placed.port.graph(&local::locals(self, &placed, &[])?)?;
             let (k, v) = (heads.keys(&k)?, heads.keys(&v)?);
-            for rows in local::together(self, &placed) {
+            for Together { rows, .. } in local::together(self, &placed) {
                 let of_rows = heads.kv * heads.group * rows.start..heads.kv * heads.group * rows.end;
                 let scores = heads.rows(q.sub_rows(rows.start, rows.end), scale)?.matmul(&k.t()?)?;
                 let most = scores.max_keepdim(D::Minus1)?;

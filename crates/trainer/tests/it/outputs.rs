@@ -51,8 +51,14 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn a_merged_models_logits_are_those_of_the_base_with_the_adapter() {
+    for adapter in ["{method: lora, rank: 4, alpha: 8}", "{method: dora, rank: 4, alpha: 8}"] {
+        merged_equals_adapted(adapter);
+    }
+}
+
+fn merged_equals_adapted(adapter: &str) {
     let small = Small::new();
-    let plan = small.plan(&[("outputs.merged", "true"), ("tune.steps", "30")]);
+    let plan = small.plan(&[("tune.adapter", adapter), ("outputs.merged", "true"), ("tune.steps", "30")]);
     let (_, files) = small.finish(plan, 1);
     unpack(&files, "Result", &small.path("adapter"));
     unpack(&files, "Merged", &small.path("merged"));
@@ -65,7 +71,12 @@ fn a_merged_models_logits_are_those_of_the_base_with_the_adapter() {
     let moved = largest_difference(&plain, &with_adapter);
     assert!(moved > 0.1, "the adapter does nothing: {moved}");
     let off = largest_difference(&with_adapter, &merged);
-    assert!(off < 1e-4, "off by {off}");
+    assert!(off < 1e-4, "{adapter}: off by {off}");
+    // As a model that speaks has it.
+    let base = base();
+    let (stack, theta) = attune_trainer::component::frozen(&base, [small.path("adapter").as_path()]).unwrap();
+    let off = largest_difference(&with_adapter, &logits(&Model::new(base, stack), &theta));
+    assert!(off < 1e-5, "{adapter}: off by {off} where it is frozen");
 }
 
 #[test]
