@@ -270,20 +270,17 @@ impl Block for Experts {
         }
         drop(inner_ai);
         let block = site(&self.sites, Place::Mlp)?;
-        let is_branched = cx.is_branched(block);
         let mut sum = cx.arena.zeros(x[0].n_rows(), x[0].n_cols());
         cx.meter.time(Work::Elementwise, || {
-            if !is_branched {
-                cx.kernels.convert(x[0].view().into(), sum.view_mut().into());
-            }
             let mut to = sum.view_mut();
             for ((row, w), y_d) in sent.rows(k).zip(y_ad.values().chunks_exact(x[0].n_cols())) {
                 to.row(row).iter_mut().zip(y_d).for_each(|(sum, y)| *sum += w * y);
             }
         });
-        let (mut y, sum, given) = if is_branched {
+        let (mut y, sum, given) = if cx.is_branched(block) {
             residual::part(norm, block, &x[0], sum, cx, run)?
         } else {
+            cx.kernels.add(x[0].view().into(), sum.view_mut());
             let (y, sum) = residual::close(norm, sum, cx, run)?;
             (y, sum, None)
         };

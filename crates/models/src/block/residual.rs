@@ -51,9 +51,10 @@ pub(super) fn join(norm: &Site, x_td: &Rows<f32>, last: &Last<'_>, cx: &PassCx<'
         let thin = cx.thin_only(last.linear, last.x_ti, Given::All)?;
         return Ok(Joined { y: Vec::new(), sum: None, thin, given: None });
     }
+    // The stream comes last, as where a component stands between: rows beside one's keep their bits.
     let mut sum = cx.arena.rows(x_td.n_rows(), x_td.n_cols());
-    cx.kernels.convert(x_td.view().into(), sum.view_mut().into());
-    let thin = cx.linear(last.linear, last.x_ti, Given::All, sum.view_mut(), true)?;
+    let thin = cx.linear(last.linear, last.x_ti, Given::All, sum.view_mut(), false)?;
+    cx.kernels.add(x_td.view().into(), sum.view_mut());
     let (y, sum) = close(norm, sum, cx, run)?;
     Ok(Joined { y, sum, thin, given: None })
 }

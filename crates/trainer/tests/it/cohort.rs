@@ -69,6 +69,37 @@ fn alone(small: &Small) -> Vec<Files> {
     LANES.iter().map(|changes| small.finish(plan(small, changes), 1).1).collect()
 }
 
+const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
+
+/// Lanes whose components take part in other ways than LoRA's, and some whose objectives see pairs and whole steps.
+const PORTS: [&[(&str, &str)]; 5] = [
+    &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
+    &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
+    &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}"), ("tune.logical_shards", "2")],
+    &[("tune.adapter", "{method: loramoe, rank: 2, experts: 2, targets: all-linear}")],
+    &[
+        ("tune.adapter", "{method: loramoe, rank: 2, experts: 2, targets: all-linear}"),
+        ("tune.objective", "{method: dpo, loss: aot}"),
+        ("data.domains", PAIRS),
+        ("data.validation", PAIRS),
+        ("tune.batch_tokens", "256"),
+    ],
+];
+
+#[test]
+fn lanes_of_every_port_leave_the_bytes_of_the_runs_alone() {
+    let small = Small::with_weights();
+    let ends = together(&small, PORTS.map(|changes| plan(&small, changes)).to_vec(), &outsides(PORTS.len()));
+    for ((end, files), changes) in ends.into_iter().zip(PORTS) {
+        end.expect("the lane ends");
+        let (_, alone) = small.finish(plan(&small, changes), 1);
+        let files = files.expect("the lane leaves files");
+        for (name, bytes) in &alone {
+            assert!(files.get(name) == Some(bytes), "{name} of {changes:?} is another beside the others");
+        }
+    }
+}
+
 #[test]
 fn lanes_leave_the_bytes_of_the_runs_alone() {
     let small = Small::with_weights();

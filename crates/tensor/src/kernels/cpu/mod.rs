@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
-use super::simd::{Avx2, Avx512};
+use super::simd::{Avx2, Avx512, amx::Amx};
 use super::simd::{Body, Portable};
 use super::{Activation, Attention, Gemm, Kernels};
 use crate::view::{MatMut, MatRef, View, ViewMut};
@@ -34,11 +34,13 @@ pub enum Isa {
     Avx512,
     /// The same with dot products of bf16.
     Avx512Bf16,
+    /// The same with AMX's tiles of bf16.
+    Amx,
 }
 
 impl Isa {
     /// All of them, the slowest first.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// Its name, as users and kernel profiles write it.
     pub const fn name(self) -> &'static str {
@@ -47,6 +49,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx",
         }
     }
 }
@@ -61,6 +64,8 @@ enum Proof {
     Avx512(Avx512<false>),
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512<true>),
+    #[cfg(target_arch = "x86_64")]
+    Amx(Avx512<true>, Amx),
 }
 
 /// The processor, with one instruction set chosen. Work is spread over the global pool of rayon.
@@ -87,8 +92,10 @@ impl Cpu {
             Isa::Avx512 => Avx512::detect().map(Proof::Avx512),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Avx512::detect().map(Proof::Avx512Bf16),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Avx512::detect().zip(Amx::detect()).map(|(vectors, tiles)| Proof::Amx(vectors, tiles)),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => None,
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => None,
         };
         proof.map(|proof| Self { isa, proof })
     }
@@ -103,7 +110,7 @@ impl Cpu {
         use super::simd::Simd;
         match self.proof {
             #[cfg(target_arch = "x86_64")]
-            Proof::Avx512Bf16(s) => s.without_pairs().call(body),
+            Proof::Avx512Bf16(s) | Proof::Amx(s, _) => s.without_pairs().call(body),
             Proof::Portable(s) => s.call(body),
             #[cfg(target_arch = "x86_64")]
             Proof::Avx2(s) => s.call(body),
@@ -122,7 +129,7 @@ impl Cpu {
             #[cfg(target_arch = "x86_64")]
             Proof::Avx512(s) => s.call(body),
             #[cfg(target_arch = "x86_64")]
-            Proof::Avx512Bf16(s) => s.call(body),
+            Proof::Avx512Bf16(s) | Proof::Amx(s, _) => s.call(body),
         }
     }
 }
@@ -152,6 +159,7 @@ impl Kernels for Cpu {
             Isa::Avx2 => "cpu/avx2",
             Isa::Avx512 => "cpu/avx512",
             Isa::Avx512Bf16 => "cpu/avx512-bf16",
+            Isa::Amx => "cpu/amx",
         }
     }
 

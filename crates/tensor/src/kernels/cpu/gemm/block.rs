@@ -4,10 +4,12 @@
 use std::ops::Range;
 use std::ptr;
 
-use super::Product;
 use super::micro::{self, Stretch, Tile};
 use super::pack::{APART, Factor};
 use super::scratch::{Buffer, Scratch};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
+use super::{Product, Units};
 use crate::kernels::LowRank;
 use crate::kernels::simd::{Body, Simd};
 
@@ -30,12 +32,12 @@ pub(super) struct Block<'p, 'a> {
 
 /// Columns of one stretch: a panel for every two vectors of columns.
 #[derive(Clone, Copy)]
-struct Panels {
-    at: *const f32,
+pub(super) struct Panels {
+    pub(super) at: *const f32,
     /// Numbers or pairs along the contraction.
-    depth: usize,
+    pub(super) depth: usize,
     /// Numbers from panel to panel.
-    apart: usize,
+    pub(super) apart: usize,
     /// Numbers from one vector to the next, where panels are not packed.
     unpacked: Option<usize>,
 }
@@ -47,7 +49,18 @@ impl Body for Block<'_, '_> {
     fn run<S: Simd>(self, s: S) {
         let Self { of, rows, cols, scratch } = self;
         let [left, right, thin_left, thin_right] = scratch.parts();
-        let (depth, stretch) = (of.a.depth(), if of.pairs { DEPTH_PAIRS } else { DEPTH });
+        #[cfg(target_arch = "x86_64")]
+        let tiles = match of.units {
+            Units::Tiles(amx) => Some(amx.configure()),
+            Units::Numbers | Units::Pairs => None,
+        };
+        let depth = of.a.depth();
+        let stretch = match of.units {
+            Units::Numbers => DEPTH,
+            Units::Pairs => DEPTH_PAIRS,
+            #[cfg(target_arch = "x86_64")]
+            Units::Tiles(_) => tiles::DEPTH,
+        };
         // A contraction of nothing still has a bias, thin terms and zeros to write.
         let stretches = depth.div_ceil(stretch).max(1);
         for at in 0..stretches {
@@ -55,15 +68,26 @@ impl Body for Block<'_, '_> {
             let last = at + 1 == stretches;
             let panels = match unpacked(s, of, &cols, &ks) {
                 Some(panels) => panels,
-                None => pack_columns(s, &of.b, &cols, ks.clone(), of.pairs, !of.a.along, right),
+                None => pack_columns(s, &of.b, &cols, ks.clone(), of.units, !of.a.along, right),
             };
             let mut row = rows.start;
             while row < rows.end {
                 let (end, term) = if last { term_at(of.low_rank, row, rows.end) } else { (rows.end, None) };
                 let thin = term.map(|term| {
                     let right = Factor::right(term.right);
-                    (term, pack_columns(s, &right, &cols, 0..right.depth(), false, !of.a.along, thin_right))
+                    let depth = 0..right.depth();
+                    (term, pack_columns(s, &right, &cols, depth, Units::Numbers, !of.a.along, thin_right))
                 });
+                #[cfg(target_arch = "x86_64")]
+                if let Some(tiles) = &tiles {
+                    for row in (row..end).step_by(tiles::ROWS) {
+                        let rows = row..end.min(row + tiles::ROWS);
+                        let part = Part { of, rows, cols: cols.clone(), ks: ks.clone(), last };
+                        part.multiply_tiles(s, tiles, panels, thin, left, thin_left);
+                    }
+                    row = end;
+                    continue;
+                }
                 for row in (row..end).step_by(ROWS) {
                     let part = Part { of, rows: row..end.min(row + ROWS), cols: cols.clone(), ks: ks.clone(), last };
                     part.multiply(s, panels, thin, left, thin_left);
@@ -88,7 +112,7 @@ fn term_at<'p, 'a>(terms: &'p [LowRank<'a>], row: usize, end: usize) -> (usize, 
 #[inline(always)]
 fn unpacked<S: Simd>(_: S, of: &Product<'_>, cols: &Range<usize>, ks: &Range<usize>) -> Option<Panels> {
     let few = of.a.outer() <= TILES_UNPACKED * micro::rows::<S>();
-    let (at, apart) = of.b.across(cols.start, ks.start).filter(|_| few && !of.pairs)?;
+    let (at, apart) = of.b.across(cols.start, ks.start).filter(|_| few && !of.units.in_pairs())?;
     let whole = cols.len().is_multiple_of(2 * S::LANES);
     whole.then_some(Panels { at, depth: ks.len(), apart: 2 * S::LANES, unpacked: Some(apart) })
 }
@@ -99,11 +123,16 @@ fn pack_columns<S: Simd>(
     b: &Factor<'_>,
     cols: &Range<usize>,
     ks: Range<usize>,
-    pairs: bool,
+    units: Units,
     beside: bool,
     room: &mut Buffer,
 ) -> Panels {
-    let depth = if pairs { ks.len().div_ceil(2) } else { ks.len() };
+    let pairs = units.in_pairs();
+    let step = 1 + usize::from(pairs);
+    let depth = ks.len().next_multiple_of(units.group()) / step;
+    // Tiles always have two vectors of columns.
+    let beside = beside || units.group() > 2;
+    let zeros = ks.len().div_ceil(step)..depth;
     let apart = 2 * S::LANES * depth + APART;
     let to = room.reserve(cols.len().div_ceil(2 * S::LANES) * apart);
     // SAFETY: each panel has room for two vectors of columns; the columns and numbers exist.
@@ -118,18 +147,47 @@ fn pack_columns<S: Simd>(
             let last = micro::width::<S>(cols.len() % (2 * S::LANES), beside);
             b.copy_panels(s, cols.clone(), ks, pairs, (apart, last), to);
         }
+        if !zeros.is_empty() {
+            for panel in 0..cols.len().div_ceil(2 * S::LANES) {
+                let to = to.add(panel * apart + zeros.start * 2 * S::LANES);
+                to.write_bytes(0, zeros.len() * 2 * S::LANES);
+            }
+        }
     }
     Panels { at: to, depth, apart, unpacked: None }
 }
 
+/// Rows of a thin term and panels.
+#[derive(Clone, Copy)]
+pub(super) struct Thin {
+    a: *const f32,
+    /// Bytes from row to row.
+    apart: usize,
+    panels: Panels,
+}
+
+impl Thin {
+    /// The rows from `row` on and one panel.
+    #[inline(always)]
+    pub(super) const fn stretch(self, row: usize, panel: usize) -> Stretch {
+        Stretch {
+            a: self.a.wrapping_byte_add(row * self.apart),
+            apart: Some(self.apart),
+            b: self.panels.at.wrapping_add(panel * self.panels.apart),
+            unpacked: self.panels.unpacked,
+            depth: self.panels.depth,
+        }
+    }
+}
+
 /// Rows that stay in a cache while all panels pass.
-struct Part<'p, 'a> {
-    of: &'p Product<'a>,
-    rows: Range<usize>,
-    cols: Range<usize>,
-    ks: Range<usize>,
+pub(super) struct Part<'p, 'a> {
+    pub(super) of: &'p Product<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) cols: Range<usize>,
+    pub(super) ks: Range<usize>,
     /// Whether the contraction ends with `ks`.
-    last: bool,
+    pub(super) last: bool,
 }
 
 impl<'a> Part<'_, 'a> {
@@ -145,40 +203,22 @@ impl<'a> Part<'_, 'a> {
         let (of, tile) = (self.of, micro::rows::<S>());
         // Where the rows of a tile are, from the block's first row on.
         let (a, apart, tile_apart) = self.prepare(s, panels.depth, left);
-        let none = Stretch { a: ptr::null(), apart: Some(0), b: ptr::null(), unpacked: None, depth: 0 };
-        let thin = thin.map(|(term, panels)| {
-            let factor = Factor { mat: term.left, along: true };
-            let rows = self.rows.start - term.rows.start..self.rows.end - term.rows.start;
-            let (a, apart) = factor.in_place(rows.start, &(0..panels.depth), false).unwrap_or_else(|| {
-                let to = thin_left.reserve(rows.len() * panels.depth);
-                // SAFETY: there is room for the rows, which exist.
-                unsafe { factor.widen(s, rows.clone(), 0..panels.depth, false, panels.depth, to) }
-                (to.cast_const(), 4 * panels.depth)
-            });
-            (a, apart, panels)
-        });
+        let thin = self.thin(s, thin, thin_left);
         for (panel, col) in self.cols.clone().step_by(2 * S::LANES).enumerate() {
             let cols = (self.cols.end - col).min(2 * S::LANES);
             let bias = of.bias.filter(|_| self.last).map_or(ptr::null(), |bias| bias[col..].as_ptr());
             for row in (0..self.rows.len()).step_by(tile) {
                 let (i, target) = (self.rows.start + row, of.c);
                 let place = if target.turned { col * target.stride + i } else { i * target.stride + col };
-                let panel_of = |panels: Panels| panels.at.wrapping_add(panel * panels.apart);
                 let to = Tile {
                     main: Stretch {
                         a: a.wrapping_byte_add(row / tile * tile_apart),
                         apart,
-                        b: panel_of(panels),
+                        b: panels.at.wrapping_add(panel * panels.apart),
                         unpacked: panels.unpacked,
                         depth: panels.depth,
                     },
-                    thin: thin.map_or(none, |(a, apart, panels)| Stretch {
-                        a: a.wrapping_byte_add(row * apart),
-                        apart: Some(apart),
-                        b: panel_of(panels),
-                        unpacked: panels.unpacked,
-                        depth: panels.depth,
-                    }),
+                    thin: thin.map_or(Stretch::NONE, |thin| thin.stretch(row, panel)),
                     c: target.at.wrapping_add(place),
                     c_stride: target.stride,
                     turned: target.turned,
@@ -187,16 +227,31 @@ impl<'a> Part<'_, 'a> {
                     bias,
                 };
                 // SAFETY: rows and panels are what was prepared, the tile lies within this task's block.
-                unsafe { to.compute(s, tile.min(self.rows.len() - row), of.pairs) }
+                unsafe { to.compute(s, tile.min(self.rows.len() - row), of.units.in_pairs()) }
             }
         }
+    }
+
+    /// The thin term's rows, where they can be read, with its panels.
+    #[inline(always)]
+    pub(super) fn thin<S: Simd>(&self, s: S, of: Option<(&LowRank<'a>, Panels)>, room: &mut Buffer) -> Option<Thin> {
+        let (term, panels) = of?;
+        let factor = Factor { mat: term.left, along: true };
+        let rows = self.rows.start - term.rows.start..self.rows.end - term.rows.start;
+        let (a, apart) = factor.in_place(rows.start, &(0..panels.depth), false).unwrap_or_else(|| {
+            let to = room.reserve(rows.len() * panels.depth);
+            // SAFETY: there is room for the rows, which exist.
+            unsafe { factor.widen(s, rows.clone(), 0..panels.depth, false, panels.depth, to) }
+            (to.cast_const(), 4 * panels.depth)
+        });
+        Some(Thin { a, apart, panels })
     }
 
     /// Where the rows can be read: the first, bytes from row to row (if they are not side by side), bytes from tile to tile.
     #[inline(always)]
     fn prepare<S: Simd>(&self, s: S, depth: usize, room: &mut Buffer) -> (*const f32, Option<usize>, usize) {
-        let (of, tile) = (self.of, micro::rows::<S>());
-        if let Some((a, apart)) = of.a.in_place(self.rows.start, &self.ks, of.pairs) {
+        let (of, tile, pairs) = (self.of, micro::rows::<S>(), self.of.units.in_pairs());
+        if let Some((a, apart)) = of.a.in_place(self.rows.start, &self.ks, pairs) {
             return (a, Some(apart), tile * apart);
         }
         let (rows, ks) = (self.rows.clone(), self.ks.clone());
@@ -204,13 +259,13 @@ impl<'a> Part<'_, 'a> {
             let apart = depth + APART;
             let to = room.reserve(rows.len() * apart);
             // SAFETY: there is room for the rows, which exist.
-            unsafe { of.a.widen(s, rows, ks, of.pairs, apart, to) }
+            unsafe { of.a.widen(s, rows, ks, pairs, apart, to) }
             (to, Some(4 * apart), tile * 4 * apart)
         } else {
             let apart = tile * depth + APART;
             let to = room.reserve(rows.len().div_ceil(tile) * apart + S::LANES);
             // SAFETY: there is room for the panels and a vector; the rows exist.
-            unsafe { of.a.pack_narrow(s, rows, ks, of.pairs, tile, apart, to) }
+            unsafe { of.a.pack_narrow(s, rows, ks, pairs, tile, apart, to) }
             (to, None, 4 * apart)
         }
     }

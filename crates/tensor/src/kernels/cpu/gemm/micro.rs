@@ -39,6 +39,12 @@ pub(super) struct Stretch {
     pub(super) depth: usize,
 }
 
+impl Stretch {
+    /// None.
+    pub(super) const NONE: Self =
+        Self { a: std::ptr::null(), apart: Some(0), b: std::ptr::null(), unpacked: None, depth: 0 };
+}
+
 /// What is done to a block of the result of some rows and at most one panel's columns.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {

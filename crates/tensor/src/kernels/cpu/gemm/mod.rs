@@ -13,7 +13,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Cpu, Isa};
+use super::{Cpu, Isa, Proof};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::simd::amx::Amx;
 use crate::kernels::simd::{Body, Simd};
 use crate::kernels::{Gemm, LowRank};
 use crate::view::{MatRef, ViewMut};
@@ -24,6 +26,8 @@ mod pack;
 mod scratch;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use block::Block;
 use pack::Factor;
@@ -45,8 +49,36 @@ struct Product<'a> {
     bias: Option<&'a [f32]>,
     accumulate: bool,
     c: Target,
-    /// Whether pairs of bf16 are multiplied.
-    pairs: bool,
+    units: Units,
+}
+
+/// What is multiplied at a time.
+#[derive(Clone, Copy)]
+enum Units {
+    /// Numbers of f32.
+    Numbers,
+    /// Pairs of bf16.
+    Pairs,
+    /// Tiles of pairs.
+    #[cfg(target_arch = "x86_64")]
+    Tiles(Amx),
+}
+
+impl Units {
+    /// Whether factors are packed in pairs.
+    const fn in_pairs(self) -> bool {
+        !matches!(self, Self::Numbers)
+    }
+
+    /// Numbers along the contraction that are packed together.
+    const fn group(self) -> usize {
+        match self {
+            Self::Numbers => 1,
+            Self::Pairs => 2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles(_) => tiles::DEEP,
+        }
+    }
 }
 
 /// Where the result goes.
@@ -68,7 +100,7 @@ pub(super) fn gemm(cpu: &Cpu, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
 
 fn multiplies_pairs(cpu: &Cpu, of: &Gemm<'_>) -> bool {
     let both = matches!((of.a.mat, of.b.mat), (MatRef::Bf16(_), MatRef::Bf16(_)));
-    both && cpu.isa() == Isa::Avx512Bf16
+    both && matches!(cpu.isa(), Isa::Avx512Bf16 | Isa::Amx)
 }
 
 /// Several products, whose tasks are shared out together.
@@ -113,8 +145,14 @@ fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: boo
     let turned = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
     let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
     let (a, b) = if turned { (b, a) } else { (a, b) };
-    let pairs = pairs && cpu.call(MultipliesPairs);
-    Some(Product { a, b, low_rank: of.low_rank, bias: of.bias, accumulate: of.accumulate, c, pairs })
+    let units = match cpu.proof {
+        _ if !pairs => Units::Numbers,
+        #[cfg(target_arch = "x86_64")]
+        Proof::Amx(_, tiles) => Units::Tiles(tiles),
+        _ if cpu.call(MultipliesPairs) => Units::Pairs,
+        _ => Units::Numbers,
+    };
+    Some(Product { a, b, low_rank: of.low_rank, bias: of.bias, accumulate: of.accumulate, c, units })
 }
 
 fn check(m: usize, n: usize, of: &Gemm<'_>) {
@@ -163,7 +201,11 @@ impl Body for Grid<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Cut {
         let (rows, cols, depth) = (self.of.a.outer(), self.of.b.outer(), self.of.a.depth());
-        let tile = (micro::rows::<S>(), 2 * S::LANES);
+        let tile = match self.of.units {
+            #[cfg(target_arch = "x86_64")]
+            Units::Tiles(_) => (tiles::BLOCK, tiles::BLOCK),
+            _ => (micro::rows::<S>(), 2 * S::LANES),
+        };
         let work = rows * cols * (depth + self.of.low_rank.iter().map(|term| term.left.cols()).max().unwrap_or(0));
         let threads = rayon::current_num_threads();
         let panels = cols.div_ceil(tile.1);

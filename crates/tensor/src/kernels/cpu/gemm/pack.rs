@@ -274,6 +274,45 @@ impl<'a> Factor<'a> {
         }
     }
 
+    /// Lays rows `outer`, which lie across the contraction, out as rows of pairs along it, `apart` pairs from row to row, with
+    /// a zero after the last of an odd number.
+    ///
+    /// # Safety
+    /// There is room for the rows at `to`, and `apart` is at least the next multiple of a vector's length. The rows and numbers
+    /// exist.
+    #[inline(always)]
+    pub(super) unsafe fn turn_rows<S: Simd>(
+        &self,
+        s: S,
+        outer: Range<usize>,
+        ks: Range<usize>,
+        apart: usize,
+        to: *mut f32,
+    ) {
+        debug_assert!(!self.along);
+        let units = ks.len().div_ceil(2);
+        for row in outer.clone().step_by(S::LANES) {
+            let n = (outer.end - row).min(S::LANES);
+            for unit in (0..units).step_by(S::LANES) {
+                s.transpose(
+                    #[inline(always)]
+                    |i| {
+                        let p = ks.start + 2 * (unit + i);
+                        // SAFETY: the caller's; numbers beyond the last are not asked for.
+                        if p < ks.end { unsafe { self.load_across(s, row, n, p..ks.end, true) } } else { s.zero() }
+                    },
+                    #[inline(always)]
+                    |j, x| {
+                        if j < n {
+                            // SAFETY: the caller's.
+                            unsafe { s.store_at(to.add((row - outer.start + j) * apart + unit), x) }
+                        }
+                    },
+                );
+            }
+        }
+    }
+
     /// A vector from (outer, p) on, along what lies side by side.
     #[inline(always)]
     unsafe fn load<S: Simd>(&self, s: S, outer: usize, p: usize) -> S::F {

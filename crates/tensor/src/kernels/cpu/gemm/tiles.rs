@@ -1,0 +1,137 @@
+//! Parts of products by AMX's tiles.
+#![expect(unsafe_code, reason = "packed layouts and tiles are reached by pointers")]
+
+use super::block::{Panels, Part};
+use super::micro::{self, Tile};
+use super::pack::APART;
+use super::scratch::Buffer;
+use crate::kernels::LowRank;
+use crate::kernels::simd::Simd;
+use crate::kernels::simd::amx::{SIDE, Stretch, Tiles};
+
+/// Numbers along the contraction in a row of a tile.
+pub(super) const DEEP: usize = 2 * SIDE;
+/// Rows and columns that are multiplied at a time: two tiles by two.
+pub(super) const BLOCK: usize = 2 * SIDE;
+/// Rows whose pairs of one stretch stay in the second cache while all panels pass.
+pub(super) const ROWS: usize = 256;
+/// Numbers of a stretch of the contraction.
+pub(super) const DEPTH: usize = 512;
+
+impl<'a> Part<'_, 'a> {
+    /// As [`Part::multiply`]; thin terms and the bias are added to what tiles have stored.
+    #[inline(always)]
+    pub(super) fn multiply_tiles<S: Simd>(
+        &self,
+        s: S,
+        tiles: &Tiles,
+        panels: Panels,
+        thin: Option<(&LowRank<'a>, Panels)>,
+        left: &mut Buffer,
+        thin_left: &mut Buffer,
+    ) {
+        let (of, target) = (self.of, self.of.c);
+        let (a, apart) = self.prepare_tiles(s, panels.depth, left);
+        let thin = self.thin(s, thin, thin_left);
+        let add = of.accumulate || self.ks.start > 0;
+        let place = |i: usize, j: usize| if target.turned { j * target.stride + i } else { i * target.stride + j };
+        for (panel, col) in self.cols.clone().step_by(BLOCK).enumerate() {
+            let cols = (self.cols.end - col).min(BLOCK);
+            for row in (0..self.rows.len()).step_by(BLOCK) {
+                let rows = (self.rows.len() - row).min(BLOCK);
+                let c = target.at.wrapping_add(place(self.rows.start + row, col));
+                let mut stretch = Stretch {
+                    a: a.wrapping_byte_add(row * apart),
+                    apart,
+                    b: panels.at.wrapping_add(panel * panels.apart),
+                    tiles: panels.depth / SIDE,
+                    c,
+                    c_stride: target.stride,
+                    add,
+                };
+                let whole = rows.is_multiple_of(SIDE) && cols == BLOCK && !target.turned;
+                // SAFETY: rows and panels are what was prepared, whole tiles of them; the place lies within this task's block,
+                // or is a room of its own.
+                unsafe {
+                    if whole {
+                        multiply(tiles, rows, stretch);
+                        continue;
+                    }
+                    let mut room = Room([0.0; BLOCK * BLOCK]);
+                    let numbers = || (0..rows).flat_map(|i| (0..cols).map(move |j| (i * BLOCK + j, place(i, j))));
+                    if add {
+                        numbers().for_each(|(at, place)| room.0[at] = c.add(place).read());
+                    }
+                    (stretch.c, stretch.c_stride) = (room.0.as_mut_ptr(), BLOCK);
+                    multiply(tiles, rows, stretch);
+                    numbers().for_each(|(at, place)| c.add(place).write(room.0[at]));
+                }
+            }
+            let bias = of.bias.filter(|_| self.last);
+            if thin.is_none() && bias.is_none() {
+                continue;
+            }
+            for row in (0..self.rows.len()).step_by(micro::rows::<S>()) {
+                let tile = Tile {
+                    main: micro::Stretch { apart: of.a.along.then_some(0), ..micro::Stretch::NONE },
+                    thin: thin.map_or(micro::Stretch::NONE, |thin| thin.stretch(row, panel)),
+                    c: target.at.wrapping_add(place(self.rows.start + row, col)),
+                    c_stride: target.stride,
+                    turned: target.turned,
+                    cols,
+                    add: true,
+                    bias: bias.map_or(std::ptr::null(), |bias| bias[col..].as_ptr()),
+                };
+                // SAFETY: as above.
+                unsafe { tile.compute(s, micro::rows::<S>().min(self.rows.len() - row), false) }
+            }
+        }
+    }
+
+    /// Where whole tiles of rows of pairs can be read: the first, and bytes from row to row.
+    #[inline(always)]
+    fn prepare_tiles<S: Simd>(&self, s: S, depth: usize, room: &mut Buffer) -> (*const f32, usize) {
+        let (of, rows, ks) = (self.of, self.rows.clone(), self.ks.clone());
+        if rows.len().is_multiple_of(SIDE)
+            && ks.len().is_multiple_of(DEEP)
+            && let Some(place) = of.a.in_place(rows.start, &ks, true)
+        {
+            return place;
+        }
+        let apart = depth + APART;
+        let to = room.reserve(rows.len().next_multiple_of(SIDE) * apart);
+        let zeros = ks.len().div_ceil(2)..depth;
+        // SAFETY: there is room for the rows, which exist; rows beyond the last change none of the others.
+        unsafe {
+            if of.a.along {
+                of.a.widen(s, rows.clone(), ks, true, apart, to);
+            } else {
+                of.a.turn_rows(s, rows.clone(), ks, apart, to);
+            }
+            for row in 0..rows.len() {
+                to.add(row * apart + zeros.start).write_bytes(0, zeros.len());
+            }
+        }
+        (to, 4 * apart)
+    }
+}
+
+/// Where tiles that are not whole are stored first.
+#[repr(align(64))]
+struct Room([f32; BLOCK * BLOCK]);
+
+/// One or two tiles of rows.
+///
+/// # Safety
+/// As [`Tiles::multiply`].
+#[inline(always)]
+unsafe fn multiply(tiles: &Tiles, rows: usize, of: Stretch) {
+    // SAFETY: the caller's.
+    unsafe {
+        if rows > SIDE {
+            tiles.multiply::<2>(of);
+        } else {
+            tiles.multiply::<1>(of);
+        }
+    }
+}
