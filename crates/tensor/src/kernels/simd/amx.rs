@@ -110,6 +110,13 @@ pub(crate) struct Stretch {
 }
 
 impl Tiles {
+    /// Asks for the cache line of `at`, which need not exist, to be written.
+    #[inline(always)]
+    pub(crate) fn prefetch_to_write(&self, at: *const f32) {
+        // SAFETY: a hint that every processor with tiles has; it never faults.
+        unsafe { asm!("prefetchw [{}]", in(reg) at, options(nostack, readonly, preserves_flags)) }
+    }
+
     /// `ROWS` times sixteen rows, one or two, times two tiles of columns. Each number is the sum of its tiles along the
     /// contraction, first to last, whatever rows and columns are beside it. Within a tile products at even and at odd places
     /// are summed apart, and numbers below the normal range are zero.

@@ -185,54 +185,99 @@ unsafe fn chain<S: Simd, const M: usize, const V: usize, const BESIDE: bool, con
     along: &Stretch,
 ) {
     let apart = along.apart.unwrap_or(0);
-    let (mut a, mut b) = (along.a, along.b);
+    let mut at = Places { rows: [along.a; 4], apart, b: along.b };
+    if !BESIDE {
+        for (i, row) in at.rows.iter_mut().enumerate() {
+            *row = opaque(along.a.wrapping_byte_add(i * 3 * apart));
+        }
+    }
     let b_apart = along.unpacked.unwrap_or(V * S::LANES);
     let lines = along.depth / LINE;
     for _ in 0..lines {
         if along.unpacked.is_some() {
             for i in 0..LINE {
-                s.prefetch(b.wrapping_add((LINE + i) * b_apart));
+                s.prefetch(at.b.wrapping_add((LINE + i) * b_apart));
             }
         }
         // The next tile's rows, which no hardware foresees.
         for i in 0..if BESIDE { rows::<S>() } else { M } {
             let ahead = if BESIDE { AHEAD * rows::<S>() * 4 + i * 64 } else { (i + M) * apart };
-            s.prefetch(a.wrapping_byte_add(ahead));
+            s.prefetch(at.rows[0].wrapping_byte_add(ahead));
         }
-        for _ in 0..LINE {
-            // SAFETY: the caller's.
-            unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, (&mut a, apart), (&mut b, b_apart)) }
+        for _ in 0..LINE / UNROLLED {
+            for p in 0..UNROLLED {
+                // SAFETY: the caller's.
+                unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, &at, p, b_apart) }
+            }
+            at.advance::<S, BESIDE>(UNROLLED, b_apart);
         }
     }
     for _ in lines * LINE..along.depth {
         // SAFETY: the caller's.
-        unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, (&mut a, apart), (&mut b, b_apart)) }
+        unsafe { step::<S, M, V, BESIDE, PAIRS>(s, sums, &at, 0, b_apart) }
+        at.advance::<S, BESIDE>(1, b_apart);
     }
 }
 
-/// One number, or pair, of each chain of a tile.
+/// Numbers, or pairs, that a loop of chains goes on by at a time.
+const UNROLLED: usize = 4;
+
+/// Where a tile's chains are along the contraction.
+struct Places {
+    /// Every third row, so that an instruction can reach the two after it by itself; one place where rows lie side by side.
+    rows: [*const f32; 4],
+    apart: usize,
+    b: *const f32,
+}
+
+impl Places {
+    #[inline(always)]
+    fn advance<S: Simd, const BESIDE: bool>(&mut self, n: usize, b_apart: usize) {
+        for row in &mut self.rows {
+            *row = row.wrapping_add(if BESIDE { n * rows::<S>() } else { n });
+        }
+        self.b = self.b.wrapping_add(n * b_apart);
+    }
+}
+
+/// The same pointer, of which the compiler does not know how it was computed: it would compute each row's place from the one
+/// before, by an instruction that takes the place of a multiply-add.
+#[inline(always)]
+fn opaque(mut at: *const f32) -> *const f32 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: no instruction at all.
+    unsafe {
+        std::arch::asm!("/* {} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags));
+    }
+    at
+}
+
+/// Number, or pair, `p` of each chain of a tile.
 #[inline(always)]
 unsafe fn step<S: Simd, const M: usize, const V: usize, const BESIDE: bool, const PAIRS: bool>(
     s: S,
     sums: &mut [[S::F; V]; M],
-    (a, apart): (&mut *const f32, usize),
-    (b, b_apart): (&mut *const f32, usize),
+    at: &Places,
+    p: usize,
+    b_apart: usize,
 ) {
     // SAFETY: the caller's.
     unsafe {
         let mut columns = [s.zero(); V];
         for (v, columns) in columns.iter_mut().enumerate() {
-            *columns = s.load_at(b.add(v * S::LANES));
+            *columns = s.load_at(at.b.add(p * b_apart + v * S::LANES));
         }
         for (i, sums) in sums.iter_mut().enumerate() {
-            let x = if BESIDE { a.add(i).read() } else { a.byte_add(i * apart).read_unaligned() };
+            let x = if BESIDE {
+                at.rows[0].add(p * rows::<S>() + i).read()
+            } else {
+                at.rows[i / 3].byte_add(i % 3 * at.apart).add(p).read_unaligned()
+            };
             let x = s.splat(x);
             for (sum, columns) in sums.iter_mut().zip(columns) {
                 *sum = if PAIRS { s.dot_pairs(x, columns, *sum) } else { s.fma(x, columns, *sum) };
             }
         }
-        *b = b.wrapping_add(b_apart);
-        *a = a.add(if BESIDE { rows::<S>() } else { 1 });
     }
 }
 

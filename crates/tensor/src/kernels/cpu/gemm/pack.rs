@@ -147,6 +147,19 @@ impl<'a> Factor<'a> {
                             s.store_at(to.add(S::LANES), s.load_bf16_at(from.add(S::LANES)));
                         }
                     }
+                    MatRef::Bf16(view) if p + 1 < ks.end => {
+                        let from = view.data().as_ptr().add(p * view.stride() + outer.start);
+                        for panel in 0..full {
+                            let (even, to) = (from.add(panel * width), to.add(panel * apart + unit * width));
+                            let odd = even.add(view.stride());
+                            s.prefetch(even.wrapping_add(2 * AHEAD * view.stride()).cast());
+                            s.prefetch(odd.wrapping_add(2 * AHEAD * view.stride()).cast());
+                            for group in [0, S::LANES] {
+                                let pairs = s.pair(s.load_bf16_at(even.add(group)), s.load_bf16_at(odd.add(group)));
+                                s.store_at(to.add(group), pairs);
+                            }
+                        }
+                    }
                     _ => {
                         for panel in 0..full {
                             for group in [0, S::LANES] {
@@ -313,6 +326,15 @@ impl<'a> Factor<'a> {
         }
     }
 
+    /// Where (outer, p) would be.
+    #[inline(always)]
+    fn address(&self, outer: usize, p: usize) -> *const f32 {
+        match self.mat {
+            MatRef::F32(view) => view.data().as_ptr().wrapping_add(self.place(outer, p, view.stride())),
+            MatRef::Bf16(view) => view.data().as_ptr().wrapping_add(self.place(outer, p, view.stride())).cast(),
+        }
+    }
+
     /// A vector from (outer, p) on, along what lies side by side.
     #[inline(always)]
     unsafe fn load<S: Simd>(&self, s: S, outer: usize, p: usize) -> S::F {
@@ -364,7 +386,10 @@ impl<'a> Factor<'a> {
             unsafe {
                 s.transpose(
                     #[inline(always)]
-                    |i| self.load(s, rows.start + i, ks.start + p),
+                    |i| {
+                        s.prefetch(self.address(rows.start + i, ks.start + p + AHEAD * S::LANES));
+                        self.load(s, rows.start + i, ks.start + p)
+                    },
                     #[inline(always)]
                     |j, x| s.store_at(to.add((p + j) * width), x),
                 );
@@ -408,6 +433,7 @@ impl<'a> Factor<'a> {
                         let at = self.place(rows.start + i, ks.start + 2 * unit, view.stride());
                         let from = view.data().as_ptr().add(at);
                         if numbers == 2 * S::LANES {
+                            s.prefetch(from.cast::<f32>().wrapping_add(AHEAD * S::LANES));
                             return s.load_at(from.cast());
                         }
                         let mut rest = [bf16::ZERO; 32];

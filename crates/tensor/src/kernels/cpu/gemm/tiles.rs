@@ -14,9 +14,9 @@ pub(super) const DEEP: usize = 2 * SIDE;
 /// Rows and columns that are multiplied at a time: two tiles by two.
 pub(super) const BLOCK: usize = 2 * SIDE;
 /// Rows whose pairs of one stretch stay in the second cache while all panels pass.
-pub(super) const ROWS: usize = 256;
+pub(super) const ROWS: usize = 128;
 /// Numbers of a stretch of the contraction.
-pub(super) const DEPTH: usize = 512;
+pub(super) const DEPTH: usize = 1024;
 
 impl<'a> Part<'_, 'a> {
     /// As [`Part::multiply`]; thin terms and the bias are added to what tiles have stored.
@@ -54,6 +54,10 @@ impl<'a> Part<'_, 'a> {
                 // or is a room of its own.
                 unsafe {
                     if whole {
+                        for i in 0..rows {
+                            tiles.prefetch_to_write(c.wrapping_add(i * target.stride));
+                            tiles.prefetch_to_write(c.wrapping_add(i * target.stride + SIDE));
+                        }
                         multiply(tiles, rows, stretch);
                         continue;
                     }
