@@ -83,9 +83,18 @@ pub(crate) fn sweeps(
     let supervised = layout.supervised();
     let mut report = LossReport::default();
     if objective.level() == Level::Chunk {
-        for rows in supervised.chunks(length) {
+        let copies = objective.copies().max(1);
+        for rows in supervised.chunks((length / copies).max(1)) {
             let loss = objective.chunk(&ChunkView { layout, rows })?;
-            let values = sweep(rows, &loss, reverse)?;
+            let values = if copies == 1 {
+                sweep(rows, &loss, reverse)?
+            } else {
+                sweep(&copied(rows, layout, copies, &loss)?, &loss, reverse)?
+            };
+            if values.len() != rows.len() {
+                let (got, expected) = (values.len(), rows.len());
+                return Err(Error::Refused(format!("an objective gave {got} losses for {expected} supervised rows")));
+            }
             count(&mut report, rows, &weighted(&loss, values), layout);
         }
     } else {
@@ -103,6 +112,20 @@ pub(crate) fn sweeps(
     }
     count_documents(&mut report, &supervised, layout.docs());
     Ok(report)
+}
+
+/// All copies of the rows of a chunk, of which the layout has the first.
+fn copied(rows: &[Supervised], layout: &Layout, copies: usize, loss: &ChunkLoss) -> Result<Vec<Supervised>> {
+    let n_rows = layout.n_rows();
+    if !n_rows.is_multiple_of(copies) || rows.iter().any(|row| row.row as usize >= n_rows / copies) {
+        return Err(Error::Refused(format!("a batch of {n_rows} rows does not hold its documents {copies} times")));
+    }
+    if !matches!(loss, ChunkLoss::Logits(_)) {
+        return Err(Error::Refused("the loss of several copies of a row has to be one by their logits".to_owned()));
+    }
+    let apart = (n_rows / copies) as u32;
+    let copy = |at: u32| rows.iter().map(move |row| Supervised { row: row.row + at * apart, ..*row });
+    Ok((0..copies as u32).flat_map(copy).collect())
 }
 
 /// The loss of each row of a chunk: what was computed of it, times its weight.
@@ -147,7 +170,7 @@ impl Sweep<'_, '_> {
                 let values_c = values(&logits_cv)?;
                 let dvalues: Vec<f64> = match loss {
                     ChunkLoss::CrossEntropy { weight_t } => weight_t.iter().map(|w| w * backward.scale).collect(),
-                    _ => vec![backward.scale; rows.len()],
+                    _ => vec![backward.scale; values_c.elem_count()],
                 };
                 let dvalues_c = Tensor::new(dvalues, &Device::Cpu)?.to_dtype(values_c.dtype())?;
                 let leaves: Vec<&Var> = backward.leaves.iter().map(|(_, var)| var).chain([&h_leaf]).collect();
@@ -167,10 +190,10 @@ impl Sweep<'_, '_> {
     }
 }
 
-/// Losses of a chunk, if there is one for each row.
+/// Losses of a chunk, if there is one for each row, or for each row of which it has several copies.
 pub(crate) fn checked(loss_c: Tensor, rows: usize) -> Result<Tensor> {
     match loss_c.dims() {
-        [n] if *n == rows => Ok(loss_c),
+        [n] if *n > 0 && rows.is_multiple_of(*n) => Ok(loss_c),
         dims => {
             Err(Error::Refused(format!("a loss by logits has shape {dims:?}; expected one number a row, [{rows}]")))
         }

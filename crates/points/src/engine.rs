@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use attune_spec::id::Step;
 use attune_tensor::rng::Rng;
+use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::{LabelCounts, Layout};
 use crate::objective::Objective;
 use crate::params::TensorId;
@@ -153,20 +154,54 @@ pub trait Engine {
     /// A gradient that is not finite, missing (connection guard) or always zero (signal guard).
     fn update(&mut self, gradients: Grads) -> Result<f64>;
 
+    /// The width of the model's rows.
+    fn hidden(&self) -> usize;
+
     /// The random stream for `purpose` at the current step.
     fn rng(&self, purpose: &'static str) -> Rng;
 }
 
+/// What a step rule has to fit.
+pub struct Job<'a> {
+    /// The loss of the job.
+    pub objective: &'a dyn Objective,
+    /// The parameters, before the first step.
+    pub theta: &'a Theta,
+    /// Whether activations have 16 bits.
+    pub narrow: bool,
+}
+
 /// How one optimiser step uses the engine. At most one in a job.
 pub trait StepRule: Send {
+    /// Why it cannot train this job, if so.
+    fn misfit(&self, _job: &Job<'_>) -> Option<String> {
+        None
+    }
+
+    /// How many times its largest pass holds a micro-batch.
+    fn copies(&self) -> usize {
+        1
+    }
+
     /// Does one step.
     ///
     /// # Errors
     /// Whatever the engine raises.
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> Result<StepReport>;
 
-    /// Everything that a resumed run needs.
-    fn state(&self) -> Vec<u8> {
-        Vec::new()
+    /// Everything that a resumed run needs beside the step's number, by name, in f32.
+    fn state(&self) -> BTreeMap<String, Tensor> {
+        BTreeMap::new()
+    }
+
+    /// Goes on from a state, in a run whose parameters are `theta`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if it is not one of this rule in this run.
+    fn restore(&mut self, state: BTreeMap<String, Tensor>, _theta: &Theta) -> Result<()> {
+        match state.keys().next() {
+            None => Ok(()),
+            Some(name) => Err(Error::Refused(format!("has {name:?}, which the step rule does not know"))),
+        }
     }
 }

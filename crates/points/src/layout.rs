@@ -214,6 +214,17 @@ impl Layout {
         whole.unwrap_or_default()
     }
 
+    /// The batch with its documents `copies` times, one batch after the other. What comes after the first is not supervised; it
+    /// keeps its examples and views, so that dropout is the same in all. Columns of rows and documents are repeated.
+    #[must_use]
+    pub fn with_copies(&self, copies: usize) -> Self {
+        let mut copy = self.clone();
+        if let Some(Column { values: Values::U32(labels), .. }) = copy.columns.get_mut(LABELS) {
+            labels.fill(NO_LABEL);
+        }
+        Self::concat(std::iter::once(self).chain(std::iter::repeat_n(&copy, copies.saturating_sub(1))))
+    }
+
     /// Adds or replaces a column.
     ///
     /// # Errors
@@ -359,6 +370,17 @@ mod tests {
         assert_eq!((groups, whole.docs()[3].rows.clone()), (vec![0, 1, 2, 3], 5..6));
         assert_eq!(whole.counts(), a.counts() + b.counts());
         assert_eq!(Layout::concat([]), Layout::new());
+    }
+
+    #[test]
+    fn copies_are_of_the_same_examples_and_supervised_once() {
+        let layout = two_documents();
+        let three = layout.with_copies(3);
+        assert_eq!((three.n_rows(), three.counts()), (9, layout.counts()));
+        assert_eq!(three.supervised(), layout.supervised());
+        let examples: Vec<u64> = three.docs().iter().map(|doc| doc.example).collect();
+        assert_eq!(examples, [0, 1, 0, 1, 0, 1]);
+        assert_eq!(layout.with_copies(1), layout);
     }
 
     #[test]

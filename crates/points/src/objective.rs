@@ -65,7 +65,8 @@ pub struct ChunkView<'a> {
 
 /// A loss of each row of a chunk by its logits.
 pub trait LogitsLoss: fmt::Debug + Send + Sync {
-    /// Losses `[C]` by `logits_cv`, which is in f32 or f64, in differentiable operations only.
+    /// Losses `[C]` by `logits_cv`, which is in f32 or f64, in differentiable operations only. Of an objective with copies
+    /// they are the logits of each copy of the rows, one copy after the other, `[copies C, V]`.
     ///
     /// # Errors
     /// Whatever its operations raise.
@@ -161,6 +162,12 @@ pub trait Objective: Send + Sync {
 
     /// What the sum of losses is divided by.
     fn denominator(&self) -> Denominator;
+
+    /// How many times the batch holds its documents ([`Layout::with_copies`]). A chunk is then of rows of the first, and its loss
+    /// is one by the logits of all copies of these rows. Asked of level [`Level::Chunk`] only.
+    fn copies(&self) -> usize {
+        1
+    }
 
     /// The loss of a chunk. Asked of level [`Level::Chunk`] only.
     ///

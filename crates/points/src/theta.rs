@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::Tensor;
+
 use crate::params::{Owner, Params, TensorId, TensorName};
 
 /// What the sets of a bank are.
@@ -55,6 +57,8 @@ pub struct Theta {
     pub banks: Vec<Bank>,
     /// Which rows use which sets.
     pub bindings: Vec<Binding>,
+    /// What is added to the embeddings of the batch's rows, `[T, hidden]`; its id is [`TensorId::input_embeddings`].
+    pub input: Option<Tensor>,
 }
 
 impl Theta {
@@ -62,13 +66,13 @@ impl Theta {
     pub fn single(banks: impl IntoIterator<Item = Bank>) -> Self {
         let banks: Vec<Bank> = banks.into_iter().collect();
         let bindings = (0..banks.len() as u16).map(|slot| Binding { slot, rows: Rows::All(0) }).collect();
-        Self { banks, bindings }
+        Self { banks, bindings, input: None }
     }
 
     /// The same banks with no row bound: the base model alone.
     #[must_use]
     pub fn adapters_off(&self) -> Self {
-        Self { banks: self.banks.clone(), bindings: Vec::new() }
+        Self { banks: self.banks.clone(), bindings: Vec::new(), input: self.input.clone() }
     }
 
     /// The same banks with no row bound to those that train: the model that training starts from, if what trains starts as
@@ -77,11 +81,17 @@ impl Theta {
     pub fn untrained(&self) -> Self {
         let trains = |binding: &&Binding| self.banks.get(binding.slot as usize).is_some_and(|bank| bank.train);
         let bindings = self.bindings.iter().filter(|binding| !trains(binding)).cloned().collect();
-        Self { banks: self.banks.clone(), bindings }
+        Self { banks: self.banks.clone(), bindings, input: self.input.clone() }
+    }
+
+    /// The same with this added to the embeddings.
+    #[must_use]
+    pub fn with_input(self, input_td: Tensor) -> Self {
+        Self { input: Some(input_td), ..self }
     }
 
     /// The ids of all tensors in trained banks, bank by bank and set by set, in the order of their names.
-    pub fn trained(&self) -> impl Iterator<Item = (TensorId, &candle_core::Tensor)> {
+    pub fn trained(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
         self.banks.iter().enumerate().filter(|(_, bank)| bank.train).flat_map(|(slot, bank)| {
             bank.sets.iter().enumerate().flat_map(move |(set, params)| {
                 let owner = Owner::Bank { slot: slot as u16, set: set as u32 };
@@ -91,9 +101,10 @@ impl Theta {
     }
 
     /// A tensor by id.
-    pub fn get(&self, id: &TensorId) -> Option<&candle_core::Tensor> {
+    pub fn get(&self, id: &TensorId) -> Option<&Tensor> {
         match id.owner {
-            Owner::Base | Owner::Input => None,
+            Owner::Base => None,
+            Owner::Input => self.input.as_ref(),
             Owner::Bank { slot, set } => self.set(slot, set)?.get(&id.name),
         }
     }
@@ -104,7 +115,7 @@ impl Theta {
     }
 
     /// The weight that stands in for the base's `name` in every row, with its id: the last bank of weights wins.
-    pub fn weight(&self, name: &TensorName) -> Option<(TensorId, &candle_core::Tensor)> {
+    pub fn weight(&self, name: &TensorName) -> Option<(TensorId, &Tensor)> {
         self.bindings.iter().rev().find_map(|binding| {
             let Rows::All(set) = binding.rows else { return None };
             let bank = self.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Weights)?;
@@ -117,7 +128,7 @@ impl Theta {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device, Tensor};
+    use candle_core::{DType, Device};
 
     use super::*;
 

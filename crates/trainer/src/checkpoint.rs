@@ -14,10 +14,11 @@ use crate::guard::Guard;
 use crate::pin::{self, Pins};
 
 /// The version of this layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const STATE_FILE: &str = "state.json";
 const VALUES_FILE: &str = "values.safetensors";
 const BUFFERS_FILE: &str = "optimizer.safetensors";
+const RULE_FILE: &str = "step_rule.safetensors";
 
 /// Everything of a run that is no tensor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,8 +38,6 @@ pub(crate) struct State {
     pub(crate) tokens: Tokens,
     /// The data's counters and the mixing method's state.
     pub(crate) data: loader::State,
-    /// The step rule's state.
-    pub(crate) step_rule: Vec<u8>,
     /// What the guard has seen.
     pub(crate) guard: Guard,
     /// Validation loss by set at each step where it was measured.
@@ -60,12 +59,13 @@ pub(crate) struct Measured {
 /// Optimiser buffers by tensor and name.
 pub(crate) type Buffers = BTreeMap<TensorId, Vec<Vec<f32>>>;
 
-/// Writes a checkpoint into `folder`, which is made. `names` are the names of an update's buffers, tensor by tensor.
+/// Writes a checkpoint into `folder`, which is made. `rule` is the step rule's state, `names` are the names of an update's buffers, tensor by tensor.
 pub(crate) fn save(
     folder: &Path,
     state: &State,
     theta: &Theta,
     buffers: &Buffers,
+    rule: BTreeMap<String, Tensor>,
     names: impl Fn(&TensorId) -> Vec<&'static str>,
 ) -> Result<(), Error> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
@@ -78,6 +78,7 @@ pub(crate) fn save(
         }
     }
     write(&folder.join(BUFFERS_FILE), flat)?;
+    write(&folder.join(RULE_FILE), rule)?;
     let path = folder.join(STATE_FILE);
     let text = serde_json::to_vec_pretty(&State { format: FORMAT, ..state.clone() })
         .map_err(|error| wrong(folder, error.to_string()))?;
@@ -98,6 +99,11 @@ pub(crate) fn load_state(folder: &Path, plan: Digest, pinned: &Pins) -> Result<S
     }
     pin::unchanged(&state.pinned, pinned)?;
     Ok(state)
+}
+
+/// Reads the step rule's state.
+pub(crate) fn load_rule(folder: &Path) -> Result<BTreeMap<String, Tensor>, Error> {
+    read(&folder.join(RULE_FILE))
 }
 
 /// Reads the trained values and the optimiser's buffers into those of a fresh run, which say what has to be there.
@@ -124,7 +130,7 @@ pub(crate) fn load_tensors(
     none_left(folder, BUFFERS_FILE, &flat)
 }
 
-fn wrong(folder: &Path, message: String) -> Error {
+pub(crate) fn wrong(folder: &Path, message: String) -> Error {
     Error::Checkpoint { folder: folder.to_owned(), message }
 }
 

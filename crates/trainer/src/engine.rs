@@ -328,7 +328,15 @@ impl Engine for RankEngine<'_> {
         sink: &mut dyn GradSink,
     ) -> Result<LossReport> {
         let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
-        self.shared.model.grad(&Pass { theta: at, layout: on, dropout }, of, scale, sink)
+        let pass = Pass { theta: at, layout: on, dropout };
+        self.spent.flops += self.shared.model.flops(&pass);
+        // A pass of its own: lanes beside it need not wait.
+        self.company.inspect(Company::leave);
+        let found = self.shared.model.grad_parts(&[pass], of, scale, self.shared.keep, &mut [sink]);
+        self.company.inspect(Company::enter);
+        let (mut reports, times) = found?;
+        self.spent.passes += times;
+        Ok(reports.pop().unwrap_or_default())
     }
 
     fn grads(
@@ -409,6 +417,10 @@ impl Engine for RankEngine<'_> {
         }
         self.spent.optimizer += watch.elapsed();
         Ok(norm)
+    }
+
+    fn hidden(&self) -> usize {
+        self.shared.model.base().architecture().hidden
     }
 
     fn rng(&self, purpose: &'static str) -> Rng {

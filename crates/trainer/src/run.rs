@@ -150,7 +150,15 @@ impl<'a> Rank<'a> {
             request,
             prepared,
             control,
-            rule: setup::step_rule(&request.plan, shared.total_steps)?,
+            rule: {
+                let mut rule = setup::step_rule(&request.plan, shared.total_steps)?;
+                if let (Some(_), Some(folder)) = (&resumed, &request.resume) {
+                    let state = checkpoint::load_rule(folder)?;
+                    let restored = rule.restore(state, &prepared.theta);
+                    restored.map_err(|error| checkpoint::wrong(folder, format!("the step rule's state: {error}")))?;
+                }
+                rule
+            },
             tokens: Tokens(0),
             validation: Vec::new(),
             kernel_profiles: vec![profile.clone()],
@@ -241,7 +249,7 @@ impl<'a> Rank<'a> {
         self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let views = self.prepared.domains.first().map_or(&[View::Main][..], |domain| domain.data.views());
-        let layout = Arc::new(largest(&self.prepared.packing, views));
+        let layout = Arc::new(largest(&self.prepared.packing, views).with_copies(self.rule.copies()));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
         let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, micro_batches as usize);
@@ -362,7 +370,6 @@ impl<'a> Rank<'a> {
             step: self.engine.step,
             tokens: self.tokens,
             data: self.engine.loader.state(),
-            step_rule: self.rule.state(),
             guard: self.engine.guard.clone(),
             validation: self.validation.clone(),
             pinned: self.prepared.pinned.clone(),
@@ -371,7 +378,7 @@ impl<'a> Rank<'a> {
 
     fn write(&self, folder: &std::path::Path) -> Result<(), Error> {
         let names = |id: &attune_points::TensorId| self.engine.buffer_names(id);
-        checkpoint::save(folder, &self.state(), &self.engine.theta, &self.engine.buffers, names)
+        checkpoint::save(folder, &self.state(), &self.engine.theta, &self.engine.buffers, self.rule.state(), names)
     }
 
     /// Writes a checkpoint: first under another name, so that a folder of the final name is complete.

@@ -12,7 +12,7 @@ use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Stack};
 use attune_objective::OBJECTIVES;
 use attune_optim::{OPTIMIZERS, SCHEDULES};
-use attune_points::engine::StepRule;
+use attune_points::engine::{Job, StepRule};
 use attune_points::{Bank, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, PlanSlot};
@@ -174,6 +174,12 @@ pub(crate) fn prepare(
         });
         slots.push(made.slot);
     }
+    let theta = Theta::single(banks);
+    let narrow = base.activations() == attune_models::pass::Activations::Bf16;
+    let job = Job { objective: &*objective, theta: &theta, narrow };
+    if let Some(message) = step_rule(plan, total_steps)?.misfit(&job) {
+        return Err(Error::Faults(vec![Fault::new("tune.step", message)]));
+    }
     let trained: Vec<usize> = plan.stack.iter().enumerate().filter(|(_, slot)| slot.train).map(|(i, _)| i).collect();
     let [trained_slot] = trained.as_slice() else {
         let message =
@@ -195,7 +201,7 @@ pub(crate) fn prepare(
     };
     Ok(Prepared {
         shared,
-        theta: Theta::single(banks),
+        theta,
         domains,
         packing,
         base_folder,

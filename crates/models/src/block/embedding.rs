@@ -51,6 +51,15 @@ impl Embedding {
                     }
                 }
             }
+            if let Some(input_td) = &cx.parts[part].theta.input {
+                let at = || "what is added to the embeddings".to_owned();
+                let added = reading::read(input_td).context(at)?;
+                let got = (added.mat().rows(), added.mat().cols());
+                if got != (rows.len(), x_td.n_cols()) {
+                    return Err(not_of_rows(got, (rows.len(), x_td.n_cols())));
+                }
+                cx.kernels.add(added.mat(), x_td.view_mut().into_sub_rows(rows.start, rows.end));
+            }
         }
         Ok(x_td)
     }
@@ -71,8 +80,13 @@ impl Block for Embedding {
         let architecture = cx.base.architecture();
         let ids = tokens(cx.layout, architecture.vocab)?;
         let mut x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
-        if let Some(added) = cx.tracked.get(&TensorId::input_embeddings()) {
-            x_td = (x_td + added.as_tensor())?;
+        let tracked = cx.tracked.get(&TensorId::input_embeddings()).map(|added| added.as_tensor());
+        if let Some(added_td) = tracked.or(cx.theta.input.as_ref()) {
+            let (got, expected) = (added_td.dims2()?, x_td.dims2()?);
+            if got != expected {
+                return Err(not_of_rows(got, expected));
+            }
+            x_td = (x_td + added_td)?;
         }
         if let Some(ids) = places(cx.plan.positions.iter().copied(), architecture)? {
             x_td = (x_td + look_up(&site(&self.sites, Place::Positions)?.id, &ids, cx)?)?;
@@ -137,6 +151,10 @@ impl Block for Embedding {
         }
         Ok(Vec::new())
     }
+}
+
+fn not_of_rows(got: (usize, usize), expected: (usize, usize)) -> Error {
+    Error::Refused(format!("what is added to the embeddings has the shape {got:?}; expected {expected:?}"))
 }
 
 fn too_long(length: usize, longest: usize) -> Error {

@@ -169,7 +169,7 @@ impl Chunk<'_> {
                 let leaf = autograd::leaf(&local::tensor(logits_cv.view().into())?)?;
                 let loss_c = checked(loss.graph(leaf.as_tensor())?, self.at.ids.len())?;
                 if reverse {
-                    let scale_c = Tensor::full(self.scale as f32, self.at.ids.len(), &Device::Cpu)?;
+                    let scale_c = Tensor::full(self.scale as f32, loss_c.elem_count(), &Device::Cpu)?;
                     let gradient = autograd::pull(&[&leaf], &[(&loss_c, &scale_c)])?.pop().flatten();
                     match gradient {
                         Some(gradient) => local::write(&gradient, logits_cv.view_mut(), false)?,

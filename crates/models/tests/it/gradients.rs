@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
+use attune_models::dropout::Dropout;
 use attune_models::pass::walk::Keep;
 use attune_models::{Model, Pass};
 use attune_points::engine::LossReport;
 use attune_points::layout::{Column, LabelCounts, REFERENCE, Source, Values};
 use attune_points::objective::{Level, Objective};
+use attune_points::theta::Rows;
 use attune_points::{Bank, GradSink, Grads, Layout, Region, Result, TensorId, Theta};
+use attune_tensor::Rng;
 use candle_core::{DType, Device, Tensor};
 
 use crate::passes::{MIXTURE, TINY, TOLERANCE, bank, documents, gated, low_rank, model, off, set, weights};
-use crate::support::{Alternating, CrossEntropy, Smoothed, difference, largest};
+use crate::support::{Alternating, Apart, CrossEntropy, Smoothed, difference, largest};
 
 /// The documents with every two that follow each other in a group.
 fn pairs(examples: &[u64]) -> Layout {
@@ -121,6 +124,63 @@ fn gradients_by_input_embeddings_add_up_to_that_of_the_table() {
     let mut alone = Grads::wanting([input.clone()]);
     fast.grad(&pass, &CrossEntropy, 0.3, &mut alone).unwrap();
     assert_eq!(difference(alone.get(&input).unwrap(), &dx_td), 0.0);
+}
+
+/// The second copy of each text has other parameters and moved embeddings; gradients come from both.
+#[test]
+fn copies_with_other_parameters_and_moved_embeddings_have_the_gradients_of_the_graphs_and_of_differences() {
+    let fast = model(TINY, DType::F32, vec![low_rank(3, 0.1, true)]);
+    let graphs = model(TINY, DType::F32, vec![low_rank(3, 0.1, true)]).by_graphs();
+    let layout = documents(&[0, 2, 3]);
+    let twice = layout.with_copies(2);
+    let (one, all) = (layout.n_rows() as u32, twice.n_rows());
+    let hidden = fast.base().architecture().hidden;
+    let moved = |seed, size| Rng::new(seed, "moved").normal_tensor((all, hidden), size, DType::F32).unwrap();
+    let mut theta = Theta::single([bank(vec![set(&fast, 0, 1), set(&fast, 0, 2)])]).with_input(moved(1, 0.1));
+    theta.bindings[0].rows = Rows::Segments(vec![(0..one, 0), (one..all as u32, 1)]);
+    let dropout = Some(Dropout { seed: 5, step: 3 });
+    let pass = Pass { theta: &theta, layout: &twice, dropout };
+    let input = TensorId::input_embeddings();
+    let wanted = || Grads::wanting(theta.trained().map(|(id, _)| id).chain([input.clone()]));
+    let (mut found, mut expected) = (wanted(), wanted());
+    let report = fast.grad(&pass, &Apart, 0.3, &mut found).unwrap();
+    let by_graphs = graphs.grad(&pass, &Apart, 0.3, &mut expected).unwrap();
+    assert!(off(&found, &expected) < TOLERANCE);
+    assert!((report.loss_sum - by_graphs.loss_sum).abs() < TOLERANCE * by_graphs.loss_sum);
+    assert_eq!(report.counts, layout.counts(), "copies are not counted");
+
+    // Along one direction, by central differences of two widths, whose errors of second order cancel; losses of some thousands
+    // in 32 bits lose about 1e-3 to rounding, over a width of 1e-3.
+    let direction = moved(2, 1.0);
+    let loss = |h: f64| {
+        let input = (theta.input.as_ref().unwrap() + (&direction * h).unwrap()).unwrap();
+        let at = theta.clone().with_input(input);
+        fast.score(&Pass { theta: &at, layout: &twice, dropout }, &Apart).unwrap().loss_sum
+    };
+    let central = |h: f64| 0.3 * (loss(h) - loss(-h)) / (2.0 * h);
+    let differences = (4.0 * central(5e-4) - central(1e-3)) / 3.0;
+    let gradient = found.get(&input).unwrap();
+    let along = (gradient * &direction).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+    assert!((differences - f64::from(along)).abs() < 1e-3 * differences.abs(), "{differences}, {along}");
+
+    // Copies of the same text, in the same state, are not apart: dropout's masks are the same.
+    let same = Theta::single([bank(vec![set(&fast, 0, 1)])]);
+    let none = fast.score(&Pass { theta: &same, layout: &twice, dropout }, &Apart).unwrap();
+    assert_eq!(none.loss_sum, 0.0);
+}
+
+#[test]
+fn copies_and_moved_embeddings_that_do_not_fit_are_refused() {
+    let model = model(TINY, DType::F32, Vec::new());
+    let layout = documents(&[0, 1]);
+    let refused = |theta: &Theta, layout: &Layout| {
+        model.score(&Pass { theta, layout, dropout: None }, &Apart).unwrap_err().to_string()
+    };
+    let message = refused(&Theta::default(), &layout);
+    assert!(message.contains("does not hold its documents 2 times"), "{message}");
+    let short = Theta::default().with_input(Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap());
+    let message = refused(&short, &layout.with_copies(2));
+    assert!(message.contains("added to the embeddings has the shape (3, 4)"), "{message}");
 }
 
 /// A part of a whole gradient.

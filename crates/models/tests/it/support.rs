@@ -115,6 +115,32 @@ impl Objective for Smoothed {
     }
 }
 
+/// How far the second copy of each row is from the first: the sum of squared differences of their log-probabilities.
+#[derive(Debug)]
+pub(crate) struct Apart;
+
+impl LogitsLoss for Apart {
+    fn graph(&self, logits_cv: &Tensor) -> Result<Tensor> {
+        let logp_cv = ops::log_softmax(logits_cv)?;
+        let rows = logp_cv.dim(0)? / 2;
+        Ok((logp_cv.narrow(0, 0, rows)? - logp_cv.narrow(0, rows, rows)?)?.sqr()?.sum(1)?)
+    }
+}
+
+impl Objective for Apart {
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn copies(&self) -> usize {
+        2
+    }
+
+    fn chunk(&self, _: &ChunkView<'_>) -> Result<ChunkLoss> {
+        Ok(ChunkLoss::Logits(Arc::new(Self)))
+    }
+}
+
 /// Cross-entropy by its logits.
 pub(crate) struct ByLogits;
 

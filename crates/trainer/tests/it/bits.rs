@@ -9,7 +9,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 8] = [
+const KINDS: [(&str, &[(&str, &str)]); 9] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
@@ -18,7 +18,11 @@ const KINDS: [(&str, &[(&str, &str)]); 8] = [
     ("loramoe", &[("tune.adapter", "{method: loramoe, rank: 2, experts: 4, knowledge: [sums]}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
+    ("smart", &[("tune.step", SMART)]),
 ];
+
+/// Embeddings are moved so far that it shows.
+const SMART: &str = "{method: smart, radius: 0.02, noise: 0.01, ascent: 0.02}";
 
 /// The same with a loss that sees all pairs of a step.
 const STEP: &[(&str, &str)] = &[
@@ -97,6 +101,36 @@ fn more_ranks_give_the_same_bytes() {
             assert_eq!(small.finish(plan.clone(), ranks).1, one, "{name} on {ranks} ranks");
         }
     }
+}
+
+/// What is trained to be smooth says nearly the same where its inputs are moved, and what is not says something else; without a
+/// way to move there is no difference, for dropout drops the same of all copies.
+#[test]
+fn a_smooth_run_changes_less_where_its_inputs_are_moved() {
+    let small = Small::new();
+    let rough = |smoothness: &str, noise: &str| {
+        let step = format!(
+            "{{method: smart, smoothness: {smoothness}, proximity: 0, radius: 0.05, noise: {noise}, ascent: {noise}}}"
+        );
+        let changes = [("tune.step", step.as_str()), ("tune.steps", "30"), ("tune.logical_shards", "1")];
+        let (events, files) = small.finish(small.plan(&changes), 1);
+        (metric(&events, "train/smart/smoothness"), metric(&events, "eval/sums/loss"), files)
+    };
+    let (unheeded, losses, _) = rough("1e-9", "0.03");
+    let (heeded, smooth_losses, _) = rough("5", "0.03");
+    assert!(heeded[29] < 0.7 * unheeded[29], "{} and {}", heeded[29], unheeded[29]);
+    assert!(losses[1] < losses[0] && smooth_losses[1] < smooth_losses[0], "both learn");
+    let (still, ..) = rough("5", "0");
+    assert!(still.iter().all(|divergence| *divergence == 0.0), "{still:?}");
+}
+
+#[test]
+fn a_smooth_step_without_weights_leaves_the_bytes_of_the_usual_one() {
+    let small = Small::new();
+    let (_, usual) = small.finish(small.plan(&[]), 1);
+    let (_, none) = small.finish(small.plan(&[("tune.step", "{method: smart, smoothness: 0, proximity: 0}")]), 1);
+    let adapter = "Result/adapter_model.safetensors";
+    assert_eq!(usual[adapter], none[adapter]);
 }
 
 /// Before training nothing is preferred to what the reference prefers: the loss is that of no difference, and what is learned of

@@ -71,8 +71,9 @@ fn alone(small: &Small) -> Vec<Files> {
 
 const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
-/// Lanes whose components take part in other ways than LoRA's, and some whose objectives see pairs and whole steps.
-const PORTS: [&[(&str, &str)]; 5] = [
+/// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
+/// passes of their own.
+const PORTS: [&[(&str, &str)]; 6] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
     &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}"), ("tune.logical_shards", "2")],
@@ -84,6 +85,7 @@ const PORTS: [&[(&str, &str)]; 5] = [
         ("data.validation", PAIRS),
         ("tune.batch_tokens", "256"),
     ],
+    &[("tune.step", "{method: smart, radius: 0.02, noise: 0.01, ascent: 0.02}")],
 ];
 
 #[test]

@@ -49,12 +49,35 @@ fn bad_rows_and_files_are_named_with_their_line() {
 }
 
 #[test]
+fn a_move_that_bf16_cannot_tell_apart_is_refused() {
+    let small = Small::with_weights();
+    let changes = [("tune.from_scratch", "false"), ("tune.step", "{method: smart}"), ("tune.precision", "bf16")];
+    let (class, message) = fail(&small, &changes, None);
+    let expected = "`tune.step` is `smart` with `radius` 0.00001, less than activations of bf16 can tell apart";
+    assert!(message.starts_with(expected) && !class.is_retryable(), "{message}");
+}
+
+#[test]
 fn what_does_not_fit_the_base_has_its_field_path() {
     let small = Small::new();
     for (changes, expected) in [
         (
             vec![("tune.adapter.targets", "q_porj")],
             "`tune.stack[0].targets` \"q_porj\" matches no site of this llama model",
+        ),
+        (
+            vec![("tune.step", "{method: smart}"), ("tune.adapter", "{method: full}")],
+            "`tune.step` is `smart` with `proximity`, which needs the model with two sets of what trains at once",
+        ),
+        (
+            vec![
+                ("tune.step", "{method: smart}"),
+                ("tune.objective", "{method: dpo}"),
+                ("data.domains", "[{name: pairs, source: ./pairs.jsonl}]"),
+                ("data.validation", "[{name: pairs, source: ./pairs.jsonl}]"),
+                ("tune.batch_tokens", "256"),
+            ],
+            "`tune.step` is `smart`, which adds to a loss of single tokens; this objective's is one of a Group",
         ),
         (vec![("tune.adapter.rank", "64")], "`tune.stack[0].rank` is 64; model.layers.0"),
         (

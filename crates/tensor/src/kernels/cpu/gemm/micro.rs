@@ -188,7 +188,7 @@ unsafe fn chain<S: Simd, const M: usize, const V: usize, const BESIDE: bool, con
     let mut at = Places { rows: [along.a; 4], apart, b: along.b };
     if !BESIDE {
         for (i, row) in at.rows.iter_mut().enumerate() {
-            *row = opaque(along.a.wrapping_byte_add(i * 3 * apart));
+            *row = along.a.wrapping_byte_add(opaque(i * 3 * apart));
         }
     }
     let b_apart = along.unpacked.unwrap_or(V * S::LANES);
@@ -240,16 +240,16 @@ impl Places {
     }
 }
 
-/// The same pointer, of which the compiler does not know how it was computed: it would compute each row's place from the one
+/// The same number, of which the compiler does not know how it was computed: it would compute each row's place from the one
 /// before, by an instruction that takes the place of a multiply-add.
 #[inline(always)]
-fn opaque(mut at: *const f32) -> *const f32 {
+fn opaque(mut x: usize) -> usize {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: no instruction at all.
     unsafe {
-        std::arch::asm!("/* {} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags));
+        std::arch::asm!("/* {} */", inout(reg) x, options(pure, nomem, nostack, preserves_flags));
     }
-    at
+    x
 }
 
 /// Number, or pair, `p` of each chain of a tile.
