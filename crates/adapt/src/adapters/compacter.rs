@@ -25,7 +25,7 @@
 //! # Paper
 //! Compacter: Efficient Low-Rank Hypercomplex Adapter Layers. Karimi Mahabadi, Henderson, Ruder, 2021.
 
-use attune_architecture::{Architecture, Site, SiteKind};
+use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, BranchMap, Merged, Peft, Port, RowCx};
 use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
@@ -37,7 +37,7 @@ use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::parts::own;
+use crate::parts::{blocks, own};
 
 const RULE: &str = "phm_rule";
 const DOWN: [&str; 3] = ["down_s", "down_t", "down_bias"];
@@ -102,32 +102,24 @@ impl Adapter for Compacter {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
         let Config { reduction, factors, phm_rank } = self.config;
         let (n, rank) = (factors as usize, phm_rank as usize);
-        let (mut faults, mut attachments) = (Vec::new(), Vec::new());
-        for site in sites {
-            let SiteKind::Block { width } = site.kind else {
-                let message = format!("names {}, which is a {}; expected blocks", site.id, site.kind.name());
-                faults.push(Fault::new("targets", message));
-                continue;
-            };
+        blocks::attach(sites, |site, width| {
             let inner = width / reduction as usize;
             if !width.is_multiple_of(reduction as usize) {
                 let message = format!("is {reduction}, which does not divide {width}, the width of {}", site.id);
-                faults.push(Fault::new("reduction", message));
-            } else if inner == 0 || !inner.is_multiple_of(n) || !width.is_multiple_of(n) {
-                let message = format!("is {n}, which does not divide the widths {width} and {inner} of {}", site.id);
-                faults.push(Fault::new("factors", message));
-            } else {
-                let rule = TensorSpec { scope: Scope::Model, ..TensorSpec::trained(RULE, [n, n, n]) };
-                let map = |[s, t, bias]: [&'static str; 3], i: usize, o: usize| {
-                    let bias = TensorSpec { decay: false, ..TensorSpec::trained(bias, [o]) };
-                    [TensorSpec::trained(s, [n, i / n, rank]), TensorSpec::trained(t, [n, rank, o / n]), bias]
-                };
-                let own = map(DOWN, width, inner).into_iter().chain(map(UP, inner, width));
-                let tensors = std::iter::once(rule).chain(own).collect();
-                attachments.push(Attachment { site: site.id.clone(), tensors });
+                return Err(Fault::new("reduction", message));
             }
-        }
-        if faults.is_empty() { Ok(attachments) } else { Err(faults) }
+            if inner == 0 || !inner.is_multiple_of(n) || !width.is_multiple_of(n) {
+                let message = format!("is {n}, which does not divide the widths {width} and {inner} of {}", site.id);
+                return Err(Fault::new("factors", message));
+            }
+            let rule = TensorSpec { scope: Scope::Model, ..TensorSpec::trained(RULE, [n, n, n]) };
+            let map = |[s, t, bias]: [&'static str; 3], i: usize, o: usize| {
+                let bias = TensorSpec { decay: false, ..TensorSpec::trained(bias, [o]) };
+                [TensorSpec::trained(s, [n, i / n, rank]), TensorSpec::trained(t, [n, rank, o / n]), bias]
+            };
+            let own = map(DOWN, width, inner).into_iter().chain(map(UP, inner, width));
+            Ok(std::iter::once(rule).chain(own).collect())
+        })
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {

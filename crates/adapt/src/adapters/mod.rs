@@ -1,5 +1,6 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+mod bottleneck;
 mod compacter;
 mod dora;
 mod full;
@@ -19,6 +20,7 @@ use crate::parts::own;
 pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
+        entry::<bottleneck::Bottleneck>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),

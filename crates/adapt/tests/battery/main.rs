@@ -41,7 +41,8 @@ const PROPERTIES: [(&str, Property); 8] = [
 const PLAIN: &str = "lora";
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 1] = [("compacter", &[("reduction", 4), ("factors", 2)])];
+static SMALL: [(&str, &[(&str, u32)]); 2] =
+    [("bottleneck", &[("reduction", 4)]), ("compacter", &[("reduction", 4), ("factors", 2)])];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
 fn exact(card: &Card) -> Option<(&'static str, Value)> {
@@ -72,7 +73,7 @@ fn main() {
         })
         .collect();
     trials.push(Trial::test("adapter::compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule));
-    trials.push(Trial::test("adapter::loramoe::what_it_adds_to_a_sum_is_no_sum", no_sum));
+    trials.push(Trial::test("adapter::bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum));
     trials.push(Trial::test("adapter::prefix_tuning::queries_of_a_single_row_matter", lone_row));
     trials.push(Trial::test("adapter::dora::factors_turn_rows_and_leave_their_lengths", row_lengths));
     trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
@@ -361,27 +362,36 @@ fn shared_rule() -> Result<(), Failed> {
     Ok(())
 }
 
-/// How far what a component adds for the sum of two rows is from the sum of what it adds for each, against the latter.
-fn additivity(method: Value) -> Result<f64, Failed> {
-    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+/// How far what a component adds for the sum of two rows is from the sum of what it adds for each, against the latter; beyond what
+/// it adds for nothing.
+fn additivity(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
     setup.disturb(0.3);
     let at = &setup.attachments[0];
-    let Port::Delta(map) = setup.adapter.port(at) else { return Err("it adds nothing to rows".into()) };
     let tensors = attune_models::stack::locals(at, &setup.params())?;
     let (layout, mut rng) = (Layout::new(), Rng::new(5, "rows"));
     let cx = RowCx { site: &at.site, dropout: None, layout: &layout, rows: None };
     let [a, b] = [0; 2].map(|_| rng.normal_tensor(&[4, 24][..], 1.0, DType::F64));
     let (a, b) = (a?, b?);
-    let added = |x: &Tensor| map.graph(x, &tensors, &cx);
-    let (together, apart) = (added(&(&a + &b)?)?, (added(&a)? + added(&b)?)?);
+    let added = |x: &Tensor| match setup.adapter.port(at) {
+        Port::Delta(map) => map.graph(x, &tensors, &cx),
+        Port::Branch(map) => Ok((map.graph(x, x, &tensors, &cx)? - x)?),
+        _ => Err(attune_points::Error::Refused("it adds nothing to rows".to_owned())),
+    };
+    let nothing = added(&a.zeros_like()?)?;
+    let (together, apart) = ((added(&(&a + &b)?)? + nothing)?, (added(&a)? + added(&b)?)?);
     Ok(difference(&together, &apart) / largest(&apart))
 }
 
-/// A row chooses its own mixture; LoRA is linear.
+/// A row chooses its own mixture, and an activation its own slope; LoRA is linear.
 fn no_sum() -> Result<(), Failed> {
-    let (mixed, plain) =
-        (additivity(json!({"method": "loramoe", "rank": 2}))?, additivity(json!({"method": PLAIN, "rank": 2}))?);
-    assert!(mixed > 0.01, "off by {mixed} of what it adds");
+    let (linear, blocks) = ([SiteKind::Linear], [SiteKind::Attention, SiteKind::Mlp]);
+    let up = "model.layers.1.mlp.up_proj";
+    let mixed = additivity(json!({"method": "loramoe", "rank": 2}), up, &linear)?;
+    let bent = additivity(json!({"method": "bottleneck", "reduction": 4}), "model.layers.1.mlp", &blocks)?;
+    let plain = additivity(json!({"method": PLAIN, "rank": 2}), up, &linear)?;
+    assert!(mixed > 0.01 && bent > 0.01, "off by {mixed} and {bent} of what they add");
     assert!(plain < 1e-12, "off by {plain} of what it adds");
     Ok(())
 }
