@@ -182,11 +182,37 @@ impl<'a> GraphCx<'a> {
 
     /// What components make of the rows that `block` gave, `y_td`, for those that it read, `x_td`.
     pub(crate) fn branch(&self, block: &Site, x_td: &Tensor, mut y_td: Tensor) -> Result<Tensor> {
-        for (binding, at, port) in self.attached(&block.id) {
-            if let Port::Branch(map) = port {
-                let made =
-                    |x_td: &Tensor, y_td: Tensor, tensors: &Locals, cx: &RowCx<'_>| map.graph(x_td, &y_td, tensors, cx);
-                y_td = self.by_runs(block, (binding, at), x_td, y_td, made)?;
+        let attached: Vec<_> = self.attached(&block.id).collect();
+        let last_mixture = attached.iter().rposition(|(_, _, port)| matches!(port, Port::Mixture(_)));
+        // What branches would add, until it is mixed.
+        let mut added = Vec::new();
+        for (i, (binding, at, port)) in attached.into_iter().enumerate() {
+            match port {
+                Port::Branch(map) => {
+                    let made = |x_td: &Tensor, y_td: Tensor, tensors: &Locals, cx: &RowCx<'_>| {
+                        map.graph(x_td, &y_td, tensors, cx)
+                    };
+                    let made = self.by_runs(block, (binding, at), x_td, y_td.clone(), made)?;
+                    if last_mixture > Some(i) {
+                        added.push((made - &y_td)?);
+                    } else {
+                        y_td = made;
+                    }
+                }
+                Port::Mixture(map) => {
+                    // Side by side with what the block reads, so that they are cut along with it.
+                    let width = x_td.dim(1)?;
+                    let beside: Vec<&Tensor> = std::iter::once(x_td).chain(&added).collect();
+                    let beside = Tensor::cat(&beside, 1)?;
+                    let made = |x: &Tensor, y_td: Tensor, tensors: &Locals, cx: &RowCx<'_>| {
+                        let of = |at: usize| x.narrow(1, at * width, width)?.contiguous();
+                        let added = (1..=added.len()).map(of).collect::<candle_core::Result<Vec<_>>>()?;
+                        map.graph(&of(0)?, &y_td, &added, tensors, cx)
+                    };
+                    y_td = self.by_runs(block, (binding, at), &beside, y_td, made)?;
+                    added.clear();
+                }
+                _ => {}
             }
         }
         Ok(y_td)

@@ -39,6 +39,15 @@ pub trait Adapter: Send + Sync {
     /// How the component takes part in the computation at `at`.
     fn port(&self, at: &Attachment) -> Port<'_>;
 
+    /// A loss on the tensors of the component at `at` themselves, a number, in differentiable operations only. Its gradient is
+    /// added to that of the mean loss once an optimiser step. None for most.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn penalty(&self, _at: &Attachment, _tensors: &Locals) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
     /// What the component at `at` becomes without itself.
     ///
     /// # Errors
@@ -57,8 +66,7 @@ pub enum BaseEdit {
     None,
 }
 
-/// Where a component takes part. More ports (input, output, router, sequence, side, head, mixture) join with their first
-/// users.
+/// Where a component takes part. More ports (input, output, router, sequence, side, head) join with their first users.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
@@ -68,6 +76,9 @@ pub enum Port<'a> {
     Weight(&'a dyn WeightMap),
     /// Other rows in place of those that a block adds to the stream, made of them.
     Branch(&'a dyn BranchMap),
+    /// Other rows in place of those that a block adds to the stream, made of them and of what the branches before it in the stack
+    /// would add to them. These take part by it alone.
+    Mixture(&'a dyn MixtureMap),
     /// Further keys and values at an attention.
     Attention(&'a dyn AttentionMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
@@ -96,6 +107,18 @@ pub trait BranchMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, x_td: &Tensor, y_td: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor>;
+}
+
+/// A map from what branches would add to a block's rows to what is added.
+pub trait MixtureMap: Send + Sync {
+    /// The rows `[T, D]` in place of `y_td`, which the block gave for the rows `x_td`, by what each of the branches at this block
+    /// would add to them, `[T, D]` each in the order of the stack, in differentiable operations only and valid in f64. Each
+    /// row of the result depends on its own row of all alone. Without branches it is `y_td`.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, x_td: &Tensor, y_td: &Tensor, added: &[Tensor], tensors: &Locals, cx: &RowCx<'_>)
+    -> Result<Tensor>;
 }
 
 /// Keys and values that every row of an attention sees before those of its own document.

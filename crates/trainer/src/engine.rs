@@ -16,10 +16,10 @@ use attune_points::layout::REFERENCE;
 use attune_points::objective::{Level, Objective};
 use attune_points::optimizer::{Optimizer, UpdateCx};
 use attune_points::schedule::Schedule;
-use attune_points::{Error, GradSink, Grads, Layout, Owner, Params, Result, TensorId, TensorSpec, Theta};
+use attune_points::{Error, GradSink, Grads, Layout, Locals, Owner, Params, Result, TensorId, TensorSpec, Theta};
 use attune_spec::id::Step;
-use attune_tensor::Rng;
-use candle_core::{Device, Tensor};
+use attune_tensor::{Rng, autograd};
+use candle_core::{Device, Tensor, Var};
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
@@ -137,6 +137,33 @@ impl RankEngine<'_> {
     /// The learning rate that the next update starts from.
     pub(crate) fn lr(&self) -> f64 {
         self.shared.optimizer.lr() * self.shared.schedule.factor(self.step, self.shared.total_steps)
+    }
+
+    /// Adds the gradients of losses that components have on their own tensors.
+    fn add_penalties(&self, gradients: &mut Grads) -> Result<()> {
+        let slots = self.shared.model.stack().slots().iter();
+        for (slot, (of_slot, bank)) in slots.zip(&self.theta.banks).enumerate().filter(|(_, (_, bank))| bank.train) {
+            for (at, set) in of_slot.attachments().flat_map(|at| bank.sets.iter().enumerate().map(move |set| (at, set)))
+            {
+                let (set, params) = set;
+                let mut leaves = Vec::with_capacity(at.tensors.len());
+                for spec in &at.tensors {
+                    let name = spec.name(at.site.as_str());
+                    let tensor = params.get(&name).ok_or_else(|| Error::Refused(format!("{name} has no value")))?;
+                    leaves.push((spec, name, autograd::leaf(tensor)?));
+                }
+                let tensors = leaves.iter().map(|(spec, _, leaf)| (spec.local, leaf.as_tensor().clone()));
+                let tensors = Locals::new(at.site.as_str(), tensors);
+                let Some(penalty) = of_slot.adapter().penalty(at, &tensors)? else { continue };
+                let all: Vec<&Var> = leaves.iter().map(|(_, _, leaf)| leaf).collect();
+                let found = autograd::pull(&all, &[(&penalty, &penalty.ones_like()?)])?;
+                for ((_, name, _), gradient) in leaves.into_iter().zip(found) {
+                    let id = TensorId { owner: Owner::Bank { slot: slot as u16, set: set as u32 }, name };
+                    gradient.map(|gradient| gradients.put(&id, &gradient)).transpose()?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Exchanges parts with the other ranks.
@@ -388,8 +415,9 @@ impl Engine for RankEngine<'_> {
         Ok((gradients, loss))
     }
 
-    fn update(&mut self, gradients: Grads) -> Result<f64> {
+    fn update(&mut self, mut gradients: Grads) -> Result<f64> {
         let watch = Stopwatch::start();
+        self.add_penalties(&mut gradients)?;
         let number = self.step.next();
         self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
         let mut values = Vec::new();

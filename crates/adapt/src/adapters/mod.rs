@@ -1,5 +1,6 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+mod adapterfusion;
 mod bottleneck;
 mod compacter;
 mod dora;
@@ -20,6 +21,7 @@ use crate::parts::own;
 pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
+        entry::<adapterfusion::Adapterfusion>(),
         entry::<bottleneck::Bottleneck>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),

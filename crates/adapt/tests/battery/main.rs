@@ -14,7 +14,7 @@ use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged, Port, RowCx};
 use attune_points::layout::Source;
 use attune_points::params::Scope;
-use attune_points::{Grads, Layout, Owner, Row, TensorId, TensorName};
+use attune_points::{Grads, Layout, Owner, Row, TensorId, TensorName, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, MethodRef, SiteKind, expression};
@@ -74,6 +74,7 @@ fn main() {
         .collect();
     trials.push(Trial::test("adapter::compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule));
     trials.push(Trial::test("adapter::bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum));
+    trials.push(Trial::test("adapter::adapterfusion::by_itself_it_adds_nothing", nothing_alone));
     trials.push(Trial::test("adapter::prefix_tuning::queries_of_a_single_row_matter", lone_row));
     trials.push(Trial::test("adapter::dora::factors_turn_rows_and_leave_their_lengths", row_lengths));
     trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
@@ -359,6 +360,27 @@ fn shared_rule() -> Result<(), Failed> {
         reach(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?,
     );
     assert_eq!((compacter, plain), (2, 1));
+    Ok(())
+}
+
+/// How far logits are from the base's with a component alone, moved from its start, and nothing beside it.
+fn alone(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
+    setup.disturb(0.3);
+    let mut theta = setup.theta.clone();
+    theta.bindings.retain(|binding| binding.slot == 0);
+    let layout = batch();
+    let logits = |theta: &Theta| setup.model.logits(&Pass { theta, layout: &layout, dropout: None });
+    Ok(difference(&logits(&theta)?, &logits(&theta.adapters_off())?))
+}
+
+/// What mixes others adds only what they do; LoRA adds by itself.
+fn nothing_alone() -> Result<(), Failed> {
+    let fusion = alone(json!({"method": "adapterfusion"}), "mlp", &[SiteKind::Mlp])?;
+    let plain = alone(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?;
+    assert_eq!(fusion, 0.0);
+    assert!(plain > 1e-3, "logits change by {plain}");
     Ok(())
 }
 

@@ -2,17 +2,19 @@
 
 use std::sync::Arc;
 
-use attune_adapt::slot;
+use attune_adapt::{ADAPTERS, slot};
 use attune_architecture::{Architecture, Site, targets};
 use attune_models::{Base, Model, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
 use attune_points::{Bank, BankKind, Layout, Params, Row, TensorName, Theta, Weight};
+use attune_spec::id::Step;
 use attune_spec::job::Targets;
-use attune_spec::method::{Card, SiteKind};
+use attune_spec::method::{BuildCx, Card, MethodRef, SiteKind};
 use attune_tensor::Rng;
 use candle_core::{DType, Device, Tensor};
+use serde_json::json;
 
 const CONFIG: &str = r#"{
     "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -58,7 +60,17 @@ impl Setup {
         let sites = targets::resolve(named, None, base.architecture(), takes).unwrap();
         let attachments = adapter.attach(base.architecture(), &sites).unwrap();
         let adapter: Arc<dyn Adapter> = adapter.into();
-        let stack = Stack::new(vec![Slot::new(Arc::clone(&adapter), attachments.iter().cloned())]);
+        let mut slots = vec![Slot::new(Arc::clone(&adapter), attachments.iter().cloned())];
+        // What mixes others has two to mix, frozen ones.
+        let mut mixed = Vec::new();
+        if matches!(adapter.port(&attachments[0]), Port::Mixture(_)) {
+            for seed in 1..=2 {
+                let (slot, bank) = bottleneck(&base, &sites, seed, dtype);
+                slots.push(slot);
+                mixed.push(bank);
+            }
+        }
+        let stack = Stack::new(slots);
         let kind = match adapter.port(&attachments[0]) {
             Port::Weights => BankKind::Weights,
             _ => BankKind::Adapter,
@@ -70,7 +82,10 @@ impl Setup {
             slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &Rng::new(7, "init"));
         let params: Params =
             params.unwrap().iter().map(|(name, tensor)| (name.clone(), tensor.to_dtype(dtype).unwrap())).collect();
-        setup.theta = Theta::single([Bank { slot: "x".into(), kind, sets: vec![Arc::new(params)], train: true }]);
+        let own = Bank { slot: "x".into(), kind, sets: vec![Arc::new(params)], train: true };
+        setup.theta = Theta::single(std::iter::once(own).chain(mixed));
+        // The component itself comes last.
+        setup.theta.bindings.rotate_left(1);
         setup
     }
 
@@ -121,6 +136,23 @@ impl Setup {
             .collect();
         self.theta = self.with_params(disturbed);
     }
+}
+
+/// A frozen bottleneck at these blocks, away from its start.
+fn bottleneck(base: &Base, sites: &[Site], seed: u64, dtype: DType) -> (Slot, Bank) {
+    let method: MethodRef = serde_json::from_value(json!({"method": "bottleneck", "reduction": 4})).unwrap();
+    let cx = BuildCx { steps: Step(1), domains: &[] };
+    let adapter: Arc<dyn Adapter> = ADAPTERS.build(&method, &"tune.adapter".into(), &cx).unwrap().into();
+    let attachments = adapter.attach(base.architecture(), sites).unwrap();
+    let mut params = Params::new();
+    for at in &attachments {
+        for spec in &at.tensors {
+            let mut rng = Rng::new(seed, "bottleneck").named(at.site.as_str()).named(spec.local);
+            params.insert(spec.name(at.site.as_str()), rng.normal_tensor(spec.shape.as_slice(), 0.3, dtype).unwrap());
+        }
+    }
+    let (slot, sets) = (Slot::new(adapter, attachments), vec![Arc::new(params)]);
+    (slot, Bank { slot: "mixed".into(), kind: BankKind::Adapter, sets, train: false })
 }
 
 struct Owned {

@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor};
 
 use crate::low_rank::{Gated, LowRank, Rescaled};
 use crate::support::{CrossEntropy, difference, largest};
-use crate::whole::{Bottleneck, Prefix};
+use crate::whole::{Bottleneck, Mixer, Prefix};
 
 /// Biases, a window in the second layer, grouped heads of an even but odd-halved width, sizes that fill no register.
 pub(crate) const TINY: &str = r#"{
@@ -156,6 +156,10 @@ pub(crate) fn bottleneck(rank: usize, dropout: f64) -> Arc<dyn Adapter> {
     Arc::new(Bottleneck { rank, dropout })
 }
 
+pub(crate) fn mixer() -> Arc<dyn Adapter> {
+    Arc::new(Mixer)
+}
+
 pub(crate) fn gated(rank: usize) -> Arc<dyn Adapter> {
     Arc::new(Gated { rank })
 }
@@ -202,6 +206,7 @@ fn gradients_by_graphs(config: &str) {
         vec![gated(2)],
         vec![bottleneck(3, 0.3)],
         vec![prefix(5)],
+        vec![prefix(2), bottleneck(3, 0.3), bottleneck(2, 0.0), mixer(), bottleneck(2, 0.0)],
         vec![prefix(2), bottleneck(2, 0.0), low_rank(3, 0.3, true), bottleneck(3, 0.3), prefix(3)],
     ] {
         let n = components.len();
@@ -240,8 +245,8 @@ fn a_part_of_a_mixture_has_the_same_bits_alone_beside_others_recomputed_and_on_a
 }
 
 fn same_bits(config: &str) {
-    let components =
-        vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), bottleneck(2, 0.2), gated(2)];
+    let mut components = vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), gated(2)];
+    components.extend([bottleneck(2, 0.2), bottleneck(3, 0.0), mixer(), bottleneck(2, 0.0)]);
     let slots = components.len();
     let model = model(config, DType::F32, components);
     let thetas: Vec<Theta> =
@@ -298,6 +303,16 @@ fn a_base_of_bf16_gives_the_gradients_of_its_widened_weights_within_the_precisio
     assert!(off < 0.028, "off by a factor of {off}");
     let (loss, by_graphs) = (found[0].1.loss_sum, expected[0].1.loss_sum);
     assert!((loss - by_graphs).abs() < 0.007 * by_graphs, "{loss} against {by_graphs}");
+}
+
+#[test]
+fn what_is_not_on_all_rows_of_what_mixes_it_is_refused() {
+    let model = model(TINY, DType::F32, vec![bottleneck(2, 0.0), mixer()]);
+    let layout = documents(&[0, 1]);
+    let mut theta = Theta::single((0..2).map(|slot| bank(vec![set(&model, slot, 1)])));
+    theta.bindings[0].rows = Rows::Segments(vec![(layout.docs()[0].rows.clone(), 0)]);
+    let error = model.score(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap_err();
+    assert!(error.to_string().contains("mixes others that are not on all of its rows"), "{error}");
 }
 
 #[test]

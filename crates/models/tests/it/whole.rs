@@ -1,9 +1,9 @@
-//! The plainest components of whole blocks: one that changes what a block gives, one that puts keys and values before those of
+//! The plainest components of whole blocks: one that changes what a block gives, one that mixes such, one that puts keys and values before those of
 //! documents.
 
 use attune_architecture::{Architecture, Place, Site, SiteKind};
 use attune_points::adapter::{
-    Adapter, Attachment, AttentionMap, BaseEdit, BranchMap, DropoutMask, Merged, Peft, Port, RowCx,
+    Adapter, Attachment, AttentionMap, BaseEdit, BranchMap, DropoutMask, Merged, MixtureMap, Peft, Port, RowCx,
 };
 use attune_points::{Error, Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
@@ -67,6 +67,46 @@ impl BranchMap for Bottleneck {
         let h_tr = (ops::silu(&ops::linear(y_td, tensors.get("down")?, None)?)? + beside_tr)?;
         let scaled_td = y_td.broadcast_mul(&(tensors.get("gain")? + 1.0)?)?;
         Ok((scaled_td + ops::linear(&h_tr, tensors.get("up")?, None)?)?)
+    }
+}
+
+/// `y' = y + Σ_n silu(z_n ∘ gate + x) ∘ z_n`, where `z_n` is what the `n`th branch would add.
+pub(crate) struct Mixer;
+
+impl Adapter for Mixer {
+    fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        let attachments = sites.iter().filter_map(|site| {
+            let SiteKind::Block { width } = site.kind else { return None };
+            Some(Attachment { site: site.id.clone(), tensors: vec![TensorSpec::trained("gate", [width])] })
+        });
+        Ok(attachments.collect())
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        random(at, rng)
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Mixture(self)
+    }
+
+    fn merge(&self, at: &Attachment, _: &Locals, _: &dyn Weight) -> Result<Merged> {
+        Err(Error::Refused(format!("{} is a block", at.site)))
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}
+
+impl MixtureMap for Mixer {
+    fn graph(&self, x_td: &Tensor, y_td: &Tensor, added: &[Tensor], tensors: &Locals, _: &RowCx<'_>) -> Result<Tensor> {
+        let mut mixed_td = y_td.clone();
+        for z_td in added {
+            let gate_td = (z_td.broadcast_mul(tensors.get("gate")?)? + x_td)?;
+            mixed_td = (mixed_td + (ops::silu(&gate_td)? * z_td)?)?;
+        }
+        Ok(mixed_td)
     }
 }
 

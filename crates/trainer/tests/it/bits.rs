@@ -241,6 +241,37 @@ fn a_merged_model_is_the_base_with_the_adapter_and_goes_on_as_a_base() {
     assert!((adapted - merged).abs() < 1e-4, "{adapted} with the adapter, {merged} merged");
 }
 
+/// Two bottlenecks, each trained on one domain, are mixed for both: the same bytes resumed and on several ranks.
+#[test]
+fn adapters_that_were_trained_one_by_one_are_mixed() {
+    let small = Small::new();
+    for (name, kept) in [("greeter", "greetings"), ("adder", "sums")] {
+        let domains = format!("[{{name: {kept}, source: ./{kept}.jsonl}}]");
+        let plan = small.plan(&[
+            ("tune.adapter", "{method: bottleneck, reduction: 2, targets: mlp}"),
+            ("data.domains", &domains),
+            ("tune.steps", "15"),
+        ]);
+        let (request, work) = small.request(plan, 1, None);
+        run(&request, &Outside::default()).unwrap();
+        std::fs::rename(work.path().join("adapter"), small.path(name)).unwrap();
+    }
+    let stack =
+        "[{name: a, from: ./greeter, train: false}, {name: b, from: ./adder, train: false}, {method: adapterfusion}]";
+    let plan = small.plan(&[("tune.adapter", "null"), ("tune.stack", stack), ("tune.steps", "6")]);
+    let (events, whole) = small.finish(plan.clone(), 1);
+    let losses = metric(&events, "train/loss");
+    assert!(losses.last() < losses.first(), "{losses:?}");
+    assert_eq!(small.finish(plan.clone(), 2).1, whole);
+    let (request, _work) = small.request(plan.clone(), 1, None);
+    let outside = Outside::stopping_after(2);
+    assert_eq!(run(&request, &outside).unwrap(), End::Stopped(Step(2)));
+    let (request, _work) = small.request(plan, 1, Some(&checkpoint(&outside)));
+    let outside = Outside::default();
+    run(&request, &outside).unwrap();
+    assert_eq!(files(&outside.events.into_inner().unwrap()), whole);
+}
+
 #[test]
 fn an_adapter_is_a_start_and_a_frozen_layer_under_another() {
     let small = Small::new();

@@ -79,6 +79,10 @@ fn what_does_not_fit_the_base_has_its_field_path() {
             ],
             "`tune.step` is `smart`, which adds to a loss of single tokens; this objective's is one of a Group",
         ),
+        (
+            vec![("tune.adapter", "{method: adapterfusion}")],
+            "`tune.stack[0]` mixes what slots before it add to a block, and there is none at model.layers.0.mlp",
+        ),
         (vec![("tune.adapter.rank", "64")], "`tune.stack[0].rank` is 64; model.layers.0"),
         (
             vec![("tune.adapter.targets", "norm")],
