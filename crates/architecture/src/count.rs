@@ -3,8 +3,8 @@
 use crate::decoder::{Architecture, MlpKind, NormPlacement, QkNorm};
 use crate::site::{Place, Site, SiteKind};
 
-/// Values of logits that a chunk may have: 128 MiB.
-const LOGITS: usize = 1 << 25;
+/// Values of logits that a chunk may have: 160 MiB.
+const LOGITS: usize = 40 << 20;
 
 impl Architecture {
     /// Parameters of the model; a tied head counts once.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use attune_adapt::{ADAPTERS, INITS, peft, slot};
-use attune_architecture::{Site, targets};
+use attune_architecture::{Site, SiteId, targets};
 use attune_models::{Base, Slot, Stack, stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
 use attune_points::{Bank, BankKind, Binding, Params, Rows, Theta};
@@ -90,6 +90,28 @@ impl Attached {
     }
 }
 
+/// Whether a slot that mixes others has some to mix, at all of its sites, among those before it.
+///
+/// # Errors
+/// A fault at `path`.
+pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) -> Result<(), Error> {
+    let is_mixture = |at: &&Attachment| matches!(slot.adapter().port(at), Port::Mixture(_));
+    let is_branch = |other: &Slot, site: &SiteId| {
+        other.at(site).is_some_and(|at| matches!(other.adapter().port(at), Port::Branch(_)))
+    };
+    let mut mixtures = slot.attachments().filter(is_mixture).map(|at| &at.site);
+    match mixtures.find(|site| !before.iter().any(|other| is_branch(other, site))) {
+        None => Ok(()),
+        Some(site) => {
+            let message = format!(
+                "mixes what adapters before it add to a block, and none of them adds to {site}: expected those that it was, or is \
+                 to be, trained on"
+            );
+            Err(Error::Faults(vec![Fault::new(path.clone(), message)]))
+        }
+    }
+}
+
 /// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of. Weights that a component
 /// makes are made once, as texts go through the model token by token; they take as much memory as those of its sites in 32 bits.
 ///
@@ -100,8 +122,9 @@ pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> R
     let (mut slots, mut banks) = (Vec::new(), Vec::new());
     let mut made = Params::new();
     for (index, folder) in folders.into_iter().enumerate() {
-        let Component { slot, params, kind } =
-            Component::read(folder, base, &FieldPath::from("adapter").index(index), &cx)?;
+        let path = FieldPath::from("adapter").index(index);
+        let Component { slot, params, kind } = Component::read(folder, base, &path, &cx)?;
+        has_what_it_mixes(&slot, &slots, &path)?;
         make_weights(base, &slot, &params, &mut made)?;
         let name = format!("adapter-{index}");
         banks.push(Bank { slot: name.into(), kind, sets: vec![Arc::new(params)], train: false });

@@ -4,15 +4,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use attune_architecture::{Architecture, HeadKind, SiteId};
+use attune_architecture::{Architecture, HeadKind};
 use attune_artifacts::canonical;
 use attune_data::loader::{Domain, in_order};
 use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
 use attune_models::pass::walk::Keep;
-use attune_models::{Base, Model, Slot, Stack};
+use attune_models::{Base, Model, Stack};
 use attune_objective::OBJECTIVES;
 use attune_optim::{OPTIMIZERS, SCHEDULES};
-use attune_points::adapter::{Attachment, Port};
 use attune_points::engine::{Job, StepRule};
 use attune_points::{Bank, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
@@ -22,7 +21,7 @@ use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
 use crate::card;
-use crate::component::Component;
+use crate::component::{self, Component};
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
@@ -173,12 +172,7 @@ pub(crate) fn prepare(
             sets: vec![Arc::new(made.params)],
             train: planned.train,
         });
-        if let Some(site) = mixes_nothing(&made.slot, &slots) {
-            let message = format!(
-                "mixes what slots before it add to a block, and there is none at {site}: expected bottlenecks, say, trained before                  and named by `from` with `train: false`"
-            );
-            return Err(Error::Faults(vec![Fault::new(path, message)]));
-        }
+        component::has_what_it_mixes(&made.slot, &slots, &path)?;
         slots.push(made.slot);
     }
     let theta = Theta::single(banks);
@@ -217,16 +211,6 @@ pub(crate) fn prepare(
         pinned,
         plan_digest: plan_digest(plan),
     })
-}
-
-/// A site where a slot mixes others, and none of those before it is one to mix.
-fn mixes_nothing<'s>(slot: &'s Slot, before: &[Slot]) -> Option<&'s SiteId> {
-    let is_mixture = |at: &&Attachment| matches!(slot.adapter().port(at), Port::Mixture(_));
-    let is_branch = |other: &Slot, site: &SiteId| {
-        other.at(site).is_some_and(|at| matches!(other.adapter().port(at), Port::Branch(_)))
-    };
-    let mixtures = slot.attachments().filter(is_mixture).map(|at| &at.site);
-    mixtures.into_iter().find(|site| !before.iter().any(|other| is_branch(other, site)))
 }
 
 /// What forward passes keep: as the job says, or as much as half of the memory that the device or the machine has left holds.

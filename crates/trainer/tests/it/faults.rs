@@ -81,7 +81,7 @@ fn what_does_not_fit_the_base_has_its_field_path() {
         ),
         (
             vec![("tune.adapter", "{method: adapterfusion}")],
-            "`tune.stack[0]` mixes what slots before it add to a block, and there is none at model.layers.0.mlp",
+            "`tune.stack[0]` mixes what adapters before it add to a block, and none of them adds to model.layers.0.mlp",
         ),
         (vec![("tune.adapter.rank", "64")], "`tune.stack[0].rank` is 64; model.layers.0"),
         (

@@ -75,8 +75,8 @@ impl Body for Block<'_, '_> {
                 let (end, term) = if last { term_at(of.low_rank, row, rows.end) } else { (rows.end, None) };
                 let thin = term.map(|term| {
                     let right = Factor::right(term.right);
-                    let depth = 0..right.depth();
-                    (term, pack_columns(s, &right, &cols, depth, Units::Numbers, !of.a.along, thin_right))
+                    let (depth, units) = (0..right.depth(), of.thin_units(term));
+                    (term, pack_columns(s, &right, &cols, depth, units, !of.a.along, thin_right))
                 });
                 #[cfg(target_arch = "x86_64")]
                 if let Some(tiles) = &tiles {

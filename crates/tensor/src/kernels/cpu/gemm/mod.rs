@@ -52,6 +52,17 @@ struct Product<'a> {
     units: Units,
 }
 
+impl Product<'_> {
+    /// What is multiplied at a time of a thin term: tiles where all else is and both its factors are of bf16.
+    fn thin_units(&self, term: &LowRank<'_>) -> Units {
+        match (self.units, term.left, term.right.mat) {
+            #[cfg(target_arch = "x86_64")]
+            (Units::Tiles(_), MatRef::Bf16(_), MatRef::Bf16(_)) => self.units,
+            _ => Units::Numbers,
+        }
+    }
+}
+
 /// What is multiplied at a time.
 #[derive(Clone, Copy)]
 enum Units {

@@ -1,9 +1,11 @@
 //! Parts of products by AMX's tiles.
 #![expect(unsafe_code, reason = "packed layouts and tiles are reached by pointers")]
 
+use std::ops::Range;
+
 use super::block::{Panels, Part};
 use super::micro::{self, Tile};
-use super::pack::APART;
+use super::pack::{APART, Factor};
 use super::scratch::Buffer;
 use crate::kernels::LowRank;
 use crate::kernels::simd::Simd;
@@ -31,8 +33,17 @@ impl<'a> Part<'_, 'a> {
         thin_left: &mut Buffer,
     ) {
         let (of, target) = (self.of, self.of.c);
-        let (a, apart) = self.prepare_tiles(s, panels.depth, left);
-        let thin = self.thin(s, thin, thin_left);
+        let (a, apart) = prepare(s, &of.a, self.rows.clone(), self.ks.clone(), panels.depth, left);
+        // A thin term by tiles, or, with its numbers in 32 bits, after them.
+        let (thin_tiles, thin) = match thin {
+            Some((term, panels)) if of.thin_units(term).in_pairs() => {
+                let factor = Factor { mat: term.left, along: true };
+                let rows = self.rows.start - term.rows.start..self.rows.end - term.rows.start;
+                let (a, apart) = prepare(s, &factor, rows, 0..factor.depth(), panels.depth, thin_left);
+                (Some((a, apart, panels)), None)
+            }
+            thin => (None, self.thin(s, thin, thin_left)),
+        };
         let add = of.accumulate || self.ks.start > 0;
         let place = |i: usize, j: usize| if target.turned { j * target.stride + i } else { i * target.stride + j };
         for (panel, col) in self.cols.clone().step_by(BLOCK).enumerate() {
@@ -53,12 +64,23 @@ impl<'a> Part<'_, 'a> {
                 // SAFETY: rows and panels are what was prepared, whole tiles of them; the place lies within this task's block,
                 // or is a room of its own.
                 unsafe {
+                    let thin = thin_tiles.map(|(a, apart, panels)| Stretch {
+                        a: a.wrapping_byte_add(row * apart),
+                        apart,
+                        b: panels.at.wrapping_add(panel * panels.apart),
+                        tiles: panels.depth / SIDE,
+                        add: true,
+                        ..stretch
+                    });
                     if whole {
                         for i in 0..rows {
                             tiles.prefetch_to_write(c.wrapping_add(i * target.stride));
                             tiles.prefetch_to_write(c.wrapping_add(i * target.stride + SIDE));
                         }
                         multiply(tiles, rows, stretch);
+                        if let Some(thin) = thin {
+                            multiply(tiles, rows, thin);
+                        }
                         continue;
                     }
                     let mut room = Room([0.0; BLOCK * BLOCK]);
@@ -68,6 +90,9 @@ impl<'a> Part<'_, 'a> {
                     }
                     (stretch.c, stretch.c_stride) = (room.0.as_mut_ptr(), BLOCK);
                     multiply(tiles, rows, stretch);
+                    if let Some(thin) = thin {
+                        multiply(tiles, rows, Stretch { c: stretch.c, c_stride: BLOCK, ..thin });
+                    }
                     numbers().for_each(|(at, place)| c.add(place).write(room.0[at]));
                 }
             }
@@ -91,33 +116,40 @@ impl<'a> Part<'_, 'a> {
             }
         }
     }
+}
 
-    /// Where whole tiles of rows of pairs can be read: the first, and bytes from row to row.
-    #[inline(always)]
-    fn prepare_tiles<S: Simd>(&self, s: S, depth: usize, room: &mut Buffer) -> (*const f32, usize) {
-        let (of, rows, ks) = (self.of, self.rows.clone(), self.ks.clone());
-        if rows.len().is_multiple_of(SIDE)
-            && ks.len().is_multiple_of(DEEP)
-            && let Some(place) = of.a.in_place(rows.start, &ks, true)
-        {
-            return place;
-        }
-        let apart = depth + APART;
-        let to = room.reserve(rows.len().next_multiple_of(SIDE) * apart);
-        let zeros = ks.len().div_ceil(2)..depth;
-        // SAFETY: there is room for the rows, which exist; rows beyond the last change none of the others.
-        unsafe {
-            if of.a.along {
-                of.a.widen(s, rows.clone(), ks, true, apart, to);
-            } else {
-                of.a.turn_rows(s, rows.clone(), ks, apart, to);
-            }
-            for row in 0..rows.len() {
-                to.add(row * apart + zeros.start).write_bytes(0, zeros.len());
-            }
-        }
-        (to, 4 * apart)
+/// Where whole tiles of rows of pairs of a factor can be read, padded with zeros to `depth` pairs: the first, and bytes from row to
+/// row.
+#[inline(always)]
+fn prepare<S: Simd>(
+    s: S,
+    factor: &Factor<'_>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    depth: usize,
+    room: &mut Buffer,
+) -> (*const f32, usize) {
+    if rows.len().is_multiple_of(SIDE)
+        && ks.len().is_multiple_of(DEEP)
+        && let Some(place) = factor.in_place(rows.start, &ks, true)
+    {
+        return place;
     }
+    let apart = depth + APART;
+    let to = room.reserve(rows.len().next_multiple_of(SIDE) * apart);
+    let zeros = ks.len().div_ceil(2)..depth;
+    // SAFETY: there is room for the rows, which exist; rows beyond the last change none of the others.
+    unsafe {
+        if factor.along {
+            factor.widen(s, rows.clone(), ks, true, apart, to);
+        } else {
+            factor.turn_rows(s, rows.clone(), ks, apart, to);
+        }
+        for row in 0..rows.len() {
+            to.add(row * apart + zeros.start).write_bytes(0, zeros.len());
+        }
+    }
+    (to, 4 * apart)
 }
 
 /// Where tiles that are not whole are stored first.
