@@ -5,7 +5,7 @@ use attune_proto::v1;
 use attune_scheduler_core::Memory;
 use attune_spec::job::plan::{Length, ROWS_PER_PASS};
 use attune_spec::job::{Activations, Plan, Precision};
-use attune_spec::method::{Catalogue, expression};
+use attune_spec::method::{Catalogue, MethodDocument, expression};
 use serde_json::json;
 
 use crate::admit::{self, Admitted};
@@ -24,7 +24,10 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
         let per_row = architecture.kept_bytes_per_row(bytes, again) + architecture.working_bytes_per_row(bytes, again);
         rows * per_row + architecture.head_bytes(rows, bytes)
     };
-    let rows = plan.rows_at_once(1);
+    // What holds a micro-batch several times goes through by itself.
+    let shard = u64::from(plan.batch_tokens / plan.logical_shards.max(1));
+    let copies = of_step(plan, |document| &document.copies)? as u64;
+    let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(1) };
     Some(Memory {
         base: PROCESS_BYTES + architecture.weight_bytes(bytes),
         own: trainable(admitted)? * TRAINED_BYTES,
@@ -41,6 +44,13 @@ const fn element_bytes(plan: &Plan) -> u64 {
     }
 }
 
+/// What the card of the step rule says, 1 if it says nothing.
+fn of_step(plan: &Plan, text: impl Fn(&MethodDocument) -> &String) -> Option<f64> {
+    let document = Catalogue::embedded().get(&plan.step.method)?;
+    let text = text(document);
+    if text.is_empty() { Some(1.0) } else { expression::number(text, &plan.step.params).ok() }
+}
+
 /// Parameters that train; nothing when somebody does not say how many they are.
 fn trainable(admitted: &Admitted) -> Option<u64> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
@@ -51,14 +61,21 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
         if document.parameters.is_empty() {
             continue;
         }
+        let names = |i: usize, o: usize, bias: bool| {
+            let mut names = method.params.clone();
+            let widths =
+                [("i", json!(i)), ("o", json!(o)), ("k", json!(architecture.kv_width())), ("b", json!(u8::from(bias)))];
+            names.extend(widths.map(|(name, width)| (name.to_owned(), width)));
+            names
+        };
+        if !document.shared.is_empty() {
+            trainable += expression::number(&document.shared, &names(0, 0, false)).ok()?;
+        }
         for site in admit::sites(slot, architecture).ok()? {
             // A norm's scale and bias are one column.
             let (output, input) = site.out_in().unwrap_or_else(|| (site.kind.parameters() as usize, 1));
             let bias = matches!(site.kind, SiteKind::Linear { bias: true, .. });
-            let mut names = method.params.clone();
-            names.insert("i".to_owned(), json!(input));
-            names.insert("o".to_owned(), json!(output));
-            names.insert("b".to_owned(), json!(u8::from(bias)));
+            let names = names(input, output, bias);
             trainable += expression::number(&document.parameters, &names).ok()?;
         }
     }
@@ -81,14 +98,15 @@ pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
     let forward = architecture.forward_flops_per_token(f64::from(plan.max_length) / 2.0, 1.0);
     // Forward, perhaps again block by block, and back: by the rows, and by the weights where they train.
     let trains_base = trainable >= architecture.parameters() / 2;
-    let passes = 2.0 + if trains_base { 1.0 } else { 0.0 } + if again { 1.0 } else { 0.0 };
+    let pass = 2.0 + if trains_base { 1.0 } else { 0.0 } + if again { 1.0 } else { 0.0 };
+    let passes = of_step(plan, |document| &document.passes)?;
     Some(v1::Forecast {
         trainable_parameters: trainable,
         total_parameters: architecture.parameters(),
         memory_bytes: memory(admitted)?.total(),
         steps,
         tokens,
-        flops: forward * passes * tokens as f64,
+        flops: forward * pass * passes * tokens as f64,
         duration: None,
     })
 }

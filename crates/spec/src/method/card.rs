@@ -131,6 +131,11 @@ pub struct Card {
     pub parameters: &'static str,
     /// Trainable parameters that all its sites share, as such an expression; empty for none.
     pub shared: &'static str,
+    /// How many times the largest pass of a step rule holds a micro-batch, as an expression over its parameters; empty for once.
+    pub copies: &'static str,
+    /// How many passes over a step's batch, forward and back, a step rule makes in all, copies counted, as such an expression;
+    /// empty for one.
+    pub passes: &'static str,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
@@ -156,6 +161,8 @@ impl Card {
             targets: "",
             parameters: "",
             shared: "",
+            copies: "",
+            passes: "",
             moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,

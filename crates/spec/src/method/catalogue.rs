@@ -160,6 +160,8 @@ mod tests {
             targets: "all-linear".to_owned(),
             parameters: "rank*(i+o)".to_owned(),
             shared: String::new(),
+            copies: String::new(),
+            passes: String::new(),
             moves: None,
             merges: Merges::Factors,
             trains_base: false,

@@ -53,6 +53,10 @@ pub struct MethodDocument {
     pub parameters: String,
     /// Trainable parameters that all its sites share, as an expression; empty for none.
     pub shared: String,
+    /// How many times the largest pass of a step rule holds a micro-batch, as an expression; empty for once.
+    pub copies: String,
+    /// How many passes over a step's batch a step rule makes, as an expression; empty for one.
+    pub passes: String,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -87,6 +91,8 @@ impl MethodDocument {
             targets: card.targets.to_owned(),
             parameters: card.parameters.to_owned(),
             shared: card.shared.to_owned(),
+            copies: card.copies.to_owned(),
+            passes: card.passes.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,

@@ -113,6 +113,8 @@ impl Method for Smart {
             authors: "Jiang et al.",
             year: 2020,
         }),
+        copies: "1 + ceil(min(smoothness, 1)) + ceil(min(proximity, 1))",
+        passes: "1 + ceil(min(smoothness, 1)) * (1 + 2 * ascents) + ceil(min(proximity, 1))",
         ..Card::new(
             "smart",
             Point::StepRule,
@@ -449,6 +451,17 @@ mod tests {
         let coded = smart(Config { unit_norm: true, noise: 0.02, ..Config::default() });
         let delta = coded.worst(&theta, &layout, Rng::new(1, "start"), &mut toy).unwrap();
         assert!(values(&delta.abs().unwrap().max(1).unwrap()).iter().all(|norm| (norm - 1.0).abs() < 1e-6));
+    }
+
+    #[test]
+    fn its_card_counts_the_copies_that_its_passes_hold() {
+        for (smoothness, proximity, passes) in [(0.0, 0.0, 1.0), (5.0, 0.0, 6.0), (0.0, 1e-3, 2.0), (1e-9, 40.0, 7.0)] {
+            let config = Config { smoothness, proximity, ascents: 2, ..Config::default() };
+            let Ok(serde_json::Value::Object(names)) = serde_json::to_value(&config) else { panic!("no mapping") };
+            let number = |text| attune_spec::method::expression::number(text, &names).unwrap();
+            assert_eq!(number(Smart::CARD.copies), smart(config).copies() as f64);
+            assert_eq!(number(Smart::CARD.passes), passes);
+        }
     }
 
     #[test]

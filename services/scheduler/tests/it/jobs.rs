@@ -130,6 +130,34 @@ async fn checking_a_job_tells_what_it_costs_and_makes_nothing() {
     assert!(jobs.is_empty());
 }
 
+/// Steps of several passes cost as many, methods of blocks are counted by the widths of keys and with what their sites share.
+#[tokio::test]
+async fn what_a_method_costs_is_in_the_forecast() {
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let mut forecasts = Vec::new();
+    for (field, method) in [
+        ("adapter", json!({"method": "lora", "rank": 2})),
+        ("step", json!({"method": "smart"})),
+        ("adapter", json!({"method": "prefix-tuning", "length": 3})),
+        ("adapter", json!({"method": "compacter", "reduction": 2, "factors": 2})),
+    ] {
+        let mut job = job();
+        job["tune"][field] = method;
+        let request = v1::CreateJobRequest { spec: Some(message(&job)), validate_only: true, ..Default::default() };
+        forecasts.push(client.jobs().create_job(request).await.unwrap().into_inner().forecast.unwrap());
+    }
+    let [lora, smart, prefix, compacter] = forecasts.as_slice() else { panic!("{forecasts:?}") };
+    // One pass over two copies, and one over three.
+    assert_eq!(smart.flops, 5.0 * lora.flops);
+    assert!(smart.memory_bytes > lora.memory_bytes);
+    // In two layers three keys and values of 8.
+    assert_eq!(prefix.trainable_parameters, 2 * 2 * 3 * 8);
+    // Four blocks of two maps of rank 1 between 8 and 4 with their biases, and once two times 2x2.
+    assert_eq!(compacter.trainable_parameters, 4 * (2 * (8 + 4) + 4 + 8) + 8);
+}
+
 #[tokio::test]
 async fn paths_are_read_under_the_data_root_only() {
     let folder = tempfile::tempdir().unwrap();
