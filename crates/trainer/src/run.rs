@@ -252,7 +252,9 @@ impl<'a> Rank<'a> {
         let layout = Arc::new(largest(&self.prepared.packing, views).with_copies(self.rule.copies()));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
-        let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, micro_batches as usize);
+        // What holds a micro-batch several times goes through by itself.
+        let most = if self.rule.copies() > 1 { 1 } else { micro_batches as usize };
+        let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, most);
         // Each rank has numbers of its own: an objective that sees the whole step has them all put together.
         let first = self.engine.collective.rank() * at_once as u32;
         let parts: Vec<_> = (first..).take(at_once).map(|part| (part, Arc::clone(&layout))).collect();
