@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::plan::logical_shards;
 use super::tune::SlotSpec;
-use super::{Device, JobSpec, VERSION};
+use super::{Device, JobSpec, Precision, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 
@@ -93,6 +93,10 @@ pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
             let message = format!("is true, but `{path}` is {}, which cannot be merged into the base", method.name);
             faults.push(Fault::new("outputs.merged", message));
         }
+    }
+    if spec.tune.from_scratch && spec.tune.precision == Precision::Bf16 {
+        let message = "is bf16, but `tune.from_scratch` makes a base of f32; expected f32";
+        faults.push(Fault::new("tune.precision", message));
     }
     if spec.outputs.merged_tag.is_some() && !spec.outputs.merged {
         faults.push(Fault::new("outputs.merged_tag", "is given, but `outputs.merged` is false"));

@@ -117,6 +117,14 @@ fn each_fault_has_its_path_and_says_what_would_do() {
 }
 
 #[test]
+fn a_base_from_scratch_is_of_f32() {
+    let (fresh, narrow) = (("tune.from_scratch", json!(true)), ("tune.precision", json!("bf16")));
+    assert_eq!(faults(std::slice::from_ref(&fresh)), [""; 0]);
+    let expected = "`tune.precision` is bf16, but `tune.from_scratch` makes a base of f32; expected f32";
+    assert_eq!(faults(&[fresh, narrow]), [expected]);
+}
+
+#[test]
 fn a_base_is_shared_only_as_it_is() {
     let share = ("resources.share_base", json!(true));
     assert_eq!(faults(std::slice::from_ref(&share)), [""; 0]);

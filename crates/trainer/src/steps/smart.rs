@@ -240,19 +240,14 @@ impl Smart {
 
     /// One step along the gradient, of the same size for each token that has one.
     fn ascended(&self, delta_td: &Tensor, gradient_td: &Tensor) -> Result<Tensor> {
-        let largest_t1 = gradient_td.abs()?.max_keepdim(1)?;
-        let has_one = largest_t1.gt(0.0)?;
-        let divisor_t1 = has_one.where_cond(&largest_t1, &largest_t1.ones_like()?)?;
-        self.projected(&(delta_td + (gradient_td.broadcast_div(&divisor_t1)? * self.config.ascent)?)?)
+        self.projected(&(delta_td + (by_largest(gradient_td)? * self.config.ascent)?)?)
     }
 
     fn projected(&self, delta_td: &Tensor) -> Result<Tensor> {
-        if !self.config.unit_norm {
-            return Ok(delta_td.clamp(-self.config.radius, self.config.radius)?);
+        if self.config.unit_norm {
+            return by_largest(delta_td);
         }
-        let largest_t1 = delta_td.abs()?.max_keepdim(1)?;
-        let divisor_t1 = largest_t1.gt(0.0)?.where_cond(&largest_t1, &largest_t1.ones_like()?)?;
-        Ok(delta_td.broadcast_div(&divisor_t1)?)
+        Ok(delta_td.clamp(-self.config.radius, self.config.radius)?)
     }
 
     /// The parameters of all copies of a batch: as they are for the first, with moved embeddings for the second, and those of
@@ -284,6 +279,13 @@ impl Smart {
         at.bindings.sort_by_key(|binding| binding.slot);
         Ok(at)
     }
+}
+
+/// Rows divided by the magnitude of their largest number; rows of zeros as they are.
+fn by_largest(x_td: &Tensor) -> Result<Tensor> {
+    let largest_t1 = x_td.abs()?.max_keepdim(1)?;
+    let divisor_t1 = largest_t1.gt(0.0)?.where_cond(&largest_t1, &largest_t1.ones_like()?)?;
+    Ok(x_td.broadcast_div(&divisor_t1)?)
 }
 
 #[cfg(test)]
