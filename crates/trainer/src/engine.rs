@@ -20,6 +20,7 @@ use attune_points::{Error, GradSink, Grads, Layout, Locals, Owner, Params, Resul
 use attune_spec::id::Step;
 use attune_tensor::{Rng, autograd};
 use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
 
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
@@ -429,19 +430,35 @@ impl Engine for RankEngine<'_> {
         let norm = clip::norm(values.iter().map(|(_, gradient)| gradient.as_slice()));
         let factor = clip::factor(norm, self.shared.max_grad_norm);
         let lr = self.lr();
-        for (id, mut gradient) in values {
-            let (Some(spec), Some(buffers)) = (self.shared.specs.get(&id), self.buffers.get_mut(&id)) else { continue };
-            gradient.iter_mut().for_each(|g| *g *= factor);
-            let tensor = self.theta.get(&id).ok_or_else(|| Error::Refused(format!("{id} has no value to update")))?;
-            let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
-            let cx = UpdateCx { step: number, lr: lr * spec.lr_factor, decay: spec.decay, shape: &spec.shape };
-            self.shared.optimizer.update(&cx, &mut value, &gradient, buffers)?;
-            // The last update has no later step whose loss would show it.
-            if !value.iter().all(|value| value.is_finite()) {
-                return Err(Error::NotFinite { what: "value", tensor: id, step: number.0 });
+        let mut values: BTreeMap<TensorId, Vec<f32>> = values.into_iter().collect();
+        let shared = self.shared;
+        let work = self.buffers.iter_mut().filter_map(|(id, buffers)| {
+            let (gradient, spec) = (values.remove(id)?, shared.specs.get(id)?);
+            Some((id, gradient, buffers, spec))
+        });
+        let mut work: Vec<_> = work.collect();
+        // Tensors know nothing of each other here: a few go side by side, so that few have two values at a time.
+        let at_once = 2 * rayon::current_num_threads();
+        while !work.is_empty() {
+            let theta = &self.theta;
+            let update = |(id, mut gradient, buffers, spec): (&TensorId, Vec<f32>, &mut Vec<Vec<f32>>, &TensorSpec)| {
+                gradient.iter_mut().for_each(|g| *g *= factor);
+                let tensor = theta.get(id).ok_or_else(|| Error::Refused(format!("{id} has no value to update")))?;
+                let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
+                let cx = UpdateCx { step: number, lr: lr * spec.lr_factor, decay: spec.decay, shape: &spec.shape };
+                shared.optimizer.update(&cx, &mut value, &gradient, buffers)?;
+                // The last update has no later step whose loss would show it.
+                if !value.iter().all(|value| value.is_finite()) {
+                    return Err(Error::NotFinite { what: "value", tensor: id.clone(), step: number.0 });
+                }
+                Ok((id.clone(), Tensor::from_vec(value, spec.shape.as_slice(), &Device::Cpu)?))
+            };
+            let some = work.drain(..at_once.min(work.len())).collect::<Vec<_>>();
+            let updated: Vec<Result<(TensorId, Tensor)>> = some.into_par_iter().map(update).collect();
+            // The first fault is that of the first tensor that has one.
+            for (id, tensor) in updated.into_iter().collect::<Result<Vec<_>>>()? {
+                put(&mut self.theta, &id, tensor);
             }
-            let updated = Tensor::from_vec(value, spec.shape.as_slice(), &Device::Cpu)?;
-            put(&mut self.theta, &id, updated);
         }
         self.spent.optimizer += watch.elapsed();
         Ok(norm)

@@ -22,6 +22,7 @@ use attune_spec::method::{BuildCx, MethodRef};
 use attune_tensor::Rng;
 use attune_trainer::component;
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 use serde_json::json;
 
 use crate::Failure;
@@ -105,16 +106,29 @@ impl Tune {
 
     fn update(&mut self, gradients: &Grads) -> Result<(), Failure> {
         self.steps_done = self.steps_done.next();
-        for (id, gradient) in gradients.iter() {
-            let (Some(gradient), Some(tensor)) = (gradient, self.theta.get(id)) else { continue };
-            let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
-            let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
-            let shape = tensor.dims().to_vec();
-            let cx = UpdateCx { step: self.steps_done, lr: self.optimizer.lr(), decay: false, shape: &shape };
-            self.optimizer.update(&cx, &mut value, &gradient, self.buffers.get_mut(id).ok_or("no buffers")?)?;
-            let Owner::Bank { slot, set } = id.owner else { continue };
-            let set = &mut self.theta.banks[slot as usize].sets[set as usize];
-            Arc::make_mut(set).insert(id.name.clone(), Tensor::from_vec(value, shape, &Device::Cpu)?);
+        let (optimizer, step) = (&self.optimizer, self.steps_done);
+        let work = self.buffers.iter_mut().filter_map(|(id, buffers)| Some((id, gradients.get(id)?, buffers)));
+        let mut work: Vec<_> = work.collect();
+        // As the trainer does it: a few tensors side by side.
+        let at_once = 2 * rayon::current_num_threads();
+        while !work.is_empty() {
+            let theta = &self.theta;
+            let update = |(id, gradient, buffers): (&TensorId, &Tensor, &mut Vec<Vec<f32>>)| {
+                let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+                let tensor =
+                    theta.get(id).ok_or_else(|| attune_points::Error::Refused(format!("{id} has no value")))?;
+                let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
+                let cx = UpdateCx { step, lr: optimizer.lr(), decay: false, shape: tensor.dims() };
+                optimizer.update(&cx, &mut value, &gradient, buffers)?;
+                Ok((id.clone(), Tensor::from_vec(value, tensor.dims(), &Device::Cpu)?))
+            };
+            let some = work.drain(..at_once.min(work.len())).collect::<Vec<_>>();
+            let updated = some.into_par_iter().map(update).collect::<Result<Vec<_>, attune_points::Error>>()?;
+            for (id, tensor) in updated {
+                let Owner::Bank { slot, set } = id.owner else { continue };
+                let set = &mut self.theta.banks[slot as usize].sets[set as usize];
+                Arc::make_mut(set).insert(id.name, tensor);
+            }
         }
         Ok(())
     }
