@@ -37,6 +37,7 @@ use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::starts::{self, Start};
 use crate::parts::{blocks, own};
 
 const QUERY: &str = "query";
@@ -115,20 +116,17 @@ impl Adapter for Adapterfusion {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let start = |spec: &TensorSpec| -> attune_points::Result<_> {
-            let shape = spec.shape.as_slice();
-            let tensor = match *shape {
-                [width, _] if spec.local == VALUE => {
-                    let unit = Tensor::eye(width, DType::F32, &Device::Cpu)?;
-                    ((unit * (1.0 - 1e-6))? + 1e-6)?
-                }
-                [_, _] => rng.named(spec.local).normal_tensor(shape, 0.02, DType::F32)?,
-                _ => Tensor::zeros(shape, DType::F32, &Device::Cpu)?,
-            };
-            Ok((spec.local, tensor))
+        // 1 on the diagonal and 1e-6 beside it.
+        let unit = |width: usize| -> attune_points::Result<Tensor> {
+            Ok(((Tensor::eye(width, DType::F32, &Device::Cpu)? * (1.0 - 1e-6))? + 1e-6)?)
         };
-        let tensors = at.tensors.iter().map(start).collect::<Result<Vec<_>, _>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        let value = at.tensors.iter().find(|spec| spec.local == VALUE);
+        let value = value.map(|spec| unit(spec.shape[0])).transpose()?;
+        starts::each(at, rng, |spec| match &value {
+            Some(value) if spec.local == VALUE => Start::Is(value.clone()),
+            _ if spec.shape.len() == 2 => Start::Normal(0.02),
+            _ => Start::Constant(0.0),
+        })
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {

@@ -32,10 +32,11 @@ use attune_spec::Fault;
 use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::starts::{self, Start};
 use crate::parts::{blocks, own};
 
 const DOWN: &str = "down";
@@ -128,18 +129,7 @@ impl Adapter for Bottleneck {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let start = |spec: &TensorSpec| -> attune_points::Result<_> {
-            let shape = spec.shape.as_slice();
-            let tensor = match *shape {
-                [_, width] if spec.local == DOWN => {
-                    rng.named(DOWN).uniform_tensor(shape, 1.0 / (width as f64).sqrt(), DType::F32)?
-                }
-                _ => Tensor::zeros(shape, DType::F32, &Device::Cpu)?,
-            };
-            Ok((spec.local, tensor))
-        };
-        let tensors = at.tensors.iter().map(start).collect::<Result<Vec<_>, _>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        starts::each(at, rng, |spec| if spec.local == DOWN { Start::kaiming(spec) } else { Start::Constant(0.0) })
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {

@@ -33,10 +33,11 @@ use attune_spec::Fault;
 use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::starts::{self, Start};
 use crate::parts::{blocks, own};
 
 const RULE: &str = "phm_rule";
@@ -123,18 +124,11 @@ impl Adapter for Compacter {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let mut tensors = Vec::with_capacity(at.tensors.len());
-        for spec in &at.tensors {
-            let (shape, mut stream) = (spec.shape.as_slice(), rng.named(spec.local));
-            let tensor = match *shape {
-                [_] => Tensor::zeros(shape, DType::F32, &Device::Cpu)?,
-                _ if spec.local == RULE => stream.normal_tensor(shape, 0.01, DType::F32)?,
-                [_, rows, cols] => stream.uniform_tensor(shape, (6.0 / (rows + cols) as f64).sqrt(), DType::F32)?,
-                _ => return Err(attune_points::Error::Refused(format!("{} has no start for {shape:?}", at.site))),
-            };
-            tensors.push((spec.local, tensor));
-        }
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        starts::each(at, rng, |spec| match *spec.shape.as_slice() {
+            _ if spec.local == RULE => Start::Normal(0.01),
+            [_, rows, cols] => Start::Uniform((6.0 / (rows + cols) as f64).sqrt()),
+            _ => Start::Constant(0.0),
+        })
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -178,6 +172,8 @@ fn phm(x_ti: &Tensor, rule: &Tensor, s: &Tensor, t: &Tensor) -> attune_points::R
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use super::*;
 
     fn tensor(name: &str, shape: &[usize]) -> Tensor {

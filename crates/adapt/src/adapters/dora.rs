@@ -41,6 +41,7 @@ use serde_json::{Map, Value};
 
 use crate::parts::factors;
 use crate::parts::scaling::{self, Scaling};
+use crate::parts::starts::{self, Start};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
@@ -153,14 +154,12 @@ impl Adapter for Dora {
     }
 
     fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let pair = Attachment {
-            tensors: at.tensors.iter().filter(|spec| spec.local != MAGNITUDE).cloned().collect(),
-            ..at.clone()
-        };
-        let factors = factors::kaiming(&pair, rng)?;
         let lengths_o = lengths(&weight.dense(DType::F32)?)?.squeeze(1)?;
-        let tensors = [(A, factors.get(A)?.clone()), (B, factors.get(B)?.clone()), (MAGNITUDE, lengths_o)];
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        starts::each(at, rng, |spec| match spec.local {
+            A => Start::kaiming(spec),
+            B => Start::Constant(0.0),
+            _ => Start::Is(lengths_o.clone()),
+        })
     }
 
     fn port(&self, at: &Attachment) -> Port<'_> {

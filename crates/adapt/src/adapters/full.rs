@@ -31,7 +31,7 @@ use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::parts::factors::IDLE;
+use crate::parts::linears::IDLE;
 
 /// It has no parameters.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -148,7 +148,7 @@ impl Adapter for Lora {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        Ok((factors::kaiming(at, rng)?, BaseEdit::None))
+        factors::kaiming(at, rng)
     }
 
     fn port(&self, at: &Attachment) -> Port<'_> {

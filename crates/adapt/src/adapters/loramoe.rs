@@ -33,10 +33,11 @@ use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
 use attune_spec::{Fault, suggest};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::starts::{self, Start};
 use crate::parts::{factors, own};
 
 const A: &str = "lora_A";
@@ -146,16 +147,7 @@ impl Adapter for Loramoe {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let mut tensors = Vec::with_capacity(at.tensors.len());
-        for spec in &at.tensors {
-            let shape = spec.shape.as_slice();
-            let tensor = match spec.local {
-                B => Tensor::zeros(shape, DType::F32, &Device::Cpu)?,
-                local => rng.named(local).uniform_tensor(shape, 1.0 / (shape[1] as f64).sqrt(), DType::F32)?,
-            };
-            tensors.push((spec.local, tensor));
-        }
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        starts::each(at, rng, |spec| if spec.local == B { Start::Constant(0.0) } else { Start::kaiming(spec) })
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -219,6 +211,8 @@ impl RowMap for Loramoe {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use attune_architecture::SiteId;
     use attune_points::Layout;
     use attune_points::layout::{NO_LABEL, Row, Source};

@@ -31,10 +31,12 @@ use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+
+use crate::parts::starts::{self, Start};
 
 const KEYS: &str = "keys";
 const VALUES: &str = "values";
@@ -112,11 +114,7 @@ impl Adapter for PrefixTuning {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let start = |spec: &TensorSpec| -> attune_points::Result<_> {
-            Ok((spec.local, rng.named(spec.local).normal_tensor(spec.shape.as_slice(), self.config.std, DType::F32)?))
-        };
-        let tensors = at.tensors.iter().map(start).collect::<attune_points::Result<Vec<_>>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        starts::each(at, rng, |_| Start::Normal(self.config.std))
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {

@@ -71,6 +71,6 @@ impl Init for Gaussian {
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
         let (a, _) = factors::pair(at)?;
         let std = self.config.std.unwrap_or(1.0 / a.shape[0] as f64);
-        Ok((factors::gaussian(at, std, rng)?, BaseEdit::None))
+        factors::gaussian(at, std, rng)
     }
 }

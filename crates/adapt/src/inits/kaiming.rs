@@ -62,6 +62,6 @@ impl Method for Kaiming {
 
 impl Init for Kaiming {
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        Ok((factors::kaiming(at, rng)?, BaseEdit::None))
+        factors::kaiming(at, rng)
     }
 }

@@ -2,5 +2,7 @@
 
 pub(crate) mod blocks;
 pub(crate) mod factors;
+pub(crate) mod linears;
 pub(crate) mod own;
 pub(crate) mod scaling;
+pub(crate) mod starts;

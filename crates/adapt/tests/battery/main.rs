@@ -1,23 +1,21 @@
 //! The battery of the point `Adapter`: one named trial for each method and property.
 //!
-//! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is its own trial, run
-//! on both: it must pass on the method and fail on LoRA.
+//! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is a trial of `own`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod golden;
+mod own;
 mod support;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use attune_adapt::{ADAPTERS, INITS, peft, slot};
 use attune_models::{Base, Model, Pass};
-use attune_points::adapter::{Adapter, Merged, Port, RowCx};
-use attune_points::layout::Source;
+use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
-use attune_points::{Grads, Layout, Owner, Row, TensorId, TensorName, Theta};
+use attune_points::{Grads, TensorName};
 use attune_spec::id::Step;
-use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, MethodRef, SiteKind, expression};
+use attune_spec::method::{BuildCx, Card, Merges, MethodRef, expression};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -36,9 +34,6 @@ const PROPERTIES: [(&str, Property); 8] = [
     ("the_cost_formula_counts_its_tensors", cost),
     ("its_start_depends_on_seed_and_site_only", start),
 ];
-
-/// The plain member of the point, against which the others show what is their own.
-const PLAIN: &str = "lora";
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
 static SMALL: [(&str, &[(&str, u32)]); 2] =
@@ -72,14 +67,9 @@ fn main() {
             })
         })
         .collect();
-    trials.push(Trial::test("adapter::compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule));
-    trials.push(Trial::test("adapter::bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum));
-    trials.push(Trial::test("adapter::adapterfusion::by_itself_it_adds_nothing", nothing_alone));
-    trials.push(Trial::test("adapter::prefix_tuning::queries_of_a_single_row_matter", lone_row));
-    trials.push(Trial::test("adapter::dora::factors_turn_rows_and_leave_their_lengths", row_lengths));
-    trials.push(Trial::test("adapter::full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank));
     trials.push(Trial::test("adapter::inits::a_named_start_replaces_the_own_one", named_start));
     trials.push(Trial::test("adapter::lora::a_rank_beyond_the_width_is_refused_with_the_site", too_wide));
+    trials.extend(own::trials());
     trials.extend(golden::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -273,203 +263,6 @@ fn start(card: &'static Card) -> Result<(), Failed> {
     for (name, tensor) in alone.iter().filter(|(name, _)| !shared(name)) {
         assert_eq!(difference(tensor, all.get(name).ok_or("missing")?), 0.0, "{name} depends on other sites");
     }
-    Ok(())
-}
-
-/// The numeric rank of a matrix by elimination with full pivots.
-fn rank(matrix: &Tensor) -> Result<usize, Failed> {
-    let mut rows: Vec<Vec<f64>> = matrix.to_dtype(DType::F64)?.to_vec2()?;
-    let limit = 1e-9 * largest(matrix);
-    let mut rank = 0;
-    while let Some((row, col)) = (rank..rows.len())
-        .flat_map(|row| (0..rows[row].len()).map(move |col| (row, col)))
-        .max_by(|a, b| rows[a.0][a.1].abs().total_cmp(&rows[b.0][b.1].abs()))
-        .filter(|(row, col)| rows[*row][*col].abs() > limit)
-    {
-        rows.swap(rank, row);
-        let pivot = rows[rank].clone();
-        for other in &mut rows[rank + 1..] {
-            let factor = other[col] / pivot[col];
-            other.iter_mut().zip(&pivot).for_each(|(value, pivot)| *value -= factor * pivot);
-            other[col] = 0.0;
-        }
-        rank += 1;
-    }
-    Ok(rank)
-}
-
-/// How far one gradient step reaches: the rank of the change of a square weight.
-fn step_rank(method: Value) -> Result<usize, Failed> {
-    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
-    setup.disturb(0.1);
-    let at = &setup.attachments[0];
-    let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
-    let weight = |setup: &Setup| -> Result<Tensor, Failed> {
-        let base = setup.model.base();
-        let locals = attune_models::stack::locals(at, &setup.params())?;
-        Ok(match setup.adapter.merge(at, &locals, &base.weight(&site))? {
-            Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
-            Merged::Weight { weight, .. } => {
-                (weight - base.tensor(&base.tensor_name(at.site.as_str(), "weight"), DType::F64)?)?
-            }
-            other => return Err(format!("{other:?} does not merge").into()),
-        })
-    };
-    let layout = batch();
-    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
-    setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
-    let mut stepped = setup.clone_with(setup.theta.clone());
-    for (id, value) in setup.theta.trained() {
-        let gradient = sink.get(&id).ok_or("no gradient")?;
-        stepped.theta = stepped.with(&id.name, (value - (gradient * 0.1)?)?);
-    }
-    rank(&(weight(&stepped)? - weight(&setup)?)?)
-}
-
-/// LoRA's change before and after a step has rank r at most, so a step changes it by 2 r at most; a weight has no such bound.
-fn full_rank() -> Result<(), Failed> {
-    let bound = 2 * 2;
-    let (full, plain) = (step_rank(json!({"method": "full"}))?, step_rank(json!({"method": PLAIN, "rank": 2}))?);
-    assert!(full > bound, "a step of full has rank {full}");
-    assert!(plain <= bound, "a step of {PLAIN} has rank {plain}");
-    Ok(())
-}
-
-/// How many layers a change of one tensor, by itself, changes what is added to the stream in: of the tensor that reaches most.
-fn reach(method: Value, targets: &str, applies: &[SiteKind]) -> Result<usize, Failed> {
-    let base = Base::random(support::architecture(), 5, DType::F64)?;
-    let adapter = build(method).map_err(fail)?;
-    let mut setup = Setup::on(base, adapter, &Targets::from(targets), applies, DType::F64);
-    setup.disturb(0.1);
-    let mut most = 0;
-    for (id, _) in setup.theta.trained() {
-        let users =
-            setup.attachments.iter().filter(|at| at.tensors.iter().any(|t| t.name(at.site.as_str()) == id.name));
-        let layers: BTreeSet<_> =
-            users.filter_map(|at| setup.model.base().architecture().site(at.site.as_str())?.layer).collect();
-        // Each of these layers has its share in the gradient: without the tensor's part there, it is another one.
-        most = most.max(layers.len());
-    }
-    Ok(most)
-}
-
-fn shared_rule() -> Result<(), Failed> {
-    let blocks = [SiteKind::Attention, SiteKind::Mlp];
-    let (compacter, plain) = (
-        reach(json!({"method": "compacter", "reduction": 4, "factors": 2}), "all", &blocks)?,
-        reach(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?,
-    );
-    assert_eq!((compacter, plain), (2, 1));
-    Ok(())
-}
-
-/// How far logits are from the base's with a component alone, moved from its start, and nothing beside it.
-fn alone(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64, Failed> {
-    let base = Base::random(support::architecture(), 5, DType::F64)?;
-    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
-    setup.disturb(0.3);
-    let mut theta = setup.theta.clone();
-    theta.bindings.retain(|binding| binding.slot == 0);
-    let layout = batch();
-    let logits = |theta: &Theta| setup.model.logits(&Pass { theta, layout: &layout, dropout: None });
-    Ok(difference(&logits(&theta)?, &logits(&theta.adapters_off())?))
-}
-
-/// What mixes others adds only what they do; LoRA adds by itself.
-fn nothing_alone() -> Result<(), Failed> {
-    let fusion = alone(json!({"method": "adapterfusion"}), "mlp", &[SiteKind::Mlp])?;
-    let plain = alone(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?;
-    assert_eq!(fusion, 0.0);
-    assert!(plain > 1e-3, "logits change by {plain}");
-    Ok(())
-}
-
-/// How far what a component adds for the sum of two rows is from the sum of what it adds for each, against the latter; beyond what
-/// it adds for nothing.
-fn additivity(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64, Failed> {
-    let base = Base::random(support::architecture(), 5, DType::F64)?;
-    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
-    setup.disturb(0.3);
-    let at = &setup.attachments[0];
-    let tensors = attune_models::stack::locals(at, &setup.params())?;
-    let (layout, mut rng) = (Layout::new(), Rng::new(5, "rows"));
-    let cx = RowCx { site: &at.site, dropout: None, layout: &layout, rows: None };
-    let [a, b] = [0; 2].map(|_| rng.normal_tensor(&[4, 24][..], 1.0, DType::F64));
-    let (a, b) = (a?, b?);
-    let added = |x: &Tensor| match setup.adapter.port(at) {
-        Port::Delta(map) => map.graph(x, &tensors, &cx),
-        Port::Branch(map) => Ok((map.graph(x, x, &tensors, &cx)? - x)?),
-        _ => Err(attune_points::Error::Refused("it adds nothing to rows".to_owned())),
-    };
-    let nothing = added(&a.zeros_like()?)?;
-    let (together, apart) = ((added(&(&a + &b)?)? + nothing)?, (added(&a)? + added(&b)?)?);
-    Ok(difference(&together, &apart) / largest(&apart))
-}
-
-/// A row chooses its own mixture, and an activation its own slope; LoRA is linear.
-fn no_sum() -> Result<(), Failed> {
-    let (linear, blocks) = ([SiteKind::Linear], [SiteKind::Attention, SiteKind::Mlp]);
-    let up = "model.layers.1.mlp.up_proj";
-    let mixed = additivity(json!({"method": "loramoe", "rank": 2}), up, &linear)?;
-    let bent = additivity(json!({"method": "bottleneck", "reduction": 4}), "model.layers.1.mlp", &blocks)?;
-    let plain = additivity(json!({"method": PLAIN, "rank": 2}), up, &linear)?;
-    assert!(mixed > 0.01 && bent > 0.01, "off by {mixed} and {bent} of what they add");
-    assert!(plain < 1e-12, "off by {plain} of what it adds");
-    Ok(())
-}
-
-/// The largest gradient of the loss by the weight of queries in a document of one row, which by itself can attend to nothing but
-/// itself.
-fn lone_queries(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64, Failed> {
-    let base = Base::random(support::architecture(), 5, DType::F64)?;
-    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
-    setup.disturb(0.1);
-    let mut layout = Layout::new();
-    layout.push(Source::default(), [(Row::Token(3), 5)]);
-    let name = TensorName::from_path("model.layers.0.self_attn.q_proj.weight");
-    let id = TensorId { owner: Owner::Base, name };
-    let mut sink = Grads::wanting([id.clone()]);
-    setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
-    Ok(sink.get(&id).map_or(0.0, largest))
-}
-
-/// Keys that are there before a document give even its first row a choice; no change of weights does.
-fn lone_row() -> Result<(), Failed> {
-    let prefix = lone_queries(json!({"method": "prefix-tuning", "length": 3}), "all", &[SiteKind::Attention])?;
-    let plain = lone_queries(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?;
-    assert!(prefix > 1e-4, "queries have a gradient of {prefix} at most");
-    assert!(plain < 1e-15, "queries have a gradient of {plain}");
-    Ok(())
-}
-
-/// How much the factors of a change, moved from their start, change the length of a row at most, against its length.
-fn lengths_off(method: Value) -> Result<f64, Failed> {
-    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
-    let start = setup.params();
-    setup.disturb(0.3);
-    for (name, tensor) in start.iter().filter(|(name, _)| !["lora_A", "lora_B"].contains(&name.local())) {
-        setup.theta = setup.with(name, tensor.clone());
-    }
-    let at = &setup.attachments[0];
-    let weight = setup.weight(at)?.dense(DType::F64)?;
-    let locals = attune_models::stack::locals(at, &setup.params())?;
-    let merged = match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
-        Merged::Factors { left, right, scale } => (&weight + (left.matmul(&right)? * scale)?)?,
-        Merged::Weight { weight, .. } => weight,
-        other => return Err(format!("{other:?} does not merge").into()),
-    };
-    assert!(difference(&merged, &weight) > 0.1, "nothing moved");
-    let lengths = |w: &Tensor| w.sqr()?.sum(1)?.sqrt();
-    Ok(largest(&((lengths(&merged)? / lengths(&weight)?)? - 1.0)?))
-}
-
-/// Direction and length are apart: LoRA's factors change both.
-fn row_lengths() -> Result<(), Failed> {
-    let (dora, plain) =
-        (lengths_off(json!({"method": "dora", "rank": 2}))?, lengths_off(json!({"method": PLAIN, "rank": 2}))?);
-    // The lengths are held in 32 bits from the start on.
-    assert!(dora < 1e-6, "lengths change by {dora}");
-    assert!(plain > 0.01, "lengths change by {plain}");
     Ok(())
 }
 

@@ -1,0 +1,37 @@
+//! Components at linears.
+
+use attune_architecture::{Site, SiteKind};
+use attune_points::TensorSpec;
+use attune_points::adapter::Attachment;
+use attune_spec::Fault;
+
+/// Why a tensor of an expert may have no gradient for a while.
+pub(crate) const IDLE: &str = "its expert may not be routed to";
+
+/// What `tensors` says for each site, by its output and input width.
+///
+/// # Errors
+/// One fault for each site that is no linear, and for each that `tensors` cannot be put on.
+pub(crate) fn attach(
+    sites: &[Site],
+    tensors: impl Fn(&Site, usize, usize) -> Result<Vec<TensorSpec>, Fault>,
+) -> Result<Vec<Attachment>, Vec<Fault>> {
+    let (mut faults, mut attachments) = (Vec::new(), Vec::new());
+    for site in sites {
+        let SiteKind::Linear { output, input, .. } = site.kind else {
+            let message = format!("names {}, which is a {}; expected linears", site.id, site.kind.name());
+            faults.push(Fault::new("targets", message));
+            continue;
+        };
+        match tensors(site, output, input) {
+            Ok(mut tensors) => {
+                if site.expert.is_some() {
+                    tensors.iter_mut().for_each(|spec| spec.quiet = spec.quiet.or(Some(IDLE)));
+                }
+                attachments.push(Attachment { site: site.id.clone(), tensors });
+            }
+            Err(fault) => faults.push(fault),
+        }
+    }
+    if faults.is_empty() { Ok(attachments) } else { Err(faults) }
+}
