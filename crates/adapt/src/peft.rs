@@ -7,7 +7,7 @@ use attune_architecture::Architecture;
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
 use attune_points::adapter::{Adapter, Attachment, PeftTensors};
-use attune_points::{Params, TensorName};
+use attune_points::{Params, TensorName, TensorSpec};
 use attune_spec::Fault;
 use attune_spec::id::Digest;
 use attune_spec::job::Targets;
@@ -103,9 +103,9 @@ impl Folder {
             left.remove(spelt);
             let own = match place.columns {
                 None => tensor.clone(),
-                Some((start, _)) => tensor.narrow(1, start, place.shape[1])?.contiguous()?,
+                Some((start, _)) => tensor.narrow(1, start, place.spec.shape[1])?.contiguous()?,
             };
-            params.insert(place.name, own);
+            params.insert_declared(place.spec, place.site, own);
         }
         match left.first() {
             None => Ok(params),
@@ -115,29 +115,31 @@ impl Folder {
 }
 
 /// Where a tensor of an adapter is in its file.
-struct Place {
+struct Place<'a> {
     name: TensorName,
-    shape: Vec<usize>,
+    spec: &'a TensorSpec,
+    /// The first of the sites that have it.
+    site: &'a str,
     /// The name in the file.
     spelt: String,
     /// Its first column in a tensor of that name that holds several side by side, and how many columns that has.
     columns: Option<(usize, usize)>,
 }
 
-impl Place {
+impl Place<'_> {
     /// The shape in the file.
     fn whole(&self) -> Vec<usize> {
         match self.columns {
-            None => self.shape.clone(),
-            Some((_, all)) => vec![self.shape[0], all],
+            None => self.spec.shape.clone(),
+            Some((_, all)) => vec![self.spec.shape[0], all],
         }
     }
 }
 
 /// Where each tensor is; those that several sites share once.
-fn places(adapter: &dyn Adapter, attachments: &[Attachment]) -> Vec<Place> {
+fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place<'a>> {
     let Some(peft) = adapter.peft() else { return Vec::new() };
-    let mut places: Vec<Place> = Vec::new();
+    let mut places: Vec<Place<'_>> = Vec::new();
     for at in attachments {
         for spec in &at.tensors {
             let name = spec.name(at.site.as_str());
@@ -154,20 +156,20 @@ fn places(adapter: &dyn Adapter, attachments: &[Attachment]) -> Vec<Place> {
                 }
                 _ => continue,
             };
-            places.push(Place { name, shape: spec.shape.clone(), spelt, columns });
+            places.push(Place { name, spec, site: at.site.as_str(), spelt, columns });
         }
     }
     if let PeftTensors::Joined { locals, .. } = &peft.tensors {
         // Attachments are in forward order already; their tensors in that of the file.
-        let order = |place: &Place| locals.iter().position(|local| *local == place.name.local());
+        let order = |place: &Place<'_>| locals.iter().position(|local| *local == place.name.local());
         for of_site in places.chunk_by_mut(|a, b| a.name.owner() == b.name.owner()) {
             of_site.sort_by_key(order);
         }
-        let all = places.iter().map(|place| place.shape[1]).sum();
+        let all = places.iter().map(|place| place.spec.shape[1]).sum();
         let mut start = 0;
         for place in &mut places {
             place.columns = Some((start, all));
-            start += place.shape[1];
+            start += place.spec.shape[1];
         }
     }
     places

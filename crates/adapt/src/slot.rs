@@ -45,7 +45,7 @@ pub fn fresh<'w>(
             // A tensor that several sites share starts with what the first of them makes.
             let name = spec.name(at.site.as_str());
             if params.get(&name).is_none() {
-                params.insert(name, tensor.clone());
+                params.insert_declared(spec, at.site.as_str(), tensor.clone());
             }
         }
     }

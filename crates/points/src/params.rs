@@ -1,6 +1,6 @@
 //! Names of tensors, and sets of tensors by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -92,9 +92,13 @@ impl fmt::Display for TensorId {
     }
 }
 
-/// A set of tensors by name.
+/// A set of tensors by name. Some may be fixed: they never train, whatever happens to the others (the random matrices that
+/// a method draws once, the part of a weight that it took out).
 #[derive(Debug, Clone, Default)]
-pub struct Params(BTreeMap<TensorName, Tensor>);
+pub struct Params {
+    tensors: BTreeMap<TensorName, Tensor>,
+    fixed: BTreeSet<TensorName>,
+}
 
 impl Params {
     /// An empty set.
@@ -104,38 +108,64 @@ impl Params {
 
     /// A tensor by name.
     pub fn get(&self, name: &TensorName) -> Option<&Tensor> {
-        self.0.get(name)
+        self.tensors.get(name)
     }
 
-    /// Adds or replaces a tensor.
+    /// Adds or replaces a tensor; one that is replaced stays fixed if it was.
     pub fn insert(&mut self, name: TensorName, tensor: Tensor) {
-        self.0.insert(name, tensor);
+        self.tensors.insert(name, tensor);
+    }
+
+    /// Adds or replaces a tensor that an adapter declared at `site`: fixed, if it does not train.
+    pub fn insert_declared(&mut self, spec: &TensorSpec, site: &str, tensor: Tensor) {
+        let name = spec.name(site);
+        if !spec.train {
+            self.fixed.insert(name.clone());
+        }
+        self.insert(name, tensor);
+    }
+
+    /// Whether a tensor never trains.
+    pub fn is_fixed(&self, name: &TensorName) -> bool {
+        self.fixed.contains(name)
     }
 
     /// All tensors in the order of their names.
     pub fn iter(&self) -> impl Iterator<Item = (&TensorName, &Tensor)> {
-        self.0.iter()
+        self.tensors.iter()
+    }
+
+    /// The same set with other values: what `of` makes of each tensor.
+    ///
+    /// # Errors
+    /// Whatever `of` raises.
+    pub fn map<E>(
+        &self,
+        of: impl Fn(&TensorName, &Tensor) -> std::result::Result<Tensor, E>,
+    ) -> std::result::Result<Self, E> {
+        let tensors = self.iter().map(|(name, tensor)| Ok((name.clone(), of(name, tensor)?)));
+        Ok(Self { tensors: tensors.collect::<std::result::Result<_, E>>()?, fixed: self.fixed.clone() })
     }
 
     /// Number of tensors.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.tensors.len()
     }
 
     /// Whether there is no tensor.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.tensors.is_empty()
     }
 
     /// Number of values in all tensors.
     pub fn n_values(&self) -> usize {
-        self.0.values().map(Tensor::elem_count).sum()
+        self.tensors.values().map(Tensor::elem_count).sum()
     }
 }
 
 impl FromIterator<(TensorName, Tensor)> for Params {
     fn from_iter<I: IntoIterator<Item = (TensorName, Tensor)>>(tensors: I) -> Self {
-        Self(tensors.into_iter().collect())
+        Self { tensors: tensors.into_iter().collect(), fixed: BTreeSet::new() }
     }
 }
 
@@ -174,6 +204,11 @@ impl TensorSpec {
     pub fn trained(local: &'static str, shape: impl Into<Vec<usize>>) -> Self {
         let shape = shape.into();
         Self { local, scope: Scope::Site, shape, train: true, lr_factor: 1.0, decay: true, quiet: None }
+    }
+
+    /// A tensor of the site that never trains.
+    pub fn fixed(local: &'static str, shape: impl Into<Vec<usize>>) -> Self {
+        Self { train: false, ..Self::trained(local, shape) }
     }
 
     /// The name of the tensor in its set, for an attachment at `site`.
@@ -235,6 +270,19 @@ mod tests {
         let shared = TensorSpec { scope: Scope::Group("mlp".to_owned()), ..TensorSpec::trained("left", [2, 2]) };
         assert_eq!(shared.name("site.a"), shared.name("site.b"));
         assert_ne!(TensorSpec::trained("a", [1]).name("site.a"), TensorSpec::trained("a", [1]).name("site.b"));
+    }
+
+    #[test]
+    fn what_is_fixed_stays_so_with_other_values() {
+        let tensor = Tensor::zeros(2, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+        let mut params = Params::new();
+        params.insert_declared(&TensorSpec::trained("a", [2]), "q_proj", tensor.clone());
+        params.insert_declared(&TensorSpec::fixed("b", [2]), "q_proj", tensor.clone());
+        let [a, b] = ["a", "b"].map(|local| TensorName::new("q_proj", local));
+        params.insert(b.clone(), tensor);
+        let mapped = params.map(|_, tensor| tensor + 1.0).unwrap();
+        assert_eq!((mapped.is_fixed(&a), mapped.is_fixed(&b)), (false, true));
+        assert_eq!(mapped.get(&b).unwrap().to_vec1::<f32>().unwrap(), [1.0, 1.0]);
     }
 
     #[test]

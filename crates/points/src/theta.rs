@@ -90,12 +90,13 @@ impl Theta {
         Self { input: Some(input_td), ..self }
     }
 
-    /// The ids of all tensors in trained banks, bank by bank and set by set, in the order of their names.
+    /// The ids of all tensors in trained banks but for the fixed ones, bank by bank and set by set, in the order of their names.
     pub fn trained(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
         self.banks.iter().enumerate().filter(|(_, bank)| bank.train).flat_map(|(slot, bank)| {
             bank.sets.iter().enumerate().flat_map(move |(set, params)| {
                 let owner = Owner::Bank { slot: slot as u16, set: set as u32 };
-                params.iter().map(move |(name, tensor)| (TensorId { owner, name: name.clone() }, tensor))
+                let trained = params.iter().filter(|(name, _)| !params.is_fixed(name));
+                trained.map(move |(name, tensor)| (TensorId { owner, name: name.clone() }, tensor))
             })
         })
     }

@@ -80,8 +80,7 @@ impl Setup {
         let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
         let params =
             slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &Rng::new(7, "init"));
-        let params: Params =
-            params.unwrap().iter().map(|(name, tensor)| (name.clone(), tensor.to_dtype(dtype).unwrap())).collect();
+        let params = params.unwrap().map(|_, tensor| tensor.to_dtype(dtype)).unwrap();
         let own = Bank { slot: "x".into(), kind, sets: vec![Arc::new(params)], train: true };
         setup.theta = Theta::single(std::iter::once(own).chain(mixed));
         // The component itself comes last.
@@ -123,18 +122,15 @@ impl Setup {
         theta
     }
 
-    /// Moves every tensor away from its start.
+    /// Moves every tensor that trains away from its start.
     pub(crate) fn disturb(&mut self, std: f64) {
         let mut rng = Rng::new(11, "disturb");
-        let disturbed: Params = self
-            .params()
-            .iter()
-            .map(|(name, tensor)| {
-                let noise = rng.normal_tensor(tensor.shape(), std, tensor.dtype()).unwrap();
-                (name.clone(), (tensor + noise).unwrap())
-            })
-            .collect();
-        self.theta = self.with_params(disturbed);
+        let mut params = self.params();
+        for (id, tensor) in self.theta.trained() {
+            let noise = rng.normal_tensor(tensor.shape(), std, tensor.dtype()).unwrap();
+            params.insert(id.name, (tensor + noise).unwrap());
+        }
+        self.theta = self.with_params(params);
     }
 }
 

@@ -36,7 +36,7 @@ use std::sync::{Arc, PoisonError};
 use attune_points::engine::{Engine, Job, Source, StepReport, StepRule};
 use attune_points::objective::Level;
 use attune_points::theta::Rows;
-use attune_points::{BankKind, Binding, Error, Grads, Layout, Owner, Params, Result, TensorId, Theta};
+use attune_points::{BankKind, Binding, Error, Grads, Layout, Owner, Result, TensorId, Theta};
 use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
@@ -265,11 +265,11 @@ impl Smart {
         for (slot, bank) in at.banks.iter_mut().enumerate().filter(|(_, bank)| bank.train) {
             let Some(now) = bank.sets.first() else { continue };
             let owner = Owner::Bank { slot: slot as u16, set: 0 };
-            let anchored = now.iter().map(|(name, tensor)| {
+            let anchored = now.map(|name, tensor| {
                 let anchor = self.anchor.get(&TensorId { owner, name: name.clone() });
-                (name.clone(), anchor.unwrap_or(tensor).clone())
+                Ok::<_, Error>(anchor.unwrap_or(tensor).clone())
             });
-            bank.sets.push(Arc::new(anchored.collect::<Params>()));
+            bank.sets.push(Arc::new(anchored?));
             let (own, all) = ((rows * (copies - 1)) as u32, (rows * copies) as u32);
             let anchor = bank.sets.len() as u32 - 1;
             at.bindings.retain(|binding| usize::from(binding.slot) != slot);
@@ -292,7 +292,7 @@ fn by_largest(x_td: &Tensor) -> Result<Tensor> {
 mod tests {
     use attune_points::engine::{Batch, LossReport};
     use attune_points::layout::{NO_LABEL, Row, Source as Origin};
-    use attune_points::{Bank, GradSink, TensorName};
+    use attune_points::{Bank, GradSink, Params, TensorName};
     use candle_core::Var;
 
     use attune_points::objective::{ChunkLoss, ChunkView, Denominator, LogitsLoss as _, Objective};
