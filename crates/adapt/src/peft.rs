@@ -30,7 +30,7 @@ pub struct Folder {
     tensors: BTreeMap<String, Tensor>,
 }
 
-/// Reads an adapter folder. Tensors are widened to 32 bits.
+/// Reads an adapter folder. Tensors of floats are widened to 32 bits.
 ///
 /// # Errors
 /// [`Error`] naming the file and the key or tensor at fault.
@@ -42,8 +42,8 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     let mapped = Mapped::open(&file)?;
     let mut tensors = BTreeMap::new();
     for name in header.tensors().keys() {
-        if let Some(tensor) = mapped.get(name)? {
-            tensors.insert(name.clone(), tensor.to_tensor(DType::F32)?);
+        if let Some(tensor) = mapped.get_number(name)? {
+            tensors.insert(name.clone(), tensor.to_numbers()?);
         }
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
@@ -219,20 +219,26 @@ pub fn write(
     let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
     for place in places(adapter, attachments) {
         let tensor = params.get(&place.name).ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
-        wholes.entry(place.spelt).or_default().push(tensor.to_dtype(DType::F32)?);
+        wholes.entry(place.spelt).or_default().push(tensor.clone());
     }
     let mut bytes = Vec::new();
     for (spelt, parts) in wholes {
         let whole = Tensor::cat(&parts, if parts.len() > 1 { 1 } else { 0 })?;
-        let values: Vec<f32> = whole.flatten_all()?.to_vec1()?;
-        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        bytes.push((spelt, whole.dims().to_vec(), data));
+        let values = whole.flatten_all()?;
+        let (dtype, data): (Dtype, Vec<u8>) = match values.dtype() {
+            DType::I64 => (Dtype::I64, values.to_vec1::<i64>()?.iter().flat_map(|value| value.to_le_bytes()).collect()),
+            _ => {
+                let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+            }
+        };
+        bytes.push((spelt, dtype, whole.dims().to_vec(), data));
     }
     let tensors: Vec<safetensors::Tensor<'_>> = bytes
         .iter()
-        .map(|(name, shape, data)| safetensors::Tensor {
+        .map(|(name, dtype, shape, data)| safetensors::Tensor {
             name: name.clone(),
-            dtype: Dtype::F32,
+            dtype: *dtype,
             shape: shape.clone(),
             data,
         })

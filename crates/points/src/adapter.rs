@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use attune_architecture::{Architecture, Site, SiteId};
 use attune_spec::Fault;
+use attune_spec::id::Step;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 
+use crate::engine::StepRule;
 use crate::error::Result;
 use crate::layout::{Doc, Layout};
 use crate::params::{Locals, TensorSpec};
@@ -48,6 +50,12 @@ pub trait Adapter: Send + Sync {
         Ok(None)
     }
 
+    /// How the steps of a job that trains it use the engine, where the usual step is not enough: a choice of what trains that
+    /// changes on the way. Such a job has no other step rule. None for most.
+    fn step_rule(&self, _of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
+        None
+    }
+
     /// What the component at `at` becomes without itself.
     ///
     /// # Errors
@@ -56,6 +64,16 @@ pub trait Adapter: Send + Sync {
 
     /// How the adapter is written down in Hugging Face PEFT's layout; `None` if its result is a whole model.
     fn peft(&self) -> Option<Peft>;
+}
+
+/// A component that trains, as a step rule of its own gets to know it.
+pub struct Trained<'a> {
+    /// Its place in the stack.
+    pub slot: u16,
+    /// Where it is attached, by site.
+    pub attachments: Vec<&'a Attachment>,
+    /// How many steps the job has.
+    pub steps: Step,
 }
 
 /// What an initialisation needs done to the base.

@@ -10,8 +10,9 @@ use candle_core::Tensor;
 use crate::error::{Error, Result};
 use crate::layout::{LabelCounts, Layout};
 use crate::objective::Objective;
+use crate::optimizer::Optimizer;
 use crate::params::TensorId;
-use crate::sink::{GradSink, Grads};
+use crate::sink::{Entries, GradSink, Grads};
 use crate::theta::Theta;
 
 /// Where a batch comes from.
@@ -82,6 +83,37 @@ pub struct StepReport {
     pub n_rows: u64,
 }
 
+/// Tensors by name.
+pub type Tensors = BTreeMap<String, Tensor>;
+
+/// An entry of a trained tensor that starts anew.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Renewed {
+    /// Its flat index.
+    pub entry: usize,
+    /// How many updates its gradient was watched for.
+    pub age: u64,
+    /// The mean of its gradient in these.
+    pub mean: f32,
+    /// The mean of its square.
+    pub square: f32,
+}
+
+/// The usual step: the gradient of the loss over the next batch, then one update.
+///
+/// # Errors
+/// Whatever the engine raises.
+pub fn usual_step(engine: &mut dyn Engine) -> Result<StepReport> {
+    let batch = engine.batch(Source::Train)?;
+    let objective = engine.objective();
+    let theta = engine.theta().clone();
+    let scale = 1.0 / objective.denominator().of(batch.counts);
+    let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
+    let (gradients, loss) = engine.reduce(parts)?;
+    let grad_norm = engine.update(gradients)?;
+    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+}
+
 /// The machinery of a run, as a step rule sees it. Every pass takes the parameters that it runs at.
 pub trait Engine {
     /// The parameters that are being trained.
@@ -127,9 +159,24 @@ pub trait Engine {
         of: &dyn Objective,
         scale: f64,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        self.grads_beside(at, parts, of, scale, &Entries::new())
+    }
+
+    /// The same, and with each those by single entries of tensors that do not train.
+    ///
+    /// # Errors
+    /// As for [`Engine::grads`]; an entry that a tensor does not have.
+    fn grads_beside(
+        &mut self,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+        of: &dyn Objective,
+        scale: f64,
+        beside: &Entries,
+    ) -> Result<Vec<(u32, Grads, LossReport)>> {
         let mut made = Vec::with_capacity(parts.len());
         for (part, layout) in parts {
-            let mut sink = Grads::wanting(self.wanted());
+            let mut sink = Grads::wanting(self.wanted()).and_entries(beside);
             let report = self.grad(at, layout, of, scale, &mut sink)?;
             made.push((*part, sink, report));
         }
@@ -154,6 +201,18 @@ pub trait Engine {
     /// A gradient that is not finite, missing (connection guard) or always zero (signal guard).
     fn update(&mut self, gradients: Grads) -> Result<f64>;
 
+    /// What every rank has to say, under numbers that no other uses, in the order of the numbers: the same on all of them.
+    ///
+    /// # Errors
+    /// A rank that is gone.
+    fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>>;
+
+    /// Starts entries of a trained tensor anew, at 0. The tensor was declared as one whose entries come and go.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a tensor or an optimiser that has no such entries.
+    fn renew(&mut self, tensor: &TensorId, entries: &[Renewed]) -> Result<()>;
+
     /// The width of the model's rows.
     fn hidden(&self) -> usize;
 
@@ -167,6 +226,8 @@ pub struct Job<'a> {
     pub objective: &'a dyn Objective,
     /// The parameters, before the first step.
     pub theta: &'a Theta,
+    /// How they are updated.
+    pub optimizer: &'a dyn Optimizer,
     /// Whether activations have 16 bits.
     pub narrow: bool,
 }
@@ -189,16 +250,16 @@ pub trait StepRule: Send {
     /// Whatever the engine raises.
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> Result<StepReport>;
 
-    /// Everything that a resumed run needs beside the step's number, by name, in f32.
-    fn state(&self) -> BTreeMap<String, Tensor> {
-        BTreeMap::new()
+    /// Everything that a resumed run needs beside the step's number, by name: f32, or whole numbers of 64 bits.
+    fn state(&self) -> Tensors {
+        Tensors::new()
     }
 
     /// Goes on from a state, in a run whose parameters are `theta`.
     ///
     /// # Errors
     /// [`Error::Refused`] if it is not one of this rule in this run.
-    fn restore(&mut self, state: BTreeMap<String, Tensor>, _theta: &Theta) -> Result<()> {
+    fn restore(&mut self, state: Tensors, _theta: &Theta) -> Result<()> {
         match state.keys().next() {
             None => Ok(()),
             Some(name) => Err(Error::Refused(format!("has {name:?}, which the step rule does not know"))),

@@ -30,6 +30,6 @@ pub mod engine;
 pub use error::{Error, Result};
 pub use layout::{Doc, Layout, Row, View};
 pub use params::{Locals, Owner, Params, TensorId, TensorName, TensorSpec};
-pub use sink::{GradSink, Grads, Region};
+pub use sink::{Entries, GradSink, Grads, Region};
 pub use theta::{Bank, BankKind, Binding, Rows, Theta};
 pub use weight::Weight;

@@ -15,6 +15,9 @@ pub struct UpdateCx<'a> {
     pub decay: bool,
     /// The tensor's shape.
     pub shape: &'a [usize],
+    /// Where entries come and go: the update before the first of each entry, whose own count is `step - born`. All of them
+    /// have been there from the start if it is `None`.
+    pub born: Option<&'a [f32]>,
 }
 
 /// A rule that changes values by their gradients. The rule itself holds no state: its buffers are the engine's, which
@@ -28,6 +31,12 @@ pub trait Optimizer: Send + Sync {
     /// # Errors
     /// A shape that this rule has no update for.
     fn update(&self, cx: &UpdateCx<'_>, value: &mut [f32], gradient: &[f32], buffers: &mut [Vec<f32>]) -> Result<()>;
+
+    /// What the buffers of an entry hold, a number a buffer, after `age` updates in which its gradient had this mean and this mean
+    /// square; `None` if the buffers of this rule are not those of single entries.
+    fn begun(&self, _age: u64, _mean: f32, _square: f32) -> Option<Vec<f32>> {
+        None
+    }
 
     /// The base learning rate.
     fn lr(&self) -> f64;

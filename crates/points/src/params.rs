@@ -195,6 +195,8 @@ pub struct TensorSpec {
     pub lr_factor: f64,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// Whether its entries come and go in training, so that optimisers count updates entry by entry.
+    pub comes_and_goes: bool,
     /// Why its gradient may be zero for the first steps, if it may; the signal guard prints it.
     pub quiet: Option<&'static str>,
 }
@@ -203,7 +205,16 @@ impl TensorSpec {
     /// A tensor of the site that trains with the slot's learning rate and weight decay.
     pub fn trained(local: &'static str, shape: impl Into<Vec<usize>>) -> Self {
         let shape = shape.into();
-        Self { local, scope: Scope::Site, shape, train: true, lr_factor: 1.0, decay: true, quiet: None }
+        Self {
+            local,
+            scope: Scope::Site,
+            shape,
+            train: true,
+            lr_factor: 1.0,
+            decay: true,
+            comes_and_goes: false,
+            quiet: None,
+        }
     }
 
     /// A tensor of the site that never trains.

@@ -92,13 +92,30 @@ impl Theta {
 
     /// The ids of all tensors in trained banks but for the fixed ones, bank by bank and set by set, in the order of their names.
     pub fn trained(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
+        let is_fixed = |id: &TensorId| match id.owner {
+            Owner::Bank { slot, set } => self.set(slot, set).is_some_and(|params| params.is_fixed(&id.name)),
+            _ => false,
+        };
+        self.held().filter(move |(id, _)| !is_fixed(id))
+    }
+
+    /// The ids of all tensors in trained banks, fixed ones among them: what a run changes.
+    pub fn held(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
         self.banks.iter().enumerate().filter(|(_, bank)| bank.train).flat_map(|(slot, bank)| {
             bank.sets.iter().enumerate().flat_map(move |(set, params)| {
                 let owner = Owner::Bank { slot: slot as u16, set: set as u32 };
-                let trained = params.iter().filter(|(name, _)| !params.is_fixed(name));
-                trained.map(move |(name, tensor)| (TensorId { owner, name: name.clone() }, tensor))
+                params.iter().map(move |(name, tensor)| (TensorId { owner, name: name.clone() }, tensor))
             })
         })
+    }
+
+    /// Puts a tensor in place of the one of this id; nothing, if the set is not there.
+    pub fn put(&mut self, id: &TensorId, tensor: Tensor) {
+        if let Owner::Bank { slot, set } = id.owner
+            && let Some(params) = self.banks.get_mut(slot as usize).and_then(|bank| bank.sets.get_mut(set as usize))
+        {
+            Arc::make_mut(params).insert(id.name.clone(), tensor);
+        }
     }
 
     /// A tensor by id.

@@ -70,24 +70,37 @@ impl Mapped {
         self.entries.keys().map(String::as_str)
     }
 
-    /// A tensor by name; `None` if the file has none of that name.
+    /// A tensor of floats by name; `None` if the file has none of that name.
     ///
     /// # Errors
     /// [`Error::Dtype`] if it is stored in a type that is not read.
     pub fn get(&self, name: &str) -> Result<Option<MappedTensor>, Error> {
+        match self.get_number(name)? {
+            Some(tensor) if tensor.dtype == DType::I64 => Err(self.unread(name, Dtype::I64)),
+            found => Ok(found),
+        }
+    }
+
+    /// A tensor of floats or of whole numbers (I64) by name.
+    ///
+    /// # Errors
+    /// As for [`Mapped::get`].
+    pub fn get_number(&self, name: &str) -> Result<Option<MappedTensor>, Error> {
         let Some(entry) = self.entries.get(name) else { return Ok(None) };
         let dtype = match entry.dtype {
             Dtype::F64 => DType::F64,
             Dtype::F32 => DType::F32,
             Dtype::BF16 => DType::BF16,
             Dtype::F16 => DType::F16,
-            other => {
-                let (path, name, dtype) = (self.path.clone(), name.to_owned(), format!("{other:?}"));
-                return Err(Error::Dtype { path, name, dtype });
-            }
+            Dtype::I64 => DType::I64,
+            other => return Err(self.unread(name, other)),
         };
         let (map, shape, bytes) = (Arc::clone(&self.map), entry.shape.clone(), entry.bytes.clone());
         Ok(Some(MappedTensor { map, dtype, shape, bytes }))
+    }
+
+    fn unread(&self, name: &str, dtype: Dtype) -> Error {
+        Error::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: format!("{dtype:?}") }
     }
 }
 
@@ -106,7 +119,7 @@ impl MappedTensor {
         &self.shape
     }
 
-    /// The type that it is stored in: F64, F32, BF16 or F16.
+    /// The type that it is stored in: F64, F32, BF16, F16 or I64.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -131,6 +144,14 @@ impl MappedTensor {
     /// A dtype that is not a float type.
     pub fn to_tensor(&self, dtype: DType) -> candle_core::Result<Tensor> {
         self.read(self.map.get(self.bytes.clone()).unwrap_or_default(), self.shape.clone(), dtype)
+    }
+
+    /// All of it, in memory: floats in 32 bits, whole numbers as they are.
+    ///
+    /// # Errors
+    /// Bytes that are not there.
+    pub fn to_numbers(&self) -> candle_core::Result<Tensor> {
+        self.to_tensor(if self.dtype == DType::I64 { DType::I64 } else { DType::F32 })
     }
 
     /// A range along its first axis, in memory.
@@ -190,6 +211,7 @@ impl MappedTensor {
             (DType::F16, _) => Tensor::from_vec(values!(f16, 2, |x| x), shape, &Device::Cpu),
             (DType::F32, _) => Tensor::from_vec(values!(f32, 4, |x| x), shape, &Device::Cpu),
             (DType::F64, _) => Tensor::from_vec(values!(f64, 8, |x| x), shape, &Device::Cpu),
+            (DType::I64, _) => Tensor::from_vec(values!(i64, 8, |x| x), shape, &Device::Cpu),
             (other, _) => bail!("a mapped tensor of {other:?}"),
         };
         tensor?.to_dtype(dtype)

@@ -6,7 +6,7 @@ use std::path::Path;
 use attune_data::loader;
 use attune_points::{TensorId, Theta};
 use attune_spec::id::{Digest, Step, Tokens};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -69,7 +69,7 @@ pub(crate) fn save(
     names: impl Fn(&TensorId) -> Vec<&'static str>,
 ) -> Result<(), Error> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let values: BTreeMap<String, Tensor> = theta.trained().map(|(id, tensor)| (key(&id), tensor.clone())).collect();
+    let values: BTreeMap<String, Tensor> = theta.held().map(|(id, tensor)| (key(&id), tensor.clone())).collect();
     write(&folder.join(VALUES_FILE), values)?;
     let mut flat = BTreeMap::new();
     for (id, of_tensor) in buffers {
@@ -106,7 +106,7 @@ pub(crate) fn load_rule(folder: &Path) -> Result<BTreeMap<String, Tensor>, Error
     read(&folder.join(RULE_FILE))
 }
 
-/// Reads the trained values and the optimiser's buffers into those of a fresh run, which say what has to be there.
+/// Reads the values of trained components and the optimiser's buffers into those of a fresh run, which say what has to be there.
 pub(crate) fn load_tensors(
     folder: &Path,
     theta: &mut Theta,
@@ -114,10 +114,10 @@ pub(crate) fn load_tensors(
     names: impl Fn(&TensorId) -> Vec<&'static str>,
 ) -> Result<(), Error> {
     let mut values = read(&folder.join(VALUES_FILE))?;
-    let ids: Vec<(TensorId, Vec<usize>)> = theta.trained().map(|(id, tensor)| (id, tensor.dims().to_vec())).collect();
+    let ids: Vec<(TensorId, Vec<usize>)> = theta.held().map(|(id, tensor)| (id, tensor.dims().to_vec())).collect();
     for (id, shape) in ids {
         let tensor = take(folder, VALUES_FILE, &mut values, &key(&id), &shape)?;
-        crate::engine::put(theta, &id, tensor);
+        theta.put(&id, tensor);
     }
     none_left(folder, VALUES_FILE, &values)?;
     let mut flat = read(&folder.join(BUFFERS_FILE))?;
@@ -152,8 +152,8 @@ fn read(path: &Path) -> Result<BTreeMap<String, Tensor>, Error> {
     let names: Vec<String> = mapped.names().map(str::to_owned).collect();
     let mut tensors = BTreeMap::new();
     for name in names {
-        if let Some(tensor) = mapped.get(&name).map_err(attune_models::Error::from)? {
-            tensors.insert(name, tensor.to_tensor(DType::F32)?);
+        if let Some(tensor) = mapped.get_number(&name).map_err(attune_models::Error::from)? {
+            tensors.insert(name, tensor.to_numbers()?);
         }
     }
     Ok(tensors)

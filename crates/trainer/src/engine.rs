@@ -9,14 +9,16 @@ use attune_data::Loader;
 use attune_models::dropout::Dropout;
 use attune_models::pass::walk::Keep;
 use attune_models::pass::{Stopwatch, Times, Work};
-use attune_models::{Model, Pass};
+use attune_models::{Model, Pass, stack};
 use attune_optim::clip;
-use attune_points::engine::{Batch, Engine, LossReport, Source};
+use attune_points::engine::{Batch, Engine, LossReport, Renewed, Source, Tensors};
 use attune_points::layout::REFERENCE;
 use attune_points::objective::{Level, Objective};
 use attune_points::optimizer::{Optimizer, UpdateCx};
 use attune_points::schedule::Schedule;
-use attune_points::{Error, GradSink, Grads, Layout, Locals, Owner, Params, Result, TensorId, TensorSpec, Theta};
+use attune_points::{
+    Entries, Error, GradSink, Grads, Layout, Locals, Owner, Params, Result, TensorId, TensorSpec, Theta,
+};
 use attune_spec::id::Step;
 use attune_tensor::{Rng, autograd};
 use candle_core::{Device, Tensor, Var};
@@ -36,6 +38,8 @@ pub(crate) enum Message {
     Report(LossReport),
     /// A micro-batch with the log-probabilities of its labels.
     Scored(Arc<Layout>),
+    /// What a step rule has to say.
+    Said(Tensors),
 }
 
 /// What all ranks of a run share.
@@ -132,7 +136,9 @@ impl RankEngine<'_> {
     /// Names of the optimiser's buffers for a tensor.
     pub(crate) fn buffer_names(&self, id: &TensorId) -> Vec<&'static str> {
         let shape = self.shared.specs.get(id).map(|spec| spec.shape.as_slice()).unwrap_or_default();
-        self.shared.optimizer.buffers(shape).into_iter().map(|(name, _)| name).collect()
+        let names = self.shared.optimizer.buffers(shape).into_iter().map(|(name, _)| name);
+        let born = self.shared.specs.get(id).filter(|spec| spec.comes_and_goes).map(|_| "born");
+        names.chain(born).collect()
     }
 
     /// The learning rate that the next update starts from.
@@ -147,18 +153,25 @@ impl RankEngine<'_> {
             for (at, set) in of_slot.attachments().flat_map(|at| bank.sets.iter().enumerate().map(move |set| (at, set)))
             {
                 let (set, params) = set;
-                let mut leaves = Vec::with_capacity(at.tensors.len());
-                for spec in &at.tensors {
-                    let name = spec.name(at.site.as_str());
-                    let tensor = params.get(&name).ok_or_else(|| Error::Refused(format!("{name} has no value")))?;
-                    leaves.push((spec, name, autograd::leaf(tensor)?));
+                let plain = stack::locals(at, params)?;
+                if of_slot.adapter().penalty(at, &plain)?.is_none() {
+                    continue;
                 }
-                let tensors = leaves.iter().map(|(spec, _, leaf)| (spec.local, leaf.as_tensor().clone()));
+                let (mut leaves, mut tensors) = (Vec::new(), Vec::new());
+                for spec in &at.tensors {
+                    let mut tensor = plain.get(spec.local)?.clone();
+                    if spec.train {
+                        let leaf = autograd::leaf(&tensor)?;
+                        tensor = leaf.as_tensor().clone();
+                        leaves.push((spec.name(at.site.as_str()), leaf));
+                    }
+                    tensors.push((spec.local, tensor));
+                }
                 let tensors = Locals::new(at.site.as_str(), tensors);
                 let Some(penalty) = of_slot.adapter().penalty(at, &tensors)? else { continue };
-                let all: Vec<&Var> = leaves.iter().map(|(_, _, leaf)| leaf).collect();
+                let all: Vec<&Var> = leaves.iter().map(|(_, leaf)| leaf).collect();
                 let found = autograd::pull(&all, &[(&penalty, &penalty.ones_like()?)])?;
-                for ((_, name, _), gradient) in leaves.into_iter().zip(found) {
+                for ((name, _), gradient) in leaves.into_iter().zip(found) {
                     let id = TensorId { owner: Owner::Bank { slot: slot as u16, set: set as u32 }, name };
                     gradient.map(|gradient| gradients.put(&id, &gradient)).transpose()?;
                 }
@@ -227,10 +240,10 @@ impl RankEngine<'_> {
         at: &Theta,
         parts: &[(u32, Arc<Layout>)],
         of: impl Fn() -> Asking<'o>,
-        scale: f64,
+        (scale, beside): (f64, &Entries),
         dropout: Option<Dropout>,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
-        let tensors = self.wanted();
+        let sink = Grads::wanting(self.wanted()).and_entries(beside);
         // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
         // turns, so each keeps its own apart until then.
         let alone = self.collective.size() == 1;
@@ -238,7 +251,7 @@ impl RankEngine<'_> {
         for group in groups(parts, self.rows_per_pass) {
             let passes = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout });
             self.spent.flops += passes.map(|pass| self.shared.model.flops(&pass)).sum::<f64>();
-            let wanted = Wanted { scale, tensors: tensors.clone(), keep: self.shared.keep };
+            let wanted = Wanted { scale, sink: sink.clone(), keep: self.shared.keep };
             let found = self.pass(at, group, dropout, &of(), Some(wanted))?;
             for ((part, _), (gradients, report)) in group.iter().zip(found) {
                 match made.last_mut().filter(|_| alone) {
@@ -259,7 +272,7 @@ impl RankEngine<'_> {
         at: &Theta,
         parts: &[(u32, Arc<Layout>)],
         of: &dyn Objective,
-        scale: f64,
+        scale: (f64, &Entries),
         dropout: Option<Dropout>,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
         let (parts, loss) = self.scope(at, parts, dropout, of)?;
@@ -273,6 +286,26 @@ impl RankEngine<'_> {
             }
         }
         Ok(made)
+    }
+
+    /// A pass over one micro-batch that nobody else takes part in.
+    fn grad_alone(
+        &self,
+        pass: Pass<'_>,
+        of: &dyn Objective,
+        scale: f64,
+        sink: &mut dyn GradSink,
+    ) -> Result<(Vec<LossReport>, Times)> {
+        let model = &self.shared.model;
+        if !of.needs().reference {
+            return model.grad_parts(&[pass], of, scale, self.shared.keep, &mut [sink]);
+        }
+        let layout = Arc::new(pass.layout.clone());
+        let (with, took) = model.with_logp(REFERENCE, &pass.theta.untrained(), None, &[layout])?;
+        let parts: Vec<Pass<'_>> = with.iter().map(|layout| Pass { layout, ..pass }).collect();
+        let (reports, mut times) = model.grad_parts(&parts, of, scale, self.shared.keep, &mut [sink])?;
+        times += took;
+        Ok((reports, times))
     }
 
     fn shards(&self) -> std::ops::Range<u32> {
@@ -298,18 +331,13 @@ pub(crate) fn groups(parts: &[(u32, Arc<Layout>)], rows: usize) -> impl Iterator
 
 /// The optimiser's buffers of every trained tensor, at zero.
 pub(crate) fn empty_buffers(optimizer: &dyn Optimizer, specs: &BTreeMap<TensorId, TensorSpec>) -> Buffers {
-    let zeros =
-        |spec: &TensorSpec| optimizer.buffers(&spec.shape).into_iter().map(|(_, length)| vec![0.0; length]).collect();
+    let zeros = |spec: &TensorSpec| {
+        let own = optimizer.buffers(&spec.shape).into_iter().map(|(_, length)| vec![0.0; length]);
+        // When each entry came.
+        let born = spec.comes_and_goes.then(|| vec![0.0; spec.shape.iter().product()]);
+        own.chain(born).collect()
+    };
     specs.iter().map(|(id, spec)| (id.clone(), zeros(spec))).collect()
-}
-
-/// Puts a tensor in place of the one of the same id.
-pub(crate) fn put(theta: &mut Theta, id: &TensorId, tensor: Tensor) {
-    if let Owner::Bank { slot, set } = id.owner
-        && let Some(params) = theta.banks.get_mut(slot as usize).and_then(|bank| bank.sets.get_mut(set as usize))
-    {
-        Arc::make_mut(params).insert(id.name.clone(), tensor);
-    }
 }
 
 impl Engine for RankEngine<'_> {
@@ -360,20 +388,22 @@ impl Engine for RankEngine<'_> {
         self.spent.flops += self.shared.model.flops(&pass);
         // A pass of its own: lanes beside it need not wait.
         self.company.inspect(Company::leave);
-        let found = self.shared.model.grad_parts(&[pass], of, scale, self.shared.keep, &mut [sink]);
+        let found = self.grad_alone(pass, of, scale, sink);
         self.company.inspect(Company::enter);
         let (mut reports, times) = found?;
         self.spent.passes += times;
         Ok(reports.pop().unwrap_or_default())
     }
 
-    fn grads(
+    fn grads_beside(
         &mut self,
         at: &Theta,
         parts: &[(u32, Arc<Layout>)],
         of: &dyn Objective,
         scale: f64,
+        beside: &Entries,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        let scale = (scale, beside);
         let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
         if of.level() == Level::Step {
             return self.step_grads(at, parts, of, scale, dropout);
@@ -409,6 +439,7 @@ impl Engine for RankEngine<'_> {
             let Message::Part { gradients: part, report, stop } = message else {
                 return Err(Error::Refused("a rank sent a validation loss where a gradient was due".to_owned()));
             };
+            gradients.widen(&part);
             gradients.add(&part)?;
             loss.add(&report);
             self.stop_agreed |= stop;
@@ -445,7 +476,12 @@ impl Engine for RankEngine<'_> {
                 gradient.iter_mut().for_each(|g| *g *= factor);
                 let tensor = theta.get(id).ok_or_else(|| Error::Refused(format!("{id} has no value to update")))?;
                 let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
-                let cx = UpdateCx { step: number, lr: lr * spec.lr_factor, decay: spec.decay, shape: &spec.shape };
+                let (buffers, born) = match buffers.split_last_mut().filter(|_| spec.comes_and_goes) {
+                    Some((born, buffers)) => (buffers, Some(born.as_slice())),
+                    None => (buffers.as_mut_slice(), None),
+                };
+                let (lr, decay) = (lr * spec.lr_factor, spec.decay);
+                let cx = UpdateCx { step: number, lr, decay, shape: &spec.shape, born };
                 shared.optimizer.update(&cx, &mut value, &gradient, buffers)?;
                 // The last update has no later step whose loss would show it.
                 if !value.iter().all(|value| value.is_finite()) {
@@ -457,11 +493,46 @@ impl Engine for RankEngine<'_> {
             let updated: Vec<Result<(TensorId, Tensor)>> = some.into_par_iter().map(update).collect();
             // The first fault is that of the first tensor that has one.
             for (id, tensor) in updated.into_iter().collect::<Result<Vec<_>>>()? {
-                put(&mut self.theta, &id, tensor);
+                self.theta.put(&id, tensor);
             }
         }
         self.spent.optimizer += watch.elapsed();
         Ok(norm)
+    }
+
+    fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {
+        let messages = mine.into_iter().map(|(number, said)| (number, Message::Said(said))).collect();
+        let said = |(number, message)| match message {
+            Message::Said(said) => Ok((number, said)),
+            _ => Err(Error::Refused("a rank sent something else where a word of its step rule was due".to_owned())),
+        };
+        self.exchange(messages)?.into_iter().map(said).collect()
+    }
+
+    fn renew(&mut self, tensor: &TensorId, entries: &[Renewed]) -> Result<()> {
+        let spec = self.shared.specs.get(tensor).filter(|spec| spec.comes_and_goes);
+        let (Some(spec), Some(buffers), Some(value)) =
+            (spec, self.buffers.get_mut(tensor), self.theta.get(tensor).cloned())
+        else {
+            return Err(Error::Refused(format!("entries of {tensor} do not come and go")));
+        };
+        let mut values = value.flatten_all()?.to_vec1::<f32>()?;
+        for renewed in entries {
+            let begun = self.shared.optimizer.begun(renewed.age, renewed.mean, renewed.square);
+            let begun = begun.ok_or_else(|| Error::Refused("the optimiser has no entries of single age".to_owned()))?;
+            // After the update at hand, which is not counted yet.
+            let born = (self.step.0 + 1) as f32 - renewed.age as f32;
+            for (buffer, begun) in buffers.iter_mut().zip(begun.into_iter().chain([born])) {
+                let of_entry = buffer.get_mut(renewed.entry);
+                *of_entry.ok_or_else(|| Error::Refused(format!("{tensor} has no entry {}", renewed.entry)))? = begun;
+            }
+            if let Some(value) = values.get_mut(renewed.entry) {
+                *value = 0.0;
+            }
+        }
+        let value = Tensor::from_vec(values, spec.shape.as_slice(), &Device::Cpu)?;
+        self.theta.put(tensor, value);
+        Ok(())
     }
 
     fn hidden(&self) -> usize {

@@ -151,7 +151,7 @@ impl<'a> Rank<'a> {
             prepared,
             control,
             rule: {
-                let mut rule = setup::step_rule(&request.plan, shared.total_steps)?;
+                let mut rule = setup::step_rule(&request.plan, shared.total_steps, shared.model.stack())?;
                 if let (Some(_), Some(folder)) = (&resumed, &request.resume) {
                     let state = checkpoint::load_rule(folder)?;
                     let restored = rule.restore(state, &prepared.theta);

@@ -12,11 +12,12 @@ use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Stack};
 use attune_objective::OBJECTIVES;
 use attune_optim::{OPTIMIZERS, SCHEDULES};
+use attune_points::adapter::Trained;
 use attune_points::engine::{Job, StepRule};
 use attune_points::{Bank, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, PlanSlot};
-use attune_spec::job::{Activations, Form, Plan, Precision};
+use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
@@ -177,8 +178,9 @@ pub(crate) fn prepare(
     }
     let theta = Theta::single(banks);
     let narrow = base.activations() == attune_models::pass::Activations::Bf16;
-    let job = Job { objective: &*objective, theta: &theta, narrow };
-    if let Some(message) = step_rule(plan, total_steps)?.misfit(&job) {
+    let job = Job { objective: &*objective, theta: &theta, optimizer: &*optimizer, narrow };
+    let stack = Stack::new(slots);
+    if let Some(message) = step_rule(plan, total_steps, &stack)?.misfit(&job) {
         return Err(Error::Faults(vec![Fault::new("tune.step", message)]));
     }
     let trained: Vec<usize> = plan.stack.iter().enumerate().filter(|(_, slot)| slot.train).map(|(i, _)| i).collect();
@@ -189,7 +191,7 @@ pub(crate) fn prepare(
     };
     let shared = Shared {
         keep: keep(plan, &base, request.ranks, rows_beside),
-        model: Arc::new(Model::new(base, Stack::new(slots))),
+        model: Arc::new(Model::new(base, stack)),
         objective: objective.into(),
         optimizer,
         schedule,
@@ -285,11 +287,26 @@ pub(crate) fn loader(plan: &Plan, domains: Vec<Domain>, packing: Packing) -> Res
     Ok(Loader::new(plan.seed, domains, mixing, packing, plan.length))
 }
 
-/// The step rule of a run.
-pub(crate) fn step_rule(plan: &Plan, total_steps: Step) -> Result<Box<dyn StepRule>, Error> {
-    let weights = weights(plan);
-    let cx = BuildCx { steps: total_steps, domains: &weights };
-    STEP_RULES.build(&plan.step, &"tune.step".into(), &cx).map_err(Error::Faults)
+/// The step rule of a run: the one that it names, or that of the component that trains.
+pub(crate) fn step_rule(plan: &Plan, total_steps: Step, stack: &Stack) -> Result<Box<dyn StepRule>, Error> {
+    let trained = plan.stack.iter().zip(stack.slots()).zip(0u16..).find(|((planned, _), _)| planned.train);
+    let own = trained.and_then(|((_, slot), index)| {
+        let of = Trained { slot: index, attachments: slot.attachments().collect(), steps: total_steps };
+        slot.adapter().step_rule(&of)
+    });
+    let path = FieldPath::from("tune.step");
+    match own {
+        Some(own) if plan.step.method == TuneSpec::default().step.method => Ok(own),
+        Some(_) => {
+            let message = format!("is `{}`; what trains has steps of its own: leave it out", plan.step.method);
+            Err(Error::Faults(vec![Fault::new(path, message)]))
+        }
+        None => {
+            let weights = weights(plan);
+            let cx = BuildCx { steps: total_steps, domains: &weights };
+            STEP_RULES.build(&plan.step, &path, &cx).map_err(Error::Faults)
+        }
+    }
 }
 
 fn weights(plan: &Plan) -> Vec<(Name, f64)> {

@@ -12,7 +12,7 @@ use attune_models::pass::walk::Keep;
 use attune_models::{Model, Pass, Together, grad_together, score_together};
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{GradSink, Grads, Layout, Result, TensorId, Theta};
+use attune_points::{GradSink, Grads, Layout, Result, Theta};
 use attune_spec::job::plan::ROWS_PER_PASS;
 
 use crate::meeting::Meeting;
@@ -55,7 +55,8 @@ impl Piece {
 /// Gradients of `scale × loss`.
 pub(crate) struct Wanted {
     pub(crate) scale: f64,
-    pub(crate) tensors: Vec<TensorId>,
+    /// What gradients are wanted, with none yet.
+    pub(crate) sink: Grads,
     pub(crate) keep: Keep,
 }
 
@@ -171,9 +172,8 @@ pub(crate) fn pass(pieces: &[Asked<'_>]) -> Result<Vec<Found>> {
             scale: piece.wanted.map_or(1.0, |wanted| wanted.scale),
         })
         .collect();
-    let tensors = |piece: &Asked<'_>| piece.wanted.map(|wanted| wanted.tensors.clone()).unwrap_or_default();
-    let mut sinks: Vec<Grads> =
-        pieces.iter().flat_map(|piece| piece.layouts.iter().map(|_| Grads::wanting(tensors(piece)))).collect();
+    let sink = |piece: &Asked<'_>| piece.wanted.map(|wanted| wanted.sink.clone()).unwrap_or_default();
+    let mut sinks: Vec<Grads> = pieces.iter().flat_map(|piece| piece.layouts.iter().map(|_| sink(piece))).collect();
     let (reports, times) = match pieces.first().and_then(|piece| piece.wanted) {
         Some(wanted) => {
             let mut given: Vec<&mut dyn GradSink> = sinks.iter_mut().map(|sink| sink as &mut dyn GradSink).collect();

@@ -8,6 +8,7 @@ mod full;
 mod lora;
 mod loramoe;
 mod prefix_tuning;
+mod spiel;
 
 use attune_points::adapter::Adapter;
 use attune_spec::Fault;
@@ -29,6 +30,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<spiel::Spiel>(),
     ],
 );
 

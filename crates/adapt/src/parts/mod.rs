@@ -1,8 +1,10 @@
 //! What methods share.
 
 pub(crate) mod blocks;
+pub(crate) mod choice;
 pub(crate) mod factors;
 pub(crate) mod linears;
 pub(crate) mod own;
 pub(crate) mod scaling;
+pub(crate) mod sparse;
 pub(crate) mod starts;

@@ -30,7 +30,8 @@ impl Start {
             Self::Constant(value) => Tensor::full(value as f32, shape, &Device::Cpu)?,
             Self::Uniform(bound) => rng.named(spec.local).uniform_tensor(shape, bound, DType::F32)?,
             Self::Normal(std) => rng.named(spec.local).normal_tensor(shape, std, DType::F32)?,
-            Self::Is(tensor) => tensor.to_dtype(DType::F32)?,
+            Self::Is(tensor) if tensor.dtype().is_float() => tensor.to_dtype(DType::F32)?,
+            Self::Is(tensor) => tensor,
         })
     }
 }

@@ -21,12 +21,13 @@ const PLAIN: &str = "lora";
 
 type Own = fn() -> Result<(), Failed>;
 
-const OWN: [(&str, Own); 6] = [
+const OWN: [(&str, Own); 7] = [
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
     ("compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
     ("dora::factors_turn_rows_and_leave_their_lengths", row_lengths),
     ("full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank),
+    ("spiel::as_many_entries_change_as_it_has_parameters", single_entries),
     ("prefix_tuning::queries_of_a_single_row_matter", lone_row),
 ];
 
@@ -56,23 +57,25 @@ fn rank(matrix: &Tensor) -> Result<usize, Failed> {
     Ok(rank)
 }
 
+/// What a component adds to the weight of its first site.
+fn change(setup: &Setup) -> Result<Tensor, Failed> {
+    let at = &setup.attachments[0];
+    let base = setup.model.base();
+    let site = base.architecture().site(at.site.as_str()).ok_or("no site")?;
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    Ok(match setup.adapter.merge(at, &locals, &base.weight(&site))? {
+        Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
+        Merged::Weight { weight, .. } => {
+            (weight - base.tensor(&base.tensor_name(at.site.as_str(), "weight"), DType::F64)?)?
+        }
+        other => return Err(format!("{other:?} does not merge").into()),
+    })
+}
+
 /// How far one gradient step reaches: the rank of the change of a square weight.
 fn step_rank(method: Value) -> Result<usize, Failed> {
     let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
     setup.disturb(0.1);
-    let at = &setup.attachments[0];
-    let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
-    let weight = |setup: &Setup| -> Result<Tensor, Failed> {
-        let base = setup.model.base();
-        let locals = attune_models::stack::locals(at, &setup.params())?;
-        Ok(match setup.adapter.merge(at, &locals, &base.weight(&site))? {
-            Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
-            Merged::Weight { weight, .. } => {
-                (weight - base.tensor(&base.tensor_name(at.site.as_str(), "weight"), DType::F64)?)?
-            }
-            other => return Err(format!("{other:?} does not merge").into()),
-        })
-    };
     let layout = batch();
     let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
     setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
@@ -81,7 +84,7 @@ fn step_rank(method: Value) -> Result<usize, Failed> {
         let gradient = sink.get(&id).ok_or("no gradient")?;
         stepped.theta = stepped.with(&id.name, (value - (gradient * 0.1)?)?);
     }
-    rank(&(weight(&stepped)? - weight(&setup)?)?)
+    rank(&(change(&stepped)? - change(&setup)?)?)
 }
 
 /// LoRA's change before and after a step has rank r at most, so a step changes it by 2 r at most; a weight has no such bound.
@@ -228,5 +231,25 @@ fn row_lengths() -> Result<(), Failed> {
     // The lengths are held in 32 bits from the start on.
     assert!(dora < 1e-6, "lengths change by {dora}");
     assert!(plain > 0.01, "lengths change by {plain}");
+    Ok(())
+}
+
+/// How many entries of a weight a component of some parameters, moved from its start, changes; and how many parameters it has.
+fn entries_changed(method: Value) -> Result<(usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    setup.disturb(0.3);
+    let at = &setup.attachments[0];
+    let change = change(&setup)?.flatten_all()?.to_vec1::<f64>()?;
+    let parameters = at.tensors.iter().filter(|spec| spec.train).map(|spec| spec.shape.iter().product::<usize>());
+    Ok((change.iter().filter(|change| change.abs() > 0.0).count(), parameters.sum()))
+}
+
+/// A parameter is an entry; a parameter of LoRA is in a whole row or column.
+fn single_entries() -> Result<(), Failed> {
+    let (sparse, plain) = (
+        entries_changed(json!({"method": "spiel", "density": 0.146}))?,
+        entries_changed(json!({"method": PLAIN, "rank": 2}))?,
+    );
+    assert_eq!((sparse, plain), ((112, 112), (24 * 32, 112)));
     Ok(())
 }

@@ -80,7 +80,10 @@ impl Setup {
         let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
         let params =
             slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &Rng::new(7, "init"));
-        let params = params.unwrap().map(|_, tensor| tensor.to_dtype(dtype)).unwrap();
+        let params = params.unwrap();
+        let params =
+            params.map(|_, tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor.clone()) });
+        let params = params.unwrap();
         let own = Bank { slot: "x".into(), kind, sets: vec![Arc::new(params)], train: true };
         setup.theta = Theta::single(std::iter::once(own).chain(mixed));
         // The component itself comes last.

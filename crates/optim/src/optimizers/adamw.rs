@@ -38,7 +38,7 @@ pub(super) struct Config {
     #[schemars(range(min = 0.0, max = 10.0))]
     lr: f64,
     /// Weight decay.
-    #[schemars(range(min = 0.0, max = 10.0))]
+    #[schemars(range(min = 0.0, max = 1000.0))]
     weight_decay: f64,
     /// How much of the last mean of the gradient is kept.
     #[schemars(range(min = 0.0, max = 0.999_999))]
@@ -104,19 +104,34 @@ impl Optimizer for AdamW {
                 buffers.len()
             )));
         };
-        let t = cx.step.0 as i32;
         let decay = if cx.decay { (1.0 - cx.lr * weight_decay) as f32 } else { 1.0 };
         let (b1, b2) = (beta1 as f32, beta2 as f32);
         let (c1, c2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
-        let size = (cx.lr / (1.0 - beta1.powi(t))) as f32;
-        let root = (1.0 - beta2.powi(t)).sqrt() as f32;
         let eps = eps as f32;
-        for (((w, &g), m), v) in value.iter_mut().zip(gradient).zip(m).zip(v) {
+        let corrections = |t: i32| ((cx.lr / (1.0 - beta1.powi(t))) as f32, (1.0 - beta2.powi(t)).sqrt() as f32);
+        let entry = |w: &mut f32, g: f32, m: &mut f32, v: &mut f32, (size, root): (f32, f32)| {
             *m = b1 * *m + c1 * g;
             *v = b2 * *v + c2 * g * g;
             *w = *w * decay - size * *m / (v.sqrt() / root + eps);
+        };
+        let t = cx.step.0 as i32;
+        let entries = value.iter_mut().zip(gradient).zip(m).zip(v);
+        match cx.born {
+            None => {
+                let all = corrections(t);
+                entries.for_each(|(((w, &g), m), v)| entry(w, g, m, v, all));
+            }
+            Some(born) => {
+                let each = entries.zip(born);
+                each.for_each(|((((w, &g), m), v), &born)| entry(w, g, m, v, corrections(t - born as i32)));
+            }
         }
         Ok(())
+    }
+
+    fn begun(&self, age: u64, mean: f32, square: f32) -> Option<Vec<f32>> {
+        let so_far = |beta: f64| (1.0 - beta.powi(age as i32)) as f32;
+        Some(vec![mean * so_far(self.config.beta1), square * so_far(self.config.beta2)])
     }
 
     fn lr(&self) -> f64 {
@@ -131,7 +146,7 @@ mod tests {
     use super::*;
 
     fn update(config: Config, step: u64, decay: bool, value: &mut [f32], gradient: &[f32], buffers: &mut [Vec<f32>]) {
-        let cx = UpdateCx { step: Step(step), lr: config.lr, decay, shape: &[value.len()] };
+        let cx = UpdateCx { step: Step(step), lr: config.lr, decay, shape: &[value.len()], born: None };
         AdamW { config }.update(&cx, value, gradient, buffers).unwrap();
     }
 
@@ -151,6 +166,32 @@ mod tests {
         assert_eq!(value, [1.9]);
         update(config(), 1, false, &mut value, &[0.0], &mut [vec![0.0], vec![0.0]]);
         assert_eq!(value, [1.9]);
+    }
+
+    /// An entry with a history goes on as one that had those gradients, and one that is new as at the first step.
+    #[test]
+    fn entries_have_ages_of_their_own() {
+        let (config, lr) = (Config::default(), 2e-4);
+        let (rule, gradients) = (AdamW { config }, [0.5f32, -0.25, 0.5]);
+        let cx = |step, born| UpdateCx { step: Step(step), lr, decay: true, shape: &[1], born };
+        let (mut alone, mut buffers) = (vec![1.0f32], [vec![0.0f32], vec![0.0]]);
+        for (step, gradient) in (1..).zip(gradients) {
+            rule.update(&cx(step, None), &mut alone, &[gradient], &mut buffers).unwrap();
+        }
+        let (mut late, mut late_buffers) = (vec![1.0f32, 1.0], [vec![0.0f32; 2], vec![0.0; 2]]);
+        for (step, gradient) in (101..).zip(gradients) {
+            rule.update(&cx(step, Some(&[100.0, 102.0])), &mut late, &[gradient, gradient], &mut late_buffers).unwrap();
+            if step == 102 {
+                (late[1], late_buffers[0][1], late_buffers[1][1]) = (1.0, 0.0, 0.0);
+            }
+        }
+        assert!((alone[0] - late[0]).abs() < 1e-7);
+        assert!((late[1] - (1.0 - lr as f32)).abs() < 1e-7, "{}", late[1]);
+        // The means of a window, once bias is corrected.
+        let (age, mean, square) = (5, 0.3, 0.2);
+        let begun = rule.begun(age, mean, square).unwrap();
+        assert!((f64::from(begun[0]) / (1.0 - 0.9f64.powi(5)) - f64::from(mean)).abs() < 1e-6);
+        assert!((f64::from(begun[1]) / (1.0 - 0.999f64.powi(5)) - f64::from(square)).abs() < 1e-6);
     }
 
     /// What AdamW has and plain gradient descent lacks: the first step's size does not depend on the gradient's.

@@ -85,7 +85,7 @@ fn rates_norms_and_parameters_are_pytorchs() {
             let lr = optimizer.lr() * schedule.factor(Step(step), Step(total));
             assert_near(case, &[lr as f32], &rates[step as usize..=step as usize]);
             for ((value, gradient), buffers) in run.values.iter_mut().zip(&gradients).zip(&mut run.buffers) {
-                let cx = UpdateCx { step: Step(step + 1), lr, decay: true, shape: &[gradient.len()] };
+                let cx = UpdateCx { step: Step(step + 1), lr, decay: true, shape: &[gradient.len()], born: None };
                 optimizer.update(&cx, value, gradient, buffers).unwrap();
             }
             for (name, value) in NAMES.iter().zip(&run.values) {

@@ -118,7 +118,7 @@ impl Tune {
                 let tensor =
                     theta.get(id).ok_or_else(|| attune_points::Error::Refused(format!("{id} has no value")))?;
                 let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
-                let cx = UpdateCx { step, lr: optimizer.lr(), decay: false, shape: tensor.dims() };
+                let cx = UpdateCx { step, lr: optimizer.lr(), decay: false, shape: tensor.dims(), born: None };
                 optimizer.update(&cx, &mut value, &gradient, buffers)?;
                 Ok((id.clone(), Tensor::from_vec(value, tensor.dims(), &Device::Cpu)?))
             };

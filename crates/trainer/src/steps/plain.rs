@@ -21,7 +21,7 @@
 //! # Paper
 //! none: common practice.
 
-use attune_points::engine::{Engine, Source, StepReport, StepRule};
+use attune_points::engine::{self, Engine, StepReport, StepRule};
 use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Method, Point};
@@ -52,13 +52,6 @@ impl Method for Plain {
 
 impl StepRule for Plain {
     fn step(&mut self, _: Step, engine: &mut dyn Engine) -> attune_points::Result<StepReport> {
-        let batch = engine.batch(Source::Train)?;
-        let objective = engine.objective();
-        let theta = engine.theta().clone();
-        let scale = 1.0 / objective.denominator().of(batch.counts);
-        let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
-        let (gradients, loss) = engine.reduce(parts)?;
-        let grad_norm = engine.update(gradients)?;
-        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+        engine::usual_step(engine)
     }
 }

@@ -290,7 +290,7 @@ fn by_largest(x_td: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use attune_points::engine::{Batch, LossReport};
+    use attune_points::engine::{Batch, LossReport, Renewed, Tensors};
     use attune_points::layout::{NO_LABEL, Row, Source as Origin};
     use attune_points::{Bank, GradSink, Params, TensorName};
     use candle_core::Var;
@@ -419,6 +419,12 @@ mod tests {
             let w = (self.theta.get(&id()).unwrap() - (gradients.get(&id()).unwrap() * 0.5)?)?;
             self.theta.banks[0].sets = vec![Arc::new(Params::from_iter([(id().name, w)]))];
             Ok(0.0)
+        }
+        fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {
+            Ok(mine)
+        }
+        fn renew(&mut self, tensor: &TensorId, _: &[Renewed]) -> Result<()> {
+            Err(Error::Refused(format!("{tensor} has no entries that come and go")))
         }
         fn hidden(&self) -> usize {
             HIDDEN

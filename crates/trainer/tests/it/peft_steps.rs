@@ -110,7 +110,7 @@ fn twenty_steps_end_within_a_thousandth_of_pytorchs_parameters() {
             let tensor = params.get(&name).unwrap();
             let (shape, mut value) = (tensor.dims().to_vec(), values(tensor));
             let own = buffers.entry(name.clone()).or_insert_with(|| vec![vec![0.0; value.len()]; 2]);
-            let cx = UpdateCx { step: Step(step + 1), lr, decay: true, shape: &shape };
+            let cx = UpdateCx { step: Step(step + 1), lr, decay: true, shape: &shape, born: None };
             optimizer.update(&cx, &mut value, &gradient, own).unwrap();
             params.insert(name, Tensor::from_vec(value, shape, &Device::Cpu).unwrap());
         }
