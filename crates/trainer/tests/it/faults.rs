@@ -70,6 +70,24 @@ fn what_does_not_fit_the_base_has_its_field_path() {
             "`tune.step` is `smart` with `proximity`, which needs the model with two sets of what trains at once",
         ),
         (
+            vec![("tune.step", "{method: smart}"), ("tune.adapter", "{method: spiel}")],
+            "`tune.step` is `smart`; what trains has steps of its own: leave it out",
+        ),
+        (
+            vec![
+                ("tune.adapter", "{method: spiel}"),
+                ("tune.objective", "{method: dpo, loss: aot}"),
+                ("data.domains", "[{name: pairs, source: ./pairs.jsonl}]"),
+                ("data.validation", "[{name: pairs, source: ./pairs.jsonl}]"),
+                ("tune.batch_tokens", "256"),
+            ],
+            "`tune.step` is that of a component which looks at the gradient of a single micro-batch",
+        ),
+        (
+            vec![("tune.adapter", "{method: spiel, targets: lm_head}")],
+            "`tune.stack[0].targets` names lm_head, whose weight is another site's",
+        ),
+        (
             vec![
                 ("tune.step", "{method: smart}"),
                 ("tune.objective", "{method: dpo}"),
