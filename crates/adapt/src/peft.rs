@@ -207,7 +207,21 @@ pub fn write(
             config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
         }
         _ => {
-            config.insert("target_modules".to_owned(), target_modules(attachments, architecture).into());
+            let targets = target_modules(attachments, architecture);
+            let whole = targets.iter().any(|name| name.contains('.'));
+            for at in attachments {
+                for key in adapter.peft_lists(at) {
+                    let path = at.site.as_str();
+                    let name = if whole { path } else { path.rsplit('.').next().unwrap_or(path) };
+                    let list = config.entry((*key).to_owned()).or_insert_with(|| Value::Array(Vec::new()));
+                    if let Value::Array(list) = list
+                        && !list.iter().any(|listed| listed == name)
+                    {
+                        list.push(name.into());
+                    }
+                }
+            }
+            config.insert("target_modules".to_owned(), targets.into());
         }
     }
     // Said where the method has such a key; PEFT looks at it layer by layer and lets it pass for plain linears.

@@ -4,6 +4,7 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::decoder::Architecture;
 use attune_spec::method;
 use serde::{Deserialize, Serialize};
 
@@ -235,6 +236,21 @@ impl Site {
             SiteKind::Norm { .. } => None,
             SiteKind::Block { width } => Some((width, width)),
         }
+    }
+
+    /// What expressions of cards call its sizes: input and output width `i` and `o`, the width `k` of the model's keys, whether it
+    /// has a bias (`b`) and whether it leads out of an MLP (`down`), as 0 or 1. A norm's scale and bias are one column.
+    pub fn sizes(&self, architecture: &Architecture) -> serde_json::Map<String, serde_json::Value> {
+        let (output, input) = self.out_in().unwrap_or_else(|| (self.kind.parameters() as usize, 1));
+        let bias = matches!(self.kind, SiteKind::Linear { bias: true, .. });
+        let sizes = [
+            ("i", input),
+            ("o", output),
+            ("k", architecture.kv_width()),
+            ("b", usize::from(bias)),
+            ("down", usize::from(self.place == Place::Down)),
+        ];
+        sizes.map(|(name, size)| (name.to_owned(), size.into())).into_iter().collect()
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use attune_architecture::{NormKind, Site, SiteId};
-use attune_points::adapter::{Attachment, Port, RowCx, RowMap, WeightMap};
+use attune_points::adapter::{Attachment, EndMap, Port, RowCx, RowMap, WeightMap};
 use attune_points::error::Context as _;
 use attune_points::{BankKind, Binding, Error, Layout, Locals, Owner, Result, Rows, TensorId, Theta};
 use attune_tensor::{FrozenWeight, frozen, ops};
@@ -82,14 +82,25 @@ impl<'a> GraphCx<'a> {
     /// Whatever the operator or a component raises, with the site's name.
     pub fn linear(&self, site: &'a Site, x_ti: &Tensor) -> Result<Tensor> {
         let at = || format!("linear {}", site.id);
-        let mut y_to = self.product(site, x_ti)?;
+        let mut own_ti = x_ti.clone();
+        for (binding, at, port) in self.attached(&site.id) {
+            if let Port::Input(map) = port {
+                own_ti = self.turned(site, (binding, at, map), own_ti)?;
+            }
+        }
+        let mut y_to = self.product(site, &own_ti)?;
         if site.kind.bias_width().is_some() {
             y_to = y_to.broadcast_add(&self.vector(&site.id, "bias")?).context(at)?;
         }
         for (binding, at, port) in self.attached(&site.id) {
+            if let Port::Output(map) = port {
+                y_to = self.turned(site, (binding, at, map), y_to)?;
+            }
+        }
+        for (binding, at, port) in self.attached(&site.id) {
             y_to = match port {
                 Port::Delta(map) => self.add(site, (binding, at, map), x_ti, y_to)?,
-                Port::Weight(_) => y_to,
+                Port::Weight(_) | Port::Input(_) | Port::Output(_) => y_to,
                 _ => {
                     let message = format!("the component at {} has a port that no linear offers", site.id);
                     return Err(Error::Refused(message));
@@ -178,6 +189,16 @@ impl<'a> GraphCx<'a> {
             }
             Ok((y_to + map.graph(x_ti, tensors, cx)?)?)
         })
+    }
+
+    /// What the component of one bank makes of the rows at one end of `site`.
+    fn turned(
+        &self,
+        site: &Site,
+        (binding, at, map): (&Binding, &Attachment, &dyn EndMap),
+        rows: Tensor,
+    ) -> Result<Tensor> {
+        self.by_runs(site, (binding, at), &rows.clone(), rows, |_, rows, tensors, _| map.graph(&rows, tensors))
     }
 
     /// What components make of the rows that `block` gave, `y_td`, for those that it read, `x_td`.

@@ -64,6 +64,11 @@ pub trait Adapter: Send + Sync {
 
     /// How the adapter is written down in Hugging Face PEFT's layout; `None` if its result is a whole model.
     fn peft(&self) -> Option<Peft>;
+
+    /// The keys of its configuration there, beside `target_modules`, that list the module of `at`. None for most.
+    fn peft_lists(&self, _at: &Attachment) -> &'static [&'static str] {
+        &[]
+    }
 }
 
 /// A component that trains, as a step rule of its own gets to know it.
@@ -84,7 +89,7 @@ pub enum BaseEdit {
     None,
 }
 
-/// Where a component takes part. More ports (input, output, router, sequence, side, head) join with their first users.
+/// Where a component takes part. More ports (router, sequence, side, head) join with their first users.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
@@ -92,6 +97,11 @@ pub enum Port<'a> {
     Delta(&'a dyn RowMap),
     /// Another weight in place of a linear operator's own, made of it.
     Weight(&'a dyn WeightMap),
+    /// Other rows in place of those that a linear operator's own weight is multiplied with, made of them. What is added beside it
+    /// reads the rows as they are.
+    Input(&'a dyn EndMap),
+    /// Other rows in place of those that a linear operator's own weight and bias give, made of them, before anything is added.
+    Output(&'a dyn EndMap),
     /// Other rows in place of those that a block adds to the stream, made of them.
     Branch(&'a dyn BranchMap),
     /// Other rows in place of those that a block adds to the stream, made of them and of what the branches before it in the stack
@@ -114,6 +124,17 @@ pub trait WeightMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor>;
+}
+
+/// A map of rows to rows of the same width, at one end of a linear operator's own product. Several at one end apply in the order
+/// of the stack.
+pub trait EndMap: Send + Sync {
+    /// The rows `[T, w]` in place of `x_tw`, in differentiable operations only and valid in f64. Each row of the result depends
+    /// on its own row alone.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, x_tw: &Tensor, tensors: &Locals) -> Result<Tensor>;
 }
 
 /// A map from what a block reads and gives to what is added to the stream in place of the latter: a bottleneck after an

@@ -129,10 +129,9 @@ fn card(request: &Request, prepared: &Prepared, base_name: &str, state: &State) 
 fn model(prepared: &Prepared, theta: &Theta, dtype: DType, folder: &Path) -> Result<(), Error> {
     let model = &prepared.shared.model;
     let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
-    // What makes another weight of a site's comes before what is added to it, as in a pass.
-    for makes in [true, false] {
+    for stage in [Stage::Weight, Stage::Ends, Stage::Beside] {
         for (index, slot) in model.stack().slots().iter().enumerate() {
-            merge_slot(prepared, theta, index, slot, makes, &mut replaced)?;
+            merge_slot(prepared, theta, index, slot, stage, &mut replaced)?;
         }
     }
     // A model from scratch has no weights but those: all of them are written, trained or not.
@@ -140,44 +139,85 @@ fn model(prepared: &Prepared, theta: &Theta, dtype: DType, folder: &Path) -> Res
     Ok(())
 }
 
+/// What is merged when, as in a pass: another weight of a site's first, then what stands at the ends of its product, then what is
+/// added beside that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Weight,
+    Ends,
+    Beside,
+}
+
+impl Stage {
+    fn of(port: &Port<'_>) -> Self {
+        match port {
+            Port::Weight(_) => Self::Weight,
+            Port::Input(_) | Port::Output(_) => Self::Ends,
+            _ => Self::Beside,
+        }
+    }
+}
+
+/// The weight and the bias of a linear, as what was merged so far made them.
+struct Made {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Weight for Made {
+    fn shape(&self) -> (usize, usize) {
+        Weight::shape(&self.weight)
+    }
+
+    fn rows(&self, rows: std::ops::Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
+        self.weight.rows(rows, dtype)
+    }
+
+    fn bias(&self, dtype: DType) -> attune_points::Result<Option<Tensor>> {
+        Ok(self.bias.as_ref().map(|bias| bias.to_dtype(dtype)).transpose()?)
+    }
+}
+
 fn merge_slot(
     prepared: &Prepared,
     theta: &Theta,
     index: usize,
     slot: &Slot,
-    makes: bool,
+    stage: Stage,
     replaced: &mut BTreeMap<TensorName, Tensor>,
 ) -> Result<(), Error> {
     let base = prepared.shared.model.base();
     let Some(own) = params(theta, index) else { return Ok(()) };
     if theta.banks.get(index).is_some_and(|bank| bank.kind == BankKind::Weights) {
-        if !makes {
-            return Ok(());
+        if stage == Stage::Weight {
+            replaced.extend(own.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
         }
-        replaced.extend(own.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
         return Ok(());
     }
     let sites = base.architecture().sites();
     for at in slot.attachments() {
         let Some(site) = sites.iter().find(|site| site.id == at.site) else { continue };
-        let is_weight = matches!(slot.adapter().port(at), Port::Weight(_));
-        if is_weight != makes {
+        if Stage::of(&slot.adapter().port(at)) != stage {
             continue;
         }
-        let name = base.tensor_name(at.site.as_str(), "weight");
-        let weight = match replaced.get(&name) {
-            Some(weight) => weight.clone(),
-            None => base.tensor(&name, DType::F32)?,
+        let [name, bias] = ["weight", "bias"].map(|local| base.tensor_name(at.site.as_str(), local));
+        let made = Made {
+            weight: match replaced.get(&name) {
+                Some(weight) => weight.clone(),
+                None => base.tensor(&name, DType::F32)?,
+            },
+            bias: match replaced.get(&bias) {
+                Some(bias) => Some(bias.clone()),
+                None => base.weight(site).bias(DType::F32)?,
+            },
         };
-        let of_base = base.weight(site);
-        let given: &dyn Weight = if is_weight { &weight } else { &of_base };
-        match slot.adapter().merge(at, &stack::locals(at, own)?, given)? {
+        match slot.adapter().merge(at, &stack::locals(at, own)?, &made)? {
             Merged::Factors { left, right, scale } => {
-                replaced.insert(name, (weight + (left.matmul(&right)? * scale)?)?);
+                replaced.insert(name, (made.weight + (left.matmul(&right)? * scale)?)?);
             }
-            Merged::Weight { weight, bias } => {
+            Merged::Weight { weight, bias: own } => {
                 replaced.insert(name, weight);
-                replaced.extend(bias.map(|bias| (base.tensor_name(at.site.as_str(), "bias"), bias)));
+                replaced.extend(own.map(|own| (bias, own)));
             }
             Merged::No(why) => {
                 let message = format!("the component at {} does not merge: {why}", at.site);

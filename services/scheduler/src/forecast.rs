@@ -1,12 +1,10 @@
 //! What a job will cost, told from the base's structure and the plan, before anything is loaded.
 
-use attune_architecture::SiteKind;
 use attune_proto::v1;
 use attune_scheduler_core::Memory;
 use attune_spec::job::plan::{Length, ROWS_PER_PASS};
 use attune_spec::job::{Activations, Plan, Precision};
 use attune_spec::method::{Catalogue, MethodDocument, expression};
-use serde_json::json;
 
 use crate::admit::{self, Admitted};
 
@@ -61,22 +59,16 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
         if document.parameters.is_empty() {
             continue;
         }
-        let names = |i: usize, o: usize, bias: bool| {
+        let sites = admit::sites(slot, architecture).ok()?;
+        // What is shared has the sizes of any site: those that it depends on are alike at all.
+        for (site, formula) in sites
+            .iter()
+            .map(|site| (site, &document.parameters))
+            .chain(sites.first().filter(|_| !document.shared.is_empty()).map(|site| (site, &document.shared)))
+        {
             let mut names = method.params.clone();
-            let widths =
-                [("i", json!(i)), ("o", json!(o)), ("k", json!(architecture.kv_width())), ("b", json!(u8::from(bias)))];
-            names.extend(widths.map(|(name, width)| (name.to_owned(), width)));
-            names
-        };
-        if !document.shared.is_empty() {
-            trainable += expression::number(&document.shared, &names(0, 0, false)).ok()?;
-        }
-        for site in admit::sites(slot, architecture).ok()? {
-            // A norm's scale and bias are one column.
-            let (output, input) = site.out_in().unwrap_or_else(|| (site.kind.parameters() as usize, 1));
-            let bias = matches!(site.kind, SiteKind::Linear { bias: true, .. });
-            let names = names(input, output, bias);
-            trainable += expression::number(&document.parameters, &names).ok()?;
+            names.extend(site.sizes(architecture));
+            trainable += expression::number(formula, &names).ok()?;
         }
     }
     Some(trainable.max(0.0) as u64)

@@ -5,9 +5,11 @@ mod bottleneck;
 mod compacter;
 mod dora;
 mod full;
+mod ia3;
 mod lora;
 mod loramoe;
 mod prefix_tuning;
+mod road;
 mod spiel;
 
 use attune_points::adapter::Adapter;
@@ -27,9 +29,11 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
+        entry::<ia3::Ia3>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<road::Road>(),
         entry::<spiel::Spiel>(),
     ],
 );
@@ -52,5 +56,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
+    FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
+    FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

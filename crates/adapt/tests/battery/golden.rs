@@ -15,26 +15,34 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 10] = [
+const CASES: [(&str, &str); 15] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
+    ("gpt2_ia3", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
+    ("llama_road_2", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_dora", "qwen2"),
+    ("qwen2_ia3", "qwen2"),
+    ("qwen2_road_1", "qwen2"),
+    ("qwen2_road_4", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 17] = [
     "r",
     "lora_alpha",
     "use_rslora",
     "use_dora",
     "fan_in_fan_out",
+    "feedforward_modules",
+    "variant",
+    "group_size",
     "bias",
     "peft_type",
     "task_type",

@@ -36,8 +36,11 @@ const PROPERTIES: [(&str, Property); 8] = [
 ];
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 2] =
-    [("bottleneck", &[("reduction", 4)]), ("compacter", &[("reduction", 4), ("factors", 2)])];
+static SMALL: [(&str, &[(&str, u32)]); 3] = [
+    ("bottleneck", &[("reduction", 4)]),
+    ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("road", &[("group_size", 4)]),
+];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
 fn exact(card: &Card) -> Option<(&'static str, Value)> {
@@ -226,11 +229,7 @@ fn cost(card: &'static Card) -> Result<(), Failed> {
         let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
         let mut names = document.defaults.as_object().cloned().unwrap_or_default();
         names.extend(method(card).as_object().cloned().unwrap_or_default());
-        let (o, i) = site.out_in().unwrap_or_else(|| (site.kind.parameters() as usize, 1));
-        let bias = matches!(site.kind, attune_architecture::SiteKind::Linear { bias: true, .. });
-        let k = setup.model.base().architecture().kv_width();
-        let widths = [("i", json!(i)), ("o", json!(o)), ("k", json!(k)), ("b", json!(u8::from(bias)))];
-        names.extend(widths.map(|(name, width)| (name.to_owned(), width)));
+        names.extend(site.sizes(setup.model.base().architecture()));
         let expected = expression::number(card.parameters, &names)?;
         let count = |shared: bool| -> usize {
             let counted = at.tensors.iter().filter(|t| t.train && (t.scope != Scope::Site) == shared);

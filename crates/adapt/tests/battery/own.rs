@@ -21,12 +21,14 @@ const PLAIN: &str = "lora";
 
 type Own = fn() -> Result<(), Failed>;
 
-const OWN: [(&str, Own); 7] = [
+const OWN: [(&str, Own); 9] = [
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
     ("compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
     ("dora::factors_turn_rows_and_leave_their_lengths", row_lengths),
     ("full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank),
+    ("ia3::rows_keep_their_directions", directions),
+    ("road::rows_that_a_linear_gives_keep_their_lengths", turned_outputs),
     ("spiel::as_many_entries_change_as_it_has_parameters", single_entries),
     ("prefix_tuning::queries_of_a_single_row_matter", lone_row),
 ];
@@ -65,11 +67,15 @@ fn change(setup: &Setup) -> Result<Tensor, Failed> {
     let locals = attune_models::stack::locals(at, &setup.params())?;
     Ok(match setup.adapter.merge(at, &locals, &base.weight(&site))? {
         Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
-        Merged::Weight { weight, .. } => {
-            (weight - base.tensor(&base.tensor_name(at.site.as_str(), "weight"), DType::F64)?)?
-        }
+        Merged::Weight { weight, .. } => (weight - own_weight(setup)?)?,
         other => return Err(format!("{other:?} does not merge").into()),
     })
+}
+
+/// The base's weight of the first site.
+fn own_weight(setup: &Setup) -> Result<Tensor, Failed> {
+    let base = setup.model.base();
+    Ok(base.tensor(&base.tensor_name(setup.attachments[0].site.as_str(), "weight"), DType::F64)?)
 }
 
 /// How far one gradient step reaches: the rank of the change of a square weight.
@@ -251,5 +257,50 @@ fn single_entries() -> Result<(), Failed> {
         entries_changed(json!({"method": PLAIN, "rank": 2}))?,
     );
     assert_eq!((sparse, plain), ((112, 112), (24 * 32, 112)));
+    Ok(())
+}
+
+/// How far rows of a weight, with a component moved from its start, are from being multiples of what they were: the sine of the
+/// largest angle.
+fn turned_rows(method: Value) -> Result<f64, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    setup.disturb(0.3);
+    let weight = own_weight(&setup)?;
+    let merged = (&weight + change(&setup)?)?;
+    let along = ((&weight * &merged)?.sum(1)?.sqr()? / (weight.sqr()?.sum(1)? * merged.sqr()?.sum(1)?)?)?;
+    Ok(largest(&(1.0 - along)?).max(0.0).sqrt())
+}
+
+/// A scale of outputs turns no row of a weight; LoRA does.
+fn directions() -> Result<(), Failed> {
+    let (scaled, plain) = (turned_rows(json!({"method": "ia3"}))?, turned_rows(json!({"method": PLAIN, "rank": 1}))?);
+    assert!(scaled < 1e-7 && plain > 0.1, "rows turn by {scaled} and {plain}");
+    Ok(())
+}
+
+/// How much the length of a row that a linear gives changes at most, against its length, by those tensors of a component that do
+/// not stretch.
+fn outputs_stretched(method: Value) -> Result<f64, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    let start = setup.params();
+    setup.disturb(0.3);
+    for (name, tensor) in start.iter().filter(|(name, _)| name.local() == "road_alpha") {
+        setup.theta = setup.with(name, tensor.clone());
+    }
+    let weight = own_weight(&setup)?;
+    let merged = (&weight + change(&setup)?)?;
+    assert!(difference(&merged, &weight) > 0.1, "nothing moved");
+    let rows = Rng::new(5, "rows").normal_tensor(&[6, 24][..], 1.0, DType::F64)?;
+    let lengths = |w: &Tensor| rows.matmul(&w.t()?)?.sqr()?.sum(1)?.sqrt();
+    Ok(largest(&((lengths(&merged)? / lengths(&weight)?)? - 1.0)?))
+}
+
+/// Angles turn what a linear gives and leave its length; LoRA changes it.
+fn turned_outputs() -> Result<(), Failed> {
+    let (turned, plain) = (
+        outputs_stretched(json!({"method": "road", "group_size": 4}))?,
+        outputs_stretched(json!({"method": PLAIN, "rank": 1}))?,
+    );
+    assert!(turned < 1e-12 && plain > 0.01, "lengths change by {turned} and {plain}");
     Ok(())
 }

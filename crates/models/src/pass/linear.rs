@@ -81,10 +81,17 @@ impl<'a> PassCx<'a> {
                 SiteKind::Linear { bias: true, .. } => Some(self.vector(of.part, &site.id, "bias")?),
                 _ => None,
             };
+            let x = x_ti.sub_rows(rows.start, rows.end);
+            if !of.ends.is_empty() {
+                let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
+                self.ended(site, &of, x, bias.as_deref(), y, accumulate)?;
+                self.add_terms(&cut(&terms, &rows), y_to.reborrow().into_sub_rows(rows.start, rows.end));
+                continue;
+            }
             self.with_weight(site, &of, |weight| {
                 let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
                 let of = Gemm {
-                    a: Operand::plain(x_ti.sub_rows(rows.start, rows.end)),
+                    a: Operand::plain(x),
                     b: Operand { transposed: !weight.transposed, ..weight },
                     low_rank: &cut(&terms, &rows),
                     bias: bias.as_deref(),
@@ -155,18 +162,26 @@ impl<'a> PassCx<'a> {
             .collect();
         for of in self.weighed(&site.id, given) {
             let rows = of.rows.clone();
-            let dx =
+            let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
+            let mut dx =
                 dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow().into_sub_rows(rows.start, rows.end), *accumulate));
+            if !of.ends.is_empty() {
+                let to = dx.as_mut().map(|(dx, accumulate)| (dx.reborrow(), *accumulate));
+                self.ended_vjp(site, &of, given, (x, dy), to, sinks)?;
+                if let Some((dx, _)) = dx {
+                    self.add_terms(&cut(&terms, &rows), dx);
+                }
+                continue;
+            }
             let product = dx.map(|(dx, accumulate)| {
-                let (a, terms) = (Operand::plain(dy_to.sub_rows(rows.start, rows.end)), cut(&terms, &rows));
+                let (a, terms) = (Operand::plain(dy), cut(&terms, &rows));
                 move |b: Operand<'_>| {
                     let of = Gemm { a, b, low_rank: &terms, bias: None, accumulate };
                     self.meter.time(Work::Gemm, || self.kernels.gemm(dx, &of));
                 }
             });
-            self.weighed_vjp(site, &of, given, (x_ti, dy_to), product, sinks)?;
+            self.weighed_vjp(site, &of, given, (x, dy), product, sinks)?;
         }
-        self.bias_vjp(site, given, dy_to, sinks)?;
         if let Some((dx, _)) = &mut dx_ti {
             for i in masked.into_iter().chain(beside) {
                 self.meter.time(Work::Adapter, || {
@@ -179,6 +194,15 @@ impl<'a> PassCx<'a> {
             self.meter.time(Work::Adapter, || local::component_vjp(self, site, placed, x_ti, dy_to, dx, sinks))?;
         }
         Ok(())
+    }
+
+    /// `y += left right` for terms of their own.
+    fn add_terms(&self, terms: &[LowRank<'_>], mut y: ViewMut<'_, f32>) {
+        for term in terms {
+            let of = Gemm { accumulate: true, ..Gemm::new(Operand::plain(term.left), term.right) };
+            let to = y.reborrow().into_sub_rows(term.rows.start, term.rows.end);
+            self.meter.time(Work::Adapter, || self.kernels.gemm(to, &of));
+        }
     }
 
     /// A copy in 32 bits of what is not.

@@ -23,6 +23,7 @@ pub(crate) mod norm;
 pub(crate) mod prefix;
 pub(crate) mod weight;
 
+pub(crate) mod ends;
 pub(crate) mod head;
 pub(crate) mod outputs;
 pub mod walk;

@@ -270,7 +270,7 @@ impl<'a> PassCx<'a> {
     {
         let added = self.placed(site, given).into_iter().filter_map(|placed| match placed.port {
             Port::Delta(map) => Some(Ok(placed.with(map))),
-            Port::Weight(_) => None,
+            Port::Weight(_) | Port::Input(_) | Port::Output(_) => None,
             _ => Some(Err(Error::Refused(format!("the component at {site} has a port that no linear offers")))),
         });
         added.collect()

@@ -14,6 +14,7 @@ use attune_tensor::{autograd, reading};
 use candle_core::{DType, Device, Tensor, Var};
 
 use crate::pass::arena::{Activations, Mat};
+use crate::pass::ends::Ends;
 use crate::pass::linear::f32s;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks, wants};
 use crate::pass::times::Work;
@@ -32,6 +33,8 @@ pub(crate) struct Weighed<'a> {
     pub(crate) part: usize,
     /// What makes the weight of the one that the site has by itself, in order.
     maps: Vec<Maps<'a>>,
+    /// What stands before the product, and behind it.
+    pub(crate) ends: Ends<'a>,
 }
 
 impl Weighed<'_> {
@@ -53,17 +56,23 @@ impl<'a> PassCx<'a> {
         let mut runs: Vec<Weighed<'g>> = Vec::new();
         let placed = self.placed(site, given);
         for (part, rows) in self.parts_of(given) {
-            let maps = placed.iter().filter(|placed| placed.part == part).filter_map(|placed| match placed.port {
-                Port::Weight(map) => Some((placed, map)),
-                _ => None,
-            });
-            let maps: Vec<_> = maps.collect();
-            let ends = maps.iter().flat_map(|(placed, _)| [placed.rows.start, placed.rows.end]);
-            let ends: Vec<usize> = ends.chain([rows.start, rows.end]).collect::<BTreeSet<_>>().into_iter().collect();
-            for ends in ends.windows(2) {
-                let covers = |placed: &Placed<'g, Port<'g>>| placed.rows.start <= ends[0] && ends[1] <= placed.rows.end;
-                let maps = maps.iter().filter(|(placed, _)| covers(placed)).map(|(placed, map)| placed.with(*map));
-                let run = Weighed { rows: ends[0]..ends[1], part, maps: maps.collect() };
+            let concerns = |port: &Port<'_>| matches!(port, Port::Weight(_) | Port::Input(_) | Port::Output(_));
+            let concerned = placed.iter().filter(|placed| placed.part == part && concerns(&placed.port));
+            let cuts = concerned.clone().flat_map(|placed| [placed.rows.start, placed.rows.end]);
+            let cuts: Vec<usize> = cuts.chain([rows.start, rows.end]).collect::<BTreeSet<_>>().into_iter().collect();
+            for cuts in cuts.windows(2) {
+                let (mut maps, mut ends) = (Vec::new(), Ends::default());
+                let covers =
+                    |placed: &&Placed<'g, Port<'g>>| placed.rows.start <= cuts[0] && cuts[1] <= placed.rows.end;
+                for placed in concerned.clone().filter(covers) {
+                    match placed.port {
+                        Port::Weight(map) => maps.push(placed.with(map)),
+                        Port::Input(map) => ends.inputs.push(placed.with(map)),
+                        Port::Output(map) => ends.outputs.push(placed.with(map)),
+                        _ => {}
+                    }
+                }
+                let run = Weighed { rows: cuts[0]..cuts[1], part, maps, ends };
                 match runs.last_mut().filter(|last| self.same_weight(last, &run, site)) {
                     Some(last) => last.rows.end = run.rows.end,
                     None => runs.push(run),
@@ -75,7 +84,12 @@ impl<'a> PassCx<'a> {
 
     fn same_weight(&self, a: &Weighed<'_>, b: &Weighed<'_>, site: &SiteId) -> bool {
         let same = |(a, b): (&Maps<'_>, &Maps<'_>)| self.same(a, b);
-        self.alike(a.part, b.part, site) && a.maps.len() == b.maps.len() && a.maps.iter().zip(&b.maps).all(same)
+        // What stands at the ends runs its graph on each part's rows by themselves.
+        let without_ends = a.ends.is_empty() && b.ends.is_empty();
+        without_ends
+            && self.alike(a.part, b.part, site)
+            && a.maps.len() == b.maps.len()
+            && a.maps.iter().zip(&b.maps).all(same)
     }
 
     /// Reads the weight of some rows, as `w_oi`.
@@ -136,8 +150,8 @@ impl<'a> PassCx<'a> {
         })
     }
 
-    /// The reverse of a product with the weight of some rows: their share of its gradient to the sinks, and the weight to
-    /// `product`, if anything is to be multiplied with it.
+    /// The reverse of a product with the weight of some rows, `x_ti` and `dy_to`: their share of its gradient and the bias's to the
+    /// sinks, and the weight to `product`, if anything is to be multiplied with it.
     pub(crate) fn weighed_vjp(
         &self,
         site: &Site,
@@ -152,8 +166,13 @@ impl<'a> PassCx<'a> {
             (!rows.is_empty()).then_some((part, rows))
         };
         let parts: Vec<(usize, Range<usize>)> = self.parts_of(given).into_iter().filter_map(within).collect();
-        let operands =
-            |rows: &Range<usize>| (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
+        let operands = |rows: &Range<usize>| {
+            let (start, end) = (rows.start - of.rows.start, rows.end - of.rows.start);
+            (x_ti.sub_rows(start, end), dy_to.sub_rows(start, end))
+        };
+        for (part, rows) in &parts {
+            self.bias_vjp(site, *part, operands(rows).1, sinks)?;
+        }
         if !of.is_made() {
             for (part, rows) in parts {
                 let id = self.id_of(part, &site.id, "weight");
@@ -203,25 +222,16 @@ impl<'a> PassCx<'a> {
         Ok(leaves)
     }
 
-    /// The gradients of the site's own bias, part by part.
-    pub(crate) fn bias_vjp(
-        &self,
-        site: &Site,
-        given: Given<'_>,
-        dy_to: MatRef<'_>,
-        sinks: &mut Sinks<'_>,
-    ) -> Result<()> {
+    /// The gradient of the site's own bias by the rows of a part.
+    fn bias_vjp(&self, site: &Site, part: usize, dy_to: MatRef<'_>, sinks: &mut Sinks<'_>) -> Result<()> {
         let SiteKind::Linear { output, bias: true, .. } = site.kind else { return Ok(()) };
-        for (part, rows) in self.parts_of(given) {
-            let id = self.id_of(part, &site.id, "bias");
-            if wants(&*sinks[part], &id) {
-                let mut db = vec![0.0f32; output];
-                let dy = dy_to.sub_rows(rows.start, rows.end);
-                let wide = self.wide(dy);
-                let dy = wide.as_ref().map_or_else(|| f32s(dy), |rows| Ok(rows.view()))?;
-                self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
-                regions::put(&mut *sinks[part], &id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
-            }
+        let id = self.id_of(part, &site.id, "bias");
+        if wants(&*sinks[part], &id) {
+            let mut db = vec![0.0f32; output];
+            let wide = self.wide(dy_to);
+            let dy = wide.as_ref().map_or_else(|| f32s(dy_to), |rows| Ok(rows.view()))?;
+            self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
+            regions::put(&mut *sinks[part], &id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use attune_points::{
 use attune_tensor::{Rng, ops};
 use candle_core::{DType, Device, Tensor};
 
-use crate::low_rank::{LowRank, Rescaled};
+use crate::low_rank::{LowRank, Rescaled, Turned};
 use crate::support::{CrossEntropy, difference};
 use crate::whole::{Bottleneck, Prefix};
 
@@ -97,6 +97,13 @@ fn the_gradient_of_one_that_makes_a_weight_agrees_with_central_differences() {
 }
 
 #[test]
+fn the_gradients_of_those_at_the_ends_of_a_product_agree_with_central_differences() {
+    for input in [true, false] {
+        assert_eq!(central_differences(&model_of(Arc::new(Turned { input }))), 30);
+    }
+}
+
+#[test]
 fn the_gradients_of_those_of_whole_blocks_agree_with_central_differences() {
     assert_eq!(central_differences(&model_of(Arc::new(Bottleneck { rank: 2, dropout: 0.3 }))), 16);
     assert_eq!(central_differences(&model_of(Arc::new(Prefix { length: 3 }))), 4);
@@ -168,9 +175,13 @@ fn central_differences(model: &Model) -> usize {
 
 #[test]
 fn a_model_with_a_component_is_the_model_with_the_merged_weights() {
-    for component in
-        [Arc::new(LowRank { rank: 2, dropout: 0.0, fused: true }) as Arc<dyn Adapter>, Arc::new(Rescaled { rank: 2 })]
-    {
+    let components: [Arc<dyn Adapter>; 4] = [
+        Arc::new(LowRank { rank: 2, dropout: 0.0, fused: true }),
+        Arc::new(Rescaled { rank: 2 }),
+        Arc::new(Turned { input: true }),
+        Arc::new(Turned { input: false }),
+    ];
+    for component in components {
         let model = model_of(Arc::clone(&component));
         let params = set(&model, 1);
         let layout = documents(&[0, 1, 2]);
@@ -204,6 +215,8 @@ fn a_model_with_a_component_is_the_model_with_the_merged_weights() {
 fn rows_use_the_set_that_they_are_bound_to_and_no_other() {
     bound_rows(&model(), 60);
     bound_rows(&model_of(Arc::new(Rescaled { rank: 2 })), 90);
+    bound_rows(&model_of(Arc::new(Turned { input: true })), 60);
+    bound_rows(&model_of(Arc::new(Turned { input: false })), 60);
 }
 
 fn bound_rows(model: &Model, tensors: usize) {

@@ -8,7 +8,9 @@ use attune_tensor::kernels::Kernels as _;
 use attune_tensor::testing::cuda_device as device;
 use candle_core::DType;
 
-use crate::passes::{MIXTURE, TINY, TOLERANCE, base, documents, low_rank, model_over, off, rescaled, run, theta};
+use crate::passes::{
+    MIXTURE, TINY, TOLERANCE, base, documents, low_rank, model_over, off, rescaled, run, theta, turned,
+};
 use crate::support::{CrossEntropy, Golden, all_trained, golden};
 
 #[test]
@@ -34,11 +36,12 @@ fn adapters_parts_and_dropout_are_the_processors() {
     for config in [TINY, MIXTURE] {
         // Twice their rounding in bf16, where the two sides' sums may round to neighbours.
         for (dtype, bound) in [(DType::F32, TOLERANCE), (DType::BF16, 0.05)] {
-            let components = || vec![low_rank(4, 0.25, true), low_rank(3, 0.0, false), rescaled(2)];
+            let components =
+                || vec![low_rank(4, 0.25, true), low_rank(3, 0.0, false), rescaled(2), turned(true), turned(false)];
             let here = model_over(base(config, dtype), components());
             let there = model_over(base(config, dtype).on(device).unwrap(), components());
             let (first, second) = (documents(&[0, 1, 2, 3]), documents(&[4, 5]));
-            let theta = theta(&here, 3);
+            let theta = theta(&here, 5);
             let pass = |layout| Pass { theta: &theta, layout, dropout: crate::passes::DROPOUT };
             let passes = [pass(&first), pass(&second)];
             let expected = run(&here, &passes, Keep::All);

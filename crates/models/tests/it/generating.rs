@@ -10,7 +10,8 @@ use attune_spec::job::Precision;
 use candle_core::DType;
 
 use crate::passes::{
-    MIXTURE, TINY, TOLERANCE, bank, bottleneck, documents, low_rank, mixer, model, prefix, rescaled, set, weights,
+    MIXTURE, TINY, TOLERANCE, bank, bottleneck, documents, low_rank, mixer, model, prefix, rescaled, set, turned,
+    weights,
 };
 use crate::support::{difference, golden, largest};
 
@@ -39,6 +40,7 @@ fn components() -> Vec<Vec<Arc<dyn Adapter>>> {
         vec![low_rank(3, 0.2, false)],
         vec![low_rank(2, 0.0, true), low_rank(4, 0.0, true), low_rank(2, 0.0, false)],
         vec![rescaled(2), low_rank(3, 0.2, true)],
+        vec![turned(true), low_rank(3, 0.2, true), turned(false)],
         vec![prefix(3), bottleneck(2, 0.2)],
         vec![bottleneck(2, 0.0), bottleneck(3, 0.0), mixer()],
     ]

@@ -1,7 +1,9 @@
-//! The plainest components: one that adds to the rows of a linear, one that makes another weight of a linear's.
+//! The plainest components: one that adds to the rows of a linear, one that makes another weight of a linear's, one at its ends.
 
 use attune_architecture::{Architecture, Site, SiteKind};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::adapter::{
+    Adapter, Attachment, BaseEdit, EndMap, FusedRows, Merged, Peft, Port, RowCx, RowMap, WeightMap,
+};
 use attune_points::{Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_tensor::{Rng, ops};
@@ -113,6 +115,63 @@ impl WeightMap for Rescaled {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor> {
         let gain_o1 = (tensors.get("gain")? + 1.0)?.unsqueeze(1)?;
         Ok((w_oi.broadcast_mul(&gain_o1)? + tensors.get("up")?.matmul(tensors.get("down")?)?)?)
+    }
+}
+
+/// `x'_j = (1 + gain_j) x_j + next_j x_{j+1}`, around the end, of what a linear's own product reads or of what it gives.
+pub(crate) struct Turned {
+    pub(crate) input: bool,
+}
+
+impl Adapter for Turned {
+    fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        let attachments = sites.iter().filter_map(|site| {
+            let SiteKind::Linear { output, input, .. } = site.kind else { return None };
+            let width = if self.input { input } else { output };
+            let tensors = ["gain", "next"].map(|local| TensorSpec::trained(local, [width])).to_vec();
+            Some(Attachment { site: site.id.clone(), tensors })
+        });
+        Ok(attachments.collect())
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
+            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
+        };
+        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
+        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        if self.input { Port::Input(self) } else { Port::Output(self) }
+    }
+
+    fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> Result<Merged> {
+        let w_oi = weight.dense(tensors.get("gain")?.dtype())?;
+        let turned = if self.input {
+            // What is read turned has the transposed map in its weight.
+            let (own, next) = (w_oi.broadcast_mul(&(tensors.get("gain")? + 1.0)?)?, tensors.get("next")?);
+            (own + around(&w_oi.broadcast_mul(next)?, w_oi.dim(1)? - 1)?)?
+        } else {
+            self.graph(&w_oi.t()?.contiguous()?, tensors)?.t()?.contiguous()?
+        };
+        Ok(Merged::Weight { weight: turned, bias: None })
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}
+
+/// Rows that begin at their number `start`.
+fn around(x_tw: &Tensor, start: usize) -> Result<Tensor> {
+    Ok(Tensor::cat(&[&x_tw.narrow(1, start, x_tw.dim(1)? - start)?, &x_tw.narrow(1, 0, start)?], 1)?)
+}
+
+impl EndMap for Turned {
+    fn graph(&self, x_tw: &Tensor, tensors: &Locals) -> Result<Tensor> {
+        let own = x_tw.broadcast_mul(&(tensors.get("gain")? + 1.0)?)?;
+        Ok((own + around(x_tw, 1)?.broadcast_mul(tensors.get("next")?)?)?)
     }
 }
 

@@ -13,7 +13,7 @@ use attune_points::{Bank, BankKind, Binding, GradSink, Grads, Layout, Params, Ro
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 
-use crate::low_rank::{Gated, LowRank, Rescaled};
+use crate::low_rank::{Gated, LowRank, Rescaled, Turned};
 use crate::support::{CrossEntropy, difference, largest};
 use crate::whole::{Bottleneck, Mixer, Prefix};
 
@@ -172,6 +172,10 @@ pub(crate) fn rescaled(rank: usize) -> Arc<dyn Adapter> {
     Arc::new(Rescaled { rank })
 }
 
+pub(crate) fn turned(input: bool) -> Arc<dyn Adapter> {
+    Arc::new(Turned { input })
+}
+
 /// Both sides compute in f32, with sums in another order: the bound that the golden files are held to as well.
 pub(crate) const TOLERANCE: f64 = 1e-4;
 
@@ -203,6 +207,9 @@ fn gradients_by_graphs(config: &str) {
         vec![low_rank(2, 0.3, false), low_rank(5, 0.3, true)],
         vec![rescaled(2)],
         vec![rescaled(2), low_rank(3, 0.3, true), rescaled(3)],
+        vec![turned(true)],
+        vec![turned(false), low_rank(3, 0.3, true)],
+        vec![low_rank(2, 0.0, true), turned(true), rescaled(2), turned(false), low_rank(3, 0.3, false)],
         vec![gated(2)],
         vec![bottleneck(3, 0.3)],
         vec![prefix(5)],
@@ -246,6 +253,7 @@ fn a_part_of_a_mixture_has_the_same_bits_alone_beside_others_recomputed_and_on_a
 
 fn same_bits(config: &str) {
     let mut components = vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), gated(2)];
+    components.extend([turned(true), turned(false)]);
     components.extend([bottleneck(2, 0.2), bottleneck(3, 0.0), mixer(), bottleneck(2, 0.0)]);
     let slots = components.len();
     let model = model(config, DType::F32, components);

@@ -1,7 +1,7 @@
 //! The small language of cards: costs such as `r * (i + o)` and conditions such as `dropout < 1 and rank >= 1`.
 //!
 //! Numbers, texts and `true`/`false`; names of fields, dotted into mappings; `+ - * /`, comparisons, `and`, `or`, `not`,
-//! parentheses, and the functions `min`, `max`, `ceil`, `floor`, `sqrt`. It has no loops, so evaluation ends. The
+//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, and `if(condition, then, else)`. It has no loops, so evaluation ends. The
 //! scheduler and the trainer evaluate the same text and therefore agree.
 
 use serde_json::{Map, Value};
@@ -218,6 +218,7 @@ impl Parser<'_> {
             "false" => Ok(Outcome::Bool(false)),
             "null" => Ok(Outcome::Null),
             "min" | "max" | "ceil" | "floor" | "sqrt" => self.call(&word),
+            "if" => self.choice(),
             _ => self.field(&word),
         }
     }
@@ -246,6 +247,22 @@ impl Parser<'_> {
             _ => return Err(self.error(format!("{function} takes one value"))),
         };
         Ok(Outcome::Number(value))
+    }
+
+    /// One of two values, both of which are looked at.
+    fn choice(&mut self) -> Result<Outcome, ExpressionError> {
+        let expect = |parser: &mut Self, token: &str| {
+            if parser.take(token) { Ok(()) } else { Err(parser.error(format!("expected '{token}'"))) }
+        };
+        expect(self, "(")?;
+        let condition = self.either()?;
+        let holds = self.truth(condition)?;
+        expect(self, ",")?;
+        let first = self.either()?;
+        expect(self, ",")?;
+        let second = self.either()?;
+        expect(self, ")")?;
+        Ok(if holds { first } else { second })
     }
 
     fn field(&self, path: &str) -> Result<Outcome, ExpressionError> {
@@ -300,6 +317,8 @@ mod tests {
             ("not (r > 3) or scale.kind == \"rs\"", Outcome::Bool(true)),
             ("last == null", Outcome::Bool(true)),
             ("or_rank", Outcome::Number(3.0)),
+            ("2 * if(scale.kind == \"rs\", r, if(r > 1, i, o))", Outcome::Number(16.0)),
+            ("if(r < 1, 1, if(last == null, i, o))", Outcome::Number(256.0)),
         ] {
             assert_eq!(evaluate(text, &names()), Ok(expected), "{text}");
         }
@@ -307,7 +326,20 @@ mod tests {
 
     #[test]
     fn other_texts_are_refused_with_their_place() {
-        for text in ["", "r +", "unknown", "r and true", "(r", "min()", "1 2", "\"open", "scale", &"(".repeat(100)] {
+        for text in [
+            "",
+            "r +",
+            "unknown",
+            "r and true",
+            "(r",
+            "min()",
+            "1 2",
+            "\"open",
+            "scale",
+            "if(r, 1, 2)",
+            "if(r > 1, 2)",
+            &"(".repeat(100),
+        ] {
             assert!(evaluate(text, &names()).is_err(), "{text:?} was accepted");
         }
         let error = evaluate("r * rnak", &names()).unwrap_err();

@@ -9,7 +9,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 11] = [
+const KINDS: [(&str, &[(&str, &str)]); 12] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
@@ -17,6 +17,7 @@ const KINDS: [(&str, &[(&str, &str)]); 11] = [
     ("bottleneck", &[("tune.adapter", "{method: bottleneck, reduction: 4, activation: silu}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
     ("loramoe", &[("tune.adapter", "{method: loramoe, rank: 2, experts: 4, knowledge: [sums]}")]),
+    ("ia3", &[("tune.adapter", "{method: ia3}")]),
     ("spiel", &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),

@@ -51,7 +51,13 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn a_merged_models_logits_are_those_of_the_base_with_the_adapter() {
-    for adapter in ["{method: lora, rank: 4, alpha: 8}", "{method: dora, rank: 4, alpha: 8}"] {
+    for adapter in [
+        "{method: lora, rank: 4, alpha: 8}",
+        "{method: dora, rank: 4, alpha: 8}",
+        "{method: ia3}",
+        "{method: road, group_size: 4}",
+        "{method: spiel, density: 0.1, every: 4, watch: 2}",
+    ] {
         merged_equals_adapted(adapter);
     }
 }
