@@ -12,6 +12,7 @@ pub mod adapters;
 pub mod inits;
 mod parts;
 
+pub mod joined;
 pub mod peft;
 pub mod slot;
 

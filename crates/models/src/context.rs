@@ -272,7 +272,8 @@ impl<'a> GraphCx<'a> {
         run: impl Fn(&Tensor, Tensor, &Locals, &RowCx<'_>) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let on = |rows: Option<&[u32]>, x: &Tensor, y: Tensor, set: u32| {
-            let masks = self.dropout.map(|key| RowMasks { key, layout: self.layout, rows });
+            let trains = self.theta.banks.get(usize::from(binding.slot)).is_some_and(|bank| bank.train);
+            let masks = self.dropout.filter(|_| trains).map(|key| RowMasks { key, layout: self.layout, rows });
             let dropout = masks.as_ref().map(|masks| masks as &dyn attune_points::adapter::DropoutMask);
             let cx = RowCx { site: &site.id, dropout, layout: self.layout, rows };
             run(x, y, &self.locals(binding.slot, set, at)?, &cx)

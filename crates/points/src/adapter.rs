@@ -82,11 +82,14 @@ pub struct Trained<'a> {
 }
 
 /// What an initialisation needs done to the base.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum BaseEdit {
-    /// Nothing: the component starts as the identity.
+    /// Nothing: the component starts as the identity, or as what its card says.
     None,
+    /// The component starts as something, which is taken out of the base: the same component with these tensors stays beside
+    /// it, frozen, so that both together start as nothing. The base is as it was, and other jobs may share it.
+    Beside(Locals),
 }
 
 /// Where a component takes part. More ports (router, sequence, side, head) join with their first users.

@@ -1,5 +1,6 @@
 //! Parameters as an argument of a pass.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -25,7 +26,7 @@ pub struct Bank {
     pub kind: BankKind,
     /// One set a lane, or one an example (then frozen); usually a single one.
     pub sets: Vec<Arc<Params>>,
-    /// Whether the sets get gradients.
+    /// Whether the sets get gradients. Those that do not drop nothing, in training either: they are as they were made.
     pub train: bool,
 }
 
@@ -57,6 +58,8 @@ pub struct Theta {
     pub banks: Vec<Bank>,
     /// Which rows use which sets.
     pub bindings: Vec<Binding>,
+    /// For banks whose component starts as something: the bank of what was taken out of the base for that.
+    pub beside: BTreeMap<u16, u16>,
     /// What is added to the embeddings of the batch's rows, `[T, hidden]`; its id is [`TensorId::input_embeddings`].
     pub input: Option<Tensor>,
 }
@@ -66,22 +69,23 @@ impl Theta {
     pub fn single(banks: impl IntoIterator<Item = Bank>) -> Self {
         let banks: Vec<Bank> = banks.into_iter().collect();
         let bindings = (0..banks.len() as u16).map(|slot| Binding { slot, rows: Rows::All(0) }).collect();
-        Self { banks, bindings, input: None }
+        Self { banks, bindings, ..Self::default() }
     }
 
     /// The same banks with no row bound: the base model alone.
     #[must_use]
     pub fn adapters_off(&self) -> Self {
-        Self { banks: self.banks.clone(), bindings: Vec::new(), input: self.input.clone() }
+        Self { bindings: Vec::new(), ..self.clone() }
     }
 
-    /// The same banks with no row bound to those that train: the model that training starts from, if what trains starts as
-    /// nothing.
+    /// The same banks with no row bound to those that train and to what stands beside these: the model that training starts from,
+    /// if what trains starts as nothing.
     #[must_use]
     pub fn untrained(&self) -> Self {
-        let trains = |binding: &&Binding| self.banks.get(binding.slot as usize).is_some_and(|bank| bank.train);
-        let bindings = self.bindings.iter().filter(|binding| !trains(binding)).cloned().collect();
-        Self { banks: self.banks.clone(), bindings, input: self.input.clone() }
+        let trains = |slot: u16| self.banks.get(slot as usize).is_some_and(|bank| bank.train);
+        let goes = |slot: u16| trains(slot) || self.beside.iter().any(|(own, beside)| *beside == slot && trains(*own));
+        let bindings = self.bindings.iter().filter(|binding| !goes(binding.slot)).cloned().collect();
+        Self { bindings, ..self.clone() }
     }
 
     /// The same with this added to the embeddings.
@@ -92,16 +96,21 @@ impl Theta {
 
     /// The ids of all tensors in trained banks but for the fixed ones, bank by bank and set by set, in the order of their names.
     pub fn trained(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
-        let is_fixed = |id: &TensorId| match id.owner {
-            Owner::Bank { slot, set } => self.set(slot, set).is_some_and(|params| params.is_fixed(&id.name)),
+        let trains = |id: &TensorId| match id.owner {
+            Owner::Bank { slot, set } => {
+                self.banks.get(slot as usize).is_some_and(|bank| bank.train)
+                    && self.set(slot, set).is_some_and(|params| !params.is_fixed(&id.name))
+            }
             _ => false,
         };
-        self.held().filter(move |(id, _)| !is_fixed(id))
+        self.held().filter(move |(id, _)| trains(id))
     }
 
-    /// The ids of all tensors in trained banks, fixed ones among them: what a run changes.
+    /// The ids of all tensors in trained banks and in those beside them, fixed ones among them: what a run made or changes.
     pub fn held(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
-        self.banks.iter().enumerate().filter(|(_, bank)| bank.train).flat_map(|(slot, bank)| {
+        let is_held =
+            |slot: usize, bank: &Bank| bank.train || self.beside.values().any(|beside| *beside as usize == slot);
+        self.banks.iter().enumerate().filter(move |(slot, bank)| is_held(*slot, bank)).flat_map(|(slot, bank)| {
             bank.sets.iter().enumerate().flat_map(move |(set, params)| {
                 let owner = Owner::Bank { slot: slot as u16, set: set as u32 };
                 params.iter().map(move |(name, tensor)| (TensorId { owner, name: name.clone() }, tensor))
@@ -162,5 +171,19 @@ mod tests {
         assert!(theta.get(&id).is_some());
         assert_eq!(theta.trained().count(), 1);
         assert!(theta.adapters_off().weight(&name).is_none());
+    }
+
+    #[test]
+    fn what_stands_beside_a_bank_that_trains_is_held_and_goes_with_it() {
+        let set = |value: f32| {
+            let tensor = Tensor::new(&[value], &Device::Cpu).unwrap();
+            vec![Arc::new(Params::from_iter([(TensorName::from_path("q_proj.lora_A"), tensor)]))]
+        };
+        let bank = |slot: &str, train| Bank { slot: slot.into(), kind: BankKind::Adapter, sets: set(1.0), train };
+        let mut theta = Theta::single([bank("skill", true), bank("other", false), bank("start", false)]);
+        theta.beside.insert(0, 2);
+        assert_eq!((theta.held().count(), theta.trained().count()), (2, 1));
+        let slots = |theta: &Theta| theta.bindings.iter().map(|binding| binding.slot).collect::<Vec<_>>();
+        assert_eq!((slots(&theta), slots(&theta.untrained())), (vec![0, 1, 2], vec![1]));
     }
 }

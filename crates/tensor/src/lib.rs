@@ -14,6 +14,7 @@ pub mod rng;
 
 pub mod autograd;
 pub mod frozen;
+pub mod linalg;
 pub mod ops;
 mod products;
 

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use attune_adapt::{ADAPTERS, INITS, peft, slot};
+use attune_adapt::slot::{self, Fresh};
+use attune_adapt::{ADAPTERS, INITS, peft};
 use attune_architecture::{Site, SiteId, targets};
 use attune_models::{Base, Slot, Stack, stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
@@ -22,6 +23,8 @@ use crate::error::Error;
 pub(crate) struct Component {
     pub(crate) slot: Slot,
     pub(crate) params: Params,
+    /// What was taken out of the base for it.
+    pub(crate) beside: Option<Params>,
     pub(crate) kind: BankKind,
 }
 
@@ -45,8 +48,8 @@ impl Component {
             Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
         };
         let stream = Rng::new(seed, "init").named(planned.name.as_str());
-        let params = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, &stream)?;
-        Ok(at.with(params))
+        let Fresh { own, beside } = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, &stream)?;
+        Ok(Self { beside: (!beside.is_empty()).then_some(beside), ..at.with(own) })
     }
 
     /// The component that an adapter folder holds.
@@ -86,7 +89,7 @@ impl Attached {
     fn with(self, params: Params) -> Component {
         let weights = self.attachments.iter().any(|at| matches!(self.adapter.port(at), Port::Weights));
         let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
-        Component { slot: Slot::new(self.adapter, self.attachments), params, kind }
+        Component { slot: Slot::new(self.adapter, self.attachments), params, beside: None, kind }
     }
 }
 
@@ -123,7 +126,7 @@ pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> R
     let mut made = Params::new();
     for (index, folder) in folders.into_iter().enumerate() {
         let path = FieldPath::from("adapter").index(index);
-        let Component { slot, params, kind } = Component::read(folder, base, &path, &cx)?;
+        let Component { slot, params, kind, .. } = Component::read(folder, base, &path, &cx)?;
         has_what_it_mixes(&slot, &slots, &path)?;
         make_weights(base, &slot, &params, &mut made)?;
         let name = format!("adapter-{index}");

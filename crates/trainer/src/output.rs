@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use attune_adapt::joined::joined;
 use attune_adapt::peft;
 use attune_artifacts::formats::card::Card;
 use attune_models::{Slot, export, stack};
@@ -68,7 +69,22 @@ pub(crate) fn write(
         };
         let card = card(request, prepared, &base_name, state);
         let architecture = prepared.shared.model.base().architecture();
-        peft::write(&folder, slot.adapter(), &attachments, &trained, architecture, &base_name, &card)?;
+        let beside = theta.beside.get(&(prepared.trained_slot as u16));
+        match beside.and_then(|beside| params(theta, usize::from(*beside))) {
+            None => peft::write(&folder, slot.adapter(), &attachments, &trained, architecture, &base_name, &card)?,
+            Some(beside) => {
+                let whole = joined(slot.adapter(), &attachments, &trained, beside, architecture)?;
+                peft::write(
+                    &folder,
+                    &*whole.adapter,
+                    &whole.attachments,
+                    &whole.params,
+                    architecture,
+                    &base_name,
+                    &card,
+                )?;
+            }
+        }
         outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Adapter, folder });
     }
     if request.plan.merged && !whole_model {

@@ -14,7 +14,7 @@ use attune_objective::OBJECTIVES;
 use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::adapter::Trained;
 use attune_points::engine::{Job, StepRule};
-use attune_points::{Bank, Owner, TensorId, Theta};
+use attune_points::{Bank, BankKind, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, PlanSlot};
 use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
@@ -155,6 +155,8 @@ pub(crate) fn prepare(
     let schedule = SCHEDULES.build(&plan.schedule, &tune.field("schedule"), &cx).map_err(Error::Faults)?;
 
     let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
+    // What was taken out of the base, by the slot that it was taken out for.
+    let mut taken_out = Vec::new();
     for (index, planned) in plan.stack.iter().enumerate() {
         let path = tune.field("stack").index(index);
         let made = component(request, planned, &base, &path, &cx, &mut pinned)?;
@@ -174,9 +176,17 @@ pub(crate) fn prepare(
             train: planned.train,
         });
         component::has_what_it_mixes(&made.slot, &slots, &path)?;
+        taken_out.extend(made.beside.map(|params| (index as u16, made.slot.clone(), params)));
         slots.push(made.slot);
     }
-    let theta = Theta::single(banks);
+    let mut beside = BTreeMap::new();
+    for (index, slot, params) in taken_out {
+        beside.insert(index, slots.len() as u16);
+        let name = format!("{}-start", plan.stack[usize::from(index)].name).into();
+        banks.push(Bank { slot: name, kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: false });
+        slots.push(slot);
+    }
+    let theta = Theta { beside, ..Theta::single(banks) };
     let narrow = base.activations() == attune_models::pass::Activations::Bf16;
     let job = Job { objective: &*objective, theta: &theta, optimizer: &*optimizer, narrow };
     let stack = Stack::new(slots);

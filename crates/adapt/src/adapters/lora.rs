@@ -137,6 +137,16 @@ impl Lora {
         Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout }
     }
 
+    /// Of these ranks at these sites, with 1 as the factor on products: what most sites have stands for all.
+    pub(super) fn of_ranks(mut ranks: BTreeMap<String, u32>) -> Self {
+        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+        ranks.values().for_each(|rank| *counts.entry(*rank).or_default() += 1);
+        let rank = counts.into_iter().max_by_key(|(_, count)| *count).map_or(1, |(rank, _)| rank);
+        ranks.retain(|_, other| *other != rank);
+        let alpha_pattern = ranks.iter().map(|(site, rank)| (site.clone(), f64::from(*rank))).collect();
+        Self::new(Config { rank, alpha: f64::from(rank), rank_pattern: ranks, alpha_pattern, ..Config::default() })
+    }
+
     fn rows_at(&self, site: &str) -> &Rows {
         self.own.get(site).unwrap_or(&self.rows)
     }

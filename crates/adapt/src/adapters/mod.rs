@@ -12,6 +12,8 @@ mod prefix_tuning;
 mod road;
 mod spiel;
 
+use std::collections::BTreeMap;
+
 use attune_points::adapter::Adapter;
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -37,6 +39,11 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<spiel::Spiel>(),
     ],
 );
+
+/// LoRA of these ranks at these sites, and 1 as the factor on its products.
+pub(crate) fn of_ranks(ranks: BTreeMap<String, u32>) -> Box<dyn Adapter> {
+    Box::new(lora::Lora::of_ranks(ranks))
+}
 
 /// How configurations in PEFT's layout are read.
 pub(crate) struct FromPeft {

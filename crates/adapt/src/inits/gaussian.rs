@@ -20,7 +20,7 @@
 //! # Paper
 //! LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., 2021.
 
-use attune_points::adapter::{Attachment, BaseEdit};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
@@ -68,7 +68,13 @@ impl Method for Gaussian {
 }
 
 impl Init for Gaussian {
-    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+    fn init(
+        &self,
+        _: &dyn Adapter,
+        at: &Attachment,
+        _: &dyn Weight,
+        rng: &mut Rng,
+    ) -> attune_points::Result<(Locals, BaseEdit)> {
         let (a, _) = factors::pair(at)?;
         let std = self.config.std.unwrap_or(1.0 / a.shape[0] as f64);
         factors::gaussian(at, std, rng)

@@ -20,7 +20,7 @@
 //! # Paper
 //! Delving Deep into Rectifiers. He, Zhang, Ren, Sun, 2015.
 
-use attune_points::adapter::{Attachment, BaseEdit};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
@@ -61,7 +61,13 @@ impl Method for Kaiming {
 }
 
 impl Init for Kaiming {
-    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+    fn init(
+        &self,
+        _: &dyn Adapter,
+        at: &Attachment,
+        _: &dyn Weight,
+        rng: &mut Rng,
+    ) -> attune_points::Result<(Locals, BaseEdit)> {
         factors::kaiming(at, rng)
     }
 }

@@ -2,10 +2,14 @@
 
 mod gaussian;
 mod kaiming;
+mod olora;
+mod pissa;
 
 use attune_points::init::Init;
 use attune_spec::method::{Point, Registry, entry};
 
 /// All initialisations.
-pub static INITS: Registry<dyn Init> =
-    Registry::new(Point::Init, &[entry::<gaussian::Gaussian>(), entry::<kaiming::Kaiming>()]);
+pub static INITS: Registry<dyn Init> = Registry::new(
+    Point::Init,
+    &[entry::<gaussian::Gaussian>(), entry::<kaiming::Kaiming>(), entry::<olora::Olora>(), entry::<pissa::Pissa>()],
+);

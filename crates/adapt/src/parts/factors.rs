@@ -1,10 +1,11 @@
 //! Pairs of thin matrices, `A_ri` and `B_or`, beside a linear.
 
 use attune_architecture::Site;
-use attune_points::adapter::{Attachment, BaseEdit};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Port};
 use attune_points::{Error, Locals, Result, TensorSpec};
 use attune_spec::Fault;
 use attune_tensor::rng::Rng;
+use candle_core::{DType, Tensor};
 
 use crate::parts::linears;
 use crate::parts::starts::{self, Start};
@@ -41,6 +42,38 @@ pub(crate) fn pair(at: &Attachment) -> Result<(&TensorSpec, &TensorSpec)> {
             Err(Error::Refused(format!("this initialisation is for a pair of factors; {} has other tensors", at.site)))
         }
     }
+}
+
+/// The factor on the product of a pair, where the component adds that product and nothing else: what takes the product of a start
+/// out of the base has to know it.
+///
+/// # Errors
+/// [`Error::Refused`] if the component does something else with its tensors.
+pub(crate) fn scale(of: &dyn Adapter, at: &Attachment) -> Result<f64> {
+    let (a, b) = pair(at)?;
+    match of.port(at) {
+        Port::Delta(map) => match map.fused() {
+            Some(FusedRows::LowRank { down, up, scale, .. }) if down == a.local && up == b.local && scale != 0.0 => {
+                Ok(scale)
+            }
+            _ => {
+                Err(Error::Refused(format!("this initialisation is for a product of factors; {} has another", at.site)))
+            }
+        },
+        _ => Err(Error::Refused(format!("this initialisation is for a product of factors; {} has another", at.site))),
+    }
+}
+
+/// A pair that starts with these values, and the same product taken out of the base.
+///
+/// # Errors
+/// As for [`pair`], or shapes that do not fit.
+pub(crate) fn taken_out(at: &Attachment, a_ri: &Tensor, b_or: &Tensor) -> Result<(Locals, BaseEdit)> {
+    let (a, b) = pair(at)?;
+    let (a_ri, b_or) = (a_ri.to_dtype(DType::F32)?.contiguous()?, b_or.to_dtype(DType::F32)?.contiguous()?);
+    let site = at.site.as_str();
+    let beside = Locals::new(site, [(a.local, a_ri.clone()), (b.local, b_or.neg()?)]);
+    Ok((Locals::new(site, [(a.local, a_ri), (b.local, b_or)]), BaseEdit::Beside(beside)))
 }
 
 /// A uniform in ±1/sqrt(i) (Kaiming's bound sqrt(6 / ((1 + a²) i)) with a = sqrt(5), as PyTorch's linears start), B zero.

@@ -5,11 +5,12 @@
 
 mod golden;
 mod own;
+mod starts;
 mod support;
 
 use std::collections::BTreeMap;
 
-use attune_adapt::{ADAPTERS, INITS, peft, slot};
+use attune_adapt::{ADAPTERS, peft, slot};
 use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
@@ -70,9 +71,9 @@ fn main() {
             })
         })
         .collect();
-    trials.push(Trial::test("adapter::inits::a_named_start_replaces_the_own_one", named_start));
     trials.push(Trial::test("adapter::lora::a_rank_beyond_the_width_is_refused_with_the_site", too_wide));
     trials.extend(own::trials());
+    trials.extend(starts::trials());
     trials.extend(golden::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -252,6 +253,7 @@ fn start(card: &'static Card) -> Result<(), Failed> {
     let setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
     let fresh = |seed: u64, attachments: &[attune_points::adapter::Attachment]| {
         slot::fresh(&*setup.adapter, None, attachments, |at| setup.weight(at), &Rng::new(seed, "init"))
+            .map(|fresh| fresh.own)
     };
     let all = fresh(7, &setup.attachments)?;
     let last = setup.attachments.len() - 1;
@@ -262,40 +264,6 @@ fn start(card: &'static Card) -> Result<(), Failed> {
     for (name, tensor) in alone.iter().filter(|(name, _)| !shared(name)) {
         assert_eq!(difference(tensor, all.get(name).ok_or("missing")?), 0.0, "{name} depends on other sites");
     }
-    Ok(())
-}
-
-fn named_start() -> Result<(), Failed> {
-    let setup = Setup::new(build(json!({"method": "lora"})).map_err(fail)?, "q_proj", DType::F32);
-    let fresh = |init: Option<Value>| -> Result<Tensor, Failed> {
-        let cx = BuildCx { steps: Step(10), domains: &[] };
-        let init = init.map(|init| {
-            INITS.build(&serde_json::from_value(init).unwrap_or_else(|_| MethodRef::named("")), &"init".into(), &cx)
-        });
-        let init = init.transpose().map_err(fail)?;
-        let params = slot::fresh(
-            &*setup.adapter,
-            init.as_deref(),
-            &setup.attachments,
-            |at| setup.weight(at),
-            &Rng::new(1, "init"),
-        )?;
-        Ok(params.iter().next().ok_or("no tensor")?.1.clone())
-    };
-    let (own, kaiming, gaussian) = (
-        fresh(None)?,
-        fresh(Some(json!({"method": "kaiming"})))?,
-        fresh(Some(json!({"method": "gaussian", "std": 3.0})))?,
-    );
-    assert_eq!(difference(&own, &kaiming), 0.0);
-    assert!(largest(&own) <= 1.0 / (own.dims()[1] as f64).sqrt());
-    assert!(largest(&gaussian) > 3.0);
-    let full = Setup::new(build(json!({"method": "full"})).map_err(fail)?, "q_proj", DType::F32);
-    let cx = BuildCx { steps: Step(10), domains: &[] };
-    let init = INITS.build(&MethodRef::named("gaussian"), &"init".into(), &cx).map_err(fail)?;
-    let refused =
-        slot::fresh(&*full.adapter, Some(&*init), &full.attachments, |at| full.weight(at), &Rng::new(1, "init"));
-    assert!(refused.is_err_and(|error| error.to_string().contains("is for a pair of factors")));
     Ok(())
 }
 

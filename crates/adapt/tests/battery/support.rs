@@ -80,7 +80,7 @@ impl Setup {
         let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
         let params =
             slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &Rng::new(7, "init"));
-        let params = params.unwrap();
+        let params = params.unwrap().own;
         let params =
             params.map(|_, tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor.clone()) });
         let params = params.unwrap();

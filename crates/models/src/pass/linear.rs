@@ -223,7 +223,7 @@ impl<'a> PassCx<'a> {
         let mut found: Vec<Factors<'p, 'g>> = Vec::new();
         for placed in placed {
             let Some(FusedRows::LowRank { down, up, scale, dropout }) = placed.port.fused() else { continue };
-            let dropout = if self.parts[placed.part].dropout.is_some() { dropout } else { 0.0 };
+            let dropout = if self.dropout(placed).is_some() { dropout } else { 0.0 };
             let follows = |before: &&mut Factors<'p, 'g>| {
                 let same = before.placed.last().is_some_and(|last| self.same(last, placed));
                 same && before.rows.end == placed.rows.start && before.dropout == dropout
@@ -283,7 +283,7 @@ impl<'a> PassCx<'a> {
     /// Which of the values that a component reads are kept; `None` if it drops nothing.
     fn kept(&self, site: &Site, placed: &Added<'_>, factors: &Factors<'_, '_>, width: usize) -> Option<Kept> {
         let part = &self.parts[placed.part];
-        let key = part.dropout.filter(|_| factors.dropout > 0.0)?;
+        let key = self.dropout(placed).filter(|_| factors.dropout > 0.0)?;
         let masks = RowMasks { key, layout: part.layout, rows: placed.ids.some() };
         Some(masks.kept(&site.id, width, factors.dropout))
     }

@@ -49,7 +49,7 @@ pub(crate) fn write(tensor: &Tensor, mut to: ViewMut<'_, f32>, add: bool) -> Res
 /// The masks of a component's rows.
 pub(crate) fn masks<'m, P>(cx: &PassCx<'m>, placed: &'m Placed<'_, P>) -> Option<RowMasks<'m>> {
     let part = &cx.parts[placed.part];
-    part.dropout.map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
+    cx.dropout(placed).map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
 }
 
 /// The tensors of a component, leaves where a gradient is wanted.

@@ -322,6 +322,12 @@ impl<'a> PassCx<'a> {
         runs
     }
 
+    /// The key of a component's dropout: none in evaluation, or if it does not train.
+    pub(crate) fn dropout<P>(&self, placed: &Placed<'_, P>) -> Option<Dropout> {
+        let part = &self.parts[placed.part];
+        part.dropout.filter(|_| part.theta.banks.get(placed.slot as usize).is_some_and(|bank| bank.train))
+    }
+
     /// Whether two components are one, with the same tensors.
     pub(crate) fn same<P>(&self, a: &Placed<'_, P>, b: &Placed<'_, P>) -> bool {
         let set = |placed: &Placed<'_, P>| self.parts[placed.part].theta.set(placed.slot, placed.set);

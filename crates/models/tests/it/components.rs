@@ -55,7 +55,7 @@ fn set(model: &Model, seed: u64) -> Arc<Params> {
 
 fn theta(sets: Vec<Arc<Params>>, rows: Rows) -> Theta {
     let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets, train: true };
-    Theta { banks: vec![bank], bindings: vec![Binding { slot: 0, rows }], input: None }
+    Theta { banks: vec![bank], bindings: vec![Binding { slot: 0, rows }], ..Theta::default() }
 }
 
 /// Documents by the number of their example: the same example has the same tokens in every layout.

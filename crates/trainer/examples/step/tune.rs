@@ -163,7 +163,7 @@ fn all_weights(base: &Base, cx: &BuildCx<'_>) -> Result<(Stack, Theta), Failure>
         let site = site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", at.site)))?;
         Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
     };
-    let params = slot::fresh(&*adapter, None, &attachments, weight, &Rng::new(0, "init"))?;
+    let params = slot::fresh(&*adapter, None, &attachments, weight, &Rng::new(0, "init"))?.own;
     let bank = Bank { slot: "all".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true };
     Ok((Stack::new(vec![Slot::new(adapter, attachments)]), Theta::single([bank])))
 }

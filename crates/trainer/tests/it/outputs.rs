@@ -53,6 +53,8 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 fn a_merged_models_logits_are_those_of_the_base_with_the_adapter() {
     for adapter in [
         "{method: lora, rank: 4, alpha: 8}",
+        "{method: lora, rank: 4, alpha: 8, init: {method: pissa, iterations: 4}}",
+        "{method: lora, rank: 7, alpha: 8, init: {method: olora}}",
         "{method: dora, rank: 4, alpha: 8}",
         "{method: ia3}",
         "{method: road, group_size: 4}",

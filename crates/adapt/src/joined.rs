@@ -1,0 +1,105 @@
+//! A component and what was taken out of the base for it, as one adapter that anybody can add to the unchanged base.
+
+use std::collections::BTreeMap;
+
+use attune_architecture::Architecture;
+use attune_points::adapter::{Adapter, Attachment, Merged};
+use attune_points::{Error, Locals, Params, Result};
+use candle_core::{DType, Device, Tensor};
+
+use crate::adapters::of_ranks;
+
+/// An adapter with its parameters.
+pub struct Joined {
+    /// The adapter: LoRA.
+    pub adapter: Box<dyn Adapter>,
+    /// Where it is attached.
+    pub attachments: Vec<Attachment>,
+    /// Its parameters.
+    pub params: Params,
+}
+
+/// The sum of a component with its parameters `own` and of the same with those `beside` it: of the sum of their ranks, or of the
+/// width of a linear, if that is less.
+///
+/// # Errors
+/// [`Error::Refused`] if the component is no low-rank change of a weight.
+pub fn joined(
+    adapter: &dyn Adapter,
+    attachments: &[Attachment],
+    own: &Params,
+    beside: &Params,
+    architecture: &Architecture,
+) -> Result<Joined> {
+    let mut pairs = BTreeMap::new();
+    for at in attachments {
+        let (left, right) = (product(adapter, at, own)?, product(adapter, at, beside)?);
+        let (b_or, a_ri) = (Tensor::cat(&[&left.0, &right.0], 1)?, Tensor::cat(&[&left.1, &right.1], 0)?);
+        pairs.insert(at.site.clone(), narrowed(b_or, a_ri)?);
+    }
+    let ranks = pairs.iter().map(|(site, (_, a_ri))| Ok((site.to_string(), a_ri.dim(0)? as u32)));
+    let adapter = of_ranks(ranks.collect::<Result<_>>()?);
+    let sites: Vec<_> = architecture.sites().into_iter().filter(|site| pairs.contains_key(&site.id)).collect();
+    let attachments = adapter.attach(architecture, &sites).map_err(|faults| {
+        Error::Refused(faults.first().map_or_else(|| "the sites are not the base's".to_owned(), ToString::to_string))
+    })?;
+    let mut params = Params::new();
+    for at in &attachments {
+        let Some((b_or, a_ri)) = pairs.remove(&at.site) else { continue };
+        let [a, b] = at.tensors.as_slice() else {
+            return Err(Error::Refused(format!("{} has other tensors than a pair", at.site)));
+        };
+        params.insert_declared(a, at.site.as_str(), a_ri);
+        params.insert_declared(b, at.site.as_str(), b_or);
+    }
+    Ok(Joined { adapter, attachments, params })
+}
+
+/// What a component adds to a weight, as `b_or` (with the factor on the product) and `a_ri`.
+fn product(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<(Tensor, Tensor)> {
+    let site = at.site.as_str();
+    let tensors = at.tensors.iter().map(|spec| {
+        let name = spec.name(site);
+        let tensor = params.get(&name).ok_or_else(|| Error::Refused(format!("{name} has no value")))?;
+        Ok((spec.local, tensor.clone()))
+    });
+    let tensors = Locals::new(site, tensors.collect::<Result<Vec<_>>>()?);
+    let none = Tensor::zeros((0, 0), DType::F32, &Device::Cpu)?;
+    match adapter.merge(at, &tensors, &none)? {
+        Merged::Factors { left, right, scale } => Ok(((left * scale)?, right)),
+        _ => Err(Error::Refused(format!("the component at {site} is no product of two factors"))),
+    }
+}
+
+/// The same product with no more rank than the matrix has rows or columns.
+fn narrowed(b_or: Tensor, a_ri: Tensor) -> Result<(Tensor, Tensor)> {
+    let (output, rank) = b_or.dims2()?;
+    let input = a_ri.dim(1)?;
+    if rank <= output.min(input) {
+        return Ok((b_or, a_ri));
+    }
+    let change_oi = b_or.matmul(&a_ri)?;
+    let unit = |width| Tensor::eye(width, DType::F32, &Device::Cpu);
+    Ok(if output <= input { (unit(output)?, change_oi) } else { (change_oi, unit(input)?) })
+}
+
+#[cfg(test)]
+mod tests {
+    use attune_tensor::Rng;
+
+    use super::*;
+
+    #[test]
+    fn a_product_of_too_many_factors_stays_the_same_matrix() {
+        let random =
+            |name: &str, shape: [usize; 2]| Rng::new(1, name).normal_tensor(&shape[..], 1.0, DType::F32).unwrap();
+        for (output, input) in [(3, 5), (5, 3)] {
+            let (b, a) = (random("b", [output, 4]), random("a", [4, input]));
+            let whole = b.matmul(&a).unwrap();
+            let (left, right) = narrowed(b, a).unwrap();
+            assert_eq!(right.dim(0).unwrap(), 3);
+            let off = (left.matmul(&right).unwrap() - whole).unwrap().abs().unwrap().flatten_all().unwrap();
+            assert!(off.max(0).unwrap().to_scalar::<f32>().unwrap() < 1e-6);
+        }
+    }
+}

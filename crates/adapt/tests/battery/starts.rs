@@ -1,0 +1,241 @@
+//! Initialisations: what they start, what they take out of the base, and that both together are the base.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use attune_adapt::slot::{self, Fresh};
+use attune_adapt::{ADAPTERS, INITS, joined};
+use attune_architecture::{Site, targets};
+use attune_models::{Base, Model, Pass, Slot, Stack};
+use attune_points::adapter::{Adapter, Attachment, Merged};
+use attune_points::init::Init;
+use attune_points::{Bank, BankKind, Grads, Params, Theta, Weight};
+use attune_spec::id::Step;
+use attune_spec::job::{Precision, Targets};
+use attune_spec::method::{BuildCx, MethodRef, SiteKind};
+use attune_tensor::{Rng, linalg};
+use candle_core::{DType, Device, Tensor};
+use libtest_mimic::{Failed, Trial};
+use serde_json::{Value, json};
+
+use crate::support::{CrossEntropy, Setup, batch, difference, largest};
+use crate::{build, fail};
+
+type Run = fn() -> Result<(), Failed>;
+
+const TRIALS: [(&str, Run); 6] = [
+    ("a_named_start_replaces_the_own_one", named),
+    ("a_start_and_what_it_takes_out_are_the_base", together),
+    ("both_factors_of_a_start_away_from_zero_learn_in_the_first_step", first_step),
+    ("pissa_takes_out_the_largest_singular_values", largest_values),
+    ("what_is_taken_out_is_what_peft_takes_out", golden),
+    ("what_starts_as_a_product_is_refused_elsewhere", refused),
+];
+
+pub(crate) fn trials() -> Vec<Trial> {
+    TRIALS.into_iter().map(|(name, run)| Trial::test(format!("init::{name}"), run)).collect()
+}
+
+/// Initialisations that take something out of the base.
+fn taking() -> [Value; 3] {
+    [json!({"method": "pissa"}), json!({"method": "pissa", "iterations": 6}), json!({"method": "olora"})]
+}
+
+fn init(of: Value) -> Result<Box<dyn Init>, Failed> {
+    let cx = BuildCx { steps: Step(10), domains: &[] };
+    INITS.build(&serde_json::from_value(of)?, &"init".into(), &cx).map_err(fail)
+}
+
+/// LoRA on all linears of a model, started by an initialisation.
+struct Started {
+    model: Model,
+    adapter: Arc<dyn Adapter>,
+    attachments: Vec<Attachment>,
+    fresh: Fresh,
+}
+
+impl Started {
+    fn new(base: Base, start: Value) -> Result<Self, Failed> {
+        let method: MethodRef =
+            serde_json::from_value(json!({"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}))?;
+        let cx = BuildCx { steps: Step(10), domains: &[] };
+        let adapter: Arc<dyn Adapter> = ADAPTERS.build(&method, &"adapter".into(), &cx).map_err(fail)?.into();
+        let takes = |site: &Site| site.offers() == SiteKind::Linear;
+        let sites = targets::resolve(&Targets::from("all-linear"), None, base.architecture(), takes).map_err(fail)?;
+        let attachments = adapter.attach(base.architecture(), &sites).map_err(fail)?;
+        let weight = |at: &Attachment| {
+            let site = sites.iter().find(|site| site.id == at.site);
+            let site = site.ok_or_else(|| attune_points::Error::Refused("no site".to_owned()))?;
+            Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
+        };
+        let init = init(start)?;
+        let fresh = slot::fresh(&*adapter, Some(&*init), &attachments, weight, &Rng::new(1, "init"))?;
+        let slot = || Slot::new(Arc::clone(&adapter), attachments.iter().cloned());
+        let stack = Stack::new(vec![slot(), slot()]);
+        Ok(Self { model: Model::new(base, stack), adapter, attachments, fresh })
+    }
+
+    fn theta(&self) -> Theta {
+        let bank = |slot: &str, params: &Params, train| Bank {
+            slot: slot.into(),
+            kind: BankKind::Adapter,
+            sets: vec![Arc::new(params.clone())],
+            train,
+        };
+        let mut theta = Theta::single([bank("x", &self.fresh.own, true), bank("x-start", &self.fresh.beside, false)]);
+        theta.beside.insert(0, 1);
+        theta
+    }
+
+    /// What the component adds to the weight of each site at its start.
+    fn changes(&self) -> Result<Vec<(String, Tensor)>, Failed> {
+        let change = |at: &Attachment| {
+            let locals = attune_models::stack::locals(at, &self.fresh.own)?;
+            let none = Tensor::zeros((0, 0), DType::F32, &Device::Cpu)?;
+            match self.adapter.merge(at, &locals, &none)? {
+                Merged::Factors { left, right, scale } => {
+                    Ok((at.site.to_string(), (left.matmul(&right)? * scale)?.to_dtype(DType::F64)?))
+                }
+                other => Err(format!("{other:?} is no product").into()),
+            }
+        };
+        self.attachments.iter().map(change).collect()
+    }
+}
+
+fn small() -> Result<Base, Failed> {
+    Ok(Base::random(crate::support::architecture(), 5, DType::F32)?)
+}
+
+fn logits(model: &Model, theta: &Theta) -> Result<Tensor, Failed> {
+    Ok(model.logits(&Pass { theta, layout: &batch(), dropout: None })?)
+}
+
+/// In f32 the sum of a product and its opposite is off by the rounding of the larger of the two.
+fn together() -> Result<(), Failed> {
+    for start in taking() {
+        let started = Started::new(small()?, start.clone())?;
+        let theta = started.theta();
+        let base = logits(&started.model, &theta.adapters_off())?;
+        let off = difference(&logits(&started.model, &theta)?, &base);
+        assert!(off < 1e-5 * (1.0 + largest(&base)), "{start}: off by {off}");
+        assert_eq!(difference(&logits(&started.model, &theta.untrained())?, &base), 0.0);
+        assert!(started.changes()?.iter().all(|(_, change)| largest(change) > 0.01), "{start} takes out nothing");
+        // Moved away from its start it is one LoRA on the base as it was.
+        let mut moved = theta.clone();
+        let own = started.fresh.own.map(|_, tensor| tensor * 1.1)?;
+        moved.banks[0].sets = vec![Arc::new(own.clone())];
+        let with = logits(&started.model, &moved)?;
+        let base = small()?;
+        let joined =
+            joined::joined(&*started.adapter, &started.attachments, &own, &started.fresh.beside, base.architecture())?;
+        let slot = Slot::new(joined.adapter.into(), joined.attachments);
+        let sets = vec![Arc::new(joined.params)];
+        let alone = Theta::single([Bank { slot: "x".into(), kind: BankKind::Adapter, sets, train: false }]);
+        let found = logits(&Model::new(base, Stack::new(vec![slot])), &alone)?;
+        assert!(difference(&with, &logits(&started.model, &theta)?) > 1e-3, "{start}: nothing moved");
+        let off = difference(&found, &with);
+        assert!(off < 1e-5 * (1.0 + largest(&with)), "{start}: joined it is off by {off}");
+    }
+    Ok(())
+}
+
+/// The largest gradient of a factor A in the first step.
+fn gradient_of_a(start: Value) -> Result<f64, Failed> {
+    let started = Started::new(small()?, start)?;
+    let theta = started.theta();
+    let mut sink = Grads::wanting(theta.trained().map(|(id, _)| id));
+    let layout = batch();
+    started.model.grad(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
+    let of_a = sink.iter().filter(|(id, _)| id.name.local() == "lora_A");
+    Ok(of_a.filter_map(|(_, gradient)| gradient).map(largest).fold(0.0, f64::max))
+}
+
+/// With B at zero, A waits for it.
+fn first_step() -> Result<(), Failed> {
+    for start in taking() {
+        assert!(gradient_of_a(start)? > 1e-3);
+    }
+    assert_eq!(gradient_of_a(json!({"method": "kaiming"}))?, 0.0);
+    Ok(())
+}
+
+fn largest_values() -> Result<(), Failed> {
+    for (start, bound) in [(json!({"method": "pissa"}), 1e-5), (json!({"method": "pissa", "iterations": 16}), 1e-2)] {
+        let started = Started::new(small()?, start.clone())?;
+        for (site, change) in started.changes()? {
+            let name = attune_points::TensorName::new(site.as_str(), "weight");
+            let weight = started.model.base().tensor(&name, DType::F64)?;
+            let all: Vec<f64> = linalg::svd(&weight)?.s.to_vec1()?;
+            let found: Vec<f64> = linalg::svd(&change)?.s.to_vec1()?;
+            let left: f64 = (weight - &change)?.sqr()?.sum_all()?.to_scalar()?;
+            let rest: f64 = all[4..].iter().map(|value| value * value).sum();
+            assert!((left - rest).abs() < bound * rest, "{start}, {site}: {left} is left, {rest} are the others");
+            assert!((found[0] - all[0]).abs() < bound * all[0] && found[4] < 1e-5, "{start}, {site}");
+        }
+    }
+    Ok(())
+}
+
+fn golden() -> Result<(), Failed> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    for name in ["olora", "pissa"] {
+        let file = here.join(format!("golden/starts/{name}.safetensors"));
+        let expected: BTreeMap<_, _> = candle_core::safetensors::load(file, &Device::Cpu)?.into_iter().collect();
+        let base = Base::open(&here.join("../models/golden/llama"), Precision::F32)?;
+        let changes = Started::new(base, json!({"method": name}))?.changes()?;
+        for (site, expected) in expected {
+            let (_, change) = changes.iter().find(|(found, _)| *found == site).ok_or("no such site")?;
+            let off = difference(change, &expected) / largest(&expected);
+            assert!(off < 1e-5, "{name}, {site}: off by a factor of {off}");
+        }
+    }
+    Ok(())
+}
+
+fn refused() -> Result<(), Failed> {
+    let setup = Setup::new(build(json!({"method": "dora"})).map_err(fail)?, "q_proj", DType::F32);
+    for start in taking() {
+        let init = init(start)?;
+        let fresh =
+            slot::fresh(&*setup.adapter, Some(&*init), &setup.attachments, |at| setup.weight(at), &Rng::new(1, "init"));
+        let error = fresh.map(|_| ()).expect_err("accepted").to_string();
+        assert!(error.contains("is for a pair of factors"), "{error}");
+    }
+    Ok(())
+}
+
+fn named() -> Result<(), Failed> {
+    let setup = Setup::new(build(json!({"method": "lora"})).map_err(fail)?, "q_proj", DType::F32);
+    let fresh = |init: Option<Value>| -> Result<Tensor, Failed> {
+        let cx = BuildCx { steps: Step(10), domains: &[] };
+        let init = init.map(|init| {
+            INITS.build(&serde_json::from_value(init).unwrap_or_else(|_| MethodRef::named("")), &"init".into(), &cx)
+        });
+        let init = init.transpose().map_err(fail)?;
+        let fresh = slot::fresh(
+            &*setup.adapter,
+            init.as_deref(),
+            &setup.attachments,
+            |at| setup.weight(at),
+            &Rng::new(1, "init"),
+        )?;
+        Ok(fresh.own.iter().next().ok_or("no tensor")?.1.clone())
+    };
+    let (own, kaiming, gaussian) = (
+        fresh(None)?,
+        fresh(Some(json!({"method": "kaiming"})))?,
+        fresh(Some(json!({"method": "gaussian", "std": 3.0})))?,
+    );
+    assert_eq!(difference(&own, &kaiming), 0.0);
+    assert!(largest(&own) <= 1.0 / (own.dims()[1] as f64).sqrt());
+    assert!(largest(&gaussian) > 3.0);
+    let full = Setup::new(build(json!({"method": "full"})).map_err(fail)?, "q_proj", DType::F32);
+    let cx = BuildCx { steps: Step(10), domains: &[] };
+    let init = INITS.build(&MethodRef::named("gaussian"), &"init".into(), &cx).map_err(fail)?;
+    let refused =
+        slot::fresh(&*full.adapter, Some(&*init), &full.attachments, |at| full.weight(at), &Rng::new(1, "init"));
+    assert!(refused.is_err_and(|error| error.to_string().contains("is for a pair of factors")));
+    Ok(())
+}
