@@ -75,7 +75,7 @@ fn modules(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
     let module = |name: &String| {
         let rest = name.strip_prefix(PREFIX)?;
         // The method's part is what follows the module: `lora_A.weight`, `ia3_l`, …
-        let at = rest.rfind(".lora_").or_else(|| rest.rfind('.'))?;
+        let at = [".lora_", ".oft_"].iter().find_map(|part| rest.rfind(part)).or_else(|| rest.rfind('.'))?;
         Some(rest[..at].to_owned())
     };
     tensors.keys().filter_map(module).collect::<BTreeSet<_>>().into_iter().collect()

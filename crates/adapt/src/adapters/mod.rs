@@ -7,6 +7,7 @@ mod dora;
 mod full;
 mod lora;
 mod loramoe;
+mod oft;
 mod prefix_tuning;
 
 use attune_points::adapter::Adapter;
@@ -28,6 +29,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<full::Full>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
+        entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
     ],
 );
@@ -50,5 +52,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
+    FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

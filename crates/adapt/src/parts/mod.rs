@@ -2,7 +2,9 @@
 
 pub(crate) mod blocks;
 pub(crate) mod factors;
+pub(crate) mod foreign;
 pub(crate) mod linears;
+pub(crate) mod orthogonal;
 pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod starts;

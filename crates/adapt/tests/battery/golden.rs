@@ -15,21 +15,23 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 10] = [
+const CASES: &[(&str, &str)] = &[
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
+    ("llama_oft", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_dora", "qwen2"),
+    ("qwen2_oft", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 14] = [
+const KEYS: &[&str] = &[
     "r",
     "lora_alpha",
     "use_rslora",
@@ -44,6 +46,12 @@ const KEYS: [&str; 14] = [
     "num_attention_heads",
     "token_dim",
     "prefix_projection",
+    "oft_block_size",
+    "block_share",
+    "use_cayley_neumann",
+    "num_cayley_neumann_terms",
+    "module_dropout",
+    "coft",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.
@@ -51,7 +59,7 @@ const TOLERANCE: f64 = 1e-4;
 
 pub(crate) fn trials() -> Vec<Trial> {
     CASES
-        .into_iter()
+        .iter()
         .map(|(case, base)| Trial::test(format!("golden::{case}::agrees_with_peft"), move || run(case, base)))
         .collect()
 }

@@ -1,0 +1,48 @@
+//! Components that turn a weight, or change all of it by few numbers.
+
+use attune_points::adapter::Merged;
+use candle_core::{DType, Tensor};
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use super::{Own, PLAIN};
+use crate::support::{Setup, difference, largest};
+use crate::{build, fail};
+
+pub(super) const OWN: &[(&str, Own)] = &[("oft::rows_keep_their_lengths_and_angles", turned)];
+
+/// The weight at a site without a component and with it, away from its start.
+fn weights(method: Value, site: &str) -> Result<(Tensor, Tensor), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, site, DType::F64);
+    setup.disturb(0.3);
+    let at = &setup.attachments[0];
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let merged = match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
+        Merged::Factors { left, right, scale } => (&weight + (left.matmul(&right)? * scale)?)?,
+        Merged::Weight { weight, .. } => weight,
+        other => return Err(format!("{other:?} does not merge").into()),
+    };
+    assert!(difference(&merged, &weight) > 0.1, "nothing moved");
+    Ok((weight, merged))
+}
+
+const UP: &str = "model.layers.1.mlp.up_proj";
+
+/// How far the products of all rows with each other change, against the largest.
+fn gram_off(method: Value) -> Result<f64, Failed> {
+    let (before, after) = weights(method, UP)?;
+    let gram = |w: &Tensor| -> Result<Tensor, Failed> { Ok(w.matmul(&w.t()?)?) };
+    let before = gram(&before)?;
+    Ok(difference(&gram(&after)?, &before) / largest(&before))
+}
+
+/// Inputs are turned: what a row is to another stays.
+fn turned() -> Result<(), Failed> {
+    // 24 * 3 / 2 = 36 numbers against 56.
+    let oft = gram_off(json!({"method": "oft", "block_size": 4, "terms": 0}))?;
+    let plain = gram_off(json!({"method": PLAIN, "rank": 1}))?;
+    assert!(oft < 1e-12, "products of rows change by {oft}");
+    assert!(plain > 0.01, "products of rows change by {plain}");
+    Ok(())
+}
