@@ -1,4 +1,4 @@
-"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT. See README.md for names and
+"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT, BOFT. See README.md for names and
 shapes; pins in benches/peers/requirements.txt.
 
 Usage: turns.py [case ...]
@@ -9,6 +9,18 @@ import torch
 
 import writing
 
+
+class BlockDiagonal:
+    """What PEFT's CUDA kernel computes, by torch: without it PEFT has one butterfly factor, whatever it is asked for."""
+
+    @staticmethod
+    def apply(blocks):
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+
+peft.tuners.boft.layer.get_fbd_cuda = lambda: True
+peft.tuners.boft.layer.FastBlockDiag = BlockDiagonal
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 # name: (base, configuration, merged site)
@@ -18,6 +30,12 @@ CASES = {
         "qwen2",
         lambda: peft.OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False, block_share=True, target_modules=ATTENTION),
         "model.layers.0.self_attn.q_proj",
+    ),
+    "llama_boft": ("llama", lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "v_proj", "down_proj"]), "model.layers.0.mlp.down_proj"),
+    "qwen2_boft": (
+        "qwen2",
+        lambda: peft.BOFTConfig(boft_block_size=0, boft_block_num=8, boft_n_butterfly_factor=3, target_modules=["k_proj", "o_proj"]),
+        "model.layers.1.self_attn.k_proj",
     ),
 }
 STD = 0.2

@@ -1,6 +1,7 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
 mod adapterfusion;
+mod boft;
 mod bottleneck;
 mod compacter;
 mod dora;
@@ -23,6 +24,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
         entry::<adapterfusion::Adapterfusion>(),
+        entry::<boft::Boft>(),
         entry::<bottleneck::Bottleneck>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
@@ -50,6 +52,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 /// How the configurations of PEFT are read.
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
+    FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },

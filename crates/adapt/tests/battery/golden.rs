@@ -20,11 +20,13 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_dora", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
+    ("llama_boft", "llama"),
     ("llama_oft", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
+    ("qwen2_boft", "qwen2"),
     ("qwen2_dora", "qwen2"),
     ("qwen2_oft", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
@@ -52,6 +54,10 @@ const KEYS: &[&str] = &[
     "num_cayley_neumann_terms",
     "module_dropout",
     "coft",
+    "boft_block_size",
+    "boft_block_num",
+    "boft_n_butterfly_factor",
+    "boft_dropout",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -9,7 +9,10 @@ use super::{Own, PLAIN};
 use crate::support::{Setup, difference, largest};
 use crate::{build, fail};
 
-pub(super) const OWN: &[(&str, Own)] = &[("oft::rows_keep_their_lengths_and_angles", turned)];
+pub(super) const OWN: &[(&str, Own)] = &[
+    ("boft::rows_keep_their_angles_whatever_their_lengths", angles),
+    ("oft::rows_keep_their_lengths_and_angles", turned),
+];
 
 /// The weight at a site without a component and with it, away from its start.
 fn weights(method: Value, site: &str) -> Result<(Tensor, Tensor), Failed> {
@@ -44,5 +47,28 @@ fn turned() -> Result<(), Failed> {
     let plain = gram_off(json!({"method": PLAIN, "rank": 1}))?;
     assert!(oft < 1e-12, "products of rows change by {oft}");
     assert!(plain > 0.01, "products of rows change by {plain}");
+    Ok(())
+}
+
+/// How far the cosines between rows change.
+fn cosines_off(method: Value) -> Result<(f64, f64), Failed> {
+    let (before, after) = weights(method, UP)?;
+    let length = |w: &Tensor| -> Result<Tensor, Failed> { Ok(w.sqr()?.sum_keepdim(1)?.sqrt()?) };
+    let cosines = |w: &Tensor| -> Result<Tensor, Failed> {
+        let w = w.broadcast_div(&length(w)?)?;
+        // A row of negative scale points the other way.
+        Ok(w.matmul(&w.t()?)?.abs()?)
+    };
+    let lengths = difference(&length(&after)?, &length(&before)?);
+    Ok((difference(&cosines(&after)?, &cosines(&before)?), lengths))
+}
+
+/// Inputs are turned and rows scaled: angles stay and lengths do not.
+fn angles() -> Result<(), Failed> {
+    // 2 * 24 * 2 + 32 = 128 numbers against 168.
+    let (boft, lengths) = cosines_off(json!({"method": "boft", "block_size": 2, "factors": 2}))?;
+    let (plain, _) = cosines_off(json!({"method": PLAIN, "rank": 3}))?;
+    assert!(boft < 1e-12 && lengths > 0.1, "cosines change by {boft}, lengths by {lengths}");
+    assert!(plain > 0.01, "cosines change by {plain}");
     Ok(())
 }
