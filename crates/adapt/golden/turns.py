@@ -1,4 +1,4 @@
-"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT, BOFT. See README.md for names and
+"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT, BOFT, HRA. See README.md for names and
 shapes; pins in benches/peers/requirements.txt.
 
 Usage: turns.py [case ...]
@@ -37,6 +37,8 @@ CASES = {
         lambda: peft.BOFTConfig(boft_block_size=0, boft_block_num=8, boft_n_butterfly_factor=3, target_modules=["k_proj", "o_proj"]),
         "model.layers.1.self_attn.k_proj",
     ),
+    "llama_hra": ("llama", lambda: peft.HRAConfig(r=4, target_modules="all-linear"), "model.layers.1.mlp.up_proj"),
+    "qwen2_hra": ("qwen2", lambda: peft.HRAConfig(r=3, apply_GS=True, target_modules=["q_proj", "gate_proj"]), "model.layers.0.mlp.gate_proj"),
 }
 STD = 0.2
 

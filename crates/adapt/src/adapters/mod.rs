@@ -6,6 +6,7 @@ mod bottleneck;
 mod compacter;
 mod dora;
 mod full;
+mod hra;
 mod lora;
 mod loramoe;
 mod oft;
@@ -29,6 +30,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
+        entry::<hra::Hra>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<oft::Oft>(),
@@ -53,6 +55,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
+    FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },

@@ -21,6 +21,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_boft", "llama"),
+    ("llama_hra", "llama"),
     ("llama_oft", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
@@ -28,6 +29,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_boft", "qwen2"),
     ("qwen2_dora", "qwen2"),
+    ("qwen2_hra", "qwen2"),
     ("qwen2_oft", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
 ];
@@ -55,6 +57,7 @@ const KEYS: &[&str] = &[
     "module_dropout",
     "coft",
     "boft_block_size",
+    "apply_GS",
     "boft_block_num",
     "boft_n_butterfly_factor",
     "boft_dropout",

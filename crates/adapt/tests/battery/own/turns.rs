@@ -5,12 +5,13 @@ use candle_core::{DType, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
-use super::{Own, PLAIN};
+use super::{Own, PLAIN, rank};
 use crate::support::{Setup, difference, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("boft::rows_keep_their_angles_whatever_their_lengths", angles),
+    ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
     ("oft::rows_keep_their_lengths_and_angles", turned),
 ];
 
@@ -70,5 +71,22 @@ fn angles() -> Result<(), Failed> {
     let (plain, _) = cosines_off(json!({"method": PLAIN, "rank": 3}))?;
     assert!(boft < 1e-12 && lengths > 0.1, "cosines change by {boft}, lengths by {lengths}");
     assert!(plain > 0.01, "cosines change by {plain}");
+    Ok(())
+}
+
+/// The rank of the change of a weight.
+fn change_rank(method: Value) -> Result<usize, Failed> {
+    let (before, after) = weights(method, UP)?;
+    rank(&(after - before)?)
+}
+
+/// The change has no more rank than LoRA's, and no product of rows changes.
+fn reflected() -> Result<(), Failed> {
+    // 2 * 24 = 48 numbers against 56.
+    let (hra, plain) = (json!({"method": "hra", "rank": 2}), json!({"method": PLAIN, "rank": 1}));
+    assert_eq!((change_rank(hra.clone())?, change_rank(plain.clone())?), (2, 1));
+    let (hra, plain) = (gram_off(hra)?, gram_off(plain)?);
+    assert!(hra < 1e-12, "products of rows change by {hra}");
+    assert!(plain > 0.01, "products of rows change by {plain}");
     Ok(())
 }
