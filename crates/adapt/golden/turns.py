@@ -1,8 +1,10 @@
-"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT, BOFT, HRA. See README.md for names and
+"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT, BOFT, HRA, C3A. See README.md for names and
 shapes; pins in benches/peers/requirements.txt.
 
 Usage: turns.py [case ...]
 """
+
+import types
 
 import peft
 import torch
@@ -20,6 +22,18 @@ class BlockDiagonal:
 
 peft.tuners.boft.layer.get_fbd_cuda = lambda: True
 peft.tuners.boft.layer.FastBlockDiag = BlockDiagonal
+
+
+class Differentiated:
+    """PEFT's circular convolution with the reverse by torch: the one that comes with it takes gradients by its input of another
+    kernel (of K[-l] in place of K[l]), as `torch.autograd.gradcheck` shows."""
+
+    @staticmethod
+    def apply(x, kernel, forward=peft.tuners.c3a.layer.BlockCircularConvolution.forward):
+        return forward(types.SimpleNamespace(save_for_backward=lambda *_: None), x, kernel)
+
+
+peft.tuners.c3a.layer.BlockCircularConvolution = Differentiated
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -39,14 +53,22 @@ CASES = {
     ),
     "llama_hra": ("llama", lambda: peft.HRAConfig(r=4, target_modules="all-linear"), "model.layers.1.mlp.up_proj"),
     "qwen2_hra": ("qwen2", lambda: peft.HRAConfig(r=3, apply_GS=True, target_modules=["q_proj", "gate_proj"]), "model.layers.0.mlp.gate_proj"),
+    "llama_c3a": ("llama", lambda: peft.C3AConfig(block_size=8, target_modules="all-linear"), "model.layers.0.mlp.down_proj"),
+    "qwen2_c3a": (
+        "qwen2",
+        lambda: peft.C3AConfig(block_size=4, block_size_pattern={"q_proj": 16}, init_weights=True, target_modules=["q_proj", "up_proj"]),
+        "model.layers.1.self_attn.q_proj",
+    ),
 }
 STD = 0.2
+# Kernels are divided by the input width.
+KERNELS = 2.0
 
 
 def randomise(model, g):
     for name, p in sorted(model.named_parameters()):
         if p.requires_grad:
-            p.add_(torch.randn(p.shape, generator=g) * STD)
+            p.add_(torch.randn(p.shape, generator=g) * (KERNELS if "c3a" in name else STD))
 
 
 def write(name):
@@ -54,7 +76,10 @@ def write(name):
     config = config()
     config.task_type = "CAUSAL_LM"
     # The order in which the cases came, so that a new one changes no other's numbers.
-    writing.write(name, base, config, site, 300 + list(CASES).index(name), randomise)
+    seed = 300 + list(CASES).index(name)
+    # What PEFT starts at random.
+    torch.manual_seed(seed)
+    writing.write(name, base, config, site, seed, randomise)
 
 
 if __name__ == "__main__":

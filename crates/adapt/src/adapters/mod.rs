@@ -3,6 +3,7 @@
 mod adapterfusion;
 mod boft;
 mod bottleneck;
+mod c3a;
 mod compacter;
 mod dora;
 mod full;
@@ -27,6 +28,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adapterfusion::Adapterfusion>(),
         entry::<boft::Boft>(),
         entry::<bottleneck::Bottleneck>(),
+        entry::<c3a::C3a>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
@@ -56,6 +58,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
+    FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },

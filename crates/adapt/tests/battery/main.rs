@@ -38,6 +38,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 /// Parameters of methods whose defaults are made for wider models than the battery's.
 static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("bottleneck", &[("reduction", 4)]),
+    ("c3a", &[("block_size", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("oft", &[("block_size", 4)]),
 ];
