@@ -10,6 +10,7 @@ mod full;
 mod hra;
 mod lora;
 mod loramoe;
+mod lotr;
 mod oft;
 mod prefix_tuning;
 
@@ -35,6 +36,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hra::Hra>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
+        entry::<lotr::Lotr>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
     ],
