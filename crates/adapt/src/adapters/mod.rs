@@ -4,6 +4,7 @@ mod adapterfusion;
 mod boft;
 mod bottleneck;
 mod c3a;
+mod capaboost;
 mod compacter;
 mod dora;
 mod full;
@@ -30,6 +31,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<boft::Boft>(),
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
+        entry::<capaboost::Capaboost>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),

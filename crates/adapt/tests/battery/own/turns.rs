@@ -12,6 +12,7 @@ use crate::{build, fail};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("boft::rows_keep_their_angles_whatever_their_lengths", angles),
     ("c3a::a_change_has_full_rank_with_fewer_numbers", full_rank),
+    ("capaboost::masks_make_more_rank_of_the_same_numbers", boosted),
     ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
     ("oft::rows_keep_their_lengths_and_angles", turned),
 ];
@@ -98,5 +99,13 @@ fn full_rank() -> Result<(), Failed> {
     let c3a = change_rank(json!({"method": "c3a", "block_size": 8}))?;
     let plain = change_rank(json!({"method": PLAIN, "rank": 2}))?;
     assert_eq!((c3a, plain), (24, 2));
+    Ok(())
+}
+
+/// Two masks of the same two factors have twice their rank.
+fn boosted() -> Result<(), Failed> {
+    let capaboost = change_rank(json!({"method": "capaboost", "rank": 2, "branches": 2}))?;
+    let plain = change_rank(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!((capaboost, plain), (4, 2));
     Ok(())
 }
