@@ -7,6 +7,7 @@ mod c3a;
 mod capaboost;
 mod compacter;
 mod dora;
+mod flora_tucker;
 mod full;
 mod hra;
 mod lora;
@@ -34,6 +35,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<capaboost::Capaboost>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
+        entry::<flora_tucker::FloraTucker>(),
         entry::<full::Full>(),
         entry::<hra::Hra>(),
         entry::<lora::Lora>(),

@@ -1,18 +1,21 @@
 //! Components that turn a weight, or change all of it by few numbers.
 
+use attune_models::Pass;
 use attune_points::adapter::Merged;
+use attune_points::{Grads, TensorName};
 use candle_core::{DType, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN, rank};
-use crate::support::{Setup, difference, largest};
+use crate::support::{CrossEntropy, Setup, batch, difference, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("boft::rows_keep_their_angles_whatever_their_lengths", angles),
     ("c3a::a_change_has_full_rank_with_fewer_numbers", full_rank),
     ("capaboost::masks_make_more_rank_of_the_same_numbers", boosted),
+    ("flora_tucker::a_first_step_stays_among_the_columns_that_were_drawn", first_step),
     ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
     ("oft::rows_keep_their_lengths_and_angles", turned),
 ];
@@ -107,5 +110,37 @@ fn boosted() -> Result<(), Failed> {
     let capaboost = change_rank(json!({"method": "capaboost", "rank": 2, "branches": 2}))?;
     let plain = change_rank(json!({"method": PLAIN, "rank": 2}))?;
     assert_eq!((capaboost, plain), (4, 2));
+    Ok(())
+}
+
+/// How many columns the change of a first step has outside of the space of the factor on the side of the output, as it starts.
+fn columns_beyond(method: Value, outer: &str) -> Result<usize, Failed> {
+    let setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    let at = &setup.attachments[0];
+    let layout = batch();
+    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+    setup.model.grad(&Pass { theta: &setup.theta, layout: &layout, dropout: None }, &CrossEntropy, 1.0, &mut sink)?;
+    let mut stepped = setup.clone_with(setup.theta.clone());
+    for (id, value) in setup.theta.trained() {
+        let gradient = sink.get(&id).ok_or("no gradient")?;
+        stepped.theta = stepped.with(&id.name, (value - (gradient * 0.1)?)?);
+    }
+    let locals = attune_models::stack::locals(at, &stepped.params())?;
+    let Merged::Factors { left, right, scale } = stepped.adapter.merge(at, &locals, &*stepped.weight(at)?)? else {
+        return Err("it does not merge to factors".into());
+    };
+    let change = (left.matmul(&right)? * scale)?;
+    assert!(largest(&change) > 0.0, "nothing moved");
+    let params = setup.params();
+    let outer = params.get(&TensorName::new(at.site.as_str(), outer)).ok_or("no such factor")?;
+    Ok(rank(&Tensor::cat(&[outer, &change], 1)?)? - rank(outer)?)
+}
+
+/// The core alone moves first, between factors that are there; what LoRA's factor starts from is 0, and its columns are the data's.
+fn first_step() -> Result<(), Failed> {
+    // The ranks of gradients by the core and by LoRA's factor are 2 here.
+    let flora = columns_beyond(json!({"method": "flora-tucker", "rank_in": 2, "rank_out": 3}), "flora_out")?;
+    let plain = columns_beyond(json!({"method": PLAIN, "rank": 2}), "lora_B")?;
+    assert_eq!((flora, plain), (0, 2));
     Ok(())
 }
