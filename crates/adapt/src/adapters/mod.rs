@@ -12,6 +12,7 @@ mod full;
 mod hra;
 mod lora;
 mod loramoe;
+mod lorma;
 mod lotr;
 mod oft;
 mod prefix_tuning;
@@ -40,6 +41,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hra::Hra>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
+        entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),

@@ -17,6 +17,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("capaboost::masks_make_more_rank_of_the_same_numbers", boosted),
     ("flora_tucker::a_first_step_stays_among_the_columns_that_were_drawn", first_step),
     ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
+    ("lorma::a_change_stays_among_the_rows_of_the_weight", within_rows),
     ("oft::rows_keep_their_lengths_and_angles", turned),
 ];
 
@@ -142,5 +143,21 @@ fn first_step() -> Result<(), Failed> {
     let flora = columns_beyond(json!({"method": "flora-tucker", "rank_in": 2, "rank_out": 3}), "flora_out")?;
     let plain = columns_beyond(json!({"method": PLAIN, "rank": 2}), "lora_B")?;
     assert_eq!((flora, plain), (0, 2));
+    Ok(())
+}
+
+/// How many rows a change has outside of the space of the weight's own.
+fn rows_beyond(method: Value) -> Result<usize, Failed> {
+    // 24 outputs of 32 inputs: most directions of inputs are none of its rows'.
+    let (before, after) = weights(method, "model.layers.1.mlp.down_proj")?;
+    Ok(rank(&Tensor::cat(&[&before, &(&after - &before)?], 0)?)? - rank(&before)?)
+}
+
+/// What is multiplied from the left answers to nothing that the weight did not answer to.
+fn within_rows() -> Result<(), Failed> {
+    // 2 * 2 * 24 = 96 numbers against 112.
+    let lorma = rows_beyond(json!({"method": "lorma", "rank": 2}))?;
+    let plain = rows_beyond(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!((lorma, plain), (0, 2));
     Ok(())
 }
