@@ -59,6 +59,8 @@ CASES = {
         lambda: peft.C3AConfig(block_size=4, block_size_pattern={"q_proj": 16}, init_weights=True, target_modules=["q_proj", "up_proj"]),
         "model.layers.1.self_attn.q_proj",
     ),
+    "llama_shira": ("llama", lambda: peft.ShiraConfig(r=2, random_seed=3, target_modules=["q_proj", "down_proj"]), "model.layers.1.mlp.down_proj"),
+    "qwen2_shira": ("qwen2", lambda: peft.ShiraConfig(r=4, random_seed=4, target_modules=["v_proj", "gate_proj"]), "model.layers.0.self_attn.v_proj"),
 }
 STD = 0.2
 # Kernels are divided by the input width.

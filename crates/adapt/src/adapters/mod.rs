@@ -16,6 +16,7 @@ mod lorma;
 mod lotr;
 mod oft;
 mod prefix_tuning;
+mod shira;
 
 use attune_points::adapter::Adapter;
 use attune_spec::Fault;
@@ -45,6 +46,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<lotr::Lotr>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<shira::Shira>(),
     ],
 );
 
@@ -71,4 +73,5 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
 ];

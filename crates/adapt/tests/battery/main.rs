@@ -43,6 +43,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("lotr", &[("rank", 4)]),
     ("oft", &[("block_size", 4)]),
+    ("shira", &[("rank", 2)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.

@@ -19,6 +19,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
     ("lorma::a_change_stays_among_the_rows_of_the_weight", within_rows),
     ("oft::rows_keep_their_lengths_and_angles", turned),
+    ("shira::few_entries_change_and_the_change_has_full_rank", sparse),
 ];
 
 /// The weight at a site without a component and with it, away from its start.
@@ -159,5 +160,22 @@ fn within_rows() -> Result<(), Failed> {
     let lorma = rows_beyond(json!({"method": "lorma", "rank": 2}))?;
     let plain = rows_beyond(json!({"method": PLAIN, "rank": 2}))?;
     assert_eq!((lorma, plain), (0, 2));
+    Ok(())
+}
+
+/// How many entries of a weight change, and the rank of the change.
+fn entries(method: Value) -> Result<(usize, usize), Failed> {
+    let (before, after) = weights(method, UP)?;
+    let change = (after - before)?;
+    let changed = change.flatten_all()?.to_vec1::<f64>()?.into_iter().filter(|value| *value != 0.0).count();
+    Ok((changed, rank(&change)?))
+}
+
+/// As many entries as LoRA has numbers; of LoRA's change, all.
+fn sparse() -> Result<(), Failed> {
+    let (shira, rank_of_shira) = entries(json!({"method": "shira", "rank": 2}))?;
+    let (plain, rank_of_plain) = entries(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!((shira, plain), (2 * (32 + 24), 32 * 24));
+    assert!(rank_of_shira > 10 && rank_of_plain == 2, "ranks {rank_of_shira} and {rank_of_plain}");
     Ok(())
 }
