@@ -1,5 +1,4 @@
-"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT: OFT, BOFT, HRA, C3A. See README.md for names and
-shapes; pins in benches/peers/requirements.txt.
+"""Writes the golden files of methods that turn a weight or change it by few numbers, by PEFT. See README.md for names and shapes; pins in benches/peers/requirements.txt.
 
 Usage: turns.py [case ...]
 """
@@ -61,6 +60,16 @@ CASES = {
     ),
     "llama_shira": ("llama", lambda: peft.ShiraConfig(r=2, random_seed=3, target_modules=["q_proj", "down_proj"]), "model.layers.1.mlp.down_proj"),
     "qwen2_shira": ("qwen2", lambda: peft.ShiraConfig(r=4, random_seed=4, target_modules=["v_proj", "gate_proj"]), "model.layers.0.self_attn.v_proj"),
+    "gpt2_fourierft": (
+        "gpt2",
+        lambda: peft.FourierFTConfig(n_frequency=40, scaling=20.0, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "transformer.h.1.attn.c_attn",
+    ),
+    "llama_fourierft": (
+        "llama",
+        lambda: peft.FourierFTConfig(n_frequency=24, n_frequency_pattern={"q_proj": 60}, random_loc_seed=5, init_weights=True, target_modules="all-linear"),
+        "model.layers.0.self_attn.q_proj",
+    ),
 }
 STD = 0.2
 # Kernels are divided by the input width.

@@ -30,7 +30,6 @@ use std::collections::BTreeMap;
 use std::f64::consts::TAU;
 
 use attune_architecture::{Architecture, Site};
-use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
@@ -265,11 +264,7 @@ impl Default for Layout {
 /// What `adapter_config.json` of a PEFT C3A says in our words.
 pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
     let layout: Layout = foreign::parse(config)?;
-    // Patterns are matched as those of ranks are.
-    let sizes = LoraConfig { r: layout.block_size, rank_pattern: layout.block_size_pattern, ..LoraConfig::default() };
-    let sizes = sizes.patterns().map_err(|error| vec![Fault::new("block_size_pattern", error.to_string())])?;
-    let own = modules.iter().map(|module| (module, sizes.rank(module)));
-    let own: BTreeMap<&String, u32> = own.filter(|(_, size)| *size != layout.block_size).collect();
+    let own = foreign::by_pattern("block_size_pattern", layout.block_size, layout.block_size_pattern, modules)?;
     let start = match layout.init_weights {
         InitWeights::Flag(true) => Kernels::Zero,
         InitWeights::Named(Distribution::Gaussian) => Kernels::Gaussian,

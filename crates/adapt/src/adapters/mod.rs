@@ -8,6 +8,7 @@ mod capaboost;
 mod compacter;
 mod dora;
 mod flora_tucker;
+mod fourierft;
 mod full;
 mod hra;
 mod lora;
@@ -38,6 +39,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<flora_tucker::FloraTucker>(),
+        entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),
         entry::<hra::Hra>(),
         entry::<lora::Lora>(),
@@ -67,6 +69,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
+    FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },

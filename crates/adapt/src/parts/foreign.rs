@@ -1,6 +1,8 @@
 //! Configurations of PEFT's methods beside LoRA.
 
-use attune_artifacts::formats::peft::PEFT_VERSION;
+use std::collections::BTreeMap;
+
+use attune_artifacts::formats::peft::{LoraConfig, PEFT_VERSION};
 use attune_points::adapter::{Peft, PeftTensors};
 use attune_spec::Fault;
 use serde::Serialize;
@@ -30,6 +32,23 @@ pub(crate) fn parse<C: DeserializeOwned>(config: &Map<String, Value>) -> Result<
         return Err(faults);
     }
     serde_json::from_value(Value::Object(config.clone())).map_err(|error| vec![Fault::new("", error.to_string())])
+}
+
+/// The number of each module that has another one than most, by PEFT's patterns of module paths under `key`, which match as those
+/// of ranks do.
+///
+/// # Errors
+/// A pattern that is no regular expression.
+pub(crate) fn by_pattern(
+    key: &str,
+    most: u32,
+    patterns: BTreeMap<String, u32>,
+    modules: &[String],
+) -> Result<BTreeMap<String, u32>, Vec<Fault>> {
+    let patterns = LoraConfig { r: most, rank_pattern: patterns, ..LoraConfig::default() }.patterns();
+    let patterns = patterns.map_err(|error| vec![Fault::new(key, error.to_string())])?;
+    let each = modules.iter().map(|module| (module.clone(), patterns.rank(module)));
+    Ok(each.filter(|(_, number)| *number != most).collect())
 }
 
 /// An adapter in PEFT's layout: its own keys beside those that all have, and the spelling of its tensors.

@@ -8,3 +8,4 @@ pub(crate) mod orthogonal;
 pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod starts;
+pub(crate) mod torch;

@@ -41,6 +41,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("fourierft", &[("frequencies", 50)]),
     ("lotr", &[("rank", 4)]),
     ("oft", &[("block_size", 4)]),
     ("shira", &[("rank", 2)]),

@@ -16,6 +16,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("c3a::a_change_has_full_rank_with_fewer_numbers", full_rank),
     ("capaboost::masks_make_more_rank_of_the_same_numbers", boosted),
     ("flora_tucker::a_first_step_stays_among_the_columns_that_were_drawn", first_step),
+    ("fourierft::one_number_changes_the_whole_weight", waves),
     ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
     ("lorma::a_change_stays_among_the_rows_of_the_weight", within_rows),
     ("oft::rows_keep_their_lengths_and_angles", turned),
@@ -177,5 +178,40 @@ fn sparse() -> Result<(), Failed> {
     let (plain, rank_of_plain) = entries(json!({"method": PLAIN, "rank": 2}))?;
     assert_eq!((shira, plain), (2 * (32 + 24), 32 * 24));
     assert!(rank_of_shira > 10 && rank_of_plain == 2, "ranks {rank_of_shira} and {rank_of_plain}");
+    Ok(())
+}
+
+/// The largest share of a weight's entries that a single number of a component changes.
+fn reach(method: Value) -> Result<f64, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    setup.disturb(0.3);
+    let at = &setup.attachments[0];
+    let merged = |setup: &Setup| -> Result<Tensor, Failed> {
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        Ok(match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
+            Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
+            Merged::Weight { weight, .. } => weight,
+            other => return Err(format!("{other:?} does not merge").into()),
+        })
+    };
+    let before = merged(&setup)?;
+    let mut most = 0;
+    for (id, value) in setup.theta.trained() {
+        let mut values = value.flatten_all()?.to_vec1::<f64>()?;
+        values[0] += 10.0;
+        let moved = setup.clone_with(setup.with(&id.name, Tensor::from_vec(values, value.shape(), value.device())?));
+        let change = (merged(&moved)? - &before)?.flatten_all()?.to_vec1::<f64>()?;
+        most = most.max(change.into_iter().filter(|value| value.abs() > 1e-6).count());
+    }
+    Ok(most as f64 / before.elem_count() as f64)
+}
+
+/// A number is a wave over the whole weight; of LoRA it is in a row or a column.
+fn waves() -> Result<(), Failed> {
+    // 56 numbers each.
+    let fourierft = reach(json!({"method": "fourierft", "frequencies": 56}))?;
+    let plain = reach(json!({"method": PLAIN, "rank": 1}))?;
+    assert!(fourierft > 0.9, "of all entries {fourierft} change");
+    assert!(plain <= 1.0 / 24.0, "of all entries {plain} change");
     Ok(())
 }
