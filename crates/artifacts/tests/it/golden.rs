@@ -15,7 +15,8 @@ fn adapters() -> Vec<(String, PathBuf)> {
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| {
-            path.join("adapter").is_dir() && !path.ends_with("gpt2_prefix") && !path.ends_with("llama_prefix")
+            let config = fs::read_to_string(path.join("adapter").join(peft::CONFIG_FILE));
+            config.is_ok_and(|config| config.contains("\"peft_type\": \"LORA\""))
         })
         .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), path.join("adapter")))
         .collect();
