@@ -44,7 +44,7 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     let mut tensors = BTreeMap::new();
     for (name, info) in header.tensors() {
         if info.dtype == Dtype::I32 {
-            tensors.insert(name.clone(), whole_numbers(&file, info)?);
+            tensors.insert(name.clone(), integers(&file, info)?);
         } else if let Some(tensor) = mapped.get(name)? {
             tensors.insert(name.clone(), tensor.to_tensor(DType::F32)?);
         }
@@ -62,8 +62,8 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     Ok(Folder { method, targets, path: folder.to_owned(), tensors })
 }
 
-/// A tensor of whole numbers, the places of sparse changes: as numbers with a point, exact up to 2^24, wider than any weight.
-fn whole_numbers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
+/// A tensor of integers, the places of sparse changes: as floats, exact up to 2^24, wider than any weight.
+fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
     let failed =
         |source| Error::Tensor(attune_points::Error::Io { what: format!("reading {}", file.display()), source });
     let mut source = std::fs::File::open(file).map_err(failed)?;

@@ -186,10 +186,10 @@ fn change(kernel: &Tensor) -> attune_points::Result<Tensor> {
 /// Cosines and sines of the angles of frequencies: `[b, f]` each, f = b/2 + 1.
 fn tables(b: usize, dtype: DType) -> attune_points::Result<(Tensor, Tensor)> {
     let f = b / 2 + 1;
-    // Whole turns are taken off as whole numbers: no angle is large.
-    let angle = |at: usize| TAU * (at / f * (at % f) % b) as f64 / b as f64;
     let table = |of: fn(f64) -> f64| {
-        let values: Vec<f64> = (0..b * f).map(|at| of(angle(at))).collect();
+        // Of b angles, for whole turns are taken off as whole numbers.
+        let turns: Vec<f64> = (0..b).map(|turn| of(TAU * turn as f64 / b as f64)).collect();
+        let values = (0..b * f).map(|at| turns[at / f * (at % f) % b]).collect::<Vec<_>>();
         Tensor::from_vec(values, (b, f), &Device::Cpu)?.to_dtype(dtype)
     };
     Ok((table(f64::cos)?, table(f64::sin)?))

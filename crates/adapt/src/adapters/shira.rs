@@ -18,8 +18,8 @@
 //! With v = 0 it is the base, bit for bit. With as many places as entries it is any change of the weight.
 //!
 //! # Departures
-//! none; agrees with PEFT, which keeps places in the adapter as well, in whole numbers; ours are written as numbers with a point,
-//! which PEFT reads. Places by the size of weights or gradients are not here: a folder that has such is read.
+//! none; agrees with PEFT, which keeps places in the adapter as well, as integers; ours are written as floats, which PEFT
+//! reads as well. Places by the size of weights or gradients are not here: a folder that has such is read.
 //!
 //! # Paper
 //! Sparse High Rank Adapters. Bhardwaj, Pandey, Priyadarshi, Ganapathy, Esteves, Kadambi, Borse, Whatmough, Garrepalli, van

@@ -19,6 +19,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("fourierft::one_number_changes_the_whole_weight", waves),
     ("hra::a_change_of_low_rank_keeps_lengths_and_angles", reflected),
     ("lorma::a_change_stays_among_the_rows_of_the_weight", within_rows),
+    ("lotr::fewer_numbers_have_more_rank_in_every_layer", common_factors),
     ("oft::rows_keep_their_lengths_and_angles", turned),
     ("shira::few_entries_change_and_the_change_has_full_rank", sparse),
 ];
@@ -141,8 +142,8 @@ fn columns_beyond(method: Value, outer: &str) -> Result<usize, Failed> {
 
 /// The core alone moves first, between factors that are there; what LoRA's factor starts from is 0, and its columns are the data's.
 fn first_step() -> Result<(), Failed> {
-    // The ranks of gradients by the core and by LoRA's factor are 2 here.
-    let flora = columns_beyond(json!({"method": "flora-tucker", "rank_in": 2, "rank_out": 3}), "flora_out")?;
+    // 2 * 24 + 4 + 2 * 32 = 116 numbers against 112.
+    let flora = columns_beyond(json!({"method": "flora-tucker", "rank_in": 2, "rank_out": 2}), "flora_out")?;
     let plain = columns_beyond(json!({"method": PLAIN, "rank": 2}), "lora_B")?;
     assert_eq!((flora, plain), (0, 2));
     Ok(())
@@ -213,5 +214,31 @@ fn waves() -> Result<(), Failed> {
     let plain = reach(json!({"method": PLAIN, "rank": 1}))?;
     assert!(fourierft > 0.9, "of all entries {fourierft} change");
     assert!(plain <= 1.0 / 24.0, "of all entries {plain} change");
+    Ok(())
+}
+
+/// How many numbers a component has at one linear of all layers, and the least rank of its changes there.
+fn numbers_and_rank(method: Value) -> Result<(usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "up_proj", DType::F64);
+    setup.disturb(0.3);
+    let numbers = setup.theta.trained().map(|(_, value)| value.elem_count()).sum();
+    let mut least = usize::MAX;
+    for at in &setup.attachments {
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        let Merged::Factors { left, right, .. } = setup.adapter.merge(at, &locals, &*setup.weight(at)?)? else {
+            return Err("it does not merge to factors".into());
+        };
+        least = least.min(rank(&left.matmul(&right)?)?);
+    }
+    assert_eq!(setup.attachments.len(), 2);
+    Ok((numbers, least))
+}
+
+/// Factors that layers have in common are paid for once.
+fn common_factors() -> Result<(), Failed> {
+    let (of_lotr, lotr) = numbers_and_rank(json!({"method": "lotr", "rank": 3}))?;
+    let (of_plain, plain) = numbers_and_rank(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!((of_lotr, of_plain), (3 * 56 + 2 * 9, 2 * 2 * 56));
+    assert_eq!((lotr, plain), (3, 2));
     Ok(())
 }
