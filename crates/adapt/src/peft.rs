@@ -1,6 +1,7 @@
 //! Adapter folders in Hugging Face PEFT's layout: `adapter_config.json`, `adapter_model.safetensors`, a model card.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use attune_architecture::Architecture;
@@ -13,7 +14,7 @@ use attune_spec::id::Digest;
 use attune_spec::job::Targets;
 use attune_spec::method::MethodRef;
 use attune_tensor::Mapped;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
 use crate::adapters::FROM_PEFT;
@@ -41,8 +42,10 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     let header = safetensors::Header::read(&file)?;
     let mapped = Mapped::open(&file)?;
     let mut tensors = BTreeMap::new();
-    for name in header.tensors().keys() {
-        if let Some(tensor) = mapped.get_number(name)? {
+    for (name, info) in header.tensors() {
+        if info.dtype == Dtype::I32 {
+            tensors.insert(name.clone(), integers(&file, info)?);
+        } else if let Some(tensor) = mapped.get_number(name)? {
             tensors.insert(name.clone(), tensor.to_numbers()?);
         }
     }
@@ -57,6 +60,19 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     })?;
     let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
     Ok(Folder { method, targets, path: folder.to_owned(), tensors })
+}
+
+/// A tensor of integers, the places of sparse changes: as floats, exact up to 2^24, wider than any weight.
+fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
+    let failed =
+        |source| Error::Tensor(attune_points::Error::Io { what: format!("reading {}", file.display()), source });
+    let mut source = std::fs::File::open(file).map_err(failed)?;
+    source.seek(SeekFrom::Start(info.bytes.start)).map_err(failed)?;
+    // The header was held to the file's length.
+    let mut bytes = vec![0; (info.bytes.end - info.bytes.start) as usize];
+    source.read_exact(&mut bytes).map_err(failed)?;
+    let values = bytes.chunks_exact(4).map(|word| i32::from_le_bytes([word[0], word[1], word[2], word[3]]) as f32);
+    Ok(Tensor::from_vec(values.collect::<Vec<_>>(), info.shape.as_slice(), &Device::Cpu)?)
 }
 
 fn read_config(folder: &Path) -> Result<Map<String, Value>, Error> {
@@ -75,7 +91,7 @@ fn modules(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
     let module = |name: &String| {
         let rest = name.strip_prefix(PREFIX)?;
         // The method's part is what follows the module: `lora_A.weight`, `ia3_l`, …
-        let at = rest.rfind(".lora_").or_else(|| rest.rfind('.'))?;
+        let at = [".lora_", ".oft_"].iter().find_map(|part| rest.rfind(part)).or_else(|| rest.rfind('.'))?;
         Some(rest[..at].to_owned())
     };
     tensors.keys().filter_map(module).collect::<BTreeSet<_>>().into_iter().collect()

@@ -1,15 +1,25 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
 mod adapterfusion;
+mod boft;
 mod bottleneck;
+mod c3a;
+mod capaboost;
 mod compacter;
 mod dora;
+mod flora_tucker;
+mod fourierft;
 mod full;
+mod hra;
 mod ia3;
 mod lora;
 mod loramoe;
+mod lorma;
+mod lotr;
+mod oft;
 mod prefix_tuning;
 mod road;
+mod shira;
 mod spiel;
 
 use std::collections::BTreeMap;
@@ -27,15 +37,25 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
         entry::<adapterfusion::Adapterfusion>(),
+        entry::<boft::Boft>(),
         entry::<bottleneck::Bottleneck>(),
+        entry::<c3a::C3a>(),
+        entry::<capaboost::Capaboost>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
+        entry::<flora_tucker::FloraTucker>(),
+        entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),
+        entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
+        entry::<lorma::Lorma>(),
+        entry::<lotr::Lotr>(),
+        entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<road::Road>(),
+        entry::<shira::Shira>(),
         entry::<spiel::Spiel>(),
     ],
 );
@@ -61,9 +81,15 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 /// How the configurations of PEFT are read.
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
+    FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
+    FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
+    FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
+    FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
+    FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
-    FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
-    FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
+    FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
+    FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
 ];

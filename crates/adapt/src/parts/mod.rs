@@ -3,8 +3,11 @@
 pub(crate) mod blocks;
 pub(crate) mod choice;
 pub(crate) mod factors;
+pub(crate) mod foreign;
 pub(crate) mod linears;
+pub(crate) mod orthogonal;
 pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod sparse;
 pub(crate) mod starts;
+pub(crate) mod torch;

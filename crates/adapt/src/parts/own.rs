@@ -25,11 +25,13 @@ pub(crate) fn is_own(config: &Map<String, Value>) -> bool {
     config.contains_key(KEY)
 }
 
-/// What it says.
+/// What it says. Its sites are those that it lists: tensors that several of them share are not named after one.
 pub(crate) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
     let named = config.get(KEY).cloned().unwrap_or_default();
+    let listed = config.get("target_modules").cloned().unwrap_or_default();
+    let modules = serde_json::from_value(listed).unwrap_or_else(|_| modules.to_vec());
     match serde_json::from_value(named) {
-        Ok(method) => Ok((method, Targets::Many(modules.to_vec()))),
+        Ok(method) => Ok((method, Targets::Many(modules))),
         Err(error) => Err(vec![Fault::new(KEY, format!("names no method: {error}"))]),
     }
 }

@@ -11,6 +11,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use attune_adapt::{ADAPTERS, peft, slot};
+use attune_architecture::{Site, targets};
 use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
@@ -37,10 +38,15 @@ const PROPERTIES: [(&str, Property); 8] = [
 ];
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 3] = [
+static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("bottleneck", &[("reduction", 4)]),
+    ("c3a", &[("block_size", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("fourierft", &[("frequencies", 50)]),
+    ("lotr", &[("rank", 4)]),
+    ("oft", &[("block_size", 4)]),
     ("road", &[("group_size", 4)]),
+    ("shira", &[("rank", 2)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
@@ -168,6 +174,10 @@ fn save_and_load(card: &'static Card) -> Result<(), Failed> {
     let read = peft::read(folder.path())?;
     let method = serde_json::to_value(&read.method)?;
     let adapter = build(method).map_err(fail)?;
+    // A folder says by itself what it is attached to.
+    let takes = |site: &Site| card.applies.contains(&site.offers());
+    let sites = targets::resolve(&read.targets, None, architecture, takes).map_err(fail)?;
+    assert_eq!(adapter.attach(architecture, &sites).map_err(fail)?, setup.attachments);
     let params = read.params(&*adapter, &setup.attachments)?;
     for (name, tensor) in setup.params().iter() {
         let loaded = params.get(name).ok_or_else(|| format!("{name} was lost"))?;

@@ -1,8 +1,8 @@
 //! The small language of cards: costs such as `r * (i + o)` and conditions such as `dropout < 1 and rank >= 1`.
 //!
 //! Numbers, texts and `true`/`false`; names of fields, dotted into mappings; `+ - * /`, comparisons, `and`, `or`, `not`,
-//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, and `if(condition, then, else)`. It has no loops, so evaluation ends. The
-//! scheduler and the trainer evaluate the same text and therefore agree.
+//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, and `if(condition, then, else)`. Among numbers a truth value counts
+//! as 1 or 0. It has no loops, so evaluation ends. The scheduler and the trainer evaluate the same text and therefore agree.
 
 use serde_json::{Map, Value};
 
@@ -282,6 +282,7 @@ impl Parser<'_> {
     fn number(&self, outcome: &Outcome) -> Result<f64, ExpressionError> {
         match outcome {
             Outcome::Number(value) => Ok(*value),
+            Outcome::Bool(value) => Ok(f64::from(u8::from(*value))),
             other => Err(self.error(format!("{other:?} is not a number"))),
         }
     }
@@ -315,6 +316,7 @@ mod tests {
             ("max(1, min(r, 4), 2)", Outcome::Number(4.0)),
             ("dropout >= 0 and dropout < 1", Outcome::Bool(true)),
             ("not (r > 3) or scale.kind == \"rs\"", Outcome::Bool(true)),
+            ("r*(scale.kind == \"rs\") + i*(r > 9)", Outcome::Number(8.0)),
             ("last == null", Outcome::Bool(true)),
             ("or_rank", Outcome::Number(3.0)),
             ("2 * if(scale.kind == \"rs\", r, if(r > 1, i, o))", Outcome::Number(16.0)),

@@ -1,5 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
+mod turns;
+
 use std::collections::BTreeSet;
 
 use attune_models::{Base, Pass};
@@ -24,7 +26,7 @@ type Own = fn() -> Result<(), Failed>;
 const OWN: [(&str, Own); 9] = [
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
-    ("compacter::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
+    ("compacter_and_lotr::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
     ("dora::factors_turn_rows_and_leave_their_lengths", row_lengths),
     ("full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank),
     ("ia3::rows_keep_their_directions", directions),
@@ -34,7 +36,8 @@ const OWN: [(&str, Own); 9] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    OWN.into_iter().map(|(name, run)| Trial::test(format!("adapter::{name}"), run)).collect()
+    let all = OWN.iter().chain(turns::OWN);
+    all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 
 /// The numeric rank of a matrix by elimination with full pivots.
@@ -122,11 +125,12 @@ fn reach(method: Value, targets: &str, applies: &[SiteKind]) -> Result<usize, Fa
 
 fn shared_rule() -> Result<(), Failed> {
     let blocks = [SiteKind::Attention, SiteKind::Mlp];
-    let (compacter, plain) = (
+    let (compacter, lotr, plain) = (
         reach(json!({"method": "compacter", "reduction": 4, "factors": 2}), "all", &blocks)?,
+        reach(json!({"method": "lotr", "rank": 4}), "all-linear", &[SiteKind::Linear])?,
         reach(json!({"method": PLAIN, "rank": 2}), "all-linear", &[SiteKind::Linear])?,
     );
-    assert_eq!((compacter, plain), (2, 1));
+    assert_eq!((compacter, lotr, plain), (2, 2, 1));
     Ok(())
 }
 
