@@ -75,8 +75,8 @@ fn modules(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
     let module = |name: &String| {
         let rest = name.strip_prefix(PREFIX)?;
         // The method's part is what follows the module: `lora_A.weight`, `ia3_l`, …
-        let at = rest.rfind(".lora_").or_else(|| rest.rfind('.'))?;
-        Some(rest[..at].to_owned())
+        let rest = rest.strip_suffix(".weight").unwrap_or(rest);
+        Some(rest[..rest.rfind('.')?].to_owned())
     };
     tensors.keys().filter_map(module).collect::<BTreeSet<_>>().into_iter().collect()
 }

@@ -41,6 +41,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::parts::dropout::dropped;
 use crate::parts::factors;
 use crate::parts::scaling::{self, Scaling};
 
@@ -169,11 +170,7 @@ impl Adapter for Lora {
 impl RowMap for Rows {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let (a_ri, b_or) = (tensors.get(A)?, tensors.get(B)?);
-        let dropped = match cx.dropout {
-            Some(masks) if self.dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, self.dropout, x_ti)?)?),
-            _ => None,
-        };
-        let h_tr = ops::linear(dropped.as_ref().unwrap_or(x_ti), a_ri, None)?;
+        let h_tr = ops::linear(&dropped(x_ti, self.dropout, cx)?, a_ri, None)?;
         // The scaling goes on the thin side: T r values instead of T o.
         Ok(ops::linear(&(h_tr * self.scale)?, b_or, None)?)
     }

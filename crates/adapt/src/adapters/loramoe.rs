@@ -37,6 +37,7 @@ use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::dropout::dropped;
 use crate::parts::starts::{self, Start};
 use crate::parts::{factors, own};
 
@@ -179,11 +180,7 @@ impl RowMap for Loramoe {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let Config { experts, rank, alpha, dropout, .. } = self.config;
         let omega_te = routes(x_ti, tensors)?;
-        let dropped = match cx.dropout {
-            Some(masks) if dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, dropout, x_ti)?)?),
-            _ => None,
-        };
-        let h = ops::linear(dropped.as_ref().unwrap_or(x_ti), tensors.get(A)?, None)?;
+        let h = ops::linear(&dropped(x_ti, dropout, cx)?, tensors.get(A)?, None)?;
         let (t, e, r) = (x_ti.dim(0)?, experts as usize, rank as usize);
         let h = (h.reshape((t, e, r))?.broadcast_mul(&omega_te.unsqueeze(2)?)? * (alpha / r as f64))?;
         Ok(ops::linear(&h.reshape((t, e * r))?, tensors.get(B)?, None)?)

@@ -5,6 +5,7 @@ mod bottleneck;
 mod compacter;
 mod dora;
 mod full;
+mod loha;
 mod lora;
 mod loramoe;
 mod prefix_tuning;
@@ -26,6 +27,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
+        entry::<loha::Loha>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<prefix_tuning::PrefixTuning>(),
@@ -50,5 +52,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
+    FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

@@ -1,7 +1,10 @@
 //! What methods share.
 
 pub(crate) mod blocks;
+pub(crate) mod dropout;
 pub(crate) mod factors;
+pub(crate) mod hadamard;
+pub(crate) mod keys;
 pub(crate) mod linears;
 pub(crate) mod own;
 pub(crate) mod scaling;

@@ -7,6 +7,8 @@ use attune_points::adapter::{Peft, PeftTensors};
 use attune_spec::Fault;
 use serde_json::{Map, Value, json};
 
+use crate::parts::keys::Keys;
+
 /// Which rank a site has, and what the product of its factors is multiplied with.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Scaling {
@@ -87,12 +89,37 @@ pub(crate) fn from_peft(
     if !beyond.is_empty() {
         return Err(beyond);
     }
+    let mut params = resolved(&config, modules)?;
+    params.insert("rslora".to_owned(), json!(config.use_rslora));
+    Ok((config, params))
+}
+
+/// The same of another method's configuration, which spells them `spelt`: the numerator, and those of single modules. What is
+/// not there is as in `defaults`, rank and numerator.
+pub(crate) fn from_keys(
+    keys: &mut Keys<'_>,
+    defaults: (u32, f64),
+    spelt: [&str; 2],
+    modules: &[String],
+) -> Map<String, Value> {
+    let config = LoraConfig {
+        r: keys.get("r", defaults.0),
+        lora_alpha: keys.get(spelt[0], defaults.1),
+        rank_pattern: keys.get("rank_pattern", BTreeMap::new()),
+        alpha_pattern: keys.get(spelt[1], BTreeMap::new()),
+        ..LoraConfig::default()
+    };
+    resolved(&config, modules).unwrap_or_else(|faults| {
+        faults.into_iter().for_each(|fault| keys.fault("rank_pattern", fault.message));
+        Map::new()
+    })
+}
+
+/// The parameters that say what a configuration does of rank and alpha at these modules.
+fn resolved(config: &LoraConfig, modules: &[String]) -> Result<Map<String, Value>, Vec<Fault>> {
     let patterns = config.patterns().map_err(|error| vec![Fault::new("", error.to_string())])?;
-    let mut params = Map::from_iter([
-        ("rank".to_owned(), json!(config.r)),
-        ("alpha".to_owned(), json!(config.lora_alpha)),
-        ("rslora".to_owned(), json!(config.use_rslora)),
-    ]);
+    let mut params =
+        Map::from_iter([("rank".to_owned(), json!(config.r)), ("alpha".to_owned(), json!(config.lora_alpha))]);
     let ranks = modules.iter().map(|module| (module, patterns.rank(module))).filter(|(_, rank)| *rank != config.r);
     let ranks: BTreeMap<&String, u32> = ranks.collect();
     let alphas = modules.iter().map(|module| (module, patterns.alpha(module)));
@@ -103,5 +130,5 @@ pub(crate) fn from_peft(
     if !alphas.is_empty() {
         params.insert("alpha_pattern".to_owned(), json!(alphas));
     }
-    Ok((config, params))
+    Ok(params)
 }

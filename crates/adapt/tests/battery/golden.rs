@@ -1,4 +1,4 @@
-//! Every folder under `golden/`, computed by PEFT (`golden/lora.py` names the versions).
+//! Every folder under `golden/`, computed by PEFT (the scripts beside them).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,25 +15,32 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 10] = [
+const CASES: [(&str, &str); 12] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
+    ("llama_loha", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_dora", "qwen2"),
+    ("qwen2_loha", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 19] = [
     "r",
+    "alpha",
     "lora_alpha",
     "use_rslora",
     "use_dora",
+    "rank_dropout",
+    "module_dropout",
+    "use_effective_conv2d",
+    "init_weights",
     "fan_in_fan_out",
     "bias",
     "peft_type",

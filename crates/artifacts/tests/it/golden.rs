@@ -1,4 +1,4 @@
-//! Adapter folders that PEFT 0.21.2 wrote (`crates/adapt/golden/lora.py`, pins in `benches/peers/requirements.txt`).
+//! Adapter folders that PEFT 0.21.2 wrote (`crates/adapt/golden/README.md`, pins in `benches/peers/requirements.txt`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,10 +14,9 @@ fn adapters() -> Vec<(String, PathBuf)> {
     let mut found: Vec<_> = fs::read_dir(&golden)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .filter(|path| {
-            path.join("adapter").is_dir() && !path.ends_with("gpt2_prefix") && !path.ends_with("llama_prefix")
-        })
+        .filter(|path| path.join("adapter").is_dir())
         .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), path.join("adapter")))
+        .filter(|(_, adapter)| json(&adapter.join(peft::CONFIG_FILE))["peft_type"] == "LORA")
         .collect();
     found.sort();
     assert!(found.len() >= 5, "only {} adapters in {}", found.len(), golden.display());

@@ -51,7 +51,7 @@ fn each_fault_has_its_path_and_says_what_would_do() {
         (
             "tune.adapter.method",
             json!("lroa"),
-            "`tune.adapter.method` is \"lroa\", which no method of point adapter is called; known are",
+            "`tune.adapter.method` is \"lroa\", which no method of point adapter is called; there are",
         ),
         (
             "tune.adapter.method",

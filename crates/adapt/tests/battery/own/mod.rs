@@ -1,5 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
+mod products;
+
 use std::collections::BTreeSet;
 
 use attune_models::{Base, Pass};
@@ -31,7 +33,7 @@ const OWN: [(&str, Own); 6] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    OWN.into_iter().map(|(name, run)| Trial::test(format!("adapter::{name}"), run)).collect()
+    OWN.into_iter().chain(products::OWN).map(|(name, run)| Trial::test(format!("adapter::{name}"), run)).collect()
 }
 
 /// The numeric rank of a matrix by elimination with full pivots.

@@ -1,0 +1,44 @@
+"""Writes the golden files of adapters whose change is a product of another kind than LoRA's, by PEFT. See README.md for names and
+shapes; pins in benches/peers/requirements.txt.
+
+Usage: products.py [case ...]
+"""
+
+import peft
+import torch
+
+import writing
+
+STD = 0.2
+
+# name: (base, configuration, merged site, seed)
+CASES = {
+    "llama_loha": (
+        "llama",
+        peft.LoHaConfig(r=2, alpha=3, target_modules=["q_proj", "k_proj", "up_proj"], rank_pattern={"up_proj": 4}),
+        "model.layers.1.self_attn.k_proj",
+        401,
+    ),
+    "qwen2_loha": (
+        "qwen2",
+        peft.LoHaConfig(r=6, alpha=6, target_modules=["v_proj", "down_proj"], alpha_pattern={"down_proj": 9}),
+        "model.layers.0.mlp.down_proj",
+        402,
+    ),
+}
+
+
+def randomise(model, g):
+    """Moves what trains from its start: with a factor at 0 neither another's gradient nor a wrong scale would show."""
+    for _, p in sorted((name, p) for name, p in model.named_parameters() if p.requires_grad):
+        p.add_(torch.randn(p.shape, generator=g) * STD)
+
+
+def write(name):
+    base, config, site, seed = CASES[name]
+    config.task_type = "CAUSAL_LM"
+    writing.write(name, base, config, site, seed, randomise)
+
+
+if __name__ == "__main__":
+    writing.main(CASES, write)

@@ -1,0 +1,58 @@
+//! Of changes that are products of other kinds than LoRA's.
+
+use attune_points::adapter::Merged;
+use candle_core::{DType, Tensor};
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use super::{Own, PLAIN, rank};
+use crate::build;
+use crate::support::Setup;
+
+pub(super) const OWN: [(&str, Own); 1] = [("loha::its_rank_goes_beyond_loras", loha)];
+
+/// A linear of 32 outputs and 24 inputs.
+const SITE: &str = "model.layers.1.mlp.up_proj";
+
+/// A component at [`SITE`], moved from its start.
+fn moved(method: Value) -> Result<Setup, Failed> {
+    let mut setup = Setup::new(build(method).map_err(crate::fail)?, SITE, DType::F64);
+    setup.disturb(0.3);
+    Ok(setup)
+}
+
+/// What it changes about the weight.
+fn change(setup: &Setup) -> Result<Tensor, Failed> {
+    let at = &setup.attachments[0];
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    Ok(match setup.adapter.merge(at, &locals, &weight)? {
+        Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
+        Merged::Weight { weight: merged, .. } => (merged - weight)?,
+        other => return Err(format!("{other:?} does not merge").into()),
+    })
+}
+
+/// The rank of a change, and how many trained numbers it is made of.
+fn rank_and_numbers(method: Value) -> Result<(usize, usize), Failed> {
+    let setup = moved(method)?;
+    let numbers = setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum();
+    Ok((rank(&change(&setup)?)?, numbers))
+}
+
+/// The method has this rank with no more trained numbers than LoRA of rank `plain`, which stays at its own.
+fn outranks(method: Value, reached: usize, plain: u32) -> Result<(), Failed> {
+    let ((own, own_numbers), (of_plain, plain_numbers)) =
+        (rank_and_numbers(method)?, rank_and_numbers(json!({"method": PLAIN, "rank": plain}))?);
+    assert!(own_numbers <= plain_numbers, "{own_numbers} trained numbers against {plain_numbers}");
+    assert_eq!(own, reached);
+    assert_eq!(of_plain, plain as usize);
+    assert!(own > of_plain);
+    Ok(())
+}
+
+fn loha() -> Result<(), Failed> {
+    // Once through factors, once through the weight.
+    outranks(json!({"method": "loha", "rank": 3}), 9, 6)?;
+    outranks(json!({"method": "loha", "rank": 4}), 16, 8)
+}
