@@ -25,6 +25,18 @@ CASES = {
         "model.layers.0.mlp.down_proj",
         402,
     ),
+    "llama_lokr": (
+        "llama",
+        peft.LoKrConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"down_proj": 3}),
+        "model.layers.0.mlp.down_proj",
+        403,
+    ),
+    "qwen2_lokr": (
+        "qwen2",
+        peft.LoKrConfig(r=1, alpha=2, decompose_both=True, decompose_factor=3, target_modules=["k_proj", "o_proj", "gate_proj"]),
+        "model.layers.1.mlp.gate_proj",
+        404,
+    ),
 }
 
 

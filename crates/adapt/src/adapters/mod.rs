@@ -6,6 +6,7 @@ mod compacter;
 mod dora;
 mod full;
 mod loha;
+mod lokr;
 mod lora;
 mod loramoe;
 mod prefix_tuning;
@@ -28,6 +29,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<dora::Dora>(),
         entry::<full::Full>(),
         entry::<loha::Loha>(),
+        entry::<lokr::Lokr>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<prefix_tuning::PrefixTuning>(),
@@ -53,5 +55,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
+    FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

@@ -15,23 +15,25 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 12] = [
+const CASES: [(&str, &str); 14] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_loha", "llama"),
+    ("llama_lokr", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_dora", "qwen2"),
     ("qwen2_loha", "qwen2"),
+    ("qwen2_lokr", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 22] = [
     "r",
     "alpha",
     "lora_alpha",
@@ -51,6 +53,9 @@ const KEYS: [&str; 19] = [
     "num_attention_heads",
     "token_dim",
     "prefix_projection",
+    "decompose_both",
+    "decompose_factor",
+    "rank_dropout_scale",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

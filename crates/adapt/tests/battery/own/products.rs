@@ -9,7 +9,8 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::Setup;
 
-pub(super) const OWN: [(&str, Own); 1] = [("loha::its_rank_goes_beyond_loras", loha)];
+pub(super) const OWN: [(&str, Own); 2] =
+    [("loha::its_rank_goes_beyond_loras", loha), ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr)];
 
 /// A linear of 32 outputs and 24 inputs.
 const SITE: &str = "model.layers.1.mlp.up_proj";
@@ -55,4 +56,8 @@ fn loha() -> Result<(), Failed> {
     // Once through factors, once through the weight.
     outranks(json!({"method": "loha", "rank": 3}), 9, 6)?;
     outranks(json!({"method": "loha", "rank": 4}), 16, 8)
+}
+
+fn lokr() -> Result<(), Failed> {
+    outranks(json!({"method": "lokr", "rank": 4}), 24, 2)
 }
