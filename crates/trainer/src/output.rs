@@ -170,7 +170,8 @@ fn merge_slot(
             None => base.tensor(&name, DType::F32)?,
         };
         let of_base = base.weight(site);
-        let given: &dyn Weight = if is_weight { &weight } else { &of_base };
+        // What others have made of it before, if they have.
+        let given: &dyn Weight = if is_weight || replaced.contains_key(&name) { &weight } else { &of_base };
         match slot.adapter().merge(at, &stack::locals(at, own)?, given)? {
             Merged::Factors { left, right, scale } => {
                 replaced.insert(name, (weight + (left.matmul(&right)? * scale)?)?);
