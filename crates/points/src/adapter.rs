@@ -184,6 +184,8 @@ pub enum FusedRows {
 pub struct RowCx<'a> {
     /// The site.
     pub site: &'a SiteId,
+    /// Columns of what is there: of the operator's output, of the rows that a block adds.
+    pub output: usize,
     /// Whether dropout applies; `None` in evaluation. Keyed by step and site: ask it for row-wise streams.
     pub dropout: Option<&'a dyn DropoutMask>,
     /// The batch.

@@ -235,7 +235,7 @@ mod tests {
             Rng::new(1, "w").normal_tensor(&[6, 5][..], 1.0, DType::F64).unwrap(),
         );
         let (site, layout) = (SiteId::new("q_proj"), Layout::new());
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 6, dropout: None, layout: &layout, rows: None };
         let added = RowMap::graph(&map, &x, &locals, &cx).unwrap();
         let change = (WeightMap::graph(&map, &w, &locals).unwrap() - &w).unwrap();
         assert!(largest(&(added - x.matmul(&change.t().unwrap()).unwrap()).unwrap()) < 1e-12);

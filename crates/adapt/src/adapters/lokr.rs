@@ -281,7 +281,7 @@ mod tests {
             let locals = Locals::new("up", shapes.iter().map(|(name, shape)| (*name, tensor(name, shape))));
             let (map, x) = (Kronecker { scale: 1.5 }, tensor("x", &[6, 10]));
             let (site, layout) = (SiteId::new("up"), Layout::new());
-            let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+            let cx = RowCx { site: &site, output: 12, dropout: None, layout: &layout, rows: None };
             let found = map.graph(&x, &locals, &cx).unwrap();
             let product = map.product(&locals).unwrap();
             let c = matrix(&locals, C).unwrap().to_vec2::<f64>().unwrap();

@@ -204,7 +204,7 @@ mod tests {
         let x = Rng::new(1, "x").normal_tensor(&[5, 4][..], 1.0, DType::F64).unwrap();
         let site = attune_architecture::SiteId::new("q_proj");
         let layout = attune_points::Layout::new();
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
         lora.rows_at("q_proj").graph(&x, &tensors(), &cx).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -260,7 +260,7 @@ mod tests {
         let rows = Rows { scale: 1.0, dropout: 0.5 };
         let masks = Keep(mask.clone());
         let layout = attune_points::Layout::new();
-        let cx = |dropout| RowCx { site: &site, dropout, layout: &layout, rows: None };
+        let cx = |dropout| RowCx { site: &site, output: 3, dropout, layout: &layout, rows: None };
         let dropped = rows.graph(&x, &tensors(), &cx(Some(&masks))).unwrap();
         let by_hand = rows.graph(&(x * mask).unwrap(), &tensors(), &cx(None)).unwrap();
         assert_eq!(dropped.to_vec2::<f64>().unwrap(), by_hand.to_vec2::<f64>().unwrap());

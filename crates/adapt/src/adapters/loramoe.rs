@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn with_one_expert_it_is_lora_and_weights_of_several_sum_to_one() {
         let (layout, site, x) = (layout(), SiteId::new("up_proj"), tensor("x", &[5, 4]));
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
         let tensors = locals(1);
         let delta = of(1, vec![]).graph(&x, &tensors, &cx).unwrap();
         let h = x.matmul(&tensors.get(A).unwrap().t().unwrap()).unwrap();
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn the_balance_weighs_documents_by_their_kind_and_can_be_left_out() {
         let (layout, site, x, tensors) = (layout(), SiteId::new("up_proj"), tensor("x", &[5, 4]), locals(2));
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
         let found = of(2, vec![true, false]).loss(&x, &tensors, &cx).unwrap().unwrap().to_scalar::<f64>().unwrap();
         let omega = routes(&x, &tensors).unwrap().to_vec2::<f64>().unwrap();
         let q = |rows: std::ops::Range<usize>, expert: usize| rows.map(|row| omega[row][expert]).sum::<f64>();
