@@ -37,6 +37,18 @@ CASES = {
         "model.layers.1.mlp.gate_proj",
         404,
     ),
+    "llama_hira": (
+        "llama",
+        peft.HiraConfig(r=3, target_modules=["q_proj", "gate_proj", "down_proj"]),
+        "model.layers.1.mlp.gate_proj",
+        405,
+    ),
+    "gpt2_hira": (
+        "gpt2",
+        peft.HiraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "transformer.h.0.attn.c_attn",
+        406,
+    ),
 }
 
 

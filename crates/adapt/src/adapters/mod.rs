@@ -5,6 +5,7 @@ mod bottleneck;
 mod compacter;
 mod dora;
 mod full;
+mod hira;
 mod loha;
 mod lokr;
 mod lora;
@@ -28,6 +29,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
+        entry::<hira::Hira>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
         entry::<lora::Lora>(),
@@ -56,5 +58,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
+    FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

@@ -15,11 +15,13 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 14] = [
+const CASES: [(&str, &str); 16] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
+    ("gpt2_hira", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
+    ("llama_hira", "llama"),
     ("llama_loha", "llama"),
     ("llama_lokr", "llama"),
     ("llama_patterns", "llama"),
@@ -33,7 +35,7 @@ const CASES: [(&str, &str); 14] = [
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 23] = [
     "r",
     "alpha",
     "lora_alpha",
@@ -56,6 +58,7 @@ const KEYS: [&str; 22] = [
     "decompose_both",
     "decompose_factor",
     "rank_dropout_scale",
+    "hira_dropout",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -7,10 +7,13 @@ use serde_json::{Value, json};
 
 use super::{Own, PLAIN, rank};
 use crate::build;
-use crate::support::Setup;
+use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 2] =
-    [("loha::its_rank_goes_beyond_loras", loha), ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr)];
+pub(super) const OWN: [(&str, Own); 3] = [
+    ("hira::zeros_of_a_weight_stay", hira),
+    ("loha::its_rank_goes_beyond_loras", loha),
+    ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
+];
 
 /// A linear of 32 outputs and 24 inputs.
 const SITE: &str = "model.layers.1.mlp.up_proj";
@@ -24,10 +27,14 @@ fn moved(method: Value) -> Result<Setup, Failed> {
 
 /// What it changes about the weight.
 fn change(setup: &Setup) -> Result<Tensor, Failed> {
+    change_of(setup, &setup.weight(&setup.attachments[0])?.dense(DType::F64)?)
+}
+
+/// What it changes about a weight in place of its own.
+fn change_of(setup: &Setup, weight: &Tensor) -> Result<Tensor, Failed> {
     let at = &setup.attachments[0];
     let locals = attune_models::stack::locals(at, &setup.params())?;
-    let weight = setup.weight(at)?.dense(DType::F64)?;
-    Ok(match setup.adapter.merge(at, &locals, &weight)? {
+    Ok(match setup.adapter.merge(at, &locals, weight)? {
         Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
         Merged::Weight { weight: merged, .. } => (merged - weight)?,
         other => return Err(format!("{other:?} does not merge").into()),
@@ -60,4 +67,25 @@ fn loha() -> Result<(), Failed> {
 
 fn lokr() -> Result<(), Failed> {
     outranks(json!({"method": "lokr", "rank": 4}), 24, 2)
+}
+
+/// The largest change of a weight's number that is 0, where every third is.
+fn change_at_zeros(method: Value) -> Result<f64, Failed> {
+    let setup = moved(method)?;
+    let at = &setup.attachments[0];
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    let kept: Vec<f64> = (0..weight.elem_count()).map(|entry| f64::from(u8::from(entry % 3 > 0))).collect();
+    let kept = Tensor::from_vec(kept, weight.shape(), weight.device())?;
+    let change = change_of(&setup, &(weight * &kept)?)?;
+    assert!(largest(&change) > 0.01, "nothing moved");
+    Ok(largest(&(change * (1.0 - kept)?)?))
+}
+
+/// A pruned base stays pruned.
+fn hira() -> Result<(), Failed> {
+    for whole in [false, true] {
+        assert_eq!(change_at_zeros(json!({"method": "hira", "rank": 2, "whole": whole}))?, 0.0);
+    }
+    assert!(change_at_zeros(json!({"method": PLAIN, "rank": 2}))? > 0.01);
+    Ok(())
 }
