@@ -49,6 +49,25 @@ CASES = {
         "transformer.h.0.attn.c_attn",
         406,
     ),
+    # 32 inputs are not a multiple of 5.
+    "llama_bone": (
+        "llama",
+        peft.MissConfig(r=5, target_modules=["k_proj", "down_proj", "up_proj"]),
+        "model.layers.0.mlp.up_proj",
+        407,
+    ),
+    "llama_bone_mini": (
+        "llama",
+        peft.MissConfig(r=6, mini_r=8, init_weights="mini", target_modules=["q_proj", "gate_proj"]),
+        "model.layers.1.mlp.gate_proj",
+        408,
+    ),
+    "qwen2_bone_bat": (
+        "qwen2",
+        peft.MissConfig(r=4, init_weights="bat", target_modules=["v_proj", "down_proj"]),
+        "model.layers.1.mlp.down_proj",
+        409,
+    ),
 }
 
 

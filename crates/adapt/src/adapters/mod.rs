@@ -1,6 +1,7 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
 mod adapterfusion;
+mod bone;
 mod bottleneck;
 mod compacter;
 mod dora;
@@ -25,6 +26,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
         entry::<adapterfusion::Adapterfusion>(),
+        entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
@@ -59,5 +61,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
+    FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

@@ -9,3 +9,4 @@ pub(crate) mod linears;
 pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod starts;
+pub(crate) mod tiles;

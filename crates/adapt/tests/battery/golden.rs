@@ -15,12 +15,14 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 16] = [
+const CASES: [(&str, &str); 19] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_hira", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
+    ("llama_bone", "llama"),
+    ("llama_bone_mini", "llama"),
     ("llama_hira", "llama"),
     ("llama_loha", "llama"),
     ("llama_lokr", "llama"),
@@ -28,6 +30,7 @@ const CASES: [(&str, &str); 16] = [
     ("llama_prefix", "llama"),
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
+    ("qwen2_bone_bat", "qwen2"),
     ("qwen2_dora", "qwen2"),
     ("qwen2_loha", "qwen2"),
     ("qwen2_lokr", "qwen2"),
@@ -35,7 +38,7 @@ const CASES: [(&str, &str); 16] = [
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 23] = [
+const KEYS: [&str; 25] = [
     "r",
     "alpha",
     "lora_alpha",
@@ -59,6 +62,8 @@ const KEYS: [&str; 23] = [
     "decompose_factor",
     "rank_dropout_scale",
     "hira_dropout",
+    "mini_r",
+    "miss_dropout",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -9,7 +9,8 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 3] = [
+pub(super) const OWN: [(&str, Own); 4] = [
+    ("bone::its_rank_goes_beyond_loras", bone),
     ("hira::zeros_of_a_weight_stay", hira),
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
@@ -88,4 +89,9 @@ fn hira() -> Result<(), Failed> {
     }
     assert!(change_at_zeros(json!({"method": PLAIN, "rank": 2}))? > 0.01);
     Ok(())
+}
+
+fn bone() -> Result<(), Failed> {
+    outranks(json!({"method": "bone", "rank": 3}), 3, 2)?;
+    outranks(json!({"method": "bone", "rank": 7}), 7, 4)
 }
