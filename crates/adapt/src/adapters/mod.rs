@@ -11,6 +11,7 @@ mod loha;
 mod lokr;
 mod lora;
 mod loramoe;
+mod mora;
 mod prefix_tuning;
 
 use attune_points::adapter::Adapter;
@@ -36,6 +37,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<lokr::Lokr>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
+        entry::<mora::Mora>(),
         entry::<prefix_tuning::PrefixTuning>(),
     ],
 );

@@ -36,11 +36,12 @@ const PROPERTIES: [(&str, Property); 8] = [
 ];
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 4] = [
+static SMALL: [(&str, &[(&str, u32)]); 5] = [
     ("bottleneck", &[("reduction", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("hira", &[("rank", 2)]),
     ("bone", &[("rank", 5)]),
+    ("mora", &[("rank", 2)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.

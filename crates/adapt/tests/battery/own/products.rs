@@ -9,11 +9,12 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 4] = [
+pub(super) const OWN: [(&str, Own); 5] = [
     ("bone::its_rank_goes_beyond_loras", bone),
     ("hira::zeros_of_a_weight_stay", hira),
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
+    ("mora::its_rank_is_full_from_the_numbers_of_loras_of_2", mora),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
@@ -94,4 +95,9 @@ fn hira() -> Result<(), Failed> {
 fn bone() -> Result<(), Failed> {
     outranks(json!({"method": "bone", "rank": 3}), 3, 2)?;
     outranks(json!({"method": "bone", "rank": 7}), 7, 4)
+}
+
+fn mora() -> Result<(), Failed> {
+    outranks(json!({"method": "mora", "rank": 2}), 24, 2)?;
+    outranks(json!({"method": "mora", "rank": 4, "form": "share"}), 15, 5)
 }
