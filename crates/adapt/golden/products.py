@@ -68,6 +68,18 @@ CASES = {
         "model.layers.1.mlp.down_proj",
         409,
     ),
+    "llama_gralora": (
+        "llama",
+        peft.GraloraConfig(r=6, gralora_k=2, alpha=9, target_modules=["k_proj", "o_proj", "gate_proj"]),
+        "model.layers.0.self_attn.k_proj",
+        410,
+    ),
+    "gpt2_gralora": (
+        "gpt2",
+        peft.GraloraConfig(r=4, gralora_k=4, hybrid_r=2, alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+        "transformer.h.1.mlp.c_fc",
+        411,
+    ),
 }
 
 

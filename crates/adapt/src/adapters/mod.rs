@@ -6,6 +6,7 @@ mod bottleneck;
 mod compacter;
 mod dora;
 mod full;
+mod gralora;
 mod hira;
 mod loha;
 mod lokr;
@@ -32,6 +33,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
+        entry::<gralora::Gralora>(),
         entry::<hira::Hira>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
@@ -64,5 +66,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
+    FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

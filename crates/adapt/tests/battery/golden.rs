@@ -15,14 +15,16 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 19] = [
+const CASES: [(&str, &str); 21] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
+    ("gpt2_gralora", "gpt2"),
     ("gpt2_hira", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_bone", "llama"),
     ("llama_bone_mini", "llama"),
+    ("llama_gralora", "llama"),
     ("llama_hira", "llama"),
     ("llama_loha", "llama"),
     ("llama_lokr", "llama"),
@@ -38,7 +40,7 @@ const CASES: [(&str, &str); 19] = [
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 25] = [
+const KEYS: [&str; 28] = [
     "r",
     "alpha",
     "lora_alpha",
@@ -64,6 +66,9 @@ const KEYS: [&str; 25] = [
     "hira_dropout",
     "mini_r",
     "miss_dropout",
+    "gralora_k",
+    "hybrid_r",
+    "gralora_dropout",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -1,6 +1,8 @@
 //! Of changes that are products of other kinds than LoRA's.
 
-use attune_points::adapter::Merged;
+use attune_points::adapter::{Merged, Port, RowCx};
+use attune_points::{Layout, Locals};
+use attune_tensor::{Rng, autograd};
 use candle_core::{DType, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
@@ -9,8 +11,9 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 5] = [
+pub(super) const OWN: [(&str, Own); 6] = [
     ("bone::its_rank_goes_beyond_loras", bone),
+    ("gralora::an_outlier_reaches_the_gradients_of_its_own_blocks_only", gralora),
     ("hira::zeros_of_a_weight_stay", hira),
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
@@ -100,4 +103,39 @@ fn bone() -> Result<(), Failed> {
 fn mora() -> Result<(), Failed> {
     outranks(json!({"method": "mora", "rank": 2}), 24, 2)?;
     outranks(json!({"method": "mora", "rank": 4, "form": "share"}), 15, 5)
+}
+
+/// The share of the numbers of the tensor `up` whose gradient another value of one input changes, at a component that adds to rows.
+fn reached_by_an_outlier(method: Value, up: &'static str) -> Result<f64, Failed> {
+    let setup = moved(method)?;
+    let at = &setup.attachments[0];
+    let tensors = attune_models::stack::locals(at, &setup.params())?;
+    let (layout, mut rng) = (Layout::new(), Rng::new(5, "rows"));
+    let cx = RowCx { site: &at.site, output: 32, dropout: None, layout: &layout, rows: None };
+    let Port::Delta(map) = setup.adapter.port(at) else { return Err("it adds nothing to rows".into()) };
+    let leaf = autograd::leaf(tensors.get(up)?)?;
+    let own = |(name, tensor): (&'static str, &Tensor)| {
+        (name, if name == up { leaf.as_tensor().clone() } else { tensor.clone() })
+    };
+    let tensors = Locals::new(at.site.as_str(), tensors.iter().map(own));
+    let (x, dy) =
+        (rng.normal_tensor(&[4, 24][..], 1.0, DType::F64)?, rng.normal_tensor(&[4, 32][..], 1.0, DType::F64)?);
+    let gradient = |x: &Tensor| -> Result<Tensor, Failed> {
+        let added = map.graph(x, &tensors, &cx)?;
+        Ok(autograd::pull(&[&leaf], &[(&added, &dy)])?.remove(0).ok_or("no gradient")?)
+    };
+    let outlier: Vec<f64> = (0..4 * 24).map(|entry| if entry == 3 { 1000.0 } else { 0.0 }).collect();
+    let with = (&x + Tensor::from_vec(outlier, (4, 24), x.device())?)?;
+    let changes = (gradient(&with)? - gradient(&x)?)?.abs()?.flatten_all()?.to_vec1::<f64>()?;
+    Ok(changes.iter().filter(|change| **change > 1e-9).count() as f64 / changes.len() as f64)
+}
+
+/// At the same number of parameters: an input has one of four blocks, in LoRA all.
+fn gralora() -> Result<(), Failed> {
+    let (grid, plain) = (
+        reached_by_an_outlier(json!({"method": "gralora", "rank": 4, "blocks": 4}), "gralora_B")?,
+        reached_by_an_outlier(json!({"method": PLAIN, "rank": 4}), "lora_B")?,
+    );
+    assert_eq!((grid, plain), (0.25, 1.0));
+    outranks(json!({"method": "gralora", "rank": 4, "blocks": 4}), 16, 4)
 }
