@@ -80,6 +80,18 @@ CASES = {
         "transformer.h.1.mlp.c_fc",
         411,
     ),
+    "llama_delora": (
+        "llama",
+        peft.DeloraConfig(r=4, delora_lambda=3, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}),
+        "model.layers.0.mlp.down_proj",
+        412,
+    ),
+    "qwen2_delora": (
+        "qwen2",
+        peft.DeloraConfig(r=3, delora_lambda=2, target_modules=["v_proj", "up_proj"], lambda_pattern={"v_proj": 5}),
+        "model.layers.1.self_attn.v_proj",
+        413,
+    ),
 }
 
 

@@ -4,6 +4,7 @@ mod adapterfusion;
 mod bone;
 mod bottleneck;
 mod compacter;
+mod delora;
 mod dora;
 mod full;
 mod gralora;
@@ -31,6 +32,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
         entry::<compacter::Compacter>(),
+        entry::<delora::Delora>(),
         entry::<dora::Dora>(),
         entry::<full::Full>(),
         entry::<gralora::Gralora>(),
@@ -67,5 +69,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
+    FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

@@ -1,6 +1,8 @@
 //! Rank and scaling of a pair of factors, as PEFT's LoRA configures them: for all sites, and for single ones.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 
 use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Peft, PeftTensors};
@@ -25,14 +27,20 @@ pub(crate) struct Scaling {
 impl Scaling {
     /// What is wrong with the values of single sites; a schema sees to the others.
     pub(crate) fn faults(&self) -> Vec<Fault> {
-        let ranks = self.ranks.iter().filter(|(_, rank)| !(1..=4096).contains(*rank));
-        let ranks = ranks
-            .map(|(site, rank)| Fault::new("rank_pattern", format!("has {rank} for {site:?}; expected 1 to 4096")));
-        let alphas = self.alphas.iter().filter(|(_, alpha)| !(0.0..=1e6).contains(*alpha));
-        let alphas = alphas.map(|(site, alpha)| {
-            Fault::new("alpha_pattern", format!("has {alpha} for {site:?}; expected 0 to 1000000"))
-        });
-        ranks.chain(alphas).collect()
+        let ranks = Self::faults_of("rank_pattern", &self.ranks, 1..=4096);
+        ranks.into_iter().chain(Self::faults_of("alpha_pattern", &self.alphas, 0.0..=1e6)).collect()
+    }
+
+    /// The values of single sites that are out of range.
+    pub(crate) fn faults_of<T: PartialOrd + Display>(
+        field: &str,
+        values: &BTreeMap<String, T>,
+        range: RangeInclusive<T>,
+    ) -> Vec<Fault> {
+        let (start, end) = (range.start(), range.end());
+        let out = values.iter().filter(|(_, value)| !range.contains(*value));
+        out.map(|(site, value)| Fault::new(field, format!("has {value} for {site:?}; expected {start} to {end}")))
+            .collect()
     }
 
     /// The rank of a site.

@@ -15,7 +15,7 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 21] = [
+const CASES: [(&str, &str); 23] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_gralora", "gpt2"),
@@ -24,6 +24,7 @@ const CASES: [(&str, &str); 21] = [
     ("llama_all_linear", "llama"),
     ("llama_bone", "llama"),
     ("llama_bone_mini", "llama"),
+    ("llama_delora", "llama"),
     ("llama_gralora", "llama"),
     ("llama_hira", "llama"),
     ("llama_loha", "llama"),
@@ -33,6 +34,7 @@ const CASES: [(&str, &str); 21] = [
     ("llama_some", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_bone_bat", "qwen2"),
+    ("qwen2_delora", "qwen2"),
     ("qwen2_dora", "qwen2"),
     ("qwen2_loha", "qwen2"),
     ("qwen2_lokr", "qwen2"),
@@ -40,7 +42,7 @@ const CASES: [(&str, &str); 21] = [
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 28] = [
+const KEYS: [&str; 29] = [
     "r",
     "alpha",
     "lora_alpha",
@@ -69,6 +71,7 @@ const KEYS: [&str; 28] = [
     "gralora_k",
     "hybrid_r",
     "gralora_dropout",
+    "delora_lambda",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.
@@ -134,12 +137,17 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
             "{batch}: the loss is {} against {loss}",
             report.mean()
         );
-        // Gradients are laid out as their tensors are.
+        // Gradients are laid out as their tensors are, beside those that have none.
+        let own = setup.params();
+        let fixed = own.iter().filter(|(name, _)| own.is_fixed(name));
+        let fixed: Vec<_> = fixed.map(|(name, tensor)| Ok((name.clone(), tensor.clone()))).collect();
+        let n_fixed = fixed.len();
         let params = sink.iter().map(|(id, gradient)| Ok((id.name.clone(), gradient.ok_or("no gradient")?.clone())));
-        let found = written(&setup, &params.collect::<Result<Params, Failed>>()?)?;
-        assert_eq!(found.keys().collect::<Vec<_>>(), gradients.keys().collect::<Vec<_>>());
+        let found = written(&setup, &params.chain(fixed).collect::<Result<Params, Failed>>()?)?;
+        assert_eq!(found.len(), gradients.len() + n_fixed);
         for (name, reference) in gradients {
-            let off = difference(&found[&name], &reference) / largest(&reference);
+            let found = found.get(&name).ok_or_else(|| format!("no gradient of {name}"))?;
+            let off = difference(found, &reference) / largest(&reference);
             assert!(off < TOLERANCE, "{batch}: the gradient of {name} is off by a factor of {off}");
         }
         compared += 1;

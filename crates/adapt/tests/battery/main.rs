@@ -36,13 +36,14 @@ const PROPERTIES: [(&str, Property); 8] = [
 ];
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 6] = [
+static SMALL: [(&str, &[(&str, u32)]); 7] = [
     ("bottleneck", &[("reduction", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("hira", &[("rank", 2)]),
     ("bone", &[("rank", 5)]),
     ("mora", &[("rank", 2)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
+    ("delora", &[("lambda", 1)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.

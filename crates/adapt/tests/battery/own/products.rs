@@ -11,8 +11,9 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 6] = [
+pub(super) const OWN: [(&str, Own); 7] = [
     ("bone::its_rank_goes_beyond_loras", bone),
+    ("delora::larger_factors_change_no_more", delora),
     ("gralora::an_outlier_reaches_the_gradients_of_its_own_blocks_only", gralora),
     ("hira::zeros_of_a_weight_stay", hira),
     ("loha::its_rank_goes_beyond_loras", loha),
@@ -138,4 +139,25 @@ fn gralora() -> Result<(), Failed> {
     );
     assert_eq!((grid, plain), (0.25, 1.0));
     outranks(json!({"method": "gralora", "rank": 4, "blocks": 4}), 16, 4)
+}
+
+/// How many times a change grows when its factors do by ten, by their names.
+fn growth(method: Value, factors: [&str; 2]) -> Result<f64, Failed> {
+    let mut setup = moved(method)?;
+    let before = largest(&change(&setup)?);
+    for (name, tensor) in setup.params().iter().filter(|(name, _)| factors.contains(&name.local())) {
+        setup.theta = setup.with(name, (tensor * 10.0)?);
+    }
+    Ok(largest(&change(&setup)?) / before)
+}
+
+/// Directions and strength are apart.
+fn delora() -> Result<(), Failed> {
+    let (own, plain) = (
+        growth(json!({"method": "delora", "rank": 2}), ["delora_A", "delora_B"])?,
+        growth(json!({"method": PLAIN, "rank": 2}), ["lora_A", "lora_B"])?,
+    );
+    assert!((own - 1.0).abs() < 1e-9, "{own} times as large");
+    assert!((plain - 100.0).abs() < 1e-9, "{plain} times as large");
+    Ok(())
 }
