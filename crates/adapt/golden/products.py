@@ -92,6 +92,18 @@ CASES = {
         "model.layers.1.self_attn.v_proj",
         413,
     ),
+    "llama_vera": (
+        "llama",
+        peft.VeraConfig(r=7, target_modules=["q_proj", "k_proj", "down_proj"]),
+        "model.layers.0.mlp.down_proj",
+        414,
+    ),
+    "gpt2_vera": (
+        "gpt2",
+        peft.VeraConfig(r=5, d_initial=0.5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "transformer.h.1.mlp.c_proj",
+        415,
+    ),
 }
 
 

@@ -19,6 +19,9 @@ use serde_json::{Map, Value};
 use crate::adapters::FROM_PEFT;
 use crate::error::Error;
 
+/// How the names begin of tensors that belong to the whole base model: without a module's path.
+const ROOT: &str = "base_model.";
+
 /// An adapter folder, read but not yet attached to a base.
 #[derive(Debug)]
 pub struct Folder {
@@ -151,6 +154,16 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
                 PeftTensors::Each(spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
+                    if suffix.starts_with(ROOT) {
+                        places.push(Place {
+                            name,
+                            spec,
+                            site: at.site.as_str(),
+                            spelt: suffix.to_owned(),
+                            columns: None,
+                        });
+                        continue;
+                    }
                     let dot = if name.owner().is_empty() { "" } else { "." };
                     (format!("{PREFIX}{}{dot}{suffix}", name.owner()), None)
                 }

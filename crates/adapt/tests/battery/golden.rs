@@ -15,12 +15,13 @@ use libtest_mimic::{Failed, Trial};
 use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
-const CASES: [(&str, &str); 23] = [
+const CASES: [(&str, &str); 25] = [
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_gralora", "gpt2"),
     ("gpt2_hira", "gpt2"),
     ("gpt2_prefix", "gpt2"),
+    ("gpt2_vera", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_bone", "llama"),
     ("llama_bone_mini", "llama"),
@@ -32,6 +33,7 @@ const CASES: [(&str, &str); 23] = [
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
     ("llama_some", "llama"),
+    ("llama_vera", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_bone_bat", "qwen2"),
     ("qwen2_delora", "qwen2"),
@@ -42,7 +44,7 @@ const CASES: [(&str, &str); 23] = [
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: [&str; 29] = [
+const KEYS: [&str; 33] = [
     "r",
     "alpha",
     "lora_alpha",
@@ -72,6 +74,10 @@ const KEYS: [&str; 29] = [
     "hybrid_r",
     "gralora_dropout",
     "delora_lambda",
+    "d_initial",
+    "vera_dropout",
+    "projection_prng_key",
+    "save_projection",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -11,7 +11,7 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 7] = [
+pub(super) const OWN: [(&str, Own); 8] = [
     ("bone::its_rank_goes_beyond_loras", bone),
     ("delora::larger_factors_change_no_more", delora),
     ("gralora::an_outlier_reaches_the_gradients_of_its_own_blocks_only", gralora),
@@ -19,6 +19,7 @@ pub(super) const OWN: [(&str, Own); 7] = [
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
     ("mora::its_rank_is_full_from_the_numbers_of_loras_of_2", mora),
+    ("vera::its_rank_goes_beyond_loras_from_fewer_numbers", vera),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
@@ -160,4 +161,8 @@ fn delora() -> Result<(), Failed> {
     assert!((own - 1.0).abs() < 1e-9, "{own} times as large");
     assert!((plain - 100.0).abs() < 1e-9, "{plain} times as large");
     Ok(())
+}
+
+fn vera() -> Result<(), Failed> {
+    outranks(json!({"method": "vera", "rank": 16}), 16, 1)
 }
