@@ -104,6 +104,18 @@ CASES = {
         "transformer.h.1.mlp.c_proj",
         415,
     ),
+    "llama_randlora": (
+        "llama",
+        peft.RandLoraConfig(r=5, randlora_alpha=20, target_modules=["k_proj", "down_proj"]),
+        "model.layers.0.mlp.down_proj",
+        416,
+    ),
+    "gpt2_randlora": (
+        "gpt2",
+        peft.RandLoraConfig(r=4, randlora_alpha=8, sparse=True, target_modules=["c_fc"], fan_in_fan_out=True),
+        "transformer.h.0.mlp.c_fc",
+        417,
+    ),
 }
 
 

@@ -110,11 +110,26 @@ impl Folder {
             };
             params.insert_declared(place.spec, place.site, own);
         }
+        // PEFT repeats what all sites share at each of them.
+        let repeats = |name: &str| {
+            let (module, local) = name.strip_prefix(PREFIX)?.rsplit_once('.')?;
+            attachments.iter().find(|at| at.site.as_str() == module)?;
+            let shared = self.tensors.get(&format!("{ROOT}{local}"))?;
+            let same = shared.dims() == self.tensors.get(name)?.dims();
+            (same && same_bits(shared, self.tensors.get(name)?)).then_some(())
+        };
+        left.retain(|name| repeats(name).is_none());
         match left.first() {
             None => Ok(params),
             Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),
         }
     }
+}
+
+fn same_bits(a: &Tensor, b: &Tensor) -> bool {
+    let values = |x: &Tensor| x.flatten_all().and_then(|x| x.to_vec1::<f32>()).ok();
+    let bits = |x: &Tensor| values(x).map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+    bits(a).is_some_and(|a| bits(b) == Some(a))
 }
 
 /// Where a tensor of an adapter is in its file.

@@ -15,6 +15,7 @@ mod lora;
 mod loramoe;
 mod mora;
 mod prefix_tuning;
+mod randlora;
 mod vera;
 
 use attune_points::adapter::Adapter;
@@ -44,6 +45,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<loramoe::Loramoe>(),
         entry::<mora::Mora>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<randlora::Randlora>(),
         entry::<vera::Vera>(),
     ],
 );
@@ -73,5 +75,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
+    FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
 ];

@@ -36,7 +36,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 ];
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 8] = [
+static SMALL: [(&str, &[(&str, u32)]); 9] = [
     ("bottleneck", &[("reduction", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("hira", &[("rank", 2)]),
@@ -45,6 +45,7 @@ static SMALL: [(&str, &[(&str, u32)]); 8] = [
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
     ("delora", &[("lambda", 1)]),
     ("vera", &[("rank", 6)]),
+    ("randlora", &[("rank", 7), ("alpha", 7)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.

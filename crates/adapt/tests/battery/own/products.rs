@@ -11,7 +11,7 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 8] = [
+pub(super) const OWN: [(&str, Own); 9] = [
     ("bone::its_rank_goes_beyond_loras", bone),
     ("delora::larger_factors_change_no_more", delora),
     ("gralora::an_outlier_reaches_the_gradients_of_its_own_blocks_only", gralora),
@@ -19,6 +19,7 @@ pub(super) const OWN: [(&str, Own); 8] = [
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
     ("mora::its_rank_is_full_from_the_numbers_of_loras_of_2", mora),
+    ("randlora::its_rank_is_full_from_fewer_numbers_than_loras_of_2", randlora),
     ("vera::its_rank_goes_beyond_loras_from_fewer_numbers", vera),
 ];
 
@@ -165,4 +166,8 @@ fn delora() -> Result<(), Failed> {
 
 fn vera() -> Result<(), Failed> {
     outranks(json!({"method": "vera", "rank": 16}), 16, 1)
+}
+
+fn randlora() -> Result<(), Failed> {
+    outranks(json!({"method": "randlora", "rank": 8}), 24, 2)
 }
