@@ -1,5 +1,6 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+mod abba;
 mod adapterfusion;
 mod bone;
 mod bottleneck;
@@ -30,6 +31,7 @@ use crate::parts::own;
 pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
+        entry::<abba::Abba>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),

@@ -5,6 +5,7 @@ pub(crate) mod dropout;
 pub(crate) mod factors;
 pub(crate) mod hadamard;
 pub(crate) mod keys;
+pub(crate) mod leading;
 pub(crate) mod linears;
 pub(crate) mod own;
 pub(crate) mod scaling;

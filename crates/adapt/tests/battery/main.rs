@@ -36,7 +36,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 ];
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
-static SMALL: [(&str, &[(&str, u32)]); 9] = [
+static SMALL: [(&str, &[(&str, u32)]); 10] = [
     ("bottleneck", &[("reduction", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("hira", &[("rank", 2)]),
@@ -46,6 +46,7 @@ static SMALL: [(&str, &[(&str, u32)]); 9] = [
     ("delora", &[("lambda", 1)]),
     ("vera", &[("rank", 6)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
+    ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.

@@ -11,7 +11,8 @@ use super::{Own, PLAIN, rank};
 use crate::build;
 use crate::support::{Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 9] = [
+pub(super) const OWN: [(&str, Own); 10] = [
+    ("abba::its_rank_goes_beyond_loras", abba),
     ("bone::its_rank_goes_beyond_loras", bone),
     ("delora::larger_factors_change_no_more", delora),
     ("gralora::an_outlier_reaches_the_gradients_of_its_own_blocks_only", gralora),
@@ -170,4 +171,10 @@ fn vera() -> Result<(), Failed> {
 
 fn randlora() -> Result<(), Failed> {
     outranks(json!({"method": "randlora", "rank": 8}), 24, 2)
+}
+
+fn abba() -> Result<(), Failed> {
+    // Once through factors, once through the weight.
+    outranks(json!({"method": "abba", "rank_1": 2, "rank_2": 4}), 8, 6)?;
+    outranks(json!({"method": "abba", "rank_1": 4, "rank_2": 5}), 20, 9)
 }
