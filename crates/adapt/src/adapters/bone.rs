@@ -21,7 +21,8 @@
 //! change is that of `plain`.
 //!
 //! # Departures
-//! none; agrees with PEFT, which calls it MiSS. `bat` has no dropout, there neither.
+//! none; agrees with PEFT, which calls it MiSS and does not have it for transposed linears, as GPT-2's are. `bat` has no dropout,
+//! there neither.
 //!
 //! # Paper
 //! Bone: Block-Affine Adaptation of Large Language Models. Kang, Yin, 2024; MiSS: Revisiting the Trade-off in LoRA with an Efficient

@@ -19,8 +19,8 @@
 //! whatever A and B are.
 //!
 //! # Departures
-//! none from PEFT, which starts B at 0 where the paper takes a copy of the first change away from the base. Its `rank_pattern` and
-//! `lambda_pattern` name whole paths.
+//! none from PEFT, which does not have it for transposed linears, as GPT-2's are, and starts B at 0 where the paper takes a copy of
+//! the first change away from the base. Its `rank_pattern` and `lambda_pattern` name whole paths.
 //!
 //! # Paper
 //! Decoupling Angles and Strength in Low-rank Adaptation. Bini, Girrbach, Akata, 2025.

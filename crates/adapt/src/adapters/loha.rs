@@ -19,8 +19,8 @@
 //! With B = 0 it is the base, bit for bit. With P A = 1 it is LoRA. The change has rank r² at most, and reaches it.
 //!
 //! # Departures
-//! none; agrees with PEFT on linears, whose dropouts of whole outputs and of whole sites it does not have. Its `rank_pattern` and
-//! `alpha_pattern` name whole paths.
+//! none; agrees with PEFT on linears (there it has no transposed ones, as GPT-2's are), whose dropouts of whole outputs and of whole
+//! sites it does not have. Its `rank_pattern` and `alpha_pattern` name whole paths.
 //!
 //! # Paper
 //! FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning. Hyeon-Woo, Ye-Bin, Oh, 2022.

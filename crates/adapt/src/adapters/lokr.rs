@@ -21,8 +21,8 @@
 //! With C = 0 or G = 0 it is the base, bit for bit. With a factor of 1 it is LoRA, or the whole weight.
 //!
 //! # Departures
-//! none; agrees with PEFT on linears, whose dropouts of whole outputs and of whole sites it does not have. `factor` 0 is its
-//! `decompose_factor` -1. Its `rank_pattern` and `alpha_pattern` name whole paths.
+//! none; agrees with PEFT on linears (there it has no transposed ones, as GPT-2's are), whose dropouts of whole outputs and of whole
+//! sites it does not have. `factor` 0 is its `decompose_factor` -1. Its `rank_pattern` and `alpha_pattern` name whole paths.
 //!
 //! # Paper
 //! Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation. Yeh, Hsieh, Gao, Yang, Oh, Gong, 2024.

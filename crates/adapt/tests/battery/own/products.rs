@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 
 use super::{Own, PLAIN, rank};
 use crate::build;
-use crate::support::{Setup, largest};
+use crate::support::{self, Setup, largest};
 
-pub(super) const OWN: [(&str, Own); 10] = [
+pub(super) const OWN: [(&str, Own); 11] = [
     ("abba::its_rank_goes_beyond_loras", abba),
     ("bone::its_rank_goes_beyond_loras", bone),
     ("delora::larger_factors_change_no_more", delora),
@@ -20,6 +20,7 @@ pub(super) const OWN: [(&str, Own); 10] = [
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
     ("mora::its_rank_is_full_from_the_numbers_of_loras_of_2", mora),
+    ("products::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
     ("randlora::its_rank_is_full_from_fewer_numbers_than_loras_of_2", randlora),
     ("vera::its_rank_goes_beyond_loras_from_fewer_numbers", vera),
 ];
@@ -177,4 +178,61 @@ fn abba() -> Result<(), Failed> {
     // Once through factors, once through the weight.
     outranks(json!({"method": "abba", "rank_1": 2, "rank_2": 4}), 8, 6)?;
     outranks(json!({"method": "abba", "rank_1": 4, "rank_2": 5}), 20, 9)
+}
+
+/// The first fault of a method at [`SITE`].
+fn refusal(method: &Value) -> Result<String, Failed> {
+    let adapter = match build(method.clone()) {
+        Ok(adapter) => adapter,
+        Err(faults) => return Ok(faults[0].clone()),
+    };
+    let architecture = support::architecture();
+    let site = architecture.site(SITE).ok_or("no site")?;
+    match adapter.attach(&architecture, &[site]) {
+        Ok(_) => Err(format!("{method} was accepted").into()),
+        Err(faults) => Ok(faults[0].to_string()),
+    }
+}
+
+fn refusals() -> Result<(), Failed> {
+    let wide = "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24, so its rank is at most 24";
+    for (method, start) in [
+        (json!({"method": "loha", "rank": 25}), wide),
+        (json!({"method": "hira", "rank": 25}), wide),
+        (json!({"method": "delora", "rank": 25}), wide),
+        (json!({"method": "gralora", "rank": 25, "blocks": 1}), wide),
+        (
+            json!({"method": "abba", "rank_1": 2, "rank_2": 25}),
+            "`rank_2` is 25; model.layers.1.mlp.up_proj is 32 by 24",
+        ),
+        (json!({"method": "bone", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj has 24 inputs"),
+        (
+            json!({"method": "bone", "rank": 2, "form": "mini", "mini": 5}),
+            "`mini` is 5, which does not divide the 32 outputs of",
+        ),
+        (json!({"method": "bone", "rank": 5, "form": "bat"}), "`rank` is 5, which does not divide the 32 outputs of"),
+        (json!({"method": "bone", "rank": 16, "form": "bat"}), "`rank` is 16, which does not divide the 24 inputs of"),
+        (
+            json!({"method": "bone", "rank": 4, "form": "bat", "dropout": 0.1}),
+            "`tune.adapter.dropout` is for rows that",
+        ),
+        (json!({"method": "gralora", "rank": 5}), "`tune.adapter.rank` is not a multiple of blocks"),
+        (
+            json!({"method": "gralora", "rank": 5, "blocks": 5}),
+            "`blocks` is 5, which does not divide the widths 32 and 24",
+        ),
+        (
+            json!({"method": "mora", "rank": 20}),
+            "`rank` is 20, which makes a square 32 wide; model.layers.1.mlp.up_proj is",
+        ),
+        (
+            json!({"method": "lokr", "rank_pattern": {"x": 0}}),
+            "`tune.adapter.rank_pattern` has 0 for \"x\"; expected 1 to 4096",
+        ),
+        (json!({"method": "delora", "lambda_pattern": {"x": -1}}), "`tune.adapter.lambda_pattern` has -1 for \"x\""),
+    ] {
+        let found = refusal(&method)?;
+        assert!(found.starts_with(start), "{method}: {found}");
+    }
+    Ok(())
 }
