@@ -136,6 +136,10 @@ fn gradient(card: &'static Card) -> Result<(), Failed> {
     if let Some((parameter, value)) = exact(card) {
         method[parameter] = value;
     }
+    gradient_of(card, method)
+}
+
+fn gradient_of(card: &Card, method: Value) -> Result<(), Failed> {
     let mut setup = Setup::of(card, build(method).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
@@ -191,7 +195,11 @@ fn save_and_load(card: &'static Card) -> Result<(), Failed> {
 }
 
 fn merged_equals_unmerged(card: &'static Card) -> Result<(), Failed> {
-    let mut setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F64);
+    merged_of(card, method(card))
+}
+
+fn merged_of(card: &Card, method: Value) -> Result<(), Failed> {
+    let mut setup = Setup::of(card, build(method).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
     let unmerged = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;

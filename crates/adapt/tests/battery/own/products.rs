@@ -1,5 +1,6 @@
 //! Of changes that are products of other kinds than LoRA's.
 
+use attune_adapt::ADAPTERS;
 use attune_points::adapter::{Merged, Port, RowCx};
 use attune_points::{Layout, Locals};
 use attune_tensor::{Rng, autograd};
@@ -8,10 +9,10 @@ use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN, rank};
-use crate::build;
 use crate::support::{self, Setup, largest};
+use crate::{build, gradient_of, merged_of};
 
-pub(super) const OWN: [(&str, Own); 11] = [
+pub(super) const OWN: [(&str, Own); 12] = [
     ("abba::its_rank_goes_beyond_loras", abba),
     ("bone::its_rank_goes_beyond_loras", bone),
     ("delora::larger_factors_change_no_more", delora),
@@ -20,6 +21,7 @@ pub(super) const OWN: [(&str, Own); 11] = [
     ("loha::its_rank_goes_beyond_loras", loha),
     ("lokr::its_rank_is_full_from_fewer_numbers_than_loras_of_2", lokr),
     ("mora::its_rank_is_full_from_the_numbers_of_loras_of_2", mora),
+    ("products::every_form_has_exact_gradients_and_merges", forms),
     ("products::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
     ("randlora::its_rank_is_full_from_fewer_numbers_than_loras_of_2", randlora),
     ("vera::its_rank_goes_beyond_loras_from_fewer_numbers", vera),
@@ -233,6 +235,26 @@ fn refusals() -> Result<(), Failed> {
     ] {
         let found = refusal(&method)?;
         assert!(found.starts_with(start), "{method}: {found}");
+    }
+    Ok(())
+}
+
+/// Forms beside those that the battery sees by itself.
+fn forms() -> Result<(), Failed> {
+    for method in [
+        json!({"method": "loha", "rank": 2}),
+        json!({"method": "lokr", "rank": 1, "factor": 4, "decompose_both": true}),
+        json!({"method": "hira", "rank": 2, "whole": true}),
+        json!({"method": "bone", "rank": 4, "form": "bat"}),
+        json!({"method": "bone", "rank": 5, "form": "mini", "mini": 4}),
+        json!({"method": "mora", "rank": 2, "form": "share"}),
+        json!({"method": "gralora", "rank": 4, "blocks": 4, "alpha": 6}),
+        json!({"method": "randlora", "rank": 4, "alpha": 4, "bases": "sparse"}),
+        json!({"method": "abba", "rank_1": 4, "rank_2": 4, "scale": 1}),
+    ] {
+        let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
+        gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
+        merged_of(card, method)?;
     }
     Ok(())
 }
