@@ -1,10 +1,15 @@
 //! Of changes that are products of other kinds than LoRA's.
 
-use attune_adapt::ADAPTERS;
+use std::collections::HashMap;
+
+use attune_adapt::{ADAPTERS, peft};
+use attune_architecture::targets;
+use attune_models::Base;
 use attune_points::adapter::{Merged, Port, RowCx};
-use attune_points::{Layout, Locals};
+use attune_points::{Layout, Locals, Params};
+use attune_spec::job::Precision;
 use attune_tensor::{Rng, autograd};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
@@ -12,7 +17,7 @@ use super::{Own, PLAIN, rank};
 use crate::support::{self, Setup, largest};
 use crate::{build, gradient_of, merged_of};
 
-pub(super) const OWN: [(&str, Own); 12] = [
+pub(super) const OWN: [(&str, Own); 13] = [
     ("abba::its_rank_goes_beyond_loras", abba),
     ("bone::its_rank_goes_beyond_loras", bone),
     ("delora::larger_factors_change_no_more", delora),
@@ -23,6 +28,7 @@ pub(super) const OWN: [(&str, Own); 12] = [
     ("mora::its_rank_is_full_from_the_numbers_of_loras_of_2", mora),
     ("products::every_form_has_exact_gradients_and_merges", forms),
     ("products::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("randlora::a_repeat_of_what_is_shared_has_to_be_one", repeats),
     ("randlora::its_rank_is_full_from_fewer_numbers_than_loras_of_2", randlora),
     ("vera::its_rank_goes_beyond_loras_from_fewer_numbers", vera),
 ];
@@ -256,5 +262,30 @@ fn forms() -> Result<(), Failed> {
         gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
         merged_of(card, method)?;
     }
+    Ok(())
+}
+
+/// PEFT writes what all linears share at each of them; a folder in which one of these is something else is no such adapter.
+fn repeats() -> Result<(), Failed> {
+    let here = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let golden = here.join("golden/llama_randlora/adapter");
+    let base = Base::open(&here.join("../models/golden/llama"), Precision::F32)?;
+    let folder = tempfile::tempdir()?;
+    std::fs::copy(golden.join("adapter_config.json"), folder.path().join("adapter_config.json"))?;
+    let tensors = candle_core::safetensors::load(golden.join("adapter_model.safetensors"), &Device::Cpu)?;
+    let read = |tensors: &HashMap<String, Tensor>| -> Result<Result<Params, String>, Failed> {
+        candle_core::safetensors::save(tensors, folder.path().join("adapter_model.safetensors"))?;
+        let folder = peft::read(folder.path())?;
+        let adapter = build(serde_json::to_value(&folder.method)?).map_err(crate::fail)?;
+        let sites = targets::resolve(&folder.targets, None, base.architecture(), |_| true).map_err(crate::fail)?;
+        let attachments = adapter.attach(base.architecture(), &sites).map_err(crate::fail)?;
+        Ok(folder.params(&*adapter, &attachments).map_err(|error| error.to_string()))
+    };
+    assert!(read(&tensors)?.is_ok());
+    let repeat = "base_model.model.model.layers.0.self_attn.k_proj.randlora_A";
+    let mut other = tensors.clone();
+    other.insert(repeat.to_owned(), (&tensors[repeat] + 1.0)?);
+    let refused = read(&other)?.err().unwrap_or_default();
+    assert!(refused.contains(&format!("tensor {repeat:?} belongs to no site of the base")), "{refused}");
     Ok(())
 }
