@@ -58,7 +58,7 @@ def write(name, base, config, site, seed, randomise, packed=False):
     own = lambda gradients: {on_disk(k): v for k, v in gradients.items() if on_disk(k) in stored}
     gradients = own(gradients)
     # What is stored and has no gradient is frozen: the random matrices that some methods share, and places, which are whole numbers.
-    frozen = {k for k, v in stored.items() if not v.is_floating_point()} | {on_disk(k) for k, p in fresh().named_parameters() if not p.requires_grad} | {on_disk(k) for k, _ in fresh().named_buffers()}
+    frozen = {k for k, v in stored.items() if not v.is_floating_point()} | {on_disk(k) for k, p in fresh().named_parameters() if not p.requires_grad} | {on_disk(k) for k, _ in fresh().named_buffers(remove_duplicate=False)}
     assert {k: v.shape for k, v in stored.items() if k not in frozen} == {k: v.shape for k, v in gradients.items()}
     assert min(v.abs().max() for v in gradients.values()) > 1e-4, "a site without gradient"
     ref.save(gradients, folder / "gradients.safetensors")

@@ -20,6 +20,9 @@ use serde_json::{Map, Value};
 use crate::adapters::FROM_PEFT;
 use crate::error::Error;
 
+/// How the names begin of tensors that belong to the whole base model: without a module's path.
+const ROOT: &str = "base_model.";
+
 /// An adapter folder, read but not yet attached to a base.
 #[derive(Debug)]
 pub struct Folder {
@@ -91,8 +94,8 @@ fn modules(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
     let module = |name: &String| {
         let rest = name.strip_prefix(PREFIX)?;
         // The method's part is what follows the module: `lora_A.weight`, `ia3_l`, …
-        let at = [".lora_", ".oft_"].iter().find_map(|part| rest.rfind(part)).or_else(|| rest.rfind('.'))?;
-        Some(rest[..at].to_owned())
+        let rest = rest.strip_suffix(".weight").unwrap_or(rest);
+        Some(rest[..rest.rfind('.')?].to_owned())
     };
     tensors.keys().filter_map(module).collect::<BTreeSet<_>>().into_iter().collect()
 }
@@ -123,11 +126,26 @@ impl Folder {
             };
             params.insert_declared(place.spec, place.site, own);
         }
+        // PEFT repeats what all sites share at each of them.
+        let repeats = |name: &str| {
+            let (module, local) = name.strip_prefix(PREFIX)?.rsplit_once('.')?;
+            attachments.iter().find(|at| at.site.as_str() == module)?;
+            let shared = self.tensors.get(&format!("{ROOT}{local}"))?;
+            let same = shared.dims() == self.tensors.get(name)?.dims();
+            (same && same_bits(shared, self.tensors.get(name)?)).then_some(())
+        };
+        left.retain(|name| repeats(name).is_none());
         match left.first() {
             None => Ok(params),
             Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),
         }
     }
+}
+
+fn same_bits(a: &Tensor, b: &Tensor) -> bool {
+    let values = |x: &Tensor| x.flatten_all().and_then(|x| x.to_vec1::<f32>()).ok();
+    let bits = |x: &Tensor| values(x).map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+    bits(a).is_some_and(|a| bits(b) == Some(a))
 }
 
 /// Where a tensor of an adapter is in its file.
@@ -167,6 +185,16 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
                 PeftTensors::Each(spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
+                    if suffix.starts_with(ROOT) {
+                        places.push(Place {
+                            name,
+                            spec,
+                            site: at.site.as_str(),
+                            spelt: suffix.to_owned(),
+                            columns: None,
+                        });
+                        continue;
+                    }
                     let dot = if name.owner().is_empty() { "" } else { "." };
                     (format!("{PREFIX}{}{dot}{suffix}", name.owner()), None)
                 }

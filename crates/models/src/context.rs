@@ -275,7 +275,8 @@ impl<'a> GraphCx<'a> {
             let trains = self.theta.banks.get(usize::from(binding.slot)).is_some_and(|bank| bank.train);
             let masks = self.dropout.filter(|_| trains).map(|key| RowMasks { key, layout: self.layout, rows });
             let dropout = masks.as_ref().map(|masks| masks as &dyn attune_points::adapter::DropoutMask);
-            let cx = RowCx { site: &site.id, dropout, layout: self.layout, rows };
+            let output = site.out_in().map_or(0, |(output, _)| output);
+            let cx = RowCx { site: &site.id, output, dropout, layout: self.layout, rows };
             run(x, y, &self.locals(binding.slot, set, at)?, &cx)
         };
         if let Rows::All(set) = binding.rows {

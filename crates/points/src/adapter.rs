@@ -226,6 +226,8 @@ pub enum FusedRows {
 pub struct RowCx<'a> {
     /// The site.
     pub site: &'a SiteId,
+    /// Columns of what is there: of the operator's output, of the rows that a block adds.
+    pub output: usize,
     /// Whether dropout applies; `None` in evaluation. Keyed by step and site: ask it for row-wise streams.
     pub dropout: Option<&'a dyn DropoutMask>,
     /// The batch.
@@ -298,7 +300,7 @@ pub struct Peft {
 #[non_exhaustive]
 pub enum PeftTensors {
     /// Each by itself: its local name and its spelling after the path of the module that owns it, such as `lora_A` and
-    /// `lora_A.weight`; one that all sites share has no path before it.
+    /// `lora_A.weight`; one that all sites share has no path before it, and a spelling from `base_model.` on is its whole name.
     Each(Vec<(&'static str, &'static str)>),
     /// Those of all layers, each of P rows, side by side in one tensor of P rows: layer after layer, and in a layer these one
     /// after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.

@@ -131,6 +131,7 @@ const ABROAD: &[(&str, &[&str], &str)] = &[
     ("crates/spec/src/job/data.rs", &["static"], "what a job file means when it leaves a field out"),
     ("crates/architecture/src/rope_config.rs", &["linear", "dynamic"], "Hugging Face's words for rope scaling"),
     ("crates/architecture/src/site.rs", &["linear"], "a kind of site, not the schedule"),
+    ("services/attune/src/demo/world.rs", &["mora"], "the end of a town's name"),
 ];
 
 /// A name in a string elsewhere is a decision about a method outside of it: the card or the trait must answer instead.

@@ -215,7 +215,7 @@ mod tests {
     fn fused(added: &[&Tensor], value: Tensor) -> Tensor {
         let fusion = Adapterfusion { config: Config::default() };
         let (site, layout) = (SiteId::from("block"), Layout::new());
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 4, dropout: None, layout: &layout, rows: None };
         let added: Vec<Tensor> = added.iter().map(|z| (*z).clone()).collect();
         let y_td = random("y", &[4, WIDTH]);
         fusion.graph(&y_td, &y_td, &added, &locals(value), &cx).unwrap()
@@ -269,7 +269,7 @@ mod tests {
     fn rows_learn_which_adapter_is_theirs() {
         let fusion = Adapterfusion { config: Config::default() };
         let (site, layout) = (SiteId::from("block"), Layout::new());
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 4, dropout: None, layout: &layout, rows: None };
         let kind = |row: usize| row % 2;
         let rows = |of: &dyn Fn(usize, usize) -> f64| {
             let values: Vec<f64> =

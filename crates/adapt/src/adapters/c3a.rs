@@ -290,7 +290,7 @@ mod tests {
 
     fn delta(x: &Tensor, kernel: &Tensor) -> Tensor {
         let (site, layout) = (attune_architecture::SiteId::new("q_proj"), attune_points::Layout::new());
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 0, dropout: None, layout: &layout, rows: None };
         let c3a = C3a { config: Config::default() };
         c3a.graph(x, &Locals::new("q_proj", [(KERNEL, kernel.clone())]), &cx).unwrap()
     }

@@ -291,7 +291,7 @@ mod tests {
         let (mask_a, mask_b) = (mask(MASK_A), mask(MASK_B));
         let locals = Locals::new("q_proj", [(A, a.clone()), (B, b.clone()), (MASK_A, mask_a), (MASK_B, mask_b)]);
         let (site, layout) = (attune_architecture::SiteId::new("q_proj"), attune_points::Layout::new());
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 0, dropout: None, layout: &layout, rows: None };
         let found = Capaboost { config }.graph(&x, &locals, &cx).unwrap();
         let lora = x.matmul(&a.t().unwrap()).unwrap().matmul(&(b.t().unwrap() * 2.0).unwrap()).unwrap();
         let off = (found - lora).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();

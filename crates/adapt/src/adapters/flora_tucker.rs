@@ -166,7 +166,7 @@ mod tests {
     fn delta(x: &Tensor, core: &Tensor, outer: [&Tensor; 2], dropout: Option<&dyn DropoutMask>) -> Tensor {
         let locals = Locals::new("q_proj", [(CORE, core.clone()), (IN, outer[0].clone()), (OUT, outer[1].clone())]);
         let (site, layout) = (attune_architecture::SiteId::new("q_proj"), attune_points::Layout::new());
-        let cx = RowCx { site: &site, dropout, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 0, dropout, layout: &layout, rows: None };
         let config = Config { scale: 2.0, dropout: 0.5, ..Config::default() };
         FloraTucker { config }.graph(x, &locals, &cx).unwrap()
     }

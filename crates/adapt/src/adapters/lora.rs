@@ -41,6 +41,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::parts::dropout::dropped;
 use crate::parts::factors;
 use crate::parts::scaling::{self, Scaling};
 
@@ -179,11 +180,7 @@ impl Adapter for Lora {
 impl RowMap for Rows {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let (a_ri, b_or) = (tensors.get(A)?, tensors.get(B)?);
-        let dropped = match cx.dropout {
-            Some(masks) if self.dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, self.dropout, x_ti)?)?),
-            _ => None,
-        };
-        let h_tr = ops::linear(dropped.as_ref().unwrap_or(x_ti), a_ri, None)?;
+        let h_tr = ops::linear(&dropped(x_ti, self.dropout, cx)?, a_ri, None)?;
         // The scaling goes on the thin side: T r values instead of T o.
         Ok(ops::linear(&(h_tr * self.scale)?, b_or, None)?)
     }
@@ -217,7 +214,7 @@ mod tests {
         let x = Rng::new(1, "x").normal_tensor(&[5, 4][..], 1.0, DType::F64).unwrap();
         let site = attune_architecture::SiteId::new("q_proj");
         let layout = attune_points::Layout::new();
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
         lora.rows_at("q_proj").graph(&x, &tensors(), &cx).unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -273,7 +270,7 @@ mod tests {
         let rows = Rows { scale: 1.0, dropout: 0.5 };
         let masks = Keep(mask.clone());
         let layout = attune_points::Layout::new();
-        let cx = |dropout| RowCx { site: &site, dropout, layout: &layout, rows: None };
+        let cx = |dropout| RowCx { site: &site, output: 3, dropout, layout: &layout, rows: None };
         let dropped = rows.graph(&x, &tensors(), &cx(Some(&masks))).unwrap();
         let by_hand = rows.graph(&(x * mask).unwrap(), &tensors(), &cx(None)).unwrap();
         assert_eq!(dropped.to_vec2::<f64>().unwrap(), by_hand.to_vec2::<f64>().unwrap());

@@ -37,6 +37,7 @@ use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::dropout::dropped;
 use crate::parts::starts::{self, Start};
 use crate::parts::{factors, own};
 
@@ -179,11 +180,7 @@ impl RowMap for Loramoe {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let Config { experts, rank, alpha, dropout, .. } = self.config;
         let omega_te = routes(x_ti, tensors)?;
-        let dropped = match cx.dropout {
-            Some(masks) if dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, dropout, x_ti)?)?),
-            _ => None,
-        };
-        let h = ops::linear(dropped.as_ref().unwrap_or(x_ti), tensors.get(A)?, None)?;
+        let h = ops::linear(&dropped(x_ti, dropout, cx)?, tensors.get(A)?, None)?;
         let (t, e, r) = (x_ti.dim(0)?, experts as usize, rank as usize);
         let h = (h.reshape((t, e, r))?.broadcast_mul(&omega_te.unsqueeze(2)?)? * (alpha / r as f64))?;
         Ok(ops::linear(&h.reshape((t, e * r))?, tensors.get(B)?, None)?)
@@ -254,7 +251,7 @@ mod tests {
     #[test]
     fn with_one_expert_it_is_lora_and_weights_of_several_sum_to_one() {
         let (layout, site, x) = (layout(), SiteId::new("up_proj"), tensor("x", &[5, 4]));
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
         let tensors = locals(1);
         let delta = of(1, vec![]).graph(&x, &tensors, &cx).unwrap();
         let h = x.matmul(&tensors.get(A).unwrap().t().unwrap()).unwrap();
@@ -275,7 +272,7 @@ mod tests {
     #[test]
     fn the_balance_weighs_documents_by_their_kind_and_can_be_left_out() {
         let (layout, site, x, tensors) = (layout(), SiteId::new("up_proj"), tensor("x", &[5, 4]), locals(2));
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
         let found = of(2, vec![true, false]).loss(&x, &tensors, &cx).unwrap().unwrap().to_scalar::<f64>().unwrap();
         let omega = routes(&x, &tensors).unwrap().to_vec2::<f64>().unwrap();
         let q = |rows: std::ops::Range<usize>, expert: usize| rows.map(|row| omega[row][expert]).sum::<f64>();

@@ -243,7 +243,7 @@ mod tests {
         let (left, core, right) = (normal("l", [5, 3]), normal("m", [3, 3]), normal("r", [3, 4]));
         let lotr = Lotr { config: Config { rank: 3, alpha: 6.0, ..Config::default() } };
         let (site, layout) = (attune_architecture::SiteId::new("q_proj"), attune_points::Layout::new());
-        let cx = RowCx { site: &site, dropout: None, layout: &layout, rows: None };
+        let cx = RowCx { site: &site, output: 0, dropout: None, layout: &layout, rows: None };
         let x = normal("x", [7, 4]);
         let locals = Locals::new("q_proj", [(LEFT, left.clone()), (CORE, core.clone()), (RIGHT, right.clone())]);
         let found = lotr.graph(&x, &locals, &cx).unwrap();

@@ -1,26 +1,36 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
+mod abba;
 mod adapterfusion;
 mod boft;
+mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
 mod compacter;
+mod delora;
 mod dora;
 mod flora_tucker;
 mod fourierft;
 mod full;
+mod gralora;
+mod hira;
 mod hra;
 mod ia3;
+mod loha;
+mod lokr;
 mod lora;
 mod loramoe;
 mod lorma;
 mod lotr;
+mod mora;
 mod oft;
 mod prefix_tuning;
+mod randlora;
 mod road;
 mod shira;
 mod spiel;
+mod vera;
 
 use std::collections::BTreeMap;
 
@@ -36,27 +46,37 @@ use crate::parts::own;
 pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
+        entry::<abba::Abba>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<boft::Boft>(),
+        entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
         entry::<compacter::Compacter>(),
+        entry::<delora::Delora>(),
         entry::<dora::Dora>(),
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),
+        entry::<gralora::Gralora>(),
+        entry::<hira::Hira>(),
         entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
+        entry::<loha::Loha>(),
+        entry::<lokr::Lokr>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
+        entry::<mora::Mora>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<shira::Shira>(),
         entry::<spiel::Spiel>(),
+        entry::<vera::Vera>(),
     ],
 );
 
@@ -83,13 +103,21 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
+    FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
+    FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
+    FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
     FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
+    FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
+    FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
+    FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
+    FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
 ];

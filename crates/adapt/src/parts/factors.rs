@@ -21,14 +21,22 @@ pub(crate) fn attach(
     rank: impl Fn(&str) -> u32,
 ) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
     linears::attach(sites, |site, output, input| {
-        let r = rank(site.id.as_str()) as usize;
-        if r > output.min(input) {
-            let message =
-                format!("is {r}; {} is {output} by {input}, so its rank is at most {}", site.id, output.min(input));
-            return Err(Fault::new("rank", message));
-        }
+        let r = within(rank(site.id.as_str()), site, (output, input))?;
         Ok(vec![TensorSpec::trained(a, [r, input]), TensorSpec::trained(b, [output, r])])
     })
+}
+
+/// A rank, if a matrix of this shape can have it.
+///
+/// # Errors
+/// The fault of a rank beyond it.
+pub(crate) fn within(rank: u32, site: &Site, (o, i): (usize, usize)) -> std::result::Result<usize, Fault> {
+    let most = o.min(i);
+    if rank as usize > most {
+        let message = format!("is {rank}; {} is {o} by {i}, so its rank is at most {most}", site.id);
+        return Err(Fault::new("rank", message));
+    }
+    Ok(rank as usize)
 }
 
 /// The names and shapes of an attachment that is such a pair: `(a, [r, i])`, `(b, [o, r])`.

@@ -8,6 +8,15 @@ use attune_spec::Fault;
 /// Why a tensor of an expert may have no gradient for a while.
 pub(crate) const IDLE: &str = "its expert may not be routed to";
 
+/// The largest output and the largest input width of the linears.
+pub(crate) fn widest(sites: &[Site]) -> (usize, usize) {
+    let widths = sites.iter().filter_map(|site| match site.kind {
+        SiteKind::Linear { output, input, .. } => Some((output, input)),
+        _ => None,
+    });
+    widths.fold((0, 0), |(o, i), (output, input)| (o.max(output), i.max(input)))
+}
+
 /// What `tensors` says for each site, by its output and input width.
 ///
 /// # Errors

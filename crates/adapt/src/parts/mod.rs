@@ -2,12 +2,17 @@
 
 pub(crate) mod blocks;
 pub(crate) mod choice;
+pub(crate) mod dropout;
 pub(crate) mod factors;
 pub(crate) mod foreign;
+pub(crate) mod hadamard;
+pub(crate) mod keys;
+pub(crate) mod leading;
 pub(crate) mod linears;
 pub(crate) mod orthogonal;
 pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod sparse;
 pub(crate) mod starts;
+pub(crate) mod tiles;
 pub(crate) mod torch;

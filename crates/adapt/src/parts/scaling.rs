@@ -1,11 +1,15 @@
 //! Rank and scaling of a pair of factors, as PEFT's LoRA configures them: for all sites, and for single ones.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 
 use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Peft, PeftTensors};
 use attune_spec::Fault;
 use serde_json::{Map, Value, json};
+
+use crate::parts::keys::Keys;
 
 /// Which rank a site has, and what the product of its factors is multiplied with.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,14 +27,20 @@ pub(crate) struct Scaling {
 impl Scaling {
     /// What is wrong with the values of single sites; a schema sees to the others.
     pub(crate) fn faults(&self) -> Vec<Fault> {
-        let ranks = self.ranks.iter().filter(|(_, rank)| !(1..=4096).contains(*rank));
-        let ranks = ranks
-            .map(|(site, rank)| Fault::new("rank_pattern", format!("has {rank} for {site:?}; expected 1 to 4096")));
-        let alphas = self.alphas.iter().filter(|(_, alpha)| !(0.0..=1e6).contains(*alpha));
-        let alphas = alphas.map(|(site, alpha)| {
-            Fault::new("alpha_pattern", format!("has {alpha} for {site:?}; expected 0 to 1000000"))
-        });
-        ranks.chain(alphas).collect()
+        let ranks = Self::faults_of("rank_pattern", &self.ranks, 1..=4096);
+        ranks.into_iter().chain(Self::faults_of("alpha_pattern", &self.alphas, 0.0..=1e6)).collect()
+    }
+
+    /// The values of single sites that are out of range.
+    pub(crate) fn faults_of<T: PartialOrd + Display>(
+        field: &str,
+        values: &BTreeMap<String, T>,
+        range: RangeInclusive<T>,
+    ) -> Vec<Fault> {
+        let (start, end) = (range.start(), range.end());
+        let out = values.iter().filter(|(_, value)| !range.contains(*value));
+        out.map(|(site, value)| Fault::new(field, format!("has {value} for {site:?}; expected {start} to {end}")))
+            .collect()
     }
 
     /// The rank of a site.
@@ -87,12 +97,37 @@ pub(crate) fn from_peft(
     if !beyond.is_empty() {
         return Err(beyond);
     }
+    let mut params = resolved(&config, modules)?;
+    params.insert("rslora".to_owned(), json!(config.use_rslora));
+    Ok((config, params))
+}
+
+/// The same of another method's configuration, which spells them `spelt`: the numerator, and those of single modules. What is
+/// not there is as in `defaults`, rank and numerator.
+pub(crate) fn from_keys(
+    keys: &mut Keys<'_>,
+    defaults: (u32, f64),
+    spelt: [&str; 2],
+    modules: &[String],
+) -> Map<String, Value> {
+    let config = LoraConfig {
+        r: keys.get("r", defaults.0),
+        lora_alpha: keys.get(spelt[0], defaults.1),
+        rank_pattern: keys.get("rank_pattern", BTreeMap::new()),
+        alpha_pattern: keys.get(spelt[1], BTreeMap::new()),
+        ..LoraConfig::default()
+    };
+    resolved(&config, modules).unwrap_or_else(|faults| {
+        faults.into_iter().for_each(|fault| keys.fault("rank_pattern", fault.message));
+        Map::new()
+    })
+}
+
+/// The parameters that say what a configuration does of rank and alpha at these modules.
+fn resolved(config: &LoraConfig, modules: &[String]) -> Result<Map<String, Value>, Vec<Fault>> {
     let patterns = config.patterns().map_err(|error| vec![Fault::new("", error.to_string())])?;
-    let mut params = Map::from_iter([
-        ("rank".to_owned(), json!(config.r)),
-        ("alpha".to_owned(), json!(config.lora_alpha)),
-        ("rslora".to_owned(), json!(config.use_rslora)),
-    ]);
+    let mut params =
+        Map::from_iter([("rank".to_owned(), json!(config.r)), ("alpha".to_owned(), json!(config.lora_alpha))]);
     let ranks = modules.iter().map(|module| (module, patterns.rank(module))).filter(|(_, rank)| *rank != config.r);
     let ranks: BTreeMap<&String, u32> = ranks.collect();
     let alphas = modules.iter().map(|module| (module, patterns.alpha(module)));
@@ -103,5 +138,5 @@ pub(crate) fn from_peft(
     if !alphas.is_empty() {
         params.insert("alpha_pattern".to_owned(), json!(alphas));
     }
-    Ok((config, params))
+    Ok(params)
 }

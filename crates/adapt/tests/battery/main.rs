@@ -39,14 +39,22 @@ const PROPERTIES: [(&str, Property); 8] = [
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
 static SMALL: &[(&str, &[(&str, u32)])] = &[
+    ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
+    ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("delora", &[("lambda", 1)]),
     ("fourierft", &[("frequencies", 50)]),
+    ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
+    ("hira", &[("rank", 2)]),
     ("lotr", &[("rank", 4)]),
+    ("mora", &[("rank", 2)]),
     ("oft", &[("block_size", 4)]),
+    ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
     ("shira", &[("rank", 2)]),
+    ("vera", &[("rank", 6)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
@@ -136,6 +144,10 @@ fn gradient(card: &'static Card) -> Result<(), Failed> {
     if let Some((parameter, value)) = exact(card) {
         method[parameter] = value;
     }
+    gradient_of(card, method)
+}
+
+fn gradient_of(card: &Card, method: Value) -> Result<(), Failed> {
     let mut setup = Setup::of(card, build(method).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
@@ -195,7 +207,11 @@ fn save_and_load(card: &'static Card) -> Result<(), Failed> {
 }
 
 fn merged_equals_unmerged(card: &'static Card) -> Result<(), Failed> {
-    let mut setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F64);
+    merged_of(card, method(card))
+}
+
+fn merged_of(card: &Card, method: Value) -> Result<(), Failed> {
+    let mut setup = Setup::of(card, build(method).map_err(fail)?, DType::F64);
     setup.disturb(0.1);
     let layout = batch();
     let unmerged = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;

@@ -1,4 +1,4 @@
-//! Adapter folders that PEFT 0.21.2 wrote (`crates/adapt/golden/lora.py`, pins in `benches/peers/requirements.txt`).
+//! Adapter folders that PEFT 0.21.2 wrote (`crates/adapt/golden/README.md`, pins in `benches/peers/requirements.txt`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,6 +23,7 @@ fn all_adapters() -> Vec<(String, PathBuf)> {
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.join("adapter").is_dir())
         .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), path.join("adapter")))
+        .filter(|(_, adapter)| json(&adapter.join(peft::CONFIG_FILE))["peft_type"] == "LORA")
         .collect();
     found.sort();
     assert!(found.len() >= 5, "only {} adapters in {}", found.len(), golden.display());

@@ -71,7 +71,7 @@ impl<'a> PassCx<'a> {
         let masks = local::masks(self, placed);
         let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
         let tensors = local::locals(self, placed, tracked)?;
-        let cx = RowCx { rows: ids.some(), ..local::row_cx(self, &block.id, placed, dropout) };
+        let cx = RowCx { rows: ids.some(), ..local::row_cx(self, block, placed, dropout) };
         graph(placed.port, &tensors, &cx)
     }
 

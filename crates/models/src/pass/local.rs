@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use attune_architecture::{Site, SiteId};
+use attune_architecture::Site;
 use attune_points::adapter::{DropoutMask, RowCx};
 use attune_points::{Error, Locals, Result, TensorId};
 use attune_tensor::autograd;
@@ -78,11 +78,12 @@ pub(crate) fn leaves<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, sinks: &Sinks<'
 /// What a component may know of the pass.
 pub(crate) fn row_cx<'r, P>(
     cx: &PassCx<'r>,
-    site: &'r SiteId,
+    site: &'r Site,
     placed: &'r Placed<'_, P>,
     dropout: Option<&'r dyn DropoutMask>,
 ) -> RowCx<'r> {
-    RowCx { site, dropout, layout: cx.parts[placed.part].layout, rows: placed.ids.some() }
+    let (layout, output) = (cx.parts[placed.part].layout, site.out_in().map_or(0, |(output, _)| output));
+    RowCx { site: &site.id, output, dropout, layout, rows: placed.ids.some() }
 }
 
 /// `y += delta(x)` on the component's rows.
@@ -97,7 +98,7 @@ pub(crate) fn add_component(
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
     for Together { rows, ids } in together(cx, placed) {
         let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
-        let of_rows = RowCx { rows: ids.some(), ..row_cx(cx, &site.id, placed, dropout) };
+        let of_rows = RowCx { rows: ids.some(), ..row_cx(cx, site, placed, dropout) };
         let delta = placed.port.graph(&x, &locals, &of_rows)?;
         write(&delta, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
     }
@@ -146,7 +147,7 @@ pub(crate) fn component_vjp(
     let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
     let masks = masks(cx, placed);
     let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    let (tensors, of_rows) = (locals(cx, placed, &leaves)?, row_cx(cx, &site.id, placed, dropout));
+    let (tensors, of_rows) = (locals(cx, placed, &leaves)?, row_cx(cx, site, placed, dropout));
     let delta = placed.port.graph(&x, &tensors, &of_rows)?;
     let dy = tensor(dy_to.sub_rows(rows.start, rows.end))?;
     let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&x]).collect();

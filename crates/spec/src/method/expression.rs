@@ -1,8 +1,9 @@
 //! The small language of cards: costs such as `r * (i + o)` and conditions such as `dropout < 1 and rank >= 1`.
 //!
 //! Numbers, texts and `true`/`false`; names of fields, dotted into mappings; `+ - * /`, comparisons, `and`, `or`, `not`,
-//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, and `if(condition, then, else)`. Among numbers a truth value counts
-//! as 1 or 0. It has no loops, so evaluation ends. The scheduler and the trainer evaluate the same text and therefore agree.
+//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, [`divisor`], and `if(condition, then, otherwise)`. Among numbers a
+//! truth value counts as 1 or 0. It has no loops, so evaluation ends. The scheduler and the trainer evaluate the same text and
+//! therefore agree.
 
 use serde_json::{Map, Value};
 
@@ -66,6 +67,16 @@ pub fn number(text: &str, names: &Map<String, Value>) -> Result<f64, ExpressionE
 
 /// Nesting that no card needs.
 const DEPTH_MAX: usize = 32;
+
+/// One side of a rectangle of `n`: `most` where it divides `n`, else the largest divisor that is at most `most` (0 for no such
+/// bound) and at most the root.
+pub fn divisor(n: u64, most: u64) -> u64 {
+    if most > 0 && n.is_multiple_of(most) {
+        return most;
+    }
+    let bound = if most == 0 { n.isqrt() } else { most.min(n.isqrt()) };
+    (1..=bound).rev().find(|side| n.is_multiple_of(*side)).unwrap_or(1)
+}
 
 struct Parser<'a> {
     text: &'a str,
@@ -217,8 +228,8 @@ impl Parser<'_> {
             "true" => Ok(Outcome::Bool(true)),
             "false" => Ok(Outcome::Bool(false)),
             "null" => Ok(Outcome::Null),
-            "min" | "max" | "ceil" | "floor" | "sqrt" => self.call(&word),
-            "if" => self.choice(),
+            "if" => self.case(),
+            "min" | "max" | "ceil" | "floor" | "sqrt" | "divisor" => self.call(&word),
             _ => self.field(&word),
         }
     }
@@ -244,25 +255,23 @@ impl Parser<'_> {
             ("ceil", [x]) => x.ceil(),
             ("floor", [x]) => x.floor(),
             ("sqrt", [x]) => x.sqrt(),
+            // Widths of matrices are far below 2^53.
+            ("divisor", [n, most]) => divisor(*n as u64, *most as u64) as f64,
+            ("divisor", _) => return Err(self.error("divisor takes two values")),
             _ => return Err(self.error(format!("{function} takes one value"))),
         };
         Ok(Outcome::Number(value))
     }
 
-    /// One of two values, both of which are looked at.
-    fn choice(&mut self) -> Result<Outcome, ExpressionError> {
-        let expect = |parser: &mut Self, token: &str| {
-            if parser.take(token) { Ok(()) } else { Err(parser.error(format!("expected '{token}'"))) }
+    fn case(&mut self) -> Result<Outcome, ExpressionError> {
+        let mut part = |before: &str| {
+            if self.take(before) { self.either() } else { Err(self.error(format!("expected '{before}'"))) }
         };
-        expect(self, "(")?;
-        let condition = self.either()?;
-        let holds = self.truth(condition)?;
-        expect(self, ",")?;
-        let first = self.either()?;
-        expect(self, ",")?;
-        let second = self.either()?;
-        expect(self, ")")?;
-        Ok(if holds { first } else { second })
+        let (condition, then, otherwise) = (part("(")?, part(",")?, part(",")?);
+        if !self.take(")") {
+            return Err(self.error("expected ')'"));
+        }
+        Ok(if self.truth(condition)? { then } else { otherwise })
     }
 
     fn field(&self, path: &str) -> Result<Outcome, ExpressionError> {
@@ -321,8 +330,20 @@ mod tests {
             ("or_rank", Outcome::Number(3.0)),
             ("2 * if(scale.kind == \"rs\", r, if(r > 1, i, o))", Outcome::Number(16.0)),
             ("if(r < 1, 1, if(last == null, i, o))", Outcome::Number(256.0)),
+            ("if(scale.kind == \"rs\" and r > 4, r * 2, 1) + 1", Outcome::Number(17.0)),
+            ("if(r > 8, 1, if(r == 8, 2, 3))", Outcome::Number(2.0)),
+            ("divisor(o, 0) + divisor(i, 4)", Outcome::Number(20.0)),
         ] {
             assert_eq!(evaluate(text, &names()), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_divisor_is_as_near_to_the_bound_or_to_the_root_as_there_is_one() {
+        for (n, most, side) in
+            [(256, 0, 16), (128, 0, 8), (127, 0, 1), (128, 4, 4), (12, 5, 3), (128, 64, 64), (0, 3, 3), (1, 0, 1)]
+        {
+            assert_eq!(divisor(n, most), side, "{n}, {most}");
         }
     }
 
@@ -335,11 +356,12 @@ mod tests {
             "r and true",
             "(r",
             "min()",
+            "if(r, 1, 2)",
+            "if(true, 1)",
+            "divisor(4)",
             "1 2",
             "\"open",
             "scale",
-            "if(r, 1, 2)",
-            "if(r > 1, 2)",
             &"(".repeat(100),
         ] {
             assert!(evaluate(text, &names()).is_err(), "{text:?} was accepted");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use attune_spec::id::Step;
+use attune_spec::job::Plan;
 use attune_trainer::protocol::{Event, Phase};
 use attune_trainer::run::{End, run};
 
@@ -230,7 +231,25 @@ fn checkpoints_on_the_way_and_another_seed_do_what_they_should() {
 #[test]
 fn a_merged_model_is_the_base_with_the_adapter_and_goes_on_as_a_base() {
     let small = Small::new();
-    let (_, files) = small.finish(small.plan(&[("outputs.merged", "true"), ("tune.adapter.dropout", "0")]), 1);
+    merged_speaks_as_adapted(&small, &small.plan(&[("outputs.merged", "true"), ("tune.adapter.dropout", "0")]));
+}
+
+/// What the second makes of a weight is made of what the first has made of it.
+#[test]
+fn a_merged_model_has_all_adapters_of_a_linear() {
+    let small = Small::new();
+    let (request, work) = small.request(small.plan(&[("tune.adapter.dropout", "0")]), 1, None);
+    run(&request, &Outside::default()).unwrap();
+    std::fs::rename(work.path().join("adapter"), small.path("before")).unwrap();
+    for method in ["lokr", "dora"] {
+        let stack = format!("[{{name: facts, from: ./before, train: false}}, {{method: {method}, rank: 2}}]");
+        let changes = [("tune.adapter", "null"), ("tune.stack", stack.as_str()), ("outputs.merged", "true")];
+        merged_speaks_as_adapted(&small, &small.plan(&changes));
+    }
+}
+
+fn merged_speaks_as_adapted(small: &Small, plan: &Plan) {
+    let (_, files) = small.finish(plan.clone(), 1);
     let model = tempfile::tempdir().unwrap();
     for (name, bytes) in files.iter().filter_map(|(name, bytes)| Some((name.strip_prefix("Merged/")?, bytes))) {
         std::fs::write(model.path().join(name), bytes).unwrap();

@@ -1,5 +1,6 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
+mod products;
 mod turns;
 
 use std::collections::BTreeSet;
@@ -36,7 +37,7 @@ const OWN: [(&str, Own); 9] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(turns::OWN);
+    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 
@@ -164,7 +165,7 @@ fn additivity(method: Value, targets: &str, applies: &[SiteKind]) -> Result<f64,
     let at = &setup.attachments[0];
     let tensors = attune_models::stack::locals(at, &setup.params())?;
     let (layout, mut rng) = (Layout::new(), Rng::new(5, "rows"));
-    let cx = RowCx { site: &at.site, dropout: None, layout: &layout, rows: None };
+    let cx = RowCx { site: &at.site, output: 32, dropout: None, layout: &layout, rows: None };
     let [a, b] = [0; 2].map(|_| rng.normal_tensor(&[4, 24][..], 1.0, DType::F64));
     let (a, b) = (a?, b?);
     let added = |x: &Tensor| match setup.adapter.port(at) {
