@@ -38,6 +38,9 @@ const COMMITS: [(Role, &str); 3] = [
     (Role::Scheduler, "scheduler::before_artifact_row"),
 ];
 
+/// Holds a training process before its first checkpoint is there, however fast it came to it.
+const HELD: [(&str, &str); 1] = [("FAILPOINTS", "trainer::checkpoint_written=pause")];
+
 /// The kills in the order of this seed: those before the first checkpoint first, everything else shuffled.
 fn plan(seed: u64) -> Vec<Kill> {
     let mut rng = Rng::new(seed, "order of kills");
@@ -78,11 +81,19 @@ async fn disturbed(seed: u64, base: &str) -> BTreeMap<String, String> {
     let mut cluster = Cluster::start().await;
     let again = prepare(&cluster).await;
     assert_eq!(again, base, "the base itself is reproducible");
+    restart_worker(&mut cluster, &HELD);
     let id = cluster.submit(&cluster.path("world/chat.yaml"), &job(base));
+    let mut held = true;
     let mut rng = Rng::new(seed, "moments of kills");
     let mut done: BTreeMap<Kill, usize> = BTreeMap::new();
     println!("seed {seed}\nrole       first checkpoint  fail point                      at step");
     for kill in plan(seed) {
+        if held && kill.after_checkpoint {
+            held = false;
+            let epoch = cluster.job(&id).await.map_or(0, |job| job.epoch);
+            restart_worker(&mut cluster, &[]);
+            cluster.wait(&id, "next attempt", |job| job.epoch > epoch || job.state() == JobState::Backoff).await;
+        }
         let step = match kill.fail_point {
             None => at_random(&mut cluster, &id, kill, Duration::from_millis(rng.below(WAIT_MS))).await,
             Some(name) => at_fail_point(&mut cluster, &id, kill.role, name).await,
@@ -136,7 +147,7 @@ async fn at_random(cluster: &mut Cluster, id: &str, kill: Kill, wait: Duration) 
         })
         .await;
     if !kill.after_checkpoint {
-        assert!(started.checkpoint.is_empty(), "the first checkpoint came too early");
+        assert!(started.checkpoint.is_empty(), "a checkpoint is there before the first one");
     }
     tokio::time::sleep(wait).await;
     let step = cluster.job(id).await.and_then(|job| job.progress).map_or(0, |progress| progress.step);
@@ -156,8 +167,7 @@ async fn at_random(cluster: &mut Cluster, id: &str, kill: Kill, wait: Duration) 
             cluster.wait(id, "next attempt", |job| job.epoch > epoch || job.state() == JobState::Backoff).await;
         }
         Role::Worker => {
-            cluster.worker.take().unwrap().kill();
-            cluster.start_worker(&[]);
+            restart_worker(cluster, if kill.after_checkpoint { &[] } else { &HELD });
             let epoch = started.epoch;
             cluster.wait(id, "next attempt", |job| job.epoch > epoch || job.state() == JobState::Backoff).await;
         }
@@ -167,6 +177,12 @@ async fn at_random(cluster: &mut Cluster, id: &str, kill: Kill, wait: Duration) 
         }
     }
     step
+}
+
+/// Kills the worker, and with it the training process, and starts another one.
+fn restart_worker(cluster: &mut Cluster, variables: &[(&str, &str)]) {
+    cluster.worker.take().unwrap().kill();
+    cluster.start_worker(variables);
 }
 
 /// Restarts a role with a fail point that kills it in the middle of its next commit, and waits for that.
@@ -179,8 +195,7 @@ async fn at_fail_point(cluster: &mut Cluster, id: &str, role: Role, name: &str) 
             cluster.start_scheduler(&variables).await;
         }
         Role::Worker | Role::Child => {
-            cluster.worker.take().unwrap().kill();
-            cluster.start_worker(&variables);
+            restart_worker(cluster, &variables);
         }
     }
     let deadline = Instant::now() + PATIENCE;

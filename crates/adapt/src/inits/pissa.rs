@@ -30,7 +30,7 @@ use attune_points::init::Init;
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
-use attune_tensor::linalg;
+use attune_tensor::linalg::{self, Svd};
 use attune_tensor::rng::Rng;
 use candle_core::DType;
 use schemars::JsonSchema;
@@ -89,7 +89,7 @@ impl Init for Pissa {
             None => linalg::svd(&w_oi)?.truncated(rank)?,
             Some(rounds) => linalg::randomised_svd(&w_oi, rank, rounds as usize, &mut rng.named("directions"))?,
         };
-        let root = (first.s / scale)?.sqrt()?;
-        factors::taken_out(at, &first.v.broadcast_mul(&root.unsqueeze(1)?)?, &first.u.broadcast_mul(&root)?)
+        let (a_ri, b_or) = factors::balanced(&Svd { s: (first.s / scale)?, ..first })?;
+        factors::taken_out(at, &a_ri, &b_or)
     }
 }

@@ -4,6 +4,7 @@ use attune_architecture::Site;
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Port};
 use attune_points::{Error, Locals, Result, TensorSpec};
 use attune_spec::Fault;
+use attune_tensor::linalg::Svd;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
 
@@ -70,6 +71,15 @@ pub(crate) fn scale(of: &dyn Adapter, at: &Attachment) -> Result<f64> {
         },
         _ => Err(Error::Refused(format!("this initialisation is for a product of factors; {} has another", at.site))),
     }
+}
+
+/// The product of some singular triples as a pair: `√S V` as `[r, i]` and `U √S` as `[o, r]`.
+///
+/// # Errors
+/// Whatever making them raises.
+pub(crate) fn balanced(triples: &Svd) -> Result<(Tensor, Tensor)> {
+    let root = triples.s.sqrt()?;
+    Ok((triples.v.broadcast_mul(&root.unsqueeze(1)?)?, triples.u.broadcast_mul(&root)?))
 }
 
 /// A pair that starts with these values, and the same product taken out of the base.

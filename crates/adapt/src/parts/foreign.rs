@@ -1,36 +1,22 @@
-//! Configurations of PEFT's methods beside LoRA.
+//! PEFT's configurations of methods whose own keys are a type.
 
 use std::collections::BTreeMap;
 
-use attune_artifacts::formats::peft::{LoraConfig, PEFT_VERSION};
+use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Peft, PeftTensors};
 use attune_spec::Fault;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
+
+use crate::parts::keys::{self, Keys};
 
 /// The keys that are a method's own, as `adapter_config.json` has them.
 ///
 /// # Errors
 /// What the file asks for beyond the method itself, and values of another kind.
 pub(crate) fn parse<C: DeserializeOwned>(config: &Map<String, Value>) -> Result<C, Vec<Fault>> {
-    let set = |key: &str| match config.get(key) {
-        None | Some(Value::Null) => false,
-        Some(Value::Array(list)) => !list.is_empty(),
-        Some(Value::Object(map)) => !map.is_empty(),
-        Some(_) => true,
-    };
-    let beyond = [
-        ("bias", set("bias") && config["bias"] != "none"),
-        ("modules_to_save", set("modules_to_save")),
-        ("trainable_token_indices", set("trainable_token_indices")),
-    ];
-    let message = "asks for more than the method itself, which this version does not read";
-    let faults: Vec<Fault> =
-        beyond.into_iter().filter(|(_, asked)| *asked).map(|(key, _)| Fault::new(key, message)).collect();
-    if !faults.is_empty() {
-        return Err(faults);
-    }
+    Keys::of(config).finish()?;
     serde_json::from_value(Value::Object(config.clone())).map_err(|error| vec![Fault::new("", error.to_string())])
 }
 
@@ -53,20 +39,15 @@ pub(crate) fn by_pattern(
 
 /// An adapter in PEFT's layout: its own keys beside those that all have, and the spelling of its tensors.
 pub(crate) fn peft(peft_type: &str, own: &impl Serialize, tensors: Vec<(&'static str, &'static str)>) -> Peft {
-    let own = serde_json::to_value(own).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
-    let all = [
-        ("peft_type", json!(peft_type)),
-        ("peft_version", json!(PEFT_VERSION)),
-        ("task_type", json!("CAUSAL_LM")),
-        ("inference_mode", json!(true)),
-        ("modules_to_save", Value::Null),
-    ];
-    let config = all.map(|(key, value)| (key.to_owned(), value)).into_iter().chain(own).collect();
+    let mut config = keys::written(peft_type, []);
+    config.extend(serde_json::to_value(own).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default());
     Peft { config, tensors: PeftTensors::Each(tensors) }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

@@ -21,6 +21,7 @@ impl<'a> Keys<'a> {
         let beyond = "which is more than the adapter; this version does not read it";
         keys.only("bias", "none", beyond);
         keys.only("modules_to_save", json!([]), beyond);
+        keys.only("trainable_token_indices", json!([]), beyond);
         keys
     }
 

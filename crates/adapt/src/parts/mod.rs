@@ -7,7 +7,6 @@ pub(crate) mod factors;
 pub(crate) mod foreign;
 pub(crate) mod hadamard;
 pub(crate) mod keys;
-pub(crate) mod leading;
 pub(crate) mod linears;
 pub(crate) mod orthogonal;
 pub(crate) mod own;

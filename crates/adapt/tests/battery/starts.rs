@@ -83,9 +83,11 @@ impl Started {
             sets: vec![Arc::new(params.clone())],
             train,
         };
-        let mut theta = Theta::single([bank("x", &self.fresh.own, true), bank("x-start", &self.fresh.beside, false)]);
-        theta.beside.insert(0, 1);
-        theta
+        if self.fresh.beside.is_empty() {
+            return Theta::single([bank("x", &self.fresh.own, true)]);
+        }
+        let banks = [bank("x", &self.fresh.own, true), bank("x-start", &self.fresh.beside, false)];
+        Theta { beside: BTreeMap::from([(0, 1)]), ..Theta::single(banks) }
     }
 
     /// What the component adds to the weight of each site at its start.
