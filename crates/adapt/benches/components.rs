@@ -1,7 +1,7 @@
-//! What components cost: steps of LoRA at every linear, summed within the base's products, against the same by its graph (as
-//! components without a fused form run) and against DoRA, which makes another weight; in turn in one process.
+//! What components cost: a step of each method against one of LoRA of about equal size, whose products are summed within the base's,
+//! in turn in one process; first LoRA itself by its graph, as components without a fused form run.
 //!
-//! `cargo bench -p attune-adapt --profile dev --bench components`; `RAYON_NUM_THREADS` says how many threads.
+//! `cargo bench --workspace --features attune/failpoints --profile dev --bench components`; `RAYON_NUM_THREADS` says how many threads.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -10,21 +10,21 @@
 
 use std::sync::Arc;
 
-use attune_adapt::ADAPTERS;
-use attune_architecture::{Architecture, Site, SiteKind};
+use attune_adapt::{ADAPTERS, slot};
+use attune_architecture::{Architecture, Site, targets};
 use attune_models::pass::Stopwatch;
 use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Pass, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
-use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Locals, Params, Result, Row, Theta, Weight};
+use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Locals, Result, Row, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
+use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, MethodRef};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
-use serde_json::json;
 
 const SHAPE: &str = r#"{
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -35,27 +35,33 @@ const DOCUMENTS: u64 = 8;
 const LENGTH: usize = 256;
 /// A step's logical shards, each of which has sums over rows of its own.
 const PARTS: usize = 8;
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 
-/// LoRA, which may hide that it has a fused form.
+/// LoRA that hides that it has a fused form.
 struct Lora {
     inner: Box<dyn Adapter>,
-    fused: bool,
     /// Any of its attachments: all have the same map.
-    at: Option<Attachment>,
+    at: Attachment,
 }
 
 impl Lora {
-    fn new(fused: bool, architecture: &Architecture, sites: &[Site]) -> (Self, Vec<Attachment>) {
-        let inner = build("lora");
-        let attachments = inner.attach(architecture, sites).unwrap();
-        (Self { inner, fused, at: attachments.first().cloned() }, attachments)
+    fn hidden(architecture: &Architecture, like: &Measured) -> (Self, Vec<Attachment>) {
+        let inner = build(&method(r#"{"method": "lora", "rank": 16, "alpha": 32}"#));
+        let ids: Vec<_> = like.model.stack().slots()[0].attachments().map(|at| at.site.clone()).collect();
+        let sites: Vec<Site> = architecture.sites().into_iter().filter(|site| ids.contains(&site.id)).collect();
+        let attachments = inner.attach(architecture, &sites).unwrap();
+        (Self { inner, at: attachments[0].clone() }, attachments)
     }
 }
 
-fn build(method: &str) -> Box<dyn Adapter> {
-    let method: MethodRef = serde_json::from_value(json!({"method": method, "rank": 16, "alpha": 32})).unwrap();
-    ADAPTERS.build(&method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[] }).unwrap()
+fn method(text: &str) -> MethodRef {
+    serde_json::from_str(text).unwrap()
+}
+
+fn build(method: &MethodRef) -> Box<dyn Adapter> {
+    ADAPTERS
+        .build(method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[] })
+        .unwrap_or_else(|faults| panic!("{faults:?}"))
 }
 
 impl Adapter for Lora {
@@ -67,8 +73,8 @@ impl Adapter for Lora {
         self.inner.init(at, weight, rng)
     }
 
-    fn port(&self, at: &Attachment) -> Port<'_> {
-        if self.fused { self.inner.port(at) } else { Port::Delta(self) }
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Delta(self)
     }
 
     fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> Result<Merged> {
@@ -82,9 +88,7 @@ impl Adapter for Lora {
 
 impl RowMap for Lora {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor> {
-        let Some(Port::Delta(map)) = self.at.as_ref().map(|at| self.inner.port(at)) else {
-            unreachable!("it adds rows")
-        };
+        let Port::Delta(map) = self.inner.port(&self.at) else { unreachable!("it adds rows") };
         map.graph(x_ti, tensors, cx)
     }
 }
@@ -101,41 +105,75 @@ impl Objective for CrossEntropy {
     }
 }
 
-/// How a component takes part.
-#[derive(Clone, Copy)]
-enum How {
-    Fused,
-    Graph,
-    Weight,
+/// Methods as they are measured: each with about as many parameters as LoRA of rank 16 has, where its form allows it.
+const METHODS: &[&str] = &[
+    r#"{"method": "abba", "rank_1": 8, "rank_2": 8}"#,
+    r#"{"method": "boft", "block_size": 8}"#,
+    r#"{"method": "bone", "rank": 32}"#,
+    r#"{"method": "bottleneck", "reduction": 8}"#,
+    r#"{"method": "c3a", "block_size": 8}"#,
+    r#"{"method": "capaboost", "rank": 16}"#,
+    r#"{"method": "compacter"}"#,
+    r#"{"method": "delora", "rank": 16}"#,
+    r#"{"method": "dora", "rank": 16}"#,
+    r#"{"method": "flora-tucker"}"#,
+    r#"{"method": "fourierft"}"#,
+    r#"{"method": "gralora", "rank": 16}"#,
+    r#"{"method": "hira", "rank": 16}"#,
+    r#"{"method": "hra", "rank": 16}"#,
+    r#"{"method": "ia3"}"#,
+    r#"{"method": "loha", "rank": 8}"#,
+    r#"{"method": "lokr", "rank": 16}"#,
+    r#"{"method": "loramoe", "rank": 4, "experts": 4}"#,
+    r#"{"method": "lorma", "rank": 16}"#,
+    r#"{"method": "lotr", "rank": 32}"#,
+    r#"{"method": "mora", "rank": 16}"#,
+    r#"{"method": "oft", "block_size": 16}"#,
+    r#"{"method": "prefix-tuning"}"#,
+    r#"{"method": "randlora"}"#,
+    r#"{"method": "road", "group_size": 16}"#,
+    r#"{"method": "shira", "rank": 16}"#,
+    r#"{"method": "spiel", "density": 0.1}"#,
+    r#"{"method": "vera"}"#,
+];
+
+/// A component on the sites that it takes by itself, and how many parameters train.
+struct Measured {
+    model: Model,
+    theta: Theta,
+    parameters: usize,
 }
 
-fn model(base: &Arc<Base>, how: How) -> (Model, Theta) {
-    let architecture = base.architecture();
-    // The head has no adapter, as in the comparisons with other programs.
-    let is_target = |site: &Site| site.layer.is_some() && matches!(site.kind, SiteKind::Linear { .. });
-    let sites: Vec<Site> = architecture.sites().into_iter().filter(is_target).collect();
-    let (component, attachments): (Arc<dyn Adapter>, Vec<Attachment>) = match how {
-        How::Fused | How::Graph => {
-            let (lora, attachments) = Lora::new(matches!(how, How::Fused), architecture, &sites);
-            (Arc::new(lora), attachments)
-        }
-        How::Weight => {
-            let dora = build("dora");
-            let attachments = dora.attach(architecture, &sites).unwrap();
-            (dora.into(), attachments)
-        }
-    };
-    let mut params = Params::new();
-    for at in &attachments {
-        let mut rng = Rng::new(1, "set").named(at.site.as_str());
-        for spec in &at.tensors {
-            let value = rng.normal_tensor(spec.shape.as_slice(), 0.02, DType::F32).unwrap();
-            params.insert(spec.name(at.site.as_str()), value);
-        }
+impl Measured {
+    fn new(base: &Arc<Base>, method: &MethodRef) -> Self {
+        let card = ADAPTERS.card(&method.method).unwrap();
+        let takes = |site: &Site| card.applies.contains(&site.offers());
+        let sites = targets::resolve(&Targets::from(card.targets), None, base.architecture(), takes).unwrap();
+        let adapter = build(method);
+        let attachments = adapter.attach(base.architecture(), &sites).unwrap();
+        Self::of(base, adapter.into(), attachments)
     }
-    let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: true };
-    let stack = Stack::new(vec![Slot::new(component, attachments)]);
-    (Model::new(Arc::clone(base), stack), Theta::single([bank]))
+
+    fn of(base: &Arc<Base>, adapter: Arc<dyn Adapter>, attachments: Vec<Attachment>) -> Self {
+        let sites = base.architecture().sites();
+        let weight = |at: &Attachment| {
+            let site = sites.iter().find(|site| site.id == at.site).unwrap();
+            Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
+        };
+        let fresh = slot::fresh(&*adapter, None, &attachments, weight, &Rng::new(1, "init")).unwrap();
+        let slot = Slot::new(adapter, attachments);
+        let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets: vec![Arc::new(fresh.own)], train: true };
+        let mut theta = Theta::single([bank]);
+        // Away from its start, so that nothing is multiplied with zeros.
+        let mut rng = Rng::new(1, "moved");
+        let trained: Vec<_> = theta.trained().map(|(id, tensor)| (id, tensor.clone())).collect();
+        for (id, tensor) in &trained {
+            let noise = rng.normal_tensor(tensor.shape(), 0.02, DType::F32).unwrap();
+            theta.put(id, (tensor + noise).unwrap());
+        }
+        let parameters = trained.iter().map(|(_, tensor)| tensor.elem_count()).sum();
+        Self { model: Model::new(Arc::clone(base), Stack::new(vec![slot])), theta, parameters }
+    }
 }
 
 /// Seconds of the clock and of all processors, and the loss.
@@ -166,27 +204,37 @@ fn main() {
             (0..LENGTH).map(|row| (Row::Token(ids[row]), if row + 1 == LENGTH { NO_LABEL } else { ids[row + 1] }));
         layouts[example as usize % PARTS].push(Source { example, ..Source::default() }, rows.collect::<Vec<_>>());
     }
-    let models = [How::Fused, How::Graph, How::Weight].map(|how| model(&base, how));
-    let mut spent = [(); 3].map(|()| (Vec::new(), 0.0));
-    for round in 0..=ROUNDS {
-        for ((model, theta), (seconds, cpu)) in models.iter().zip(&mut spent) {
-            let (took, ran, loss) = step(model, theta, &layouts);
-            // The first round only warms up.
-            if round > 0 {
-                seconds.push(took);
-                *cpu += ran;
-            } else {
-                println!("loss {loss}");
+    let lora = Measured::new(&base, &method(r#"{"method": "lora", "rank": 16, "alpha": 32}"#));
+    let (hidden, attachments) = Lora::hidden(base.architecture(), &lora);
+    let mut all = vec![("lora by its graph".to_owned(), Measured::of(&base, Arc::new(hidden), attachments))];
+    all.extend(METHODS.iter().map(|text| (method(text).method, Measured::new(&base, &method(text)))));
+    println!("LoRA of rank 16 has {} parameters", lora.parameters);
+    println!(
+        "| method | parameters, of LoRA's | ms a step | against LoRA's | by processor time |\n|---|---|---|---|---|"
+    );
+    for (name, measured) in &all {
+        let mut spent = [(); 2].map(|()| (Vec::new(), 0.0));
+        for round in 0..=ROUNDS {
+            for (of, (seconds, cpu)) in [&lora, measured].into_iter().zip(&mut spent) {
+                let (took, ran, loss) = step(&of.model, &of.theta, &layouts);
+                assert!(loss.is_finite(), "{name}");
+                // The first round only warms up.
+                if round > 0 {
+                    seconds.push(took);
+                    *cpu += ran;
+                }
             }
         }
-    }
-    let [fused, graph, weight] = spent.map(|(mut seconds, cpu)| {
-        seconds.sort_by(f64::total_cmp);
-        (seconds[seconds.len() / 2], cpu)
-    });
-    println!("within the product {:.0} ms a step", 1e3 * fused.0);
-    for (how, (seconds, cpu)) in [("by graph", graph), ("by another weight", weight)] {
-        let ratios = (seconds / fused.0, cpu / fused.1);
-        println!("{how} {:.0} ms a step: ratio {:.2}, by processor time {:.2}", 1e3 * seconds, ratios.0, ratios.1);
+        let [plain, own] = spent.map(|(mut seconds, cpu)| {
+            seconds.sort_by(f64::total_cmp);
+            (seconds[seconds.len() / 2], cpu)
+        });
+        println!(
+            "| `{name}` | {:.2} | {:.0} | {:.2} | {:.2} |",
+            measured.parameters as f64 / lora.parameters as f64,
+            1e3 * own.0,
+            own.0 / plain.0,
+            own.1 / plain.1
+        );
     }
 }

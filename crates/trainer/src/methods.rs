@@ -20,9 +20,82 @@ pub fn documents() -> Vec<MethodDocument> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::path::Path;
+    use std::fmt::Write as _;
+    use std::path::{Path, PathBuf};
+
+    use attune_spec::method::{Merges, Point};
 
     use super::*;
+
+    fn root() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    }
+
+    /// What each adapter has and plain LoRA lacks, by the names of the trials that show it.
+    fn own_properties() -> BTreeMap<String, String> {
+        let folder = root().join("crates/adapt/tests/battery/own");
+        let mut found = BTreeMap::new();
+        let mut files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        for file in files {
+            let text = std::fs::read_to_string(file).unwrap();
+            let trials = text.lines().filter_map(|line| line.trim_start().strip_prefix("(\"")?.split('"').next());
+            for (methods, property) in trials.filter_map(|name| name.split_once("::")) {
+                for method in methods.split("_and_") {
+                    let property = property.replace('_', " ");
+                    let all: &mut String = found.entry(method.replace('_', "-")).or_default();
+                    let then = if all.is_empty() { "" } else { "; " };
+                    let _ = write!(all, "{then}{property}");
+                }
+            }
+        }
+        found
+    }
+
+    /// `docs/methods.md`.
+    fn page() -> String {
+        let own = own_properties();
+        let mut page = String::from(
+            "# Methods\n\nGenerated from the cards of this build (`ATTUNE_UPDATE=1 cargo nextest run … -E \
+             'test(committed_documents_are_current)'`). `attune methods show NAME` has the parameters of each.\n\n\
+             ## Adapters\n\nEvery adapter passes the battery in `crates/adapt/tests/battery`: it starts as the base or its card says \
+             why not, its gradients agree with central differences in 64 bits, it is read as it was written bit by bit, merged it is \
+             what it was beside the base, its formula counts its tensors, and its start depends on seed and site alone. Where PEFT has \
+             the method, outputs, gradients, merged weights and files are compared with PEFT's. The last column is what the method has \
+             and LoRA with as many parameters lacks, tested on both. In formulas `i` and `o` are the widths of a linear's input and \
+             output (`i` that of a block's rows), `k` that of all keys, `b` 1 with a bias, `down` 1 at linears that lead out of an \
+             MLP.\n\n| method | paper | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|\n",
+        );
+        let paper = |document: &MethodDocument| {
+            document.paper.as_ref().map_or_else(String::new, |paper| format!("{} ({})", paper.title, paper.year))
+        };
+        let code = |text: &str| if text.is_empty() { String::new() } else { format!("`{}`", text.replace('|', "\\|")) };
+        let (adapters, others): (Vec<_>, Vec<_>) =
+            documents().into_iter().partition(|document| document.point == Point::Adapter);
+        for document in &adapters {
+            let merges = match document.merges {
+                Merges::No => "no",
+                Merges::Factors => "as factors",
+                _ => "as a weight",
+            };
+            let _ = writeln!(
+                page,
+                "| `{}` | {} | {} | {} | {merges} | {} | {} |",
+                document.name,
+                paper(document),
+                code(&document.parameters),
+                code(&document.shared),
+                code(document.peft_type.as_deref().unwrap_or_default()),
+                own.get(&document.name).map_or("", String::as_str),
+            );
+        }
+        page.push_str("\n## Others\n\n| method | point | paper | what it is |\n|---|---|---|---|\n");
+        for document in &others {
+            let (point, summary) = (document.point.as_str(), &document.summary);
+            let _ = writeln!(page, "| `{}` | {point} | {} | {summary} |", document.name, paper(document));
+        }
+        page
+    }
 
     /// The committed documents are those of the lists. With `ATTUNE_UPDATE=1` in the environment they are written anew.
     #[test]
@@ -51,11 +124,27 @@ mod tests {
                 std::fs::write(folder.join(name), text).unwrap();
             }
         }
+        let (file, page) = (root().join("docs/methods.md"), page());
+        if std::env::var_os("ATTUNE_UPDATE").is_some() {
+            std::fs::write(&file, &page).unwrap();
+        }
+        let written = std::fs::read_to_string(file).unwrap_or_default();
+        assert!(written == page, "docs/methods.md is out of date; run with ATTUNE_UPDATE=1");
         let found = read();
         assert_eq!(found.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>(), "run with ATTUNE_UPDATE=1");
         for (name, text) in wanted {
             assert_eq!(found[&name], text, "{name} is out of date; run with ATTUNE_UPDATE=1");
         }
+    }
+
+    /// Each adapter but the plain ones shows what is its own.
+    #[test]
+    fn every_adapter_has_a_property_of_its_own() {
+        let own = own_properties();
+        let adapters = documents().into_iter().filter(|document| document.point == Point::Adapter);
+        let without: Vec<String> =
+            adapters.map(|document| document.name).filter(|name| name != "lora" && !own.contains_key(name)).collect();
+        assert!(without.is_empty(), "{without:?} have none in crates/adapt/tests/battery/own");
     }
 
     #[test]

@@ -8,14 +8,15 @@
 //! ```
 //!
 //! # Symbols
-//! `lora_A` `A_ri` and `lora_B` `B_or`, f32, trained; A starts uniform in ±1/sqrt(i) (Kaiming with a = sqrt(5)), B at 0.
-//! `drop` is dropout on the component's input.
+//! `lora_A` `A_ri` and `lora_B` `B_or`, f32; both train, or as `trains` says one of them; A starts uniform in ±1/sqrt(i) (Kaiming with
+//! a = sqrt(5)), B at 0. `drop` is dropout on the component's input. The learning rate of B is `b_lr` times that of all else.
 //!
 //! # Cost
-//! `r*(i+o)` parameters per linear; `2 r (i+o)` extra FLOPs per token forward.
+//! `r*(i+o)` parameters per linear, `r*o` or `r*i` where one factor trains; `2 r (i+o)` extra FLOPs per token forward.
 //!
 //! # Limits
-//! With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight.
+//! With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight. Where B alone trains, the change
+//! stays in the rows that A spans.
 //!
 //! # Departures
 //! none; agrees with PEFT. `rank_pattern` and `alpha_pattern` name whole paths, not patterns: reading a PEFT folder resolves
@@ -23,7 +24,10 @@
 //!
 //! # Paper
 //! LoRA: Low-Rank Adaptation of Large Language Models. Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, 2021. Scaling
-//! by the root of the rank: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. Kalajdzievski, 2023.
+//! by the root of the rank: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. Kalajdzievski, 2023. One factor alone:
+//! Asymmetry in Low-Rank Adapters of Foundation Models. Zhu, Greenewald, Nadjahi, Sáez de Ocáriz Borde, Gabrielsson, Choshen,
+//! Ghassemi, Yurochkin, Solomon, 2024, with `init: {method: orthonormal}` and twice the rank. Two rates: LoRA+: Efficient Low Rank
+//! Adaptation of Large Models. Hayou, Ghosh, Yu, 2024.
 
 use std::collections::BTreeMap;
 
@@ -48,6 +52,19 @@ use crate::parts::scaling::{self, Scaling};
 const A: &str = "lora_A";
 const B: &str = "lora_B";
 
+/// Which factors train.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Trains {
+    /// Both.
+    #[default]
+    Both,
+    /// B alone: A stays as it starts.
+    B,
+    /// A alone: B stays as it starts, so it needs a start away from 0.
+    A,
+}
+
 /// Parameters of LoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -64,6 +81,11 @@ pub(super) struct Config {
     dropout: f64,
     /// Scales by `alpha / sqrt(rank)` instead of `alpha / rank`.
     rslora: bool,
+    /// Which factors train.
+    trains: Trains,
+    /// Factor on the learning rate of B (LoRA+ has some 16).
+    #[schemars(range(min = 0.0, max = 1e6))]
+    b_lr: f64,
     /// Rank at single sites, by whole path.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     rank_pattern: BTreeMap<String, u32>,
@@ -80,6 +102,8 @@ impl Default for Config {
             alpha: 8.0,
             dropout: 0.0,
             rslora: false,
+            trains: Trains::Both,
+            b_lr: 1.0,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
         }
@@ -89,6 +113,8 @@ impl Default for Config {
 pub(super) struct Lora {
     scaling: Scaling,
     dropout: f64,
+    trains: Trains,
+    b_lr: f64,
     /// The map of each site that has a scaling of its own.
     own: BTreeMap<String, Rows>,
     /// The map of all others.
@@ -110,7 +136,7 @@ impl Method for Lora {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "rank*(i+o)",
+        parameters: "rank*(i*(trains != \"b\") + o*(trains != \"a\"))",
         merges: Merges::Factors,
         peft_type: Some("LORA"),
         ..Card::new(
@@ -132,10 +158,10 @@ impl Method for Lora {
 
 impl Lora {
     fn new(config: Config) -> Self {
-        let Config { rank, alpha, dropout, rslora, rank_pattern, alpha_pattern } = config;
+        let Config { rank, alpha, dropout, rslora, trains, b_lr, rank_pattern, alpha_pattern } = config;
         let scaling = Scaling { rank, alpha, rslora, ranks: rank_pattern, alphas: alpha_pattern };
         let rows = |scale| Rows { scale, dropout };
-        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout }
+        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout, trains, b_lr }
     }
 
     /// Of these ranks at these sites, with 1 as the factor on products: what most sites have stands for all.
@@ -155,7 +181,14 @@ impl Lora {
 
 impl Adapter for Lora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        factors::attach(sites, A, B, |site| self.scaling.rank_at(site))
+        let mut attachments = factors::attach(sites, A, B, |site| self.scaling.rank_at(site))?;
+        for spec in attachments.iter_mut().flat_map(|at| &mut at.tensors) {
+            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) == (spec.local == B);
+            if spec.local == B {
+                spec.lr_factor = self.b_lr;
+            }
+        }
+        Ok(attachments)
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
@@ -246,6 +279,25 @@ mod tests {
             for (scaled, plain) in delta(config.clone()).iter().zip(&plain) {
                 assert!((scaled - factor * plain).abs() < 1e-12, "{config:?}");
             }
+        }
+    }
+
+    #[test]
+    fn one_factor_may_train_alone_and_b_may_have_a_rate_of_its_own() {
+        let architecture = Architecture::from_json(
+            br#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 11, "max_position_embeddings": 8,
+                "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": false}"#,
+        );
+        let architecture = architecture.unwrap();
+        let sites = architecture.sites();
+        let site = sites.iter().find(|site| site.id.as_str().ends_with("q_proj")).unwrap();
+        for (trains, expected) in [(Trains::Both, [true, true]), (Trains::B, [false, true]), (Trains::A, [true, false])]
+        {
+            let lora = Lora::new(Config { trains, b_lr: 16.0, ..Config::default() });
+            let at = lora.attach(&architecture, std::slice::from_ref(site)).unwrap().remove(0);
+            assert_eq!([at.tensors[0].train, at.tensors[1].train], expected);
+            assert_eq!([at.tensors[0].lr_factor, at.tensors[1].lr_factor], [1.0, 16.0]);
         }
     }
 

@@ -3,6 +3,7 @@
 mod gaussian;
 mod kaiming;
 mod olora;
+mod orthonormal;
 mod pissa;
 
 use attune_points::init::Init;
@@ -11,5 +12,11 @@ use attune_spec::method::{Point, Registry, entry};
 /// All initialisations.
 pub static INITS: Registry<dyn Init> = Registry::new(
     Point::Init,
-    &[entry::<gaussian::Gaussian>(), entry::<kaiming::Kaiming>(), entry::<olora::Olora>(), entry::<pissa::Pissa>()],
+    &[
+        entry::<gaussian::Gaussian>(),
+        entry::<kaiming::Kaiming>(),
+        entry::<olora::Olora>(),
+        entry::<orthonormal::Orthonormal>(),
+        entry::<pissa::Pissa>(),
+    ],
 );

@@ -24,9 +24,10 @@ use crate::{build, fail};
 
 type Run = fn() -> Result<(), Failed>;
 
-const TRIALS: [(&str, Run); 6] = [
+const TRIALS: [(&str, Run); 7] = [
     ("a_named_start_replaces_the_own_one", named),
     ("a_start_and_what_it_takes_out_are_the_base", together),
+    ("an_orthonormal_start_has_rows_of_length_one_that_are_at_right_angles", orthonormal),
     ("both_factors_of_a_start_away_from_zero_learn_in_the_first_step", first_step),
     ("pissa_takes_out_the_largest_singular_values", largest_values),
     ("what_is_taken_out_is_what_peft_takes_out", golden),
@@ -160,6 +161,23 @@ fn first_step() -> Result<(), Failed> {
         assert!(gradient_of_a(start)? > 1e-3);
     }
     assert_eq!(gradient_of_a(json!({"method": "kaiming"}))?, 0.0);
+    Ok(())
+}
+
+fn orthonormal() -> Result<(), Failed> {
+    let started = Started::new(small()?, json!({"method": "orthonormal"}))?;
+    let mut found = Vec::new();
+    for (name, tensor) in started.fresh.own.iter() {
+        if name.local() == "lora_A" {
+            let unit = Tensor::eye(4, DType::F32, &Device::Cpu)?;
+            assert!(difference(&tensor.matmul(&tensor.t()?)?, &unit) < 1e-5, "{name}");
+            found.push(tensor.flatten_all()?.to_vec1::<f32>()?);
+        } else {
+            assert_eq!(largest(tensor), 0.0, "{name}");
+        }
+    }
+    found.dedup();
+    assert_eq!(found.len(), started.attachments.len(), "sites start alike");
     Ok(())
 }
 

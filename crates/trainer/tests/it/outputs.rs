@@ -12,7 +12,7 @@ use attune_points::{Bank, BankKind, Layout, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Precision;
 use attune_spec::method::BuildCx;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::support::{Small, metric};
 
@@ -132,4 +132,36 @@ fn a_packed_sets_loss_is_the_token_weighted_mean_of_its_documents_alone() {
         let packed = measured["loss"]["all"].as_f64().unwrap();
         assert!((packed - sum / tokens).abs() < 1e-5, "{packed} packed, {} alone", sum / tokens);
     }
+}
+
+/// What never trains is in the result as it started; what does has moved, and more with a rate of its own.
+#[test]
+fn a_factor_that_does_not_train_stays_as_it_started() {
+    let small = Small::new();
+    let trained = |adapter: &str, steps: &str| {
+        let constant = ("tune.schedule", "{method: constant}");
+        let plan = small.plan(&[("tune.adapter", adapter), ("tune.steps", steps), constant]);
+        let folder = format!("adapter-{steps}");
+        unpack(&small.finish(plan, 1).1, "Result", &small.path(&folder));
+        let file = small.path(&folder).join("adapter_model.safetensors");
+        let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+        let mut sums = [0.0f32; 2];
+        let mut of_a = Vec::new();
+        let mut names: Vec<&String> = tensors.keys().collect();
+        names.sort();
+        for name in names {
+            let values: Vec<f32> = tensors[name].flatten_all().unwrap().to_vec1().unwrap();
+            sums[usize::from(name.contains("lora_B"))] += values.iter().map(|value| value.abs()).sum::<f32>();
+            if name.contains("lora_A") {
+                of_a.extend(values);
+            }
+        }
+        (of_a, sums[1])
+    };
+    let b_alone = "{method: lora, rank: 4, trains: b, init: {method: orthonormal}}";
+    let ((a, b), (later_a, later_b)) = (trained(b_alone, "1"), trained(b_alone, "6"));
+    assert!(a == later_a && later_b > b, "A moved, or B did not");
+    let (_, slow) = trained("{method: lora, rank: 4}", "1");
+    let (_, fast) = trained("{method: lora, rank: 4, b_lr: 16}", "1");
+    assert!((fast / slow - 16.0).abs() < 0.01, "the first step of B is {} times as long", fast / slow);
 }

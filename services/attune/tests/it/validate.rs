@@ -83,7 +83,7 @@ fn all_faults_are_said_at_once_with_their_paths() {
     error: job.yaml has 6 faults
       `tune.adapter.alpha` is "high"; expected a number
       `tune.adapter.rank` is -4; expected 1 or more
-      `tune.adapter.targest` is not a known field; known are rank, alpha, dropout, rslora, rank_pattern, alpha_pattern
+      `tune.adapter.targest` is not a known field; known are rank, alpha, dropout, rslora, trains, b_lr, rank_pattern, alpha_pattern
       `tune.batch_token` is not a known field; did you mean "batch_tokens"?
       `tune.optimizer.method` is "adamv", which no method of point optimizer is called; known are adamw; did you mean "adamw"?
       `tune.steps` is "ten"; expected nothing or a whole number
@@ -166,16 +166,18 @@ fn the_examples_are_valid_beside_the_files_of_the_demonstration() {
     let place = Place::new();
     let ran = place.run(&["demo", "--files", "attune-demo/files"]);
     assert_eq!(ran.status, 0, "{}", ran.all());
-    std::fs::create_dir(place.path().join("examples")).unwrap();
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    std::fs::create_dir_all(place.path().join("examples/adapters")).unwrap();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut count = 0;
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        let (name, text) = (path.file_name().unwrap().to_str().unwrap(), std::fs::read_to_string(&path).unwrap());
-        place.write(&format!("examples/{name}"), &text);
-        let ran = place.run(&["validate", &format!("examples/{name}")]);
-        assert_eq!(ran.status, 0, "{}", ran.all());
-        count += 1;
+    for folder in ["examples", "examples/adapters"] {
+        let files = std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+        for path in files.filter(|path| path.is_file()) {
+            let name = format!("{folder}/{}", path.file_name().unwrap().to_str().unwrap());
+            place.write(&name, &std::fs::read_to_string(&path).unwrap());
+            let ran = place.run(&["validate", &name]);
+            assert_eq!(ran.status, 0, "{name}: {}", ran.all());
+            count += 1;
+        }
     }
-    assert!(count >= 3);
+    assert!(count >= 15);
 }
