@@ -48,7 +48,14 @@ impl Component {
             Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
         };
         let stream = Rng::new(seed, "init").named(planned.name.as_str());
-        let Fresh { own, beside } = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, &stream)?;
+        let Fresh { own, beside } = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, &stream)
+            .map_err(|error| match error {
+                attune_points::Error::Refused(message) => {
+                    let path = if init.is_some() { path.field("init") } else { path.clone() };
+                    Error::Faults(vec![Fault::new(path, format!("cannot start: {message}"))])
+                }
+                other => other.into(),
+            })?;
         Ok(Self { beside: (!beside.is_empty()).then_some(beside), ..at.with(own) })
     }
 

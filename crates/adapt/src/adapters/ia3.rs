@@ -28,9 +28,9 @@
 use attune_architecture::{Architecture, Place, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft, PeftTensors, Port};
 use attune_points::{Locals, TensorSpec, Weight};
-use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::{Fault, suggest};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -87,12 +87,15 @@ impl Ia3 {
     fn scales_inputs(&self, site: &Site) -> bool {
         match &self.config.inputs {
             None => site.place == Place::Down,
-            Some(named) => named.iter().any(|name| {
-                let before = site.id.as_str().strip_suffix(name.as_str());
-                before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
-            }),
+            Some(named) => named.iter().any(|name| is_named(site, name)),
         }
     }
+}
+
+/// Whether a name is a site's, or the end of its path.
+fn is_named(site: &Site, name: &str) -> bool {
+    let before = site.id.as_str().strip_suffix(name);
+    before.is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 
 /// Whether an attachment scales what its linear reads.
@@ -102,6 +105,12 @@ fn is_input(at: &Attachment) -> bool {
 
 impl Adapter for Ia3 {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
+        let unknown = |name: &&String| !sites.iter().any(|site| is_named(site, name));
+        if let Some(name) = self.config.inputs.iter().flatten().find(unknown) {
+            let names = sites.iter().filter_map(|site| site.id.as_str().rsplit('.').next());
+            let hint = suggest::hint(name, names);
+            return Err(vec![Fault::new("inputs", format!("names {name:?}, which is none of the targets{hint}"))]);
+        }
         linears::attach(sites, |site, output, input| {
             let shape = if self.scales_inputs(site) { [1, input] } else { [output, 1] };
             // Decay would pull it to 0, not to the base.

@@ -34,7 +34,7 @@ use std::collections::BTreeMap;
 use attune_architecture::{Architecture, Site};
 use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
-use attune_points::{Locals, Weight};
+use attune_points::{Error, Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
@@ -192,6 +192,11 @@ impl Adapter for Lora {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+        if self.trains == Trains::A {
+            let message = "A alone trains, and B starts at 0, with which nothing moves: expected `init: {method: pissa}` or another \
+                           start away from 0";
+            return Err(Error::Refused(message.to_owned()));
+        }
         factors::kaiming(at, rng)
     }
 

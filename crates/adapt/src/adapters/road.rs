@@ -29,7 +29,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -92,6 +92,12 @@ impl Method for Road {
         parameters: "o*if(variant == \"road_1\", 1, if(variant == \"road_2\", 2, 4))",
         merges: Merges::Weight,
         peft_type: Some("ROAD"),
+        rules: &[Rule {
+            when: "true",
+            require: "floor(group_size/2)*2 == group_size",
+            message: "is odd; expected an even number, for its halves are paired",
+            path: "group_size",
+        }],
         ..Card::new(
             "road",
             Point::Adapter,
@@ -103,9 +109,6 @@ impl Method for Road {
     type Object = dyn Adapter;
 
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
-        if !config.group_size.is_multiple_of(2) {
-            return Err(vec![Fault::new("group_size", format!("is {}; expected an even number", config.group_size))]);
-        }
         Ok(Box::new(Self { config }))
     }
 }
@@ -240,12 +243,5 @@ mod tests {
         let twice = |x: [f64; 2]| [each(x), each(x)].concat();
         let twice = turned(&road(Variant::Twice), &tensors(&twice(theta), &twice(alpha)), [1.0, 2.0, 3.0, 4.0]);
         assert_eq!((&few, &few), (&numbers, &twice));
-    }
-
-    #[test]
-    fn an_odd_group_and_one_that_does_not_divide_are_refused() {
-        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[] };
-        let faults = Road::build(Config { group_size: 7, ..Config::default() }, &cx).err().unwrap();
-        assert_eq!(faults[0].to_string(), "`group_size` is 7; expected an even number");
     }
 }

@@ -36,7 +36,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::engine::StepRule;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -90,6 +90,12 @@ impl Method for Spiel {
         targets: "all-linear",
         parameters: "max(1, floor(density*i*o))",
         merges: Merges::Weight,
+        rules: &[Rule {
+            when: "rate > 0",
+            require: "watch <= every",
+            message: "is more than the steps from one choice to the next; expected `every` at most",
+            path: "watch",
+        }],
         ..Card::new(
             "spiel",
             Point::Adapter,
@@ -101,11 +107,6 @@ impl Method for Spiel {
     type Object = dyn Adapter;
 
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
-        if config.watch > config.every {
-            let message =
-                format!("is {}, more than the {} steps from one choice to the next", config.watch, config.every);
-            return Err(vec![Fault::new("watch", message)]);
-        }
         Ok(Box::new(Self { config }))
     }
 }

@@ -17,6 +17,9 @@ pub(crate) fn widest(sites: &[Site]) -> (usize, usize) {
     widths.fold((0, 0), |(o, i), (output, input)| (o.max(output), i.max(input)))
 }
 
+/// How many sites are told of that a component cannot be put on.
+const SHOWN: usize = 3;
+
 /// What `tensors` says for each site, by its output and input width.
 ///
 /// # Errors
@@ -42,5 +45,14 @@ pub(crate) fn attach(
             Err(fault) => faults.push(fault),
         }
     }
-    if faults.is_empty() { Ok(attachments) } else { Err(faults) }
+    if faults.is_empty() {
+        return Ok(attachments);
+    }
+    // Layers are alike: what is wrong with one is wrong with all.
+    let more = faults.len().saturating_sub(SHOWN);
+    faults.truncate(SHOWN);
+    if let Some(last) = faults.last_mut().filter(|_| more > 0) {
+        last.message.push_str(&format!("; {more} more sites are like these"));
+    }
+    Err(faults)
 }

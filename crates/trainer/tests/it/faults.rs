@@ -84,6 +84,18 @@ fn what_does_not_fit_the_base_has_its_field_path() {
             "`tune.step` is that of a component which looks at the gradient of a single micro-batch",
         ),
         (
+            vec![("tune.adapter", "{method: dora, init: {method: pissa}}")],
+            "`tune.stack[0].init` cannot start: this initialisation is for a pair of factors",
+        ),
+        (
+            vec![("tune.adapter", "{method: lora, trains: a}")],
+            "`tune.stack[0]` cannot start: A alone trains, and B starts at 0",
+        ),
+        (
+            vec![("tune.adapter", "{method: ia3, inputs: [down_porj]}")],
+            "`tune.stack[0].inputs` names \"down_porj\", which is none of the targets; did you mean \"down_proj\"?",
+        ),
+        (
             vec![("tune.adapter", "{method: spiel, targets: lm_head}")],
             "`tune.stack[0].targets` names lm_head, whose weight is another site's",
         ),
