@@ -1,7 +1,8 @@
 //! What components cost: a step of each method against one of LoRA of about equal size, whose products are summed within the base's,
 //! in turn in one process; first LoRA itself by its graph, as components without a fused form run.
 //!
-//! `cargo bench --workspace --features attune/failpoints --profile dev --bench components`; `RAYON_NUM_THREADS` says how many threads.
+//! `cargo bench --workspace --features attune/failpoints --profile dev --bench components [-- NAME …]`; `RAYON_NUM_THREADS` says how many
+//! threads.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -25,6 +26,10 @@ use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, MethodRef};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
+
+/// The program's own: with the system's, fresh pages would cost more than what is computed in them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const SHAPE: &str = r#"{
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -207,7 +212,10 @@ fn main() {
     let lora = Measured::new(&base, &method(r#"{"method": "lora", "rank": 16, "alpha": 32}"#));
     let (hidden, attachments) = Lora::hidden(base.architecture(), &lora);
     let mut all = vec![("lora by its graph".to_owned(), Measured::of(&base, Arc::new(hidden), attachments))];
-    all.extend(METHODS.iter().map(|text| (method(text).method, Measured::new(&base, &method(text)))));
+    let named: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let methods = METHODS.iter().map(|text| method(text));
+    let methods = methods.filter(|method| named.is_empty() || named.contains(&method.method));
+    all.extend(methods.map(|method| (method.method.clone(), Measured::new(&base, &method))));
     println!("LoRA of rank 16 has {} parameters", lora.parameters);
     println!(
         "| method | parameters, of LoRA's | ms a step | against LoRA's | by processor time |\n|---|---|---|---|---|"
