@@ -2,7 +2,7 @@
 //! in turn in one process; first LoRA itself by its graph, as components without a fused form run.
 //!
 //! `cargo bench --workspace --features attune/failpoints --profile dev --bench components [-- NAME …]`; `RAYON_NUM_THREADS` says how many
-//! threads.
+//! threads; with `CANDLE_NUM_THREADS=1` it is as in a worker's attempts.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -58,6 +58,10 @@ pub(crate) enum Heard {
     Exited(Exit),
 }
 
+/// How many threads candle has for single operations. Its own wait by spinning, in the way of those that compute; graphs of
+/// components go side by side anyhow.
+const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
+
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -72,8 +76,10 @@ pub(crate) struct Child {
 impl Child {
     /// Starts `program` in `folder`.
     pub(crate) fn start(program: &Program, folder: &Path) -> std::io::Result<Self> {
+        let (name, one) = CANDLE_THREADS;
         let mut process = Command::new(&program.path)
             .args(&program.arguments)
+            .env(name, std::env::var_os(name).unwrap_or_else(|| one.into()))
             .envs(program.variables.iter().map(|(name, value)| (name, value)))
             .current_dir(folder)
             .stdin(Stdio::piped())

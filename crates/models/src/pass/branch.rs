@@ -68,10 +68,10 @@ impl<'a> PassCx<'a> {
         tracked: &[(TensorId, Var)],
         graph: impl FnOnce(P, &Locals, &RowCx<'_>) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let masks = local::masks(self, placed);
+        let masks = local::masks(self.parts, placed);
         let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-        let tensors = local::locals(self, placed, tracked)?;
-        let cx = RowCx { rows: ids.some(), ..local::row_cx(self, block, placed, dropout) };
+        let tensors = local::locals(self.parts, placed, tracked)?;
+        let cx = RowCx { rows: ids.some(), ..local::row_cx(self.parts, block, placed, dropout) };
         graph(placed.port, &tensors, &cx)
     }
 
@@ -201,14 +201,15 @@ impl Stage<'_> {
     /// Leaves for the tensors of its components whose gradient its part wants.
     fn leaves(&self, cx: &PassCx<'_>, sinks: &Sinks<'_>) -> Result<Vec<(TensorId, Var)>> {
         let of_branches = |branches: &[Branch<'_>]| -> Result<Vec<(TensorId, Var)>> {
-            let all = branches.iter().map(|branch| local::leaves(cx, branch, sinks)).collect::<Result<Vec<_>>>()?;
+            let all =
+                branches.iter().map(|branch| local::leaves(cx.parts, branch, sinks)).collect::<Result<Vec<_>>>()?;
             Ok(all.into_iter().flatten().collect())
         };
         match self {
             Self::One(branch) => of_branches(std::slice::from_ref(branch)),
             Self::Mixed(branches, mixture) => {
                 let mut leaves = of_branches(branches)?;
-                leaves.extend(local::leaves(cx, mixture, sinks)?);
+                leaves.extend(local::leaves(cx.parts, mixture, sinks)?);
                 Ok(leaves)
             }
         }

@@ -11,6 +11,7 @@ use attune_tensor::autograd;
 use attune_tensor::kernels::{Gemm, Operand};
 use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::{Tensor, Var};
+use rayon::prelude::*;
 
 use crate::pass::arena::{Mat, Rows};
 use crate::pass::local;
@@ -41,27 +42,38 @@ struct Turned {
     made: Tensor,
 }
 
+/// Gradients by the tensors of components, and by the rows that they were given.
+type Back = (Vec<(TensorId, Option<Tensor>)>, Option<Tensor>);
+
 impl PassCx<'_> {
-    /// `y (+)= out(in(x) Wᵀ + b)` on a run of rows with something at its ends.
+    /// `y (+)= out(in(x) Wᵀ + b)` on runs of rows with something at their ends. What runs have there goes side by side.
     ///
     /// # Errors
     /// Whatever a component raises.
     pub(crate) fn ended(
         &self,
         site: &Site,
-        of: &Weighed<'_>,
+        runs: &[&Weighed<'_>],
         x_ti: MatRef<'_>,
-        bias: Option<&[f32]>,
-        y_to: ViewMut<'_, f32>,
+        mut y_to: ViewMut<'_, f32>,
         accumulate: bool,
     ) -> Result<()> {
-        let read = self.read(of, x_ti)?;
-        let mut y = self.product(site, of, read.as_ref().map_or(x_ti, Mat::view), bias, y_to.cols())?;
-        self.turn(of, &of.ends.outputs, &mut y)?;
-        if accumulate {
-            self.kernels.add(y.view().into(), y_to);
-        } else {
-            self.kernels.convert(y.view().into(), y_to.into());
+        let rows_of_x: Vec<MatRef<'_>> = runs.iter().map(|of| x_ti.sub_rows(of.rows.start, of.rows.end)).collect();
+        let read = self.turn(runs, |of| &of.ends.inputs, &rows_of_x)?;
+        let read = self.mats(read)?;
+        let mut given = Vec::with_capacity(runs.len());
+        for ((of, x), read) in runs.iter().zip(&rows_of_x).zip(&read) {
+            given.push(self.product(site, of, read.as_ref().map_or(*x, Mat::view), y_to.cols())?);
+        }
+        let views: Vec<MatRef<'_>> = given.iter().map(|y| y.view().into()).collect();
+        let made = self.turn(runs, |of| &of.ends.outputs, &views)?;
+        for ((of, given), made) in runs.iter().zip(&given).zip(made) {
+            let to = y_to.reborrow().into_sub_rows(of.rows.start, of.rows.end);
+            match made {
+                Some(made) => self.meter.time(Work::Adapter, || local::write(&made, to, accumulate))?,
+                None if accumulate => self.kernels.add(given.view().into(), to),
+                None => self.kernels.convert(given.view().into(), to.into()),
+            }
         }
         Ok(())
     }
@@ -73,146 +85,184 @@ impl PassCx<'_> {
     pub(crate) fn ended_vjp(
         &self,
         site: &Site,
-        of: &Weighed<'_>,
+        runs: &[&Weighed<'_>],
         given: Given<'_>,
         (x_ti, dy_to): (MatRef<'_>, MatRef<'_>),
-        dx_ti: Option<(ViewMut<'_, f32>, bool)>,
+        mut dx_ti: Option<(ViewMut<'_, f32>, bool)>,
         sinks: &mut Sinks<'_>,
     ) -> Result<()> {
-        let Ends { inputs, outputs } = &of.ends;
-        let before = self.meter.time(Work::Adapter, || self.turned(inputs, x_ti, sinks))?;
-        let read = match &before {
-            Some(turned) => Some(self.rows_of(&turned.made)?),
-            None => None,
-        };
-        let read = read.map(|rows| self.narrowed(rows));
-        let read = read.as_ref().map_or(x_ti, Mat::view);
-        // What the product gave is not kept: it is made again.
-        let mut dgiven = None;
-        if !outputs.is_empty() {
-            let bias = match site.kind.bias_width() {
-                Some(_) => Some(self.vector(of.part, &site.id, "bias")?),
-                None => None,
-            };
-            let y = self.product(site, of, read, bias.as_deref(), dy_to.cols())?;
-            let behind = self.meter.time(Work::Adapter, || self.turned(outputs, y.view().into(), sinks))?;
-            if let Some(behind) = behind {
-                dgiven = self.meter.time(Work::Adapter, || self.turn_back(of, behind, dy_to, sinks))?;
-            }
+        let xs: Vec<MatRef<'_>> = runs.iter().map(|of| x_ti.sub_rows(of.rows.start, of.rows.end)).collect();
+        let dys: Vec<MatRef<'_>> = runs.iter().map(|of| dy_to.sub_rows(of.rows.start, of.rows.end)).collect();
+        let before = self.turned(runs, |of| &of.ends.inputs, &xs, sinks)?;
+        let read: Vec<Option<Tensor>> =
+            before.iter().map(|turned| turned.as_ref().map(|turned| turned.made.clone())).collect();
+        let read = self.mats(read)?;
+        let reads: Vec<MatRef<'_>> =
+            xs.iter().zip(&read).map(|(x, read)| read.as_ref().map_or(*x, Mat::view)).collect();
+        // What the products gave is not kept: it is made again.
+        let mut made_again = Vec::with_capacity(runs.len());
+        for (of, read) in runs.iter().zip(&reads) {
+            let needed = !of.ends.outputs.is_empty();
+            made_again.push(if needed { Some(self.product(site, of, *read, dy_to.cols())?) } else { None });
         }
-        let dgiven = dgiven.map(|rows| self.narrowed(rows));
-        let dgiven = dgiven.as_ref().map_or(dy_to, Mat::view);
-        // Something before the product may learn where nothing below it does.
-        let mut dread = (dx_ti.is_some() || before.is_some()).then(|| self.arena.rows(x_ti.rows(), x_ti.cols()));
-        let product = dread.as_mut().map(|dread| {
-            let dread = dread.view_mut();
-            move |weight: Operand<'_>| {
-                let of = Gemm::new(Operand::plain(dgiven), weight);
-                self.meter.time(Work::Gemm, || self.kernels.gemm(dread, &of));
-            }
-        });
-        self.weighed_vjp(site, of, given, (read, dgiven), product, sinks)?;
-        let Some(mut dx) = dread else { return Ok(()) };
-        if let Some(before) = before {
-            let below = self.meter.time(Work::Adapter, || self.turn_back(of, before, dx.view().into(), sinks))?;
-            match below {
-                Some(below) => dx = below,
-                None => self.kernels.fill(dx.view_mut(), 0.0),
-            }
+        let views: Vec<MatRef<'_>> = made_again
+            .iter()
+            .zip(&dys)
+            .map(|(made, dy)| made.as_ref().map_or(*dy, |made| made.view().into()))
+            .collect();
+        let behind = self.turned(runs, |of| &of.ends.outputs, &views, sinks)?;
+        let dgiven = self.mats(self.turn_back(runs, &behind, &dys, sinks)?)?;
+        let mut dreads = Vec::with_capacity(runs.len());
+        for (at, of) in runs.iter().enumerate() {
+            let dgiven = dgiven[at].as_ref().map_or(dys[at], Mat::view);
+            // Something before the product may learn where nothing below it does.
+            let needed = dx_ti.is_some() || before[at].is_some();
+            let mut dread = needed.then(|| self.arena.rows(xs[at].rows(), xs[at].cols()));
+            let product = dread.as_mut().map(|dread| {
+                let dread = dread.view_mut();
+                move |weight: Operand<'_>| {
+                    let of = Gemm::new(Operand::plain(dgiven), weight);
+                    self.meter.time(Work::Gemm, || self.kernels.gemm(dread, &of));
+                }
+            });
+            self.weighed_vjp(site, of, given, (reads[at], dgiven), product, sinks)?;
+            dreads.push(dread);
         }
-        match dx_ti {
-            Some((to, true)) => self.kernels.add(dx.view().into(), to),
-            Some((to, false)) => self.kernels.convert(dx.view().into(), to.into()),
-            None => {}
+        let views: Vec<MatRef<'_>> =
+            dreads.iter().zip(&xs).map(|(dread, x)| dread.as_ref().map_or(*x, |dread| dread.view().into())).collect();
+        let below = self.turn_back(runs, &before, &views, sinks)?;
+        let Some((dx_ti, accumulate)) = &mut dx_ti else { return Ok(()) };
+        for ((of, dread), below) in runs.iter().zip(&dreads).zip(below) {
+            let to = dx_ti.reborrow().into_sub_rows(of.rows.start, of.rows.end);
+            match (below, dread) {
+                (Some(below), _) => self.meter.time(Work::Adapter, || local::write(&below, to, *accumulate))?,
+                (None, Some(dread)) if *accumulate => self.kernels.add(dread.view().into(), to),
+                (None, Some(dread)) => self.kernels.convert(dread.view().into(), to.into()),
+                (None, None) => {}
+            }
         }
         Ok(())
     }
 
-    /// What the product reads, if components make it.
-    fn read(&self, of: &Weighed<'_>, x_ti: MatRef<'_>) -> Result<Option<Mat>> {
-        if of.ends.inputs.is_empty() {
-            return Ok(None);
-        }
-        let mut rows = self.arena.rows(x_ti.rows(), x_ti.cols());
-        self.kernels.convert(x_ti, rows.view_mut().into());
-        self.turn(of, &of.ends.inputs, &mut rows)?;
-        Ok(Some(self.narrowed(rows)))
-    }
-
-    fn product(
-        &self,
-        site: &Site,
-        of: &Weighed<'_>,
-        x_ti: MatRef<'_>,
-        bias: Option<&[f32]>,
-        width: usize,
-    ) -> Result<Rows<f32>> {
+    fn product(&self, site: &Site, of: &Weighed<'_>, x_ti: MatRef<'_>, width: usize) -> Result<Rows<f32>> {
+        let bias = match site.kind.bias_width() {
+            Some(_) => Some(self.vector(of.part, &site.id, "bias")?),
+            None => None,
+        };
         let mut y = self.arena.rows(x_ti.rows(), width);
         self.with_weight(site, of, |weight| {
             let b = Operand { transposed: !weight.transposed, ..weight };
-            let of = Gemm { bias, ..Gemm::new(Operand::plain(x_ti), b) };
+            let of = Gemm { bias: bias.as_deref(), ..Gemm::new(Operand::plain(x_ti), b) };
             self.meter.time(Work::Gemm, || self.kernels.gemm(y.view_mut(), &of));
         })?;
         Ok(y)
     }
 
-    /// Puts what components make of rows of a run in their place.
-    fn turn(&self, of: &Weighed<'_>, ends: &[End<'_>], rows: &mut Rows<f32>) -> Result<()> {
-        self.meter.time(Work::Adapter, || {
-            for end in ends {
-                let tensors = local::locals(self, end, &[])?;
-                for piece in local::together(self, end) {
-                    let start = piece.rows.start.max(of.rows.start);
-                    let at = start..piece.rows.end.min(of.rows.end).max(start);
-                    if at.is_empty() {
-                        continue;
-                    }
-                    let at = at.start - of.rows.start..at.end - of.rows.start;
-                    let given = local::tensor(rows.view().sub_rows(at.start, at.end).into())?;
-                    let made = end.port.graph(&given, &tensors)?;
-                    local::write(&made, rows.view_mut().into_sub_rows(at.start, at.end), false)?;
-                }
+    /// What components make of the rows of each run; `None` where there are none.
+    fn turn<'r>(
+        &self,
+        runs: &[&'r Weighed<'r>],
+        ends: impl Fn(&'r Weighed<'r>) -> &'r [End<'r>],
+        rows: &[MatRef<'_>],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let parts = self.parts;
+        // Where texts go on each goes by itself: all components of a run see the same pieces.
+        let pieces = runs.iter().map(|of| {
+            let of_first = ends(of).first().map(|end| local::together(self, end)).unwrap_or_default();
+            let within = of_first.into_iter().map(|piece| {
+                let start = piece.rows.start.max(of.rows.start);
+                start - of.rows.start..piece.rows.end.min(of.rows.end).max(start) - of.rows.start
+            });
+            within.filter(|rows| !rows.is_empty()).collect::<Vec<_>>()
+        });
+        let work: Vec<_> =
+            runs.iter().zip(pieces).zip(rows).map(|((of, pieces), rows)| (ends(of), pieces, *rows)).collect();
+        let made = |(ends, pieces, rows): &(&[End<'_>], Vec<std::ops::Range<usize>>, MatRef<'_>)| {
+            if ends.is_empty() {
+                return Ok(None);
             }
-            Ok(())
-        })
+            let mut all = Vec::with_capacity(pieces.len());
+            for piece in pieces {
+                let mut made = local::tensor(rows.sub_rows(piece.start, piece.end))?;
+                for end in *ends {
+                    made = end.port.graph(&made, &local::locals(parts, end, &[])?)?;
+                }
+                all.push(made);
+            }
+            Ok(Some(Tensor::cat(&all, 0)?))
+        };
+        self.meter.time(Work::Adapter, || work.par_iter().map(made).collect())
     }
 
-    /// The same in a pass whose reverse is asked for; `None` without components.
-    fn turned(&self, ends: &[End<'_>], rows: MatRef<'_>, sinks: &Sinks<'_>) -> Result<Option<Turned>> {
-        if ends.is_empty() {
-            return Ok(None);
-        }
-        let from = autograd::leaf(&local::tensor(rows)?)?;
-        let (mut all, mut made) = (Vec::new(), from.as_tensor().clone());
-        for end in ends {
-            let leaves = local::leaves(self, end, sinks)?;
-            made = end.port.graph(&made, &local::locals(self, end, &leaves)?)?;
-            all.extend(leaves);
-        }
-        Ok(Some(Turned { leaves: all, from, made }))
+    /// The same in a pass whose reverse is asked for.
+    fn turned<'r>(
+        &self,
+        runs: &[&'r Weighed<'r>],
+        ends: impl Fn(&'r Weighed<'r>) -> &'r [End<'r>],
+        rows: &[MatRef<'_>],
+        sinks: &Sinks<'_>,
+    ) -> Result<Vec<Option<Turned>>> {
+        let parts = self.parts;
+        let work = runs.iter().zip(rows).map(|(of, rows)| {
+            let wanted = ends(of).iter().map(|end| (end, local::wanted_of(end, sinks)));
+            (wanted.collect::<Vec<_>>(), *rows)
+        });
+        let work: Vec<_> = work.collect();
+        let turned = |(ends, rows): &(Vec<(&End<'_>, Vec<TensorId>)>, MatRef<'_>)| {
+            if ends.is_empty() {
+                return Ok(None);
+            }
+            let from = autograd::leaf(&local::tensor(*rows)?)?;
+            let (mut all, mut made) = (Vec::new(), from.as_tensor().clone());
+            for (end, wanted) in ends {
+                let leaves = local::leaves_for(&parts[end.part], wanted)?;
+                made = end.port.graph(&made, &local::locals(parts, end, &leaves)?)?;
+                all.extend(leaves);
+            }
+            Ok(Some(Turned { leaves: all, from, made }))
+        };
+        self.meter.time(Work::Adapter, || work.par_iter().map(turned).collect())
     }
 
-    /// Gradients of what made rows, by theirs, to the sink of the run's part; and the one by what they were made of.
+    /// Gradients of what made rows, by theirs, to the sinks of the runs' parts; and those by what they were made of.
     fn turn_back(
         &self,
-        of: &Weighed<'_>,
-        Turned { leaves, from, made }: Turned,
-        dmade: MatRef<'_>,
+        runs: &[&Weighed<'_>],
+        turned: &[Option<Turned>],
+        dmade: &[MatRef<'_>],
         sinks: &mut Sinks<'_>,
-    ) -> Result<Option<Rows<f32>>> {
-        let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&from]).collect();
-        let mut gradients = autograd::pull(&all, &[(&made, &local::tensor(dmade)?)])?;
-        let by_rows = gradients.pop().flatten();
-        for ((id, _), gradient) in leaves.iter().zip(gradients) {
-            gradient.map(|gradient| regions::put(&mut *sinks[of.part], id, &gradient)).transpose()?;
+    ) -> Result<Vec<Option<Tensor>>> {
+        let back = |(turned, dmade): (&Option<Turned>, &MatRef<'_>)| -> Result<Back> {
+            let Some(Turned { leaves, from, made }) = turned else { return Ok(Back::default()) };
+            let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([from]).collect();
+            let mut gradients = autograd::pull(&all, &[(made, &local::tensor(*dmade)?)])?;
+            let by_rows = match gradients.pop().flatten() {
+                Some(by_rows) => by_rows,
+                None => from.zeros_like()?,
+            };
+            Ok((leaves.iter().map(|(id, _)| id.clone()).zip(gradients).collect(), Some(by_rows)))
+        };
+        let found: Vec<Result<Back>> =
+            self.meter.time(Work::Adapter, || turned.par_iter().zip(dmade).map(back).collect());
+        let mut below = Vec::with_capacity(runs.len());
+        for (of, found) in runs.iter().zip(found) {
+            let (gradients, by_rows) = found?;
+            for (id, gradient) in gradients {
+                gradient.map(|gradient| regions::put(&mut *sinks[of.part], &id, &gradient)).transpose()?;
+            }
+            below.push(by_rows);
         }
-        by_rows.map(|gradient| self.rows_of(&gradient)).transpose()
+        Ok(below)
     }
 
-    fn rows_of(&self, tensor: &Tensor) -> Result<Rows<f32>> {
-        let (n, width) = tensor.dims2()?;
-        let mut rows = self.arena.rows(n, width);
-        local::write(tensor, rows.view_mut(), false)?;
-        Ok(rows)
+    /// Tensors as rows in the type of the activations.
+    fn mats(&self, tensors: Vec<Option<Tensor>>) -> Result<Vec<Option<Mat>>> {
+        let mat = |tensor: Tensor| -> Result<Mat> {
+            let (n, width) = tensor.dims2()?;
+            let mut rows = self.arena.rows(n, width);
+            local::write(&tensor, rows.view_mut(), false)?;
+            Ok(self.narrowed(rows))
+        };
+        tensors.into_iter().map(|tensor| tensor.map(mat).transpose()).collect()
     }
 }

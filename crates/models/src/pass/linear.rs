@@ -23,6 +23,7 @@ use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local;
 use crate::pass::parts::{Added, Given, PassCx, Sinks, wants};
 use crate::pass::times::Work;
+use crate::pass::weight::Weighed;
 use crate::regions;
 
 /// What the reverse pass of a linear needs of each of its low-rank components.
@@ -75,20 +76,23 @@ impl<'a> PassCx<'a> {
                 right: Operand::transposed(factors[i].up.1.view()),
             })
             .collect();
-        for of in self.weighed(&site.id, given) {
+        let weighed = self.weighed(&site.id, given);
+        let (ended, plain): (Vec<&Weighed<'_>>, Vec<_>) = weighed.iter().partition(|of| !of.ends.is_empty());
+        if !ended.is_empty() {
+            self.ended(site, &ended, x_ti, y_to.reborrow(), accumulate)?;
+            for of in ended {
+                let y = y_to.reborrow().into_sub_rows(of.rows.start, of.rows.end);
+                self.add_terms(&cut(&terms, &of.rows), y);
+            }
+        }
+        for of in plain {
             let rows = of.rows.clone();
             let bias = match site.kind {
                 SiteKind::Linear { bias: true, .. } => Some(self.vector(of.part, &site.id, "bias")?),
                 _ => None,
             };
             let x = x_ti.sub_rows(rows.start, rows.end);
-            if !of.ends.is_empty() {
-                let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
-                self.ended(site, &of, x, bias.as_deref(), y, accumulate)?;
-                self.add_terms(&cut(&terms, &rows), y_to.reborrow().into_sub_rows(rows.start, rows.end));
-                continue;
-            }
-            self.with_weight(site, &of, |weight| {
+            self.with_weight(site, of, |weight| {
                 let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
                 let of = Gemm {
                     a: Operand::plain(x),
@@ -107,10 +111,8 @@ impl<'a> PassCx<'a> {
                 let of = Gemm { accumulate: true, ..Gemm::new(Operand::plain(thin[i].h_tr.view()), b) };
                 self.kernels.gemm(y_to.reborrow().into_sub_rows(rows.start, rows.end), &of);
             }
-            for placed in placed.iter().filter(|placed| placed.port.fused().is_none()) {
-                local::add_component(self, site, placed, x_ti, y_to.reborrow())?;
-            }
-            Ok::<_, Error>(())
+            let by_graph: Vec<&Added<'_>> = placed.iter().filter(|placed| placed.port.fused().is_none()).collect();
+            local::add_components(self, site, &by_graph, x_ti, y_to.reborrow())
         })?;
         Ok(Thin(thin))
     }
@@ -160,19 +162,22 @@ impl<'a> PassCx<'a> {
                 right: Operand::plain(factors[i].down.1.view()),
             })
             .collect();
-        for of in self.weighed(&site.id, given) {
+        let weighed = self.weighed(&site.id, given);
+        let (ended, plain): (Vec<&Weighed<'_>>, Vec<_>) = weighed.iter().partition(|of| !of.ends.is_empty());
+        if !ended.is_empty() {
+            let to = dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow(), *accumulate));
+            self.ended_vjp(site, &ended, given, (x_ti, dy_to), to, sinks)?;
+            if let Some((dx, _)) = &mut dx_ti {
+                for of in ended {
+                    self.add_terms(&cut(&terms, &of.rows), dx.reborrow().into_sub_rows(of.rows.start, of.rows.end));
+                }
+            }
+        }
+        for of in plain {
             let rows = of.rows.clone();
             let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
-            let mut dx =
+            let dx =
                 dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow().into_sub_rows(rows.start, rows.end), *accumulate));
-            if !of.ends.is_empty() {
-                let to = dx.as_mut().map(|(dx, accumulate)| (dx.reborrow(), *accumulate));
-                self.ended_vjp(site, &of, given, (x, dy), to, sinks)?;
-                if let Some((dx, _)) = dx {
-                    self.add_terms(&cut(&terms, &rows), dx);
-                }
-                continue;
-            }
             let product = dx.map(|(dx, accumulate)| {
                 let (a, terms) = (Operand::plain(dy), cut(&terms, &rows));
                 move |b: Operand<'_>| {
@@ -180,7 +185,7 @@ impl<'a> PassCx<'a> {
                     self.meter.time(Work::Gemm, || self.kernels.gemm(dx, &of));
                 }
             });
-            self.weighed_vjp(site, &of, given, (x, dy), product, sinks)?;
+            self.weighed_vjp(site, of, given, (x, dy), product, sinks)?;
         }
         if let Some((dx, _)) = &mut dx_ti {
             for i in masked.into_iter().chain(beside) {
@@ -189,10 +194,9 @@ impl<'a> PassCx<'a> {
                 });
             }
         }
-        for placed in placed.iter().filter(|placed| placed.port.fused().is_none()) {
-            let dx = dx_ti.as_mut().map(|(dx, _)| dx.reborrow());
-            self.meter.time(Work::Adapter, || local::component_vjp(self, site, placed, x_ti, dy_to, dx, sinks))?;
-        }
+        let by_graph: Vec<&Added<'_>> = placed.iter().filter(|placed| placed.port.fused().is_none()).collect();
+        let dx = dx_ti.as_mut().map(|(dx, _)| dx.reborrow());
+        self.meter.time(Work::Adapter, || local::components_vjp(self, site, &by_graph, x_ti, dy_to, dx, sinks))?;
         Ok(())
     }
 

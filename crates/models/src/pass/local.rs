@@ -9,12 +9,13 @@ use attune_points::{Error, Locals, Result, TensorId};
 use attune_tensor::autograd;
 use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
 
 use crate::attention::RowPlan;
 use crate::context::{GraphCx, Tracked};
 use crate::dropout::RowMasks;
 use crate::pass::arena::Rows;
-use crate::pass::parts::{Added, Given, Ids, PassCx, Placed, Sinks, wanted, wants};
+use crate::pass::parts::{Added, Given, Ids, Part, PassCx, Placed, Sinks, wanted, wants};
 use crate::regions;
 use crate::stack;
 
@@ -47,14 +48,14 @@ pub(crate) fn write(tensor: &Tensor, mut to: ViewMut<'_, f32>, add: bool) -> Res
 }
 
 /// The masks of a component's rows.
-pub(crate) fn masks<'m, P>(cx: &PassCx<'m>, placed: &'m Placed<'_, P>) -> Option<RowMasks<'m>> {
-    let part = &cx.parts[placed.part];
-    cx.dropout(placed).map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
+pub(crate) fn masks<'m, P>(parts: &'m [Part<'m>], placed: &'m Placed<'_, P>) -> Option<RowMasks<'m>> {
+    let part = &parts[placed.part];
+    part.dropout_of(placed.slot).map(|key| RowMasks { key, layout: part.layout, rows: placed.ids.some() })
 }
 
 /// The tensors of a component, leaves where a gradient is wanted.
-pub(crate) fn locals<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
-    let theta = cx.parts[placed.part].theta;
+pub(crate) fn locals<P>(parts: &[Part<'_>], placed: &Placed<'_, P>, tracked: &[(TensorId, Var)]) -> Result<Locals> {
+    let theta = parts[placed.part].theta;
     stack::locals_by(placed.at, |name| {
         let id = TensorId { owner: placed.owner(), name: name.clone() };
         let leaf = tracked.iter().find(|(tracked, _)| *tracked == id).map(|(_, var)| var.as_tensor());
@@ -62,45 +63,56 @@ pub(crate) fn locals<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, tracked: &[(Ten
     })
 }
 
+/// The tensors of a component whose gradient its part wants.
+pub(crate) fn wanted_of<P>(placed: &Placed<'_, P>, sinks: &Sinks<'_>) -> Vec<TensorId> {
+    let ids = placed.at.tensors.iter().map(|spec| placed.id(spec));
+    ids.filter(|id| wants(&*sinks[placed.part], id)).collect()
+}
+
+/// Leaves for tensors of a part.
+pub(crate) fn leaves_for(part: &Part<'_>, ids: &[TensorId]) -> Result<Vec<(TensorId, Var)>> {
+    let held = ids.iter().filter_map(|id| Some((id, part.theta.get(id)?)));
+    held.map(|(id, value)| Ok((id.clone(), autograd::leaf(value)?))).collect()
+}
+
 /// Leaves for the tensors of a component whose gradient its part wants.
-pub(crate) fn leaves<P>(cx: &PassCx<'_>, placed: &Placed<'_, P>, sinks: &Sinks<'_>) -> Result<Vec<(TensorId, Var)>> {
-    let mut leaves = Vec::new();
-    for id in placed.at.tensors.iter().map(|spec| placed.id(spec)) {
-        if wants(&*sinks[placed.part], &id)
-            && let Some(value) = cx.parts[placed.part].theta.get(&id)
-        {
-            leaves.push((id, autograd::leaf(value)?));
-        }
-    }
-    Ok(leaves)
+pub(crate) fn leaves<P>(parts: &[Part<'_>], placed: &Placed<'_, P>, sinks: &Sinks<'_>) -> Result<Vec<(TensorId, Var)>> {
+    leaves_for(&parts[placed.part], &wanted_of(placed, sinks))
 }
 
 /// What a component may know of the pass.
 pub(crate) fn row_cx<'r, P>(
-    cx: &PassCx<'r>,
+    parts: &'r [Part<'r>],
     site: &'r Site,
     placed: &'r Placed<'_, P>,
     dropout: Option<&'r dyn DropoutMask>,
 ) -> RowCx<'r> {
-    let (layout, output) = (cx.parts[placed.part].layout, site.out_in().map_or(0, |(output, _)| output));
+    let (layout, output) = (parts[placed.part].layout, site.out_in().map_or(0, |(output, _)| output));
     RowCx { site: &site.id, output, dropout, layout, rows: placed.ids.some() }
 }
 
-/// `y += delta(x)` on the component's rows.
-pub(crate) fn add_component(
+/// `y += delta(x)` on the rows of components. They know nothing of each other, so their graphs go side by side; what they give is
+/// added in their order.
+pub(crate) fn add_components(
     cx: &PassCx<'_>,
     site: &Site,
-    placed: &Added<'_>,
+    placed: &[&Added<'_>],
     x_ti: MatRef<'_>,
     mut y_to: ViewMut<'_, f32>,
 ) -> Result<()> {
-    let (masks, locals) = (masks(cx, placed), locals(cx, placed, &[])?);
-    let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    for Together { rows, ids } in together(cx, placed) {
+    let parts = cx.parts;
+    let pieces: Vec<(&Added<'_>, Together<'_>)> =
+        placed.iter().flat_map(|placed| together(cx, placed).into_iter().map(move |piece| (*placed, piece))).collect();
+    let delta = |(placed, Together { rows, ids }): &(&Added<'_>, Together<'_>)| {
+        let masks = masks(parts, placed);
+        let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
         let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
-        let of_rows = RowCx { rows: ids.some(), ..row_cx(cx, site, placed, dropout) };
-        let delta = placed.port.graph(&x, &locals, &of_rows)?;
-        write(&delta, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
+        let of_rows = RowCx { rows: ids.some(), ..row_cx(parts, site, placed, dropout) };
+        placed.port.graph(&x, &locals(parts, placed, &[])?, &of_rows)
+    };
+    let deltas: Vec<Result<Tensor>> = pieces.par_iter().map(delta).collect();
+    for ((_, Together { rows, .. }), delta) in pieces.iter().zip(deltas) {
+        write(&delta?, y_to.reborrow().into_sub_rows(rows.start, rows.end), true)?;
     }
     Ok(())
 }
@@ -132,41 +144,52 @@ pub(crate) fn together<'i, P>(cx: &PassCx<'_>, placed: &'i Placed<'_, P>) -> Vec
     docs.chunk_by(|a, b| a == b).map(of_doc).collect()
 }
 
-/// The reverse of [`add_component`].
-pub(crate) fn component_vjp(
+/// The gradients by the tensors of a component, and by the rows that it read.
+type Back = (Vec<(TensorId, Option<Tensor>)>, Option<Tensor>);
+
+/// The reverse of [`add_components`].
+pub(crate) fn components_vjp(
     cx: &PassCx<'_>,
     site: &Site,
-    placed: &Added<'_>,
+    placed: &[&Added<'_>],
     x_ti: MatRef<'_>,
     dy_to: MatRef<'_>,
-    dx_ti: Option<ViewMut<'_, f32>>,
+    mut dx_ti: Option<ViewMut<'_, f32>>,
     sinks: &mut Sinks<'_>,
 ) -> Result<()> {
-    let rows = &placed.rows;
-    let leaves = leaves(cx, placed, sinks)?;
-    let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
-    let masks = masks(cx, placed);
-    let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-    let (tensors, of_rows) = (locals(cx, placed, &leaves)?, row_cx(cx, site, placed, dropout));
-    let delta = placed.port.graph(&x, &tensors, &of_rows)?;
-    let dy = tensor(dy_to.sub_rows(rows.start, rows.end))?;
-    let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&x]).collect();
-    // The rows of a head come in chunks: no component sees enough of them there.
-    let loss = if site.layer.is_some() { placed.port.loss(&x, &tensors, &of_rows)? } else { None };
-    let weight = Tensor::new(cx.beside[placed.part] as f32, &Device::Cpu)?;
-    let outputs: Vec<(&Tensor, &Tensor)> =
-        [(&delta, &dy)].into_iter().chain(loss.iter().map(|loss| (loss, &weight))).collect();
-    let mut gradients = autograd::pull(&all, &outputs)?;
-    let dx = gradients.pop().flatten();
-    for ((id, _), gradient) in leaves.iter().zip(gradients) {
-        if let Some(gradient) = gradient {
-            regions::put(&mut *sinks[placed.part], id, &gradient)?;
+    let (parts, beside) = (cx.parts, &cx.beside);
+    let asked: Vec<(&Added<'_>, Vec<TensorId>)> =
+        placed.iter().map(|placed| (*placed, wanted_of(placed, sinks))).collect();
+    let back = |(placed, wanted): &(&Added<'_>, Vec<TensorId>)| -> Result<Back> {
+        let rows = &placed.rows;
+        let leaves = leaves_for(&parts[placed.part], wanted)?;
+        let x = autograd::leaf(&tensor(x_ti.sub_rows(rows.start, rows.end))?)?;
+        let masks = masks(parts, placed);
+        let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
+        let (tensors, of_rows) = (locals(parts, placed, &leaves)?, row_cx(parts, site, placed, dropout));
+        let delta = placed.port.graph(&x, &tensors, &of_rows)?;
+        let dy = tensor(dy_to.sub_rows(rows.start, rows.end))?;
+        let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([&x]).collect();
+        // The rows of a head come in chunks: no component sees enough of them there.
+        let loss = if site.layer.is_some() { placed.port.loss(&x, &tensors, &of_rows)? } else { None };
+        let weight = Tensor::new(beside[placed.part] as f32, &Device::Cpu)?;
+        let outputs: Vec<(&Tensor, &Tensor)> =
+            [(&delta, &dy)].into_iter().chain(loss.iter().map(|loss| (loss, &weight))).collect();
+        let mut gradients = autograd::pull(&all, &outputs)?;
+        let dx = gradients.pop().flatten();
+        Ok((leaves.into_iter().map(|(id, _)| id).zip(gradients).collect(), dx))
+    };
+    let found: Vec<Result<Back>> = asked.par_iter().map(back).collect();
+    for ((placed, _), found) in asked.iter().zip(found) {
+        let (gradients, dx) = found?;
+        for (id, gradient) in gradients {
+            gradient.map(|gradient| regions::put(&mut *sinks[placed.part], &id, &gradient)).transpose()?;
+        }
+        if let (Some(to), Some(dx)) = (&mut dx_ti, dx) {
+            write(&dx, to.reborrow().into_sub_rows(placed.rows.start, placed.rows.end), true)?;
         }
     }
-    match (dx_ti, dx) {
-        (Some(to), Some(dx)) => write(&dx, to.into_sub_rows(rows.start, rows.end), true),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 /// What the graph of a block sees of one part.

@@ -324,8 +324,7 @@ impl<'a> PassCx<'a> {
 
     /// The key of a component's dropout: none in evaluation, or if it does not train.
     pub(crate) fn dropout<P>(&self, placed: &Placed<'_, P>) -> Option<Dropout> {
-        let part = &self.parts[placed.part];
-        part.dropout.filter(|_| part.theta.banks.get(placed.slot as usize).is_some_and(|bank| bank.train))
+        self.parts[placed.part].dropout_of(placed.slot)
     }
 
     /// Whether two components are one, with the same tensors.
@@ -352,6 +351,11 @@ fn component<'a>(part: &Part<'a>, binding: &Binding, site: &SiteId) -> Option<(&
 }
 
 impl Part<'_> {
+    /// The key of the dropout of a slot's component: none in evaluation, or if it does not train.
+    pub(crate) fn dropout_of(&self, slot: u16) -> Option<Dropout> {
+        self.dropout.filter(|_| self.theta.banks.get(slot as usize).is_some_and(|bank| bank.train))
+    }
+
     /// How its rows attend, for graphs.
     pub(crate) fn plan(&self, architecture: &Architecture, dtype: DType) -> Result<RowPlan> {
         RowPlan::new(architecture, self.layout, &prefix::lengths(self), dtype)

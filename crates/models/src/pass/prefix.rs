@@ -111,7 +111,7 @@ impl<'a> PassCx<'a> {
     pub(crate) fn merge_prefixes(&self, block: &Site, q: MatRef<'_>, o: &mut Mat, lse_th: &mut [f32]) -> Result<()> {
         let (heads, scale) = self.heads();
         for placed in self.prefixes(block) {
-            let (k, v) = placed.port.graph(&local::locals(self, &placed, &[])?)?;
+            let (k, v) = placed.port.graph(&local::locals(self.parts, &placed, &[])?)?;
             let (k, v) = (heads.keys(&k)?, heads.keys(&v)?);
             for Together { rows, .. } in local::together(self, &placed) {
                 let of_rows = heads.kv * heads.group * rows.start..heads.kv * heads.group * rows.end;
@@ -153,8 +153,8 @@ impl<'a> PassCx<'a> {
     ) -> Result<()> {
         let (heads, scale) = self.heads();
         for placed in self.prefixes(block) {
-            let leaves: Vec<(TensorId, Var)> = local::leaves(self, &placed, sinks)?;
-            let (keys, values) = placed.port.graph(&local::locals(self, &placed, &leaves)?)?;
+            let leaves: Vec<(TensorId, Var)> = local::leaves(self.parts, &placed, sinks)?;
+            let (keys, values) = placed.port.graph(&local::locals(self.parts, &placed, &leaves)?)?;
             let (k, v) = (heads.keys(&keys.detach())?, heads.keys(&values.detach())?);
             let rows: Range<usize> = placed.rows.clone();
             let of_rows = heads.kv * heads.group * rows.start..heads.kv * heads.group * rows.end;

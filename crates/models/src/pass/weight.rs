@@ -12,6 +12,7 @@ use attune_tensor::kernels::{Gemm, Operand};
 use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use attune_tensor::{autograd, reading};
 use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
 
 use crate::pass::arena::{Activations, Mat};
 use crate::pass::ends::Ends;
@@ -191,11 +192,15 @@ impl<'a> PassCx<'a> {
             return Ok(());
         }
         let vars: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
-        for (part, rows) in parts {
-            let dw_oi = self.over_rows(operands(&rows))?;
-            let gradients = self.meter.time(Work::Adapter, || autograd::pull(&vars, &[(&w_oi, &dw_oi)]))?;
-            for ((id, _), gradient) in leaves.iter().zip(gradients) {
-                gradient.map(|gradient| regions::put(&mut *sinks[part], id, &gradient)).transpose()?;
+        // As many gradients by the weight at a time as are pulled back side by side.
+        for some in parts.chunks(rayon::current_num_threads().max(1)) {
+            let by_weight = some.iter().map(|(_, rows)| self.over_rows(operands(rows))).collect::<Result<Vec<_>>>()?;
+            let pull = |dw_oi: &Tensor| autograd::pull(&vars, &[(&w_oi, dw_oi)]);
+            let found: Vec<_> = self.meter.time(Work::Adapter, || by_weight.par_iter().map(pull).collect());
+            for ((part, _), gradients) in some.iter().zip(found) {
+                for ((id, _), gradient) in leaves.iter().zip(gradients?) {
+                    gradient.map(|gradient| regions::put(&mut *sinks[*part], id, &gradient)).transpose()?;
+                }
             }
         }
         Ok(())
