@@ -1,5 +1,5 @@
-//! How fast products are at the shapes of training: against the `gemm` crate, which candle uses, and against the peak of
-//! multiply-adds measured in the same run. All three alternate, and medians are printed.
+//! How fast products are at the shapes of training: against the `gemm` crate, which candle uses, where there is one thread against
+//! `faer` as well, and against the peak of multiply-adds measured in the same run. All alternate, and medians are printed.
 //!
 //! `cargo bench -p attune-tensor --profile dev --bench gemm -- [words of the names of shapes…]`; `RAYON_NUM_THREADS` says how
 //! many threads.
@@ -221,6 +221,19 @@ fn theirs(shape: &Shape, a: &[f32], b: &[f32], c: &mut [f32]) {
     }
 }
 
+/// faer's product, on this thread: as it is built here it has no others.
+fn faers(shape: &Shape, a: &[f32], b: &[f32], c: &mut [f32]) {
+    let (m, n, _) = shape.product();
+    let [((a_rows, a_cols), a_turned), ((b_rows, b_cols), b_turned)] = shape.factors();
+    let matrix = |values, rows, cols, turned: bool| {
+        let matrix = faer::MatRef::from_row_major_slice(values, rows, cols);
+        if turned { matrix.transpose() } else { matrix }
+    };
+    let (a, b) = (matrix(a, a_rows, a_cols, a_turned), matrix(b, b_rows, b_cols, b_turned));
+    let c = faer::MatMut::from_row_major_slice_mut(c, m, n);
+    faer::linalg::matmul::matmul(c, faer::Accum::Replace, a, b, 1.0, faer::Par::Seq);
+}
+
 fn run(shape: &Shape) {
     let [(a_shape, a_turned), (b_shape, b_turned)] = shape.factors();
     let (m, n, k) = shape.product();
@@ -246,7 +259,8 @@ fn run(shape: &Shape) {
     let f32s = (MatRef::from(View::new(&a, a_shape.0, a_shape.1)), MatRef::from(View::new(&b, b_shape.0, b_shape.1)));
     let bf16s =
         (MatRef::from(View::new(&a16, a_shape.0, a_shape.1)), MatRef::from(View::new(&b16, b_shape.0, b_shape.1)));
-    let mut seconds: [Vec<f64>; 5] = Default::default();
+    let mut seconds: [Vec<f64>; 6] = Default::default();
+    let alone = rayon::current_num_threads() == 1;
     let mut peaks = Vec::new();
     let start = Instant::now();
     while seconds[0].len() < 3 || start.elapsed() < BUDGET {
@@ -255,17 +269,21 @@ fn run(shape: &Shape) {
         seconds[2].push(time(|| ours(f32s.0, bf16s.1, &mut c, false)));
         seconds[3].push(time(|| ours(bf16s.0, bf16s.1, &mut c, false)));
         seconds[4].push(time(|| ours(f32s.0, f32s.1, &mut c, true)));
+        // Beside more threads it would be the one that waits for nobody.
+        seconds[5].push(if alone { time(|| faers(shape, &a, &b, &mut c)) } else { f64::NAN });
         peaks.push(peak());
     }
-    let [ours, theirs, mixed, narrow, thin] = seconds.map(|seconds| 2.0 * (m * n * k) as f64 / median(seconds) / 1e9);
+    let [ours, theirs, mixed, narrow, thin, faers] =
+        seconds.map(|seconds| 2.0 * (m * n * k) as f64 / median(seconds) / 1e9);
     let thin = thin * (k + rank) as f64 / k as f64;
     let peak = median(peaks) / 1e9;
     let share = |x: f64| format!("{x:6.1} ({:3.0} %)", 100.0 * x / peak);
     println!(
-        "{:42} | {} | {theirs:6.1} | {:4.2} | {} | {} | {} | {peak:6.1}",
+        "{:42} | {} | {theirs:6.1} | {:4.2} | {faers:6.1} | {:4.2} | {} | {} | {} | {peak:6.1}",
         shape.name,
         share(ours),
         ours / theirs,
+        ours / faers,
         share(mixed),
         share(narrow),
         share(thin),
@@ -276,7 +294,10 @@ fn main() {
     // Cargo adds `--bench`.
     let words: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     println!("{}, {} threads; GFLOP/s (share of the peak)", cpu().profile(), rayon::current_num_threads());
-    println!("{:42} | f32 · f32      | `gemm` | ratio| f32 · bf16     | bf16 · bf16    | with rank 16   | peak", "");
+    println!(
+        "{:42} | f32 · f32      | `gemm` | ratio| `faer` | ratio| f32 · bf16     | bf16 · bf16    | with rank 16   | peak",
+        ""
+    );
     let all = shapes();
     // Within the pool, as a training step is.
     rayon::scope(|_| {
