@@ -1,6 +1,6 @@
 //! Every folder under `golden/`, computed by PEFT (the scripts beside them).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use attune_adapt::{ADAPTERS, peft};
@@ -154,11 +154,11 @@ fn layout(golden: &Tensors) -> Result<Layout, Failed> {
     Ok(layout)
 }
 
-fn run(case: &str, base: &str) -> Result<(), Failed> {
+fn run(case: &str, base_name: &str) -> Result<(), Failed> {
     let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let golden = here.join("golden").join(case);
     let folder = peft::read(&golden.join("adapter"))?;
-    let base = Base::open(&here.join("../models/golden").join(base), Precision::F32)?;
+    let base = Base::open(&here.join("../models/golden").join(base_name), Precision::F32)?;
     let adapter = super::build(serde_json::to_value(&folder.method)?).map_err(super::fail)?;
     let card = ADAPTERS.card(&folder.method.method).ok_or("no card")?;
     let mut setup = Setup::on(base, adapter, &folder.targets, card.applies, DType::F32);
@@ -203,6 +203,9 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
     assert!(compared > 0, "nothing was compared");
 
     written_back(&setup, &golden.join("adapter"))?;
+    if let Some(folder) = std::env::var_os("ATTUNE_WRITTEN") {
+        keep(&setup, &PathBuf::from(folder).join(case), base_name, &golden.join("expected.safetensors"))?;
+    }
 
     for (name, reference) in open(golden.join("merged.safetensors"))?.unwrap_or_default() {
         let site = name.strip_suffix(".weight").ok_or("no weight")?;
@@ -221,6 +224,19 @@ fn run(case: &str, base: &str) -> Result<(), Failed> {
         assert!(difference(&weight, &reference) < TOLERANCE, "{name}");
     }
     Ok(())
+}
+
+/// Leaves the adapter as we write it, what the model answers with it, and the name of the base, for PEFT to read
+/// (`golden/check_peft_reads.py --cases`).
+fn keep(setup: &Setup, to: &Path, base: &str, expected: &Path) -> Result<(), Failed> {
+    write(setup, &setup.params(), &to.join("adapter"))?;
+    std::fs::write(to.join("base"), base)?;
+    let Some(expected) = open(expected.to_owned())? else { return Ok(()) };
+    let layout = layout(&expected)?;
+    let logits = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;
+    let of = |name: &'static str| (name, expected[name].clone());
+    let kept = HashMap::from([of("input_ids"), of("doc_lengths"), ("logits", logits)]);
+    Ok(candle_core::safetensors::save(&kept, to.join("logits.safetensors"))?)
 }
 
 /// Tensors as an adapter folder of ours holds them.
