@@ -21,17 +21,16 @@
 //! # Paper
 //! none: common practice.
 
-use attune_architecture::{Architecture, Site, SiteKind, TensorPart};
+use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port};
-use attune_points::{Locals, TensorSpec, Weight};
+use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{self, BuildCx, Card, Merges, Method, Point};
 use attune_tensor::rng::Rng;
-use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::parts::linears::IDLE;
+use crate::parts::weights;
 
 /// It has no parameters.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -64,27 +63,11 @@ impl Method for Full {
 
 impl Adapter for Full {
     fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let infos = arch.tensors();
-        let attachments = sites.iter().map(|site| {
-            let own = infos.iter().filter(|info| info.site == site.id).map(|info| {
-                let local = if info.part == TensorPart::Bias { "bias" } else { "weight" };
-                let matrix = info.part == TensorPart::Weight && !matches!(site.kind, SiteKind::Norm { .. });
-                TensorSpec {
-                    decay: matrix,
-                    quiet: site.expert.map(|_| IDLE),
-                    ..TensorSpec::trained(local, info.shape.clone())
-                }
-            });
-            Attachment { site: site.id.clone(), tensors: own.collect() }
-        });
-        // A tied head has no tensor of its own.
-        Ok(attachments.filter(|at| !at.tensors.is_empty()).collect())
+        Ok(weights::attach(arch, sites))
     }
 
     fn init(&self, at: &Attachment, weight: &dyn Weight, _: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        let mut tensors = vec![("weight", weight.dense(DType::F32)?)];
-        tensors.extend(weight.bias(DType::F32)?.map(|bias| ("bias", bias)));
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        weights::start(at, weight)
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -92,9 +75,7 @@ impl Adapter for Full {
     }
 
     fn merge(&self, at: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let has_bias = at.tensors.iter().any(|spec| spec.local == "bias");
-        let bias = has_bias.then(|| tensors.get("bias").cloned()).transpose()?;
-        Ok(Merged::Weight { weight: tensors.get("weight")?.clone(), bias })
+        weights::merged(at, tensors)
     }
 
     fn peft(&self) -> Option<Peft> {

@@ -17,6 +17,7 @@ mod gralora;
 mod hira;
 mod hra;
 mod ia3;
+mod ln_tuning;
 mod loha;
 mod lokr;
 mod lora;
@@ -63,6 +64,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hira::Hira>(),
         entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
+        entry::<ln_tuning::LnTuning>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
         entry::<lora::Lora>(),
@@ -109,6 +111,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
     FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
+    FromPeft { peft_type: Some("LN_TUNING"), claims: |_| true, read: ln_tuning::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },

@@ -15,3 +15,4 @@ pub(crate) mod sparse;
 pub(crate) mod starts;
 pub(crate) mod tiles;
 pub(crate) mod torch;
+pub(crate) mod weights;

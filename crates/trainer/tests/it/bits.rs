@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 17] = [
+const KINDS: [(&str, &[(&str, &str)]); 18] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
@@ -20,6 +20,7 @@ const KINDS: [(&str, &[(&str, &str)]); 17] = [
     ("bottleneck", &[("tune.adapter", "{method: bottleneck, reduction: 4, activation: silu}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
     ("loramoe", &[("tune.adapter", "{method: loramoe, rank: 2, experts: 4, knowledge: [sums]}")]),
+    ("norms", &[("tune.adapter", "{method: ln-tuning}")]),
     ("ia3", &[("tune.adapter", "{method: ia3}")]),
     ("vera", &[("tune.adapter", "{method: vera, rank: 8, dropout: 0.1}")]),
     ("shira", &[("tune.adapter", "{method: shira, rank: 2}")]),

@@ -73,7 +73,7 @@ const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
 /// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
 /// passes of their own.
-const PORTS: [&[(&str, &str)]; 10] = [
+const PORTS: [&[(&str, &str)]; 11] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
     &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}"), ("tune.logical_shards", "2")],
@@ -86,6 +86,7 @@ const PORTS: [&[(&str, &str)]; 10] = [
         ("tune.batch_tokens", "256"),
     ],
     &[("tune.adapter", "{method: ia3}")],
+    &[("tune.adapter", "{method: ln-tuning}")],
     &[("tune.adapter", "{method: vera, rank: 8, dropout: 0.1}")],
     &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: pissa}}")],
     &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")],

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use attune_adapt::{ADAPTERS, peft};
 use attune_architecture::targets;
 use attune_models::{Base, Model, Pass, Slot, Stack};
-use attune_points::adapter::Adapter;
+use attune_points::adapter::{Adapter, Port};
 use attune_points::{Bank, BankKind, Layout, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Precision;
@@ -33,7 +33,9 @@ fn adapted(base: Base, folder: &Path) -> (Model, Theta) {
     let sites = targets::resolve(&read.targets, None, base.architecture(), |_| true).unwrap();
     let attachments = adapter.attach(base.architecture(), &sites).unwrap();
     let params = Arc::new(read.params(&*adapter, &attachments).unwrap());
-    let bank = Bank { slot: "x".into(), kind: BankKind::Adapter, sets: vec![params], train: false };
+    let stands_in = matches!(adapter.port(&attachments[0]), Port::Weights);
+    let kind = if stands_in { BankKind::Weights } else { BankKind::Adapter };
+    let bank = Bank { slot: "x".into(), kind, sets: vec![params], train: false };
     let stack = Stack::new(vec![Slot::new(adapter, attachments)]);
     (Model::new(base, stack), Theta::single([bank]))
 }
@@ -57,6 +59,7 @@ fn a_merged_models_logits_are_those_of_the_base_with_the_adapter() {
         "{method: lora, rank: 7, alpha: 8, init: {method: olora}}",
         "{method: dora, rank: 4, alpha: 8}",
         "{method: ia3}",
+        "{method: ln-tuning}",
         "{method: road, group_size: 4}",
         "{method: spiel, density: 0.1, every: 4, watch: 2}",
     ] {

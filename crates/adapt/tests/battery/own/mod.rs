@@ -24,7 +24,7 @@ const PLAIN: &str = "lora";
 
 type Own = fn() -> Result<(), Failed>;
 
-const OWN: [(&str, Own); 9] = [
+const OWN: [(&str, Own); 10] = [
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
     ("compacter_and_lotr::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
@@ -33,6 +33,7 @@ const OWN: [(&str, Own); 9] = [
     ("ia3::rows_keep_their_directions", directions),
     ("road::rows_that_a_linear_gives_keep_their_lengths", turned_outputs),
     ("spiel::as_many_entries_change_as_it_has_parameters", single_entries),
+    ("ln_tuning::no_matrix_changes", vectors_only),
     ("prefix_tuning::queries_of_a_single_row_matter", lone_row),
 ];
 
@@ -307,5 +308,31 @@ fn turned_outputs() -> Result<(), Failed> {
         outputs_stretched(json!({"method": PLAIN, "rank": 1}))?,
     );
     assert!(turned < 1e-12 && plain > 0.01, "lengths change by {turned} and {plain}");
+    Ok(())
+}
+
+/// How many matrices of a model a component on the sites that it takes by itself changes, and how many vectors.
+fn changed(method: Value, targets: &str, applies: &[SiteKind]) -> Result<(usize, usize), Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
+    setup.disturb(0.3);
+    let (mut matrices, mut vectors) = (0, 0);
+    for at in &setup.attachments {
+        let base = setup.model.base();
+        let site = base.architecture().site(at.site.as_str()).ok_or("no site")?;
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        match setup.adapter.merge(at, &locals, &base.weight(&site))? {
+            Merged::Weight { weight, .. } if weight.dims().len() == 1 => vectors += 1,
+            _ => matrices += 1,
+        }
+    }
+    Ok((matrices, vectors))
+}
+
+/// Norms are vectors; LoRA changes matrices only.
+fn vectors_only() -> Result<(), Failed> {
+    let norms = changed(json!({"method": "ln-tuning"}), "all", &[SiteKind::Norm])?;
+    let plain = changed(json!({"method": PLAIN, "rank": 1}), "all-linear", &[SiteKind::Linear])?;
+    assert_eq!((norms, plain), ((0, 5), (14, 0)));
     Ok(())
 }
