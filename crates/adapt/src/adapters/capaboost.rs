@@ -35,6 +35,7 @@ use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::dropout::dropped;
 use crate::parts::starts::{self, Start};
 use crate::parts::{factors, own};
 
@@ -217,13 +218,7 @@ fn two_of_four(n: usize, rng: &mut Rng) -> Vec<f32> {
 impl RowMap for Capaboost {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let (a, b) = self.masked(tensors)?;
-        let dropped = match cx.dropout {
-            Some(masks) if self.config.dropout > 0.0 => {
-                Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, self.config.dropout, x_ti)?)?)
-            }
-            _ => None,
-        };
-        let h = (ops::linear(dropped.as_ref().unwrap_or(x_ti), &a, None)? * self.scale())?;
+        let h = (ops::linear(&dropped(x_ti, self.config.dropout, cx)?, &a, None)? * self.scale())?;
         Ok(ops::linear(&h, &b, None)?)
     }
 }

@@ -34,6 +34,7 @@ use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::dropout::dropped;
 use crate::parts::starts::{self, Start};
 use crate::parts::{linears, own};
 
@@ -138,11 +139,7 @@ impl Adapter for FloraTucker {
 impl RowMap for FloraTucker {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let Config { scale, dropout, .. } = self.config;
-        let dropped = match cx.dropout {
-            Some(masks) if dropout > 0.0 => Some((x_ti * masks.mask(cx.site, x_ti.dim(1)?, dropout, x_ti)?)?),
-            _ => None,
-        };
-        let h_tp = ops::linear(dropped.as_ref().unwrap_or(x_ti), tensors.get(IN)?, None)?;
+        let h_tp = ops::linear(&dropped(x_ti, dropout, cx)?, tensors.get(IN)?, None)?;
         let h_tq = (ops::linear(&h_tp, tensors.get(CORE)?, None)? * scale)?;
         Ok(ops::linear(&h_tq, tensors.get(OUT)?, None)?)
     }
