@@ -57,6 +57,12 @@ pub struct MethodDocument {
     pub copies: String,
     /// How many passes over a step's batch a step rule makes, as an expression; empty for one.
     pub passes: String,
+    /// How many answers to each prompt the model gives by itself, as an expression; empty if it learns what is in the data.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub answers: String,
+    /// The most tokens of such an answer, as an expression.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub answer_tokens: String,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -93,6 +99,8 @@ impl MethodDocument {
             shared: card.shared.to_owned(),
             copies: card.copies.to_owned(),
             passes: card.passes.to_owned(),
+            answers: card.answers.to_owned(),
+            answer_tokens: card.answer_tokens.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,

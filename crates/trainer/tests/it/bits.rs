@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 18] = [
+const KINDS: [(&str, &[(&str, &str)]); 20] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
@@ -28,6 +28,8 @@ const KINDS: [(&str, &[(&str, &str)]); 18] = [
     ("spiel", &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
+    ("grpo", ANSWERS),
+    ("grpo over a whole step", ALL_ANSWERS),
     ("smart", &[("tune.step", SMART)]),
 ];
 
@@ -48,6 +50,22 @@ const PAIRS: &[(&str, &str)] = &[
     ("data.domains", "[{name: pairs, source: ./pairs.jsonl}]"),
     ("data.validation", "[{name: pairs, source: ./pairs.jsonl, rows: 3}]"),
     ("tune.batch_tokens", "256"),
+];
+
+/// The small job on answers of its own, which are judged by how they begin and whether they end.
+const ANSWERS: &[(&str, &str)] = &[
+    ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, beta: 0.1, loss: grpo}"),
+    ("tune.rewards", "[{method: pattern, pattern: '^[ -~]'}, {method: overlong, margin: 4, weight: 0.3}]"),
+    ("data.domains", "[{name: greetings, source: ./greetings.jsonl}]"),
+    ("data.validation", "[{name: greetings, source: ./greetings.jsonl, rows: 3}]"),
+];
+
+/// The same with advantages that see all answers of a step.
+const ALL_ANSWERS: &[(&str, &str)] = &[
+    ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, scale: batch, mask_truncated: true}"),
+    ANSWERS[1],
+    ANSWERS[2],
+    ANSWERS[3],
 ];
 
 #[test]

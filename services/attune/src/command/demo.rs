@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use attune_data::Message;
-use attune_models::Sampling;
+use attune_points::generate::Sampling;
 use attune_proto::{Client, v1};
 use attune_spec::id::Project;
 use attune_spec::job::Precision;
