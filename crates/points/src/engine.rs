@@ -105,6 +105,14 @@ pub struct Renewed {
 /// Whatever the engine raises.
 pub fn usual_step(engine: &mut dyn Engine) -> Result<StepReport> {
     let batch = engine.batch(Source::Train)?;
+    update_on(engine, &batch)
+}
+
+/// The gradient of the loss over a batch of the job's data, then one update.
+///
+/// # Errors
+/// Whatever the engine raises.
+pub fn update_on(engine: &mut dyn Engine, batch: &Batch) -> Result<StepReport> {
     let objective = engine.objective();
     let theta = engine.theta().clone();
     let scale = 1.0 / objective.denominator().of(batch.counts);
@@ -122,7 +130,8 @@ pub trait Engine {
     /// Replaces them (an average, a merge).
     fn set(&mut self, theta: Theta);
 
-    /// The next batch from `source`.
+    /// The next batch from `source`. Where the objective learns from answers of the model, a training batch has those that it
+    /// gives now.
     ///
     /// # Errors
     /// Data that cannot be read.
@@ -182,6 +191,20 @@ pub trait Engine {
         }
         Ok(made)
     }
+
+    /// Some micro-batches with the log-probabilities of their labels at `at`, without dropout, in this column.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    fn with_logp(
+        &mut self,
+        column: &str,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+    ) -> Result<Vec<(u32, Arc<Layout>)>>;
+
+    /// Whether the micro-batch of this number is one of this rank's.
+    fn owns(&self, part: u32) -> bool;
 
     /// The objective of the job.
     fn objective(&self) -> Arc<dyn Objective>;

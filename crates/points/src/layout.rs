@@ -249,6 +249,11 @@ impl Layout {
         Ok(())
     }
 
+    /// All columns by their names.
+    pub fn columns(&self) -> impl Iterator<Item = (&str, &Column)> {
+        self.columns.iter().map(|(name, column)| (name.as_str(), column))
+    }
+
     /// A column by name.
     pub fn column(&self, name: &str) -> Option<&Column> {
         self.columns.get(name)

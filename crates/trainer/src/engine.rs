@@ -365,8 +365,7 @@ impl Engine for RankEngine<'_> {
                 let watch = Stopwatch::start();
                 let mut batch = self.loader.batch(self.step)?;
                 self.spent.data += watch.elapsed();
-                let (mine, shards) = (self.shards(), self.shared.logical_shards);
-                batch.parts.retain(|(part, layout)| mine.contains(&(part % shards)) && layout.n_rows() > 0);
+                batch.parts.retain(|(part, layout)| self.owns(*part) && layout.n_rows() > 0);
                 let Some(how) = self.shared.objective.needs().answers else { return Ok(batch) };
                 let (batch, judged) = self.answered(&self.theta.clone(), batch, &how)?;
                 self.judged = judged;
@@ -425,6 +424,29 @@ impl Engine for RankEngine<'_> {
         let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&self.shared.objective));
         let own = is_own.then(|| Arc::clone(&self.shared.objective));
         self.summed(at, parts, || own.clone().map_or(Asking::Lent(of), Asking::Shared), scale, dropout)
+    }
+
+    fn with_logp(
+        &mut self,
+        column: &str,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+    ) -> Result<Vec<(u32, Arc<Layout>)>> {
+        // A pass of its own: lanes beside it need not wait.
+        self.company.inspect(Company::leave);
+        let found = groups(parts, self.rows_per_pass).map(|group| {
+            let layouts: Vec<Arc<Layout>> = group.iter().map(|(_, layout)| Arc::clone(layout)).collect();
+            let (with, times) = self.shared.model.with_logp(column, at, None, &layouts)?;
+            self.spent.passes += times;
+            Ok(group.iter().map(|(part, _)| *part).zip(with).collect::<Vec<_>>())
+        });
+        let found: Result<Vec<_>> = found.collect();
+        self.company.inspect(Company::enter);
+        Ok(found?.into_iter().flatten().collect())
+    }
+
+    fn owns(&self, part: u32) -> bool {
+        self.shards().contains(&(part % self.shared.logical_shards))
     }
 
     fn objective(&self) -> Arc<dyn Objective> {

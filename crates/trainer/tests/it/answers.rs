@@ -82,3 +82,25 @@ fn answers_that_have_no_room_are_refused_with_what_would_do() {
     let unjudged = refused(&[("tune.rewards", "[{method: numeric-answer}]")]);
     assert!(unjudged.contains("no answer to the validation set \"greetings\" can be judged by `tune.rewards`"), "{unjudged}");
 }
+
+/// The second update on the same answers starts away from what made them, so ratios differ from 1 and far ones are cut; with one
+/// update a batch there is nothing to cut.
+#[test]
+fn answers_that_are_used_again_are_held_to_what_made_them() {
+    let small = Small::with_weights();
+    let clipped = |times: &str| {
+        let rule = format!("{{method: reuse, times: {times}}}");
+        let objective = "{method: grpo, generations: 8, max_tokens: 1, epsilon: 0.02}";
+        let changes = [LETTERS, &[("tune.step", rule.as_str()), ("tune.objective", objective), ("tune.steps", "12")]].concat();
+        let (events, _) = first_said(&small, &changes);
+        (metric(&events, "train/clipped"), metric(&events, "answers/reward"))
+    };
+    let (once, _) = clipped("1");
+    assert!(once.iter().all(|clipped| *clipped == 0.0), "{once:?}");
+    let (cut, rewards) = clipped("4");
+    for batch in 0..3 {
+        assert_eq!(cut[4 * batch], 0.0, "what is new was made by these very parameters: {cut:?}");
+        assert!(cut[4 * batch + 3] > 0.1, "{cut:?}");
+        assert!(rewards[4 * batch..4 * batch + 4].iter().all(|reward| *reward == rewards[4 * batch]), "{rewards:?}");
+    }
+}

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 20] = [
+const KINDS: [(&str, &[(&str, &str)]); 21] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
@@ -30,6 +30,7 @@ const KINDS: [(&str, &[(&str, &str)]); 20] = [
     ("a whole step", STEP),
     ("grpo", ANSWERS),
     ("grpo over a whole step", ALL_ANSWERS),
+    ("grpo with answers used again", USED_AGAIN),
     ("smart", &[("tune.step", SMART)]),
 ];
 
@@ -63,6 +64,15 @@ const ANSWERS: &[(&str, &str)] = &[
 /// The same with advantages that see all answers of a step.
 const ALL_ANSWERS: &[(&str, &str)] = &[
     ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, scale: batch, mask_truncated: true}"),
+    ANSWERS[1],
+    ANSWERS[2],
+    ANSWERS[3],
+];
+
+/// The same with several updates on the answers.
+const USED_AGAIN: &[(&str, &str)] = &[
+    ("tune.step", "{method: reuse, times: 3}"),
+    ANSWERS[0],
     ANSWERS[1],
     ANSWERS[2],
     ANSWERS[3],
