@@ -285,7 +285,8 @@ mod tests {
         Loader::new(7, domains.to_vec(), mixing, packing, length)
     }
 
-    const PACKING: Packing = Packing { batch_tokens: 60, logical_shards: 3, accumulation: 1, max_length: 12, answers: None };
+    const PACKING: Packing =
+        Packing { batch_tokens: 60, logical_shards: 3, accumulation: 1, max_length: 12, answers: None };
 
     /// The documents of some steps, as (domain, example), shard by shard.
     fn documents(loader: &mut Loader, from: u64, steps: u64) -> Vec<(u16, u64)> {

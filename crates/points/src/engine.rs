@@ -196,12 +196,7 @@ pub trait Engine {
     ///
     /// # Errors
     /// Whatever the pass raises.
-    fn with_logp(
-        &mut self,
-        column: &str,
-        at: &Theta,
-        parts: &[(u32, Arc<Layout>)],
-    ) -> Result<Vec<(u32, Arc<Layout>)>>;
+    fn with_logp(&mut self, column: &str, at: &Theta, parts: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>>;
 
     /// Whether the micro-batch of this number is one of this rank's.
     fn owns(&self, part: u32) -> bool;

@@ -198,7 +198,7 @@ impl RankEngine<'_> {
 
     /// A batch with the model's answers at `at` in place of its rows, and what all ranks' are worth. The parts of the batch are
     /// those of this rank.
-    pub(crate) fn answered(&mut self, at: &Theta, batch: Batch, how: &Answers) -> Result<(Batch, Judged)> {
+    pub(crate) fn answered(&mut self, at: &Theta, batch: &Batch, how: &Answers) -> Result<(Batch, Judged)> {
         // Nobody waits for a lane while it speaks.
         self.company.inspect(Company::leave);
         let watch = Stopwatch::start();
@@ -236,7 +236,8 @@ impl RankEngine<'_> {
                 max_tokens: how.max_tokens as usize,
                 stop: judge.stop.clone(),
             };
-            let places = (first..).zip(run).flat_map(|(place, of)| (0..how.each).map(move |sample| (place, of, sample)));
+            let places =
+                (first..).zip(run).flat_map(|(place, of)| (0..how.each).map(move |sample| (place, of, sample)));
             let asked: Vec<_> = places.map(|(place, of, sample)| (of, sample, sampling(place, sample))).collect();
             first += run.len();
             let requests = asked.iter().map(|(of, _, sampling)| Request { prompt: &of.prompt, sampling });
@@ -340,9 +341,8 @@ mod tests {
             rules: vec![rule("even", 2.0, Box::new(Even)), rule("even", 0.5, Box::new(Short))],
         };
         let mut sums = Judged { answers: 3, groups: 1, ..Judged::default() };
-        let mut of = |text, finished| {
-            judge.judge(&Answer { text, expected: "", tokens: 1, max_tokens: 1, finished }, &mut sums)
-        };
+        let mut of =
+            |text, finished| judge.judge(&Answer { text, expected: "", tokens: 1, max_tokens: 1, finished }, &mut sums);
         assert_eq!((of("4", true), of("3", false)), (2.0, -0.5));
         assert!(of("word", true).is_nan());
         assert_eq!(sums.reward(), Some(0.75));

@@ -367,7 +367,7 @@ impl Engine for RankEngine<'_> {
                 self.spent.data += watch.elapsed();
                 batch.parts.retain(|(part, layout)| self.owns(*part) && layout.n_rows() > 0);
                 let Some(how) = self.shared.objective.needs().answers else { return Ok(batch) };
-                let (batch, judged) = self.answered(&self.theta.clone(), batch, &how)?;
+                let (batch, judged) = self.answered(&self.theta.clone(), &batch, &how)?;
                 self.judged = judged;
                 Ok(batch)
             }
@@ -426,12 +426,7 @@ impl Engine for RankEngine<'_> {
         self.summed(at, parts, || own.clone().map_or(Asking::Lent(of), Asking::Shared), scale, dropout)
     }
 
-    fn with_logp(
-        &mut self,
-        column: &str,
-        at: &Theta,
-        parts: &[(u32, Arc<Layout>)],
-    ) -> Result<Vec<(u32, Arc<Layout>)>> {
+    fn with_logp(&mut self, column: &str, at: &Theta, parts: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
         // A pass of its own: lanes beside it need not wait.
         self.company.inspect(Company::leave);
         let found = groups(parts, self.rows_per_pass).map(|group| {

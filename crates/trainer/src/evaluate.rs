@@ -21,7 +21,7 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
         if let Some(how) = objective.needs().answers {
             let likeliest = Answers { each: 1, temperature: 0.0, ..how };
-            let (_, judged) = engine.answered(&theta, Batch { parts, ..batch }, &likeliest)?;
+            let (_, judged) = engine.answered(&theta, &Batch { parts, ..batch }, &likeliest)?;
             let Some(reward) = judged.reward() else {
                 return Err(Error::Refused(format!(
                     "no answer to the validation set {name:?} can be judged by `tune.rewards`"

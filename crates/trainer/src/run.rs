@@ -252,7 +252,8 @@ impl<'a> Rank<'a> {
         self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let views = self.prepared.domains.first().map_or(&[View::Main][..], |domain| domain.data.views());
-        let answers = self.prepared.packing.answers.map(|answers| (0..answers.each).map(View::Sample).collect::<Vec<_>>());
+        let answers =
+            self.prepared.packing.answers.map(|answers| (0..answers.each).map(View::Sample).collect::<Vec<_>>());
         let mut layout = largest(&self.prepared.packing, answers.as_deref().unwrap_or(views));
         if answers.is_some() {
             let values = Values::F64(vec![0.0; layout.docs().len()]);
@@ -340,7 +341,8 @@ impl<'a> Rank<'a> {
             metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
         }
         if let Some(judge) = &self.prepared.shared.judge {
-            metrics.extend(self.engine.judged.metrics(&judge.rules).into_iter().map(|(name, value)| metric(name, value)));
+            metrics
+                .extend(self.engine.judged.metrics(&judge.rules).into_iter().map(|(name, value)| metric(name, value)));
         }
         for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
             if counts.tokens > 0 {

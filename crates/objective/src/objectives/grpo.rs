@@ -344,7 +344,8 @@ impl Objective for Grpo {
             let n = rows.len();
             let mean = log_ratio_t.iter().sum::<f64>() / n as f64;
             let whole = log_ratio_t.iter().map(|ratio| ratio.clamp(-20.0, 20.0)).sum();
-            let (share, counted) = (config.share(n), if self.denominator() == Denominator::Tokens { 1.0 } else { 1.0 / n as f64 });
+            let (share, counted) =
+                (config.share(n), if self.denominator() == Denominator::Tokens { 1.0 } else { 1.0 / n as f64 });
             // The derivative by the mean of an answer's log-ratios is spread over its tokens.
             let mut by_mean = 0.0;
             for ((at, &logp), &log_ratio) in rows.clone().zip(logp_t).zip(&log_ratio_t) {
@@ -391,15 +392,15 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Loss; 7] =
-        [Loss::Dapo, Loss::Grpo, Loss::DrGrpo, Loss::Cispo, Loss::Sapo, Loss::Luspo, Loss::Vespo];
+    const ALL: [Loss; 7] = [Loss::Dapo, Loss::Grpo, Loss::DrGrpo, Loss::Cispo, Loss::Sapo, Loss::Luspo, Loss::Vespo];
 
     /// Groups of answers with these numbers of tokens, their rewards, and what made them.
     fn layout(lengths: &[usize], each: usize, rewards: &[f64], made: Option<&[f64]>) -> Layout {
         let mut layout = Layout::new();
         for (at, n) in lengths.iter().enumerate() {
             // Two tokens of a prompt.
-            let rows = (0..=*n as u32 + 1).map(|row| (Row::Token(row), if row == 0 || row > *n as u32 { NO_LABEL } else { row }));
+            let rows = (0..=*n as u32 + 1)
+                .map(|row| (Row::Token(row), if row == 0 || row > *n as u32 { NO_LABEL } else { row }));
             let source = Source { group: Some((at / each) as u32), ..Source::default() };
             layout.push(source, rows.collect::<Vec<_>>());
         }
@@ -455,7 +456,8 @@ mod tests {
     fn losses_and_gradients_are_those_of_trl() {
         let golden: Value = serde_json::from_str(include_str!("../../golden/grpo.json")).unwrap();
         let lengths: Vec<usize> = numbers(&golden["lengths"]).into_iter().map(|n| n as usize).collect();
-        let [rewards, logp, made, reference] = ["rewards", "logp", "made", "reference"].map(|name| numbers(&golden[name]));
+        let [rewards, logp, made, reference] =
+            ["rewards", "logp", "made", "reference"].map(|name| numbers(&golden[name]));
         let cases = golden["cases"].as_object().unwrap();
         assert_eq!(cases.len(), 14);
         for (name, case) in cases {
@@ -550,7 +552,8 @@ mod tests {
         for loss in ALL {
             for importance in [Importance::Token, Importance::Sequence] {
                 let unbiased_kl = loss != Loss::Grpo;
-                let config = Config { loss, importance, beta: 0.3, unbiased_kl, delta: Some(1.15), ..Config::default() };
+                let config =
+                    Config { loss, importance, beta: 0.3, unbiased_kl, delta: Some(1.15), ..Config::default() };
                 // What lets no gradient through has a value whose differences say nothing: its weight times log π is compared.
                 if matches!(loss, Loss::Cispo | Loss::Vespo) {
                     continue;
@@ -563,7 +566,11 @@ mod tests {
                         step(&config, &layout, &logp, &reference).0
                     };
                     let numeric = (moved(1e-6) - moved(-1e-6)) / 2e-6;
-                    assert!((numeric - gradient[at]).abs() < 1e-8, "{loss:?}, {importance:?}: {numeric}, {}", gradient[at]);
+                    assert!(
+                        (numeric - gradient[at]).abs() < 1e-8,
+                        "{loss:?}, {importance:?}: {numeric}, {}",
+                        gradient[at]
+                    );
                 }
             }
         }

@@ -93,6 +93,10 @@ mod tests {
         assert_eq!(of("<answer>.*</answer>", "so <answer>4</answer>"), Some(1.0));
         assert_eq!(of("^<answer>", "so <answer>4</answer>"), Some(0.0));
         let faults = build("(").err().unwrap();
-        assert!(faults[0].to_string().starts_with("`pattern` is \"(\", which is no regular expression: "), "{}", faults[0]);
+        assert!(
+            faults[0].to_string().starts_with("`pattern` is \"(\", which is no regular expression: "),
+            "{}",
+            faults[0]
+        );
     }
 }

@@ -5,7 +5,8 @@
 
 use attune_spec::job::{
     Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, OnBadRow,
-    Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec, read_value,
+    Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec,
+    read_value,
 };
 use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
@@ -432,7 +433,12 @@ tune: {adapter: {method: full}, steps: 3}
 
     #[test]
     fn specifications_round_trip() {
-        for text in [FULL, SHORT] {
+        let judged = SHORT.replace(
+            "steps: 3}",
+            "steps: 3, objective: {method: grpo}, rewards: [{method: exact-match, case: true}, {method: overlong, weight: 0.5}]}",
+        );
+        assert!(judged.contains("overlong"));
+        for text in [FULL, SHORT, &judged] {
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }

@@ -180,18 +180,24 @@ fn answers(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     let (objective, rewards) = (&spec.tune.objective.method, &spec.tune.rewards);
     let Some((_, tokens)) = catalogue.answers(&spec.tune.objective) else {
         if !rewards.is_empty() {
-            let message = format!("judges answers of the model, but `tune.objective` is {objective}, which learns what is in the data");
+            let message = format!(
+                "judges answers of the model, but `tune.objective` is {objective}, which learns what is in the data"
+            );
             faults.push(Fault::new("tune.rewards", message));
         }
         return;
     };
     if rewards.is_empty() {
-        let message = format!("is empty, but `tune.objective` is {objective}, which learns from answers: expected what they are worth");
+        let message = format!(
+            "is empty, but `tune.objective` is {objective}, which learns from answers: expected what they are worth"
+        );
         faults.push(Fault::new("tune.rewards", message));
     }
     if tokens >= spec.data.max_length {
-        let message =
-            format!("is {}; with answers of {tokens} tokens no prompt has room: set it higher or these shorter", spec.data.max_length);
+        let message = format!(
+            "is {}; with answers of {tokens} tokens no prompt has room: set it higher or these shorter",
+            spec.data.max_length
+        );
         faults.push(Fault::new("data.max_length", message));
     }
 }

@@ -70,7 +70,9 @@ fn answers_that_have_no_room_are_refused_with_what_would_do() {
     };
     let long = refused(&[("tune.objective", "{method: grpo, max_tokens: 30, generations: 2}")]);
     assert!(
-        long.contains("`data.domains[0]` has 7 prompts of more than 2 tokens, after which answers of 30 are longer than"),
+        long.contains(
+            "`data.domains[0]` has 7 prompts of more than 2 tokens, after which answers of 30 are longer than"
+        ),
         "{long}"
     );
     let many = refused(&[("tune.objective", "{method: grpo, max_tokens: 24, generations: 32}")]);
@@ -80,7 +82,10 @@ fn answers_that_have_no_room_are_refused_with_what_would_do() {
     let rule = refused(&[("tune.rewards", "[{method: pattern, pattern: '('}]")]);
     assert!(rule.contains("`tune.rewards[0].pattern` is \"(\", which is no regular expression"), "{rule}");
     let unjudged = refused(&[("tune.rewards", "[{method: numeric-answer}]")]);
-    assert!(unjudged.contains("no answer to the validation set \"greetings\" can be judged by `tune.rewards`"), "{unjudged}");
+    assert!(
+        unjudged.contains("no answer to the validation set \"greetings\" can be judged by `tune.rewards`"),
+        "{unjudged}"
+    );
 }
 
 /// The second update on the same answers starts away from what made them, so ratios differ from 1 and far ones are cut; with one
@@ -91,7 +96,8 @@ fn answers_that_are_used_again_are_held_to_what_made_them() {
     let clipped = |times: &str| {
         let rule = format!("{{method: reuse, times: {times}}}");
         let objective = "{method: grpo, generations: 8, max_tokens: 1, epsilon: 0.02}";
-        let changes = [LETTERS, &[("tune.step", rule.as_str()), ("tune.objective", objective), ("tune.steps", "12")]].concat();
+        let changes =
+            [LETTERS, &[("tune.step", rule.as_str()), ("tune.objective", objective), ("tune.steps", "12")]].concat();
         let (events, _) = first_said(&small, &changes);
         (metric(&events, "train/clipped"), metric(&events, "answers/reward"))
     };

@@ -70,13 +70,8 @@ const ALL_ANSWERS: &[(&str, &str)] = &[
 ];
 
 /// The same with several updates on the answers.
-const USED_AGAIN: &[(&str, &str)] = &[
-    ("tune.step", "{method: reuse, times: 3}"),
-    ANSWERS[0],
-    ANSWERS[1],
-    ANSWERS[2],
-    ANSWERS[3],
-];
+const USED_AGAIN: &[(&str, &str)] =
+    &[("tune.step", "{method: reuse, times: 3}"), ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[3]];
 
 #[test]
 fn a_run_goes_through_its_phases_and_learns() {
