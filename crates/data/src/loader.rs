@@ -244,8 +244,10 @@ pub fn in_order(data: &Dataset, tokens: usize) -> Vec<Layout> {
 }
 
 /// The micro-batch that costs the most memory: full of documents of the longest length, every token supervised. Documents have
-/// these roles in turn, as far as whole rows fit.
+/// these roles in turn, or those of the model's answers, as far as whole rows fit.
 pub fn largest(packing: &Packing, views: &[View]) -> Layout {
+    let answers = packing.answers.map(|answers| (0..answers.each).map(View::Sample).collect::<Vec<_>>());
+    let views = answers.as_deref().unwrap_or(views);
     let mut layout = Layout::new();
     let mut left = packing.shard_tokens();
     // A row's documents together fit the budget, and each has a token to learn.

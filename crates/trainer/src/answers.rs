@@ -190,6 +190,13 @@ fn runs<'a, 'l>(prompts: &'a [Asked<'l>], how: &Answers, rows: usize) -> impl It
     })
 }
 
+/// A batch whose documents are all worth nothing: what a rehearsal has in the place of answers.
+pub(crate) fn unjudged(mut layout: Layout) -> Result<Layout> {
+    let values = Values::F64(vec![0.0; layout.docs().len()]);
+    layout.set_column(REWARD, Column { axis: Axis::Doc, values })?;
+    Ok(layout)
+}
+
 impl RankEngine<'_> {
     fn judge(&self) -> Result<&Judge> {
         let none = || Error::Refused("the objective needs answers, and nothing judges them".to_owned());

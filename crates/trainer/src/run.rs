@@ -10,13 +10,12 @@ use attune_data::Packing;
 use attune_data::loader::largest;
 use attune_models::pass::Stopwatch;
 use attune_points::engine::{Engine, StepReport};
-use attune_points::layout::{Axis, Column, REWARD, Values};
 use attune_points::mixing::Feedback;
 use attune_points::{Owner, TensorId, TensorName, View};
 use attune_spec::id::{Step, Tokens};
 use attune_spec::job::plan::ROWS_PER_PASS;
 
-use crate::answers::Judged;
+use crate::answers::{self, Judged};
 use crate::checkpoint::{self, Measured, State};
 use crate::control::Control;
 use crate::engine::{Message, RankEngine, Spent, empty_buffers};
@@ -252,13 +251,7 @@ impl<'a> Rank<'a> {
         self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let views = self.prepared.domains.first().map_or(&[View::Main][..], |domain| domain.data.views());
-        let answers =
-            self.prepared.packing.answers.map(|answers| (0..answers.each).map(View::Sample).collect::<Vec<_>>());
-        let mut layout = largest(&self.prepared.packing, answers.as_deref().unwrap_or(views));
-        if answers.is_some() {
-            let values = Values::F64(vec![0.0; layout.docs().len()]);
-            layout.set_column(REWARD, Column { axis: Axis::Doc, values })?;
-        }
+        let layout = answers::unjudged(largest(&self.prepared.packing, views))?;
         let layout = Arc::new(layout.with_copies(self.rule.copies()));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
@@ -340,10 +333,8 @@ impl<'a> Rank<'a> {
         for (name, sum) in &report.loss.beside {
             metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
         }
-        if let Some(judge) = &self.prepared.shared.judge {
-            metrics
-                .extend(self.engine.judged.metrics(&judge.rules).into_iter().map(|(name, value)| metric(name, value)));
-        }
+        let rules = self.prepared.shared.judge.iter().flat_map(|judge| self.engine.judged.metrics(&judge.rules));
+        metrics.extend(rules.map(|(name, value)| metric(name, value)));
         for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
             if counts.tokens > 0 {
                 metrics.push(metric(format!("data/{}/loss", domain.name), loss / denominator.of(*counts)));

@@ -421,7 +421,7 @@ mod tests {
         let scale = 1.0 / objective.denominator().of(layout.counts());
         let docs = layout.docs();
         let scopes: Vec<Range<usize>> = if objective.level() == Level::Step {
-            vec![0..docs.len()]
+            std::iter::once(0..docs.len()).collect()
         } else {
             let ends = docs.chunk_by(|a, b| a.group == b.group).scan(0, |end, group| {
                 *end += group.len();

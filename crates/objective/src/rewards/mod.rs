@@ -5,7 +5,7 @@ mod exact_match;
 mod multiple_choice;
 mod numeric_answer;
 mod overlong;
-mod pattern;
+mod regex_match;
 
 use attune_points::reward::Reward;
 use attune_spec::method::{Point, Registry, entry};
@@ -19,6 +19,6 @@ pub static REWARDS: Registry<dyn Reward> = Registry::new(
         entry::<multiple_choice::MultipleChoice>(),
         entry::<numeric_answer::NumericAnswer>(),
         entry::<overlong::Overlong>(),
-        entry::<pattern::Pattern>(),
+        entry::<regex_match::RegexMatch>(),
     ],
 );

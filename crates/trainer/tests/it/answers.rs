@@ -13,7 +13,7 @@ use crate::support::{Outside, Small, metric};
 /// Answers of one letter, of which a tenth are small at first.
 const LETTERS: &[(&str, &str)] = &[
     ("tune.objective", "{method: grpo, generations: 8, max_tokens: 1}"),
-    ("tune.rewards", "[{method: pattern, pattern: '^[a-z]'}]"),
+    ("tune.rewards", "[{method: regex-match, pattern: '^[a-z]'}]"),
     ("tune.from_scratch", "false"),
     ("tune.batch_tokens", "512"),
     ("tune.steps", "40"),
@@ -53,7 +53,7 @@ fn what_is_rewarded_becomes_likely_and_rows_alone_do_not_show_it() {
     assert!(after.iter().all(|reward| *reward > 0.9), "{after:?}");
     assert_eq!(metric(&events, "eval/greetings/loss").last(), Some(&-1.0), "minus the reward of the likeliest answer");
     assert!(said.is_ascii_lowercase(), "{said}");
-    for name in ["tokens", "finished", "alike", "reward/pattern"] {
+    for name in ["tokens", "finished", "alike", "reward/regex-match"] {
         assert_eq!(metric(&events, &format!("answers/{name}")).len(), 40, "{name}");
     }
     let plainly: Vec<_> = LETTERS[2..].to_vec();
@@ -79,7 +79,7 @@ fn answers_that_have_no_room_are_refused_with_what_would_do() {
     assert!(many.contains("the longest prompt with 32 answers as long as they may be comes to 896"), "{many}");
     let texts = refused(&[("data.domains", "[{name: sums, source: ./sums.jsonl}]")]);
     assert!(texts.contains("`data.domains[0]` holds texts without prompts"), "{texts}");
-    let rule = refused(&[("tune.rewards", "[{method: pattern, pattern: '('}]")]);
+    let rule = refused(&[("tune.rewards", "[{method: regex-match, pattern: '('}]")]);
     assert!(rule.contains("`tune.rewards[0].pattern` is \"(\", which is no regular expression"), "{rule}");
     let unjudged = refused(&[("tune.rewards", "[{method: numeric-answer}]")]);
     assert!(

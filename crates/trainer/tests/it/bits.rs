@@ -56,7 +56,7 @@ const PAIRS: &[(&str, &str)] = &[
 /// The small job on answers of its own, which are judged by how they begin and whether they end.
 const ANSWERS: &[(&str, &str)] = &[
     ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, beta: 0.1, loss: grpo}"),
-    ("tune.rewards", "[{method: pattern, pattern: '^[ -~]'}, {method: overlong, margin: 4, weight: 0.3}]"),
+    ("tune.rewards", "[{method: regex-match, pattern: '^[ -~]'}, {method: overlong, margin: 4, weight: 0.3}]"),
     ("data.domains", "[{name: greetings, source: ./greetings.jsonl}]"),
     ("data.validation", "[{name: greetings, source: ./greetings.jsonl, rows: 3}]"),
 ];

@@ -37,11 +37,11 @@ pub(super) struct Config {
     pattern: String,
 }
 
-pub(super) struct Pattern {
+pub(super) struct RegexMatch {
     pattern: Regex,
 }
 
-impl Method for Pattern {
+impl Method for RegexMatch {
     const CARD: Card = Card {
         rules: &[Rule {
             when: "true",
@@ -50,7 +50,7 @@ impl Method for Pattern {
             path: "pattern",
         }],
         ..Card::new(
-            "pattern",
+            "regex-match",
             Point::Reward,
             "Rewards an answer that a regular expression matches: for a form that answers should have, beside a rule that says \
              whether they are right.",
@@ -69,7 +69,7 @@ impl Method for Pattern {
     }
 }
 
-impl Reward for Pattern {
+impl Reward for RegexMatch {
     fn of(&self, answer: &Answer<'_>) -> Option<f64> {
         Some(f64::from(self.pattern.is_match(answer.text)))
     }
@@ -81,7 +81,7 @@ mod tests {
 
     fn build(pattern: &str) -> Result<Box<dyn Reward>, Vec<Fault>> {
         let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[] };
-        Pattern::build(Config { pattern: pattern.to_owned() }, &cx)
+        RegexMatch::build(Config { pattern: pattern.to_owned() }, &cx)
     }
 
     #[test]
