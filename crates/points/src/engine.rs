@@ -81,6 +81,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Rows that went through the model, on all ranks.
     pub n_rows: u64,
+    /// Further numbers of the step rule by name, as they are.
+    pub metrics: Vec<(String, f64)>,
 }
 
 /// Tensors by name.
@@ -119,7 +121,7 @@ pub fn update_on(engine: &mut dyn Engine, batch: &Batch) -> Result<StepReport> {
     let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
     let (gradients, loss) = engine.reduce(parts)?;
     let grad_norm = engine.update(gradients)?;
-    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
 }
 
 /// The machinery of a run, as a step rule sees it. Every pass takes the parameters that it runs at.
@@ -207,7 +209,8 @@ pub trait Engine {
     /// The tensors that train, in order: what an update needs the gradient of.
     fn wanted(&self) -> Vec<TensorId>;
 
-    /// Sums per-shard gradients and reports over all shards and ranks, in the order of the shards.
+    /// Sums per-shard gradients and reports over all shards and ranks, in the order of the shards, and adds the gradients of
+    /// losses that components have on their own tensors. Once a step.
     ///
     /// # Errors
     /// A rank that is gone.

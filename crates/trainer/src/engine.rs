@@ -474,12 +474,12 @@ impl Engine for RankEngine<'_> {
             loss.add(&report);
             self.stop_agreed |= stop;
         }
+        self.add_penalties(&mut gradients)?;
         Ok((gradients, loss))
     }
 
-    fn update(&mut self, mut gradients: Grads) -> Result<f64> {
+    fn update(&mut self, gradients: Grads) -> Result<f64> {
         let watch = Stopwatch::start();
-        self.add_penalties(&mut gradients)?;
         let number = self.step.next();
         // A step whose answers are all worth the same teaches nothing, which says nothing of the tensors.
         let is_silent = self.shared.objective.needs().answers.is_some() && silent(&gradients)?;

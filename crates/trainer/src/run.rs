@@ -334,7 +334,7 @@ impl<'a> Rank<'a> {
             metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
         }
         let rules = self.prepared.shared.judge.iter().flat_map(|judge| self.engine.judged.metrics(&judge.rules));
-        metrics.extend(rules.map(|(name, value)| metric(name, value)));
+        metrics.extend(rules.chain(report.metrics.iter().cloned()).map(|(name, value)| metric(name, value)));
         for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
             if counts.tokens > 0 {
                 metrics.push(metric(format!("data/{}/loss", domain.name), loss / denominator.of(*counts)));

@@ -216,7 +216,7 @@ impl StepRule for Choice {
             let renewed = self.choose(step.0, engine)?;
             loss.beside.insert("entries/renewed", renewed as f64 * divisor);
         }
-        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
     }
 
     fn state(&self) -> Tensors {

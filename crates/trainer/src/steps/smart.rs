@@ -197,7 +197,7 @@ impl StepRule for Smart {
             let Some(now) = engine.theta().get(id) else { continue };
             *mean = ((&*mean * beta)? + (now * (1.0 - beta))?)?;
         }
-        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
     }
 
     fn state(&self) -> BTreeMap<String, Tensor> {

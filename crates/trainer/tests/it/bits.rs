@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 21] = [
+const KINDS: [(&str, &[(&str, &str)]); 22] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
@@ -26,6 +26,7 @@ const KINDS: [(&str, &[(&str, &str)]); 21] = [
     ("shira", &[("tune.adapter", "{method: shira, rank: 2}")]),
     ("lotr", &[("tune.adapter", "{method: lotr, rank: 4}")]),
     ("spiel", &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")]),
+    ("adalora", &[("tune.adapter", "{method: adalora, rank: 4, target_rank: 2, every: 2, dropout: 0.1}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
     ("grpo", ANSWERS),
