@@ -31,6 +31,7 @@ mod randlora;
 mod road;
 mod shira;
 mod spiel;
+mod svft;
 mod vera;
 
 use std::collections::BTreeMap;
@@ -78,6 +79,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<road::Road>(),
         entry::<shira::Shira>(),
         entry::<spiel::Spiel>(),
+        entry::<svft::Svft>(),
         entry::<vera::Vera>(),
     ],
 );

@@ -1,5 +1,6 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
+mod banks;
 mod products;
 mod turns;
 
@@ -38,7 +39,7 @@ const OWN: [(&str, Own); 10] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN);
+    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 
