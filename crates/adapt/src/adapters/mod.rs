@@ -27,6 +27,7 @@ mod lotr;
 mod mora;
 mod oft;
 mod prefix_tuning;
+mod psoft;
 mod randlora;
 mod road;
 mod shira;
@@ -75,6 +76,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<mora::Mora>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<shira::Shira>(),
@@ -121,6 +123,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },

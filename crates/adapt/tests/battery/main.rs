@@ -51,6 +51,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("lotr", &[("rank", 4)]),
     ("mora", &[("rank", 2)]),
     ("oft", &[("block_size", 4)]),
+    ("psoft", &[("rank", 4)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
     ("shira", &[("rank", 2)]),

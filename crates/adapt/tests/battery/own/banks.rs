@@ -10,7 +10,10 @@ use super::{Own, PLAIN, rank};
 use crate::support::{Setup, largest};
 use crate::{build, fail};
 
-pub(super) const OWN: &[(&str, Own)] = &[("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors)];
+pub(super) const OWN: &[(&str, Own)] = &[
+    ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
+    ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
+];
 
 /// A linear of 32 outputs and 24 inputs.
 const UP: &str = "model.layers.1.mlp.up_proj";
@@ -47,5 +50,28 @@ fn singular_vectors() -> Result<(), Failed> {
     assert!(svft_numbers <= plain_numbers && svft_rank == 24 && plain_rank == 1);
     // They are kept in 32 bits.
     assert!(svft < 1e-5 && plain > 0.1, "{svft} and {plain} of the change are beside the diagonal");
+    Ok(())
+}
+
+/// How far the products of all rows of a weight with each other change, against the largest; how far a change reaches beyond its
+/// `leading` directions, against its size; and its numbers.
+fn turned_beyond(method: Value, leading: usize) -> Result<(f64, f64, usize), Failed> {
+    let (weight, change, numbers) = changed(method)?;
+    let gram = |w: &Tensor| w.matmul(&w.t()?);
+    let before = gram(&weight)?;
+    let products = largest(&(gram(&(&weight + &change)?)? - &before)?) / largest(&before);
+    let v = linalg::svd(&weight)?.truncated(leading)?.v;
+    let within = change.matmul(&v.t()?)?.matmul(&v)?;
+    Ok((products, largest(&(within - &change)?) / largest(&change), numbers))
+}
+
+fn turned_within() -> Result<(), Failed> {
+    let psoft = json!({"method": "psoft", "rank": 8, "scale_in": false, "scale_out": false});
+    let (products, beyond, numbers) = turned_beyond(psoft, 8)?;
+    let (plain_products, plain_beyond, plain_numbers) = turned_beyond(json!({"method": PLAIN, "rank": 1}), 8)?;
+    assert!(numbers <= plain_numbers, "{numbers} trained numbers against {plain_numbers}");
+    // Factors are kept in 32 bits.
+    assert!(products < 1e-5 && beyond < 1e-5, "products of rows change by {products}, directions by {beyond}");
+    assert!(plain_products > 0.01 && plain_beyond > 0.1, "{plain_products} and {plain_beyond}");
     Ok(())
 }
