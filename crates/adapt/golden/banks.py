@@ -60,6 +60,20 @@ CASES = {
         502,
         ({"method": "psoft", "rank": 5, "scale_in": False, "terms": 4, "bound": 0.6, "split": "balanced"}, psoft, PSOFT),
     ),
+    "llama_vblora": (
+        "llama",
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=8, topk=3, init_vector_bank_bound=0.3, target_modules=["q_proj", "down_proj"]),
+        "model.layers.0.mlp.down_proj",
+        503,
+        None,
+    ),
+    "gpt2_vblora": (
+        "gpt2",
+        lambda: peft.VBLoRAConfig(r=3, num_vectors=6, vector_length=4, init_vector_bank_bound=0.3, target_modules=["c_attn"], fan_in_fan_out=True),
+        "transformer.h.1.attn.c_attn",
+        504,
+        None,
+    ),
 }
 
 

@@ -33,6 +33,7 @@ mod road;
 mod shira;
 mod spiel;
 mod svft;
+mod vblora;
 mod vera;
 
 use std::collections::BTreeMap;
@@ -82,6 +83,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<shira::Shira>(),
         entry::<spiel::Spiel>(),
         entry::<svft::Svft>(),
+        entry::<vblora::Vblora>(),
         entry::<vera::Vera>(),
     ],
 );
@@ -127,5 +129,6 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
+    FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
 ];

@@ -25,6 +25,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_norms", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("gpt2_randlora", "gpt2"),
+    ("gpt2_vblora", "gpt2"),
     ("gpt2_vera", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_boft", "llama"),
@@ -46,6 +47,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_road_2", "llama"),
     ("llama_shira", "llama"),
     ("llama_some", "llama"),
+    ("llama_vblora", "llama"),
     ("llama_vera", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_boft", "qwen2"),
@@ -123,6 +125,13 @@ const KEYS: &[&str] = &[
     "randlora_dropout",
     "sparse",
     "very_sparse",
+    "num_vectors",
+    "vector_length",
+    "topk",
+    "vblora_dropout",
+    "init_vector_bank_bound",
+    "init_logits_std",
+    "save_only_topk_weights",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -13,6 +13,7 @@ use crate::{build, fail};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
+    ("vblora::pieces_of_all_factors_are_mixtures_of_few_vectors", pieces),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
@@ -73,5 +74,31 @@ fn turned_within() -> Result<(), Failed> {
     // Factors are kept in 32 bits.
     assert!(products < 1e-5 && beyond < 1e-5, "products of rows change by {products}, directions by {beyond}");
     assert!(plain_products > 0.01 && plain_beyond > 0.1, "{plain_products} and {plain_beyond}");
+    Ok(())
+}
+
+/// The rank of all pieces, this long, of all factors at all linears of the model; and how many of them there are.
+fn rank_of_pieces(method: Value, length: usize) -> Result<(usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "all-linear", DType::F64);
+    setup.disturb(0.3);
+    let mut pieces = Vec::new();
+    for at in &setup.attachments {
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        let Merged::Factors { left, right, .. } = setup.adapter.merge(at, &locals, &*setup.weight(at)?)? else {
+            return Err("no factors".into());
+        };
+        for rows in [left.t()?.contiguous()?, right] {
+            pieces.push(rows.reshape((rows.elem_count() / length, length))?);
+        }
+    }
+    let pieces = Tensor::cat(&pieces, 0)?;
+    Ok((rank(&pieces)?, pieces.dim(0)?))
+}
+
+fn pieces() -> Result<(), Failed> {
+    let (banked, count) = rank_of_pieces(json!({"method": "vblora", "rank": 2, "vectors": 3, "length": 4}), 4)?;
+    let (plain, plain_count) = rank_of_pieces(json!({"method": PLAIN, "rank": 2}), 4)?;
+    assert!(count == plain_count && count > 100);
+    assert_eq!((banked, plain), (3, 4));
     Ok(())
 }
