@@ -74,6 +74,27 @@ CASES = {
         504,
         None,
     ),
+    "llama_waveft": (
+        "llama",
+        lambda: peft.WaveFTConfig(n_frequency=40, scaling=3.0, n_frequency_pattern={"q_proj": 60}, target_modules=["q_proj", "down_proj"]),
+        "model.layers.0.self_attn.q_proj",
+        505,
+        None,
+    ),
+    "gpt2_waveft": (
+        "gpt2",
+        lambda: peft.WaveFTConfig(n_frequency=50, scaling=2.0, wavelet_family="db3", random_loc_seed=5, target_modules=["c_attn"], fan_in_fan_out=True),
+        "transformer.h.1.attn.c_attn",
+        506,
+        None,
+    ),
+    "qwen2_waveft": (
+        "qwen2",
+        lambda: peft.WaveFTConfig(n_frequency=30, scaling=2.0, use_idwt=False, target_modules=["k_proj", "up_proj"]),
+        "model.layers.1.mlp.up_proj",
+        507,
+        None,
+    ),
 }
 
 

@@ -35,6 +35,7 @@ mod spiel;
 mod svft;
 mod vblora;
 mod vera;
+mod waveft;
 
 use std::collections::BTreeMap;
 
@@ -85,6 +86,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<svft::Svft>(),
         entry::<vblora::Vblora>(),
         entry::<vera::Vera>(),
+        entry::<waveft::Waveft>(),
     ],
 );
 
@@ -131,4 +133,5 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
+    FromPeft { peft_type: Some("WAVEFT"), claims: |_| true, read: waveft::from_peft },
 ];

@@ -27,6 +27,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_randlora", "gpt2"),
     ("gpt2_vblora", "gpt2"),
     ("gpt2_vera", "gpt2"),
+    ("gpt2_waveft", "gpt2"),
     ("llama_all_linear", "llama"),
     ("llama_boft", "llama"),
     ("llama_bone", "llama"),
@@ -49,6 +50,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_some", "llama"),
     ("llama_vblora", "llama"),
     ("llama_vera", "llama"),
+    ("llama_waveft", "llama"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_boft", "qwen2"),
     ("qwen2_bone_bat", "qwen2"),
@@ -66,6 +68,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_road_4", "qwen2"),
     ("qwen2_shira", "qwen2"),
     ("qwen2_some_rslora", "qwen2"),
+    ("qwen2_waveft", "qwen2"),
 ];
 
 /// What configurations say about what is computed; each method has some of them.
@@ -132,6 +135,9 @@ const KEYS: &[&str] = &[
     "init_vector_bank_bound",
     "init_logits_std",
     "save_only_topk_weights",
+    "wavelet_family",
+    "use_idwt",
+    "proportional_parameters",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -57,6 +57,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("shira", &[("rank", 2)]),
     ("vblora", &[("rank", 3), ("vectors", 7), ("length", 4)]),
     ("vera", &[("rank", 6)]),
+    ("waveft", &[("frequencies", 50), ("scaling", 2)]),
 ];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.

@@ -14,6 +14,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
     ("vblora::pieces_of_all_factors_are_mixtures_of_few_vectors", pieces),
+    ("waveft::few_numbers_change_small_patches_and_the_change_has_high_rank", patches),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
@@ -100,5 +101,22 @@ fn pieces() -> Result<(), Failed> {
     let (plain, plain_count) = rank_of_pieces(json!({"method": PLAIN, "rank": 2}), 4)?;
     assert!(count == plain_count && count > 100);
     assert_eq!((banked, plain), (3, 4));
+    Ok(())
+}
+
+/// How many entries of a weight change, the rank of the change, and how many trained numbers make it.
+fn entries_rank_and_numbers(method: Value) -> Result<(usize, usize, usize), Failed> {
+    let (_, change, numbers) = changed(method)?;
+    let entries = change.flatten_all()?.to_vec1::<f64>()?.into_iter().filter(|entry| entry.abs() > 0.0).count();
+    Ok((entries, rank(&change)?, numbers))
+}
+
+fn patches() -> Result<(), Failed> {
+    let (entries, own, numbers) =
+        entries_rank_and_numbers(json!({"method": "waveft", "frequencies": 56, "scaling": 2}))?;
+    let (plain_entries, plain, plain_numbers) = entries_rank_and_numbers(json!({"method": PLAIN, "rank": 1}))?;
+    assert_eq!((numbers, plain_numbers), (56, 56));
+    assert!(entries <= 4 * 56 && plain_entries == 32 * 24, "{entries} and {plain_entries} entries");
+    assert!(own >= 12 && plain == 1, "rank {own} and {plain}");
     Ok(())
 }
