@@ -20,6 +20,7 @@ mod ia3;
 mod ln_tuning;
 mod loha;
 mod lokr;
+mod loldu;
 mod lora;
 mod loramoe;
 mod lorma;
@@ -71,6 +72,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<ln_tuning::LnTuning>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
+        entry::<loldu::Loldu>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<lorma::Lorma>(),

@@ -11,6 +11,7 @@ use crate::support::{Setup, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
+    ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
     ("vblora::pieces_of_all_factors_are_mixtures_of_few_vectors", pieces),
@@ -118,5 +119,30 @@ fn patches() -> Result<(), Failed> {
     assert_eq!((numbers, plain_numbers), (56, 56));
     assert!(entries <= 4 * 56 && plain_entries == 32 * 24, "{entries} and {plain_entries} entries");
     assert!(own >= 12 && plain == 1, "rank {own} and {plain}");
+    Ok(())
+}
+
+/// What makes 1 of a matrix of full rank, from one side.
+fn undone(matrix: &Tensor) -> Result<Tensor, Failed> {
+    let own = linalg::svd(matrix)?;
+    Ok(own.v.t()?.broadcast_div(&own.s)?.matmul(&own.u.t()?)?)
+}
+
+/// How far a change goes beyond the diagonal between the triangles of the weight's elimination, against its size; its rank; its
+/// numbers.
+fn beside_the_pivots(method: Value) -> Result<(f64, usize, usize), Failed> {
+    let (weight, change, numbers) = changed(method)?;
+    let (l, u) = linalg::lu(&weight)?;
+    let between = undone(&l)?.matmul(&change)?.matmul(&undone(&u)?)?;
+    let one = Tensor::eye(between.dim(0)?, DType::F64, &Device::Cpu)?;
+    Ok((largest(&(&between * (1.0 - one)?)?) / largest(&between), rank(&change)?, numbers))
+}
+
+fn between_triangles() -> Result<(), Failed> {
+    let (own, own_rank, own_numbers) = beside_the_pivots(json!({"method": "loldu", "rank": 24}))?;
+    let (plain, plain_rank, plain_numbers) = beside_the_pivots(json!({"method": PLAIN, "rank": 1}))?;
+    assert!(own_numbers <= plain_numbers && own_rank == 24 && plain_rank == 1);
+    // They are kept in 32 bits.
+    assert!(own < 1e-4 && plain > 0.1, "{own} and {plain} of the change are beside the diagonal");
     Ok(())
 }
