@@ -17,6 +17,7 @@ mod gralora;
 mod hira;
 mod hra;
 mod ia3;
+mod kasa;
 mod ln_tuning;
 mod loha;
 mod lokr;
@@ -69,6 +70,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hira::Hira>(),
         entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
+        entry::<kasa::Kasa>(),
         entry::<ln_tuning::LnTuning>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
@@ -124,6 +126,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LN_TUNING"), claims: |_| true, read: ln_tuning::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: kasa::is_kasa, read: kasa::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },

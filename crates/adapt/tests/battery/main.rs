@@ -48,6 +48,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("fourierft", &[("frequencies", 50)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
     ("hira", &[("rank", 2)]),
+    ("kasa", &[("rank", 3), ("alpha", 6)]),
     ("loldu", &[("rank", 5)]),
     ("lotr", &[("rank", 4)]),
     ("mora", &[("rank", 2)]),

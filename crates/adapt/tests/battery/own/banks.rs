@@ -11,6 +11,7 @@ use crate::support::{Setup, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
+    ("kasa::where_nothing_trained_yet_the_smallest_singular_values_are_gone", smallest_gone),
     ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
@@ -144,5 +145,28 @@ fn between_triangles() -> Result<(), Failed> {
     assert!(own_numbers <= plain_numbers && own_rank == 24 && plain_rank == 1);
     // They are kept in 32 bits.
     assert!(own < 1e-4 && plain > 0.1, "{own} and {plain} of the change are beside the diagonal");
+    Ok(())
+}
+
+/// How many singular values of the weight at [`UP`] are nothing, with a component as it starts.
+fn singular_values_gone(method: Value) -> Result<usize, Failed> {
+    let setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    let at = &setup.attachments[0];
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let Merged::Factors { left, right, scale } = setup.adapter.merge(at, &locals, &weight)? else {
+        return Err("no factors".into());
+    };
+    let left = linalg::svd(&(&weight + (left.matmul(&right)? * scale)?)?)?.s.to_vec1::<f64>()?;
+    // What is taken out is kept in 32 bits.
+    Ok(left.iter().filter(|value| **value < 1e-6 * left[0]).count())
+}
+
+fn smallest_gone() -> Result<(), Failed> {
+    let (own, plain) = (
+        singular_values_gone(json!({"method": "kasa", "rank": 4}))?,
+        singular_values_gone(json!({"method": PLAIN, "rank": 4}))?,
+    );
+    assert_eq!((own, plain), (4, 0));
     Ok(())
 }
