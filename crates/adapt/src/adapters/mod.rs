@@ -27,6 +27,7 @@ mod loramoe;
 mod lorma;
 mod lotr;
 mod mora;
+mod nora;
 mod oft;
 mod prefix_tuning;
 mod psoft;
@@ -80,6 +81,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
         entry::<mora::Mora>(),
+        entry::<nora::Nora>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<psoft::Psoft>(),

@@ -13,6 +13,7 @@ use crate::{build, fail};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("kasa::where_nothing_trained_yet_the_smallest_singular_values_are_gone", smallest_gone),
     ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
+    ("nora::a_change_stays_in_the_leading_directions_from_as_many_numbers_at_any_width", nested),
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
     ("vblora::pieces_of_all_factors_are_mixtures_of_few_vectors", pieces),
@@ -168,5 +169,15 @@ fn smallest_gone() -> Result<(), Failed> {
         singular_values_gone(json!({"method": PLAIN, "rank": 4}))?,
     );
     assert_eq!((own, plain), (4, 0));
+    Ok(())
+}
+
+fn nested() -> Result<(), Failed> {
+    let method = json!({"method": "nora", "rank": 12, "inner_rank": 2});
+    let (_, beyond, numbers) = turned_beyond(method, 12)?;
+    let (_, plain_beyond, plain_numbers) = turned_beyond(json!({"method": PLAIN, "rank": 1}), 12)?;
+    assert!((numbers, plain_numbers) == (2 * 12 * 2, 32 + 24));
+    // The outer pair is kept in 32 bits.
+    assert!(beyond < 1e-5 && plain_beyond > 0.1, "{beyond} and {plain_beyond} beside the directions");
     Ok(())
 }
