@@ -123,6 +123,20 @@ CASES = {
         509,
         ({"method": "kasa", "rank": 4, "alpha": 2.0}, lambda module: kasa(module, 4), KASA),
     ),
+    "llama_tinylora": (
+        "llama",
+        lambda: peft.TinyLoraConfig(r=3, u=5, weight_tying=0.3, target_modules=["q_proj", "down_proj", "up_proj"]),
+        "model.layers.1.mlp.up_proj",
+        510,
+        None,
+    ),
+    "gpt2_tinylora": (
+        "gpt2",
+        lambda: peft.TinyLoraConfig(r=2, u=7, weight_tying=1.0, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "transformer.h.1.attn.c_attn",
+        511,
+        None,
+    ),
 }
 
 

@@ -36,6 +36,7 @@ mod road;
 mod shira;
 mod spiel;
 mod svft;
+mod tinylora;
 mod vblora;
 mod vera;
 mod waveft;
@@ -90,6 +91,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<shira::Shira>(),
         entry::<spiel::Spiel>(),
         entry::<svft::Svft>(),
+        entry::<tinylora::Tinylora>(),
         entry::<vblora::Vblora>(),
         entry::<vera::Vera>(),
         entry::<waveft::Waveft>(),
@@ -138,6 +140,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
+    FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
     FromPeft { peft_type: Some("WAVEFT"), claims: |_| true, read: waveft::from_peft },

@@ -25,6 +25,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_norms", "gpt2"),
     ("gpt2_prefix", "gpt2"),
     ("gpt2_randlora", "gpt2"),
+    ("gpt2_tinylora", "gpt2"),
     ("gpt2_vblora", "gpt2"),
     ("gpt2_vera", "gpt2"),
     ("gpt2_waveft", "gpt2"),
@@ -49,6 +50,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_road_2", "llama"),
     ("llama_shira", "llama"),
     ("llama_some", "llama"),
+    ("llama_tinylora", "llama"),
     ("llama_vblora", "llama"),
     ("llama_vera", "llama"),
     ("llama_waveft", "llama"),
@@ -140,6 +142,11 @@ const KEYS: &[&str] = &[
     "wavelet_family",
     "use_idwt",
     "proportional_parameters",
+    "u",
+    "weight_tying",
+    "tinylora_dropout",
+    "projection_seed",
+    "init_v_bound",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

@@ -16,6 +16,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("nora::a_change_stays_in_the_leading_directions_from_as_many_numbers_at_any_width", nested),
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
+    ("tinylora::thirteen_numbers_change_every_linear", thirteen),
     ("vblora::pieces_of_all_factors_are_mixtures_of_few_vectors", pieces),
     ("waveft::few_numbers_change_small_patches_and_the_change_has_high_rank", patches),
 ];
@@ -179,5 +180,28 @@ fn nested() -> Result<(), Failed> {
     assert!((numbers, plain_numbers) == (2 * 12 * 2, 32 + 24));
     // The outer pair is kept in 32 bits.
     assert!(beyond < 1e-5 && plain_beyond > 0.1, "{beyond} and {plain_beyond} beside the directions");
+    Ok(())
+}
+
+/// How many linears of the model a component, moved from its start, changes; and how many trained numbers it has in all.
+fn linears_and_numbers(method: Value) -> Result<(usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "all-linear", DType::F64);
+    setup.disturb(0.3);
+    let mut linears = 0;
+    for at in &setup.attachments {
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        let Merged::Factors { left, right, scale } = setup.adapter.merge(at, &locals, &*setup.weight(at)?)? else {
+            return Err("no factors".into());
+        };
+        linears += usize::from(largest(&(left.matmul(&right)? * scale)?) > 1e-3);
+    }
+    Ok((linears, setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum()))
+}
+
+fn thirteen() -> Result<(), Failed> {
+    let (linears, numbers) = linears_and_numbers(json!({"method": "tinylora", "numbers": 13, "tying": 1.0}))?;
+    let (plain_linears, plain_numbers) = linears_and_numbers(json!({"method": PLAIN, "rank": 1}))?;
+    assert!(linears == plain_linears && linears == 14);
+    assert!(numbers == 13 && plain_numbers > 13, "{plain_numbers} is the least of {PLAIN}");
     Ok(())
 }
