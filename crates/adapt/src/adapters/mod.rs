@@ -34,6 +34,7 @@ mod psoft;
 mod randlora;
 mod road;
 mod shira;
+mod sltrain;
 mod spiel;
 mod svft;
 mod tinylora;
@@ -89,6 +90,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<shira::Shira>(),
+        entry::<sltrain::Sltrain>(),
         entry::<spiel::Spiel>(),
         entry::<svft::Svft>(),
         entry::<tinylora::Tinylora>(),

@@ -58,6 +58,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
     ("shira", &[("rank", 2)]),
+    ("sltrain", &[("rank", 2)]),
     ("tinylora", &[("rank", 3), ("numbers", 5)]),
     ("vblora", &[("rank", 3), ("vectors", 7), ("length", 4)]),
     ("vera", &[("rank", 6)]),

@@ -15,6 +15,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
     ("nora::a_change_stays_in_the_leading_directions_from_as_many_numbers_at_any_width", nested),
     ("psoft::rows_keep_their_lengths_and_angles_within_the_leading_directions", turned_within),
+    ("sltrain::its_change_reaches_all_entries_and_a_rank_beyond_loras", sparse_and_low),
     ("svft::a_change_of_full_rank_keeps_the_singular_vectors", singular_vectors),
     ("tinylora::thirteen_numbers_change_every_linear", thirteen),
     ("vblora::pieces_of_all_factors_are_mixtures_of_few_vectors", pieces),
@@ -203,5 +204,16 @@ fn thirteen() -> Result<(), Failed> {
     let (plain_linears, plain_numbers) = linears_and_numbers(json!({"method": PLAIN, "rank": 1}))?;
     assert!(linears == plain_linears && linears == 14);
     assert!(numbers == 13 && plain_numbers > 13, "{plain_numbers} is the least of {PLAIN}");
+    Ok(())
+}
+
+fn sparse_and_low() -> Result<(), Failed> {
+    // 56 numbers in factors and 56 entries.
+    let method = json!({"method": "sltrain", "rank": 1, "density": 0.073});
+    let (entries, own, numbers) = entries_rank_and_numbers(method)?;
+    let (plain_entries, plain, plain_numbers) = entries_rank_and_numbers(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!((numbers, plain_numbers), (112, 112));
+    assert!(entries == plain_entries && entries == 32 * 24);
+    assert!(own >= 12 && plain == 2, "rank {own} and {plain}");
     Ok(())
 }
