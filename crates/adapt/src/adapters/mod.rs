@@ -33,6 +33,7 @@ mod prefix_tuning;
 mod psoft;
 mod randlora;
 mod road;
+mod roselora;
 mod shira;
 mod sltrain;
 mod spiel;
@@ -89,6 +90,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
+        entry::<roselora::Roselora>(),
         entry::<shira::Shira>(),
         entry::<sltrain::Sltrain>(),
         entry::<spiel::Spiel>(),

@@ -57,6 +57,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("psoft", &[("rank", 4)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
+    ("roselora", &[("rank", 2), ("alpha", 2)]),
     ("shira", &[("rank", 2)]),
     ("sltrain", &[("rank", 2)]),
     ("tinylora", &[("rank", 3), ("numbers", 5)]),

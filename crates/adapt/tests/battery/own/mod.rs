@@ -2,6 +2,7 @@
 
 mod banks;
 mod products;
+mod steps;
 mod turns;
 
 use std::collections::BTreeSet;
@@ -39,7 +40,7 @@ const OWN: [(&str, Own); 10] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN);
+    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(steps::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 
