@@ -40,6 +40,7 @@ mod spiel;
 mod svft;
 mod tinylora;
 mod vblora;
+mod vectorfit;
 mod vera;
 mod waveft;
 
@@ -97,6 +98,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<svft::Svft>(),
         entry::<tinylora::Tinylora>(),
         entry::<vblora::Vblora>(),
+        entry::<vectorfit::Vectorfit>(),
         entry::<vera::Vera>(),
         entry::<waveft::Waveft>(),
     ],

@@ -6,7 +6,7 @@ use attune_models::Pass;
 use attune_points::adapter::{Merged, Trained};
 use attune_points::engine::{self, Batch, Engine, LossReport, Renewed, Source, Tensors};
 use attune_points::objective::Objective;
-use attune_points::{Error, GradSink, Grads, Layout, Result, TensorId, Theta};
+use attune_points::{Error, GradSink, Grads, Layout, Params, Result, TensorId, TensorName, Theta};
 use attune_spec::id::Step;
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
@@ -14,32 +14,32 @@ use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN};
-use crate::support::{CrossEntropy, Setup, batch};
+use crate::support::{CrossEntropy, Setup, batch, difference};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
-    // Each on a line of its own.
     ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
+    ("vectorfit::what_moved_most_rests_while_all_else_learns", resting),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
-pub(super) const UP: &str = "model.layers.1.mlp.up_proj";
+const UP: &str = "model.layers.1.mlp.up_proj";
 
 /// Steps of a model on one batch, down the slope.
-pub(super) struct Slope {
-    pub(super) setup: Setup,
+struct Slope {
+    setup: Setup,
     layout: Arc<Layout>,
     lr: f64,
 }
 
 impl Slope {
-    pub(super) fn new(method: Value, lr: f64) -> std::result::Result<Self, Failed> {
-        let setup = Setup::new(build(method).map_err(fail)?, UP, DType::F32);
+    fn new(method: Value, targets: &str, lr: f64) -> std::result::Result<Self, Failed> {
+        let setup = Setup::new(build(method).map_err(fail)?, targets, DType::F32);
         Ok(Self { setup, layout: Arc::new(batch()), lr })
     }
 
     /// Trains for this many steps, by the component's own steps if it has any, and looks on after each.
-    pub(super) fn run(
+    fn run(
         &mut self,
         steps: u64,
         mut look: impl FnMut(u64, &Self) -> std::result::Result<(), Failed>,
@@ -130,7 +130,7 @@ impl Engine for Slope {
 
 /// How many entries of the weight a component changes after some steps, and how far the loss went down, against what it was.
 fn entries_and_progress(method: Value) -> std::result::Result<(usize, f64), Failed> {
-    let mut slope = Slope::new(method, 0.5)?;
+    let mut slope = Slope::new(method, UP, 0.5)?;
     let loss = |slope: &mut Slope| -> Result<f64> {
         let (theta, layout) = (slope.setup.theta.clone(), Arc::clone(&slope.layout));
         Ok(slope.score(&theta, &layout, &CrossEntropy)?.loss_sum)
@@ -156,5 +156,52 @@ fn sparse_change() -> std::result::Result<(), Failed> {
     assert!(own > 0 && own <= 2 * 6 * 8, "{own} entries change");
     assert_eq!(plain, 32 * 24);
     assert!(progress > 0.0 && plain_progress > 0.0, "losses went down by {progress} and {plain_progress}");
+    Ok(())
+}
+
+/// How many trained tensors are bit for bit what they were a step before, step after step but for the first, and whether they were always those that
+/// had moved most.
+fn at_rest(method: Value) -> std::result::Result<(Vec<usize>, bool), Failed> {
+    let mut slope = Slope::new(method, "all-linear", 0.05)?;
+    let start = slope.setup.params();
+    let (mut before, mut resting, mut most) = (start.clone(), Vec::new(), true);
+    let moved = |params: &Params, name: &TensorName| -> std::result::Result<f64, Failed> {
+        let (now, then) = (params.get(name).ok_or("no tensor")?, start.get(name).ok_or("no tensor")?);
+        Ok((now - then)?.abs()?.mean_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+    };
+    slope.run(20, |step, slope| {
+        let now = slope.setup.params();
+        let names = now.iter().filter(|(name, _)| !now.is_fixed(name)).map(|(name, _)| name);
+        let still = |name: &&TensorName| match (now.get(name), before.get(name)) {
+            (Some(now), Some(before)) => difference(now, before) == 0.0,
+            _ => false,
+        };
+        let (still, learning): (Vec<&TensorName>, Vec<&TensorName>) = names.partition(still);
+        if step > 0 {
+            resting.push(still.len());
+        }
+        // At the first check nothing was smoothed yet.
+        if step == 4 {
+            let least = still.iter().map(|name| moved(&before, name)).collect::<std::result::Result<Vec<f64>, _>>()?;
+            let least = least.into_iter().fold(f64::MAX, f64::min);
+            for name in learning {
+                most &= moved(&before, name)? <= least;
+            }
+        }
+        before = now;
+        Ok(())
+    })?;
+    Ok((resting, most))
+}
+
+fn resting() -> std::result::Result<(), Failed> {
+    // Of 14 linears, 6 of which have a bias, 20 vectors; checks at the steps 4, 8 and 12, and the end of all rest at 16.
+    let method = json!({"method": "vectorfit", "freeze": 0.25, "begins": 0.2, "every": 0.2, "checks": 3});
+    let (own, most) = at_rest(method)?;
+    let expected: Vec<usize> = (1..20).map(|step| if (4..16).contains(&step) { 5 } else { 0 }).collect();
+    assert_eq!(own, expected);
+    assert!(most, "others had moved more");
+    let (plain, _) = at_rest(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!(plain, vec![0; 19]);
     Ok(())
 }
