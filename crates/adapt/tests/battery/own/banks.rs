@@ -1,5 +1,6 @@
 //! Of changes by few numbers within what is fixed: a weight's own vectors, banks of vectors, places that are drawn.
 
+use attune_adapt::ADAPTERS;
 use attune_points::adapter::Merged;
 use attune_tensor::linalg;
 use candle_core::{DType, Device, Tensor};
@@ -7,10 +8,12 @@ use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN, rank};
-use crate::support::{Setup, largest};
-use crate::{build, fail};
+use crate::support::{self, Setup, largest};
+use crate::{build, fail, gradient_of, merged_of};
 
 pub(super) const OWN: &[(&str, Own)] = &[
+    ("banks::every_form_has_exact_gradients_and_merges", forms),
+    ("banks::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
     ("kasa::where_nothing_trained_yet_the_smallest_singular_values_are_gone", smallest_gone),
     ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
     ("nora::a_change_stays_in_the_leading_directions_from_as_many_numbers_at_any_width", nested),
@@ -215,5 +218,77 @@ fn sparse_and_low() -> Result<(), Failed> {
     assert_eq!((numbers, plain_numbers), (112, 112));
     assert!(entries == plain_entries && entries == 32 * 24);
     assert!(own >= 12 && plain == 2, "rank {own} and {plain}");
+    Ok(())
+}
+
+/// Forms beside those that the battery sees by itself.
+fn forms() -> Result<(), Failed> {
+    for method in [
+        json!({"method": "kasa", "rank": 3, "alpha": 3, "beta": 0, "gamma": 0}),
+        json!({"method": "loldu", "rank": 6, "alpha": 6, "train_scale": false, "start": "uniform"}),
+        json!({"method": "nora", "rank": 6, "inner_rank": 2, "alpha": 2, "outer": "plain", "iterations": 8}),
+        json!({"method": "psoft", "rank": 4, "terms": 5, "bound": 0.2, "split": "balanced"}),
+        json!({"method": "psoft", "rank": 4, "orthogonal": false, "scale_in": false}),
+        json!({"method": "svft", "bands": 2, "rank": 5}),
+        json!({"method": "svft", "bands": 2, "pattern": "random"}),
+        json!({"method": "tinylora", "rank": 3, "numbers": 5, "tying": 1.0}),
+        json!({"method": "vblora", "rank": 2, "vectors": 5, "length": 2, "top": 3}),
+        json!({"method": "vectorfit", "biases": false}),
+        json!({"method": "waveft", "frequencies": 50, "scaling": 2, "wavelet": "db3"}),
+        json!({"method": "waveft", "frequencies": 50, "scaling": 2, "wavelet": "none"}),
+    ] {
+        let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
+        gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
+        merged_of(card, method)?;
+    }
+    Ok(())
+}
+
+fn refusals() -> Result<(), Failed> {
+    for (method, start) in [
+        (
+            json!({"method": "kasa", "rank": 24}),
+            "`rank` is 24, and model.layers.1.mlp.up_proj is 32 by 24: none of its 24",
+        ),
+        (json!({"method": "loldu", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
+        (json!({"method": "loldu", "alpha": 0}), "`tune.adapter.alpha` is 0, with which no number has an effect"),
+        (
+            json!({"method": "nora", "rank": 4, "inner_rank": 5}),
+            "`tune.adapter.inner_rank` is more than there are directions",
+        ),
+        (json!({"method": "psoft", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
+        (json!({"method": "psoft", "terms": 1}), "`tune.adapter.terms` is 1, with which nothing turns"),
+        (json!({"method": "psoft", "orthogonal": false, "terms": 4}), "`tune.adapter.terms` is for turns"),
+        (json!({"method": "psoft", "bound": 0.5}), "`tune.adapter.bound` is for a series"),
+        (json!({"method": "roselora", "begins": 0.9}), "`tune.adapter.begins` is after `ends`"),
+        (json!({"method": "sltrain", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
+        (json!({"method": "svft", "bands": 24}), "`bands` is 24, beside the diagonal of a matrix 24 wide"),
+        (
+            json!({"method": "svft", "pattern": "top_k"}),
+            "`pattern` is `top_k`, but model.layers.1.mlp.up_proj is 32 by 24",
+        ),
+        (json!({"method": "tinylora", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
+        (json!({"method": "vblora", "length": 7}), "`length` is 7, which does not divide the widths of"),
+        (json!({"method": "vblora", "top": 300}), "`tune.adapter.top` is more than the bank has"),
+        (
+            json!({"method": "waveft"}),
+            "`frequencies` is 2592; model.layers.1.mlp.up_proj is 32 by 24, so 768 is the most",
+        ),
+        (
+            json!({"method": "waveft", "frequencies_pattern": {"x": 0}}),
+            "`tune.adapter.frequencies_pattern` has 0 for \"x\"",
+        ),
+    ] {
+        let found = match build(method.clone()) {
+            Err(faults) => faults[0].clone(),
+            Ok(adapter) => {
+                let architecture = support::architecture();
+                let site = architecture.site(UP).ok_or("no site")?;
+                let Err(faults) = adapter.attach(&architecture, &[site]) else { return Err("accepted".into()) };
+                faults[0].to_string()
+            }
+        };
+        assert!(found.starts_with(start), "{method}: {found}");
+    }
     Ok(())
 }
