@@ -7,6 +7,7 @@ mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
+mod clover;
 mod compacter;
 mod delora;
 mod dora;
@@ -65,6 +66,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
+        entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),

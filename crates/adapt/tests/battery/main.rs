@@ -43,6 +43,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
+    ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("delora", &[("lambda", 1)]),
     ("fourierft", &[("frequencies", 50)]),

@@ -14,6 +14,7 @@ use crate::{build, fail, gradient_of, merged_of};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("banks::every_form_has_exact_gradients_and_merges", forms),
     ("banks::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("clover::a_heads_rows_stay_in_the_span_of_its_own", own_rows),
     ("kasa::where_nothing_trained_yet_the_smallest_singular_values_are_gone", smallest_gone),
     ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
     ("nora::a_change_stays_in_the_leading_directions_from_as_many_numbers_at_any_width", nested),
@@ -246,6 +247,11 @@ fn forms() -> Result<(), Failed> {
 
 fn refusals() -> Result<(), Failed> {
     for (method, start) in [
+        (json!({"method": "clover", "block": 5}), "`block` is 5, which does not divide 32, the output width of"),
+        (
+            json!({"method": "clover", "block": 32}),
+            "`block` is 32, more rows than model.layers.1.mlp.up_proj has inputs, 24",
+        ),
         (
             json!({"method": "kasa", "rank": 24}),
             "`rank` is 24, and model.layers.1.mlp.up_proj is 32 by 24: none of its 24",
@@ -290,5 +296,26 @@ fn refusals() -> Result<(), Failed> {
         };
         assert!(found.starts_with(start), "{method}: {found}");
     }
+    Ok(())
+}
+
+/// How far the change of a block of rows goes beyond the span of these rows, against its size; and its numbers.
+fn beyond_own_rows(method: Value, block: usize) -> Result<(f64, usize), Failed> {
+    let (weight, change, numbers) = changed(method)?;
+    let mut beyond = 0.0f64;
+    for start in (0..weight.dim(0)?).step_by(block) {
+        let (rows, moved) = (weight.narrow(0, start, block)?, change.narrow(0, start, block)?);
+        let v = linalg::svd(&rows)?.v;
+        let within = moved.matmul(&v.t()?)?.matmul(&v)?;
+        beyond = beyond.max(largest(&(within - &moved)?) / largest(&moved));
+    }
+    Ok((beyond, numbers))
+}
+
+fn own_rows() -> Result<(), Failed> {
+    let (own, numbers) = beyond_own_rows(json!({"method": "clover", "block": 8}), 8)?;
+    let (plain, plain_numbers) = beyond_own_rows(json!({"method": PLAIN, "rank": 5}), 8)?;
+    assert!(numbers == 32 * 8 && numbers <= plain_numbers);
+    assert!(own < 1e-12 && plain > 0.1, "{own} and {plain} of the change are beyond the rows");
     Ok(())
 }
