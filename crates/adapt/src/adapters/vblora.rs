@@ -14,11 +14,11 @@
 //! on the input. The learning rate of logits is `logits_lr` times that of the bank.
 //!
 //! # Cost
-//! `r h (i+o) / d` parameters per linear, and `h d` in all; `2 r (i+o)` extra FLOPs per token forward, as LoRA, and the factors once a pass at
+//! `r h (i+o) / d` parameters per linear, but for `top` 1, and `h d` in all; `2 r (i+o)` extra FLOPs per token forward, as LoRA, and the factors once a pass at
 //! `2 top r (i+o)`. Logits beyond the largest matter in training alone.
 //!
 //! # Limits
-//! It starts near the base and not at it: both factors are small. With `top` 1 each piece is a vector of the bank, and logits have no gradient.
+//! It starts near the base and not at it: both factors are small. With `top` 1 each piece is a vector of the bank, and the bank alone trains.
 //!
 //! # Departures
 //! none; agrees with PEFT. A folder with the largest logits alone (`save_only_topk_weights`) is not read, and the largest are the first of
@@ -110,7 +110,7 @@ impl Method for Vblora {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "rank*vectors*(i+o)/length",
+        parameters: "rank*vectors*(i+o)/length*(top > 1)",
         shared: "vectors*length",
         moves: Some("the bank and the logits start at random, and both factors with them"),
         merges: Merges::Factors,
@@ -165,7 +165,7 @@ impl Vblora {
 
 impl Adapter for Vblora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let Config { rank, vectors, length, logits_lr, .. } = self.config;
+        let Config { rank, vectors, length, top, logits_lr, .. } = self.config;
         let (h, d) = (vectors as usize, length as usize);
         linears::attach(sites, |site, o, i| {
             let r = factors::within(rank, site, (o, i))?;
@@ -173,8 +173,12 @@ impl Adapter for Vblora {
                 let message = format!("is {d}, which does not divide the widths of {}, {o} by {i}", site.id);
                 return Err(Fault::new("length", message));
             }
-            let logits =
-                |local, shape: [usize; 3]| TensorSpec { lr_factor: logits_lr, ..TensorSpec::trained(local, shape) };
+            // A single vector has the whole weight, whatever its logit is: there is nothing to learn.
+            let logits = |local, shape: [usize; 3]| TensorSpec {
+                train: top > 1,
+                lr_factor: logits_lr,
+                ..TensorSpec::trained(local, shape)
+            };
             let bank = TensorSpec { scope: Scope::Model, ..TensorSpec::trained(BANK, [h, d]) };
             Ok(vec![logits(A, [r, i / d, h]), logits(B, [o / d, r, h]), bank])
         })

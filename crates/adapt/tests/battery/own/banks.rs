@@ -234,6 +234,7 @@ fn forms() -> Result<(), Failed> {
         json!({"method": "svft", "bands": 2, "pattern": "random"}),
         json!({"method": "tinylora", "rank": 3, "numbers": 5, "tying": 1.0}),
         json!({"method": "vblora", "rank": 2, "vectors": 5, "length": 2, "top": 3}),
+        json!({"method": "vblora", "rank": 2, "vectors": 5, "length": 2, "top": 1}),
         json!({"method": "vectorfit", "biases": false}),
         json!({"method": "waveft", "frequencies": 50, "scaling": 2, "wavelet": "db3"}),
         json!({"method": "waveft", "frequencies": 50, "scaling": 2, "wavelet": "none"}),
