@@ -1,5 +1,5 @@
 """Writes what PEFT takes out of the weights of a small model for starts that do so: for each case `golden/starts/NAME.safetensors`
-with the change `s B A` of some sites, whose signs and lengths of factors do not matter. Pins in benches/peers/requirements.txt.
+with the change `s B A` of some sites, whose signs and lengths of factors do not matter; of MiCA, which takes nothing out, `B Bᵀ`. Pins in benches/peers/requirements.txt.
 
 Usage: starts.py [case ...]
 """
@@ -10,7 +10,7 @@ import writing
 from writing import HERE, ref
 
 # name: what PEFT calls it. The base is `llama`, the rank 4 and alpha 8.
-CASES = {"pissa": "pissa", "olora": "olora"}
+CASES = {"pissa": "pissa", "olora": "olora", "mica": "mica"}
 SITES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
 
 
@@ -20,6 +20,10 @@ def write(name):
     model = peft.get_peft_model(ref.load(ref.MODELS / "llama"), config)
     taken = {}
     for site in SITES:
+        if name == "mica":
+            b = model.base_model.model.get_submodule(site).lora_B["default"].weight
+            taken[site] = (b @ b.T).detach()
+            continue
         left = model.base_model.model.get_submodule(site).base_layer.weight
         taken[site] = whole.get_submodule(site).weight - left
         own = model.base_model.model.get_submodule(site).get_delta_weight("default")

@@ -55,7 +55,12 @@ def write(name, base, config, site, seed, randomise, packed=False):
     expected["base_logits"] = ref.logits_of(ref.load(ref.MODELS / base), document.ids)
     ref.save(expected, folder / "expected.safetensors")
     stored = load_file(folder / "adapter" / "adapter_model.safetensors")
-    own = lambda gradients: {on_disk(k): v for k, v in gradients.items() if on_disk(k) in stored}
+    # A parameter that several modules share has a name at each; the file has one of them.
+    names = {}
+    for k, p in fresh().named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(k)
+    spelt = {k: next((on_disk(other) for other in all_of if on_disk(other) in stored), None) for all_of in names.values() for k in all_of}
+    own = lambda gradients: {spelt[k]: v for k, v in gradients.items() if spelt.get(k)}
     gradients = own(gradients)
     # What is stored and has no gradient is frozen: the random matrices that some methods share, and places, which are whole numbers.
     frozen = {k for k, v in stored.items() if not v.is_floating_point()} | {on_disk(k) for k, p in fresh().named_parameters() if not p.requires_grad} | {on_disk(k) for k, _ in fresh().named_buffers(remove_duplicate=False)}

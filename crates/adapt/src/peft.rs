@@ -186,13 +186,10 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
                     if suffix.starts_with(ROOT) {
-                        places.push(Place {
-                            name,
-                            spec,
-                            site: at.site.as_str(),
-                            spelt: suffix.to_owned(),
-                            columns: None,
-                        });
+                        // Those that are several groups' end in a dot, and the group follows.
+                        let group = if suffix.ends_with('.') { name.owner() } else { "" };
+                        let spelt = format!("{suffix}{group}");
+                        places.push(Place { name, spec, site: at.site.as_str(), spelt, columns: None });
                         continue;
                     }
                     let dot = if name.owner().is_empty() { "" } else { "." };

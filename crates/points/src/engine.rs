@@ -198,10 +198,19 @@ pub trait Engine {
     ///
     /// # Errors
     /// Whatever the pass raises.
-    fn with_logp(&mut self, column: &str, at: &Theta, parts: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>>;
+    fn with_logp(
+        &mut self,
+        column: &str,
+        _at: &Theta,
+        _parts: &[(u32, Arc<Layout>)],
+    ) -> Result<Vec<(u32, Arc<Layout>)>> {
+        Err(Error::Refused(format!("this engine does not find the column {column:?}")))
+    }
 
-    /// Whether the micro-batch of this number is one of this rank's.
-    fn owns(&self, part: u32) -> bool;
+    /// Whether the micro-batch of this number is one of this rank's; of one that is alone all are.
+    fn owns(&self, _part: u32) -> bool {
+        true
+    }
 
     /// The objective of the job.
     fn objective(&self) -> Arc<dyn Objective>;

@@ -63,6 +63,20 @@ pub fn qr(w_oi: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((q.broadcast_mul(&signs)?, r.broadcast_mul(&signs.unsqueeze(1)?)?))
 }
 
+/// `w_oi = l_ok u_ki` by elimination with the largest pivots, `k = min(o, i)`: the rows of `l` are those of a lower triangular matrix with 1 on its
+/// diagonal and nothing above 1 in size, in the order of the rows of `w`; `u` is upper triangular with the pivots on its diagonal; f64.
+///
+/// # Errors
+/// As for [`svd`].
+pub fn lu(w_oi: &Tensor) -> Result<(Tensor, Tensor)> {
+    let of = matrix(w_oi)?.partial_piv_lu();
+    let (l, u) = (tensor(of.L())?, tensor(of.U())?);
+    let (_, back) = of.P().arrays();
+    let back: Vec<u32> = back.iter().map(|row| *row as u32).collect();
+    let rows = back.len();
+    Ok((l.index_select(&Tensor::from_vec(back, rows, &Device::Cpu)?, 0)?, u))
+}
+
 impl Svd {
     /// The first `k` triples.
     ///
@@ -188,6 +202,26 @@ mod tests {
             assert!(unit(&q) < 1e-12 && off(&q.matmul(&r).unwrap(), &w) < 1e-12);
             for (row, values) in r.to_vec2::<f64>().unwrap().iter().enumerate() {
                 assert!(values[row] >= 0.0 && values[..row].iter().all(|value| value.abs() < 1e-12));
+            }
+        }
+    }
+
+    #[test]
+    fn triangles_by_elimination_make_a_matrix_again() {
+        for (rows, cols) in [(7, 4), (4, 7), (5, 5)] {
+            let w = random(rows, cols);
+            let (l, u) = lu(&w).unwrap();
+            assert!(off(&l.matmul(&u).unwrap(), &w) < 1e-12, "{rows} by {cols}");
+            for (row, values) in u.to_vec2::<f64>().unwrap().iter().enumerate() {
+                assert!(values[..row].iter().all(|value| *value == 0.0) && values[row] != 0.0);
+            }
+            // Each column has its 1 where the next ones have nothing.
+            let mut left: Vec<Vec<f64>> = l.to_vec2().unwrap();
+            for col in 0..rows.min(cols) {
+                let at =
+                    left.iter().position(|row| row[col] == 1.0 && row[col + 1..].iter().all(|value| *value == 0.0));
+                left.remove(at.unwrap());
+                assert!(left.iter().all(|row| row[col].abs() <= 1.0));
             }
         }
     }

@@ -8,6 +8,7 @@ mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
+mod clover;
 mod compacter;
 mod delora;
 mod dora;
@@ -18,21 +19,32 @@ mod gralora;
 mod hira;
 mod hra;
 mod ia3;
+mod kasa;
 mod ln_tuning;
 mod loha;
 mod lokr;
+mod loldu;
 mod lora;
 mod loramoe;
 mod lorma;
 mod lotr;
 mod mora;
+mod nora;
 mod oft;
 mod prefix_tuning;
+mod psoft;
 mod randlora;
 mod road;
+mod roselora;
 mod shira;
+mod sltrain;
 mod spiel;
+mod svft;
+mod tinylora;
+mod vblora;
+mod vectorfit;
 mod vera;
+mod waveft;
 
 use std::collections::BTreeMap;
 
@@ -56,6 +68,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
+        entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
@@ -66,21 +79,32 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hira::Hira>(),
         entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
+        entry::<kasa::Kasa>(),
         entry::<ln_tuning::LnTuning>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
+        entry::<loldu::Loldu>(),
         entry::<lora::Lora>(),
         entry::<loramoe::Loramoe>(),
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
         entry::<mora::Mora>(),
+        entry::<nora::Nora>(),
         entry::<oft::Oft>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
+        entry::<roselora::Roselora>(),
         entry::<shira::Shira>(),
+        entry::<sltrain::Sltrain>(),
         entry::<spiel::Spiel>(),
+        entry::<svft::Svft>(),
+        entry::<tinylora::Tinylora>(),
+        entry::<vblora::Vblora>(),
+        entry::<vectorfit::Vectorfit>(),
         entry::<vera::Vera>(),
+        entry::<waveft::Waveft>(),
     ],
 );
 
@@ -117,13 +141,18 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LN_TUNING"), claims: |_| true, read: ln_tuning::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: kasa::is_kasa, read: kasa::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
+    FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
+    FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
+    FromPeft { peft_type: Some("WAVEFT"), claims: |_| true, read: waveft::from_peft },
 ];

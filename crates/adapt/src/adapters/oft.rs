@@ -167,26 +167,10 @@ impl WeightMap for Oft {
         let q_nbb = orthogonal::skew(upper, b)?;
         let r_nbb = match self.config.terms {
             0 => orthogonal::cayley(&q_nbb)?,
-            terms => series(&q_nbb, terms)?,
+            terms => orthogonal::series(&q_nbb, terms)?,
         };
         orthogonal::turn(w_oi, &r_nbb)
     }
-}
-
-/// `1 + 2 Q + 2 Q² + … + Q^(terms - 1)`, as long as there are that many terms.
-fn series(q_nbb: &Tensor, terms: u32) -> attune_points::Result<Tensor> {
-    let one_bb = Tensor::eye(q_nbb.dim(2)?, q_nbb.dtype(), q_nbb.device())?;
-    let mut sum = (q_nbb * 2.0)?.broadcast_add(&one_bb)?;
-    if terms > 2 {
-        let mut power = q_nbb.matmul(q_nbb)?;
-        sum = (sum + (&power * 2.0)?)?;
-        for _ in 3..terms - 1 {
-            power = power.matmul(q_nbb)?;
-            sum = (sum + (&power * 2.0)?)?;
-        }
-        sum = (sum + power.matmul(q_nbb)?)?;
-    }
-    Ok(sum)
 }
 
 /// The keys of `adapter_config.json`.
@@ -286,7 +270,7 @@ mod tests {
         let off = |terms: u32, size: f64| {
             let q = orthogonal::skew(&normal("u", &[2, 6], size), 4).unwrap();
             let exact = orthogonal::cayley(&q.neg().unwrap()).unwrap();
-            difference(&series(&q, terms).unwrap(), &exact)
+            difference(&orthogonal::series(&q, terms).unwrap(), &exact)
         };
         for (terms, order) in [(2, 2), (3, 3), (5, 4), (6, 5), (8, 7)] {
             let ratio = off(terms, 0.02) / off(terms, 0.01);

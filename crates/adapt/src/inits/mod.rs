@@ -2,6 +2,7 @@
 
 mod gaussian;
 mod kaiming;
+mod mica;
 mod olora;
 mod orthonormal;
 mod pissa;
@@ -15,6 +16,7 @@ pub static INITS: Registry<dyn Init> = Registry::new(
     &[
         entry::<gaussian::Gaussian>(),
         entry::<kaiming::Kaiming>(),
+        entry::<mica::Mica>(),
         entry::<olora::Olora>(),
         entry::<orthonormal::Orthonormal>(),
         entry::<pissa::Pissa>(),

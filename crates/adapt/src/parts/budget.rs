@@ -339,12 +339,6 @@ mod tests {
             self.step += 1;
             Ok(LossReport::default())
         }
-        fn with_logp(&mut self, column: &str, _: &Theta, _: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
-            Err(Error::Refused(format!("there is no {column:?} here")))
-        }
-        fn owns(&self, _: u32) -> bool {
-            true
-        }
         fn objective(&self) -> Arc<dyn Objective> {
             struct Nothing;
             impl Objective for Nothing {

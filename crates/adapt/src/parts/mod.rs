@@ -13,6 +13,7 @@ pub(crate) mod orthogonal;
 pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod sparse;
+pub(crate) mod spectral;
 pub(crate) mod starts;
 pub(crate) mod tiles;
 pub(crate) mod torch;

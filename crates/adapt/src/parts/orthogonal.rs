@@ -56,6 +56,26 @@ pub(crate) fn cayley(q_nbb: &Tensor) -> Result<Tensor> {
     Ok((inverse * 2.0)?.broadcast_sub(&one_bb)?)
 }
 
+/// `1 + 2 Q + 2 Q² + … + Q^(terms - 1)`, as long as there are that many terms, of matrices `[n, b, b]`: close to Cayley's map
+/// of -Q, and without an inverse.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub(crate) fn series(q_nbb: &Tensor, terms: u32) -> Result<Tensor> {
+    let one_bb = Tensor::eye(q_nbb.dim(2)?, q_nbb.dtype(), q_nbb.device())?;
+    let mut sum = (q_nbb * 2.0)?.broadcast_add(&one_bb)?;
+    if terms > 2 {
+        let mut power = q_nbb.matmul(q_nbb)?;
+        sum = (sum + (&power * 2.0)?)?;
+        for _ in 3..terms - 1 {
+            power = power.matmul(q_nbb)?;
+            sum = (sum + (&power * 2.0)?)?;
+        }
+        sum = (sum + power.matmul(q_nbb)?)?;
+    }
+    Ok(sum)
+}
+
 /// The inverses of matrices `[n, b, b]` whose leading minors are not 0: 1 + Q for a skew-symmetric Q, a positive definite or a
 /// triangular matrix. By halves, so that most of it are products.
 ///

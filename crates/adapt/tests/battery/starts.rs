@@ -24,7 +24,8 @@ use crate::{build, fail};
 
 type Run = fn() -> Result<(), Failed>;
 
-const TRIALS: [(&str, Run); 7] = [
+const TRIALS: [(&str, Run); 8] = [
+    ("a_change_of_mica_is_at_right_angles_to_what_the_base_does_most", smallest_directions),
     ("a_named_start_replaces_the_own_one", named),
     ("a_start_and_what_it_takes_out_are_the_base", together),
     ("an_orthonormal_start_has_rows_of_length_one_that_are_at_right_angles", orthonormal),
@@ -58,8 +59,11 @@ struct Started {
 
 impl Started {
     fn new(base: Base, start: Value) -> Result<Self, Failed> {
-        let method: MethodRef =
-            serde_json::from_value(json!({"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}))?;
+        Self::of(base, json!({"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}), start)
+    }
+
+    fn of(base: Base, method: Value, start: Value) -> Result<Self, Failed> {
+        let method: MethodRef = serde_json::from_value(method)?;
         let cx = BuildCx { steps: Step(10), domains: &[] };
         let adapter: Arc<dyn Adapter> = ADAPTERS.build(&method, &"adapter".into(), &cx).map_err(fail)?.into();
         let takes = |site: &Site| site.offers() == SiteKind::Linear;
@@ -257,5 +261,53 @@ fn named() -> Result<(), Failed> {
     let refused =
         slot::fresh(&*full.adapter, Some(&*init), &full.attachments, |at| full.weight(at), &Rng::new(1, "init"));
     assert!(refused.is_err_and(|error| error.to_string().contains("is for a pair of factors")));
+    Ok(())
+}
+
+/// Whatever A is, the change has nothing in common with the rest of the weight; a change of LoRA's own start has.
+fn smallest_directions() -> Result<(), Failed> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let llama = || Base::open(&here.join("../models/golden/llama"), Precision::F32);
+    let file = candle_core::safetensors::load(here.join("golden/starts/mica.safetensors"), &Device::Cpu)?;
+    let file: BTreeMap<_, _> = file.into_iter().collect();
+    let overlap = |method: Value, start: Value| -> Result<f64, Failed> {
+        let mut started = Started::of(llama()?, method, start.clone())?;
+        let theta = started.theta();
+        assert_eq!(
+            difference(&logits(&started.model, &theta)?, &logits(&started.model, &theta.adapters_off())?),
+            0.0,
+            "it starts as the base"
+        );
+        let rng = Rng::new(3, "moved");
+        started.fresh.own = started.fresh.own.map(|name, tensor| {
+            if started.fresh.own.is_fixed(name) {
+                return Ok(tensor.clone());
+            }
+            tensor + rng.named(&name.to_string()).normal_tensor(tensor.shape(), 0.1, DType::F32)?
+        })?;
+        let mut most = 0.0f64;
+        for (site, change) in started.changes()? {
+            let name = attune_points::TensorName::new(site.as_str(), "weight");
+            let all = linalg::svd(&started.model.base().tensor(&name, DType::F64)?)?;
+            let leading = all.triples(0, all.s.dim(0)? - 4)?.u;
+            most = most.max(largest(&leading.t()?.matmul(&change)?) / largest(&change));
+        }
+        if start["method"] == "mica" {
+            for (site, expected) in &file {
+                let name = attune_points::TensorName::new(site.as_str(), "lora_B");
+                let b = started.fresh.own.get(&name).ok_or("no factor")?;
+                assert!(difference(&b.matmul(&b.t()?)?, expected) < 1e-5, "{site}");
+            }
+        }
+        Ok(most)
+    };
+    let a_alone = json!({"method": "lora", "rank": 4, "alpha": 8, "trains": "a"});
+    let (own, plain) = (
+        overlap(a_alone, json!({"method": "mica"}))?,
+        overlap(json!({"method": "lora", "rank": 4, "alpha": 8}), json!({"method": "kaiming"}))?,
+    );
+    assert!(own < 1e-5 && plain > 0.1, "{own} and {plain} of a change are among the leading directions");
+    let both = Started::new(small()?, json!({"method": "mica"})).err().map(|error| format!("{error:?}"));
+    assert!(both.is_some_and(|error| error.contains("expected `trains: a`")));
     Ok(())
 }

@@ -404,12 +404,6 @@ mod tests {
             }
             Ok(LossReport { loss_sum, counts: on.counts(), ..LossReport::default() })
         }
-        fn with_logp(&mut self, column: &str, _: &Theta, _: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
-            Err(Error::Refused(format!("there is no {column:?} here")))
-        }
-        fn owns(&self, _: u32) -> bool {
-            true
-        }
         fn objective(&self) -> Arc<dyn Objective> {
             Arc::new(Plainly)
         }

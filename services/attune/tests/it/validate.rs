@@ -93,7 +93,7 @@ fn all_faults_are_said_at_once_with_their_paths() {
     --- stdout
     --- stderr
     error: job.yaml has 1 fault
-      `tune.adapter.method` is "lroa", which no method of point adapter is called; there are 32 (`attune methods list --point adapter`); did you mean "lora"?
+      `tune.adapter.method` is "lroa", which no method of point adapter is called; there are 45 (`attune methods list --point adapter`); did you mean "lora"?
     "#);
     insta::assert_snapshot!(validate(&JOB.replace("method: lora", "method: adamw"), &["--json"]).all(), @r#"
     exit status 2
@@ -180,4 +180,13 @@ fn the_examples_are_valid_beside_the_files_of_the_demonstration() {
         }
     }
     assert!(count >= 15);
+    // Grids are of jobs among these.
+    std::fs::create_dir_all(place.path().join("examples/grids")).unwrap();
+    for entry in std::fs::read_dir(root.join("examples/grids")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = format!("examples/grids/{}", path.file_name().unwrap().to_str().unwrap());
+        place.write(&name, &std::fs::read_to_string(&path).unwrap());
+        let ran = place.run(&["experiment", "report", &name]);
+        assert!(ran.stderr.contains("has no results of this grid"), "{name}: {}", ran.all());
+    }
 }

@@ -1,6 +1,8 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
+mod banks;
 mod products;
+mod steps;
 mod turns;
 
 use std::collections::BTreeSet;
@@ -39,7 +41,7 @@ const OWN: [(&str, Own); 11] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN);
+    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(steps::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 

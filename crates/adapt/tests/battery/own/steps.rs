@@ -1,0 +1,207 @@
+//! Of methods whose steps are their own: what they have shows after some of them.
+
+use std::sync::Arc;
+
+use attune_models::Pass;
+use attune_points::adapter::{Merged, Trained};
+use attune_points::engine::{self, Batch, Engine, LossReport, Renewed, Source, Tensors};
+use attune_points::objective::Objective;
+use attune_points::{Error, GradSink, Grads, Layout, Params, Result, TensorId, TensorName, Theta};
+use attune_spec::id::Step;
+use attune_tensor::Rng;
+use candle_core::{DType, Tensor};
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use super::{Own, PLAIN};
+use crate::support::{CrossEntropy, Setup, batch, difference};
+use crate::{build, fail};
+
+pub(super) const OWN: &[(&str, Own)] = &[
+    ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
+    ("vectorfit::what_moved_most_rests_while_all_else_learns", resting),
+];
+
+/// A linear of 32 outputs and 24 inputs.
+const UP: &str = "model.layers.1.mlp.up_proj";
+
+/// Steps of a model on one batch, down the slope.
+struct Slope {
+    setup: Setup,
+    layout: Arc<Layout>,
+    lr: f64,
+}
+
+impl Slope {
+    fn new(method: Value, targets: &str, lr: f64) -> std::result::Result<Self, Failed> {
+        let setup = Setup::new(build(method).map_err(fail)?, targets, DType::F32);
+        Ok(Self { setup, layout: Arc::new(batch()), lr })
+    }
+
+    /// Trains for this many steps, by the component's own steps if it has any, and looks on after each.
+    fn run(
+        &mut self,
+        steps: u64,
+        mut look: impl FnMut(u64, &Self) -> std::result::Result<(), Failed>,
+    ) -> std::result::Result<(), Failed> {
+        let adapter = Arc::clone(&self.setup.adapter);
+        let attachments = self.setup.attachments.clone();
+        let of = Trained { slot: 0, attachments: attachments.iter().collect(), steps: Step(steps) };
+        let mut rule = adapter.step_rule(&of);
+        for step in 0..steps {
+            match &mut rule {
+                Some(rule) => rule.step(Step(step), self)?,
+                None => engine::usual_step(self)?,
+            };
+            look(step, self)?;
+        }
+        Ok(())
+    }
+}
+
+impl Engine for Slope {
+    fn theta(&self) -> &Theta {
+        &self.setup.theta
+    }
+
+    fn set(&mut self, theta: Theta) {
+        self.setup.theta = theta;
+    }
+
+    fn batch(&mut self, _: Source) -> Result<Batch> {
+        let (counts, n_rows) = (self.layout.counts(), self.layout.n_rows() as u64);
+        Ok(Batch { parts: vec![(0, Arc::clone(&self.layout))], counts, n_rows })
+    }
+
+    fn score(&mut self, at: &Theta, on: &Layout, of: &dyn Objective) -> Result<LossReport> {
+        self.setup.model.score(&Pass { theta: at, layout: on, dropout: None }, of)
+    }
+
+    fn grad(
+        &mut self,
+        at: &Theta,
+        on: &Layout,
+        of: &dyn Objective,
+        scale: f64,
+        sink: &mut dyn GradSink,
+    ) -> Result<LossReport> {
+        self.setup.model.grad(&Pass { theta: at, layout: on, dropout: None }, of, scale, sink)
+    }
+
+    fn objective(&self) -> Arc<dyn Objective> {
+        Arc::new(CrossEntropy)
+    }
+
+    fn wanted(&self) -> Vec<TensorId> {
+        self.setup.theta.trained().map(|(id, _)| id).collect()
+    }
+
+    fn reduce(&mut self, mut parts: Vec<(u32, Grads, LossReport)>) -> Result<(Grads, LossReport)> {
+        let (_, gradients, report) = parts.remove(0);
+        Ok((gradients, report))
+    }
+
+    fn update(&mut self, gradients: Grads) -> Result<f64> {
+        for (id, gradient) in gradients.iter() {
+            let gradient = gradient.ok_or_else(|| Error::Refused(format!("{id} has no gradient")))?;
+            let value = self.setup.theta.get(id).ok_or_else(|| Error::Refused(format!("{id} has no value")))?;
+            let moved = (value - (gradient * self.lr)?)?;
+            self.setup.theta.put(id, moved);
+        }
+        Ok(0.0)
+    }
+
+    fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {
+        Ok(mine)
+    }
+
+    fn renew(&mut self, tensor: &TensorId, _: &[Renewed]) -> Result<()> {
+        Err(Error::Refused(format!("{tensor} has no entries that come and go")))
+    }
+
+    fn hidden(&self) -> usize {
+        24
+    }
+
+    fn rng(&self, purpose: &'static str) -> Rng {
+        Rng::new(1, purpose)
+    }
+}
+
+/// How many entries of the weight a component changes after some steps, and how far the loss went down, against what it was.
+fn entries_and_progress(method: Value) -> std::result::Result<(usize, f64), Failed> {
+    let mut slope = Slope::new(method, UP, 0.5)?;
+    let loss = |slope: &mut Slope| -> Result<f64> {
+        let (theta, layout) = (slope.setup.theta.clone(), Arc::clone(&slope.layout));
+        Ok(slope.score(&theta, &layout, &CrossEntropy)?.loss_sum)
+    };
+    let before = loss(&mut slope)?;
+    slope.run(30, |_, _| Ok(()))?;
+    let progress = 1.0 - loss(&mut slope)? / before;
+    let (setup, at) = (&slope.setup, &slope.setup.attachments[0]);
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let Merged::Factors { left, right, scale } = setup.adapter.merge(at, &locals, &*setup.weight(at)?)? else {
+        return Err("no factors".into());
+    };
+    let change: Tensor = (left.matmul(&right)? * scale)?;
+    let changed = change.flatten_all()?.to_vec1::<f32>()?.into_iter().filter(|change| *change != 0.0).count();
+    Ok((changed, progress))
+}
+
+fn sparse_change() -> std::result::Result<(), Failed> {
+    let (own, progress) =
+        entries_and_progress(json!({"method": "roselora", "rank": 2, "alpha": 8, "keep": 0.25, "ends": 0.6}))?;
+    let (plain, plain_progress) = entries_and_progress(json!({"method": PLAIN, "rank": 2, "alpha": 8}))?;
+    // 6 of 24 and 8 of 32, for each of two ranks.
+    assert!(own > 0 && own <= 2 * 6 * 8, "{own} entries change");
+    assert_eq!(plain, 32 * 24);
+    assert!(progress > 0.0 && plain_progress > 0.0, "losses went down by {progress} and {plain_progress}");
+    Ok(())
+}
+
+/// How many trained tensors are bit for bit what they were a step before, step after step but for the first, and whether they were always those that
+/// had moved most.
+fn at_rest(method: Value) -> std::result::Result<(Vec<usize>, bool), Failed> {
+    let mut slope = Slope::new(method, "all-linear", 0.05)?;
+    let start = slope.setup.params();
+    let (mut before, mut resting, mut most) = (start.clone(), Vec::new(), true);
+    let moved = |params: &Params, name: &TensorName| -> std::result::Result<f64, Failed> {
+        let (now, then) = (params.get(name).ok_or("no tensor")?, start.get(name).ok_or("no tensor")?);
+        Ok((now - then)?.abs()?.mean_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+    };
+    slope.run(20, |step, slope| {
+        let now = slope.setup.params();
+        let names = now.iter().filter(|(name, _)| !now.is_fixed(name)).map(|(name, _)| name);
+        let still = |name: &&TensorName| match (now.get(name), before.get(name)) {
+            (Some(now), Some(before)) => difference(now, before) == 0.0,
+            _ => false,
+        };
+        let (still, learning): (Vec<&TensorName>, Vec<&TensorName>) = names.partition(still);
+        if step > 0 {
+            resting.push(still.len());
+        }
+        // At the first check nothing was smoothed yet.
+        if step == 4 {
+            let least = still.iter().map(|name| moved(&before, name)).collect::<std::result::Result<Vec<f64>, _>>()?;
+            let least = least.into_iter().fold(f64::MAX, f64::min);
+            for name in learning {
+                most &= moved(&before, name)? <= least;
+            }
+        }
+        before = now;
+        Ok(())
+    })?;
+    Ok((resting, most))
+}
+
+fn resting() -> std::result::Result<(), Failed> {
+    // Of 14 linears, 6 of which have a bias, 20 vectors; checks at the steps 4, 8 and 12, and the end of all rest at 16.
+    let method = json!({"method": "vectorfit", "freeze": 0.25, "begins": 0.2, "every": 0.2, "checks": 3});
+    let (own, most) = at_rest(method)?;
+    let expected: Vec<usize> = (1..20).map(|step| if (4..16).contains(&step) { 5 } else { 0 }).collect();
+    assert_eq!(own, expected);
+    assert!(most, "others had moved more");
+    let (plain, _) = at_rest(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!(plain, vec![0; 19]);
+    Ok(())
+}
