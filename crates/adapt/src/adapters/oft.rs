@@ -15,7 +15,7 @@
 //! # Cost
 //! `i (b - 1) / 2` parameters per linear, or `b (b - 1) / 2` with `block_share`. Each pass makes `W'` twice, forward and reverse, at
 //! `2 o i b` FLOPs each, and the gradient by it, `2 i o` FLOPs per token. The blocks themselves take some `2 terms b²` FLOPs per input, or
-//! `2 b²` and many small operations for the inverse.
+//! `6 b²` for the inverse.
 //!
 //! # Limits
 //! With U = 0 it is the base, bit for bit. With terms = 0 `W' W'^T = W W^T`; a series is off by a power of Q.

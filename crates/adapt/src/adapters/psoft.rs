@@ -16,7 +16,7 @@
 //!
 //! # Cost
 //! `r (r-1)/2 + 2 r` parameters per linear, whatever its width, and `r (i+o)` numbers that never train beside them; `2 r (i+o+r)` extra FLOPs
-//! per token forward. The inverse takes some `2 r³` FLOPs a pass. A decomposition of each weight before the first step.
+//! per token forward. The inverse takes some `6 r³` FLOPs a pass. A decomposition of each weight before the first step.
 //!
 //! # Limits
 //! With U = 0 it is the base, bit for bit. Without alpha, beta and `terms`, `W' W'^T = W W^T`, unless the split is balanced. Without

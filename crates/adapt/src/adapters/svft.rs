@@ -301,7 +301,7 @@ mod tests {
         (svft, Locals::new("up", wide.collect::<Vec<_>>()))
     }
 
-    fn with(locals: &Locals, values: Tensor) -> Locals {
+    fn with(locals: &Locals, values: &Tensor) -> Locals {
         let own =
             locals.iter().map(|(name, tensor)| (name, if name == VALUES { values.clone() } else { tensor.clone() }));
         Locals::new("up", own.collect::<Vec<_>>())
@@ -321,7 +321,7 @@ mod tests {
         let w = normal("w", &[7, 5], DType::F64);
         let (svft, locals) = started(&Config::default(), &w, 5, 5);
         let values = normal("m", &[5], DType::F64);
-        let made = WeightMap::graph(&svft, &w, &with(&locals, values.clone())).unwrap();
+        let made = WeightMap::graph(&svft, &w, &with(&locals, &values)).unwrap();
         let between = locals.get(U).unwrap().t().unwrap().matmul(&made).unwrap();
         let between = between.matmul(&locals.get(V).unwrap().t().unwrap()).unwrap();
         let singular = attune_tensor::linalg::svd(&w).unwrap().s;
@@ -342,7 +342,7 @@ mod tests {
             let count = band(k, bands).len();
             let config = Config { pattern, bands: bands as u32, ..Config::default() };
             let (svft, locals) = started(&config, &w, k, count);
-            let locals = with(&locals, normal("m", &[count], DType::F64));
+            let locals = with(&locals, &normal("m", &[count], DType::F64));
             // By hand, entry by entry.
             let places = svft.places(k, &locals).unwrap().to_vec1::<i64>().unwrap();
             let values = locals.get(VALUES).unwrap().to_vec1::<f64>().unwrap();
@@ -388,7 +388,7 @@ mod tests {
         let config = Config { bands: 1, ..Config::default() };
         let count = band(6, 1).len();
         let (svft, locals) = started(&config, &w, 6, count);
-        let planted = with(&locals, normal("planted", &[count], DType::F64));
+        let planted = with(&locals, &normal("planted", &[count], DType::F64));
         let target = WeightMap::graph(&svft, &w, &planted).unwrap();
         let between = locals.get(U).unwrap().t().unwrap().matmul(&(target - &w).unwrap()).unwrap();
         let between = between.matmul(&locals.get(V).unwrap().t().unwrap()).unwrap().flatten_all().unwrap();

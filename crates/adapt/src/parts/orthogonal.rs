@@ -3,7 +3,7 @@
 use attune_architecture::Site;
 use attune_points::Result;
 use attune_spec::Fault;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// How many blocks an input width is cut into, and how wide they are, by one of the two; the other is 0.
 ///
@@ -76,30 +76,48 @@ pub(crate) fn series(q_nbb: &Tensor, terms: u32) -> Result<Tensor> {
     Ok(sum)
 }
 
-/// The inverses of matrices `[n, b, b]` whose leading minors are not 0: 1 + Q for a skew-symmetric Q, a positive definite or a
-/// triangular matrix. By halves, so that most of it are products.
+/// The inverses of matrices `[n, b, b]`.
+///
+/// X = M⁻¹ is found by elimination, outside of the graph; in it stands `2 X - X M X`, which is X as well, and whose differential by M is
+/// that of the inverse, `-X dM X`: three operations in place of some thousand.
 ///
 /// # Errors
 /// Shapes that do not fit.
 pub(crate) fn inverse(m_nbb: &Tensor) -> Result<Tensor> {
-    let size = m_nbb.dim(2)?;
-    if size == 1 {
-        return Ok(m_nbb.recip()?);
+    let (n, b, _) = m_nbb.dims3()?;
+    let mut values: Vec<f64> = m_nbb.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+    values.chunks_mut((b * b).max(1)).for_each(|matrix| invert(matrix, b));
+    let x_nbb = Tensor::from_vec(values, (n, b, b), m_nbb.device())?.to_dtype(m_nbb.dtype())?;
+    Ok(((&x_nbb * 2.0)? - x_nbb.matmul(m_nbb)?.matmul(&x_nbb)?)?)
+}
+
+/// Gauss and Jordan's elimination in place, by the largest pivot of each column. A matrix without an inverse becomes one of numbers that are
+/// not finite, which guards find.
+fn invert(matrix: &mut [f64], b: usize) {
+    let mut order: Vec<usize> = Vec::with_capacity(b);
+    for col in 0..b {
+        let at = (col..b).max_by(|p, q| matrix[p * b + col].abs().total_cmp(&matrix[q * b + col].abs()));
+        let pivot = at.unwrap_or(col);
+        order.push(pivot);
+        if pivot != col {
+            (0..b).for_each(|k| matrix.swap(pivot * b + k, col * b + k));
+        }
+        let by = 1.0 / matrix[col * b + col];
+        matrix[col * b + col] = 1.0;
+        matrix[col * b..(col + 1) * b].iter_mut().for_each(|value| *value *= by);
+        let row = matrix[col * b..(col + 1) * b].to_vec();
+        for other in (0..b).filter(|other| *other != col) {
+            let factor = std::mem::take(&mut matrix[other * b + col]);
+            if factor != 0.0 {
+                let values = &mut matrix[other * b..(other + 1) * b];
+                values.iter_mut().zip(&row).for_each(|(value, own)| *value -= factor * own);
+            }
+        }
     }
-    let half = size / 2;
-    let part = |(row, rows): (usize, usize), (col, cols): (usize, usize)| {
-        m_nbb.narrow(1, row, rows)?.narrow(2, col, cols)?.contiguous()
-    };
-    let (first, last) = ((0, half), (half, size - half));
-    let (b, c) = (part(first, last)?, part(last, first)?);
-    let a = inverse(&part(first, first)?)?;
-    let (a_b, c_a) = (a.matmul(&b)?, c.matmul(&a)?);
-    // Of D - C A⁻¹ B, whose leading minors are not 0 either.
-    let rest = inverse(&(part(last, last)? - c.matmul(&a_b)?)?)?;
-    let a_b_rest = a_b.matmul(&rest)?;
-    let top = Tensor::cat(&[(a + a_b_rest.matmul(&c_a)?)?, a_b_rest.neg()?], 2)?;
-    let bottom = Tensor::cat(&[rest.matmul(&c_a)?.neg()?, rest], 2)?;
-    Ok(Tensor::cat(&[top, bottom], 1)?)
+    // Rows that changed places are columns of the inverse that do, the last first.
+    for (col, pivot) in order.into_iter().enumerate().rev().filter(|(col, pivot)| col != pivot) {
+        (0..b).for_each(|row| matrix.swap(row * b + col, row * b + pivot));
+    }
 }
 
 /// `W_oi Rᵀ` for the block-diagonal R of blocks `r_nbb`, or of one block `[1, b, b]` again and again.
@@ -119,8 +137,8 @@ pub(crate) fn turn(w_oi: &Tensor, r_nbb: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
+    use attune_tensor::autograd;
     use attune_tensor::rng::Rng;
-    use candle_core::DType;
 
     use super::*;
 
@@ -156,6 +174,28 @@ mod tests {
             let product = inverse(&m).unwrap().matmul(&m).unwrap();
             assert!(difference(&product, &one.broadcast_as((3, size, size)).unwrap()) < 1e-13, "{size}");
         }
+    }
+
+    #[test]
+    fn rows_may_have_to_change_places_and_a_matrix_without_an_inverse_has_no_numbers() {
+        let m = Tensor::new(&[[[0.0f64, 2.0, 0.0], [0.0, 0.0, 4.0], [1.0, 1.0, 0.0]]], &Device::Cpu).unwrap();
+        let one = Tensor::eye(3, DType::F64, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        assert!(difference(&inverse(&m).unwrap().matmul(&m).unwrap(), &one) < 1e-15);
+        let none = inverse(&Tensor::zeros((1, 2, 2), DType::F64, &Device::Cpu).unwrap()).unwrap();
+        assert!(none.flatten_all().unwrap().to_vec1::<f64>().unwrap().iter().any(|value| !value.is_finite()));
+    }
+
+    /// `-Xᵀ dX Xᵀ`, by hand.
+    #[test]
+    fn the_gradient_is_that_of_the_inverse() {
+        let m = (normal("m", &[2, 5, 5]) + 3.0).unwrap();
+        let leaf = autograd::leaf(&m).unwrap();
+        let (x, dx) = (inverse(leaf.as_tensor()).unwrap(), normal("dx", &[2, 5, 5]));
+        let found = autograd::pull(&[&leaf], &[(&x, &dx)]).unwrap().remove(0).unwrap();
+        let back = x.transpose(1, 2).unwrap().contiguous().unwrap();
+        let by_hand = back.matmul(&dx).unwrap().matmul(&back).unwrap().neg().unwrap();
+        let size = by_hand.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
+        assert!(difference(&found, &by_hand) < 1e-9 * size);
     }
 
     #[test]
