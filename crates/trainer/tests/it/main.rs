@@ -4,6 +4,7 @@
 
 mod attempt;
 mod bits;
+mod calibration;
 mod cohort;
 mod faults;
 mod outputs;
