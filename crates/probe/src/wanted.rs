@@ -74,23 +74,9 @@ fn measurable(request: &StatsRequest, site: &Site) -> Result<()> {
     Ok(())
 }
 
-/// The first of some sites that reads the rows that a site reads: queries, keys and values read the same, and so do both halves of
-/// a gated MLP.
+/// The first of some sites that reads the rows that a site reads.
 pub(crate) fn read_with<'s>(site: &'s Site, among: &'s BTreeMap<SiteId, Site>) -> &'s SiteId {
-    let same = |other: &&Site| {
-        let together: &[Place] = match site.place {
-            Place::Query | Place::Key | Place::Value => &[Place::Query, Place::Key, Place::Value],
-            Place::Gate | Place::Up => &[Place::Gate, Place::Up],
-            _ => return other.id == site.id,
-        };
-        together.contains(&other.place) && block(&other.id) == block(&site.id)
-    };
-    among.values().find(same).map_or(&site.id, |first| &first.id)
-}
-
-/// The module that a site lies in.
-fn block(site: &SiteId) -> &str {
-    site.as_str().rsplit_once('.').map_or("", |(block, _)| block)
+    among.values().find(|other| other.reads_with(site)).map_or(&site.id, |first| &first.id)
 }
 
 /// Which examples of the data a request is about.

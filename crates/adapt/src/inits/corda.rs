@@ -101,6 +101,7 @@ impl Method for Corda {
             authors: "Yibo Yang, Xiaojie Li, Zhongzhu Zhou, et al.",
             year: 2024,
         }),
+        input_statistics: "8*i*(i+1)",
         ..Card::new(
             "corda",
             Point::Init,

@@ -80,6 +80,7 @@ impl Method for Eva {
             authors: "Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, Marc Peter Deisenroth, Sepp Hochreiter",
             year: 2024,
         }),
+        input_statistics: "8*i*(i+1)",
         ..Card::new(
             "eva",
             Point::Init,

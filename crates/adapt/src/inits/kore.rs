@@ -76,6 +76,7 @@ impl Method for Kore {
             authors: "Kailin Jiang, Hongbo Jiang, Ning Jiang, et al.",
             year: 2025,
         }),
+        input_statistics: "8*i*(i+1)",
         ..Card::new(
             "kore",
             Point::Init,

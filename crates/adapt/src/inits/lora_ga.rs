@@ -123,6 +123,7 @@ impl Method for LoraGa {
             authors: "Shaowen Wang, Linxi Yu, Jian Li",
             year: 2024,
         }),
+        weight_statistics: "4*i*o",
         ..Card::new(
             "lora-ga",
             Point::Init,

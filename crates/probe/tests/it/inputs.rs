@@ -156,6 +156,22 @@ fn queries_keys_and_values_share_a_sum_and_so_do_the_halves_of_a_gated_mlp() {
     assert_eq!(wanted.bytes(), 2 * 8 * (3 * (24 * 24 + 24) + 32 * 32 + 32));
 }
 
+/// The order of the data is part of the bits, and of nothing else.
+#[test]
+fn sums_of_the_same_data_in_another_order_agree() {
+    let (base, data) = (base(LLAMA, DType::F32), data());
+    let of = covariance(Counted::Tokens);
+    let turned: Vec<Arc<Layout>> = data.iter().rev().cloned().collect();
+    let (one, other) = (
+        measured(&base, std::slice::from_ref(&of), &data, 40),
+        measured(&base, std::slice::from_ref(&of), &turned, 40),
+    );
+    for site in linears(&base) {
+        let sum = |stats: &Stats| values(&stats.covariance(&of, &site.id).unwrap().sum_ii);
+        assert!(agree(&sum(&one), &sum(&other), 1e-6), "{}", site.id);
+    }
+}
+
 /// What goes through the model together, and on how many threads, is a matter of speed.
 #[test]
 fn no_bit_depends_on_threads_or_on_what_goes_together() {

@@ -136,6 +136,11 @@ pub struct Card {
     /// How many passes over a step's batch, forward and back, a step rule makes in all, copies counted, as such an expression;
     /// empty for one.
     pub passes: &'static str,
+    /// Bytes that what it has measured of a linear's inputs takes before the first step, as an expression like `parameters`; linears
+    /// that read the same rows count once. Empty for nothing.
+    pub input_statistics: &'static str,
+    /// Bytes that what it has measured of a linear's weight takes before the first step, as such an expression; empty for nothing.
+    pub weight_statistics: &'static str,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
@@ -163,6 +168,8 @@ impl Card {
             shared: "",
             copies: "",
             passes: "",
+            input_statistics: "",
+            weight_statistics: "",
             moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,

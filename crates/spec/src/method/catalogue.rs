@@ -162,6 +162,8 @@ mod tests {
             shared: String::new(),
             copies: String::new(),
             passes: String::new(),
+            input_statistics: String::new(),
+            weight_statistics: String::new(),
             moves: None,
             merges: Merges::Factors,
             trains_base: false,

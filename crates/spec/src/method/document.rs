@@ -57,6 +57,13 @@ pub struct MethodDocument {
     pub copies: String,
     /// How many passes over a step's batch a step rule makes, as an expression; empty for one.
     pub passes: String,
+    /// Bytes that what it has measured of a linear's inputs takes before the first step, as an expression; linears that read the same
+    /// rows count once. Empty for nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub input_statistics: String,
+    /// Bytes that what it has measured of a linear's weight takes before the first step, as an expression; empty for nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub weight_statistics: String,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -93,6 +100,8 @@ impl MethodDocument {
             shared: card.shared.to_owned(),
             copies: card.copies.to_owned(),
             passes: card.passes.to_owned(),
+            input_statistics: card.input_statistics.to_owned(),
+            weight_statistics: card.weight_statistics.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,

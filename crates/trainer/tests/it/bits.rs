@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 21] = [
+const KINDS: [(&str, &[(&str, &str)]); 22] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -19,6 +19,7 @@ const KINDS: [(&str, &[(&str, &str)]); 21] = [
         &[("tune.adapter", "{method: lora, rank: 4, init: {method: corda, mode: kpm, domains: [sums], examples: 5}}")],
     ),
     ("lora-ga", &[("tune.adapter", "{method: lora, rank: 4, init: {method: lora-ga, examples: 12}}")]),
+    ("kore", &[("tune.adapter", "{method: lora, rank: 4, trains: b, init: {method: kore, domains: [greetings]}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
