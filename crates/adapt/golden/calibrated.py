@@ -13,13 +13,20 @@ import torch.nn.functional as F
 from peft.tuners.lora import eva
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
+from transformers.pytorch_utils import Conv1D
 
 import writing
 from writing import HERE, ref
 
-SITES = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"]
-# name: what PEFT calls it, with its configuration. The base is `llama`, the rank 4 and alpha 8.
+SITES = {
+    "llama": ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"],
+    "gpt2": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"],
+}
+# name: what PEFT calls it, with its configuration. The rank is 4 and alpha 8; the base is `llama`, or `gpt2` where the name begins so.
 CASES = {
+    "gpt2_corda_kpm": ("corda", {"corda_config": peft.tuners.lora.config.CordaConfig(corda_method="kpm")}),
+    "gpt2_eva": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=True)}),
+    "gpt2_lora_ga": ("lora_ga", {"lora_ga_config": peft.tuners.lora.config.LoraGAConfig(direction="A2rBr", scale="unit")}),
     "eva": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=False)}),
     "eva_supervised": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=True)}),
     "eva_whiten": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=True, whiten=True)}),
@@ -39,9 +46,17 @@ eva.IncrementalPCA = Full
 
 
 def write(name):
+    # For the directions of PEFT's randomised decompositions.
+    torch.manual_seed(1)
     how, options = CASES[name]
-    documents = [ref.document(length, 56, seed) for seed, length in enumerate([14, 9, 20, 11, 17])]
-    base = ref.load(ref.MODELS / "llama")
+    folder = "gpt2" if name.startswith("gpt2") else "llama"
+    base = ref.load(ref.MODELS / folder)
+    # PEFT takes gradients of a model in training; what is measured here drops nothing.
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    documents = [ref.document(length, base.config.vocab_size, seed) for seed, length in enumerate([14, 9, 20, 11, 17])]
+    options = options | {"fan_in_fan_out": folder == "gpt2"}
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=how, task_type="CAUSAL_LM", **options)
     if how == "eva":
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=False)
@@ -55,7 +70,7 @@ def write(name):
         }
         peft.initialize_lora_eva_weights(model, [batch, batch], show_progress_bar=False)
     else:
-        config.target_modules = sorted(n.split("model.", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
+        config.target_modules = sorted(n for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and n != "lm_head")
         if how == "corda":
             preprocess_corda(base, config, run_model=lambda: [ref.logits_of(base, d.ids) for d in documents])
         else:
@@ -72,7 +87,7 @@ def write(name):
         model = peft.get_peft_model(base, config)
     tensors = ref.inputs(documents)
     # Whitened directions that several linears share are made shorter once for each of them: one that shares its inputs with nobody.
-    sites = SITES[1:2] if name == "eva_whiten" else SITES
+    sites = SITES[folder][1:2] if name == "eva_whiten" else SITES[folder]
     for site in sites:
         of = model.base_model.model.get_submodule(site)
         tensors[f"{site}.lora_A"] = of.lora_A["default"].weight

@@ -1,7 +1,7 @@
 //! Sums over the rows that linears read.
 //!
 //! A part's rows are multiplied with themselves in 32 bits, by the engine's kernels; the parts are added in 64 bits, in the order
-//! in which they come. What counts of a part are its tokens, or those that are learned from; see [`Counted`].
+//! in which they come, the lower half alone of what is symmetric. What counts of a part are its tokens, or those that are learned from; see [`Counted`].
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +21,7 @@ use crate::wanted::read_with;
 struct Sums {
     rows: Counted,
     scaled: bool,
-    /// `Σ_t x_t x_tᵀ`, row after row, or its diagonal alone.
+    /// The lower half of `Σ_t x_t x_tᵀ`, row after row, or its diagonal alone.
     second: Vec<f64>,
     is_whole: bool,
     /// `Σ_t x_t`.
@@ -37,7 +37,7 @@ impl Sums {
             What::InputNorms { rows } => (rows, false, false),
             What::Gradient => return None,
         };
-        let second = vec![0.0; if is_whole { input * input } else { input }];
+        let second = vec![0.0; if is_whole { input * (input + 1) / 2 } else { input }];
         Some(Self { rows, scaled, second, is_whole, first: vec![0.0; input], n_rows: 0, documents: 0 })
     }
 
@@ -51,28 +51,51 @@ impl Sums {
         if n_rows == 0 {
             return;
         }
-        let mut counted_ti = Vec::with_capacity(n_rows * input);
-        for of_doc in &chosen {
-            let largest = of_doc.iter().flat_map(|&row| x_ti.row(row)).copied().fold(f32::NEG_INFINITY, f32::max);
-            let divisor = if self.scaled { divisor(largest) } else { 1.0 };
-            for &row in of_doc {
-                counted_ti.extend(x_ti.row(row).iter().map(|x| x / divisor));
-            }
-        }
-        for row in counted_ti.chunks_exact(input) {
-            self.first.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
+        let copied;
+        let counted_ti = if n_rows == x_ti.rows() && !self.scaled {
+            x_ti
+        } else {
+            copied = self.copied(&chosen, x_ti);
+            View::new(&copied, n_rows, input)
+        };
+        for row in 0..n_rows {
+            self.first.iter_mut().zip(counted_ti.row(row)).for_each(|(sum, x)| *sum += f64::from(*x));
         }
         if !self.is_whole {
-            for row in counted_ti.chunks_exact(input) {
-                self.second.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x) * f64::from(*x));
+            for row in 0..n_rows {
+                let squares = counted_ti.row(row).iter().map(|x| f64::from(*x) * f64::from(*x));
+                self.second.iter_mut().zip(squares).for_each(|(sum, square)| *sum += square);
             }
             return;
         }
-        let counted_ti = MatRef::F32(View::new(&counted_ti, n_rows, input));
+        let counted_ti = MatRef::F32(counted_ti);
         let mut product = vec![0.0f32; input * input];
         let of = Gemm::new(Operand::transposed(counted_ti), Operand::plain(counted_ti));
         kernels.gemm(ViewMut::new(&mut product, input, input), &of);
-        self.second.par_iter_mut().zip(&product).for_each(|(sum, part)| *sum += f64::from(*part));
+        let (mut rest, mut rows) = (self.second.as_mut_slice(), Vec::with_capacity(input));
+        for length in 1..=input {
+            let (row, others) = rest.split_at_mut(length);
+            rows.push(row);
+            rest = others;
+        }
+        rows.into_par_iter().zip(product.par_chunks_exact(input)).for_each(|(sums, parts)| {
+            sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += f64::from(*part));
+        });
+    }
+
+    /// The rows that count, one after the other, scaled if they are to be.
+    fn copied(&self, chosen: &[Vec<usize>], x_ti: View<'_, f32>) -> Vec<f32> {
+        let mut copied = Vec::with_capacity(chosen.iter().map(Vec::len).sum::<usize>() * x_ti.cols());
+        for of_doc in chosen {
+            let numbers = of_doc.iter().flat_map(|&row| x_ti.row(row)).copied();
+            if self.scaled {
+                let divisor = divisor(numbers.clone().fold(f32::NEG_INFINITY, f32::max));
+                copied.extend(numbers.map(|x| x / divisor));
+            } else {
+                copied.extend(numbers);
+            }
+        }
+        copied
     }
 
     /// The places of the rows that count, document by document; documents without one are left out.
@@ -101,13 +124,13 @@ impl Sums {
             let sum_i = Tensor::from_slice(&self.second, input, &Device::Cpu)?;
             return Ok(Stat::Norms(Norms { sum_i, rows, documents }));
         }
-        // A product of rows with themselves is symmetric but for the rounding of kernels that treat edges apart.
-        let (second, input_of) = (&self.second, |at: usize| (at / input, at % input));
-        let mean = |at: usize| {
-            let (row, col) = input_of(at);
-            (0.5 * (second[at] + second[col * input + row])) as f32
+        let second = &self.second;
+        let number = |at: usize| {
+            let (row, col) = (at / input, at % input);
+            let (low, high) = (row.min(col), row.max(col));
+            second[high * (high + 1) / 2 + low] as f32
         };
-        let sum_ii: Vec<f32> = (0..input * input).into_par_iter().map(mean).collect();
+        let sum_ii: Vec<f32> = (0..input * input).into_par_iter().map(number).collect();
         let sum_ii = Tensor::from_vec(sum_ii, (input, input), &Device::Cpu)?;
         let sum_i = Tensor::from_slice(&self.first, input, &Device::Cpu)?.to_dtype(DType::F64)?;
         Ok(Stat::Covariance(Covariance { sum_ii, sum_i, rows, documents }))

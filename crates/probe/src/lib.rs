@@ -19,5 +19,5 @@ pub mod measure;
 pub mod file;
 
 pub use error::Error;
-pub use measure::{Model, measure};
+pub use measure::{Model, Seen, measure};
 pub use wanted::Wanted;

@@ -33,6 +33,15 @@ pub trait Model {
     fn denominator(&self, counts: LabelCounts) -> f64;
 }
 
+/// What went through the model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Documents. What is wanted of different examples counts for itself.
+    pub documents: u64,
+    /// Their rows.
+    pub rows: u64,
+}
+
 /// What is measured on one selection of examples.
 struct Measuring {
     /// Examples that are still to come.
@@ -99,10 +108,10 @@ impl Measuring {
 }
 
 /// Measures all that is wanted on micro-batches as they come, none of whose examples goes on in another; it takes no more of them
-/// than it needs. Inputs of up to `rows_per_pass` rows are looked at together, which changes no bit.
+/// than it needs, and says what it saw. Inputs of up to `rows_per_pass` rows are looked at together, which changes no bit.
 ///
 /// Beside what a pass of the model takes it holds its sums ([`Wanted::bytes`]), and, one site at a time, the rows of a micro-batch
-/// and the part of them in the sum. The result takes half of what sums over inputs do.
+/// and their part of the sum. The result is as large as the sums; one of both at a time is there twice.
 ///
 /// # Errors
 /// Whatever the data or the model raise.
@@ -111,7 +120,7 @@ pub fn measure(
     wanted: &Wanted,
     rows_per_pass: usize,
     data: &mut dyn FnMut() -> Result<Option<Arc<Layout>>>,
-) -> Result<Stats> {
+) -> Result<(Stats, Seen)> {
     let mut all: BTreeMap<Selection, Measuring> = BTreeMap::new();
     for (request, sites) in wanted.iter() {
         let selection = selection(request);
@@ -123,6 +132,7 @@ pub fn measure(
             measuring.inputs.add(request.what, sites);
         }
     }
+    let mut seen = Seen::default();
     while all.values().any(|measuring| measuring.left > 0) {
         let Some(layout) = data()? else { break };
         for measuring in all.values_mut() {
@@ -134,6 +144,8 @@ pub fn measure(
                 measuring.flush(model)?;
             }
             measuring.rows += chosen.n_rows();
+            seen.rows += chosen.n_rows() as u64;
+            seen.documents += chosen.docs().len() as u64;
             measuring.waiting.push(chosen);
         }
     }
@@ -154,5 +166,5 @@ pub fn measure(
             }
         }
     }
-    Ok(stats)
+    Ok((stats, seen))
 }

@@ -39,8 +39,8 @@ impl Wanted {
         self.requests.iter()
     }
 
-    /// Bytes that the sums of all of it take while they are made: eight for each number of a covariance, of which sites that read
-    /// the same rows share one, and four for each of a gradient.
+    /// Bytes that the sums of all of it take while they are made: four for each number of a covariance, of which sites that read
+    /// the same rows share one (eight for those of one half), and four for each of a gradient; the result takes as many.
     pub fn bytes(&self) -> u64 {
         self.requests.iter().map(|(request, sites)| bytes(request.what, sites)).sum()
     }
@@ -51,8 +51,8 @@ fn bytes(what: What, sites: &BTreeMap<SiteId, Site>) -> u64 {
     let distinct: BTreeMap<SiteId, u64> =
         sites.values().map(|site| (read_with(site, sites).clone(), widths(site).1)).collect();
     match what {
-        What::InputCovariance { .. } => distinct.values().map(|input| 8 * input * (input + 1)).sum(),
-        What::InputNorms { .. } => distinct.values().map(|input| 8 * input).sum(),
+        What::InputCovariance { .. } => distinct.values().map(|input| 4 * input * (input + 3)).sum(),
+        What::InputNorms { .. } => distinct.values().map(|input| 16 * input).sum(),
         What::Gradient => sites.values().map(widths).map(|(output, input)| 4 * output * input).sum(),
     }
 }

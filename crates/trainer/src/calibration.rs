@@ -77,23 +77,22 @@ impl Calibration<'_> {
         // A run through the data is the end of it.
         let mut loader = setup::loader_of(self.plan, self.domains.to_vec(), self.packing, Length::Epochs(1.0))?;
         let (mut step, mut waiting) = (Step(0), VecDeque::new());
-        let (mut n_rows, mut n_documents) = (0, 0);
         let mut next = || {
             if waiting.is_empty() {
                 waiting.extend(loader.batch(step)?.parts);
                 step = step.next();
             }
             let (_, layout) = waiting.pop_front().unwrap_or_default();
-            n_rows += layout.n_rows();
-            n_documents += layout.docs().len();
             Ok((layout.n_rows() > 0).then_some(layout))
         };
-        let stats = measure(&mut on, &wanted, ROWS_PER_PASS as usize, &mut next)?;
+        let (stats, seen) = measure(&mut on, &wanted, ROWS_PER_PASS as usize, &mut next)?;
         let seconds = watch.elapsed().as_secs_f64();
         let mebibytes = wanted.bytes().div_ceil(1 << 20);
         let message = format!(
-            "{} statistics on {n_documents} documents of {n_rows} tokens in {seconds:.1} s; their sums took {mebibytes} MiB",
-            stats.iter().count()
+            "{} statistics on {} documents of {} tokens in {seconds:.1} s; their sums took {mebibytes} MiB",
+            stats.iter().count(),
+            seen.documents,
+            seen.rows
         );
         self.control.emit(Event::Note { topic: "calibration".to_owned(), message });
         Ok(stats)

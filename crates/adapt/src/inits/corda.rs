@@ -16,7 +16,7 @@
 //!
 //! # Cost
 //! One pass over `examples` examples, up to the last block with such a linear; an inverse and a singular value decomposition for
-//! each linear, or with `iterations` (`ipm` only) some products with thin matrices. While it is measured, eight bytes for each number
+//! each linear, or with `iterations` (`ipm` only) some products with thin matrices. While it is measured, four bytes for each number
 //! of a covariance; queries, keys and values share one, and so do the halves of a gated MLP. A frozen pair beside the trained one:
 //! twice LoRA's products in a step.
 //!
@@ -101,7 +101,7 @@ impl Method for Corda {
             authors: "Yibo Yang, Xiaojie Li, Zhongzhu Zhou, et al.",
             year: 2024,
         }),
-        input_statistics: "8*i*(i+1)",
+        input_statistics: "4*i*(i+3)",
         ..Card::new(
             "corda",
             Point::Init,

@@ -13,7 +13,7 @@
 //!
 //! # Cost
 //! One pass over `examples` examples, up to the last block with such a linear, and an eigendecomposition of an `i` by `i` matrix for
-//! each linear, or with `iterations` some products with thin matrices. While it is measured, eight bytes for each number of a
+//! each linear, or with `iterations` some products with thin matrices. While it is measured, four bytes for each number of a
 //! covariance; queries, keys and values share one, and so do the halves of a gated MLP.
 //!
 //! # Limits
@@ -80,7 +80,7 @@ impl Method for Eva {
             authors: "Fabian Paischer, Lukas Hauzenberger, Thomas Schmied, Benedikt Alkin, Marc Peter Deisenroth, Sepp Hochreiter",
             year: 2024,
         }),
-        input_statistics: "8*i*(i+1)",
+        input_statistics: "4*i*(i+3)",
         ..Card::new(
             "eva",
             Point::Init,

@@ -14,7 +14,7 @@
 //!
 //! # Cost
 //! `o r` parameters that train. One pass over `examples` examples, up to the last block with such a linear; an eigendecomposition of an
-//! `i` by `i` matrix for each linear. While it is measured, eight bytes for each number of a covariance; queries, keys and values
+//! `i` by `i` matrix for each linear. While it is measured, four bytes for each number of a covariance; queries, keys and values
 //! share one, and so do the halves of a gated MLP. A frozen pair beside the trained one: twice LoRA's products in a step.
 //!
 //! # Limits
@@ -76,7 +76,7 @@ impl Method for Kore {
             authors: "Kailin Jiang, Hongbo Jiang, Ning Jiang, et al.",
             year: 2025,
         }),
-        input_statistics: "8*i*(i+1)",
+        input_statistics: "4*i*(i+3)",
         ..Card::new(
             "kore",
             Point::Init,

@@ -25,7 +25,8 @@
 //!
 //! # Departures
 //! The paper gives all columns of B one length, and A the factor of B; PEFT's are as long as their singular values say
-//! (`by_gradient`), and only B has the factor. The defaults are PEFT's (`init_lora_weights: lora_ga`), whose decomposition is a randomised one. The result is
+//! (`by_gradient`), and only B has the factor. The defaults are PEFT's (`init_lora_weights: lora_ga`), whose decomposition is a
+//! randomised one, and whose gradient is that of a base in training, with its own dropout: here nothing is dropped. The result is
 //! written as LoRA of twice the rank.
 //!
 //! # Paper

@@ -393,6 +393,9 @@ fn golden() -> Result<(), Failed> {
         ("corda_kpm", json!({"method": "corda", "mode": "kpm"})),
         ("lora_ga", json!({"method": "lora-ga"})),
         ("lora_ga_gd", json!({"method": "lora-ga", "direction": "ArBr", "scale": "gd_scale"})),
+        ("gpt2_eva", json!({"method": "eva"})),
+        ("gpt2_corda_kpm", json!({"method": "corda", "mode": "kpm"})),
+        ("gpt2_lora_ga", json!({"method": "lora-ga", "direction": "A2rBr", "scale": "unit"})),
     ] {
         let file = here.join(format!("golden/calibrated/{name}.safetensors"));
         let mut expected: BTreeMap<_, _> = candle_core::safetensors::load(file, &Device::Cpu)?.into_iter().collect();
@@ -414,7 +417,8 @@ fn golden() -> Result<(), Failed> {
             // It settles when it has seen everything twice, and lengths depend on how much that was.
             data.extend(data.clone());
         }
-        let base = Base::open(&here.join("../models/golden/llama"), Precision::F32)?;
+        let base = if name.starts_with("gpt2") { "gpt2" } else { "llama" };
+        let base = Base::open(&here.join("../models/golden").join(base), Precision::F32)?;
         let method = (json!({"method": "lora", "rank": 4, "alpha": 8}), "all-linear");
         let started = Started::with(base, method, start, &data)?;
         let sites: Vec<String> =

@@ -201,7 +201,7 @@ pub(crate) fn stats(model: &Model, init: &dyn Init, sites: &[Site], data: &[Layo
     let mut wanted = Wanted::default();
     init.calibrate().iter().for_each(|request| wanted.add(request, sites).unwrap());
     let mut data = data.iter().map(|layout| Arc::new(layout.clone()));
-    measure(&mut Bare(model), &wanted, 64, &mut || Ok(data.next())).unwrap()
+    measure(&mut Bare(model), &wanted, 64, &mut || Ok(data.next())).unwrap().0
 }
 
 struct Bare<'a>(&'a Model);

@@ -153,7 +153,9 @@ fn queries_keys_and_values_share_a_sum_and_so_do_the_halves_of_a_gated_mlp() {
     assert_eq!(distinct.len(), 4);
     let mut wanted = Wanted::default();
     wanted.add(&of, &linears(&base)).unwrap();
-    assert_eq!(wanted.bytes(), 2 * 8 * (3 * (24 * 24 + 24) + 32 * 32 + 32));
+    // Eight bytes for each number of one half, and of the sum of the rows.
+    let bytes = |width: u64| 8 * (width * (width + 1) / 2 + width);
+    assert_eq!(wanted.bytes(), 2 * (3 * bytes(24) + bytes(32)));
 }
 
 /// The order of the data is part of the bits, and of nothing else.
@@ -216,7 +218,8 @@ fn a_request_is_about_the_first_examples_of_its_domains() {
         taken += 1;
         Ok(data.get(taken - 1).cloned())
     };
-    let stats = measure(&mut Plain::new(&base), &wanted, 40, &mut next).unwrap();
+    let (stats, seen) = measure(&mut Plain::new(&base), &wanted, 40, &mut next).unwrap();
+    assert_eq!(seen.documents, 4 + 3);
     assert_eq!(taken, 3, "the examples 0 to 3, and 1, 3 and 5, are in the first three");
     for (request, keep) in [
         (&first, &(|example: u64| example < 4) as &dyn Fn(u64) -> bool),

@@ -117,7 +117,7 @@ pub(crate) fn measured(
     let mut wanted = Wanted::default();
     requests.iter().for_each(|request| wanted.add(request, &sites).unwrap());
     let mut data = data.iter().cloned();
-    measure(&mut Plain::new(base), &wanted, rows_per_pass, &mut || Ok(data.next())).unwrap()
+    measure(&mut Plain::new(base), &wanted, rows_per_pass, &mut || Ok(data.next())).unwrap().0
 }
 
 /// Every number of a tensor.
