@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
 
+mod grids;
 mod kills;
 mod lanes;
 mod main_job;

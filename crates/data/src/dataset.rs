@@ -69,6 +69,14 @@ pub struct Document<'a> {
     pub trained: &'a [bool],
 }
 
+impl Document<'_> {
+    /// How many tokens come before the last run of them that is learned; at least one, for the first is never predicted.
+    pub fn prompt_tokens(&self) -> usize {
+        let learned = self.trained.iter().rposition(|learned| *learned).unwrap_or(0);
+        self.trained[..learned].iter().rposition(|learned| !*learned).map_or(1, |last| last + 1)
+    }
+}
+
 impl Dataset {
     /// Reads and tokenises a file.
     ///

@@ -17,6 +17,15 @@ use crate::dataset::{Dataset, Document};
 use crate::error::Error;
 use crate::stream::{Counters, Drawn, Stream};
 
+/// The room that answers take which the model gives to a row's prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// How many answers.
+    pub each: u16,
+    /// The most tokens of one.
+    pub max_tokens: u32,
+}
+
 /// How documents are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packing {
@@ -28,12 +37,28 @@ pub struct Packing {
     pub accumulation: u32,
     /// The longest document.
     pub max_length: u32,
+    /// The answers in place of which rows are packed, if the model gives them itself: a row takes as much as they may.
+    pub answers: Option<Room>,
 }
 
 impl Packing {
     /// Tokens that one micro-batch holds.
     pub const fn shard_tokens(&self) -> usize {
         (self.batch_tokens / self.logical_shards) as usize
+    }
+
+    /// Tokens that a row of `data` may become.
+    ///
+    /// # Panics
+    /// If there is no row of this index.
+    pub fn tokens_of(&self, data: &Dataset, index: usize) -> usize {
+        match self.answers {
+            None => data.tokens_of(index),
+            Some(Room { each, max_tokens }) => {
+                let longest = |document: Document<'_>| document.prompt_tokens() + max_tokens as usize;
+                usize::from(each) * data.row(index).map(longest).sum::<usize>()
+            }
+        }
     }
 }
 
@@ -99,15 +124,16 @@ impl Loader {
     }
 
     fn pack(&mut self, shares: &Simplex) -> Layout {
-        let budget = self.packing.shard_tokens();
+        let mut left = self.packing.shard_tokens();
         let mut layout = Layout::new();
         while self.stream.counters().draws < self.documents_max {
             let Drawn { domain, index } = self.stream.peek(shares);
             let data = &self.domains[domain].data;
-            let tokens = data.tokens_of(index);
-            if layout.n_rows() + tokens > budget {
+            let tokens = self.packing.tokens_of(data, index);
+            if tokens > left {
                 break;
             }
+            left -= tokens;
             self.stream.take(domain, tokens);
             push(&mut layout, data, domain, index);
         }
@@ -173,7 +199,7 @@ impl Loader {
                 let mut rows = 0;
                 while stream.counters().draws < self.documents_max {
                     let Drawn { domain, index } = stream.peek(&shares);
-                    let length = self.domains[domain].data.tokens_of(index);
+                    let length = self.packing.tokens_of(&self.domains[domain].data, index);
                     if rows + length > budget {
                         break;
                     }
@@ -218,8 +244,10 @@ pub fn in_order(data: &Dataset, tokens: usize) -> Vec<Layout> {
 }
 
 /// The micro-batch that costs the most memory: full of documents of the longest length, every token supervised. Documents have
-/// these roles in turn, as far as whole rows fit.
+/// these roles in turn, or those of the model's answers, as far as whole rows fit.
 pub fn largest(packing: &Packing, views: &[View]) -> Layout {
+    let answers = packing.answers.map(|answers| (0..answers.each).map(View::Sample).collect::<Vec<_>>());
+    let views = answers.as_deref().unwrap_or(views);
     let mut layout = Layout::new();
     let mut left = packing.shard_tokens();
     // A row's documents together fit the budget, and each has a token to learn.
@@ -259,7 +287,8 @@ mod tests {
         Loader::new(7, domains.to_vec(), mixing, packing, length)
     }
 
-    const PACKING: Packing = Packing { batch_tokens: 60, logical_shards: 3, accumulation: 1, max_length: 12 };
+    const PACKING: Packing =
+        Packing { batch_tokens: 60, logical_shards: 3, accumulation: 1, max_length: 12, answers: None };
 
     /// The documents of some steps, as (domain, example), shard by shard.
     fn documents(loader: &mut Loader, from: u64, steps: u64) -> Vec<(u16, u64)> {

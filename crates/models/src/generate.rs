@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 
 use attune_architecture::HeadKind;
+use attune_points::generate::{Finish, Generated, Sampling};
 use attune_points::{Error, Result, Theta};
 use attune_tensor::Rng;
 
@@ -11,47 +12,6 @@ use crate::model::Model;
 
 /// Rows that go through a model at a time: beyond this, activations of long prompts would need more memory than it saves time.
 const ROWS: usize = 2048;
-
-/// How the next token is chosen.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
-    /// 0 takes the likeliest token; larger values flatten the distribution.
-    pub temperature: f64,
-    /// The smallest set of tokens whose probabilities reach this sum is sampled from; 1 for all.
-    pub top_p: f64,
-    /// The seed of sampling.
-    pub seed: u64,
-    /// The most tokens that are made.
-    pub max_tokens: usize,
-    /// Tokens that end the text; they are not part of it.
-    pub stop: Vec<u32>,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Self { temperature: 0.0, top_p: 1.0, seed: 0, max_tokens: 128, stop: Vec::new() }
-    }
-}
-
-/// Why generation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// A stop token came.
-    Stop,
-    /// `max_tokens` were made.
-    Length,
-    /// The callback asked for it.
-    Callback,
-}
-
-/// A generated text.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Generated {
-    /// The new tokens, without the stop token.
-    pub tokens: Vec<u32>,
-    /// Why it ended.
-    pub finish: Finish,
-}
 
 /// A text to be continued, and how.
 #[derive(Debug, Clone, Copy)]
@@ -169,7 +129,7 @@ impl<'a> Text<'a> {
     fn take(&mut self, token: u32, each: impl FnOnce(u32) -> bool) {
         let Sampling { max_tokens, stop, .. } = self.request.sampling;
         if stop.contains(&token) {
-            self.finish = Some(Finish::Stop);
+            self.finish = Some(Finish::Stop(token));
             return;
         }
         self.tokens.push(token);

@@ -39,7 +39,7 @@ pub mod generate;
 
 pub use base::Base;
 pub use error::Error;
-pub use generate::{Generated, Request, Sampling};
+pub use generate::Request;
 pub use model::{Model, Pass, Together, grad_together, score_together};
 pub use routing::{Auxiliary, LoadBalance, Routing};
 pub use stack::{Slot, Stack};

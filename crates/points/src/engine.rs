@@ -81,6 +81,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Rows that went through the model, on all ranks.
     pub n_rows: u64,
+    /// Further numbers of the step rule by name, as they are.
+    pub metrics: Vec<(String, f64)>,
 }
 
 /// Tensors by name.
@@ -105,13 +107,21 @@ pub struct Renewed {
 /// Whatever the engine raises.
 pub fn usual_step(engine: &mut dyn Engine) -> Result<StepReport> {
     let batch = engine.batch(Source::Train)?;
+    update_on(engine, &batch)
+}
+
+/// The gradient of the loss over a batch of the job's data, then one update.
+///
+/// # Errors
+/// Whatever the engine raises.
+pub fn update_on(engine: &mut dyn Engine, batch: &Batch) -> Result<StepReport> {
     let objective = engine.objective();
     let theta = engine.theta().clone();
     let scale = 1.0 / objective.denominator().of(batch.counts);
     let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
     let (gradients, loss) = engine.reduce(parts)?;
     let grad_norm = engine.update(gradients)?;
-    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
 }
 
 /// The machinery of a run, as a step rule sees it. Every pass takes the parameters that it runs at.
@@ -122,7 +132,8 @@ pub trait Engine {
     /// Replaces them (an average, a merge).
     fn set(&mut self, theta: Theta);
 
-    /// The next batch from `source`.
+    /// The next batch from `source`. Where the objective learns from answers of the model, a training batch has those that it
+    /// gives now.
     ///
     /// # Errors
     /// Data that cannot be read.
@@ -183,13 +194,23 @@ pub trait Engine {
         Ok(made)
     }
 
+    /// Some micro-batches with the log-probabilities of their labels at `at`, without dropout, in this column.
+    ///
+    /// # Errors
+    /// Whatever the pass raises.
+    fn with_logp(&mut self, column: &str, at: &Theta, parts: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>>;
+
+    /// Whether the micro-batch of this number is one of this rank's.
+    fn owns(&self, part: u32) -> bool;
+
     /// The objective of the job.
     fn objective(&self) -> Arc<dyn Objective>;
 
     /// The tensors that train, in order: what an update needs the gradient of.
     fn wanted(&self) -> Vec<TensorId>;
 
-    /// Sums per-shard gradients and reports over all shards and ranks, in the order of the shards.
+    /// Sums per-shard gradients and reports over all shards and ranks, in the order of the shards, and adds the gradients of
+    /// losses that components have on their own tensors. Once a step.
     ///
     /// # Errors
     /// A rank that is gone.

@@ -28,6 +28,13 @@ pub const LOGP: &str = "logp";
 /// The column of the loss's gradient by the log-probabilities of labels, one `f64` a row.
 pub const DLOGP: &str = "dlogp";
 
+/// The column of log-probabilities of labels under the parameters that a text was made with, one `f64` a row; meaningless
+/// where a row is not supervised.
+pub const MADE: &str = "made_logp";
+
+/// The column of rewards, one `f64` a document; not a number where nothing could judge it.
+pub const REWARD: &str = "reward";
+
 /// What one row of a batch holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Row {
@@ -277,6 +284,11 @@ impl Layout {
         }
         self.columns.insert(name.to_owned(), column);
         Ok(())
+    }
+
+    /// All columns by their names.
+    pub fn columns(&self) -> impl Iterator<Item = (&str, &Column)> {
+        self.columns.iter().map(|(name, column)| (name.as_str(), column))
     }
 
     /// A column by name.

@@ -12,6 +12,7 @@
 
 pub mod error;
 
+pub mod generate;
 pub mod layout;
 pub mod params;
 pub mod sink;
@@ -25,6 +26,7 @@ pub mod init;
 pub mod mixing;
 pub mod objective;
 pub mod optimizer;
+pub mod reward;
 pub mod schedule;
 
 pub mod engine;

@@ -138,14 +138,32 @@ impl ScopeLoss {
     }
 }
 
+/// Answers that a model gives to the prompts of a batch by itself, before the gradient.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Answers {
+    /// How many to each prompt.
+    pub each: u16,
+    /// The most tokens of one, the one that ends it included.
+    pub max_tokens: u32,
+    /// How tokens are chosen: 0 takes the likeliest.
+    pub temperature: f64,
+    /// The smallest set of tokens whose probabilities reach this sum is sampled from.
+    pub top_p: f64,
+    /// Whether those that reached the limit teach nothing.
+    pub finished_only: bool,
+}
+
 /// What an objective needs beside the batch and the model's own outputs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Needs {
     /// The log-probabilities of labels under a reference: the model as it is without what trains. They come in the column
     /// [`crate::layout::REFERENCE`], from whoever has them.
     pub reference: bool,
     /// Pairs: documents of which each group is a chosen answer and a rejected one.
     pub pairs: bool,
+    /// Rows are prompts: what is learned of them are the model's own answers, which are a group, with their rewards in the
+    /// column [`crate::layout::REWARD`].
+    pub answers: Option<Answers>,
 }
 
 /// A loss.

@@ -143,6 +143,7 @@ fn write_order(paths: &Paths, plan: &Plan, rates: &[f64]) -> Result<(), Failure>
     let encoder = Encoder::new(tokenizer, plan.template.as_deref(), plan.max_length, plan.too_long)?;
     let data = Arc::new(read(plan, &paths.train, &encoder)?);
     let packing = Packing {
+        answers: None,
         batch_tokens: plan.batch_tokens,
         logical_shards: plan.logical_shards,
         accumulation: plan.accumulation,

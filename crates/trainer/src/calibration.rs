@@ -16,8 +16,8 @@ use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Pass, Stack};
 use attune_points::layout::{LabelCounts, REFERENCE};
 use attune_points::objective::{Level, Objective};
-use attune_points::stats::What;
-use attune_points::{Bank, GradSink, Layout, Owner, Result, Stats, Tap, TensorId, Theta};
+use attune_points::stats::{Counted, What};
+use attune_points::{Bank, GradSink, Layout, Owner, Result, Stats, StatsRequest, Tap, TensorId, Theta};
 use attune_probe::{Wanted, measure};
 use attune_spec::id::Step;
 use attune_spec::job::Plan;
@@ -56,11 +56,7 @@ impl Calibration<'_> {
             let path = FieldPath::from("tune").field("stack").index(index).field("init");
             let (requests, sites) = begun.calibrates();
             for request in requests {
-                if request.what == What::Gradient && self.objective.level() == Level::Step {
-                    let message = format!(
-                        "needs {request}, and `{}` looks at whole steps: choose another of either",
-                        self.plan.objective.method
-                    );
+                if let Some(message) = self.misfit(&request) {
                     return Err(Error::Faults(vec![Fault::new(path, message)]));
                 }
                 wanted.add(&request, sites).map_err(|error| cannot_start(error, path.clone()))?;
@@ -96,6 +92,23 @@ impl Calibration<'_> {
         );
         self.control.emit(Event::Note { topic: "calibration".to_owned(), message });
         Ok(stats)
+    }
+
+    /// Why something cannot be measured for the job's objective, if so.
+    fn misfit(&self, request: &StatsRequest) -> Option<String> {
+        let objective = &self.plan.objective.method;
+        let of_labels = match request.what {
+            What::Gradient => true,
+            What::InputCovariance { rows, .. } | What::InputNorms { rows } => rows == Counted::Supervised,
+        };
+        if of_labels && self.objective.needs().answers.is_some() {
+            return Some(format!(
+                "needs {request}, and `{objective}` learns from answers that are not there yet: expected a start that looks at prompts \
+                 (`rows: tokens`) or at no data"
+            ));
+        }
+        (request.what == What::Gradient && self.objective.level() == Level::Step)
+            .then(|| format!("needs {request}, and `{objective}` looks at whole steps: choose another of either"))
     }
 
     /// The slots that are there already.

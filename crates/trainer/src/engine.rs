@@ -24,6 +24,7 @@ use attune_tensor::{Rng, autograd};
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
+use crate::answers::{Judge, Judged};
 use crate::checkpoint::Buffers;
 use crate::guard::Guard;
 use crate::scope::ByColumn;
@@ -40,6 +41,8 @@ pub(crate) enum Message {
     Scored(Arc<Layout>),
     /// What a step rule has to say.
     Said(Tensors),
+    /// What the answers to a micro-batch are worth.
+    Judged(Judged),
 }
 
 /// What all ranks of a run share.
@@ -58,6 +61,8 @@ pub(crate) struct Shared {
     pub(crate) seed: u64,
     /// What a forward pass keeps for the reverse one.
     pub(crate) keep: Keep,
+    /// What judges the answers that the objective needs, if it needs any.
+    pub(crate) judge: Option<Judge>,
 }
 
 /// Where the time of steps went.
@@ -67,6 +72,7 @@ pub(crate) struct Spent {
     pub(crate) data: Duration,
     pub(crate) collective: Duration,
     pub(crate) optimizer: Duration,
+    pub(crate) answers: Duration,
     /// Floating-point operations that gradients needed.
     pub(crate) flops: f64,
 }
@@ -76,6 +82,7 @@ impl Spent {
     pub(crate) fn shares(&self, whole: Duration) -> Vec<(&'static str, Duration)> {
         let passes = Work::ALL.map(|work| (work.name(), self.passes.of(work)));
         let rest = [("optimizer", self.optimizer), ("data", self.data), ("collective", self.collective)];
+        let rest = rest.into_iter().chain((self.answers > Duration::ZERO).then_some(("answers", self.answers)));
         let mut all: Vec<_> = passes.into_iter().chain(rest).collect();
         let known: Duration = all.iter().map(|(_, time)| *time).sum();
         all.push(("other", whole.saturating_sub(known)));
@@ -89,6 +96,7 @@ impl std::ops::AddAssign for Spent {
         self.data += other.data;
         self.collective += other.collective;
         self.optimizer += other.optimizer;
+        self.answers += other.answers;
         self.flops += other.flops;
     }
 }
@@ -122,6 +130,8 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) rows_per_pass: usize,
     /// Where time went since it was last looked at.
     pub(crate) spent: Spent,
+    /// What the answers of the last batch are worth.
+    pub(crate) judged: Judged,
     /// The lanes beside which it runs.
     pub(crate) company: Option<Company<'a>>,
     /// Steps done.
@@ -355,8 +365,10 @@ impl Engine for RankEngine<'_> {
                 let watch = Stopwatch::start();
                 let mut batch = self.loader.batch(self.step)?;
                 self.spent.data += watch.elapsed();
-                let (mine, shards) = (self.shards(), self.shared.logical_shards);
-                batch.parts.retain(|(part, layout)| mine.contains(&(part % shards)) && layout.n_rows() > 0);
+                batch.parts.retain(|(part, layout)| self.owns(*part) && layout.n_rows() > 0);
+                let Some(how) = self.shared.objective.needs().answers else { return Ok(batch) };
+                let (batch, judged) = self.answered(&self.theta.clone(), &batch, &how)?;
+                self.judged = judged;
                 Ok(batch)
             }
             Source::Validation(index) => {
@@ -414,6 +426,24 @@ impl Engine for RankEngine<'_> {
         self.summed(at, parts, || own.clone().map_or(Asking::Lent(of), Asking::Shared), scale, dropout)
     }
 
+    fn with_logp(&mut self, column: &str, at: &Theta, parts: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
+        // A pass of its own: lanes beside it need not wait.
+        self.company.inspect(Company::leave);
+        let found = groups(parts, self.rows_per_pass).map(|group| {
+            let layouts: Vec<Arc<Layout>> = group.iter().map(|(_, layout)| Arc::clone(layout)).collect();
+            let (with, times) = self.shared.model.with_logp(column, at, None, &layouts)?;
+            self.spent.passes += times;
+            Ok(group.iter().map(|(part, _)| *part).zip(with).collect::<Vec<_>>())
+        });
+        let found: Result<Vec<_>> = found.collect();
+        self.company.inspect(Company::enter);
+        Ok(found?.into_iter().flatten().collect())
+    }
+
+    fn owns(&self, part: u32) -> bool {
+        self.shards().contains(&(part % self.shared.logical_shards))
+    }
+
     fn objective(&self) -> Arc<dyn Objective> {
         Arc::clone(&self.shared.objective)
     }
@@ -444,14 +474,18 @@ impl Engine for RankEngine<'_> {
             loss.add(&report);
             self.stop_agreed |= stop;
         }
+        self.add_penalties(&mut gradients)?;
         Ok((gradients, loss))
     }
 
-    fn update(&mut self, mut gradients: Grads) -> Result<f64> {
+    fn update(&mut self, gradients: Grads) -> Result<f64> {
         let watch = Stopwatch::start();
-        self.add_penalties(&mut gradients)?;
         let number = self.step.next();
-        self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
+        // A step whose answers are all worth the same teaches nothing, which says nothing of the tensors.
+        let is_silent = self.shared.objective.needs().answers.is_some() && silent(&gradients)?;
+        if !is_silent {
+            self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
+        }
         let mut values = Vec::new();
         for (id, gradient) in gradients.iter() {
             if let Some(gradient) = gradient {
@@ -542,6 +576,18 @@ impl Engine for RankEngine<'_> {
     fn rng(&self, purpose: &'static str) -> Rng {
         Rng::new(self.shared.seed, purpose).sub(self.step.0)
     }
+}
+
+/// Whether nothing has a gradient but zero.
+fn silent(gradients: &Grads) -> Result<bool> {
+    for (_, gradient) in gradients.iter() {
+        if let Some(gradient) = gradient
+            && gradient.abs()?.sum_all()?.to_scalar::<f32>()? != 0.0
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The parameters of a slot that trains or not, for export.

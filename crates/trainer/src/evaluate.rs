@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use attune_points::engine::{Engine, LossReport, Source};
-use attune_points::objective::Level;
+use attune_points::engine::{Batch, Engine, LossReport, Source};
+use attune_points::objective::{Answers, Level};
 use attune_points::{Error, Result};
 
 use crate::engine::{Asking, Message, RankEngine, groups};
 
-/// The mean loss a supervised token on each validation set, at the current parameters; the same on every rank. Batches are
-/// dealt out to the ranks, and their losses are added in file order.
+/// The loss on each validation set, at the current parameters; the same on every rank: of an objective that needs answers, the
+/// mean reward of the likeliest ones, negated, else its mean loss. Batches are dealt out to the ranks, and what they find is added in file order.
 pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String, f64>> {
     let names: Vec<String> = engine.shared.validation.iter().map(|(name, _)| name.clone()).collect();
     let mut losses = BTreeMap::new();
@@ -19,6 +19,17 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         let (objective, theta) = (engine.objective(), engine.theta().clone());
         let (rank, size) = (engine.collective.rank(), engine.collective.size());
         let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
+        if let Some(how) = objective.needs().answers {
+            let likeliest = Answers { each: 1, temperature: 0.0, ..how };
+            let (_, judged) = engine.answered(&theta, &Batch { parts, ..batch }, &likeliest)?;
+            let Some(reward) = judged.reward() else {
+                return Err(Error::Refused(format!(
+                    "no answer to the validation set {name:?} can be judged by `tune.rewards`"
+                )));
+            };
+            losses.insert(name, -reward);
+            continue;
+        }
         if objective.level() == Level::Step {
             let (_, report) = engine.scope(&theta, &parts, None, &*objective)?;
             losses.insert(name, report.loss_sum / objective.denominator().of(batch.counts));

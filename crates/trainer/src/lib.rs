@@ -7,7 +7,7 @@
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it)
 //! with `meeting` and `together`, `setup` (plan to parts) with [`component`] and `calibration`, [`run`] (the loop), `engine`, [`steps`]
-//! with `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
+//! with `answers` (what the model says by itself and what that is worth), `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
 //!
@@ -33,6 +33,7 @@ pub mod component;
 pub mod control;
 pub mod run;
 
+mod answers;
 mod calibration;
 mod checkpoint;
 mod copies;

@@ -8,6 +8,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .documents()
         .chain(attune_adapt::INITS.documents())
         .chain(attune_objective::OBJECTIVES.documents())
+        .chain(attune_objective::REWARDS.documents())
         .chain(attune_data::MIXINGS.documents())
         .chain(crate::STEP_RULES.documents())
         .chain(attune_optim::OPTIMIZERS.documents())

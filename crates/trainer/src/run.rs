@@ -15,6 +15,7 @@ use attune_points::{Owner, TensorId, TensorName, View};
 use attune_spec::id::{Step, Tokens};
 use attune_spec::job::plan::ROWS_PER_PASS;
 
+use crate::answers::{self, Judged};
 use crate::checkpoint::{self, Measured, State};
 use crate::control::Control;
 use crate::engine::{Message, RankEngine, Spent, empty_buffers};
@@ -141,6 +142,7 @@ impl<'a> Rank<'a> {
             guard: Guard::default(),
             rows_per_pass: ROWS_PER_PASS as usize,
             spent: Spent::default(),
+            judged: Judged::default(),
             company,
             step: Step(0),
             stop_wanted: false,
@@ -249,7 +251,8 @@ impl<'a> Rank<'a> {
         self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
         let views = self.prepared.domains.first().map_or(&[View::Main][..], |domain| domain.data.views());
-        let layout = Arc::new(largest(&self.prepared.packing, views).with_copies(self.rule.copies()));
+        let layout = answers::unjudged(largest(&self.prepared.packing, views))?;
+        let layout = Arc::new(layout.with_copies(self.rule.copies()));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
         // What holds a micro-batch several times goes through by itself.
@@ -330,6 +333,8 @@ impl<'a> Rank<'a> {
         for (name, sum) in &report.loss.beside {
             metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
         }
+        let rules = self.prepared.shared.judge.iter().flat_map(|judge| self.engine.judged.metrics(&judge.rules));
+        metrics.extend(rules.chain(report.metrics.iter().cloned()).map(|(name, value)| metric(name, value)));
         for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
             if counts.tokens > 0 {
                 metrics.push(metric(format!("data/{}/loss", domain.name), loss / denominator.of(*counts)));

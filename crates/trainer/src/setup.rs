@@ -6,21 +6,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use attune_architecture::{Architecture, HeadKind};
 use attune_artifacts::canonical;
-use attune_data::loader::{Domain, in_order};
-use attune_data::{Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
+use attune_data::loader::{Domain, Room, in_order};
+use attune_data::{ChatTemplate, Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
 use attune_models::pass::walk::Keep;
 use attune_models::{Base, Model, Stack};
-use attune_objective::OBJECTIVES;
+use attune_objective::{OBJECTIVES, REWARDS};
 use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::adapter::Trained;
 use attune_points::engine::{Job, StepRule};
+use attune_points::objective::{Answers, Needs};
 use attune_points::{Bank, BankKind, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
-use attune_spec::job::plan::{Input, Length, PlanSlot};
+use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
 use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
+use crate::answers::{self, Judge};
 use crate::calibration::Calibration;
 use crate::card;
 use crate::component::{self, Begun, Component};
@@ -99,7 +101,7 @@ pub(crate) fn prepare(
     };
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;
-    let encoder = Encoder::new(tokenizer, plan.template.as_deref(), plan.max_length, plan.too_long)?;
+    let encoder = Encoder::new(tokenizer.clone(), plan.template.as_deref(), plan.max_length, plan.too_long)?;
 
     control.emit(Event::Starting { phase: Phase::Data });
     let mut reports = BTreeMap::new();
@@ -123,7 +125,13 @@ pub(crate) fn prepare(
             }
         }
     }
+    let weights = weights(plan);
+    let tune = FieldPath::from("tune");
+    let cx = BuildCx { steps: Step(0), domains: &weights };
+    let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
+    let answers = objective.needs().answers;
     let packing = Packing {
+        answers: answers.map(|Answers { each, max_tokens, .. }| Room { each, max_tokens }),
         batch_tokens: plan.batch_tokens,
         logical_shards: plan.logical_shards,
         accumulation: plan.accumulation,
@@ -132,9 +140,7 @@ pub(crate) fn prepare(
     fits(&domains, &validation, &packing)?;
     let total_steps = loader(plan, domains.clone(), packing)?.steps(plan.length)?;
 
-    let weights = weights(plan);
     let cx = BuildCx { steps: total_steps, domains: &weights };
-    let tune = FieldPath::from("tune");
     let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
     let mut faults = Vec::new();
     let domains_data = domains.iter().map(|domain| &*domain.data).zip(0..);
@@ -142,7 +148,8 @@ pub(crate) fn prepare(
     let validation_data = validation.iter().map(|(_, data)| data).zip(0..);
     for (field, at, data) in sets.chain(validation_data.map(|(data, at)| ("validation", at, data))) {
         let path = FieldPath::from("data").field(field).index(at);
-        faults.extend(of_objective(data, &plan.objective.method, objective.needs().pairs, path));
+        faults.extend(of_objective(data, &plan.objective.method, objective.needs(), path.clone()));
+        faults.extend(answers.and_then(|answers| has_room(data, plan.max_length, answers, path)));
     }
     if !faults.is_empty() {
         return Err(Error::Faults(faults));
@@ -216,7 +223,9 @@ pub(crate) fn prepare(
             format!("trains {} slots; this version trains exactly one (others with `train: false`)", trained.len());
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
     };
+    let judge = answers.map(|_| judge(plan, tokenizer, encoder.template(), &cx)).transpose()?;
     let shared = Shared {
+        judge,
         keep,
         model: Arc::new(Model::new(base, stack)),
         objective: objective.into(),
@@ -262,23 +271,29 @@ fn keep(plan: &Plan, base: &Base, ranks: u32, rows_beside: u64) -> Keep {
 /// Whether every row fits the micro-batch that it has to go into whole.
 fn fits(domains: &[Domain], validation: &[(String, Dataset)], packing: &Packing) -> Result<(), Error> {
     let room = packing.shard_tokens();
-    let longest = |data: &Dataset| (0..data.len()).map(|row| data.tokens_of(row)).max().unwrap_or(0);
+    let longest = |data: &Dataset| (0..data.len()).map(|row| packing.tokens_of(data, row)).max().unwrap_or(0);
     let sets = domains.iter().map(|domain| &*domain.data).chain(validation.iter().map(|(_, data)| data));
     let longest = sets.map(longest).max().unwrap_or(0);
     if longest <= room {
         return Ok(());
     }
+    let what = match packing.answers {
+        None => "the longest row, with both its answers, has".to_owned(),
+        Some(Room { each, .. }) => format!("the longest prompt with {each} answers as long as they may be comes to"),
+    };
     let message = format!(
-        "is {} for {} logical shards, {room} tokens each; the longest row, with both its answers, has {longest}: set \
-         `tune.logical_shards` lower or this higher",
+        "is {} for {} logical shards, {room} tokens each; {what} {longest}: set `tune.logical_shards` lower or this higher",
         packing.batch_tokens, packing.logical_shards
     );
     Err(Error::Faults(vec![Fault::new("tune.batch_tokens", message)]))
 }
 
 /// Whether the rows of a file are what an objective compares, pairs or not.
-fn of_objective(data: &Dataset, objective: &str, pairs: bool, path: FieldPath) -> Option<Fault> {
-    let message = match (pairs, data.views().len() == 2) {
+fn of_objective(data: &Dataset, objective: &str, needs: Needs, path: FieldPath) -> Option<Fault> {
+    let message = match (needs.pairs, data.views().len() == 2) {
+        _ if needs.answers.is_some() && data.report().form == Form::Text => {
+            format!("holds texts without prompts, and `{objective}` learns from answers to prompts")
+        }
         (true, false) => format!(
             "holds rows of {}; `{objective}` compares two answers: expected rows with `chosen` and `rejected`",
             data.report().form.name()
@@ -289,6 +304,34 @@ fn of_objective(data: &Dataset, objective: &str, pairs: bool, path: FieldPath) -
         _ => return None,
     };
     Some(Fault::new(path, message))
+}
+
+/// Whether every prompt leaves room for an answer.
+fn has_room(data: &Dataset, max_length: u32, answers: Answers, path: FieldPath) -> Option<Fault> {
+    let longest = (max_length - max_length.min(answers.max_tokens)) as usize;
+    let long = data.documents().filter(|document| document.prompt_tokens() > longest).count();
+    (long > 0).then(|| {
+        let message = format!(
+            "has {long} prompts of more than {longest} tokens, after which answers of {} are longer than `data.max_length`, \
+             {max_length}: set it higher or answers shorter",
+            answers.max_tokens
+        );
+        Fault::new(path, message)
+    })
+}
+
+/// What judges the answers of the model.
+fn judge(plan: &Plan, tokenizer: Tokenizer, template: Option<&ChatTemplate>, cx: &BuildCx<'_>) -> Result<Judge, Error> {
+    let path = FieldPath::from("tune").field("rewards");
+    let (mut rules, mut faults) = (Vec::new(), Vec::new());
+    for (index, PlanReward { weight, reward }) in plan.rewards.iter().enumerate() {
+        match REWARDS.build(reward, &path.index(index), cx) {
+            Ok(built) => rules.push(answers::Rule { name: reward.method.clone(), weight: *weight, reward: built }),
+            Err(found) => faults.extend(found),
+        }
+    }
+    let stop = tokenizer.stops(template);
+    if faults.is_empty() { Ok(Judge { tokenizer, stop, rules }) } else { Err(Error::Faults(faults)) }
 }
 
 /// What is not learned of a file although nothing failed.

@@ -24,6 +24,14 @@ pub(crate) struct Assignment {
     value: String,
 }
 
+impl Assignment {
+    /// A field that takes a value.
+    pub(crate) fn new(path: &str, value: &serde_json::Value) -> Self {
+        // JSON is YAML.
+        Self { path: path.to_owned(), value: value.to_string() }
+    }
+}
+
 impl FromStr for Assignment {
     type Err = String;
 
@@ -47,7 +55,7 @@ pub(crate) struct JobFileArguments {
 }
 
 /// A job file that has passed the checks.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct JobFile {
     /// The job.
     pub(crate) spec: JobSpec,

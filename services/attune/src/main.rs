@@ -5,6 +5,7 @@
 
 mod command;
 mod demo;
+mod experiment;
 mod job_file;
 mod print;
 mod remote;

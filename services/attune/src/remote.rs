@@ -133,7 +133,7 @@ pub(crate) async fn fetch(
 }
 
 /// Where this user's copies of artifacts are kept.
-fn cache_folder() -> Result<PathBuf, Failure> {
+pub(crate) fn cache_folder() -> Result<PathBuf, Failure> {
     let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     of("ATTUNE_CACHE")
         .or_else(|| of("XDG_CACHE_HOME").map(|folder| folder.join("attune")))

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use attune_data::{ChatTemplate, Message, Tokenizer};
-use attune_models::generate::{Finish, generate};
-use attune_models::{Base, Model, Sampling};
+use attune_models::generate::generate;
+use attune_models::{Base, Model};
 use attune_points::Theta;
+use attune_points::generate::{Finish, Sampling};
 use attune_spec::job::Precision;
 
 use crate::print::{Failure, note};
@@ -87,7 +88,7 @@ impl Speaker {
                 "prompt and answer have {reached} tokens; the base was made for {context}, so they may make no sense"
             ));
         }
-        Ok(Answer { text, tokens: generated.tokens.len(), complete: generated.finish == Finish::Stop })
+        Ok(Answer { text, tokens: generated.tokens.len(), complete: matches!(generated.finish, Finish::Stop(_)) })
     }
 
     /// The text of `tokens` beyond the first `shown` bytes, up to the last whole character.

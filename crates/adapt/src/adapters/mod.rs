@@ -1,6 +1,7 @@
 //! The point `Adapter`: which attachments at which sites, with which tensors, and what do they merge to?
 
 mod abba;
+mod adalora;
 mod adapterfusion;
 mod boft;
 mod bone;
@@ -48,6 +49,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     Point::Adapter,
     &[
         entry::<abba::Abba>(),
+        entry::<adalora::Adalora>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),
@@ -103,6 +105,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 /// How the configurations of PEFT are read.
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
+    FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },

@@ -216,7 +216,7 @@ impl StepRule for Choice {
             let renewed = self.choose(step.0, engine)?;
             loss.beside.insert("entries/renewed", renewed as f64 * divisor);
         }
-        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
     }
 
     fn state(&self) -> Tensors {
@@ -440,6 +440,12 @@ mod tests {
             Ok(LossReport { counts: on.counts(), ..LossReport::default() })
         }
 
+        fn with_logp(&mut self, column: &str, _: &Theta, _: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
+            Err(Error::Refused(format!("there is no {column:?} here")))
+        }
+        fn owns(&self, _: u32) -> bool {
+            true
+        }
         fn objective(&self) -> Arc<dyn Objective> {
             Arc::new(Distance)
         }

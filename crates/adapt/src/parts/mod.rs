@@ -1,6 +1,7 @@
 //! What methods share.
 
 pub(crate) mod blocks;
+pub(crate) mod budget;
 pub(crate) mod calibration;
 pub(crate) mod choice;
 pub(crate) mod dropout;

@@ -16,6 +16,7 @@ use crate::support::{CrossEntropy, Setup, difference, largest};
 
 /// Each case and the base that it was made on.
 const CASES: &[(&str, &str)] = &[
+    ("gpt2_adalora", "gpt2"),
     ("gpt2_all_linear", "gpt2"),
     ("gpt2_dora", "gpt2"),
     ("gpt2_fourierft", "gpt2"),
@@ -26,6 +27,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_prefix", "gpt2"),
     ("gpt2_randlora", "gpt2"),
     ("gpt2_vera", "gpt2"),
+    ("llama_adalora", "llama"),
     ("llama_all_linear", "llama"),
     ("llama_boft", "llama"),
     ("llama_bone", "llama"),
@@ -46,6 +48,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_shira", "llama"),
     ("llama_some", "llama"),
     ("llama_vera", "llama"),
+    ("qwen2_adalora", "qwen2"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_boft", "qwen2"),
     ("qwen2_bone_bat", "qwen2"),
@@ -121,6 +124,7 @@ const KEYS: &[&str] = &[
     "randlora_dropout",
     "sparse",
     "very_sparse",
+    "init_r",
 ];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.

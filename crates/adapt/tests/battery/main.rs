@@ -40,6 +40,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
 static SMALL: &[(&str, &[(&str, u32)])] = &[
+    ("adalora", &[("rank", 4), ("target_rank", 2)]),
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use attune_architecture::{Architecture, HeadKind, PooledRow, Pooling};
 use attune_models::generate::generate;
-use attune_models::{Base, Model, Pass, Sampling, Stack, export};
+use attune_models::{Base, Model, Pass, Stack, export};
+use attune_points::generate::Sampling;
 use attune_points::{Grads, TensorName, Theta};
 use attune_spec::Fault;
 use attune_spec::job::Precision;

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use attune_models::generate::{Finish, Request, generate, generate_all};
-use attune_models::{Base, Model, Pass, Sampling, Stack};
+use attune_models::generate::{Request, generate, generate_all};
+use attune_models::{Base, Model, Pass, Stack};
 use attune_points::Theta;
 use attune_points::adapter::Adapter;
+use attune_points::generate::{Finish, Sampling};
 use attune_spec::job::Precision;
 use candle_core::DType;
 

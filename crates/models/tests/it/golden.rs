@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use attune_models::generate::{Finish, generate};
-use attune_models::{Auxiliary as _, Base, LoadBalance, Model, Pass, Routing, Sampling, Stack};
+use attune_models::generate::generate;
+use attune_models::{Auxiliary as _, Base, LoadBalance, Model, Pass, Routing, Stack};
+use attune_points::generate::{Finish, Sampling};
 use attune_points::{Grads, TensorId, TensorName, Theta};
 use attune_spec::job::Precision;
 

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use attune_architecture::Architecture;
-use attune_models::generate::{Finish, generate};
-use attune_models::{Base, Model, Pass, Routing, Sampling, Stack};
+use attune_models::generate::generate;
+use attune_models::{Base, Model, Pass, Routing, Stack};
+use attune_points::generate::{Finish, Sampling};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::objective::{Level, Objective};
 use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Params, Row, TensorId, TensorName, Theta};
@@ -243,7 +244,7 @@ fn generation_stops_where_it_is_told_to() {
     assert_eq!((free.tokens.len(), free.finish), (10, Finish::Length));
     let place = (1..10).find(|&i| !free.tokens[..i].contains(&free.tokens[i])).unwrap();
     let stopped = run(&Sampling { max_tokens: 10, stop: vec![free.tokens[place]], ..Sampling::default() }, 100);
-    assert_eq!((stopped.tokens.as_slice(), stopped.finish), (&free.tokens[..place], Finish::Stop));
+    assert_eq!((stopped.tokens.as_slice(), stopped.finish), (&free.tokens[..place], Finish::Stop(free.tokens[place])));
     assert_eq!(run(&Sampling { max_tokens: 10, ..Sampling::default() }, 4).finish, Finish::Callback);
     let sampled = |seed| run(&Sampling { max_tokens: 10, temperature: 1.5, seed, ..Sampling::default() }, 100);
     assert_eq!(sampled(1), sampled(1));

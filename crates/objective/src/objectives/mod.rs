@@ -1,6 +1,7 @@
 //! The point `Objective`: layout and outputs to loss.
 
 mod dpo;
+mod grpo;
 mod sft;
 
 use attune_points::objective::Objective;
@@ -8,4 +9,4 @@ use attune_spec::method::{Point, Registry, entry};
 
 /// All objectives.
 pub static OBJECTIVES: Registry<dyn Objective> =
-    Registry::new(Point::Objective, &[entry::<dpo::Dpo>(), entry::<sft::Sft>()]);
+    Registry::new(Point::Objective, &[entry::<dpo::Dpo>(), entry::<grpo::Grpo>(), entry::<sft::Sft>()]);

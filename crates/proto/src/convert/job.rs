@@ -5,7 +5,8 @@
 
 use attune_spec::job::{
     Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, OnBadRow,
-    Outputs, Precision, ReadError, Resources, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec, read_value,
+    Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec,
+    read_value,
 };
 use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
@@ -108,6 +109,12 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         adapter: spec.adapter.as_ref().map(|item| slot(item, &path.field("adapter"), faults)),
         from_scratch: spec.from_scratch,
         objective: method(&spec.objective, &path.field("objective"), faults),
+        rewards: (spec.rewards.iter().enumerate())
+            .map(|(index, item)| v1::RewardSpec {
+                reward: method(&item.reward, &path.field("rewards").index(index), faults),
+                weight: Some(item.weight),
+            })
+            .collect(),
         step: method(&spec.step, &path.field("step"), faults),
         optimizer: method(&spec.optimizer, &path.field("optimizer"), faults),
         schedule: method(&spec.schedule, &path.field("schedule"), faults),
@@ -330,8 +337,16 @@ impl Reader {
         for (index, item) in spec.stack.iter().enumerate() {
             stack.push(self.slot(item, &path.field("stack").index(index)));
         }
+        let mut rewards = Vec::new();
+        for (index, item) in spec.rewards.iter().enumerate() {
+            let path = path.field("rewards").index(index);
+            let mut reward = item.reward.as_ref().map(|reward| self.method(reward, &path)).unwrap_or_default();
+            reward.extend(item.weight.map(|weight| (RewardSpec::WEIGHT.to_owned(), json!(weight))));
+            rewards.push(reward);
+        }
         let mut tune = given! {
             "stack": Some(stack),
+            "rewards": (!rewards.is_empty()).then_some(rewards),
             "adapter": spec.adapter.as_ref().map(|item| self.slot(item, &path.field("adapter"))),
             "from_scratch": Some(spec.from_scratch),
             "objective": spec.objective.as_ref().map(|m| self.method(m, &path.field("objective"))),
@@ -418,7 +433,12 @@ tune: {adapter: {method: full}, steps: 3}
 
     #[test]
     fn specifications_round_trip() {
-        for text in [FULL, SHORT] {
+        let judged = SHORT.replace(
+            "steps: 3}",
+            "steps: 3, objective: {method: grpo}, rewards: [{method: exact-match, case: true}, {method: overlong, weight: 0.5}]}",
+        );
+        assert!(judged.contains("overlong"));
+        for text in [FULL, SHORT, &judged] {
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }

@@ -7,7 +7,7 @@ use jsonschema::Validator;
 use serde_json::Value;
 
 use super::plan::logical_shards;
-use super::tune::SlotSpec;
+use super::tune::{RewardSpec, SlotSpec};
 use super::{Device, JobSpec, Precision, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
@@ -39,6 +39,14 @@ pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
         ("schedule", Point::Schedule),
     ] {
         faults.extend(method_at(value.pointer(&format!("/tune/{field}")), point, &tune.field(field), catalogue));
+    }
+    let rewards = value.pointer("/tune/rewards").and_then(Value::as_array).into_iter().flatten().enumerate();
+    for (index, reward) in rewards {
+        let mut reward = reward.clone();
+        if let Some(fields) = reward.as_object_mut() {
+            fields.remove(RewardSpec::WEIGHT);
+        }
+        faults.extend(method_at(Some(&reward), Point::Reward, &tune.field("rewards").index(index), catalogue));
     }
     let mixing = FieldPath::from("data").field("mixing");
     faults.extend(method_at(value.pointer("/data/mixing"), Point::Mixing, &mixing, catalogue));
@@ -85,7 +93,8 @@ pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     length(spec, &mut faults);
     slots(spec, catalogue, &mut faults);
     data(spec, &mut faults);
-    shards(spec, &mut faults);
+    answers(spec, catalogue, &mut faults);
+    shards(spec, catalogue, &mut faults);
     share(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
@@ -166,6 +175,33 @@ fn data(spec: &JobSpec, faults: &mut Vec<Fault>) {
     }
 }
 
+/// Who learns from answers needs somebody who judges them, and room for them.
+fn answers(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    let (objective, rewards) = (&spec.tune.objective.method, &spec.tune.rewards);
+    let Some((_, tokens)) = catalogue.answers(&spec.tune.objective) else {
+        if !rewards.is_empty() {
+            let message = format!(
+                "judges answers of the model, but `tune.objective` is {objective}, which learns what is in the data"
+            );
+            faults.push(Fault::new("tune.rewards", message));
+        }
+        return;
+    };
+    if rewards.is_empty() {
+        let message = format!(
+            "is empty, but `tune.objective` is {objective}, which learns from answers: expected what they are worth"
+        );
+        faults.push(Fault::new("tune.rewards", message));
+    }
+    if tokens >= spec.data.max_length {
+        let message = format!(
+            "is {}; with answers of {tokens} tokens no prompt has room: set it higher or these shorter",
+            spec.data.max_length
+        );
+        faults.push(Fault::new("data.max_length", message));
+    }
+}
+
 /// A base is shared as it is: whoever changes it, or splits its run over devices, needs a process alone.
 fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     if !spec.resources.share_base {
@@ -189,9 +225,9 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     }
 }
 
-fn shards(spec: &JobSpec, faults: &mut Vec<Fault>) {
+fn shards(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     let (batch, longest) = (spec.tune.batch_tokens, spec.data.max_length);
-    let shards = logical_shards(spec);
+    let shards = logical_shards(spec, catalogue);
     if u64::from(batch) < u64::from(longest) * u64::from(shards) {
         let message = if spec.tune.logical_shards.is_some() {
             format!(

@@ -83,6 +83,16 @@ pub struct PlanSlot {
     pub train: bool,
 }
 
+/// A rule that judges the answers which the model gives by itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanReward {
+    /// Its share in the reward.
+    pub weight: f64,
+    /// The rule with all its parameters.
+    pub reward: MethodRef,
+}
+
 /// What will run. Two jobs with the same plan, code and kernel profile give the same bits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -113,6 +123,9 @@ pub struct Plan {
     pub stack: Vec<PlanSlot>,
     /// The loss.
     pub objective: MethodRef,
+    /// What the answers are worth which the model gives by itself; none if it does not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rewards: Vec<PlanReward>,
     /// How one step uses the engine.
     pub step: MethodRef,
     /// How gradients change parameters.
@@ -148,11 +161,13 @@ const SHARDS_MAX: u32 = 8;
 
 /// The number of logical shards: as written, or as many as fit the longest document each, up to 8, as a power of two (so
 /// that 2, 4 and 8 ranks divide it).
-pub(super) fn logical_shards(spec: &JobSpec) -> u32 {
+pub(super) fn logical_shards(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
     spec.tune.logical_shards.unwrap_or_else(|| {
-        // Both answers of a pair go into one shard.
+        // Both answers of a pair go into one shard, and all that the model gives to a prompt.
         let is_paired = spec.data.domains.iter().any(|domain| domain.form == Some(Form::Preference));
-        let longest = spec.data.max_length.max(1).saturating_mul(if is_paired { 2 } else { 1 });
+        let given = catalogue.answers(&spec.tune.objective).map(|(each, _)| each);
+        let together = given.unwrap_or(if is_paired { 2 } else { 1 });
+        let longest = spec.data.max_length.max(1).saturating_mul(together);
         let fit = (spec.tune.batch_tokens / longest).clamp(1, SHARDS_MAX);
         1 << fit.ilog2()
     })
@@ -243,6 +258,11 @@ impl Plan {
             template: spec.data.template.clone(),
             stack,
             objective: catalogue.resolve(&tune.objective),
+            rewards: tune
+                .rewards
+                .iter()
+                .map(|spec| PlanReward { weight: spec.weight, reward: catalogue.resolve(&spec.reward) })
+                .collect(),
             step: catalogue.resolve(&tune.step),
             optimizer: catalogue.resolve(&tune.optimizer),
             schedule: catalogue.resolve(&tune.schedule),
@@ -254,7 +274,7 @@ impl Plan {
             activations: tune.activations,
             checkpoint_every: tune.checkpoint.every_steps,
             evaluate_every: tune.evaluate.every_steps,
-            logical_shards: logical_shards(spec),
+            logical_shards: logical_shards(spec, catalogue),
             seed: tune.seed,
             merged: spec.outputs.merged,
         })

@@ -74,6 +74,44 @@ impl JsonSchema for SlotSpec {
     }
 }
 
+/// A rule that judges the answers which the model gives by itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RewardSpec {
+    /// Its share in the reward.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// The rule.
+    #[serde(flatten)]
+    pub reward: MethodRef,
+}
+
+impl RewardSpec {
+    /// The field that every reward has beside its method's parameters.
+    pub const WEIGHT: &'static str = "weight";
+}
+
+// A hand-written schema, as that of a slot.
+impl JsonSchema for RewardSpec {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "RewardSpec".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "object",
+            "properties": {
+                "weight": {
+                    "type": "number", "minimum": -1e6, "maximum": 1e6, "default": 1,
+                    "description": "Its share in the reward.",
+                },
+                "method": { "type": "string", "description": "A method of the point reward." },
+            },
+            "required": ["method"],
+            "additionalProperties": true,
+        })
+    }
+}
+
 /// The number format of the frozen base. What trains always has f32 values, optimiser state and reductions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -141,6 +179,8 @@ pub struct TuneSpec {
     pub from_scratch: bool,
     /// The loss.
     pub objective: MethodRef,
+    /// What the answers are worth which the model gives by itself, where the objective learns from such: the sum of these.
+    pub rewards: Vec<RewardSpec>,
     /// How one step uses the engine.
     pub step: MethodRef,
     /// How gradients change parameters.
@@ -188,6 +228,7 @@ impl Default for TuneSpec {
             adapter: None,
             from_scratch: false,
             objective: MethodRef::named("sft"),
+            rewards: Vec::new(),
             step: MethodRef::named("plain"),
             optimizer: MethodRef::named("adamw"),
             schedule: MethodRef::named("cosine"),
@@ -214,6 +255,10 @@ impl TuneSpec {
         let stack = self.stack.iter().enumerate().map(|(i, slot)| (tune.field("stack").index(i), slot));
         stack.chain(self.adapter.iter().map(|slot| (tune.field("adapter"), slot))).collect()
     }
+}
+
+const fn one() -> f64 {
+    1.0
 }
 
 const fn yes() -> bool {

@@ -12,6 +12,8 @@ pub enum Point {
     Init,
     /// Layout and outputs to loss.
     Objective,
+    /// How good is an answer that the model gave by itself?
+    Reward,
     /// Which domain does the next batch come from, given feedback?
     Mixing,
     /// How does one optimiser step use the engine?
@@ -24,8 +26,16 @@ pub enum Point {
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 7] =
-        [Self::Adapter, Self::Init, Self::Objective, Self::Mixing, Self::StepRule, Self::Optimizer, Self::Schedule];
+    pub const ALL: [Self; 8] = [
+        Self::Adapter,
+        Self::Init,
+        Self::Objective,
+        Self::Reward,
+        Self::Mixing,
+        Self::StepRule,
+        Self::Optimizer,
+        Self::Schedule,
+    ];
 
     /// The point's name as it is written in files and on the wire, such as `step_rule`.
     pub const fn as_str(self) -> &'static str {
@@ -33,6 +43,7 @@ impl Point {
             Self::Adapter => "adapter",
             Self::Init => "init",
             Self::Objective => "objective",
+            Self::Reward => "reward",
             Self::Mixing => "mixing",
             Self::StepRule => "step_rule",
             Self::Optimizer => "optimizer",
@@ -46,6 +57,7 @@ impl Point {
             Self::Adapter => "which attachments at which sites, with which tensors, and what do they merge to?",
             Self::Init => "given the base weight, what are the starting tensors?",
             Self::Objective => "what is the loss?",
+            Self::Reward => "how good is an answer that the model gave by itself?",
             Self::Mixing => "which domain does the next document come from?",
             Self::StepRule => "how does one optimiser step use the engine?",
             Self::Optimizer => "how do gradients change the parameters?",
@@ -141,6 +153,11 @@ pub struct Card {
     pub input_statistics: &'static str,
     /// Bytes that what it has measured of a linear's weight takes before the first step, as such an expression; empty for nothing.
     pub weight_statistics: &'static str,
+    /// How many answers to each prompt an objective has the model give by itself, as an expression over its parameters; empty if
+    /// it learns what is in the data.
+    pub answers: &'static str,
+    /// The most tokens of such an answer, as such an expression.
+    pub answer_tokens: &'static str,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
@@ -170,6 +187,8 @@ impl Card {
             passes: "",
             input_statistics: "",
             weight_statistics: "",
+            answers: "",
+            answer_tokens: "",
             moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,

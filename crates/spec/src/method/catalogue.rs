@@ -94,6 +94,15 @@ impl Catalogue {
         if faults.is_empty() { broken_rules(&known.document, &named.params, path) } else { faults }
     }
 
+    /// How many answers to each prompt the model gives by itself under an objective with these parameters, and the most tokens
+    /// of one; nothing if it learns what is in the data.
+    pub fn answers(&self, objective: &MethodRef) -> Option<(u32, u32)> {
+        let document = self.get(&objective.method).filter(|document| !document.answers.is_empty())?;
+        let params = self.resolve(objective).params;
+        let number = |text: &str| expression::number(text, &params).ok().map(|number| number as u32);
+        number(&document.answers).zip(number(&document.answer_tokens))
+    }
+
     /// `named` with its canonical name and every default written out: what goes into a plan.
     pub fn resolve(&self, named: &MethodRef) -> MethodRef {
         let Some(document) = self.get(&named.method) else { return named.clone() };
@@ -164,6 +173,8 @@ mod tests {
             passes: String::new(),
             input_statistics: String::new(),
             weight_statistics: String::new(),
+            answers: String::new(),
+            answer_tokens: String::new(),
             moves: None,
             merges: Merges::Factors,
             trains_base: false,

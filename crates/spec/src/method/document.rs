@@ -64,6 +64,12 @@ pub struct MethodDocument {
     /// Bytes that what it has measured of a linear's weight takes before the first step, as an expression; empty for nothing.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub weight_statistics: String,
+    /// How many answers to each prompt the model gives by itself, as an expression; empty if it learns what is in the data.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub answers: String,
+    /// The most tokens of such an answer, as an expression.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub answer_tokens: String,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -102,6 +108,8 @@ impl MethodDocument {
             passes: card.passes.to_owned(),
             input_statistics: card.input_statistics.to_owned(),
             weight_statistics: card.weight_statistics.to_owned(),
+            answers: card.answers.to_owned(),
+            answer_tokens: card.answer_tokens.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,

@@ -117,6 +117,39 @@ fn each_fault_has_its_path_and_says_what_would_do() {
 }
 
 #[test]
+fn who_learns_from_answers_says_what_they_are_worth() {
+    let grpo = ("tune.objective", json!({"method": "grpo", "max_tokens": 64}));
+    let right = json!([{"method": "exact-match", "weight": 2}, {"method": "overlong", "margin": 8}]);
+    assert_eq!(faults(&[grpo.clone(), ("tune.rewards", right.clone())]), [""; 0]);
+    assert_eq!(
+        faults(std::slice::from_ref(&grpo)),
+        [
+            "`tune.rewards` is empty, but `tune.objective` is grpo, which learns from answers: expected what they are worth"
+        ]
+    );
+    assert_eq!(
+        faults(&[("tune.rewards", right)]),
+        ["`tune.rewards` judges answers of the model, but `tune.objective` is sft, which learns what is in the data"]
+    );
+    let wrong =
+        json!([{"method": "exact-mach"}, {"method": "dpo"}, {"method": "overlong", "margin": 0, "weight": "x"}]);
+    let found = faults(&[grpo, ("tune.rewards", wrong)]);
+    for expected in [
+        "`tune.rewards[0].method` is \"exact-mach\", which no method of point reward is called; known are",
+        "`tune.rewards[1].method` is \"dpo\", which is a method of point objective; expected one of point reward",
+        "`tune.rewards[2].margin` is 0; expected 1 or more",
+        "`tune.rewards[2].weight` is",
+    ] {
+        assert!(found.iter().any(|fault| fault.starts_with(expected)), "{expected}: {found:#?}");
+    }
+    let long = json!({"method": "grpo", "max_tokens": 256});
+    assert_eq!(
+        faults(&[("tune.objective", long), ("tune.rewards", json!([{"method": "exact-match"}]))]),
+        ["`data.max_length` is 256; with answers of 256 tokens no prompt has room: set it higher or these shorter"]
+    );
+}
+
+#[test]
 fn a_base_from_scratch_is_of_f32() {
     let (fresh, narrow) = (("tune.from_scratch", json!(true)), ("tune.precision", json!("bf16")));
     assert_eq!(faults(std::slice::from_ref(&fresh)), [""; 0]);

@@ -197,7 +197,7 @@ impl StepRule for Smart {
             let Some(now) = engine.theta().get(id) else { continue };
             *mean = ((&*mean * beta)? + (now * (1.0 - beta))?)?;
         }
-        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows })
+        Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
     }
 
     fn state(&self) -> BTreeMap<String, Tensor> {
@@ -403,6 +403,12 @@ mod tests {
                 sink.put(&id(), &(by_w * scale)?)?;
             }
             Ok(LossReport { loss_sum, counts: on.counts(), ..LossReport::default() })
+        }
+        fn with_logp(&mut self, column: &str, _: &Theta, _: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
+            Err(Error::Refused(format!("there is no {column:?} here")))
+        }
+        fn owns(&self, _: u32) -> bool {
+            true
         }
         fn objective(&self) -> Arc<dyn Objective> {
             Arc::new(Plainly)

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 22] = [
+const KINDS: [(&str, &[(&str, &str)]); 26] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -33,8 +33,12 @@ const KINDS: [(&str, &[(&str, &str)]); 22] = [
     ("shira", &[("tune.adapter", "{method: shira, rank: 2}")]),
     ("lotr", &[("tune.adapter", "{method: lotr, rank: 4}")]),
     ("spiel", &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")]),
+    ("adalora", &[("tune.adapter", "{method: adalora, rank: 4, target_rank: 2, every: 2, dropout: 0.1}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
+    ("grpo", ANSWERS),
+    ("grpo over a whole step", ALL_ANSWERS),
+    ("grpo with answers used again", USED_AGAIN),
     ("smart", &[("tune.step", SMART)]),
 ];
 
@@ -56,6 +60,26 @@ const PAIRS: &[(&str, &str)] = &[
     ("data.validation", "[{name: pairs, source: ./pairs.jsonl, rows: 3}]"),
     ("tune.batch_tokens", "256"),
 ];
+
+/// The small job on answers of its own, which are judged by how they begin and whether they end.
+const ANSWERS: &[(&str, &str)] = &[
+    ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, beta: 0.1, loss: grpo}"),
+    ("tune.rewards", "[{method: regex-match, pattern: '^[ -~]'}, {method: overlong, margin: 4, weight: 0.3}]"),
+    ("data.domains", "[{name: greetings, source: ./greetings.jsonl}]"),
+    ("data.validation", "[{name: greetings, source: ./greetings.jsonl, rows: 3}]"),
+];
+
+/// The same with advantages that see all answers of a step.
+const ALL_ANSWERS: &[(&str, &str)] = &[
+    ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, scale: batch, mask_truncated: true}"),
+    ANSWERS[1],
+    ANSWERS[2],
+    ANSWERS[3],
+];
+
+/// The same with several updates on the answers.
+const USED_AGAIN: &[(&str, &str)] =
+    &[("tune.step", "{method: reuse, times: 3}"), ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[3]];
 
 #[test]
 fn a_run_goes_through_its_phases_and_learns() {

@@ -120,6 +120,35 @@ fn gradients_are_those_of_the_jobs_own_objective() {
     );
 }
 
+/// Of an objective whose answers are the model's own there are prompts to look at, and nothing else.
+#[test]
+fn prompts_can_be_looked_at_before_there_are_answers() {
+    let small = Small::new();
+    let answers = |init: &str| {
+        let adapter = format!("{{method: lora, rank: 4, init: {init}}}");
+        let plan = small.plan(&[
+            ("tune.adapter", adapter.as_str()),
+            ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6}"),
+            ("tune.rewards", "[{method: regex-match, pattern: '^[ -~]'}]"),
+            ("data.domains", "[{name: greetings, source: ./greetings.jsonl}]"),
+            ("data.validation", "[{name: greetings, source: ./greetings.jsonl, rows: 3}]"),
+            ("tune.steps", "2"),
+        ]);
+        let (request, _work) = small.request(plan, 1, None);
+        let outside = Outside::default();
+        let end = run(&request, &outside);
+        (end, outside.events.into_inner().unwrap())
+    };
+    let (end, events) = answers("{method: eva, rows: tokens, examples: 5}");
+    assert!(matches!(end, Ok(End::Finished(_))), "{end:?}");
+    let said = note(&events).unwrap();
+    assert!(said.starts_with("14 statistics on 5 documents of "), "{said}");
+    for init in ["{method: eva}", "{method: lora-ga}"] {
+        let error = answers(init).0.unwrap_err().to_string();
+        assert!(error.contains("`grpo` learns from answers that are not there yet"), "{error}");
+    }
+}
+
 #[test]
 fn a_start_that_cannot_be_is_refused_where_it_is_asked_for() {
     let small = Small::new();

@@ -1,7 +1,7 @@
 //! `attune generate`: lets a model answer.
 
 use attune_data::Message;
-use attune_models::Sampling;
+use attune_points::generate::Sampling;
 use attune_proto::v1::ArtifactKind;
 use attune_spec::job::Precision;
 use serde_json::json;

@@ -455,7 +455,7 @@ async fn tell_what_it_waits_for(client: &Client, job: &str, told: &mut Option<St
 }
 
 /// Why a job has no result, if it has none.
-fn end(job: &v1::Job) -> Result<(), Failure> {
+pub(super) fn end(job: &v1::Job) -> Result<(), Failure> {
     if job.state() == v1::JobState::Succeeded {
         return Ok(());
     }

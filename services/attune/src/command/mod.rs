@@ -6,6 +6,7 @@ mod completions;
 mod data;
 mod demo;
 mod doctor;
+mod experiment;
 mod generate;
 mod jobs;
 mod methods;
@@ -58,6 +59,8 @@ enum Command {
     #[command(subcommand)]
     Data(data::Command),
     Generate(generate::Arguments),
+    #[command(subcommand)]
+    Experiment(experiment::Command),
     Scheduler(up::Scheduler),
     Worker(up::Worker),
     /// Shows versions, processor and memory: what a report of a problem needs.
@@ -83,6 +86,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Validate(arguments) => validate::run(&arguments, out),
         Command::Data(command) => data::run(&command, out),
         Command::Generate(arguments) => generate::run(&arguments, server, out),
+        Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Doctor => doctor::run(out),
         Command::Completions(arguments) => completions::run(&arguments, out),
         Command::Attempt => attempt::run(),

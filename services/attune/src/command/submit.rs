@@ -8,6 +8,7 @@ use attune_proto::convert::job;
 use attune_proto::convert::time::span;
 use attune_proto::{Client, v1};
 use attune_spec::FieldPath;
+use attune_spec::job::JobSpec;
 use attune_worker::transfer::{self, PushError};
 use serde_json::json;
 
@@ -63,10 +64,13 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
 }
 
 /// A job file that has passed all checks that need no server.
+#[derive(Debug, Clone)]
 pub(super) struct Prepared {
     name: String,
     file: JobFile,
     found: Local,
+    /// Whether inputs that the server has already are spoken of.
+    tells: bool,
 }
 
 impl Prepared {
@@ -80,7 +84,17 @@ impl Prepared {
             return Err(Failure::invalid(&name, faults));
         }
         let found = if server_paths { Local::new() } else { local(&file, &name)? };
-        Ok(Self { name, file, found })
+        Ok(Self { name, file, found, tells: true })
+    }
+
+    /// The same, silent about inputs that the server has already.
+    pub(super) fn quietly(self) -> Self {
+        Self { tells: false, ..self }
+    }
+
+    /// What the job says, paths as they were written.
+    pub(super) fn spec(&self) -> &JobSpec {
+        &self.file.spec
     }
 
     /// Pushes what the paths hold and creates the job, or lets the server only check it.
@@ -90,7 +104,7 @@ impl Prepared {
         request_id: String,
         validate_only: bool,
     ) -> Result<v1::CreateJobResponse, Failure> {
-        push(client, &mut self.file, &self.found).await?;
+        push(client, &mut self.file, &self.found, self.tells).await?;
         let spec = job::to_message(&self.file.spec).map_err(|faults| Failure::invalid(&self.name, faults))?;
         let request =
             v1::CreateJobRequest { project: client.project().to_string(), request_id, spec: Some(spec), validate_only };
@@ -125,14 +139,16 @@ fn kind(field: &FieldPath) -> Kind {
 }
 
 /// Pushes what the job file's paths hold and puts digests in their place.
-async fn push(client: &Client, file: &mut JobFile, found: &Local) -> Result<(), Failure> {
+async fn push(client: &Client, file: &mut JobFile, found: &Local, tells: bool) -> Result<(), Failure> {
     let mut digests = BTreeMap::new();
     for (path, kind) in found {
         let pushed = transfer::push(client, path, Some(*kind), Causes::default(), None, Vec::new());
         let pushed = pushed.await.map_err(|error| cannot_push(path, error))?;
         let (digest, size) = (pushed.digest, words::bytes(pushed.artifact.size_bytes));
         let verb = if pushed.created { "pushed" } else { "there already:" };
-        note(&format!("{verb} {} ({size}) {}", path.display(), words::short(&digest.to_string())));
+        if tells || pushed.created {
+            note(&format!("{verb} {} ({size}) {}", path.display(), words::short(&digest.to_string())));
+        }
         for hidden in pushed.skipped {
             note(&format!("left out {}: hidden", path.join(hidden).display()));
         }

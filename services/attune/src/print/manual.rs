@@ -181,6 +181,7 @@ fn example(method: &MethodDocument) -> String {
         Point::Init => format!("  tune:\n    adapter: {{…, init: {{{named}}}}}\n"),
         Point::Mixing => format!("  data:\n    mixing: {{{named}}}\n"),
         Point::Objective => format!("  tune:\n    objective: {{{named}}}\n"),
+        Point::Reward => format!("  tune:\n    rewards: [{{{named}}}]\n"),
         Point::StepRule => format!("  tune:\n    step: {{{named}}}\n"),
         Point::Optimizer => format!("  tune:\n    optimizer: {{{named}}}\n"),
         Point::Schedule => format!("  tune:\n    schedule: {{{named}}}\n"),

@@ -4,6 +4,7 @@
 
 mod attempt;
 mod data;
+mod experiment;
 mod generate;
 mod help;
 mod methods;

@@ -11,7 +11,7 @@ use attune_points::layout::Source;
 use attune_points::{Grads, Layout, Owner, Row, TensorId, TensorName, Theta};
 use attune_spec::job::Targets;
 use attune_spec::method::SiteKind;
-use attune_tensor::Rng;
+use attune_tensor::{Rng, autograd};
 use candle_core::{DType, Tensor};
 use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
@@ -24,7 +24,8 @@ const PLAIN: &str = "lora";
 
 type Own = fn() -> Result<(), Failed>;
 
-const OWN: [(&str, Own); 10] = [
+const OWN: [(&str, Own); 11] = [
+    ("adalora::its_vectors_are_pulled_apart_by_themselves", pulled_apart),
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
     ("compacter_and_lotr::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
@@ -243,6 +244,47 @@ fn row_lengths() -> Result<(), Failed> {
     // The lengths are held in 32 bits from the start on.
     assert!(dora < 1e-6, "lengths change by {dora}");
     assert!(plain > 0.01, "lengths change by {plain}");
+    Ok(())
+}
+
+/// How far the rows of a component's first matrix are from orthonormal after descent along its own loss, and before.
+fn apart_by_itself(method: Value) -> Result<[f64; 2], Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, "model.layers.1.mlp.up_proj", DType::F64);
+    setup.disturb(0.3);
+    let at = setup.attachments[0].clone();
+    let off = |setup: &Setup| -> Result<f64, Failed> {
+        let a_ri = attune_models::stack::locals(&at, &setup.params())?.get("lora_A")?.clone();
+        let product = a_ri.matmul(&a_ri.t()?)?;
+        Ok(difference(&product, &Tensor::eye(product.dim(0)?, DType::F64, product.device())?))
+    };
+    let before = off(&setup)?;
+    for _ in 0..400 {
+        let plain = attune_models::stack::locals(&at, &setup.params())?;
+        let leaves: Vec<(&'static str, candle_core::Var)> = at
+            .tensors
+            .iter()
+            .map(|spec| Ok((spec.local, autograd::leaf(plain.get(spec.local)?)?)))
+            .collect::<Result<_, Failed>>()?;
+        let tensors = leaves.iter().map(|(local, leaf)| (*local, leaf.as_tensor().clone()));
+        let locals = attune_points::Locals::new(at.site.as_str(), tensors);
+        let Some(own) = setup.adapter.penalty(&at, &locals)? else { break };
+        let all: Vec<&candle_core::Var> = leaves.iter().map(|(_, leaf)| leaf).collect();
+        let gradients = autograd::pull(&all, &[(&own, &own.ones_like()?)])?;
+        for ((local, leaf), gradient) in leaves.iter().zip(gradients) {
+            let Some(gradient) = gradient else { continue };
+            let name = TensorName::new(at.site.as_str(), *local);
+            setup.theta = setup.with(&name, (leaf.as_tensor() - (gradient * 0.02)?)?);
+        }
+    }
+    Ok([before, off(&setup)?])
+}
+
+/// Its own loss alone makes them orthonormal; nothing does that to LoRA's.
+fn pulled_apart() -> Result<(), Failed> {
+    let [before, after] = apart_by_itself(json!({"method": "adalora", "rank": 3, "target_rank": 2}))?;
+    let [plain, still] = apart_by_itself(json!({"method": PLAIN, "rank": 3}))?;
+    assert!(before > 0.3 && after < 0.05, "from {before} to {after}");
+    assert!(plain > 0.3 && (plain - still).abs() < 1e-12, "{PLAIN}: from {plain} to {still}");
     Ok(())
 }
 

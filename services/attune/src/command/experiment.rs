@@ -1,0 +1,254 @@
+//! `attune experiment`: a grid of jobs, and a table and a plot of what came of them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use attune_artifacts::canonical;
+use attune_proto::convert::time::unix_ms;
+use attune_proto::words::state_words;
+use attune_proto::{Client, v1};
+use attune_spec::id::Digest;
+use serde_json::{Value, json};
+
+use super::jobs;
+use super::submit::Prepared;
+use crate::experiment::matrix::{Cell, Matrix};
+use crate::experiment::record::{self, Record};
+use crate::experiment::{plot, report};
+use crate::print::{Failure, Out, note};
+use crate::remote::{self, Place, Server, block_on};
+use crate::words;
+
+/// How often a job is asked whether it has ended.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Runs grids of jobs and compares what came of them.
+#[derive(Debug, clap::Subcommand)]
+#[command(after_help = "Examples:
+  attune experiment run adapters.yaml                 adapters/results.jsonl, table.md and plot.svg
+  attune experiment run adapters.yaml --at-once 4     the same with four jobs in the queue
+  attune experiment report adapters.yaml              table and plot again, of what there is")]
+pub(crate) enum Command {
+    /// Runs the jobs of a grid that have no result yet, one line of JSON for each, and draws table and plot.
+    Run(Run),
+    /// Draws table and plot of the results that are there.
+    Report(One),
+}
+
+/// Which grid.
+#[derive(Debug, clap::Args)]
+pub(crate) struct One {
+    /// The grid: `version`, `name`, `job` (a job file), `vary` (a list of axes) and `report`.
+    #[arg(value_name = "FILE")]
+    file: String,
+    /// Where results, table and plot are; the folder named as the file, beside it, if it is left out.
+    #[arg(long, value_name = "FOLDER")]
+    to: Option<PathBuf>,
+}
+
+/// Which grid, and how it is run.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    one: One,
+    /// How many jobs are submitted at once.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    at_once: u32,
+    /// Runs jobs that failed before once more.
+    #[arg(long)]
+    retry: bool,
+}
+
+pub(super) fn run(command: &Command, server: &Server, out: &mut Out) -> Result<(), Failure> {
+    match command {
+        Command::Run(arguments) => {
+            let grid = Grid::read(&arguments.one)?;
+            let ran = block_on(grid.run(arguments, server, out));
+            // What was run before somebody stopped it is shown as well.
+            grid.report(out)?;
+            ran
+        }
+        Command::Report(one) => Grid::read(one)?.report(out),
+    }
+}
+
+/// A job of a grid, checked.
+struct Asked {
+    cell: Cell,
+    spec: Digest,
+    prepared: Prepared,
+}
+
+/// A grid and where its results are.
+struct Grid {
+    matrix: Matrix,
+    folder: PathBuf,
+    asked: Vec<Asked>,
+}
+
+impl Grid {
+    /// Reads a grid and checks each of its jobs as `attune submit` would.
+    fn read(one: &One) -> Result<Self, Failure> {
+        let matrix = Matrix::read(&one.file)?;
+        let job = matrix.job_file(&one.file);
+        let mut asked = Vec::new();
+        let mut faults = Vec::new();
+        for cell in matrix.cells() {
+            match Prepared::read(&job, &cell.set, false) {
+                Ok(prepared) => {
+                    let prepared = prepared.quietly();
+                    let spec =
+                        serde_json::to_value(prepared.spec()).map_err(|error| Failure::failed(error.to_string()))?;
+                    asked.push(Asked { spec: canonical::digest(&spec), cell, prepared });
+                }
+                Err(failure) if failure.faults.is_empty() => return Err(failure),
+                Err(failure) => faults.extend(failure.faults.into_iter().map(|fault| {
+                    let message = format!("{} (of {})", fault.message, cell.title());
+                    attune_spec::Fault::new(fault.path, message)
+                })),
+            }
+        }
+        if !faults.is_empty() {
+            return Err(Failure::invalid(&one.file, faults));
+        }
+        let folder = one.to.clone().unwrap_or_else(|| Path::new(&one.file).with_extension(""));
+        Ok(Self { matrix, folder, asked })
+    }
+
+    fn results(&self) -> PathBuf {
+        self.folder.join("results.jsonl")
+    }
+
+    async fn run(&self, how: &Run, server: &Server, out: &mut Out) -> Result<(), Failure> {
+        std::fs::create_dir_all(&self.folder).map_err(|error| Failure::file(&self.folder, &error))?;
+        let known = record::read(&self.results())?;
+        let tries = |spec: &Digest| known.iter().filter(|record| record.spec == *spec).count();
+        let is_done = |asked: &&Asked| {
+            let mut of = known.iter().filter(|record| record.spec == asked.spec);
+            of.any(|record| record.error.is_none() || !how.retry)
+        };
+        let left: Vec<&Asked> = self.asked.iter().filter(|asked| !is_done(asked)).collect();
+        note(&format!("{} of {} jobs are left to run", left.len(), self.asked.len()));
+        let client = server.connect().await?;
+        let cache = remote::cache_folder()?;
+        let (mut flying, mut waiting, mut done) = (VecDeque::new(), left.iter(), 0);
+        loop {
+            while flying.len() < how.at_once as usize {
+                let Some(asked) = waiting.next() else { break };
+                // The same job is not made twice by who goes on after a fall.
+                let request = format!("{}-{}-{}", self.matrix.name, asked.spec, tries(&asked.spec));
+                let answer = asked.prepared.clone().create(&client, request, false).await?;
+                let job = answer.job.ok_or_else(|| Failure::failed("the server's answer holds no job"))?.job_id;
+                flying.push_back((*asked, job));
+            }
+            let Some((asked, job)) = flying.pop_front() else { return Ok(()) };
+            let record = self.outcome(&client, asked, &job, &cache).await?;
+            record::append(&self.results(), &record)?;
+            done += 1;
+            if out.is_json() {
+                out.record(&record)?;
+            } else {
+                note(&format!("{done} of {}: {}: {}", left.len(), asked.cell.title(), told(&record)));
+            }
+        }
+    }
+
+    /// Waits for a job's end and tells what came of it.
+    async fn outcome(&self, client: &Client, asked: &Asked, job: &str, cache: &Path) -> Result<Record, Failure> {
+        let ended = loop {
+            let found = jobs::get(client, job).await?;
+            if state_words(found.state()).is_some_and(|words| words.is_final) {
+                break found;
+            }
+            tokio::time::sleep(PAUSE).await;
+        };
+        let error = jobs::end(&ended).err().map(|failure| failure.message);
+        let of_role =
+            |role: &str| ended.outputs.iter().find(|output| output.role == role).map(|output| output.digest.clone());
+        let report = match of_role("report") {
+            None => Value::Null,
+            Some(digest) => {
+                let folder = remote::fetch(client, &Place::Stored(digest), v1::ArtifactKind::Report, cache).await?;
+                let file = folder.join("report.json");
+                let bytes = std::fs::read(&file).map_err(|error| Failure::file(&file, &error))?;
+                serde_json::from_slice(&bytes)
+                    .map_err(|error| Failure::failed(format!("{}: {error}", file.display())))?
+            }
+        };
+        let artifact = match ended.outputs.first() {
+            None => None,
+            Some(output) => Some(remote::artifact(client, &output.digest).await?),
+        };
+        let causes = artifact.as_ref().and_then(|artifact| artifact.causes.clone()).unwrap_or_default();
+        // Of a result that another job gave before, bit by bit, these are the facts of that one.
+        let facts = artifact.and_then(|artifact| artifact.commit?.facts).unwrap_or_default();
+        let ms = |time: Option<&prost_types::Timestamp>| time.map_or(0, unix_ms) as f64;
+        Ok(Record {
+            experiment: self.matrix.name.clone(),
+            place: asked.cell.place.iter().cloned().collect(),
+            spec: asked.spec,
+            job: job.to_owned(),
+            error,
+            validation: validation(&report),
+            trained_parameters: report["trained_parameters"].as_u64().unwrap_or_default(),
+            steps: report["steps"].as_u64().unwrap_or_default(),
+            tokens: report["tokens"].as_u64().unwrap_or_default(),
+            tokens_per_second: facts.tokens_per_second,
+            peak_memory_bytes: facts.peak_memory_bytes,
+            seconds: (ms(ended.end_time.as_ref()) - ms(ended.start_time.as_ref())) / 1e3,
+            code_version: causes.code_version,
+            kernel_profile: causes.kernel_profile,
+        })
+    }
+
+    /// Writes table and plot of the results that are there.
+    fn report(&self, out: &mut Out) -> Result<(), Failure> {
+        let specs: BTreeSet<Digest> = self.asked.iter().map(|asked| asked.spec).collect();
+        let records = record::read(&self.results())?;
+        let records = report::Compared::latest(&records, &specs);
+        if records.is_empty() {
+            return Err(Failure::failed(format!("{} has no results of this grid", self.results().display())));
+        }
+        let compared = report::Compared::of(&self.matrix, &records);
+        let mut written = Vec::new();
+        for (name, text) in [
+            ("table.md", compared.markdown(&self.matrix, &records)),
+            ("plot.svg", plot::svg(&self.matrix.name, &compared)),
+        ] {
+            let file = self.folder.join(name);
+            std::fs::write(&file, text).map_err(|error| Failure::file(&file, &error))?;
+            written.push(file);
+        }
+        if out.is_json() {
+            let (results, files) = (records.len(), &written);
+            return out.record(&json!({"results": results, "jobs": self.asked.len(), "files": files}));
+        }
+        for file in written {
+            out.line(&file.display().to_string())?;
+        }
+        Ok(())
+    }
+}
+
+/// First and last loss of each validation set of a report.
+fn validation(report: &Value) -> BTreeMap<String, [f64; 2]> {
+    let mut losses: BTreeMap<String, [f64; 2]> = BTreeMap::new();
+    for measured in report["validation"].as_array().into_iter().flatten() {
+        for (set, loss) in measured["loss"].as_object().into_iter().flatten() {
+            let loss = loss.as_f64().unwrap_or(f64::NAN);
+            losses.entry(set.clone()).or_insert([loss; 2])[1] = loss;
+        }
+    }
+    losses
+}
+
+/// A record in a line.
+fn told(record: &Record) -> String {
+    if let Some(error) = &record.error {
+        return error.lines().next().unwrap_or_default().to_owned();
+    }
+    let losses = record.validation.iter().map(|(set, [before, after])| format!("{set} {before:.4} → {after:.4}"));
+    let losses = losses.collect::<Vec<_>>().join(", ");
+    format!("{losses}, {} parameters, {}", record.trained_parameters, words::seconds(record.seconds as u64))
+}
