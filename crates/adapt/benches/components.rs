@@ -19,7 +19,7 @@ use attune_models::{Base, Model, Pass, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
-use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Locals, Result, Row, Theta, Weight};
+use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Locals, Result, Row, Stats, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
@@ -177,7 +177,7 @@ impl Measured {
             let site = sites.iter().find(|site| site.id == at.site).unwrap();
             Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
         };
-        let fresh = slot::fresh(&*adapter, None, &attachments, weight, &Rng::new(1, "init")).unwrap();
+        let fresh = slot::fresh(&*adapter, None, &attachments, weight, &Stats::none(), &Rng::new(1, "init")).unwrap();
         let slot = Slot::new(adapter, attachments);
         let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets: vec![Arc::new(fresh.own)], train: true };
         let mut theta = Theta::single([bank]);

@@ -2,8 +2,9 @@
 
 use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
-use attune_points::{Error, Locals, Params, Result, Weight};
+use attune_points::{Error, Locals, Params, Result, Stats, TensorSpec, Weight};
 use attune_tensor::rng::Rng;
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// What a component starts as.
@@ -17,7 +18,8 @@ pub struct Fresh {
 }
 
 /// The starting parameters of a component at its attachments: by `init` if it is given, else by the component's own.
-/// Each site's numbers depend on `rng` and the site's name only. `weight` gives the base weight of a site.
+/// Each site's numbers depend on `rng` and the site's name only. `weight` gives the base weight of a site, and
+/// `stats` what `init` asked for.
 ///
 /// # Errors
 /// Whatever the initialisation raises; [`Error::Refused`] if it makes other tensors than were declared, or takes something out
@@ -27,13 +29,14 @@ pub fn fresh<'w>(
     init: Option<&dyn Init>,
     attachments: &[Attachment],
     weight: impl Fn(&Attachment) -> Result<Box<dyn Weight + 'w>> + Sync,
+    stats: &Stats,
     rng: &Rng,
 ) -> Result<Fresh> {
     let start = |at: &Attachment| {
         let base = weight(at)?;
         let mut stream = rng.named(at.site.as_str());
         match init {
-            Some(init) => init.init(adapter, at, &*base, &mut stream),
+            Some(init) => init.init(adapter, at, &*base, stats, &mut stream),
             None => adapter.init(at, &*base, &mut stream),
         }
     };
@@ -53,10 +56,34 @@ pub fn fresh<'w>(
             }
         }
     }
-    if fresh.beside.is_empty() || fresh.beside.len() == fresh.own.len() {
-        return Ok(fresh);
+    let takes_out = init.is_some_and(Init::takes_out);
+    match fresh.beside.len() {
+        n if n == if takes_out { fresh.own.len() } else { 0 } => Ok(fresh),
+        0 => Err(Error::Refused("the initialisation takes nothing out of the base, which it said it would".to_owned())),
+        _ if takes_out => {
+            Err(Error::Refused("the initialisation takes something out of the base at some sites only".to_owned()))
+        }
+        _ => Err(Error::Refused("the initialisation takes something out of the base unsaid".to_owned())),
     }
-    Err(Error::Refused("the initialisation takes something out of the base at some sites only".to_owned()))
+}
+
+/// Tensors in the place of those that [`fresh`] made by `init` in an earlier attempt of the same run: their values come from its
+/// checkpoint.
+///
+/// # Errors
+/// Whatever making a tensor raises.
+pub fn blank(init: &dyn Init, attachments: &[Attachment]) -> Result<Fresh> {
+    let mut fresh = Fresh::default();
+    for at in attachments {
+        let zeros =
+            |spec: &TensorSpec| Ok((spec.local, Tensor::zeros(spec.shape.as_slice(), DType::F32, &Device::Cpu)?));
+        let tensors = Locals::new(at.site.as_str(), at.tensors.iter().map(zeros).collect::<Result<Vec<_>>>()?);
+        insert(&mut fresh.own, at, &tensors)?;
+        if init.takes_out() {
+            insert(&mut fresh.beside, at, &tensors)?;
+        }
+    }
+    Ok(fresh)
 }
 
 /// Adds the tensors of an attachment.

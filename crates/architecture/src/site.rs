@@ -255,6 +255,22 @@ impl Site {
 }
 
 impl Site {
+    /// Whether it is a linear that reads the very rows that another of the same model reads: queries, keys and values do, and the
+    /// halves of a gated MLP.
+    pub fn reads_with(&self, other: &Self) -> bool {
+        if !matches!(self.kind, SiteKind::Linear { .. }) || !matches!(other.kind, SiteKind::Linear { .. }) {
+            return false;
+        }
+        let together: &[Place] = match self.place {
+            Place::Query | Place::Key | Place::Value => &[Place::Query, Place::Key, Place::Value],
+            Place::Gate | Place::Up => &[Place::Gate, Place::Up],
+            _ => return self.id == other.id,
+        };
+        let block = |site: &Self| site.id.as_str().len() - site.id.module().len();
+        let same_block = self.id.as_str()[..block(self)] == other.id.as_str()[..block(other)];
+        together.contains(&other.place) && same_block
+    }
+
     /// What a method has to apply to, to be put on it.
     pub const fn offers(&self) -> method::SiteKind {
         match (self.kind, self.place) {

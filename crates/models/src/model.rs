@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{GradSink, Layout, Result, Theta};
+use attune_points::{Error, GradSink, Layout, Result, Tap, Theta};
 use candle_core::DType;
 
 use crate::base::Base;
@@ -103,6 +103,19 @@ impl Model {
         }
         let tasks: Vec<Task<'_>> = passes.iter().map(|pass| self.task(pass, objective, 1.0)).collect();
         walk::score(&self.machine(), &tasks)
+    }
+
+    /// Shows a tap what the linears below the head read, in one pass over several parts that goes no higher than it has to. What is
+    /// seen of a part has the same bits in any company.
+    ///
+    /// # Errors
+    /// Whatever the pass or the tap raises; a model that computes by its graphs shows nothing.
+    pub fn look(&self, passes: &[Pass<'_>], tap: &dyn Tap) -> Result<Times> {
+        if let How::Graphs(_) = self.how {
+            return Err(Error::Refused("a model that computes by its graphs shows no inputs of linears".to_owned()));
+        }
+        let parts: Vec<Part<'_>> = passes.iter().map(|pass| self.part(pass)).collect();
+        walk::look(&self.machine(), &parts, tap)
     }
 
     /// The gradients of `scale × (sum of losses)` of several parts in one pass, each into its own sink, as if each were

@@ -1,5 +1,7 @@
 //! What can go wrong inside a pass.
 
+use attune_architecture::SiteId;
+
 use crate::params::TensorId;
 
 /// The result of anything that computes on tensors.
@@ -51,6 +53,14 @@ pub enum Error {
         tensor: TensorId,
         /// How many steps were watched.
         steps: u64,
+    },
+    /// A statistic that nobody measured: what needs it has to ask for it.
+    #[error("{what} was not measured at {site}")]
+    NotMeasured {
+        /// What was asked for.
+        what: String,
+        /// Where.
+        site: SiteId,
     },
     /// The device that computes has failed; results since then are worth nothing.
     #[error(transparent)]

@@ -131,6 +131,15 @@ impl Values {
         true
     }
 
+    /// Those at these places.
+    fn at(&self, places: &[usize]) -> Self {
+        match self {
+            Self::U32(values) => Self::U32(places.iter().map(|&place| values[place]).collect()),
+            Self::F32(values) => Self::F32(places.iter().map(|&place| values[place]).collect()),
+            Self::F64(values) => Self::F64(places.iter().map(|&place| values[place]).collect()),
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Self::U32(values) => values.len(),
@@ -230,6 +239,34 @@ impl Layout {
             labels.fill(NO_LABEL);
         }
         Self::concat(std::iter::once(self).chain(std::iter::repeat_n(&copy, copies.saturating_sub(1))))
+    }
+
+    /// The batch with some of its documents only, with their columns.
+    #[must_use]
+    pub fn of_docs(&self, keep: impl Fn(usize, &Doc) -> bool) -> Self {
+        let kept: Vec<usize> = (0..self.docs.len()).filter(|&at| keep(at, &self.docs[at])).collect();
+        let rows: Vec<usize> =
+            kept.iter().flat_map(|&at| self.docs[at].rows.start as usize..self.docs[at].rows.end as usize).collect();
+        let mut start = 0;
+        let moved = |&at: &usize| {
+            let doc = &self.docs[at];
+            let rows = start..start + doc.n_rows() as u32;
+            start = rows.end;
+            Doc { rows, ..doc.clone() }
+        };
+        let docs = kept.iter().map(moved).collect();
+        let column = |(name, column): (&String, &Column)| {
+            let places = match column.axis {
+                Axis::Row => &rows,
+                Axis::Doc => &kept,
+            };
+            (name.clone(), Column { axis: column.axis, values: column.values.at(places) })
+        };
+        Self {
+            rows: rows.iter().map(|&row| self.rows[row]).collect(),
+            docs,
+            columns: self.columns.iter().map(column).collect(),
+        }
     }
 
     /// Adds or replaces a column.
@@ -393,6 +430,19 @@ mod tests {
         let examples: Vec<u64> = three.docs().iter().map(|doc| doc.example).collect();
         assert_eq!(examples, [0, 1, 0, 1, 0, 1]);
         assert_eq!(layout.with_copies(1), layout);
+    }
+
+    #[test]
+    fn some_documents_keep_their_rows_and_columns() {
+        let mut layout = two_documents();
+        let column = |axis, values| Column { axis, values };
+        layout.set_column(LOGP, column(Axis::Row, Values::F64(vec![1.0, 2.0, 3.0]))).unwrap();
+        layout.set_column("weights", column(Axis::Doc, Values::F32(vec![4.0, 5.0]))).unwrap();
+        let last = layout.of_docs(|at, _| at == 1);
+        assert_eq!((last.rows(), last.docs()[0].rows.clone(), last.docs()[0].example), (&[Row::Token(8)][..], 0..1, 1));
+        assert_eq!(last.column(LOGP), Some(&column(Axis::Row, Values::F64(vec![3.0]))));
+        assert_eq!(last.column("weights"), Some(&column(Axis::Doc, Values::F32(vec![5.0]))));
+        assert_eq!(layout.of_docs(|_, _| true), layout);
     }
 
     #[test]

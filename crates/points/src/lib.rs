@@ -8,7 +8,7 @@
 //! several jobs over one base) is a set in a bank plus the rows bound to it; no trait here names it.
 //!
 //! Reading order: [`layout`] (what a row of a batch is), [`params`] and [`theta`] (parameters as values), [`sink`]
-//! (where gradients go), [`weight`] (a frozen weight), then one module per extension point, then [`engine`].
+//! (where gradients go), [`weight`] (a frozen weight), [`stats`] and [`tap`] (what is measured before training), then one module per extension point, then [`engine`].
 
 pub mod error;
 
@@ -16,6 +16,8 @@ pub mod generate;
 pub mod layout;
 pub mod params;
 pub mod sink;
+pub mod stats;
+pub mod tap;
 pub mod theta;
 pub mod weight;
 
@@ -33,5 +35,7 @@ pub use error::{Error, Result};
 pub use layout::{Doc, Layout, Row, View};
 pub use params::{Locals, Owner, Params, TensorId, TensorName, TensorSpec};
 pub use sink::{Entries, GradSink, Grads, Region};
+pub use stats::{Stats, StatsRequest};
+pub use tap::Tap;
 pub use theta::{Bank, BankKind, Binding, Rows, Theta};
 pub use weight::Weight;

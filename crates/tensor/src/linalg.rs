@@ -2,7 +2,8 @@
 //! and order that depend on the matrix alone.
 
 use candle_core::{DType, Device, Result, Tensor, bail};
-use faer::{Mat, MatRef, Par};
+use faer::linalg::solvers::DenseSolveCore as _;
+use faer::{Mat, MatRef, Par, Side};
 
 use crate::rng::Rng;
 
@@ -75,6 +76,46 @@ pub fn lu(w_oi: &Tensor) -> Result<(Tensor, Tensor)> {
     let back: Vec<u32> = back.iter().map(|row| *row as u32).collect();
     let rows = back.len();
     Ok((l.index_select(&Tensor::from_vec(back, rows, &Device::Cpu)?, 0)?, u))
+}
+
+/// `c_nn = vᵀ diag(values) v` of a symmetric matrix, of which the lower half is read: values descend, and the entry of largest
+/// magnitude of each vector is positive (the first of them, where several are equal).
+#[derive(Debug, Clone)]
+pub struct Eigen {
+    /// Values, `[n]`, f64.
+    pub values: Tensor,
+    /// Vectors as rows, `[n, n]`, f64.
+    pub vectors: Tensor,
+}
+
+/// The eigenvalues and eigenvectors of a symmetric matrix.
+///
+/// # Errors
+/// Something else than a square matrix of finite numbers.
+pub fn eigen(c_nn: &Tensor) -> Result<Eigen> {
+    let c = matrix(c_nn)?;
+    if c.nrows() != c.ncols() {
+        bail!("a matrix of {} by {} has no eigenvectors of its own", c.nrows(), c.ncols());
+    }
+    let Ok(found) = c.self_adjoint_eigen(Side::Lower) else { bail!("an eigendecomposition did not end") };
+    // They come in ascending order.
+    let values: Vec<f64> = found.S().column_vector().iter().rev().copied().collect();
+    let columns = tensor(found.U().reverse_cols())?;
+    let values = Tensor::new(values, &Device::Cpu)?;
+    let signed = signed(&columns, &values, &columns.t()?.contiguous()?)?;
+    Ok(Eigen { values: signed.s, vectors: signed.v })
+}
+
+/// The inverse of a square matrix.
+///
+/// # Errors
+/// As for [`eigen`]; a matrix that has none gives numbers that are not finite, or large.
+pub fn inverse(c_nn: &Tensor) -> Result<Tensor> {
+    let c = matrix(c_nn)?;
+    if c.nrows() != c.ncols() {
+        bail!("a matrix of {} by {} has no inverse", c.nrows(), c.ncols());
+    }
+    tensor(c.partial_piv_lu().inverse().as_ref())
 }
 
 impl Svd {
@@ -224,6 +265,28 @@ mod tests {
                 assert!(left.iter().all(|row| row[col].abs() <= 1.0));
             }
         }
+    }
+
+    #[test]
+    fn a_symmetric_matrix_is_what_its_vectors_make_and_its_inverse_undoes_it() {
+        let w = random(9, 6);
+        let c = w.t().unwrap().contiguous().unwrap().matmul(&w).unwrap();
+        let Eigen { values, vectors } = eigen(&c).unwrap();
+        assert!(unit(&vectors.t().unwrap().contiguous().unwrap()) < 1e-12);
+        let descending = values.to_vec1::<f64>().unwrap();
+        assert!(descending.windows(2).all(|pair| pair[0] >= pair[1]) && descending[5] > 0.0);
+        let again = vectors.t().unwrap().contiguous().unwrap().broadcast_mul(&values).unwrap();
+        assert!(off(&again.matmul(&vectors).unwrap(), &c) < 1e-12);
+        // The squares of the singular values, with the right vectors.
+        let Svd { s, .. } = svd(&w).unwrap();
+        assert!(off(&values, &s.sqr().unwrap()) < 1e-12);
+        for row in vectors.to_vec2::<f64>().unwrap() {
+            let largest = row.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap();
+            assert!(largest > 0.0);
+        }
+        let unit = Tensor::eye(6, DType::F64, &Device::Cpu).unwrap();
+        assert!(off(&inverse(&c).unwrap().matmul(&c).unwrap(), &unit) < 1e-10);
+        assert!(eigen(&w).unwrap_err().to_string().contains("9 by 6") && inverse(&w).is_err());
     }
 
     #[test]

@@ -8,7 +8,8 @@ use attune_adapt::{ADAPTERS, INITS, peft};
 use attune_architecture::{Site, SiteId, targets};
 use attune_models::{Base, Slot, Stack, stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
-use attune_points::{Bank, BankKind, Binding, Params, Rows, Theta};
+use attune_points::init::Init;
+use attune_points::{Bank, BankKind, Binding, Params, Rows, Stats, StatsRequest, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::job::plan::PlanSlot;
@@ -28,37 +29,69 @@ pub(crate) struct Component {
     pub(crate) kind: BankKind,
 }
 
-impl Component {
-    /// The component of a slot that names a method, with starting values.
-    pub(crate) fn fresh(
+/// A component that a slot names by its method, before it has values.
+pub(crate) struct Begun {
+    at: Attached,
+    init: Option<Box<dyn Init>>,
+    path: FieldPath,
+}
+
+impl Begun {
+    pub(crate) fn new(
         planned: &PlanSlot,
         method: &MethodRef,
-        seed: u64,
         base: &Base,
         path: &FieldPath,
         cx: &BuildCx<'_>,
     ) -> Result<Self, Error> {
         let at = Attached::new(method, &planned.targets, planned.exclude.as_ref(), base, path, cx)?;
         let init = planned.init.as_ref().map(|init| INITS.build(init, &path.field("init"), cx));
-        let init = init.transpose().map_err(Error::Faults)?;
+        Ok(Self { at, init: init.transpose().map_err(Error::Faults)?, path: path.clone() })
+    }
+
+    /// What its start wants measured, and where.
+    pub(crate) fn calibrates(&self) -> (Vec<StatsRequest>, &[Site]) {
+        (self.init.as_ref().map(|init| init.calibrate()).unwrap_or_default(), &self.at.sites)
+    }
+
+    /// The component with starting values.
+    pub(crate) fn start(self, name: &str, seed: u64, base: &Base, stats: &Stats) -> Result<Component, Error> {
+        let Self { at, init, path } = self;
         let weight = |attachment: &Attachment| {
             let site = at.sites.iter().find(|site| site.id == attachment.site);
             let site =
                 site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", attachment.site)))?;
             Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
         };
-        let stream = Rng::new(seed, "init").named(planned.name.as_str());
-        let Fresh { own, beside } = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, &stream)
-            .map_err(|error| match error {
-                attune_points::Error::Refused(message) => {
-                    let path = if init.is_some() { path.field("init") } else { path.clone() };
-                    Error::Faults(vec![Fault::new(path, format!("cannot start: {message}"))])
-                }
-                other => other.into(),
-            })?;
-        Ok(Self { beside: (!beside.is_empty()).then_some(beside), ..at.with(own) })
+        let stream = Rng::new(seed, "init").named(name);
+        let fresh = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, stats, &stream)
+            .map_err(|error| cannot_start(error, if init.is_some() { path.field("init") } else { path.clone() }))?;
+        Ok(at.with_fresh(fresh))
     }
 
+    /// The same in a later attempt of a run, whose checkpoint has the values. What they are of an initialisation is not computed again.
+    pub(crate) fn resume(self, name: &str, seed: u64, base: &Base) -> Result<Component, Error> {
+        match &self.init {
+            None => self.start(name, seed, base, &Stats::none()),
+            Some(init) => {
+                let fresh = slot::blank(&**init, &self.at.attachments)?;
+                Ok(self.at.with_fresh(fresh))
+            }
+        }
+    }
+}
+
+/// The fault of a start that was refused.
+pub(crate) fn cannot_start(error: attune_points::Error, path: FieldPath) -> Error {
+    match error {
+        attune_points::Error::Refused(message) => {
+            Error::Faults(vec![Fault::new(path, format!("cannot start: {message}"))])
+        }
+        other => other.into(),
+    }
+}
+
+impl Component {
     /// The component that an adapter folder holds.
     pub(crate) fn read(folder: &Path, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
         let read = peft::read(folder)?;
@@ -91,6 +124,10 @@ impl Attached {
         let sites = targets::resolve(targets, exclude, base.architecture(), takes).map_err(under)?;
         let attachments = adapter.attach(base.architecture(), &sites).map_err(under)?;
         Ok(Self { adapter, sites, attachments })
+    }
+
+    fn with_fresh(self, Fresh { own, beside }: Fresh) -> Component {
+        Component { beside: (!beside.is_empty()).then_some(beside), ..self.with(own) }
     }
 
     fn with(self, params: Params) -> Component {

@@ -91,6 +91,8 @@ pub enum Phase {
     Base,
     /// Data is read, checked and tokenised.
     Data,
+    /// What components want to know of the base before they start is measured on the first of the data.
+    Calibration,
     /// One forward and backward pass over the largest batch that can occur.
     Rehearsal,
     /// The validation loss before the first step is measured.

@@ -17,14 +17,15 @@ use attune_points::engine::{Job, StepRule};
 use attune_points::objective::{Answers, Needs};
 use attune_points::{Bank, BankKind, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
-use attune_spec::job::plan::{Input, PlanReward, PlanSlot};
+use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
 use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath};
 
 use crate::answers::{self, Judge};
+use crate::calibration::Calibration;
 use crate::card;
-use crate::component::{self, Component};
+use crate::component::{self, Begun, Component};
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
@@ -161,12 +162,28 @@ pub(crate) fn prepare(
     let optimizer = OPTIMIZERS.build(&plan.optimizer, &tune.field("optimizer"), &cx).map_err(Error::Faults)?;
     let schedule = SCHEDULES.build(&plan.schedule, &tune.field("schedule"), &cx).map_err(Error::Faults)?;
 
+    let mut begun = Vec::with_capacity(plan.stack.len());
+    for (index, planned) in plan.stack.iter().enumerate() {
+        begun.push(begin(request, planned, &base, &tune.field("stack").index(index), &cx, &mut pinned)?);
+    }
+    let keep = keep(plan, &base, request.ranks, rows_beside);
+    let calibration =
+        Calibration { plan, control, base: &base, objective: &*objective, domains: &domains, packing, keep };
+    let stats = calibration.of(&begun, request.resume.is_some())?;
+
     let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
     // What was taken out of the base, by the slot that it was taken out for.
     let mut taken_out = Vec::new();
-    for (index, planned) in plan.stack.iter().enumerate() {
+    for (index, (planned, begun)) in plan.stack.iter().zip(begun).enumerate() {
         let path = tune.field("stack").index(index);
-        let made = component(request, planned, &base, &path, &cx, &mut pinned)?;
+        let made = match begun {
+            Slotted::Read(component) => component,
+            // What trains is in the checkpoint.
+            Slotted::Begun(begun) if request.resume.is_some() && planned.train => {
+                begun.resume(planned.name.as_str(), plan.seed, &base)?
+            }
+            Slotted::Begun(begun) => begun.start(planned.name.as_str(), plan.seed, &base, &stats)?,
+        };
         if planned.train {
             let owner = Owner::Bank { slot: index as u16, set: 0 };
             for at in made.slot.attachments() {
@@ -209,7 +226,7 @@ pub(crate) fn prepare(
     let judge = answers.map(|_| judge(plan, tokenizer, encoder.template(), &cx)).transpose()?;
     let shared = Shared {
         judge,
-        keep: keep(plan, &base, request.ranks, rows_beside),
+        keep,
         model: Arc::new(Model::new(base, stack)),
         objective: objective.into(),
         optimizer,
@@ -333,11 +350,16 @@ fn remarks(report: &attune_data::dataset::Report) -> Vec<String> {
 
 /// The batches of a run, from its beginning.
 pub(crate) fn loader(plan: &Plan, domains: Vec<Domain>, packing: Packing) -> Result<Loader, Error> {
+    loader_of(plan, domains, packing, plan.length)
+}
+
+/// The same of another length.
+pub(crate) fn loader_of(plan: &Plan, domains: Vec<Domain>, packing: Packing, length: Length) -> Result<Loader, Error> {
     let weights = weights(plan);
     // How the shares develop may depend on the number of steps only after that number is known, which needs the shares.
     let cx = BuildCx { steps: Step(0), domains: &weights };
     let mixing = MIXINGS.build(&plan.mixing, &"data.mixing".into(), &cx).map_err(Error::Faults)?;
-    Ok(Loader::new(plan.seed, domains, mixing, packing, plan.length))
+    Ok(Loader::new(plan.seed, domains, mixing, packing, length))
 }
 
 /// The step rule of a run: the one that it names, or that of the component that trains.
@@ -390,18 +412,25 @@ fn check_fit(plan: &Plan, architecture: &Architecture, tokenizer: &Tokenizer) ->
     if faults.is_empty() { Ok(()) } else { Err(Error::Faults(faults)) }
 }
 
-/// A slot's component: fresh, or from an adapter.
-fn component(
+/// A slot of the stack before anything starts.
+pub(crate) enum Slotted {
+    /// From an adapter.
+    Read(Component),
+    /// By its method.
+    Begun(Begun),
+}
+
+fn begin(
     request: &Request,
     planned: &PlanSlot,
     base: &Base,
     path: &FieldPath,
     cx: &BuildCx<'_>,
     pinned: &mut Pins,
-) -> Result<Component, Error> {
+) -> Result<Slotted, Error> {
     match (&planned.from, &planned.method) {
-        (Some(from), _) => Component::read(&folder(request, from, pinned)?, base, path, cx),
-        (None, Some(method)) => Component::fresh(planned, method, request.plan.seed, base, path, cx),
+        (Some(from), _) => Ok(Slotted::Read(Component::read(&folder(request, from, pinned)?, base, path, cx)?)),
+        (None, Some(method)) => Ok(Slotted::Begun(Begun::new(planned, method, base, path, cx)?)),
         (None, None) => Err(Error::Faults(vec![Fault::new(path.field("method"), "is missing")])),
     }
 }

@@ -28,7 +28,8 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
     let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(1) };
     Some(Memory {
         base: PROCESS_BYTES + architecture.weight_bytes(bytes),
-        own: trainable(admitted)? * TRAINED_BYTES,
+        // What components have measured is gone when they train.
+        own: (trainable(admitted)? * TRAINED_BYTES).max(statistics(admitted)?),
         pass: pass(rows),
         full_pass: pass(rows.max(ROWS_PER_PASS.into())),
     })
@@ -72,6 +73,26 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
         }
     }
     Some(trainable.max(0.0) as u64)
+}
+
+/// Bytes of what components have measured before the first step; nothing when somebody does not say how many they are.
+fn statistics(admitted: &Admitted) -> Option<u64> {
+    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let mut bytes = 0.0;
+    for (slot, init) in plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?))) {
+        let document = Catalogue::embedded().get(&init.method)?;
+        let sites = admit::sites(slot, architecture).ok()?;
+        for (at, site) in sites.iter().enumerate() {
+            let is_first = !sites[..at].iter().any(|before| before.reads_with(site));
+            let formulas = [(is_first, &document.input_statistics), (true, &document.weight_statistics)];
+            for (_, formula) in formulas.into_iter().filter(|(counts, formula)| *counts && !formula.is_empty()) {
+                let mut names = init.params.clone();
+                names.extend(site.sizes(architecture));
+                bytes += expression::number(formula, &names).ok()?;
+            }
+        }
+    }
+    Some(bytes.max(0.0) as u64)
 }
 
 /// The forecast; nothing when the base's structure is not known here.

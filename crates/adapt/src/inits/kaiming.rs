@@ -22,7 +22,7 @@
 
 use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
-use attune_points::{Locals, Weight};
+use attune_points::{Locals, Stats, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::rng::Rng;
@@ -66,6 +66,7 @@ impl Init for Kaiming {
         _: &dyn Adapter,
         at: &Attachment,
         _: &dyn Weight,
+        _: &Stats,
         rng: &mut Rng,
     ) -> attune_points::Result<(Locals, BaseEdit)> {
         factors::kaiming(at, rng)

@@ -23,7 +23,7 @@
 
 use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
-use attune_points::{Error, Locals, Weight};
+use attune_points::{Error, Locals, Stats, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::linalg;
@@ -71,6 +71,7 @@ impl Init for Mica {
         _: &dyn Adapter,
         at: &Attachment,
         weight: &dyn Weight,
+        _: &Stats,
         rng: &mut Rng,
     ) -> attune_points::Result<(Locals, BaseEdit)> {
         let (a, b) = factors::pair(at)?;

@@ -1,7 +1,11 @@
-//! The point `Init`: given the base weight, what are the starting tensors?
+//! The point `Init`: given base weight and statistics, what are the starting tensors?
 
+mod corda;
+mod eva;
 mod gaussian;
 mod kaiming;
+mod kore;
+mod lora_ga;
 mod mica;
 mod olora;
 mod orthonormal;
@@ -14,8 +18,12 @@ use attune_spec::method::{Point, Registry, entry};
 pub static INITS: Registry<dyn Init> = Registry::new(
     Point::Init,
     &[
+        entry::<corda::Corda>(),
+        entry::<eva::Eva>(),
         entry::<gaussian::Gaussian>(),
         entry::<kaiming::Kaiming>(),
+        entry::<kore::Kore>(),
+        entry::<lora_ga::LoraGa>(),
         entry::<mica::Mica>(),
         entry::<olora::Olora>(),
         entry::<orthonormal::Orthonormal>(),

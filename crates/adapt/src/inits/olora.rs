@@ -25,7 +25,7 @@
 
 use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
-use attune_points::{Locals, Weight};
+use attune_points::{Locals, Stats, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::linalg;
@@ -67,11 +67,16 @@ impl Method for Olora {
 }
 
 impl Init for Olora {
+    fn takes_out(&self) -> bool {
+        true
+    }
+
     fn init(
         &self,
         of: &dyn Adapter,
         at: &Attachment,
         weight: &dyn Weight,
+        _: &Stats,
         _: &mut Rng,
     ) -> attune_points::Result<(Locals, BaseEdit)> {
         let (a, _) = factors::pair(at)?;

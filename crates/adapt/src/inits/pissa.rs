@@ -27,7 +27,7 @@
 
 use attune_points::adapter::{Adapter, Attachment, BaseEdit};
 use attune_points::init::Init;
-use attune_points::{Locals, Weight};
+use attune_points::{Locals, Stats, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::linalg::{self, Svd};
@@ -75,11 +75,16 @@ impl Method for Pissa {
 }
 
 impl Init for Pissa {
+    fn takes_out(&self) -> bool {
+        true
+    }
+
     fn init(
         &self,
         of: &dyn Adapter,
         at: &Attachment,
         weight: &dyn Weight,
+        _: &Stats,
         rng: &mut Rng,
     ) -> attune_points::Result<(Locals, BaseEdit)> {
         let (a, _) = factors::pair(at)?;

@@ -2,6 +2,7 @@
 
 pub(crate) mod blocks;
 pub(crate) mod budget;
+pub(crate) mod calibration;
 pub(crate) mod choice;
 pub(crate) mod dropout;
 pub(crate) mod factors;

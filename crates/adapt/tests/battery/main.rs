@@ -3,6 +3,7 @@
 //! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is a trial of `own`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod calibrated;
 mod golden;
 mod own;
 mod starts;
@@ -15,7 +16,7 @@ use attune_architecture::{Site, targets};
 use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
-use attune_points::{Grads, TensorName};
+use attune_points::{Grads, Stats, TensorName};
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Merges, MethodRef, expression};
 use attune_tensor::Rng;
@@ -99,6 +100,7 @@ fn main() {
     trials.push(Trial::test("adapter::lora::a_rank_beyond_the_width_is_refused_with_the_site", too_wide));
     trials.extend(own::trials());
     trials.extend(starts::trials());
+    trials.extend(calibrated::trials());
     trials.extend(golden::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -289,7 +291,7 @@ fn cost(card: &'static Card) -> Result<(), Failed> {
 fn start(card: &'static Card) -> Result<(), Failed> {
     let setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
     let fresh = |seed: u64, attachments: &[attune_points::adapter::Attachment]| {
-        slot::fresh(&*setup.adapter, None, attachments, |at| setup.weight(at), &Rng::new(seed, "init"))
+        slot::fresh(&*setup.adapter, None, attachments, |at| setup.weight(at), &Stats::none(), &Rng::new(seed, "init"))
             .map(|fresh| fresh.own)
     };
     let all = fresh(7, &setup.attachments)?;

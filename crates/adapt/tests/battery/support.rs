@@ -4,11 +4,15 @@ use std::sync::Arc;
 
 use attune_adapt::{ADAPTERS, slot};
 use attune_architecture::{Architecture, Site, targets};
-use attune_models::{Base, Model, Slot, Stack};
+use attune_models::{Base, Model, Pass, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
-use attune_points::layout::{NO_LABEL, Source};
+use attune_points::init::Init;
+use attune_points::layout::{LabelCounts, NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
-use attune_points::{Bank, BankKind, Layout, Params, Row, TensorName, Theta, Weight};
+use attune_points::{
+    Bank, BankKind, GradSink, Layout, Owner, Params, Row, Stats, Tap, TensorId, TensorName, Theta, Weight,
+};
+use attune_probe::{Wanted, measure};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, MethodRef, SiteKind};
@@ -78,8 +82,14 @@ impl Setup {
         let model = Model::new(base, stack);
         let model = if dtype == DType::F64 { model.in_f64() } else { model };
         let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
-        let params =
-            slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &Rng::new(7, "init"));
+        let params = slot::fresh(
+            &*setup.adapter,
+            None,
+            &setup.attachments,
+            |at| setup.weight(at),
+            &Stats::none(),
+            &Rng::new(7, "init"),
+        );
         let params = params.unwrap().own;
         let params =
             params.map(|_, tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor.clone()) });
@@ -184,6 +194,37 @@ pub(crate) fn batch() -> Layout {
         layout.push(Source { example: example as u64, ..Source::default() }, rows);
     }
     layout
+}
+
+/// What an initialisation asks for, measured on a model without components.
+pub(crate) fn stats(model: &Model, init: &dyn Init, sites: &[Site], data: &[Layout]) -> Stats {
+    let mut wanted = Wanted::default();
+    init.calibrate().iter().for_each(|request| wanted.add(request, sites).unwrap());
+    let mut data = data.iter().map(|layout| Arc::new(layout.clone()));
+    measure(&mut Bare(model), &wanted, 64, &mut || Ok(data.next())).unwrap().0
+}
+
+struct Bare<'a>(&'a Model);
+
+impl attune_probe::Model for Bare<'_> {
+    fn look(&mut self, on: &[Arc<Layout>], tap: &dyn Tap) -> attune_points::Result<()> {
+        let theta = Theta::default();
+        let passes: Vec<Pass<'_>> = on.iter().map(|layout| Pass { theta: &theta, layout, dropout: None }).collect();
+        self.0.look(&passes, tap).map(drop)
+    }
+
+    fn gradients(&mut self, on: &Arc<Layout>, sink: &mut dyn GradSink) -> attune_points::Result<()> {
+        let pass = Pass { theta: &Theta::default(), layout: on, dropout: None };
+        self.0.grad(&pass, &CrossEntropy, 1.0, sink).map(drop)
+    }
+
+    fn weight(&self, site: &Site) -> TensorId {
+        TensorId { owner: Owner::Base, name: self.0.base().tensor_name(site.id.as_str(), "weight") }
+    }
+
+    fn denominator(&self, counts: LabelCounts) -> f64 {
+        CrossEntropy.denominator().of(counts)
+    }
 }
 
 /// Plain cross-entropy.

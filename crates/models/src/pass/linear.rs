@@ -62,6 +62,7 @@ impl<'a> PassCx<'a> {
         mut y_to: ViewMut<'_, f32>,
         accumulate: bool,
     ) -> Result<Thin> {
+        self.show(&site.id, x_ti, given)?;
         let placed = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let thin = self.meter.time(Work::Adapter, || {

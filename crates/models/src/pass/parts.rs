@@ -6,11 +6,11 @@ use std::sync::Arc;
 use attune_architecture::{Architecture, Place, Site, SiteId};
 use attune_points::adapter::{Attachment, Port, RowMap};
 use attune_points::{
-    BankKind, Binding, Error, GradSink, Layout, Owner, Region, Result, Rows as Bound, TensorId, TensorName, TensorSpec,
-    Theta,
+    BankKind, Binding, Error, GradSink, Layout, Owner, Region, Result, Rows as Bound, Tap, TensorId, TensorName,
+    TensorSpec, Theta,
 };
 use attune_tensor::kernels::Kernels;
-use attune_tensor::view::View;
+use attune_tensor::view::{MatRef, View};
 use candle_core::{DType, Tensor};
 
 use crate::attention::RowPlan;
@@ -19,7 +19,7 @@ use crate::cache::Kept;
 use crate::dropout::Dropout;
 use crate::pass::arena::{Activations, Arena, Mat, Rows};
 use crate::pass::prefix;
-use crate::pass::times::Meter;
+use crate::pass::times::{Meter, Work};
 use crate::stack::Stack;
 
 /// Where the gradients of each part go; none in a pass without gradients.
@@ -58,6 +58,8 @@ pub struct PassCx<'a> {
     pub(crate) arena: Arena,
     pub(crate) dtype: Activations,
     pub(crate) meter: Meter,
+    /// Who looks at what linears read.
+    pub(crate) tap: Option<&'a dyn Tap>,
 }
 
 /// The rows that an operation is given.
@@ -73,7 +75,7 @@ pub(crate) enum Given<'g> {
 
 impl<'g> Given<'g> {
     /// The numbers of a part's rows in its layout; `None` for all of them.
-    fn ids(self, part: usize) -> Option<&'g [u32]> {
+    pub(crate) fn ids(self, part: usize) -> Option<&'g [u32]> {
         match self {
             Self::All => None,
             Self::Of { ids, .. } => Some(ids),
@@ -169,6 +171,7 @@ impl<'a> PassCx<'a> {
             arena,
             dtype,
             meter: Meter::default(),
+            tap: None,
         };
         cx.angles = angles(&cx);
         cx
@@ -189,6 +192,19 @@ impl<'a> PassCx<'a> {
         let of_part = |row: usize| self.docs.partition_point(|doc| doc.start < row);
         let docs = of_part(self.rows[part].start)..of_part(self.rows[part].end);
         docs.flat_map(|doc| (self.first(doc)..).take(self.docs[doc].len()))
+    }
+
+    /// Shows the rows that a linear reads to whoever wants to see them.
+    ///
+    /// # Errors
+    /// Whatever they make of them raises.
+    pub(crate) fn show(&self, site: &SiteId, x_ti: MatRef<'_>, given: Given<'_>) -> Result<()> {
+        let Some(tap) = self.tap.filter(|tap| tap.wants(site)) else { return Ok(()) };
+        for (part, rows) in self.parts_of(given) {
+            let x_ti = x_ti.sub_rows(rows.start, rows.end);
+            self.meter.time(Work::Gemm, || tap.read(site, part, given.ids(part), x_ti, self.kernels))?;
+        }
+        Ok(())
     }
 
     /// Whether the device has done everything so far.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use attune_architecture::Experts;
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
-use attune_points::{Error, GradSink, Result};
+use attune_points::{Error, GradSink, Result, Tap};
 
 use crate::base::Base;
 use crate::block::{Block, Saved};
@@ -97,6 +97,18 @@ pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<Lo
     let reports = head::losses(machine.head, &h_td, tasks, &cx, None)?;
     cx.check()?;
     Ok((reports, cx.meter.times()))
+}
+
+/// Shows a tap what the linears below the head read, and goes no higher than the last block that it wants to see; with where the
+/// time went.
+pub(crate) fn look(machine: &Machine<'_>, parts: &[Part<'_>], tap: &dyn Tap) -> Result<Times> {
+    let mut cx = PassCx::new(machine.base, parts, None, machine.arena);
+    cx.tap = Some(tap);
+    let is_wanted = |block: &dyn Block| block.sites().iter().any(|site| tap.wants(&site.id));
+    let Some(last) = machine.trunk.iter().rposition(|block| is_wanted(&**block)) else { return Ok(Times::default()) };
+    up(&machine.trunk[..=last], &cx, |_, block, x| block.forward(x, &cx, Run::Output), |_| Ok(()))?;
+    cx.check()?;
+    Ok(cx.meter.times())
 }
 
 /// The gradients of `scale × (sum of losses)` of each part into its sink, the losses, and where the time went.

@@ -148,6 +148,11 @@ pub struct Card {
     /// How many passes over a step's batch, forward and back, a step rule makes in all, copies counted, as such an expression;
     /// empty for one.
     pub passes: &'static str,
+    /// Bytes that what it has measured of a linear's inputs takes before the first step, as an expression like `parameters`; linears
+    /// that read the same rows count once. Empty for nothing.
+    pub input_statistics: &'static str,
+    /// Bytes that what it has measured of a linear's weight takes before the first step, as such an expression; empty for nothing.
+    pub weight_statistics: &'static str,
     /// How many answers to each prompt an objective has the model give by itself, as an expression over its parameters; empty if
     /// it learns what is in the data.
     pub answers: &'static str,
@@ -180,6 +185,8 @@ impl Card {
             shared: "",
             copies: "",
             passes: "",
+            input_statistics: "",
+            weight_statistics: "",
             answers: "",
             answer_tokens: "",
             moves: None,

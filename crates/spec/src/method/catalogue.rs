@@ -171,6 +171,8 @@ mod tests {
             shared: String::new(),
             copies: String::new(),
             passes: String::new(),
+            input_statistics: String::new(),
+            weight_statistics: String::new(),
             answers: String::new(),
             answer_tokens: String::new(),
             moves: None,

@@ -57,6 +57,13 @@ pub struct MethodDocument {
     pub copies: String,
     /// How many passes over a step's batch a step rule makes, as an expression; empty for one.
     pub passes: String,
+    /// Bytes that what it has measured of a linear's inputs takes before the first step, as an expression; linears that read the same
+    /// rows count once. Empty for nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub input_statistics: String,
+    /// Bytes that what it has measured of a linear's weight takes before the first step, as an expression; empty for nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub weight_statistics: String,
     /// How many answers to each prompt the model gives by itself, as an expression; empty if it learns what is in the data.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub answers: String,
@@ -99,6 +106,8 @@ impl MethodDocument {
             shared: card.shared.to_owned(),
             copies: card.copies.to_owned(),
             passes: card.passes.to_owned(),
+            input_statistics: card.input_statistics.to_owned(),
+            weight_statistics: card.weight_statistics.to_owned(),
             answers: card.answers.to_owned(),
             answer_tokens: card.answer_tokens.to_owned(),
             moves: card.moves.map(str::to_owned),

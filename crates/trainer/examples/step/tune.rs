@@ -15,7 +15,7 @@ use attune_points::adapter::{Adapter, Attachment};
 use attune_points::engine::LossReport;
 use attune_points::objective::Objective;
 use attune_points::optimizer::{Optimizer, UpdateCx};
-use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Owner, TensorId, Theta, Weight};
+use attune_points::{Bank, BankKind, GradSink, Grads, Layout, Owner, Stats, TensorId, Theta, Weight};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, MethodRef};
@@ -163,7 +163,7 @@ fn all_weights(base: &Base, cx: &BuildCx<'_>) -> Result<(Stack, Theta), Failure>
         let site = site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", at.site)))?;
         Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
     };
-    let params = slot::fresh(&*adapter, None, &attachments, weight, &Rng::new(0, "init"))?.own;
+    let params = slot::fresh(&*adapter, None, &attachments, weight, &Stats::none(), &Rng::new(0, "init"))?.own;
     let bank = Bank { slot: "all".into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: true };
     Ok((Stack::new(vec![Slot::new(adapter, attachments)]), Theta::single([bank])))
 }

@@ -10,9 +10,16 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 22] = [
+const KINDS: [(&str, &[(&str, &str)]); 28] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
+    ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
+    (
+        "corda",
+        &[("tune.adapter", "{method: lora, rank: 4, init: {method: corda, mode: kpm, domains: [sums], examples: 5}}")],
+    ),
+    ("lora-ga", &[("tune.adapter", "{method: lora, rank: 4, init: {method: lora-ga, examples: 12}}")]),
+    ("kore", &[("tune.adapter", "{method: lora, rank: 4, trains: b, init: {method: kore, domains: [greetings]}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
@@ -27,6 +34,8 @@ const KINDS: [(&str, &[(&str, &str)]); 22] = [
     ("lotr", &[("tune.adapter", "{method: lotr, rank: 4}")]),
     ("spiel", &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")]),
     ("adalora", &[("tune.adapter", "{method: adalora, rank: 4, target_rank: 2, every: 2, dropout: 0.1}")]),
+    ("roselora", &[("tune.adapter", "{method: roselora, rank: 4, keep: 0.5}")]),
+    ("vectorfit", &[("tune.adapter", "{method: vectorfit, freeze: 0.3, every: 0.2}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
     ("grpo", ANSWERS),

@@ -73,7 +73,7 @@ const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
 /// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
 /// passes of their own.
-const PORTS: [&[(&str, &str)]; 11] = [
+const PORTS: [&[(&str, &str)]; 13] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
     &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}"), ("tune.logical_shards", "2")],
@@ -89,6 +89,8 @@ const PORTS: [&[(&str, &str)]; 11] = [
     &[("tune.adapter", "{method: ln-tuning}")],
     &[("tune.adapter", "{method: vera, rank: 8, dropout: 0.1}")],
     &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: pissa}}")],
+    &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")],
+    &[("tune.adapter", "{method: lora, rank: 4, init: {method: lora-ga}}"), ("tune.logical_shards", "2")],
     &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")],
     &[("tune.step", "{method: smart, radius: 0.02, noise: 0.01, ascent: 0.02}")],
 ];

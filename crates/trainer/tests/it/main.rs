@@ -5,6 +5,7 @@
 mod answers;
 mod attempt;
 mod bits;
+mod calibration;
 mod cohort;
 mod faults;
 mod outputs;

@@ -142,13 +142,16 @@ async fn what_a_method_costs_is_in_the_forecast() {
         ("step", json!({"method": "smart"})),
         ("adapter", json!({"method": "prefix-tuning", "length": 3})),
         ("adapter", json!({"method": "compacter", "reduction": 2, "factors": 2})),
+        ("adapter", json!({"method": "lora", "rank": 1})),
+        ("adapter", json!({"method": "lora", "rank": 1, "init": {"method": "eva"}})),
+        ("adapter", json!({"method": "lora", "rank": 1, "init": {"method": "lora-ga"}})),
     ] {
         let mut job = job();
         job["tune"][field] = method;
         let request = v1::CreateJobRequest { spec: Some(message(&job)), validate_only: true, ..Default::default() };
         forecasts.push(client.jobs().create_job(request).await.unwrap().into_inner().forecast.unwrap());
     }
-    let [lora, smart, prefix, compacter] = forecasts.as_slice() else { panic!("{forecasts:?}") };
+    let [lora, smart, prefix, compacter, thin, eva, lora_ga] = forecasts.as_slice() else { panic!("{forecasts:?}") };
     // One pass over two copies, and one over three.
     assert_eq!(smart.flops, 5.0 * lora.flops);
     assert!(smart.memory_bytes > lora.memory_bytes);
@@ -156,6 +159,12 @@ async fn what_a_method_costs_is_in_the_forecast() {
     assert_eq!(prefix.trainable_parameters, 2 * 2 * 3 * 8);
     // Four blocks of two maps of rank 1 between 8 and 4 with their biases, and once two times 2x2.
     assert_eq!(compacter.trainable_parameters, 4 * (2 * (8 + 4) + 4 + 8) + 8);
+    // What is measured is gone before anything trains: the larger of the two counts. Rank 1 trains (i + o) parameters at each linear,
+    // of 16 bytes; in each layer three kinds of rows are 8 wide and one is 16, and half of their covariances take 8 bytes a
+    // number.
+    let trained = 2 * (4 * (8 + 8) + 3 * (8 + 16)) * 16;
+    assert_eq!(eva.memory_bytes - thin.memory_bytes, 2 * 4 * (3 * 8 * 11 + 16 * 19) - trained);
+    assert_eq!(lora_ga.memory_bytes - thin.memory_bytes, 2 * 4 * (4 * 64 + 3 * 128) - trained);
 }
 
 #[tokio::test]

@@ -1,0 +1,27 @@
+//! Who looks at what linears read while a model runs.
+
+use attune_architecture::SiteId;
+use attune_tensor::kernels::Kernels;
+use attune_tensor::view::MatRef;
+
+use crate::error::Result;
+
+/// Looks at the rows that linears read, part by part, in the order in which the model comes to them.
+pub trait Tap: Sync {
+    /// Whether it looks at those of a site.
+    fn wants(&self, site: &SiteId) -> bool;
+
+    /// The rows `x_ti` of a part, in the type of the activations; `ids` are their numbers in its layout, if they are not all of
+    /// them. Rows of a part come in the order of their numbers.
+    ///
+    /// # Errors
+    /// Whatever it makes of them raises.
+    fn read(
+        &self,
+        site: &SiteId,
+        part: usize,
+        ids: Option<&[u32]>,
+        x_ti: MatRef<'_>,
+        kernels: &dyn Kernels,
+    ) -> Result<()>;
+}

@@ -1,0 +1,23 @@
+//! What a model does on data before anything trains: inputs of its linears, gradients of its weights.
+//!
+//! The one invariant: a statistic is measured once, by one pass over the data for all that is wanted, and its bits depend on the
+//! model, the data and the sites alone: not on ranks, threads, or how many micro-batches go through the model together.
+//!
+//! Deliberately absent: models, data and objectives (they come through [`Model`] and as layouts), and what anybody does with
+//! what is found.
+//!
+//! Reading order: [`wanted`] (who wants what where), [`measure`] (the pass), `inputs` and `gradients` (its sums), [`file`].
+
+pub mod error;
+
+pub mod wanted;
+
+mod gradients;
+mod inputs;
+pub mod measure;
+
+pub mod file;
+
+pub use error::Error;
+pub use measure::{Model, Seen, measure};
+pub use wanted::Wanted;

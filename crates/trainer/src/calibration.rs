@@ -1,0 +1,166 @@
+//! What components want to know of the base before they start, measured once for all slots, at the first attempt of a run.
+//!
+//! It is measured on the first micro-batches that the job would train on, nothing dropped, on the base with the adapters that the
+//! stack reads; what starts only then is not there. A run through the data is its end: no example counts twice unless the mixture
+//! says so. All ranks of a run share one process and what is measured here, and a lane measures alone: the bits are those of the
+//! job.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use attune_architecture::Site;
+use attune_data::Packing;
+use attune_data::loader::Domain;
+use attune_models::pass::Stopwatch;
+use attune_models::pass::walk::Keep;
+use attune_models::{Base, Model, Pass, Stack};
+use attune_points::layout::{LabelCounts, REFERENCE};
+use attune_points::objective::{Level, Objective};
+use attune_points::stats::{Counted, What};
+use attune_points::{Bank, GradSink, Layout, Owner, Result, Stats, StatsRequest, Tap, TensorId, Theta};
+use attune_probe::{Wanted, measure};
+use attune_spec::id::Step;
+use attune_spec::job::Plan;
+use attune_spec::job::plan::{Length, ROWS_PER_PASS};
+use attune_spec::{Fault, FieldPath};
+
+use crate::component::cannot_start;
+use crate::control::Control;
+use crate::error::Error;
+use crate::protocol::{Event, Phase};
+use crate::setup::{self, Slotted};
+
+/// What is measured on.
+pub(crate) struct Calibration<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) control: &'a dyn Control,
+    pub(crate) base: &'a Arc<Base>,
+    pub(crate) objective: &'a dyn Objective,
+    pub(crate) domains: &'a [Domain],
+    pub(crate) packing: Packing,
+    pub(crate) keep: Keep,
+}
+
+impl Calibration<'_> {
+    /// What the slots of a stack want. Of a run that goes on, what trains wants nothing: it comes from the checkpoint.
+    ///
+    /// # Errors
+    /// The fault of a slot that wants what cannot be measured; whatever the data or a pass raise.
+    pub(crate) fn of(&self, stack: &[Slotted], resumed: bool) -> std::result::Result<Stats, Error> {
+        let mut wanted = Wanted::default();
+        for (index, (planned, slot)) in self.plan.stack.iter().zip(stack).enumerate() {
+            let Slotted::Begun(begun) = slot else { continue };
+            if resumed && planned.train {
+                continue;
+            }
+            let path = FieldPath::from("tune").field("stack").index(index).field("init");
+            let (requests, sites) = begun.calibrates();
+            for request in requests {
+                if let Some(message) = self.misfit(&request) {
+                    return Err(Error::Faults(vec![Fault::new(path, message)]));
+                }
+                wanted.add(&request, sites).map_err(|error| cannot_start(error, path.clone()))?;
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(Stats::none());
+        }
+        self.control.emit(Event::Starting { phase: Phase::Calibration });
+        let watch = Stopwatch::start();
+        let (slots, banks) = self.read(stack);
+        let model = Model::new(Arc::clone(self.base), Stack::new(slots));
+        let mut on = On { model, theta: Theta::single(banks), objective: self.objective, keep: self.keep };
+        // A run through the data is the end of it.
+        let mut loader = setup::loader_of(self.plan, self.domains.to_vec(), self.packing, Length::Epochs(1.0))?;
+        let (mut step, mut waiting) = (Step(0), VecDeque::new());
+        let mut next = || {
+            if waiting.is_empty() {
+                waiting.extend(loader.batch(step)?.parts);
+                step = step.next();
+            }
+            let (_, layout) = waiting.pop_front().unwrap_or_default();
+            Ok((layout.n_rows() > 0).then_some(layout))
+        };
+        let (stats, seen) = measure(&mut on, &wanted, ROWS_PER_PASS as usize, &mut next)?;
+        let seconds = watch.elapsed().as_secs_f64();
+        let mebibytes = wanted.bytes().div_ceil(1 << 20);
+        let message = format!(
+            "{} statistics on {} documents of {} tokens in {seconds:.1} s; their sums took {mebibytes} MiB",
+            stats.iter().count(),
+            seen.documents,
+            seen.rows
+        );
+        self.control.emit(Event::Note { topic: "calibration".to_owned(), message });
+        Ok(stats)
+    }
+
+    /// Why something cannot be measured for the job's objective, if so.
+    fn misfit(&self, request: &StatsRequest) -> Option<String> {
+        let objective = &self.plan.objective.method;
+        let of_labels = match request.what {
+            What::Gradient => true,
+            What::InputCovariance { rows, .. } | What::InputNorms { rows } => rows == Counted::Supervised,
+        };
+        if of_labels && self.objective.needs().answers.is_some() {
+            return Some(format!(
+                "needs {request}, and `{objective}` learns from answers that are not there yet: expected a start that looks at prompts \
+                 (`rows: tokens`) or at no data"
+            ));
+        }
+        (request.what == What::Gradient && self.objective.level() == Level::Step)
+            .then(|| format!("needs {request}, and `{objective}` looks at whole steps: choose another of either"))
+    }
+
+    /// The slots that are there already.
+    fn read(&self, stack: &[Slotted]) -> (Vec<attune_models::Slot>, Vec<Bank>) {
+        let there = self.plan.stack.iter().zip(stack).filter_map(|(planned, slot)| {
+            let Slotted::Read(component) = slot else { return None };
+            let bank = Bank {
+                slot: planned.name.as_str().into(),
+                kind: component.kind,
+                sets: vec![Arc::new(component.params.clone())],
+                train: planned.train,
+            };
+            Some((component.slot.clone(), bank))
+        });
+        there.unzip()
+    }
+}
+
+/// The model as the pass uses it.
+struct On<'a> {
+    model: Model,
+    theta: Theta,
+    objective: &'a dyn Objective,
+    keep: Keep,
+}
+
+impl attune_probe::Model for On<'_> {
+    fn look(&mut self, on: &[Arc<Layout>], tap: &dyn Tap) -> Result<()> {
+        let pass = |layout| Pass { theta: &self.theta, layout, dropout: None };
+        let passes: Vec<Pass<'_>> = on.iter().map(|layout| pass(&**layout)).collect();
+        self.model.look(&passes, tap).map(drop)
+    }
+
+    fn gradients(&mut self, on: &Arc<Layout>, sink: &mut dyn GradSink) -> Result<()> {
+        let mut on = Arc::clone(on);
+        if self.objective.needs().reference {
+            let (with, _) = self.model.with_logp(REFERENCE, &self.theta.untrained(), None, &[on])?;
+            on = with.into_iter().next().unwrap_or_default();
+        }
+        let pass = Pass { theta: &self.theta, layout: &on, dropout: None };
+        self.model.grad_parts(&[pass], self.objective, 1.0, self.keep, &mut [sink]).map(drop)
+    }
+
+    fn weight(&self, site: &Site) -> TensorId {
+        let name = self.model.base().tensor_name(site.id.as_str(), "weight");
+        match self.theta.weight(&name) {
+            Some((id, _)) => id,
+            None => TensorId { owner: Owner::Base, name },
+        }
+    }
+
+    fn denominator(&self, counts: LabelCounts) -> f64 {
+        self.objective.denominator().of(counts)
+    }
+}
