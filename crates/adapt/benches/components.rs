@@ -113,6 +113,7 @@ impl Objective for CrossEntropy {
 /// Methods as they are measured: each with about as many parameters as LoRA of rank 16 has, where its form allows it.
 const METHODS: &[&str] = &[
     r#"{"method": "abba", "rank_1": 8, "rank_2": 8}"#,
+    r#"{"method": "adalora", "rank": 16, "target_rank": 8}"#,
     r#"{"method": "boft", "block_size": 8}"#,
     r#"{"method": "bone", "rank": 32}"#,
     r#"{"method": "bottleneck", "reduction": 8}"#,

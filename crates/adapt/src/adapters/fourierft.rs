@@ -31,7 +31,7 @@ use std::f64::consts::TAU;
 
 use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, WeightMap};
-use attune_points::{Locals, TensorSpec, Weight};
+use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
@@ -41,8 +41,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::parts::scaling::Scaling;
 use crate::parts::starts::{self, Start};
-use crate::parts::{foreign, linears, torch};
+use crate::parts::{foreign, spectrum, torch};
 
 const SPECTRUM: &str = "fourierft_spectrum";
 const PEFT_TYPE: &str = "FOURIERFT";
@@ -119,34 +120,15 @@ impl Method for Fourierft {
     type Object = dyn Adapter;
 
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
-        let wrong = config.frequencies_pattern.iter().filter(|(_, count)| !(1..=65536).contains(*count));
-        let fault = |(site, count): (&String, &u32)| {
-            Fault::new("frequencies_pattern", format!("has {count} for {site:?}; expected 1 to 65536"))
-        };
-        let faults: Vec<Fault> = wrong.map(fault).collect();
+        let faults = Scaling::faults_of("frequencies_pattern", &config.frequencies_pattern, 1..=65_536);
         if faults.is_empty() { Ok(Box::new(Self { config })) } else { Err(faults) }
     }
 }
 
 impl Adapter for Fourierft {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        linears::attach(sites, |site, output, input| {
-            let (field, count) = match self.config.frequencies_pattern.get(site.id.as_str()) {
-                Some(&count) => ("frequencies_pattern", count as usize),
-                None => ("frequencies", self.config.frequencies as usize),
-            };
-            let entries = output * input;
-            if entries as u64 >= torch::PERMUTED_MAX {
-                let message =
-                    format!("names {}, whose {entries} entries are too many; expected smaller weights", site.id);
-                return Err(Fault::new("targets", message));
-            }
-            if count > entries {
-                let message = format!("is {count}; {} is {output} by {input}, so {entries} is the most", site.id);
-                return Err(Fault::new(field, message));
-            }
-            Ok(vec![TensorSpec::trained(SPECTRUM, [count])])
-        })
+        let Config { frequencies, frequencies_pattern, .. } = &self.config;
+        spectrum::attach(SPECTRUM, (*frequencies, frequencies_pattern), sites)
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {

@@ -33,7 +33,7 @@ use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, WeightMap};
-use attune_points::{Locals, TensorSpec, Weight};
+use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
@@ -45,7 +45,7 @@ use serde_json::{Map, Value, json};
 
 use crate::parts::scaling::Scaling;
 use crate::parts::starts::{self, Start};
-use crate::parts::{foreign, linears, sparse, torch};
+use crate::parts::{foreign, sparse, spectrum, torch};
 
 const SPECTRUM: &str = "waveft_spectrum";
 const PEFT_TYPE: &str = "WAVEFT";
@@ -257,23 +257,8 @@ impl Patches {
 
 impl Adapter for Waveft {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        linears::attach(sites, |site, output, input| {
-            let (field, count) = match self.config.frequencies_pattern.get(site.id.as_str()) {
-                Some(&count) => ("frequencies_pattern", count as usize),
-                None => ("frequencies", self.config.frequencies as usize),
-            };
-            let entries = output * input;
-            if entries as u64 >= torch::PERMUTED_MAX {
-                let message =
-                    format!("names {}, whose {entries} entries are too many; expected smaller weights", site.id);
-                return Err(Fault::new("targets", message));
-            }
-            if count > entries {
-                let message = format!("is {count}; {} is {output} by {input}, so {entries} is the most", site.id);
-                return Err(Fault::new(field, message));
-            }
-            Ok(vec![TensorSpec::trained(SPECTRUM, [count])])
-        })
+        let Config { frequencies, frequencies_pattern, .. } = &self.config;
+        spectrum::attach(SPECTRUM, (*frequencies, frequencies_pattern), sites)
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {

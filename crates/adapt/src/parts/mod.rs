@@ -15,6 +15,7 @@ pub(crate) mod own;
 pub(crate) mod scaling;
 pub(crate) mod sparse;
 pub(crate) mod spectral;
+pub(crate) mod spectrum;
 pub(crate) mod starts;
 pub(crate) mod tiles;
 pub(crate) mod torch;

@@ -73,7 +73,7 @@ const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
 /// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
 /// passes of their own.
-const PORTS: [&[(&str, &str)]; 13] = [
+const PORTS: [&[(&str, &str)]; 15] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
     &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}"), ("tune.logical_shards", "2")],
@@ -92,6 +92,14 @@ const PORTS: [&[(&str, &str)]; 13] = [
     &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")],
     &[("tune.adapter", "{method: lora, rank: 4, init: {method: lora-ga}}"), ("tune.logical_shards", "2")],
     &[("tune.adapter", "{method: spiel, density: 0.05, every: 4, watch: 2}")],
+    &[("tune.adapter", "{method: adalora, rank: 4, target_rank: 2, every: 2}")],
+    &[
+        ("tune.objective", "{method: grpo, generations: 3, max_tokens: 6, beta: 0.1}"),
+        ("tune.rewards", "[{method: regex-match, pattern: '^[ -~]'}, {method: overlong, margin: 4, weight: 0.3}]"),
+        ("tune.step", "{method: reuse, times: 2}"),
+        ("data.domains", "[{name: greetings, source: ./greetings.jsonl}]"),
+        ("data.validation", "[{name: greetings, source: ./greetings.jsonl, rows: 3}]"),
+    ],
     &[("tune.step", "{method: smart, radius: 0.02, noise: 0.01, ascent: 0.02}")],
 ];
 

@@ -71,6 +71,13 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
     if let Some(why) = &method.moves {
         facts.push(("Starts", format!("away from the base: {why}")));
     }
+    if !method.answers.is_empty() {
+        let (answers, tokens) = (&method.answers, &method.answer_tokens);
+        let text = format!(
+            "{answers} answers that the model gives to each prompt, of {tokens} tokens at most, which the rules in `tune.rewards` judge"
+        );
+        facts.push(("Learns from", text));
+    }
     match method.merges {
         Merges::Factors => facts.push(("Merges", "into the base's weight, as a low-rank change".to_owned())),
         Merges::Weight => facts.push(("Merges", "into a new weight in place of the base's".to_owned())),
@@ -180,7 +187,10 @@ fn example(method: &MethodDocument) -> String {
         Point::Adapter => format!("  tune:\n    adapter: {{{named}}}\n"),
         Point::Init => format!("  tune:\n    adapter: {{…, init: {{{named}}}}}\n"),
         Point::Mixing => format!("  data:\n    mixing: {{{named}}}\n"),
-        Point::Objective => format!("  tune:\n    objective: {{{named}}}\n"),
+        Point::Objective => {
+            let rewards = if method.answers.is_empty() { "" } else { "    rewards: [{method: exact-match}]\n" };
+            format!("  tune:\n    objective: {{{named}}}\n{rewards}")
+        }
         Point::Reward => format!("  tune:\n    rewards: [{{{named}}}]\n"),
         Point::StepRule => format!("  tune:\n    step: {{{named}}}\n"),
         Point::Optimizer => format!("  tune:\n    optimizer: {{{named}}}\n"),
