@@ -156,11 +156,6 @@ impl Params {
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
     }
-
-    /// Number of values in all tensors.
-    pub fn n_values(&self) -> usize {
-        self.tensors.values().map(Tensor::elem_count).sum()
-    }
 }
 
 impl FromIterator<(TensorName, Tensor)> for Params {

@@ -33,7 +33,8 @@ pub fn pull(leaves: &[&Var], outputs: &[(&Tensor, &Tensor)]) -> Result<Vec<Optio
     }
     let Some(total) = total else { return Ok(vec![None; leaves.len()]) };
     let mut gradients = total.backward()?;
-    Ok(leaves.iter().map(|leaf| gradients.remove(leaf.as_tensor())).collect())
+    // What a product's backward makes has a link to the product's other factor: it would keep the graph for as long as the gradient.
+    Ok(leaves.iter().map(|leaf| Some(gradients.remove(leaf.as_tensor())?.detach())).collect())
 }
 
 /// A scalar 0 whose gradient by `y` is `dy`.
@@ -69,6 +70,18 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+
+    #[test]
+    fn a_gradient_keeps_nothing_of_the_graph() -> Result<()> {
+        let [x, w] =
+            [[[1f64, 2.0]], [[3.0, 4.0]]].map(|rows| leaf(&Tensor::new(&rows, &Device::Cpu).unwrap()).unwrap());
+        let y = x.matmul(&w.t()?)?;
+        let found = pull(&[&x, &w], &[(&y, &y.ones_like()?)])?;
+        for gradient in found {
+            assert!(!gradient.unwrap().track_op());
+        }
+        Ok(())
+    }
 
     #[test]
     fn gradients_of_several_outputs_add_up() -> Result<()> {

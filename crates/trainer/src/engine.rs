@@ -65,6 +65,13 @@ pub(crate) struct Shared {
     pub(crate) judge: Option<Judge>,
 }
 
+impl Shared {
+    /// How many numbers train; what a component holds beside them does not count.
+    pub(crate) fn trained_parameters(&self) -> u64 {
+        self.specs.values().map(|spec| spec.shape.iter().product::<usize>() as u64).sum()
+    }
+}
+
 /// Where the time of steps went.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Spent {

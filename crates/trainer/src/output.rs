@@ -97,7 +97,7 @@ pub(crate) fn write(
     let report = Report {
         steps: state.step.0,
         tokens: state.tokens.0,
-        trained_parameters: trained.n_values() as u64,
+        trained_parameters: prepared.shared.trained_parameters(),
         validation: &state.validation,
         data: &prepared.reports,
         documents: prepared

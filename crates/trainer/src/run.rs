@@ -428,7 +428,7 @@ impl<'a> Rank<'a> {
         let summary = Summary {
             steps: self.engine.step,
             tokens: self.tokens,
-            trained_parameters: self.engine.theta.trained().map(|(_, tensor)| tensor.elem_count() as u64).sum(),
+            trained_parameters: self.prepared.shared.trained_parameters(),
             tokens_per_second: self.speed.0 as f64 / self.speed.1.as_secs_f64().max(1e-9),
             peak_memory_bytes: resident::peak_bytes(),
             before: losses(self.validation.first()),

@@ -168,3 +168,19 @@ fn a_factor_that_does_not_train_stays_as_it_started() {
     let (_, fast) = trained("{method: lora, rank: 4, b_lr: 16}", "1");
     assert!((fast / slow - 16.0).abs() < 0.01, "the first step of B is {} times as long", fast / slow);
 }
+
+/// What a component holds and does not train is no parameter of it: VeRA's random matrices, LoRA's A where B trains alone.
+#[test]
+fn a_report_counts_what_trains() {
+    let small = Small::new();
+    let trained = |adapter: &str| {
+        let (_, files) = small.finish(small.plan(&[("tune.adapter", adapter), ("tune.steps", "1")]), 1);
+        let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
+        report["trained_parameters"].as_u64().unwrap()
+    };
+    // Two layers of q (16 by 16) and v (8 by 16).
+    let targets = "targets: [q_proj, v_proj]";
+    assert_eq!(trained(&format!("{{method: vera, rank: 8, {targets}}}")), 2 * (8 + 16 + 8 + 8));
+    assert_eq!(trained(&format!("{{method: lora, rank: 4, trains: b, {targets}}}")), 2 * 4 * (16 + 8));
+    assert_eq!(trained(&format!("{{method: lora, rank: 4, {targets}}}")), 2 * 4 * (32 + 24));
+}
