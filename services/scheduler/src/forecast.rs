@@ -60,7 +60,12 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
         if document.parameters.is_empty() {
             continue;
         }
-        let sites = admit::sites(slot, architecture).ok()?;
+        let mut sites = admit::sites(slot, architecture).ok()?;
+        if document.trains_base {
+            // A weight that is tied to another one trains there.
+            let infos = architecture.tensors();
+            sites.retain(|site| infos.iter().any(|info| info.site == site.id));
+        }
         // What is shared has the sizes of any site: those that it depends on are alike at all.
         for (site, formula) in sites
             .iter()
@@ -81,7 +86,12 @@ fn statistics(admitted: &Admitted) -> Option<u64> {
     let mut bytes = 0.0;
     for (slot, init) in plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?))) {
         let document = Catalogue::embedded().get(&init.method)?;
-        let sites = admit::sites(slot, architecture).ok()?;
+        let mut sites = admit::sites(slot, architecture).ok()?;
+        if document.trains_base {
+            // A weight that is tied to another one trains there.
+            let infos = architecture.tensors();
+            sites.retain(|site| infos.iter().any(|info| info.site == site.id));
+        }
         for (at, site) in sites.iter().enumerate() {
             let is_first = !sites[..at].iter().any(|before| before.reads_with(site));
             let formulas = [(is_first, &document.input_statistics), (true, &document.weight_statistics)];

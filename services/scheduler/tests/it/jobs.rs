@@ -145,13 +145,16 @@ async fn what_a_method_costs_is_in_the_forecast() {
         ("adapter", json!({"method": "lora", "rank": 1})),
         ("adapter", json!({"method": "lora", "rank": 1, "init": {"method": "eva"}})),
         ("adapter", json!({"method": "lora", "rank": 1, "init": {"method": "lora-ga"}})),
+        ("adapter", json!({"method": "full"})),
     ] {
         let mut job = job();
         job["tune"][field] = method;
         let request = v1::CreateJobRequest { spec: Some(message(&job)), validate_only: true, ..Default::default() };
         forecasts.push(client.jobs().create_job(request).await.unwrap().into_inner().forecast.unwrap());
     }
-    let [lora, smart, prefix, compacter, thin, eva, lora_ga] = forecasts.as_slice() else { panic!("{forecasts:?}") };
+    let [lora, smart, prefix, compacter, thin, eva, lora_ga, full] = forecasts.as_slice() else {
+        panic!("{forecasts:?}")
+    };
     // One pass over two copies, and one over three.
     assert_eq!(smart.flops, 5.0 * lora.flops);
     assert!(smart.memory_bytes > lora.memory_bytes);
@@ -164,6 +167,8 @@ async fn what_a_method_costs_is_in_the_forecast() {
     // number.
     let trained = 2 * (4 * (8 + 8) + 3 * (8 + 16)) * 16;
     assert_eq!(eva.memory_bytes - thin.memory_bytes, 2 * 4 * (3 * 8 * 11 + 16 * 19) - trained);
+    // A head that is the embedding counts once.
+    assert_eq!(full.trainable_parameters, full.total_parameters);
     assert_eq!(lora_ga.memory_bytes - thin.memory_bytes, 2 * 4 * (4 * 64 + 3 * 128) - trained);
 }
 
