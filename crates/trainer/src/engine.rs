@@ -26,7 +26,7 @@ use rayon::prelude::*;
 
 use crate::answers::{Judge, Judged};
 use crate::checkpoint::Buffers;
-use crate::guard::Guard;
+use crate::guard::{self, Guard};
 use crate::scope::ByColumn;
 use crate::together::{self, Asked, Company, Piece, Wanted};
 
@@ -489,7 +489,7 @@ impl Engine for RankEngine<'_> {
         let watch = Stopwatch::start();
         let number = self.step.next();
         // A step whose answers are all worth the same teaches nothing, which says nothing of the tensors.
-        let is_silent = self.shared.objective.needs().answers.is_some() && silent(&gradients)?;
+        let is_silent = self.shared.objective.needs().answers.is_some() && guard::silent(&gradients)?;
         if !is_silent {
             self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
         }
@@ -583,18 +583,6 @@ impl Engine for RankEngine<'_> {
     fn rng(&self, purpose: &'static str) -> Rng {
         Rng::new(self.shared.seed, purpose).sub(self.step.0)
     }
-}
-
-/// Whether nothing has a gradient but zero.
-fn silent(gradients: &Grads) -> Result<bool> {
-    for (_, gradient) in gradients.iter() {
-        if let Some(gradient) = gradient
-            && gradient.abs()?.sum_all()?.to_scalar::<f32>()? != 0.0
-        {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 /// The parameters of a slot that trains or not, for export.

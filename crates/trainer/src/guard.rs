@@ -56,6 +56,18 @@ impl Guard {
     }
 }
 
+/// Whether nothing has a gradient but zero.
+pub(crate) fn silent(gradients: &Grads) -> Result<bool> {
+    for (_, gradient) in gradients.iter() {
+        if let Some(gradient) = gradient
+            && gradient.abs()?.sum_all()?.to_scalar::<f32>()? != 0.0
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// The first tensor of a base that holds a value which is not finite.
 ///
 /// # Errors
