@@ -100,7 +100,7 @@ pub(super) struct Config {
     /// Weight of the loss on vectors that are not orthogonal.
     #[schemars(range(min = 0.0, max = 1000.0))]
     orthogonal: f64,
-    /// Parts at single sites, by whole path; the scaling is of `rank` there too.
+    /// Parts at single sites, by whole path, `rank` at most; the scaling is of `rank` there too.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     rank_pattern: BTreeMap<String, u32>,
 }
@@ -176,7 +176,7 @@ impl Method for Adalora {
     type Object = dyn Adapter;
 
     fn build(config: Config, cx: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
-        let faults = Scaling::faults_of("rank_pattern", &config.rank_pattern, 1..=4096);
+        let faults = Scaling::faults_of("rank_pattern", &config.rank_pattern, 1..=config.rank);
         if !faults.is_empty() {
             return Err(faults);
         }
@@ -251,7 +251,8 @@ impl Adapter for Adalora {
             ("total_step", json!(self.steps.max(1))),
         ];
         config.extend(own.into_iter().map(|(key, value)| (key.to_owned(), value)));
-        let kept = |rank: u32| vec![true; rank as usize];
+        // Of the parts that each site started with, PEFT marks those that it kept.
+        let kept = |own: u32| (0..rank).map(|part| part < own).collect::<Vec<bool>>();
         let pattern = self.config.rank_pattern.iter().map(|(site, rank)| (format!("{site}.{E}"), json!(kept(*rank))));
         let pattern: Map<String, Value> = pattern.collect();
         config.insert("rank_pattern".to_owned(), if pattern.is_empty() { Value::Null } else { Value::Object(pattern) });
