@@ -115,13 +115,21 @@ pub fn usual_step(engine: &mut dyn Engine) -> Result<StepReport> {
 /// # Errors
 /// Whatever the engine raises.
 pub fn update_on(engine: &mut dyn Engine, batch: &Batch) -> Result<StepReport> {
+    let (gradients, loss) = gradients_on(engine, batch)?;
+    let grad_norm = engine.update(gradients)?;
+    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
+}
+
+/// The gradient of the job's loss over a batch at the parameters that are being trained, of all ranks.
+///
+/// # Errors
+/// Whatever the engine raises.
+pub fn gradients_on(engine: &mut dyn Engine, batch: &Batch) -> Result<(Grads, LossReport)> {
     let objective = engine.objective();
     let theta = engine.theta().clone();
     let scale = 1.0 / objective.denominator().of(batch.counts);
     let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
-    let (gradients, loss) = engine.reduce(parts)?;
-    let grad_norm = engine.update(gradients)?;
-    Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
+    engine.reduce(parts)
 }
 
 /// The machinery of a run, as a step rule sees it. Every pass takes the parameters that it runs at.

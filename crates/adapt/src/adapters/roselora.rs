@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained};
-use attune_points::engine::{Engine, Source, StepReport, StepRule, Tensors};
+use attune_points::engine::{self, Engine, Source, StepReport, StepRule, Tensors};
 use attune_points::{Error, Locals, Owner, TensorId, TensorName, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
@@ -251,10 +251,8 @@ fn count(share: f64, n: usize) -> usize {
 impl StepRule for Pruning {
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> attune_points::Result<StepReport> {
         let batch = engine.batch(Source::Train)?;
-        let (objective, theta) = (engine.objective(), engine.theta().clone());
-        let scale = 1.0 / objective.denominator().of(batch.counts);
-        let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
-        let (gradients, loss) = engine.reduce(parts)?;
+        let theta = engine.theta().clone();
+        let (gradients, loss) = engine::gradients_on(engine, &batch)?;
         for factor in &mut self.factors {
             let value = factor.held(&theta)?;
             if let Some(gradient) = gradients.get(&factor.id) {

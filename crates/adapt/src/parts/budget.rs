@@ -2,7 +2,7 @@
 //! of them, and may come back until the number stays.
 
 use attune_points::adapter::{Attachment, Trained};
-use attune_points::engine::{Engine, Source, StepReport, StepRule, Tensors};
+use attune_points::engine::{self, Engine, Source, StepReport, StepRule, Tensors};
 use attune_points::{Error, Owner, Result, TensorId, TensorName, Theta};
 use attune_spec::id::Step;
 use candle_core::{Device, Tensor};
@@ -174,10 +174,7 @@ fn value(theta: &Theta, id: &TensorId) -> Result<Tensor> {
 impl StepRule for Budget {
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> Result<StepReport> {
         let batch = engine.batch(Source::Train)?;
-        let (objective, theta) = (engine.objective(), engine.theta().clone());
-        let scale = 1.0 / objective.denominator().of(batch.counts);
-        let parts = engine.grads(&theta, &batch.parts, &*objective, scale)?;
-        let (gradients, loss) = engine.reduce(parts)?;
+        let (gradients, loss) = engine::gradients_on(engine, &batch)?;
         let number = step.next().0;
         let (before, after) = self.falling.ends(self.steps);
         let end = self.steps.saturating_sub(after);
@@ -449,6 +446,22 @@ mod tests {
         assert_eq!(live[2], [3, 3, 3], "before");
         assert_eq!((live[29].iter().sum::<usize>(), live[29][1]), (6, 3), "{:?}", live[29]);
         assert!(live[21..].iter().all(|ranks| *ranks == live[29]), "what is left stays");
+    }
+
+    /// With as many ranks at the end as at the start nothing goes: the steps are the usual ones.
+    #[test]
+    fn with_nothing_to_save_nothing_goes() {
+        let start: Vec<Tensor> = [(3, 4), (3, 1), (5, 3)]
+            .map(|shape| Rng::new(1, "start").normal_tensor(shape, 1.0, DType::F32).unwrap())
+            .to_vec();
+        let gradients = vec![start.clone(); 10];
+        let (mut toy, mut plain) = (Toy::new(&start, gradients.clone()), Toy::new(&start, gradients));
+        let mut rule = toy.rule(Falling { target: 3, every: 1, ..FALLING }, 10);
+        for step in 0..10 {
+            rule.step(Step(step), &mut toy).unwrap();
+            engine::usual_step(&mut plain).unwrap();
+            assert_eq!(toy.values(), plain.values(), "step {step}");
+        }
     }
 
     #[test]

@@ -42,9 +42,6 @@ struct Turned {
     made: Tensor,
 }
 
-/// Gradients by the tensors of components, and by the rows that they were given.
-type Back = (Vec<(TensorId, Option<Tensor>)>, Option<Tensor>);
-
 impl PassCx<'_> {
     /// `y (+)= out(in(x) Wᵀ + b)` on runs of rows with something at their ends. What runs have there goes side by side.
     ///
@@ -232,8 +229,8 @@ impl PassCx<'_> {
         dmade: &[MatRef<'_>],
         sinks: &mut Sinks<'_>,
     ) -> Result<Vec<Option<Tensor>>> {
-        let back = |(turned, dmade): (&Option<Turned>, &MatRef<'_>)| -> Result<Back> {
-            let Some(Turned { leaves, from, made }) = turned else { return Ok(Back::default()) };
+        let back = |(turned, dmade): (&Option<Turned>, &MatRef<'_>)| -> Result<local::Back> {
+            let Some(Turned { leaves, from, made }) = turned else { return Ok(local::Back::default()) };
             let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).chain([from]).collect();
             let mut gradients = autograd::pull(&all, &[(made, &local::tensor(*dmade)?)])?;
             let by_rows = match gradients.pop().flatten() {
@@ -242,7 +239,7 @@ impl PassCx<'_> {
             };
             Ok((leaves.iter().map(|(id, _)| id.clone()).zip(gradients).collect(), Some(by_rows)))
         };
-        let found: Vec<Result<Back>> =
+        let found: Vec<Result<local::Back>> =
             self.meter.time(Work::Adapter, || turned.par_iter().zip(dmade).map(back).collect());
         let mut below = Vec::with_capacity(runs.len());
         for (of, found) in runs.iter().zip(found) {

@@ -144,8 +144,8 @@ pub(crate) fn together<'i, P>(cx: &PassCx<'_>, placed: &'i Placed<'_, P>) -> Vec
     docs.chunk_by(|a, b| a == b).map(of_doc).collect()
 }
 
-/// The gradients by the tensors of a component, and by the rows that it read.
-type Back = (Vec<(TensorId, Option<Tensor>)>, Option<Tensor>);
+/// Gradients by the tensors of components, and by the rows that they read.
+pub(crate) type Back = (Vec<(TensorId, Option<Tensor>)>, Option<Tensor>);
 
 /// The reverse of [`add_components`].
 pub(crate) fn components_vjp(

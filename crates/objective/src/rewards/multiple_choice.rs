@@ -65,15 +65,11 @@ impl Config {
     /// The last letter that a text names.
     fn named(&self, text: &str) -> Option<char> {
         let letters = 'A'..=char::from(b'A' + self.choices - 1);
-        let mut words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
-        let mut last = None;
-        for word in words.by_ref() {
+        let alone = |word: &str| {
             let mut chars = word.chars();
-            if let (Some(letter), None) = (chars.next(), chars.next()) {
-                last = letters.contains(&letter).then_some(letter).or(last);
-            }
-        }
-        last
+            chars.next().filter(|letter| letters.contains(letter) && chars.next().is_none())
+        };
+        text.rsplit(|c: char| !c.is_alphanumeric()).find_map(alone)
     }
 }
 

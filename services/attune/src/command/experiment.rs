@@ -65,9 +65,9 @@ pub(super) fn run(command: &Command, server: &Server, out: &mut Out) -> Result<(
         Command::Run(arguments) => {
             let grid = Grid::read(&arguments.one)?;
             let ran = block_on(grid.run(arguments, server, out));
-            // What was run before somebody stopped it is shown as well.
-            grid.report(out)?;
-            ran
+            // What there is is drawn whatever came of the rest, which is what went wrong first.
+            let drawn = grid.report(out);
+            ran.and(drawn)
         }
         Command::Report(one) => Grid::read(one)?.report(out),
     }

@@ -15,6 +15,13 @@ fn faults_of_a_grid_and_of_its_jobs_are_told_at_once() {
         assert_eq!((ran.status, ran.stdout.as_str()), (2, ""), "{}", ran.all());
         ran.stderr
     };
+    let unreached = {
+        let grid = "version: 1\nname: g\njob: ./text.yaml\nvary: [{name: s, field: tune.seed, values: [1]}]\n";
+        std::fs::write(place.path().join("grid.yaml"), grid).unwrap();
+        place.run(&["experiment", "run", "grid.yaml", "--server", "http://127.0.0.1:1"])
+    };
+    assert_eq!(unreached.status, 1);
+    assert!(unreached.stderr.contains("no server answers at http://127.0.0.1:1"), "{}", unreached.all());
     let jobs = grid("[{name: rank, field: tune.steps, values: [1, 0, -1]}]");
     assert!(jobs.contains("`tune.steps` is 0; expected 1 or more (of rank=0)"), "{jobs}");
     assert!(jobs.contains("(of rank=-1)"), "{jobs}");
