@@ -14,12 +14,12 @@ use attune_objective::{OBJECTIVES, REWARDS};
 use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::adapter::Trained;
 use attune_points::engine::{Job, StepRule};
-use attune_points::objective::{Answers, Needs};
+use attune_points::objective::Needs;
 use attune_points::{Bank, BankKind, Owner, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
 use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
-use attune_spec::method::BuildCx;
+use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
 use crate::answers::{self, Judge};
@@ -127,11 +127,10 @@ pub(crate) fn prepare(
     }
     let weights = weights(plan);
     let tune = FieldPath::from("tune");
-    let cx = BuildCx { steps: Step(0), domains: &weights };
-    let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
-    let answers = objective.needs().answers;
+    let answers = Catalogue::embedded().answers(&plan.objective);
+    let answers = answers.map(|(each, max_tokens)| Room { each: each as u16, max_tokens });
     let packing = Packing {
-        answers: answers.map(|Answers { each, max_tokens, .. }| Room { each, max_tokens }),
+        answers,
         batch_tokens: plan.batch_tokens,
         logical_shards: plan.logical_shards,
         accumulation: plan.accumulation,
@@ -307,7 +306,7 @@ fn of_objective(data: &Dataset, objective: &str, needs: Needs, path: FieldPath) 
 }
 
 /// Whether every prompt leaves room for an answer.
-fn has_room(data: &Dataset, max_length: u32, answers: Answers, path: FieldPath) -> Option<Fault> {
+fn has_room(data: &Dataset, max_length: u32, answers: Room, path: FieldPath) -> Option<Fault> {
     let longest = (max_length - max_length.min(answers.max_tokens)) as usize;
     let long = data.documents().filter(|document| document.prompt_tokens() > longest).count();
     (long > 0).then(|| {

@@ -576,6 +576,17 @@ mod tests {
         }
     }
 
+    /// Rows are packed by what the card says of answers, and these are given as the objective says.
+    #[test]
+    fn its_card_says_what_it_needs() {
+        let config = Config { generations: 5, max_tokens: 33, ..Config::default() };
+        let params = serde_json::to_value(&config).unwrap().as_object().unwrap().clone();
+        let number = |text| attune_spec::method::expression::number(text, &params).unwrap();
+        let needs = Grpo { config }.needs().answers.unwrap();
+        assert_eq!(number(Grpo::CARD.answers), f64::from(needs.each));
+        assert_eq!(number(Grpo::CARD.answer_tokens), f64::from(needs.max_tokens));
+    }
+
     #[test]
     fn a_batch_without_rewards_is_refused() {
         let mut layout = Layout::new();
