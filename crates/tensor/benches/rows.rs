@@ -101,7 +101,7 @@ fn attention(
     let lse = RefCell::new(vec![0.0; rows * heads]);
     let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
     let forwards = |[q, k, v]: [MatRef<'_>; 3], mut o: MatMut<'_>| {
-        time(|| cpu().attention(&how, q, k, v, o.reborrow(), &mut lse.borrow_mut()))
+        time(|| cpu().attention(&how, q, k, v, o.reborrow(), ViewMut::new(&mut lse.borrow_mut(), rows, heads)))
     };
     let mut backwards = |[q, k, v]: [MatRef<'_>; 3], o: MatRef<'_>| {
         time(|| {

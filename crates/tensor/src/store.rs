@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, settle};
 
 /// A number as it lies in memory.
 ///
@@ -44,7 +44,7 @@ pub(crate) fn bytes_mut<T: Number>(values: &mut [T]) -> &mut [u8] {
 ///
 /// # Safety
 /// The memory that an implementation gives out is initialised, aligned to 256 bytes, and may be read and written by the
-/// processor whenever no kernel runs, until [`Owner::release`].
+/// processor whenever no kernel is at work, until [`Owner::release`]; that waits for those that are.
 pub unsafe trait Owner: Send + Sync {
     /// Takes the memory back: nobody uses it any more.
     fn release(&self, start: NonNull<u8>, bytes: usize);
@@ -118,6 +118,21 @@ impl<T: Number> Deref for Store<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
+        settle();
+        self.span()
+    }
+}
+
+impl<T: Number> DerefMut for Store<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        settle();
+        self.span_mut()
+    }
+}
+
+impl<T: Number> Store<T> {
+    /// All numbers, for views of them: what is there is only to be looked at through these, which wait for a device.
+    pub fn span(&self) -> &[T] {
         match &self.0 {
             Held::Host(values) => values,
             // SAFETY: the memory is aligned, initialised, long enough (checked when it was taken) and this value's alone; any
@@ -127,10 +142,9 @@ impl<T: Number> Deref for Store<T> {
             },
         }
     }
-}
 
-impl<T: Number> DerefMut for Store<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
+    /// As [`Store::span`], to be written.
+    pub fn span_mut(&mut self) -> &mut [T] {
         match &mut self.0 {
             Held::Host(values) => values,
             // SAFETY: as above, and the reference to it is the only one.

@@ -1,7 +1,9 @@
 //! Views of rows: what the trunk of a model speaks. A view borrows numbers that live in a buffer of the pass, a memory map
-//! or a candle tensor; it never owns them.
+//! or a candle tensor; it never owns them. Numbers are given out once no device is at work on them any more.
 
 use half::bf16;
+
+use crate::kernels::settle;
 
 /// Rows of `cols` numbers, each `stride` after the one before.
 #[derive(Debug, Clone, Copy)]
@@ -66,11 +68,19 @@ impl<'a, T> View<'a, T> {
     /// # Panics
     /// If there is no such row.
     pub fn row(&self, row: usize) -> &'a [T] {
+        settle();
         &self.data[row * self.stride..][..self.cols]
     }
 
     /// Everything that it spans, from the first number of the first row to the last of the last.
-    pub const fn data(&self) -> &'a [T] {
+    pub fn data(&self) -> &'a [T] {
+        settle();
+        self.data
+    }
+
+    /// The same, for a device: nobody looks at the numbers.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn span(&self) -> &'a [T] {
         self.data
     }
 
@@ -137,11 +147,19 @@ impl<'a, T> ViewMut<'a, T> {
     /// # Panics
     /// If there is no such row.
     pub fn row(&mut self, row: usize) -> &mut [T] {
+        settle();
         &mut self.data[row * self.stride..][..self.cols]
     }
 
     /// Everything that it spans.
-    pub const fn data(&mut self) -> &mut [T] {
+    pub fn data(&mut self) -> &mut [T] {
+        settle();
+        self.data
+    }
+
+    /// The same, for a device: nobody looks at the numbers.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn span(&mut self) -> &mut [T] {
         self.data
     }
 

@@ -4,7 +4,7 @@ use attune_architecture::{Architecture, Place, Projections, QkNorm, Site};
 use attune_points::Result;
 use attune_tensor::kernels::{self, Mask};
 use attune_tensor::ops;
-use attune_tensor::view::MatRef;
+use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::Tensor;
 
 use super::residual::{Joined, Last};
@@ -101,10 +101,13 @@ impl Attention {
         let mut o = cx.arena.mat(cx.n_rows(), cx.architecture().query_width(), cx.dtype);
         let mut lse = cx.arena.take::<f32>(cx.n_rows() * cx.architecture().heads);
         cx.meter.time(Work::Attention, || {
-            cx.kernels.attention(&self.how(cx), q.view(), k, v, o.view_mut(), lse.as_mut());
+            let lse_th = ViewMut::new(lse.span_mut(), cx.n_rows(), cx.architecture().heads);
+            cx.kernels.attention(&self.how(cx), q.view(), k, v, o.view_mut(), lse_th);
         });
         let block = site(&self.sites, Place::Attention)?;
-        cx.meter.time(Work::Adapter, || cx.merge_prefixes(block, q.view(), &mut o, lse.as_mut()))?;
+        if cx.is_prefixed(block) {
+            cx.meter.time(Work::Adapter, || cx.merge_prefixes(block, q.view(), &mut o, lse.as_mut()))?;
+        }
         Ok((o, lse))
     }
 
@@ -305,7 +308,7 @@ impl Block for Attention {
             let Saved { q, k, v, o, lse, .. } = &*saved;
             let (q, k, v, o) = (q.view(), k.view(), v.view(), o.view());
             let (dq, dk, dv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
-            cx.kernels.attention_vjp(&self.how(cx), q, k, v, o, lse.as_ref(), do_th.view(), None, dq, dk, dv);
+            cx.kernels.attention_vjp(&self.how(cx), q, k, v, o, lse.span(), do_th.view(), None, dq, dk, dv);
         });
         if cx.is_prefixed(block) {
             let (q, o, lse) = (saved.q.view(), saved.o.view(), saved.lse.as_ref());

@@ -124,6 +124,18 @@ pub struct Buffer<T: Stored> {
     home: Arena,
 }
 
+impl<T: Stored> Buffer<T> {
+    /// The numbers for views of them and for kernels: nobody looks at them here.
+    pub(crate) fn span(&self) -> &[T] {
+        &self.values.span()[..self.length]
+    }
+
+    /// As [`Buffer::span`], to be written.
+    pub(crate) fn span_mut(&mut self) -> &mut [T] {
+        &mut self.values.span_mut()[..self.length]
+    }
+}
+
 impl<T: Stored> AsRef<[T]> for Buffer<T> {
     fn as_ref(&self) -> &[T] {
         &self.values[..self.length]
@@ -156,12 +168,28 @@ pub struct Rows<T: Stored> {
 impl<T: Stored> Rows<T> {
     /// To be read.
     pub fn view(&self) -> View<'_, T> {
-        View::new(self.buffer.as_ref(), self.rows, self.cols)
+        View::new(self.buffer.span(), self.rows, self.cols)
     }
 
     /// To be written.
     pub fn view_mut(&mut self) -> ViewMut<'_, T> {
-        ViewMut::new(self.buffer.as_mut(), self.rows, self.cols)
+        ViewMut::new(self.buffer.span_mut(), self.rows, self.cols)
+    }
+
+    /// The same numbers as rows of another width.
+    ///
+    /// # Panics
+    /// If they are fewer.
+    pub(crate) fn view_as(&self, rows: usize, cols: usize) -> View<'_, T> {
+        View::new(self.buffer.span(), rows, cols)
+    }
+
+    /// As [`Rows::view_as`], to be written.
+    ///
+    /// # Panics
+    /// If they are fewer.
+    pub(crate) fn view_as_mut(&mut self, rows: usize, cols: usize) -> ViewMut<'_, T> {
+        ViewMut::new(self.buffer.span_mut(), rows, cols)
     }
 
     /// All numbers, row after row.

@@ -36,8 +36,8 @@ impl PassCx<'_> {
     pub(crate) fn norm_heads(&self, site: &Site, x: &Rows<f32>, per_row: usize) -> Result<Rows<f32>> {
         let (rows, width) = (x.n_rows() * per_row, x.n_cols() / per_row);
         let mut y = self.arena.rows(x.n_rows(), x.n_cols());
-        let to = ViewMut::new(y.values_mut(), rows, width);
-        self.norm_into(site, View::new(x.values(), rows, width), per_row, Given::All, to.into())?;
+        let to = y.view_as_mut(rows, width);
+        self.norm_into(site, x.view_as(rows, width), per_row, Given::All, to.into())?;
         Ok(y)
     }
 
@@ -98,8 +98,8 @@ impl PassCx<'_> {
     ) -> Result<Rows<f32>> {
         let (rows, width) = (x.n_rows() * per_row, x.n_cols() / per_row);
         let mut dx = self.arena.zeros(x.n_rows(), x.n_cols());
-        let to = ViewMut::new(dx.values_mut(), rows, width);
-        let (x, dy) = (View::new(x.values(), rows, width), View::new(dy.values(), rows, width));
+        let to = dx.view_as_mut(rows, width);
+        let (x, dy) = (x.view_as(rows, width), dy.view_as(rows, width));
         self.norm_back(site, x, per_row, Given::All, dy, to, sinks)?;
         Ok(dx)
     }

@@ -51,7 +51,8 @@ impl Work {
     }
 }
 
-/// Time spent by a pass, by kind of work.
+/// Time spent by a pass, by kind of work. On a device it is that of telling it what to do; who looks at a result waits for all
+/// that was begun before, within the work that this is part of or beside them all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Times([Duration; Work::ALL.len()]);
 

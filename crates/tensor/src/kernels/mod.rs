@@ -143,6 +143,13 @@ impl Kept {
     }
 }
 
+/// Waits until no device is at work on memory that the processor may look at. What gives out numbers calls it first.
+#[inline]
+pub(crate) fn settle() {
+    #[cfg(feature = "cuda")]
+    cuda::settle();
+}
+
 /// A device that failed: what it was asked for since then has not been done.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{device}: {message}")]
@@ -155,7 +162,9 @@ pub struct Fault {
 
 /// The kernels of a device. Shapes that do not fit are bugs of the caller and panic.
 ///
-/// Views are of memory that the processor may address, on every device: a call ends when its results are there.
+/// Views are of memory that the processor may address, on every device. A call may return while the device is still at work:
+/// whoever looks at numbers, through a view or a [`crate::store::Store`], waits for it there. Slices that a call writes are
+/// written when it returns.
 ///
 /// Inputs of type [`MatRef`] may be f32 or bf16; arithmetic is in f32.
 pub trait Kernels: Send + Sync + fmt::Debug {
@@ -177,7 +186,10 @@ pub trait Kernels: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Whether everything that was asked for so far has been done.
+    /// Waits until everything that was asked for has been done: for clocks, as numbers are waited for where they are read.
+    fn wait(&self) {}
+
+    /// Whether everything that was asked for so far has been done; waits for it.
     ///
     /// # Errors
     /// The first [`Fault`].
@@ -259,7 +271,7 @@ pub trait Kernels: Send + Sync + fmt::Debug {
         k: MatRef<'_>,
         v: MatRef<'_>,
         o: MatMut<'_>,
-        lse_th: &mut [f32],
+        lse_th: ViewMut<'_, f32>,
     );
 
     /// The gradients by `q`, `k` and `v`, from those by `o` and (where given) `lse`; they overwrite.

@@ -246,7 +246,7 @@ impl Kernels for Cpu {
         k: MatRef<'_>,
         v: MatRef<'_>,
         o: MatMut<'_>,
-        lse_th: &mut [f32],
+        lse_th: ViewMut<'_, f32>,
     ) {
         attention::attention(self, how, q, k, v, o, lse_th);
     }

@@ -77,13 +77,14 @@ pub(super) fn forward(
     how: &Attention<'_>,
     [q, k, v]: [MatRef<'_>; 3],
     o: MatMut<'_>,
-    lse_th: &mut [f32],
+    lse_th: ViewMut<'_, f32>,
 ) -> Result<(), Fault> {
     check(how, (q.rows(), q.cols()), (k.rows(), k.cols()), (v.rows(), v.cols()));
-    assert_eq!((o.rows(), o.cols(), lse_th.len()), (q.rows(), q.cols(), q.rows() * how.heads), "attention: results");
+    assert_eq!((o.rows(), o.cols()), (q.rows(), q.cols()), "attention: results");
+    assert_eq!((lse_th.rows(), lse_th.cols(), lse_th.stride()), (q.rows(), how.heads, how.heads), "attention: sums");
     let tiles = tiles(how);
     let (q, k, v) = (work.mat(q)?, work.mat(k)?, work.mat(v)?);
-    let (o, lse) = (work.mat_mut(o, true)?, work.slice_mut(lse_th, true)?);
+    let (o, lse) = (work.mat_mut(o, true)?, work.view_mut(lse_th, true)?.start());
     let (causal, window) = mask(how);
     let (heads, kv_heads) = (how.heads as i32, how.kv_heads as i32);
     let of = args![q, k, v, o, lse, work.slice(&tiles)?, heads, kv_heads, how.scale, causal, window];

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::sys::{CUcontext, CUdeviceptr, CUfunction, CUfunction_attribute, CUmodule, CUstream};
 use cudarc::driver::sys::{
@@ -92,6 +93,14 @@ impl From<cublas::result::CublasError> for Fault {
     }
 }
 
+/// How many devices are at work.
+static AT_WORK: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether any device is at work.
+pub(super) fn at_work() -> bool {
+    AT_WORK.load(Ordering::Acquire) > 0
+}
+
 /// Whether the driver is there.
 fn driver() -> bool {
     // SAFETY: this only tries to load the library.
@@ -138,6 +147,8 @@ pub(super) struct Device {
     functions: HashMap<(&'static str, usize), CUfunction>,
     /// Bytes of shared memory that a block may have.
     shared_limit: i32,
+    /// Whether something was begun since it last rested.
+    at_work: bool,
 }
 
 // SAFETY: the driver's handles may be used from any thread that has made the context its current one, which every entry does.
@@ -198,6 +209,7 @@ impl Device {
             modules: HashMap::new(),
             functions: HashMap::new(),
             shared_limit,
+            at_work: false,
         };
         made.module(0)?;
         Ok(made)
@@ -210,11 +222,22 @@ impl Device {
         Ok(())
     }
 
+    /// Something was begun that nobody waits for now.
+    pub(super) fn begun(&mut self) {
+        if !std::mem::replace(&mut self.at_work, true) {
+            AT_WORK.fetch_add(1, Ordering::Release);
+        }
+    }
+
     /// Waits for everything that was begun.
-    pub(super) fn rest(&self) -> Result<(), Fault> {
+    pub(super) fn rest(&mut self) -> Result<(), Fault> {
         // SAFETY: the stream is this device's own.
-        unsafe { result::stream::synchronize(self.stream)? };
-        Ok(())
+        let rests = unsafe { result::stream::synchronize(self.stream) };
+        // A device that failed works no more either.
+        if std::mem::take(&mut self.at_work) {
+            AT_WORK.fetch_sub(1, Ordering::Release);
+        }
+        Ok(rests?)
     }
 
     pub(super) fn free_bytes(&self) -> Result<(usize, usize), Fault> {
@@ -227,7 +250,7 @@ impl Device {
     }
 
     /// Unified memory of zeros that lies on the device.
-    pub(super) fn unified(&self, bytes: usize) -> Result<CUdeviceptr, Fault> {
+    pub(super) fn unified(&mut self, bytes: usize) -> Result<CUdeviceptr, Fault> {
         self.room(bytes)?;
         let place = self.place();
         // SAFETY: the address is this call's own, of that length.
@@ -259,8 +282,10 @@ impl Device {
         if bytes > free { Err(Fault::Memory { wanted: bytes, free }) } else { Ok(()) }
     }
 
-    pub(super) fn free(&self, at: CUdeviceptr) -> Result<(), Fault> {
+    /// Takes memory back, once nothing is at work on it.
+    pub(super) fn free(&mut self, at: CUdeviceptr) -> Result<(), Fault> {
         self.enter()?;
+        self.rest()?;
         // SAFETY: whoever frees it has it from this device and uses it no more.
         unsafe { result::memory_free(at)? };
         Ok(())

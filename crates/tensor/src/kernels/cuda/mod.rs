@@ -5,7 +5,11 @@
 //! What [`crate::store::Store`] gives for these kernels is unified memory: its addresses mean the same on both sides, and it
 //! lies on the device until the processor looks at it. A matrix that is [kept](Kernels::keep) has a copy on the device for
 //! as long as the guard lives. Any other memory is copied there and back within the call: right, and slow for large ones.
-//! Every call ends with the device at rest, so that a borrow of rows means what it says.
+//!
+//! # When it is done
+//! A call returns when its work has been begun: one stream does it in order. Results in unified memory stay there, and who looks
+//! at them waits first ([`settle`]: views and stores call it), so that a borrow of numbers means what it says. Results for any
+//! other memory are waited for within the call.
 //!
 //! # What is promised
 //! The same call on the same device gives the same bits. Not promised, other than on the processor: that a row's bits do not
@@ -58,12 +62,23 @@ pub fn devices() -> Vec<Found> {
     (0..device::count()).filter_map(|ordinal| device::found(ordinal).ok()).collect()
 }
 
+/// The devices that were opened, by their numbers.
+static OPEN: Mutex<Vec<(usize, &'static Cuda)>> = Mutex::new(Vec::new());
+
+/// Waits until no device is at work.
+#[inline]
+pub(super) fn settle() {
+    if device::at_work() {
+        let open = OPEN.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        open.iter().for_each(|(_, device)| device.wait());
+    }
+}
+
 /// The device of this number, opened once for the life of the process: the libraries are loaded and the kernels compiled.
 ///
 /// # Errors
 /// [`Fault`]: no driver, no such device, a library that is missing or too old.
 pub fn cuda(ordinal: usize) -> Result<&'static Cuda, Fault> {
-    static OPEN: Mutex<Vec<(usize, &'static Cuda)>> = Mutex::new(Vec::new());
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, found)) = open.iter().find(|(other, _)| *other == ordinal) {
         return Ok(found);
@@ -187,7 +202,15 @@ impl Kernels for Cuda {
         Self::free_bytes(self).ok().map(|(free, _)| free as u64)
     }
 
+    fn wait(&self) {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(fault) = device.enter().and_then(|()| device.rest()) {
+            let _ = self.fault.set(fault.within("what was begun before"));
+        }
+    }
+
     fn fault(&self) -> Result<(), crate::kernels::Fault> {
+        self.wait();
         match self.fault.get() {
             Some(fault) => Err(crate::kernels::Fault { device: self.name.clone(), message: fault.to_string() }),
             None => Ok(()),
@@ -355,7 +378,7 @@ impl Kernels for Cuda {
         k: MatRef<'_>,
         v: MatRef<'_>,
         o: MatMut<'_>,
-        lse_th: &mut [f32],
+        lse_th: ViewMut<'_, f32>,
     ) {
         self.run("attention", |work| attention::forward(work, how, [q, k, v], o, lse_th));
     }

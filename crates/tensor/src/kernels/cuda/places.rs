@@ -92,7 +92,7 @@ pub(super) enum Whose {
 }
 
 // SAFETY: unified memory is aligned to 512 bytes, was filled with zeros, and may be addressed by the processor while no kernel
-// runs, which is so between calls.
+// is at work, which whoever gives out its numbers waits for; the device takes it back when it rests.
 unsafe impl Owner for Places {
     fn release(&self, start: NonNull<u8>, _: usize) {
         let start = start.as_ptr() as usize;

@@ -218,7 +218,14 @@ fn attention_is_the_processors() {
                         2e-5,
                         &given,
                         |kernels, [o, lse, dq, dk, dv]| {
-                            kernels.attention(&how, q, k, v, MatMut::F32(ViewMut::new(o, rows, wide)), lse);
+                            kernels.attention(
+                                &how,
+                                q,
+                                k,
+                                v,
+                                MatMut::F32(ViewMut::new(o, rows, wide)),
+                                ViewMut::new(lse, rows, heads),
+                            );
                             let (o, d_o) = (View::new(o, rows, wide), View::new(&d_o, rows, wide));
                             let (dk, dv) = (ViewMut::new(dk, rows, thin), ViewMut::new(dv, rows, thin));
                             let dq = ViewMut::new(dq, rows, wide);
@@ -241,7 +248,14 @@ fn the_last_rows_of_documents_attend_like_the_processors() {
         let how = Attention { heads, kv_heads, head_dim, scale: 0.2, mask, docs: &docs, keys: Some(&keys) };
         both(&format!("{mask:?}"), 2e-5, &[vec![0.0; rows * wide], vec![0.0; rows * heads]], |kernels, [o, lse]| {
             let (q, k, v) = (View::new(&q, rows, wide), View::new(&k, all, thin), View::new(&v, all, thin));
-            kernels.attention(&how, q.into(), k.into(), v.into(), MatMut::F32(ViewMut::new(o, rows, wide)), lse);
+            kernels.attention(
+                &how,
+                q.into(),
+                k.into(),
+                v.into(),
+                MatMut::F32(ViewMut::new(o, rows, wide)),
+                ViewMut::new(lse, rows, heads),
+            );
         });
     }
 }
@@ -264,6 +278,43 @@ fn the_devices_own_memory_is_worked_in_and_given_back() {
     assert!(known(at_x) && known(at_y));
     drop((x, y));
     assert!(!known(at_x) && !known(at_y));
+}
+
+/// Products that keep the device at work for a while, and looks at what they read and write right after each was begun.
+#[test]
+fn who_looks_at_numbers_waits_for_the_device() {
+    let Some(device) = device() else { return };
+    let n = 2048;
+    let [mut a, mut b, mut c, mut d] = std::array::from_fn(|_| Store::<f32>::new(device, n * n));
+    device.fill(ViewMut::new(a.span_mut(), n, n), 1.0);
+    device.fill(ViewMut::new(b.span_mut(), n, n), 1.0);
+    for round in 1..=4 {
+        let ones = |a: &Store<f32>, c: &mut Store<f32>| {
+            let of = Gemm::new(Operand::plain(View::new(a.span(), n, n)), Operand::plain(View::new(b.span(), n, n)));
+            (0..20).for_each(|_| device.gemm(ViewMut::new(c.span_mut(), n, n), &of));
+        };
+        ones(&a, &mut c);
+        // A product that reads these rows is still at work; they change once it has read them.
+        ViewMut::new(a.span_mut(), n, n).row(n - 1).fill(3.0);
+        assert_eq!(View::new(c.span(), n, n).row(n - 1), vec![n as f32; n], "round {round}");
+        ones(&a, &mut d);
+        assert_eq!(d[n * n - 1], 3.0 * n as f32, "round {round}");
+        ViewMut::new(a.span_mut(), n, n).data().fill(1.0);
+        let mut sums = vec![0.0; n];
+        ones(&a, &mut c);
+        device.sum_rows(View::new(c.span(), n, n), &mut sums, false);
+        assert_eq!(sums, vec![(n * n) as f32; n], "round {round}");
+    }
+    ones_given_back(device, n);
+    device.fault().unwrap();
+}
+
+/// Memory goes back while the device is at work on it.
+fn ones_given_back(device: &'static Cuda, n: usize) {
+    let [mut x, mut y] = std::array::from_fn(|_| Store::<f32>::new(device, n * n));
+    device.fill(ViewMut::new(x.span_mut(), n, n), 1.0);
+    let of = Gemm::new(Operand::plain(View::new(x.span(), n, n)), Operand::plain(View::new(x.span(), n, n)));
+    (0..20).for_each(|_| device.gemm(ViewMut::new(y.span_mut(), n, n), &of));
 }
 
 #[test]

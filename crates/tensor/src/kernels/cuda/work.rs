@@ -25,6 +25,11 @@ impl Rows {
         Self { data: 0, stride: 0, narrow: 0 }
     }
 
+    /// Where the first begins.
+    pub(super) const fn start(self) -> Address {
+        Address(self.data)
+    }
+
     /// Without the rows above `row`.
     pub(super) const fn below(self, row: usize) -> Self {
         let width = if self.narrow != 0 { 2 } else { 4 };
@@ -148,12 +153,14 @@ pub(super) struct Work<'d> {
     own: Vec<CUdeviceptr>,
     /// What is brought back at the end: from, to, bytes.
     back: Vec<(CUdeviceptr, *mut u8, usize)>,
+    /// Whether its end is waited for.
+    waited_for: bool,
 }
 
 impl<'d> Work<'d> {
     pub(super) fn new(device: &'d mut Device, places: &'d Places) -> Result<Self, Fault> {
         device.enter()?;
-        Ok(Self { device, places, own: Vec::new(), back: Vec::new() })
+        Ok(Self { device, places, own: Vec::new(), back: Vec::new(), waited_for: false })
     }
 
     /// Memory of this piece of work, with any contents.
@@ -181,8 +188,15 @@ impl<'d> Work<'d> {
         }
     }
 
-    /// Where numbers lie that are written; `kept` if what is there matters.
+    /// Where numbers lie that are written, and that whoever gave them may look at when the work returns; `kept` if what is
+    /// there matters.
     pub(super) fn slice_mut<T: Number>(&mut self, values: &mut [T], kept: bool) -> Result<Address, Fault> {
+        self.waited_for = true;
+        self.span_mut(values, kept)
+    }
+
+    /// As [`Work::slice_mut`], of numbers that are looked at through views.
+    fn span_mut<T: Number>(&mut self, values: &mut [T], kept: bool) -> Result<Address, Fault> {
         let bytes = bytes_mut(values);
         match self.places.find(bytes.as_ptr() as usize, bytes.len()) {
             Some((at, Whose::Both)) => return Ok(Address(at)),
@@ -200,8 +214,8 @@ impl<'d> Work<'d> {
     /// A matrix that is only read.
     pub(super) fn mat(&mut self, x: MatRef<'_>) -> Result<Rows, Fault> {
         Ok(match x {
-            MatRef::F32(view) => Rows { data: self.slice(view.data())?.0, stride: view.stride() as i64, narrow: 0 },
-            MatRef::Bf16(view) => Rows { data: self.slice(view.data())?.0, stride: view.stride() as i64, narrow: 1 },
+            MatRef::F32(view) => Rows { data: self.slice(view.span())?.0, stride: view.stride() as i64, narrow: 0 },
+            MatRef::Bf16(view) => Rows { data: self.slice(view.span())?.0, stride: view.stride() as i64, narrow: 1 },
         })
     }
 
@@ -211,7 +225,7 @@ impl<'d> Work<'d> {
             MatMut::F32(view) => self.view_mut(view, kept),
             MatMut::Bf16(mut view) => {
                 let (stride, kept) = (view.stride() as i64, kept || view.stride() != view.cols());
-                Ok(Rows { data: self.slice_mut(view.data(), kept)?.0, stride, narrow: 1 })
+                Ok(Rows { data: self.span_mut(view.span(), kept)?.0, stride, narrow: 1 })
             }
         }
     }
@@ -219,7 +233,7 @@ impl<'d> Work<'d> {
     /// A matrix of 32 bits that is written.
     pub(super) fn view_mut(&mut self, mut y: ViewMut<'_, f32>, kept: bool) -> Result<Rows, Fault> {
         let (stride, kept) = (y.stride() as i64, kept || y.stride() != y.cols());
-        Ok(Rows { data: self.slice_mut(y.data(), kept)?.0, stride, narrow: 0 })
+        Ok(Rows { data: self.span_mut(y.span(), kept)?.0, stride, narrow: 0 })
     }
 
     /// Begins a kernel.
@@ -242,8 +256,9 @@ impl<'d> Work<'d> {
         Ok(())
     }
 
-    /// Brings results back, and waits until the device rests.
+    /// Brings results back and waits for them, where there are any that the device cannot leave in their place.
     pub(super) fn finish(&mut self) -> Result<(), Fault> {
+        let waited_for = self.waited_for || !self.back.is_empty();
         let mut done = Ok(());
         for (from, to, bytes) in self.back.drain(..) {
             // SAFETY: it is a mutable borrow of this length, which lives until the caller of this work returns.
@@ -259,7 +274,11 @@ impl<'d> Work<'d> {
             let freed = freed.map_err(Fault::from);
             done = done.and(freed);
         }
-        let rests = self.device.rest();
-        done.and(rests)
+        if waited_for || done.is_err() {
+            let rests = self.device.rest();
+            return done.and(rests);
+        }
+        self.device.begun();
+        done
     }
 }

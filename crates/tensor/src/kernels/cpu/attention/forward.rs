@@ -41,13 +41,13 @@ pub(in crate::kernels::cpu) fn attention(
     k: MatRef<'_>,
     v: MatRef<'_>,
     o: MatMut<'_>,
-    lse_th: &mut [f32],
+    lse_th: ViewMut<'_, f32>,
 ) {
     let shape = Shape::new(how, &q, &k, &v);
     let rows = q.rows();
     assert_eq!((o.rows(), o.cols()), (rows, q.cols()), "shape of o");
-    assert_eq!(lse_th.len(), rows * how.heads, "length of lse");
-    let call = Call { shape, q, k, v, o: SharedMat::new(o), lse: Shared::new(ViewMut::new(lse_th, rows, how.heads)) };
+    assert_eq!((lse_th.rows(), lse_th.cols()), (rows, how.heads), "the shape of lse");
+    let call = Call { shape, q, k, v, o: SharedMat::new(o), lse: Shared::new(lse_th) };
     for row in shape.gaps(rows).flatten() {
         call.clear(row);
     }

@@ -112,7 +112,8 @@ impl Case {
         };
         let (q, k, v) = (self.view(&self.q, wide), self.view(&self.k, narrow), self.view(&self.v, narrow));
         let o = MatMut::F32(ViewMut::new(&mut results.o, self.rows, wide));
-        cpu.attention(&self.how(), q.into(), k.into(), v.into(), o, &mut results.lse);
+        let lse = ViewMut::new(&mut results.lse, self.rows, self.heads);
+        cpu.attention(&self.how(), q.into(), k.into(), v.into(), o, lse);
         cpu.attention_vjp(
             &self.how(),
             q.into(),
@@ -138,7 +139,8 @@ impl Case {
         let mut o = vec![bf16::NAN; self.q.len()];
         let mut lse = vec![f32::NAN; self.dlse.len()];
         let (mut dq, mut dk, mut dv) = (self.q.clone(), self.k.clone(), self.v.clone());
-        cpu.attention(&self.how(), q, k, v, MatMut::Bf16(ViewMut::new(&mut o, self.rows, wide_cols)), &mut lse);
+        let to = MatMut::Bf16(ViewMut::new(&mut o, self.rows, wide_cols));
+        cpu.attention(&self.how(), q, k, v, to, ViewMut::new(&mut lse, self.rows, self.heads));
         cpu.attention_vjp(
             &self.how(),
             q,
@@ -178,7 +180,8 @@ impl Case {
         let how = Attention { docs: &docs, keys: Some(&keys), ..self.how() };
         let of_keys = |of| View::new(of, k.len() / narrow, narrow).into();
         let to = MatMut::F32(ViewMut::new(&mut o, rows.len(), wide));
-        cpu.attention(&how, View::new(&q, rows.len(), wide).into(), of_keys(&k), of_keys(&v), to, &mut lse);
+        let sums = ViewMut::new(&mut lse, rows.len(), self.heads);
+        cpu.attention(&how, View::new(&q, rows.len(), wide).into(), of_keys(&k), of_keys(&v), to, sums);
         (rows, o, lse)
     }
 
