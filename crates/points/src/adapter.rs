@@ -92,7 +92,7 @@ pub enum BaseEdit {
     Beside(Locals),
 }
 
-/// Where a component takes part. More ports (router, sequence, side, head) join with their first users.
+/// Where a component takes part. More ports (router, side, head) join with their first users.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
@@ -112,6 +112,8 @@ pub enum Port<'a> {
     Mixture(&'a dyn MixtureMap),
     /// Further keys and values at an attention.
     Attention(&'a dyn AttentionMap),
+    /// Rows before those of each document, at the table of tokens.
+    Sequence(&'a dyn SequenceMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
 }
@@ -176,6 +178,21 @@ pub trait AttentionMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, tensors: &Locals) -> Result<(Tensor, Tensor)>;
+}
+
+/// Rows that enter the stream before those of each document, in the place of embeddings of tokens.
+///
+/// They are rows of the layout ([`crate::Row::Virtual`]), planned where documents are packed: they take positions, count in the
+/// budget of a batch, and are not supervised. Each document has its own, all with the same values.
+pub trait SequenceMap: Send + Sync {
+    /// How many there are, P.
+    fn length(&self) -> usize;
+
+    /// The rows `[P, D]`, in differentiable operations only and valid in f64. They are made once in a pass for each of its parts.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<Tensor>;
 }
 
 /// A map from the rows at a site to rows of its output.
@@ -310,4 +327,6 @@ pub enum PeftTensors {
         /// The local names.
         locals: &'static [&'static str],
     },
+    /// The rows of a prompt, the component's one tensor, under this whole name. Such adapters have no target modules either.
+    Prompt(&'static str),
 }

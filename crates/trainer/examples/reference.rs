@@ -148,6 +148,7 @@ fn write_order(paths: &Paths, plan: &Plan, rates: &[f64]) -> Result<(), Failure>
         logical_shards: plan.logical_shards,
         accumulation: plan.accumulation,
         max_length: plan.max_length,
+        before: Arc::default(),
     };
     let weights: Vec<_> = plan.domains.iter().map(|domain| (domain.name.clone(), domain.weight)).collect();
     let cx = BuildCx { steps: Step(rates.len() as u64), domains: &weights };

@@ -13,6 +13,7 @@ mod golden;
 mod gradients;
 mod low_rank;
 mod passes;
+mod sequences;
 mod support;
 mod walk;
 mod whole;
