@@ -65,7 +65,7 @@ fn method(text: &str) -> MethodRef {
 
 fn build(method: &MethodRef) -> Box<dyn Adapter> {
     ADAPTERS
-        .build(method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[] })
+        .build(method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[], words: None })
         .unwrap_or_else(|faults| panic!("{faults:?}"))
 }
 

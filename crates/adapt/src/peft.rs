@@ -7,8 +7,8 @@ use std::path::Path;
 use attune_architecture::Architecture;
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
-use attune_points::adapter::{Adapter, Attachment, PeftTensors};
-use attune_points::{Params, TensorName, TensorSpec};
+use attune_points::adapter::{Adapter, Attachment, PeftTensors, Port};
+use attune_points::{Locals, Params, TensorName, TensorSpec};
 use attune_spec::Fault;
 use attune_spec::id::Digest;
 use attune_spec::job::Targets;
@@ -182,6 +182,7 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
             }
             let (spelt, columns) = match &peft.tensors {
                 PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
+                PeftTensors::Prompt(name) => ((*name).to_owned(), None),
                 PeftTensors::Each(spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
@@ -247,6 +248,11 @@ pub fn write(
             let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
             config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
         }
+        PeftTensors::Prompt(_) => {
+            let (heads, width) = (architecture.heads, architecture.hidden);
+            let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
+            config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
+        }
         _ => {
             let targets = target_modules(attachments, architecture);
             let whole = targets.iter().any(|name| name.contains('.'));
@@ -272,9 +278,14 @@ pub fn write(
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
     let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-    for place in places(adapter, attachments) {
-        let tensor = params.get(&place.name).ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
-        wholes.entry(place.spelt).or_default().push(tensor.clone());
+    if let PeftTensors::Prompt(name) = peft.tensors {
+        wholes.insert(name.to_owned(), made_rows(adapter, attachments, params)?);
+    } else {
+        for place in places(adapter, attachments) {
+            let tensor = params.get(&place.name);
+            let tensor = tensor.ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
+            wholes.entry(place.spelt).or_default().push(tensor.clone());
+        }
     }
     let mut bytes = Vec::new();
     for (spelt, parts) in wholes {
@@ -308,6 +319,17 @@ pub fn write(
         std::fs::write(folder.join(name), text).map_err(|error| io(&folder.join(name), error))?;
     }
     Ok(())
+}
+
+/// The rows before documents, as a component makes them of its parameters.
+fn made_rows(adapter: &dyn Adapter, attachments: &[Attachment], params: &Params) -> Result<Vec<Tensor>, Error> {
+    let mut made = Vec::new();
+    for at in attachments {
+        let Port::Sequence(map) = adapter.port(at) else { continue };
+        let held = |spec: &TensorSpec| Some((spec.local, params.get(&spec.name(at.site.as_str()))?.clone()));
+        made.push(map.graph(&Locals::new(at.site.as_str(), at.tensors.iter().filter_map(held)))?);
+    }
+    Ok(made)
 }
 
 fn io(path: &Path, source: std::io::Error) -> Error {

@@ -286,7 +286,7 @@ mod tests {
 
     fn loader(domains: &[Domain], packing: Packing, length: Length) -> Loader {
         let weights: Vec<_> = domains.iter().map(|domain| (domain.name.parse().unwrap(), 1.0)).collect();
-        let cx = BuildCx { steps: Step(1), domains: &weights };
+        let cx = BuildCx { steps: Step(1), domains: &weights, words: None };
         let mixing = MIXINGS.build(&MethodRef::named("static"), &"mixing".into(), &cx).unwrap();
         Loader::new(7, domains.to_vec(), mixing, packing, length)
     }

@@ -327,6 +327,7 @@ pub enum PeftTensors {
         /// The local names.
         locals: &'static [&'static str],
     },
-    /// The rows of a prompt, the component's one tensor, under this whole name. Such adapters have no target modules either.
+    /// The rows before documents as the component makes them, whatever it makes them of, under this whole name. Such adapters have
+    /// no target modules either.
     Prompt(&'static str),
 }

@@ -142,7 +142,7 @@ pub(crate) fn prepare(
     fits(&domains, &validation, &packing)?;
     let total_steps = loader(plan, domains.clone(), packing.clone())?.steps(plan.length)?;
 
-    let cx = BuildCx { steps: total_steps, domains: &weights };
+    let cx = BuildCx { steps: total_steps, domains: &weights, words: Some(encoder.tokenizer()) };
     let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
     let mut faults = Vec::new();
     let domains_data = domains.iter().map(|domain| &*domain.data).zip(0..);
@@ -399,7 +399,7 @@ pub(crate) fn loader(plan: &Plan, domains: Vec<Domain>, packing: Packing) -> Res
 pub(crate) fn loader_of(plan: &Plan, domains: Vec<Domain>, packing: Packing, length: Length) -> Result<Loader, Error> {
     let weights = weights(plan);
     // How the shares develop may depend on the number of steps only after that number is known, which needs the shares.
-    let cx = BuildCx { steps: Step(0), domains: &weights };
+    let cx = BuildCx { steps: Step(0), domains: &weights, words: None };
     let mixing = MIXINGS.build(&plan.mixing, &"data.mixing".into(), &cx).map_err(Error::Faults)?;
     Ok(Loader::new(plan.seed, domains, mixing, packing, length))
 }
@@ -420,7 +420,7 @@ pub(crate) fn step_rule(plan: &Plan, total_steps: Step, stack: &Stack) -> Result
         }
         None => {
             let weights = weights(plan);
-            let cx = BuildCx { steps: total_steps, domains: &weights };
+            let cx = BuildCx { steps: total_steps, domains: &weights, words: None };
             STEP_RULES.build(&plan.step, &path, &cx).map_err(Error::Faults)
         }
     }

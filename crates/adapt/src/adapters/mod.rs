@@ -31,7 +31,9 @@ mod lotr;
 mod mora;
 mod nora;
 mod oft;
+mod p_tuning;
 mod prefix_tuning;
+mod prompt_tuning;
 mod psoft;
 mod randlora;
 mod road;
@@ -91,7 +93,9 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<mora::Mora>(),
         entry::<nora::Nora>(),
         entry::<oft::Oft>(),
+        entry::<p_tuning::PTuning>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
@@ -147,6 +151,9 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    // A file has the rows, and no longer what made them.
+    FromPeft { peft_type: Some("P_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
+    FromPeft { peft_type: Some("PROMPT_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
     FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
