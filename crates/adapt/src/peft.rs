@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use attune_architecture::Architecture;
+use attune_architecture::{Architecture, Place as At};
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
 use attune_points::adapter::{Adapter, Attachment, PeftTensors, Port};
@@ -183,7 +183,7 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
             let (spelt, columns) = match &peft.tensors {
                 PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
                 PeftTensors::Prompt(name) => ((*name).to_owned(), None),
-                PeftTensors::Each(spellings) => {
+                PeftTensors::Each(spellings) | PeftTensors::LastLayers(_, spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
                     if suffix.starts_with(ROOT) {
@@ -242,11 +242,24 @@ pub fn write(
     }
     let mut config: BTreeMap<String, Value> = peft.config.into_iter().collect();
     config.insert("base_model_name_or_path".to_owned(), base_name.into());
-    match peft.tensors {
+    match &peft.tensors {
         PeftTensors::Joined { .. } => {
             let (heads, width) = (architecture.kv_heads, architecture.kv_width());
             let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
             config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
+        }
+        PeftTensors::LastLayers(key, _) => {
+            let attached: Vec<&str> = attachments.iter().map(|at| at.site.as_str()).collect();
+            let mut attentions = architecture.sites();
+            attentions.retain(|site| site.place == At::Attention);
+            let from = attentions.len().saturating_sub(attached.len());
+            if !attentions[from..].iter().map(|site| site.id.as_str()).eq(attached.iter().copied()) {
+                let message = "names attentions of other layers than the last ones, which this layout cannot say";
+                return Err(unsupported("target_modules", message));
+            }
+            let name = attached.first().map_or("", |path| path.rsplit('.').next().unwrap_or(path));
+            config.insert("target_modules".to_owned(), name.into());
+            config.insert((*key).to_owned(), attached.len().into());
         }
         PeftTensors::Prompt(_) => {
             let (heads, width) = (architecture.heads, architecture.hidden);

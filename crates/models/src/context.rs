@@ -112,7 +112,7 @@ impl<'a> GraphCx<'a> {
     }
 
     /// What is attached at `site`, in order.
-    fn attached(&self, site: &'a SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
+    pub(crate) fn attached(&self, site: &'a SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
         let (theta, stack) = (self.theta, self.stack);
         theta.bindings.iter().filter_map(move |binding| {
             let bank = theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
@@ -290,7 +290,7 @@ impl<'a> GraphCx<'a> {
     }
 
     /// Runs a component on the rows of each of its sets; others stay.
-    fn by_runs(
+    pub(crate) fn by_runs(
         &self,
         site: &Site,
         (binding, at): (&Binding, &Attachment),

@@ -112,6 +112,8 @@ pub enum Port<'a> {
     Mixture(&'a dyn MixtureMap),
     /// Further keys and values at an attention.
     Attention(&'a dyn AttentionMap),
+    /// Rows that an attention looks at beside its documents.
+    Aside(&'a dyn AsideMap),
     /// Rows before those of each document, at the table of tokens.
     Sequence(&'a dyn SequenceMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
@@ -174,6 +176,17 @@ pub trait AttentionMap: Send + Sync {
 
     /// Keys and values, `[P, K W]` each (K key heads of width W), in differentiable operations only and valid in f64. Keys are
     /// compared as they are: no position turns them.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<(Tensor, Tensor)>;
+}
+
+/// Rows that an attention's own linears make keys and values of, for every document to look at apart from its own: what is found
+/// there is weighed by a gate and added to what is found in the document. No position is taken.
+pub trait AsideMap: Send + Sync {
+    /// The rows `[P, D]`, and the gate `[1]`, in differentiable operations only and valid in f64. Keys of the rows are compared as
+    /// they are: no position turns them.
     ///
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
@@ -327,6 +340,9 @@ pub enum PeftTensors {
         /// The local names.
         locals: &'static [&'static str],
     },
+    /// Each by itself as above, at the attentions of the last layers: the configuration has one name for all of these, and how many
+    /// there are under this key.
+    LastLayers(&'static str, Vec<(&'static str, &'static str)>),
     /// The rows before documents as the component makes them, whatever it makes them of, under this whole name. Such adapters have
     /// no target modules either.
     Prompt(&'static str),

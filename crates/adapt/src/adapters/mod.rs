@@ -3,6 +3,7 @@
 mod abba;
 mod adalora;
 mod adapterfusion;
+mod adaption_prompt;
 mod boft;
 mod bone;
 mod bottleneck;
@@ -65,6 +66,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<abba::Abba>(),
         entry::<adalora::Adalora>(),
         entry::<adapterfusion::Adapterfusion>(),
+        entry::<adaption_prompt::AdaptionPrompt>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
@@ -134,6 +136,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
+    FromPeft { peft_type: Some("ADAPTION_PROMPT"), claims: |_| true, read: adaption_prompt::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },

@@ -15,7 +15,8 @@ use super::{Own, PLAIN};
 use crate::support::{self, Setup, batch, difference};
 use crate::{build, fail};
 
-pub(super) const OWN: [(&str, Own); 2] = [
+pub(super) const OWN: [(&str, Own); 3] = [
+    ("adaption_prompt::a_number_at_each_site_shuts_it_off", shut),
     ("prompt_tuning::documents_know_of_its_rows_by_attention_alone", by_attention),
     ("p_tuning::one_number_moves_all_of_its_rows", moved_together),
 ];
@@ -56,6 +57,35 @@ fn by_attention() -> Result<(), Failed> {
     assert!(unseen < 1e-12, "documents are moved by {unseen}");
     let moved = moves(plain, false)?;
     assert!(moved > 0.1, "a change of weights moves them by {moved}");
+    Ok(())
+}
+
+/// How much a component that was moved from its start moves the logits still, with one number of each site put to 0.
+fn moves_without_one(method: Value, targets: &str, applies: SiteKind, local: &str) -> Result<f64, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), &[applies], DType::F64);
+    setup.disturb(0.3);
+    let off = setup.theta.adapters_off();
+    let without = setup.model.logits(&Pass { theta: &off, layout: &batch(), dropout: None })?;
+    assert!(difference(&setup.logits(&batch())?, &without) > 0.01, "nothing moved");
+    let mut params = setup.params();
+    for (name, tensor) in setup.params().iter().filter(|(name, _)| name.local() == local) {
+        let mut values = tensor.flatten_all()?.to_vec1::<f64>()?;
+        values[0] = 0.0;
+        params.insert(name.clone(), Tensor::from_vec(values, tensor.shape(), tensor.device())?);
+    }
+    setup.theta = setup.with_params(params);
+    Ok(difference(&setup.logits(&batch())?, &without))
+}
+
+/// A gate of 0 is the base exactly, whatever the rows behind it are; no single number of two factors is such a gate.
+fn shut() -> Result<(), Failed> {
+    let gated = json!({"method": "adaption-prompt", "length": 3});
+    let moved = moves_without_one(gated, "all", SiteKind::Attention, "adaption_gate")?;
+    assert_eq!(moved, 0.0);
+    let plain = json!({"method": PLAIN, "rank": 2});
+    let moved = moves_without_one(plain, "all-linear", SiteKind::Linear, "lora_B")?;
+    assert!(moved > 0.01, "one number less and it moves documents by {moved}");
     Ok(())
 }
 
