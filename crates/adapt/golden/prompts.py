@@ -14,6 +14,8 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from transformers import AutoModel  # noqa: E402
+
 import reference as ref  # noqa: E402
 
 ROWS = 20
@@ -26,6 +28,9 @@ CASES = {
     "llama_p_tuning": ("llama", made(num_virtual_tokens=4, encoder_hidden_size=12), 403),
     "gpt2_p_tuning_lstm": ("gpt2", made(num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8), 404),
 }
+
+# name: (base, rows before, rows of the document, seed).
+ENCODERS = {"bert_prompt": ("bert", 4, 12, 405)}
 
 
 def write(name):
@@ -70,10 +75,39 @@ def write(name):
     assert off > 0.1 and least > 1e-5
 
 
+def write_encoder(name):
+    """Rows before the documents of an encoder: all rows after the last block, the mean of a document's, and the gradient of
+    `sum(dy * mean)`."""
+    base, length, rows, seed = ENCODERS[name]
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    load = lambda: AutoModel.from_pretrained(ref.MODELS / base, attn_implementation="eager", dtype=torch.float32).eval()
+    model = peft.get_peft_model(load(), peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=length)).eval()
+    weight = model.prompt_encoder["default"].embedding.weight
+    generator = ref.generator(seed)
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "README.md").unlink()
+    document = ref.document(rows, model.config.vocab_size, seed)
+    hidden = model(input_ids=document.ids[None]).last_hidden_state[0]
+    mean = hidden.mean(0, keepdim=True)
+    dy = torch.randn(mean.shape, generator=generator)
+    (gradient,) = torch.autograd.grad((mean * dy).sum(), [weight])
+    plain = load()(input_ids=document.ids[None]).last_hidden_state[0]
+    ref.save({"hidden": hidden, "mean": mean, "dy": dy} | ref.inputs([document]), folder / "expected.safetensors")
+    ref.save({"prompt_embeddings": gradient}, folder / "gradients.safetensors")
+    off = (hidden[-rows:] - plain).abs().max().item()
+    print(f"{name}: moves hidden rows by {off:.2f}, gradient up to {gradient.abs().max():.1e}")
+    assert off > 0.1 and gradient.abs().max() > 1e-4
+
+
 def main():
     ref.deterministic()
-    for name in sys.argv[1:] or CASES:
-        write(name)
+    for name in sys.argv[1:] or CASES | ENCODERS:
+        (write if name in CASES else write_encoder)(name)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test(format!("golden::{case}::agrees_with_peft"), move || run(case, base))
     };
     let cases = CASES.iter().map(|of| trial(of, run));
-    cases.chain(ENCODERS.iter().map(|of| trial(of, encoder))).collect()
+    let encoders = ENCODERS.iter().map(|of| trial(of, encoder));
+    cases.chain(encoders).chain([trial(&("bert_prompt", "bert"), vectors)]).collect()
 }
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -266,6 +267,33 @@ fn run(case: &str, base_name: &str) -> Result<(), Failed> {
         let transposed = base.architecture().site(site).is_some_and(|site| site.kind.transposed());
         let reference = if transposed { reference.t()? } else { reference };
         assert!(difference(&weight, &reference) < TOLERANCE, "{name}");
+    }
+    Ok(())
+}
+
+/// Rows before the documents of a model that gives vectors: they count in these.
+fn vectors(case: &str, base_name: &str) -> Result<(), Failed> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let golden = here.join("golden").join(case);
+    let opened = |name: &str| open(golden.join(name))?.ok_or_else(|| Failed::from(format!("no {name}")));
+    let (expected, gradients) = (opened("expected.safetensors")?, opened("gradients.safetensors")?);
+    let folder = peft::read(&golden.join("adapter"))?;
+    let base = Base::open(&here.join("../models/golden").join(base_name), Precision::F32)?;
+    let adapter = super::build(serde_json::to_value(&folder.method)?).map_err(super::fail)?;
+    let card = ADAPTERS.card(&folder.method.method).ok_or("no card")?;
+    let mut setup = Setup::on(base, adapter, &folder.targets, card.applies, DType::F32);
+    setup.theta = setup.with_params(folder.params(&*setup.adapter, &setup.attachments)?);
+    let layout = setup.begun(&layout(&expected)?);
+    let pass = Pass { theta: &setup.theta, layout: &layout, dropout: None };
+    let hidden = setup.model.hidden(&pass)?.pop().ok_or("no rows")?;
+    assert!(difference(&hidden, &expected["hidden"]) < TOLERANCE);
+    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+    let vectors = setup.model.embed_grad(&pass, &expected["dy"], &mut sink)?;
+    assert!(difference(&vectors, &expected["mean"]) < TOLERANCE);
+    let reference = &gradients["prompt_embeddings"];
+    for (_, gradient) in sink.iter() {
+        let off = difference(gradient.ok_or("no gradient")?, reference) / largest(reference);
+        assert!(off < TOLERANCE, "the gradient is off by a factor of {off}");
     }
     Ok(())
 }
