@@ -138,6 +138,7 @@ const METHODS: &[&str] = &[
     r#"{"method": "lorma", "rank": 16}"#,
     r#"{"method": "lotr", "rank": 32}"#,
     r#"{"method": "mora", "rank": 16}"#,
+    r#"{"method": "multitask-prompt-tuning"}"#,
     r#"{"method": "nora", "rank": 128, "inner_rank": 16}"#,
     r#"{"method": "oft", "block_size": 16}"#,
     r#"{"method": "p-tuning"}"#,

@@ -19,12 +19,15 @@ from transformers import AutoModel  # noqa: E402
 import reference as ref  # noqa: E402
 
 ROWS = 20
+shared = lambda **how: peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_tasks=1, **how)
 prompt = lambda **how: peft.PromptTuningConfig(task_type="CAUSAL_LM", **how)
 made = lambda **how: peft.PromptEncoderConfig(task_type="CAUSAL_LM", **how)
 # name: (base, configuration, seed).
 CASES = {
     "llama_prompt": ("llama", prompt(num_virtual_tokens=5), 401),
     "gpt2_prompt": ("gpt2", prompt(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"), 402),
+    "llama_multitask": ("llama", shared(num_virtual_tokens=4, num_ranks=1, prompt_tuning_init="SAMPLE_VOCAB"), 406),
+    "gpt2_multitask": ("gpt2", shared(num_virtual_tokens=3, num_ranks=2, prompt_tuning_init="SAMPLE_VOCAB"), 407),
     "llama_p_tuning": ("llama", made(num_virtual_tokens=4, encoder_hidden_size=12), 403),
     "gpt2_p_tuning_lstm": ("gpt2", made(num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8), 404),
 }
@@ -51,21 +54,24 @@ def write(name):
     model.eval()
     document = ref.document(ROWS, model.config.vocab_size, seed)
     # Logits of the rows before the document are among them; no label is.
-    logits = model(input_ids=document.ids[None]).logits[0]
+    # The one task of those that are shared by several.
+    task = {"task_ids": torch.zeros(1, dtype=torch.long)} if isinstance(config, peft.MultitaskPromptTuningConfig) else {}
+    logits = model(input_ids=document.ids[None], **task).logits[0]
     own = logits[-ROWS:]
     loss_sum = F.cross_entropy(own, document.labels, ignore_index=ref.IGNORED, reduction="sum")
     count = (document.labels != ref.IGNORED).sum()
     loss = loss_sum / count
     made_of = dict(encoder.named_parameters())
-    rows = model.get_prompt(1)[0]
+    rows = model.get_prompt(1, **task)[0]
     gradients = torch.autograd.grad(loss, list(made_of.values()))
     base_logits = ref.logits_of(ref.load(ref.MODELS / base), document.ids)
     expected = {"logits": logits, "base_logits": base_logits, "loss": loss.reshape(1)}
     ref.save(expected | ref.inputs([document]), folder / "expected.safetensors")
     loaded = peft.PeftModel.from_pretrained(ref.load(ref.MODELS / base), folder / "adapter").eval()
-    assert torch.equal(loaded(input_ids=document.ids[None]).logits[0], logits), "what was saved is something else"
-    if len(made_of) == 1:
-        ref.save({"prompt_embeddings": gradients[0]}, folder / "gradients.safetensors")
+    assert torch.equal(loaded(input_ids=document.ids[None], **task).logits[0], logits), "what was saved is something else"
+    if len(made_of) == 1 or task:
+        own_name = lambda name: "prompt_embeddings" if name == "embedding.weight" else name
+        ref.save({own_name(name): gradient for name, gradient in zip(made_of, gradients)}, folder / "gradients.safetensors")
     else:
         ref.save({name: weight for name, weight in made_of.items()}, folder / "encoder.safetensors")
         ref.save(dict(zip(made_of, gradients)), folder / "encoder_gradients.safetensors")

@@ -183,6 +183,10 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
             let (spelt, columns) = match &peft.tensors {
                 PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
                 PeftTensors::Prompt(name) => ((*name).to_owned(), None),
+                PeftTensors::Whole(names) => {
+                    let name = names.iter().find(|(local, _)| *local == spec.local);
+                    (name.map_or(spec.local, |(_, name)| name).to_owned(), None)
+                }
                 PeftTensors::Each(spellings) | PeftTensors::LastLayers(_, spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
@@ -261,7 +265,7 @@ pub fn write(
             config.insert("target_modules".to_owned(), name.into());
             config.insert((*key).to_owned(), attached.len().into());
         }
-        PeftTensors::Prompt(_) => {
+        PeftTensors::Prompt(_) | PeftTensors::Whole(_) => {
             let (heads, width) = (architecture.heads, architecture.hidden);
             let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
             config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));

@@ -343,6 +343,8 @@ pub enum PeftTensors {
     /// Each by itself as above, at the attentions of the last layers: the configuration has one name for all of these, and how many
     /// there are under this key.
     LastLayers(&'static str, Vec<(&'static str, &'static str)>),
+    /// Each under a whole name. Such adapters have no target modules.
+    Whole(Vec<(&'static str, &'static str)>),
     /// The rows before documents as the component makes them, whatever it makes them of, under this whole name. Such adapters have
     /// no target modules either.
     Prompt(&'static str),

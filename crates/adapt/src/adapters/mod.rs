@@ -30,6 +30,7 @@ mod loramoe;
 mod lorma;
 mod lotr;
 mod mora;
+mod multitask_prompt_tuning;
 mod nora;
 mod oft;
 mod p_tuning;
@@ -93,6 +94,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
         entry::<mora::Mora>(),
+        entry::<multitask_prompt_tuning::MultitaskPromptTuning>(),
         entry::<nora::Nora>(),
         entry::<oft::Oft>(),
         entry::<p_tuning::PTuning>(),
@@ -152,6 +154,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
+    FromPeft { peft_type: Some("MULTITASK_PROMPT_TUNING"), claims: |_| true, read: multitask_prompt_tuning::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
     // A file has the rows, and no longer what made them.

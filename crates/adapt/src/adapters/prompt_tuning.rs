@@ -32,7 +32,7 @@ use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -132,11 +132,11 @@ impl Method for PromptTuning {
 
 impl PromptTuning {
     /// The tokens whose rows of the table it starts as.
-    fn tokens(&self, vocabulary: usize, rng: &mut Rng) -> attune_points::Result<Vec<u32>> {
-        let length = self.config.length as usize;
+    fn tokens(&self, table: &dyn Weight, rng: &mut Rng) -> attune_points::Result<Vec<u32>> {
         if self.config.start == From::Vocabulary {
-            return Ok((0..length).map(|_| rng.below(vocabulary as u64) as u32).collect());
+            return Ok(prompt::drawn(table, self.config.length, rng));
         }
+        let (vocabulary, length) = (table.shape().0, self.config.length as usize);
         let refused = |message: String| Error::Refused(message);
         let told = self.told.as_ref();
         let told = told.ok_or_else(|| refused("a start from a text needs the base's tokeniser".to_owned()))?;
@@ -159,10 +159,7 @@ impl Adapter for PromptTuning {
         if self.config.start == From::Normal {
             return starts::each(at, rng, |_| Start::Normal(self.config.std));
         }
-        let row = |id: u32| table.rows(id as usize..id as usize + 1, DType::F32);
-        let tokens = self.tokens(table.shape().0, rng)?;
-        let rows = tokens.into_iter().map(row).collect::<attune_points::Result<Vec<_>>>()?;
-        let rows_pd = Tensor::cat(&rows, 0)?;
+        let rows_pd = prompt::rows_at(table, self.tokens(table, rng)?)?;
         starts::each(at, rng, |_| Start::Is(rows_pd.clone()))
     }
 

@@ -1,11 +1,13 @@
 //! Rows before documents: what methods that make them share.
 
 use attune_architecture::{Architecture, Place, Site};
-use attune_points::TensorSpec;
 use attune_points::adapter::{Attachment, Peft, PeftTensors};
 use attune_points::params::Scope;
+use attune_points::{Result, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
+use attune_tensor::rng::Rng;
+use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 /// The most rows of one component.
@@ -31,7 +33,7 @@ pub(crate) fn attach(
     sites: &[Site],
     length: u32,
     tensors: Vec<TensorSpec>,
-) -> Result<Vec<Attachment>, Vec<Fault>> {
+) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
     let mut faults = Vec::new();
     let table = sites.iter().find(|site| site.place == Place::Embedding);
     if table.is_none() {
@@ -47,6 +49,21 @@ pub(crate) fn attach(
         Some(table) if faults.is_empty() => Ok(vec![Attachment { site: table.id.clone(), tensors }]),
         _ => Err(faults),
     }
+}
+
+/// The rows of a table of tokens at these places.
+///
+/// # Errors
+/// A storage that cannot be read.
+pub(crate) fn rows_at(table: &dyn Weight, tokens: impl IntoIterator<Item = u32>) -> Result<Tensor> {
+    let row = |id: u32| table.rows(id as usize..id as usize + 1, DType::F32);
+    let rows = tokens.into_iter().map(row).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&rows, 0)?)
+}
+
+/// So many places of a table of tokens, drawn at random.
+pub(crate) fn drawn(table: &dyn Weight, length: u32, rng: &mut Rng) -> Vec<u32> {
+    (0..length).map(|_| rng.below(table.shape().0 as u64) as u32).collect()
 }
 
 /// PEFT's layout: the rows as they are made, and what is `own` to a method.
@@ -69,7 +86,7 @@ pub(crate) fn peft(peft_type: &str, length: u32, own: &Value) -> Peft {
 ///
 /// # Errors
 /// The fault of a key that says something else.
-pub(crate) fn from_peft(config: &Map<String, Value>) -> Result<(u64, Targets), Vec<Fault>> {
+pub(crate) fn from_peft(config: &Map<String, Value>) -> std::result::Result<(u64, Targets), Vec<Fault>> {
     let said = |key: &str| config.get(key).cloned().unwrap_or_default();
     let length = said("num_virtual_tokens").as_u64().filter(|length| (1..=LENGTH_MAX).contains(length));
     let Some(length) = length else {

@@ -55,6 +55,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("loldu", &[("rank", 5)]),
     ("lotr", &[("rank", 4)]),
     ("mora", &[("rank", 2)]),
+    ("multitask-prompt-tuning", &[("length", 4), ("rank", 2)]),
     ("nora", &[("rank", 6), ("inner_rank", 2), ("alpha", 4)]),
     ("oft", &[("block_size", 4)]),
     ("p-tuning", &[("length", 4), ("hidden", 5)]),

@@ -18,6 +18,7 @@ fn rows_that_were_trained_are_those_that_an_adapter_has() {
     for adapter in [
         "{method: prompt-tuning, length: 4}",
         "{method: p-tuning, length: 4, hidden: 8}",
+        "{method: multitask-prompt-tuning, length: 4, rank: 2}",
         "{method: p-tuning, length: 3, hidden: 8, encoder: lstm}",
     ] {
         let changes = [("tune.adapter", adapter), ("tune.from_scratch", "false"), ("tune.steps", "40"), ROOM];

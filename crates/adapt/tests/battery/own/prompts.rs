@@ -15,7 +15,8 @@ use super::{Own, PLAIN};
 use crate::support::{self, Setup, batch, difference};
 use crate::{build, fail};
 
-pub(super) const OWN: [(&str, Own); 3] = [
+pub(super) const OWN: [(&str, Own); 4] = [
+    ("multitask_prompt_tuning::one_number_scales_a_column_of_its_rows", scaled_together),
     ("adaption_prompt::a_number_at_each_site_shuts_it_off", shut),
     ("prompt_tuning::documents_know_of_its_rows_by_attention_alone", by_attention),
     ("p_tuning::one_number_moves_all_of_its_rows", moved_together),
@@ -86,6 +87,15 @@ fn shut() -> Result<(), Failed> {
     let plain = json!({"method": PLAIN, "rank": 2});
     let moved = moves_without_one(plain, "all-linear", SiteKind::Linear, "lora_B")?;
     assert!(moved > 0.01, "one number less and it moves documents by {moved}");
+    Ok(())
+}
+
+/// Of an entry of the rows of a prompt of its own there is no such number, nor of a change of weights.
+fn scaled_together() -> Result<(), Failed> {
+    let moved = |method: Value| rows_moved(method);
+    assert_eq!(moved(json!({"method": "multitask-prompt-tuning", "length": 5}))?, (5, 5));
+    assert_eq!(moved(json!({"method": "prompt-tuning", "length": 5}))?, (1, 5));
+    assert_eq!(moved(json!({"method": PLAIN, "rank": 1}))?, (0, 0));
     Ok(())
 }
 
