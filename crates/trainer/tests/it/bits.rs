@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 33] = [
+const KINDS: [(&str, &[(&str, &str)]); 34] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -31,6 +31,7 @@ const KINDS: [(&str, &[(&str, &str)]); 33] = [
         "prompt and answers used again",
         &[PROMPT[0], PROMPT[1], USED_AGAIN[0], ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[3]],
     ),
+    ("smooth prompt", &[PROMPT[0], PROMPT[1], ("tune.step", SMART)]),
     ("rows aside", &[("tune.adapter", "{method: adaption-prompt, length: 3}")]),
     ("bottleneck", &[("tune.adapter", "{method: bottleneck, reduction: 4, activation: silu}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),

@@ -48,6 +48,32 @@ fn rows_that_were_trained_are_those_that_an_adapter_has() {
     }
 }
 
+/// What is measured before a start is measured after the rows of an adapter that is there, which have other numbers in the stack than
+/// in what is measured.
+#[test]
+fn a_start_that_looks_at_data_looks_behind_the_rows_of_an_adapter() {
+    let small = Small::with_weights();
+    let plain = [("tune.adapter", "{method: prompt-tuning, length: 4}"), ("tune.from_scratch", "false"), ROOM];
+    let (request, work) = small.request(small.plan(&plain), 1, None);
+    run(&request, &Outside::default()).unwrap();
+    std::fs::rename(work.path().join("adapter"), small.path("prompt")).unwrap();
+    for start in ["{method: eva, examples: 9}", "{method: lora-ga}"] {
+        let lora = format!("{{method: lora, rank: 2, init: {start}}}");
+        // Behind another slot that trains, the one that is there is the first in what is measured.
+        let stack = format!("[{lora}, {{name: a, from: ./prompt, train: false}}]");
+        let changes = [
+            ("tune.adapter", "null"),
+            ("tune.stack", stack.as_str()),
+            ("tune.from_scratch", "false"),
+            ("tune.logical_shards", "2"),
+            ROOM,
+        ];
+        let (events, _) = small.finish(small.plan(&changes), 1);
+        let losses = metric(&events, "eval/sums/loss");
+        assert!(losses[1] < losses[0], "{start}: {losses:?}");
+    }
+}
+
 /// Rows that start as a text are that text before every document: the loss of the base on data that has it there.
 #[test]
 fn a_start_from_a_text_is_that_text_before_every_document() {
