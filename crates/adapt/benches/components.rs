@@ -65,7 +65,7 @@ fn method(text: &str) -> MethodRef {
 
 fn build(method: &MethodRef) -> Box<dyn Adapter> {
     ADAPTERS
-        .build(method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[] })
+        .build(method, &"adapter".into(), &BuildCx { steps: Step(1), domains: &[], words: None })
         .unwrap_or_else(|faults| panic!("{faults:?}"))
 }
 
@@ -114,6 +114,7 @@ impl Objective for CrossEntropy {
 const METHODS: &[&str] = &[
     r#"{"method": "abba", "rank_1": 8, "rank_2": 8}"#,
     r#"{"method": "adalora", "rank": 16, "target_rank": 8}"#,
+    r#"{"method": "adaption-prompt"}"#,
     r#"{"method": "boft", "block_size": 8}"#,
     r#"{"method": "bone", "rank": 32}"#,
     r#"{"method": "bottleneck", "reduction": 8}"#,
@@ -137,9 +138,12 @@ const METHODS: &[&str] = &[
     r#"{"method": "lorma", "rank": 16}"#,
     r#"{"method": "lotr", "rank": 32}"#,
     r#"{"method": "mora", "rank": 16}"#,
+    r#"{"method": "multitask-prompt-tuning"}"#,
     r#"{"method": "nora", "rank": 128, "inner_rank": 16}"#,
     r#"{"method": "oft", "block_size": 16}"#,
+    r#"{"method": "p-tuning"}"#,
     r#"{"method": "prefix-tuning"}"#,
+    r#"{"method": "prompt-tuning"}"#,
     r#"{"method": "psoft", "rank": 96}"#,
     r#"{"method": "randlora"}"#,
     r#"{"method": "road", "group_size": 16}"#,
@@ -196,6 +200,8 @@ impl Measured {
 
 /// Seconds of the clock and of all processors, and the loss.
 fn step(model: &Model, theta: &Theta, layouts: &[Layout]) -> (f64, f64, f64) {
+    let before = model.rows_before(theta);
+    let layouts: Vec<Layout> = layouts.iter().map(|layout| layout.begun_with(&before)).collect();
     let (watch, cpu) = (Stopwatch::start(), cpu_seconds());
     let passes: Vec<Pass<'_>> = layouts.iter().map(|layout| Pass { theta, layout, dropout: None }).collect();
     let mut sinks: Vec<Grads> = passes.iter().map(|_| Grads::wanting(theta.trained().map(|(id, _)| id))).collect();

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use attune_architecture::Architecture;
+use attune_architecture::{Architecture, Place as At};
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
-use attune_points::adapter::{Adapter, Attachment, PeftTensors};
-use attune_points::{Params, TensorName, TensorSpec};
+use attune_points::adapter::{Adapter, Attachment, PeftTensors, Port};
+use attune_points::{Locals, Params, TensorName, TensorSpec};
 use attune_spec::Fault;
 use attune_spec::id::Digest;
 use attune_spec::job::Targets;
@@ -182,7 +182,12 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
             }
             let (spelt, columns) = match &peft.tensors {
                 PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
-                PeftTensors::Each(spellings) => {
+                PeftTensors::Prompt(name) => ((*name).to_owned(), None),
+                PeftTensors::Whole(names) => {
+                    let name = names.iter().find(|(local, _)| *local == spec.local);
+                    (name.map_or(spec.local, |(_, name)| name).to_owned(), None)
+                }
+                PeftTensors::Each(spellings) | PeftTensors::LastLayers(_, spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
                     if suffix.starts_with(ROOT) {
@@ -241,9 +246,27 @@ pub fn write(
     }
     let mut config: BTreeMap<String, Value> = peft.config.into_iter().collect();
     config.insert("base_model_name_or_path".to_owned(), base_name.into());
-    match peft.tensors {
+    match &peft.tensors {
         PeftTensors::Joined { .. } => {
             let (heads, width) = (architecture.kv_heads, architecture.kv_width());
+            let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
+            config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
+        }
+        PeftTensors::LastLayers(key, _) => {
+            let attached: Vec<&str> = attachments.iter().map(|at| at.site.as_str()).collect();
+            let mut attentions = architecture.sites();
+            attentions.retain(|site| site.place == At::Attention);
+            let from = attentions.len().saturating_sub(attached.len());
+            if !attentions[from..].iter().map(|site| site.id.as_str()).eq(attached.iter().copied()) {
+                let message = "names attentions of other layers than the last ones, which this layout cannot say";
+                return Err(unsupported("target_modules", message));
+            }
+            let name = attached.first().map_or("", |path| path.rsplit('.').next().unwrap_or(path));
+            config.insert("target_modules".to_owned(), name.into());
+            config.insert((*key).to_owned(), attached.len().into());
+        }
+        PeftTensors::Prompt(_) | PeftTensors::Whole(_) => {
+            let (heads, width) = (architecture.heads, architecture.hidden);
             let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
             config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
         }
@@ -272,9 +295,14 @@ pub fn write(
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
     let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-    for place in places(adapter, attachments) {
-        let tensor = params.get(&place.name).ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
-        wholes.entry(place.spelt).or_default().push(tensor.clone());
+    if let PeftTensors::Prompt(name) = peft.tensors {
+        wholes.insert(name.to_owned(), made_rows(adapter, attachments, params)?);
+    } else {
+        for place in places(adapter, attachments) {
+            let tensor = params.get(&place.name);
+            let tensor = tensor.ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
+            wholes.entry(place.spelt).or_default().push(tensor.clone());
+        }
     }
     let mut bytes = Vec::new();
     for (spelt, parts) in wholes {
@@ -308,6 +336,17 @@ pub fn write(
         std::fs::write(folder.join(name), text).map_err(|error| io(&folder.join(name), error))?;
     }
     Ok(())
+}
+
+/// The rows before documents, as a component makes them of its parameters.
+fn made_rows(adapter: &dyn Adapter, attachments: &[Attachment], params: &Params) -> Result<Vec<Tensor>, Error> {
+    let mut made = Vec::new();
+    for at in attachments {
+        let Port::Sequence(map) = adapter.port(at) else { continue };
+        let held = |spec: &TensorSpec| Some((spec.local, params.get(&spec.name(at.site.as_str()))?.clone()));
+        made.push(map.graph(&Locals::new(at.site.as_str(), at.tensors.iter().filter_map(held)))?);
+    }
+    Ok(made)
 }
 
 fn io(path: &Path, source: std::io::Error) -> Error {

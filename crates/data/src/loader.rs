@@ -27,7 +27,7 @@ pub struct Room {
 }
 
 /// How documents are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packing {
     /// Tokens in one batch; each logical shard gets its part.
     pub batch_tokens: u32,
@@ -39,6 +39,8 @@ pub struct Packing {
     pub max_length: u32,
     /// The answers in place of which rows are packed, if the model gives them itself: a row takes as much as they may.
     pub answers: Option<Room>,
+    /// The rows that components put before those of every document: they take room, and are none of its tokens.
+    pub before: Arc<[Row]>,
 }
 
 impl Packing {
@@ -47,15 +49,16 @@ impl Packing {
         (self.batch_tokens / self.logical_shards) as usize
     }
 
-    /// Tokens that a row of `data` may become.
+    /// Tokens that a row of `data` may become, with the rows before its documents.
     ///
     /// # Panics
     /// If there is no row of this index.
     pub fn tokens_of(&self, data: &Dataset, index: usize) -> usize {
         match self.answers {
-            None => data.tokens_of(index),
+            None => data.row(index).map(|document| self.before.len() + document.ids.len()).sum(),
             Some(Room { each, max_tokens }) => {
-                let longest = |document: Document<'_>| document.prompt_tokens() + max_tokens as usize;
+                let longest =
+                    |document: Document<'_>| self.before.len() + document.prompt_tokens() + max_tokens as usize;
                 usize::from(each) * data.row(index).map(longest).sum::<usize>()
             }
         }
@@ -137,7 +140,7 @@ impl Loader {
             self.stream.take(domain, tokens);
             push(&mut layout, data, domain, index);
         }
-        layout
+        layout.begun_with(&self.packing.before)
     }
 
     /// Tells what the step showed, for the mixing method.
@@ -229,17 +232,18 @@ fn push(layout: &mut Layout, data: &Dataset, domain: usize, index: usize) {
     }
 }
 
-/// The documents of a validation set in file order, packed into batches of at most `tokens`.
-pub fn in_order(data: &Dataset, tokens: usize) -> Vec<Layout> {
+/// The documents of a validation set in file order, each after the rows `before`, packed into batches of at most `tokens`.
+pub fn in_order(data: &Dataset, tokens: usize, before: &[Row]) -> Vec<Layout> {
     let mut layouts = Vec::new();
     let mut layout = Layout::new();
     for index in 0..data.len() {
-        if layout.n_rows() > 0 && layout.n_rows() + data.tokens_of(index) > tokens {
-            layouts.push(std::mem::take(&mut layout));
+        let documents = layout.docs().len() + data.row(index).count();
+        if layout.n_rows() > 0 && layout.n_rows() + data.tokens_of(index) + documents * before.len() > tokens {
+            layouts.push(std::mem::take(&mut layout).begun_with(before));
         }
         push(&mut layout, data, 0, index);
     }
-    layouts.push(layout);
+    layouts.push(layout.begun_with(before));
     layouts
 }
 
@@ -249,19 +253,19 @@ pub fn largest(packing: &Packing, views: &[View]) -> Layout {
     let answers = packing.answers.map(|answers| (0..answers.each).map(View::Sample).collect::<Vec<_>>());
     let views = answers.as_deref().unwrap_or(views);
     let mut layout = Layout::new();
-    let mut left = packing.shard_tokens();
+    let (mut left, before) = (packing.shard_tokens(), packing.before.len());
     // A row's documents together fit the budget, and each has a token to learn.
-    let longest = (packing.max_length as usize).min(left / views.len()).max(1);
-    while left >= 2 * views.len() {
-        let length = (left / views.len()).min(longest);
+    let longest = (packing.max_length as usize).min((left / views.len()).saturating_sub(before)).max(1);
+    while left >= (before + 2) * views.len() {
+        let length = (left / views.len() - before).min(longest);
         let group = layout.docs().last().map_or(0, |doc| doc.group + 1);
         for &view in views {
-            left -= length;
+            left -= before + length;
             let rows = (0..length).map(|row| (Row::Token(0), if row + 1 < length { 0 } else { NO_LABEL }));
             layout.push(DocSource { view, group: Some(group), ..DocSource::default() }, rows);
         }
     }
-    layout
+    layout.begun_with(&packing.before)
 }
 
 #[cfg(test)]
@@ -282,13 +286,21 @@ mod tests {
 
     fn loader(domains: &[Domain], packing: Packing, length: Length) -> Loader {
         let weights: Vec<_> = domains.iter().map(|domain| (domain.name.parse().unwrap(), 1.0)).collect();
-        let cx = BuildCx { steps: Step(1), domains: &weights };
+        let cx = BuildCx { steps: Step(1), domains: &weights, words: None };
         let mixing = MIXINGS.build(&MethodRef::named("static"), &"mixing".into(), &cx).unwrap();
         Loader::new(7, domains.to_vec(), mixing, packing, length)
     }
 
-    const PACKING: Packing =
-        Packing { batch_tokens: 60, logical_shards: 3, accumulation: 1, max_length: 12, answers: None };
+    fn packing() -> Packing {
+        Packing {
+            batch_tokens: 60,
+            logical_shards: 3,
+            accumulation: 1,
+            max_length: 12,
+            answers: None,
+            before: Arc::default(),
+        }
+    }
 
     /// The documents of some steps, as (domain, example), shard by shard.
     fn documents(loader: &mut Loader, from: u64, steps: u64) -> Vec<(u16, u64)> {
@@ -300,7 +312,7 @@ mod tests {
 
     #[test]
     fn labels_are_the_next_tokens_and_documents_start_anew() {
-        let mut loader = loader(&[domain("a", &[3, 4])], PACKING, Length::Steps(1));
+        let mut loader = loader(&[domain("a", &[3, 4])], packing(), Length::Steps(1));
         let batch = loader.batch(Step(0)).unwrap();
         let layout = &batch.parts[0].1;
         for doc in layout.docs() {
@@ -317,8 +329,8 @@ mod tests {
     #[test]
     fn regrouping_into_accumulated_batches_gives_the_same_micro_batches() {
         let domains = [domain("a", &[3, 9, 12, 5]), domain("b", &[2, 7, 7])];
-        let whole = Packing { batch_tokens: 120, logical_shards: 6, ..PACKING };
-        let halves = Packing { batch_tokens: 60, logical_shards: 3, accumulation: 2, ..PACKING };
+        let whole = Packing { batch_tokens: 120, logical_shards: 6, ..packing() };
+        let halves = Packing { batch_tokens: 60, logical_shards: 3, accumulation: 2, ..packing() };
         let mut a = loader(&domains, whole, Length::Steps(1));
         let mut b = loader(&domains, halves, Length::Steps(1));
         for step in 0..5 {
@@ -330,14 +342,14 @@ mod tests {
     #[test]
     fn epochs_show_every_document_that_often_and_the_last_step_may_be_short() {
         let domains = [domain("a", &[3, 9, 12, 5, 6])];
-        let mut counted = loader(&domains, PACKING, Length::Epochs(2.0));
+        let mut counted = loader(&domains, packing(), Length::Epochs(2.0));
         let steps = counted.steps(Length::Epochs(2.0)).unwrap().0;
         let mut found = documents(&mut counted, 0, steps);
         assert!(documents(&mut counted, steps, 1).is_empty());
         found.sort_unstable();
         let expected: Vec<(u16, u64)> = (0..5).flat_map(|i| [(0, i), (0, i)]).collect();
         assert_eq!(found, expected);
-        let mut by_tokens = loader(&domains, PACKING, Length::Tokens(100));
+        let mut by_tokens = loader(&domains, packing(), Length::Tokens(100));
         let steps = by_tokens.steps(Length::Tokens(100)).unwrap().0;
         documents(&mut by_tokens, 0, steps);
         let tokens: u64 = by_tokens.counters().tokens.iter().sum();
@@ -347,15 +359,38 @@ mod tests {
     #[test]
     fn validation_sets_are_packed_in_file_order() {
         let data = domain("a", &[3, 9, 12, 5, 6]).data;
-        let layouts = in_order(&data, 20);
+        let layouts = in_order(&data, 20, &[]);
         let examples: Vec<Vec<u64>> =
             layouts.iter().map(|layout| layout.docs().iter().map(|doc| doc.example).collect()).collect();
         assert_eq!(examples, [vec![0, 1], vec![2, 3], vec![4]]);
     }
 
     #[test]
+    fn rows_before_documents_take_room_and_are_no_tokens_of_theirs() {
+        let before: Arc<[Row]> = [0, 1, 2].map(|index| Row::Virtual { slot: 0, index }).into();
+        let data = domain("a", &[3, 9, 12, 5, 6]).data;
+        let layouts = in_order(&data, 20, &before);
+        let lengths: Vec<Vec<usize>> =
+            layouts.iter().map(|layout| layout.docs().iter().map(attune_points::Doc::n_rows).collect()).collect();
+        assert_eq!(lengths, [vec![6, 12], vec![15], vec![8, 9]]);
+        let with = Packing { before: Arc::clone(&before), ..packing() };
+        let layout = largest(&with, &[View::Main]);
+        let lengths: Vec<usize> = layout.docs().iter().map(attune_points::Doc::n_rows).collect();
+        assert_eq!((lengths, layout.counts().tokens), (vec![15, 5], 12));
+        let mut loader = loader(&[domain("a", &[3, 9, 12, 5, 6])], with.clone(), Length::Steps(4));
+        for (_, layout) in loader.batch(Step(0)).unwrap().parts {
+            assert!(layout.n_rows() <= with.shard_tokens());
+            for doc in layout.docs() {
+                let rows = &layout.rows()[doc.rows.start as usize..doc.rows.end as usize];
+                assert_eq!(rows[..3], before[..]);
+                assert!(rows[3..].iter().all(|row| matches!(row, Row::Token(_))));
+            }
+        }
+    }
+
+    #[test]
     fn the_largest_micro_batch_is_full_of_longest_documents() {
-        let layout = largest(&PACKING, &[View::Main]);
+        let layout = largest(&packing(), &[View::Main]);
         let lengths: Vec<usize> = layout.docs().iter().map(attune_points::Doc::n_rows).collect();
         assert_eq!(lengths, [12, 8]);
         assert_eq!(layout.counts().tokens, 18);
@@ -369,12 +404,12 @@ mod tests {
             cut in 0u64..6,
         ) {
             let domains = [domain("a", &a), domain("b", &b)];
-            let mut whole = loader(&domains, PACKING, Length::Steps(6));
+            let mut whole = loader(&domains, packing(), Length::Steps(6));
             let all = documents(&mut whole, 0, 6);
-            let mut first = loader(&domains, PACKING, Length::Steps(6));
+            let mut first = loader(&domains, packing(), Length::Steps(6));
             let before = documents(&mut first, 0, cut);
             let state = serde_json::to_string(&first.state()).unwrap();
-            let mut second = loader(&domains, PACKING, Length::Steps(6));
+            let mut second = loader(&domains, packing(), Length::Steps(6));
             second.restore(serde_json::from_str(&state).unwrap()).unwrap();
             let after = documents(&mut second, cut, 6 - cut);
             prop_assert_eq!(&[before, after].concat(), &all);
@@ -387,9 +422,9 @@ mod tests {
                     prop_assert_eq!(epoch, (0..lengths.len() as u64).collect::<Vec<_>>());
                 }
             }
-            let mut sizes = loader(&domains, PACKING, Length::Steps(6));
+            let mut sizes = loader(&domains, packing(), Length::Steps(6));
             for (_, layout) in sizes.batch(Step(0)).unwrap().parts {
-                prop_assert!(layout.n_rows() <= PACKING.shard_tokens());
+                prop_assert!(layout.n_rows() <= packing().shard_tokens());
             }
         }
     }

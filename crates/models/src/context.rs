@@ -8,13 +8,14 @@ use std::ops::Range;
 use attune_architecture::{NormKind, Site, SiteId};
 use attune_points::adapter::{Attachment, EndMap, Port, RowCx, RowMap, WeightMap};
 use attune_points::error::Context as _;
-use attune_points::{BankKind, Binding, Error, Layout, Locals, Owner, Result, Rows, TensorId, Theta};
+use attune_points::{BankKind, Binding, Error, Layout, Locals, Owner, Result, Row, Rows, TensorId, Theta};
 use attune_tensor::{FrozenWeight, frozen, ops};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::dropout::{Dropout, RowMasks};
+use crate::pass::sequence;
 use crate::stack::{self, Stack};
 
 /// Tensors whose gradient is asked for in the pass at hand, as leaves of the local graph.
@@ -111,7 +112,7 @@ impl<'a> GraphCx<'a> {
     }
 
     /// What is attached at `site`, in order.
-    fn attached(&self, site: &'a SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
+    pub(crate) fn attached(&self, site: &'a SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
         let (theta, stack) = (self.theta, self.stack);
         theta.bindings.iter().filter_map(move |binding| {
             let bank = theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
@@ -262,8 +263,34 @@ impl<'a> GraphCx<'a> {
         Ok(before)
     }
 
+    /// The embeddings `x_td` with the rows that components put before documents in their places.
+    pub(crate) fn begin(&self, tokens: &Site, x_td: Tensor) -> Result<Tensor> {
+        sequence::check(self.stack, self.theta, self.layout, |_| false)?;
+        let mut from: Vec<u32> = (0..self.layout.n_rows() as u32).collect();
+        let mut end = from.len() as u32;
+        let mut made = vec![x_td];
+        for (binding, at, port) in self.attached(&tokens.id) {
+            let Port::Sequence(map) = port else { continue };
+            let mut first: BTreeMap<u32, u32> = BTreeMap::new();
+            for (at_row, row) in (0..).zip(self.layout.rows()) {
+                let Row::Virtual { slot, index } = *row else { continue };
+                let Some(set) = set_of(&binding.rows, at_row).filter(|_| slot == binding.slot) else { continue };
+                if let Entry::Vacant(entry) = first.entry(set) {
+                    made.push(map.graph(&self.locals(binding.slot, set, at)?)?);
+                    entry.insert(end);
+                    end += map.length() as u32;
+                }
+                from[at_row as usize] = first[&set] + index;
+            }
+        }
+        match made.as_slice() {
+            [x_td] => Ok(x_td.clone()),
+            _ => Ok(Tensor::cat(&made, 0)?.index_select(&Tensor::new(from, &Device::Cpu)?, 0)?),
+        }
+    }
+
     /// Runs a component on the rows of each of its sets; others stay.
-    fn by_runs(
+    pub(crate) fn by_runs(
         &self,
         site: &Site,
         (binding, at): (&Binding, &Attachment),

@@ -55,6 +55,7 @@ pub fn generate_all(
         let message = "this model does not generate: that needs causal attention and a head over tokens";
         return Err(Error::Refused(message.to_owned()));
     }
+    let before = model.rows_before(theta);
     let mut cache = model.cache(requests.len());
     let mut texts: Vec<Text<'_>> = requests.iter().map(Text::new).collect();
     loop {
@@ -67,10 +68,10 @@ pub fn generate_all(
         if open.is_empty() {
             return Ok(texts.into_iter().map(Text::end).collect());
         }
-        model.reserve(&open, &mut cache);
+        model.reserve(&open, &before, &mut cache);
         let mut chosen = Vec::with_capacity(open.len());
-        for run in runs(&open, &cache) {
-            let logits = model.next(theta, run, &mut cache)?;
+        for run in runs(&open, before.len(), &cache) {
+            let logits = model.next(theta, run, &before, &mut cache)?;
             for (&(at, _), logits) in run.iter().zip(&logits) {
                 chosen.push((at, texts[at].choose(logits)?));
             }
@@ -78,18 +79,18 @@ pub fn generate_all(
         for (at, token) in chosen {
             texts[at].take(token, |token| each(at, token));
             // Where every frequency has changed, nothing that was computed for the shorter text can be kept.
-            if texts[at].finish.is_some() || architecture.positions.changes_at(texts[at].tokens.len()) {
+            if texts[at].finish.is_some() || architecture.positions.changes_at(before.len() + texts[at].tokens.len()) {
                 cache.clear(at);
             }
         }
     }
 }
 
-/// The texts cut into runs of at most [`ROWS`] new rows, or of one text.
-fn runs<'t, 'r>(open: &'r [(usize, &'t [u32])], cache: &Cache) -> Vec<&'r [(usize, &'t [u32])]> {
+/// The texts, each after `before` rows, cut into runs of at most [`ROWS`] new rows, or of one text.
+fn runs<'t, 'r>(open: &'r [(usize, &'t [u32])], before: usize, cache: &Cache) -> Vec<&'r [(usize, &'t [u32])]> {
     let (mut runs, mut start, mut rows) = (Vec::new(), 0, 0);
     for (end, (at, text)) in open.iter().enumerate() {
-        let new = text.len() - cache.rows(*at);
+        let new = before + text.len() - cache.rows(*at);
         if start < end && rows + new > ROWS {
             runs.push(&open[start..end]);
             (start, rows) = (end, 0);

@@ -13,7 +13,7 @@ use crate::dropout::Dropout;
 use crate::graphs::Saved;
 use crate::head;
 use crate::model::{How, Model, Pass};
-use crate::pass::{Times, outputs};
+use crate::pass::{Times, outputs, sequence};
 use crate::routing::Routing;
 
 impl Model {
@@ -123,7 +123,11 @@ impl Model {
         layouts: &[Arc<Layout>],
     ) -> Result<(Vec<Arc<Layout>>, Times)> {
         let lack = |layout: &&Arc<Layout>| layout.column(column).is_none();
-        let passes = layouts.iter().filter(lack).map(|layout| Pass { theta: at, layout, dropout });
+        let bound =
+            |row: &Row| matches!(row, Row::Virtual { slot, .. } if !at.bindings.iter().any(|one| one.slot == *slot));
+        // A component that is away has no rows either.
+        let seen: Vec<Layout> = layouts.iter().filter(lack).map(|layout| layout.without(bound)).collect();
+        let passes = seen.iter().map(|layout| Pass { theta: at, layout, dropout });
         let passes: Vec<Pass<'_>> = passes.collect();
         if passes.is_empty() {
             return Ok((layouts.to_vec(), Times::default()));
@@ -148,27 +152,39 @@ impl Model {
         Ok((with, times))
     }
 
+    /// The rows that components put before every document: what a layout begins its documents with
+    /// ([`Layout::begun_with`]).
+    pub fn rows_before(&self, theta: &Theta) -> Vec<Row> {
+        sequence::before_all(&self.stack, theta)
+    }
+
     /// An empty cache for this many texts.
     pub(crate) fn cache(&self, texts: usize) -> Cache {
         Cache::new(self.trunk.len(), texts)
     }
 
-    /// Makes room in the cache for each of `texts`, by its number.
-    pub(crate) fn reserve(&self, texts: &[(usize, &[u32])], cache: &mut Cache) {
+    /// Makes room in the cache for each of `texts`, by its number, with the rows before it.
+    pub(crate) fn reserve(&self, texts: &[(usize, &[u32])], before: &[Row], cache: &mut Cache) {
         if self.how == How::Views {
-            let needs: Vec<(usize, usize)> = texts.iter().map(|(at, text)| (*at, text.len())).collect();
+            let needs: Vec<(usize, usize)> = texts.iter().map(|(at, text)| (*at, before.len() + text.len())).collect();
             cache.reserve(&needs, self.arena());
         }
     }
 
-    /// Logits `[V]` after the last token of each of `texts`. What the cache, in which there is room for the texts, knows of
+    /// Logits `[V]` after the last token of each of `texts`, which come after the rows `before`. What the cache, in which there is room for the texts, knows of
     /// them already is not computed again; each has a token that is new. Graphs know nothing of caches and take whole texts.
-    pub(crate) fn next(&self, theta: &Theta, texts: &[(usize, &[u32])], cache: &mut Cache) -> Result<Vec<Vec<f64>>> {
+    pub(crate) fn next(
+        &self,
+        theta: &Theta,
+        texts: &[(usize, &[u32])],
+        before: &[Row],
+        cache: &mut Cache,
+    ) -> Result<Vec<Vec<f64>>> {
         if self.how == How::Views {
             let mut layout = Layout::new();
             for &(at, text) in texts {
-                let new = text.get(cache.rows(at)..).unwrap_or_default();
-                layout.push(Source::default(), new.iter().map(|&token| (Row::Token(token), NO_LABEL)));
+                let rows = before.iter().copied().chain(text.iter().map(|&token| Row::Token(token)));
+                layout.push(Source::default(), rows.skip(cache.rows(at)).map(|row| (row, NO_LABEL)));
             }
             let of: Vec<usize> = texts.iter().map(|(at, _)| *at).collect();
             let part = self.part(&Pass { theta, layout: &layout, dropout: None });
@@ -177,8 +193,8 @@ impl Model {
             return Ok(rows.map(|row| row.iter().map(|&logit| f64::from(logit)).collect()).collect());
         }
         let of_text = |&(_, text): &(usize, &[u32])| {
-            let layout = Layout::single(text);
-            let last = [text.len().saturating_sub(1) as u32];
+            let layout = Layout::single(text).begun_with(before);
+            let last = [layout.n_rows().saturating_sub(1) as u32];
             let logits_1v = self.of_rows(&Pass { theta, layout: &layout, dropout: None }, &last)?;
             Ok(logits_1v.squeeze(0)?.to_dtype(DType::F64)?.to_vec1()?)
         };
@@ -310,8 +326,8 @@ mod tests {
     }
 
     fn next(model: &Model, theta: &Theta, texts: &[(usize, &[u32])], cache: &mut Cache) -> Vec<Vec<f64>> {
-        model.reserve(texts, cache);
-        model.next(theta, texts, cache).unwrap()
+        model.reserve(texts, &[], cache);
+        model.next(theta, texts, &[], cache).unwrap()
     }
 
     /// The logits after each of some beginnings of a text, the longer ones with a cache of the shorter ones' rows, and those of

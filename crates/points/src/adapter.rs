@@ -92,7 +92,7 @@ pub enum BaseEdit {
     Beside(Locals),
 }
 
-/// Where a component takes part. More ports (router, sequence, side, head) join with their first users.
+/// Where a component takes part. More ports (router, side, head) join with their first users.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
@@ -112,6 +112,10 @@ pub enum Port<'a> {
     Mixture(&'a dyn MixtureMap),
     /// Further keys and values at an attention.
     Attention(&'a dyn AttentionMap),
+    /// Rows that an attention looks at beside its documents.
+    Aside(&'a dyn AsideMap),
+    /// Rows before those of each document, at the table of tokens.
+    Sequence(&'a dyn SequenceMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
 }
@@ -176,6 +180,32 @@ pub trait AttentionMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, tensors: &Locals) -> Result<(Tensor, Tensor)>;
+}
+
+/// Rows that an attention's own linears make keys and values of, for every document to look at apart from its own: what is found
+/// there is weighed by a gate and added to what is found in the document. No position is taken.
+pub trait AsideMap: Send + Sync {
+    /// The rows `[P, D]`, and the gate `[1]`, in differentiable operations only and valid in f64. Keys of the rows are compared as
+    /// they are: no position turns them.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<(Tensor, Tensor)>;
+}
+
+/// Rows that enter the stream before those of each document, in the place of embeddings of tokens.
+///
+/// They are rows of the layout ([`crate::Row::Virtual`]), planned where documents are packed: they take positions, count in the
+/// budget of a batch, and are not supervised. Each document has its own, all with the same values.
+pub trait SequenceMap: Send + Sync {
+    /// How many there are, P.
+    fn length(&self) -> usize;
+
+    /// The rows `[P, D]`, in differentiable operations only and valid in f64. They are made once in a pass for each of its parts.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<Tensor>;
 }
 
 /// A map from the rows at a site to rows of its output.
@@ -310,4 +340,12 @@ pub enum PeftTensors {
         /// The local names.
         locals: &'static [&'static str],
     },
+    /// Each by itself as above, at the attentions of the last layers: the configuration has one name for all of these, and how many
+    /// there are under this key.
+    LastLayers(&'static str, Vec<(&'static str, &'static str)>),
+    /// Each under a whole name. Such adapters have no target modules.
+    Whole(Vec<(&'static str, &'static str)>),
+    /// The rows before documents as the component makes them, whatever it makes them of, under this whole name. Such adapters have
+    /// no target modules either.
+    Prompt(&'static str),
 }

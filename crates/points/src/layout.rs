@@ -131,12 +131,15 @@ impl Values {
         true
     }
 
-    /// Those at these places.
-    fn at(&self, places: &[usize]) -> Self {
+    /// Those at these places; 0 where there is none.
+    fn at(&self, places: &[Option<usize>]) -> Self {
+        fn at<T: Copy + Default>(values: &[T], places: &[Option<usize>]) -> Vec<T> {
+            places.iter().map(|place| place.map(|place| values[place]).unwrap_or_default()).collect()
+        }
         match self {
-            Self::U32(values) => Self::U32(places.iter().map(|&place| values[place]).collect()),
-            Self::F32(values) => Self::F32(places.iter().map(|&place| values[place]).collect()),
-            Self::F64(values) => Self::F64(places.iter().map(|&place| values[place]).collect()),
+            Self::U32(values) => Self::U32(at(values, places)),
+            Self::F32(values) => Self::F32(at(values, places)),
+            Self::F64(values) => Self::F64(at(values, places)),
         }
     }
 
@@ -245,28 +248,59 @@ impl Layout {
     #[must_use]
     pub fn of_docs(&self, keep: impl Fn(usize, &Doc) -> bool) -> Self {
         let kept: Vec<usize> = (0..self.docs.len()).filter(|&at| keep(at, &self.docs[at])).collect();
-        let rows: Vec<usize> =
-            kept.iter().flat_map(|&at| self.docs[at].rows.start as usize..self.docs[at].rows.end as usize).collect();
-        let mut start = 0;
-        let moved = |&at: &usize| {
-            let doc = &self.docs[at];
-            let rows = start..start + doc.n_rows() as u32;
-            start = rows.end;
-            Doc { rows, ..doc.clone() }
-        };
-        let docs = kept.iter().map(moved).collect();
+        let own = |doc: &Doc| doc.rows.clone().map(|row| (Some(row as usize), self.rows[row as usize])).collect();
+        self.remade(&kept, own)
+    }
+
+    /// The batch with these rows before those of each document, not supervised; other columns have 0 there.
+    #[must_use]
+    pub fn begun_with(&self, before: &[Row]) -> Self {
+        if before.is_empty() {
+            return self.clone();
+        }
+        let all: Vec<usize> = (0..self.docs.len()).collect();
+        let mut begun = self.remade(&all, |doc| {
+            let own = doc.rows.clone().map(|row| (Some(row as usize), self.rows[row as usize]));
+            before.iter().map(|&row| (None, row)).chain(own).collect()
+        });
+        if let Some(Column { values: Values::U32(labels), .. }) = begun.columns.get_mut(LABELS) {
+            for doc in &begun.docs {
+                labels[doc.rows.start as usize..][..before.len()].fill(NO_LABEL);
+            }
+        }
+        begun
+    }
+
+    /// The batch without some of its rows, with their columns. Documents stay.
+    #[must_use]
+    pub fn without(&self, leave_out: impl Fn(&Row) -> bool) -> Self {
+        let all: Vec<usize> = (0..self.docs.len()).collect();
+        self.remade(&all, |doc| {
+            let own = doc.rows.clone().map(|row| (Some(row as usize), self.rows[row as usize]));
+            own.filter(|(_, row)| !leave_out(row)).collect()
+        })
+    }
+
+    /// The documents `kept`, each of the rows that `of` makes of it: new ones, or those at some place.
+    fn remade(&self, kept: &[usize], of: impl Fn(&Doc) -> Vec<(Option<usize>, Row)>) -> Self {
+        let (mut places, mut rows, mut docs) = (Vec::new(), Vec::new(), Vec::with_capacity(kept.len()));
+        for &at in kept {
+            let start = rows.len() as u32;
+            for (place, row) in of(&self.docs[at]) {
+                places.push(place);
+                rows.push(row);
+            }
+            docs.push(Doc { rows: start..rows.len() as u32, ..self.docs[at].clone() });
+        }
+        let of_docs: Vec<Option<usize>> = kept.iter().map(|&at| Some(at)).collect();
         let column = |(name, column): (&String, &Column)| {
             let places = match column.axis {
-                Axis::Row => &rows,
-                Axis::Doc => &kept,
+                Axis::Row => &places,
+                Axis::Doc => &of_docs,
             };
             (name.clone(), Column { axis: column.axis, values: column.values.at(places) })
         };
-        Self {
-            rows: rows.iter().map(|&row| self.rows[row]).collect(),
-            docs,
-            columns: self.columns.iter().map(column).collect(),
-        }
+        Self { rows, docs, columns: self.columns.iter().map(column).collect() }
     }
 
     /// Adds or replaces a column.
@@ -443,6 +477,23 @@ mod tests {
         assert_eq!(last.column(LOGP), Some(&column(Axis::Row, Values::F64(vec![3.0]))));
         assert_eq!(last.column("weights"), Some(&column(Axis::Doc, Values::F32(vec![5.0]))));
         assert_eq!(layout.of_docs(|_, _| true), layout);
+    }
+
+    #[test]
+    fn rows_before_documents_count_in_positions_and_are_not_supervised() {
+        let mut layout = two_documents();
+        let values = Values::F64(vec![1.0, 2.0, 3.0]);
+        layout.set_column(LOGP, Column { axis: Axis::Row, values }).unwrap();
+        let before = [0, 1].map(|index| Row::Virtual { slot: 3, index });
+        let begun = layout.begun_with(&before);
+        assert_eq!(begun.positions(), [0, 1, 2, 3, 0, 1, 2]);
+        assert_eq!((&begun.rows()[..2], begun.rows()[4]), (&before[..], before[0]));
+        let [NO_LABEL, NO_LABEL, rest @ ..] = begun.labels() else { panic!("labels of rows before: {begun:?}") };
+        assert_eq!(rest[..2], layout.labels()[..2]);
+        assert_eq!(begun.counts(), layout.counts());
+        assert_eq!(begun.column(LOGP).unwrap().values, Values::F64(vec![0.0, 0.0, 1.0, 2.0, 0.0, 0.0, 3.0]));
+        assert_eq!(begun.without(|row| matches!(row, Row::Virtual { .. })), layout);
+        assert_eq!(layout.begun_with(&[]), layout);
     }
 
     #[test]

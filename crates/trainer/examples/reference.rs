@@ -148,9 +148,10 @@ fn write_order(paths: &Paths, plan: &Plan, rates: &[f64]) -> Result<(), Failure>
         logical_shards: plan.logical_shards,
         accumulation: plan.accumulation,
         max_length: plan.max_length,
+        before: Arc::default(),
     };
     let weights: Vec<_> = plan.domains.iter().map(|domain| (domain.name.clone(), domain.weight)).collect();
-    let cx = BuildCx { steps: Step(rates.len() as u64), domains: &weights };
+    let cx = BuildCx { steps: Step(rates.len() as u64), domains: &weights, words: None };
     let mixing = MIXINGS.build(&plan.mixing, &"data.mixing".into(), &cx).map_err(|faults| format!("{faults:?}"))?;
     let domains = vec![Domain { name: "train".to_owned(), data: Arc::clone(&data) }];
     let mut loader = Loader::new(plan.seed, domains, mixing, packing, plan.length);

@@ -143,6 +143,9 @@ struct Asked<'l> {
 impl<'l> Asked<'l> {
     fn of(layout: &'l Layout, doc: &'l Doc) -> Result<Self> {
         let rows = doc.rows.start as usize..doc.rows.end as usize;
+        // The model puts the rows before a prompt there by itself.
+        let before = layout.rows()[rows.clone()].iter().take_while(|row| matches!(row, Row::Virtual { .. })).count();
+        let rows = rows.start + before..rows.end;
         let labels = &layout.labels()[rows.clone()];
         let token = |row: &Row| match row {
             Row::Token(id) => Ok(*id),
@@ -174,13 +177,18 @@ fn push(layout: &mut Layout, of: &Asked<'_>, sample: u16, made: &Generated, is_l
     layout.push(Origin { example, view: View::Sample(sample), lane, domain, group: Some(group) }, rows);
 }
 
-/// Cuts a part's prompts into runs whose texts come to no more than `rows`, or of one prompt.
-fn runs<'a, 'l>(prompts: &'a [Asked<'l>], how: &Answers, rows: usize) -> impl Iterator<Item = &'a [Asked<'l>]> {
+/// Cuts a part's prompts, each after `before` rows, into runs whose texts come to no more than `rows`, or of one prompt.
+fn runs<'a, 'l>(
+    prompts: &'a [Asked<'l>],
+    how: &Answers,
+    before: usize,
+    rows: usize,
+) -> impl Iterator<Item = &'a [Asked<'l>]> {
     let mut rest = prompts;
     std::iter::from_fn(move || {
         let mut sum = 0;
         let fits = |of: &&Asked<'_>| {
-            sum += usize::from(how.each) * (of.prompt.len() + how.max_tokens as usize);
+            sum += usize::from(how.each) * (before + of.prompt.len() + how.max_tokens as usize);
             sum <= rows
         };
         let n = rest.iter().take_while(fits).count().max(1).min(rest.len());
@@ -234,8 +242,8 @@ impl RankEngine<'_> {
         let prompts = on.docs().iter().map(|doc| Asked::of(on, doc)).collect::<Result<Vec<_>>>()?;
         let stream = self.rng("answers").sub(u64::from(part));
         let (mut layout, mut sums, mut rewards) = (Layout::new(), Judged::default(), Vec::new());
-        let mut first = 0;
-        for run in runs(&prompts, how, ROWS_AT_ONCE) {
+        let (mut first, before) = (0, self.shared.model.rows_before(at));
+        for run in runs(&prompts, how, before.len(), ROWS_AT_ONCE) {
             let sampling = |place: usize, sample: u16| Sampling {
                 temperature: how.temperature,
                 top_p: how.top_p,
@@ -266,6 +274,7 @@ impl RankEngine<'_> {
             sums.groups += 1;
             sums.alike += u64::from(group.iter().all(|reward| *reward == group[0]));
         }
+        layout = layout.begun_with(&before);
         if !rewards.is_empty() {
             layout.set_column(REWARD, Column { axis: Axis::Doc, values: Values::F64(rewards) })?;
         }
@@ -295,7 +304,7 @@ mod tests {
         let two_turns = [(1, false), (2, true), (3, false), (4, false), (5, true), (6, true)];
         let text = [(7, true), (8, true), (9, true)];
         let cut = [(1, false), (2, true), (3, false)];
-        let layout = layout(&[&two_turns, &text, &cut]);
+        let layout = layout(&[&two_turns, &text, &cut]).begun_with(&[Row::Virtual { slot: 0, index: 0 }; 3]);
         let found: Vec<_> = layout.docs().iter().map(|doc| Asked::of(&layout, doc).unwrap()).collect();
         let found: Vec<_> = found.iter().map(|of| (of.prompt.as_slice(), of.expected.as_slice())).collect();
         assert_eq!(found, [(&[1, 2, 3, 4][..], &[5, 6][..]), (&[7], &[8, 9]), (&[1], &[2])]);
@@ -322,8 +331,11 @@ mod tests {
         let layout = layout(&[&[(1, false), (2, true)][..]; 5]);
         let prompts: Vec<_> = layout.docs().iter().map(|doc| Asked::of(&layout, doc).unwrap()).collect();
         // Two answers of three tokens, each after a prompt of one, are eight rows.
-        let of = |rows| runs(&prompts, &HOW, rows).map(<[_]>::len).collect::<Vec<_>>();
+        let of = |rows| runs(&prompts, &HOW, 0, rows).map(<[_]>::len).collect::<Vec<_>>();
         assert_eq!((of(1), of(16), of(39), of(40)), (vec![1; 5], vec![2, 2, 1], vec![4, 1], vec![5]));
+        // Two rows before each text are four more.
+        let begun = |rows| runs(&prompts, &HOW, 2, rows).map(<[_]>::len).collect::<Vec<_>>();
+        assert_eq!((begun(24), begun(59), begun(60)), (vec![2, 2, 1], vec![4, 1], vec![5]));
     }
 
     #[test]

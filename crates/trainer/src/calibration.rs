@@ -69,9 +69,11 @@ impl Calibration<'_> {
         let watch = Stopwatch::start();
         let (slots, banks) = self.read(stack);
         let model = Model::new(Arc::clone(self.base), Stack::new(slots));
-        let mut on = On { model, theta: Theta::single(banks), objective: self.objective, keep: self.keep };
+        let theta = Theta::single(banks);
+        let packing = Packing { before: model.rows_before(&theta).into(), ..self.packing.clone() };
+        let mut on = On { model, theta, objective: self.objective, keep: self.keep };
         // A run through the data is the end of it.
-        let mut loader = setup::loader_of(self.plan, self.domains.to_vec(), self.packing, Length::Epochs(1.0))?;
+        let mut loader = setup::loader_of(self.plan, self.domains.to_vec(), packing, Length::Epochs(1.0))?;
         let (mut step, mut waiting) = (Step(0), VecDeque::new());
         let mut next = || {
             if waiting.is_empty() {

@@ -165,7 +165,7 @@ pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) 
 /// # Errors
 /// [`Error`] naming the folder, file or tensor that does not fit the base.
 pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> Result<(Stack, Theta), Error> {
-    let cx = BuildCx { steps: Step(0), domains: &[] };
+    let cx = BuildCx { steps: Step(0), domains: &[], words: None };
     let (mut slots, mut banks) = (Vec::new(), Vec::new());
     let mut made = Params::new();
     for (index, folder) in folders.into_iter().enumerate() {

@@ -135,7 +135,7 @@ impl<'a> Rank<'a> {
         let profile = kernel::profile_of(shared.model.base().arena().kernels());
         let mut engine = RankEngine {
             shared,
-            loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing)?,
+            loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing.clone())?,
             collective: Box::new(rank),
             theta: prepared.theta.clone(),
             buffers: empty_buffers(&*shared.optimizer, &shared.specs),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use attune_adapt::peft;
 use attune_architecture::{Architecture, HeadKind};
 use attune_artifacts::canonical;
 use attune_data::loader::{Domain, Room, in_order};
@@ -15,7 +16,7 @@ use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::adapter::Trained;
 use attune_points::engine::{Job, StepRule};
 use attune_points::objective::Needs;
-use attune_points::{Bank, BankKind, Owner, TensorId, Theta};
+use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
 use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
@@ -129,17 +130,19 @@ pub(crate) fn prepare(
     let tune = FieldPath::from("tune");
     let answers = Catalogue::embedded().answers(&plan.objective);
     let answers = answers.map(|(each, max_tokens)| Room { each: each as u16, max_tokens });
+    let before = rows_before(request, base.architecture(), &mut pinned)?;
     let packing = Packing {
         answers,
+        before: before.into(),
         batch_tokens: plan.batch_tokens,
         logical_shards: plan.logical_shards,
         accumulation: plan.accumulation,
         max_length: plan.max_length,
     };
     fits(&domains, &validation, &packing)?;
-    let total_steps = loader(plan, domains.clone(), packing)?.steps(plan.length)?;
+    let total_steps = loader(plan, domains.clone(), packing.clone())?.steps(plan.length)?;
 
-    let cx = BuildCx { steps: total_steps, domains: &weights };
+    let cx = BuildCx { steps: total_steps, domains: &weights, words: Some(encoder.tokenizer()) };
     let objective = OBJECTIVES.build(&plan.objective, &tune.field("objective"), &cx).map_err(Error::Faults)?;
     let mut faults = Vec::new();
     let domains_data = domains.iter().map(|domain| &*domain.data).zip(0..);
@@ -154,8 +157,9 @@ pub(crate) fn prepare(
         return Err(Error::Faults(faults));
     }
     let batched = |(name, data): (String, Dataset)| {
-        let tokens = (plan.batch_tokens / plan.logical_shards).max(plan.max_length) as usize;
-        (name, in_order(&data, tokens).into_iter().map(Arc::new).collect())
+        let longest = plan.max_length as usize + packing.before.len();
+        let tokens = packing.shard_tokens().max(longest);
+        (name, in_order(&data, tokens, &packing.before).into_iter().map(Arc::new).collect())
     };
     let validation = validation.into_iter().map(batched).collect();
     let optimizer = OPTIMIZERS.build(&plan.optimizer, &tune.field("optimizer"), &cx).map_err(Error::Faults)?;
@@ -166,8 +170,15 @@ pub(crate) fn prepare(
         begun.push(begin(request, planned, &base, &tune.field("stack").index(index), &cx, &mut pinned)?);
     }
     let keep = keep(plan, &base, request.ranks, rows_beside);
-    let calibration =
-        Calibration { plan, control, base: &base, objective: &*objective, domains: &domains, packing, keep };
+    let calibration = Calibration {
+        plan,
+        control,
+        base: &base,
+        objective: &*objective,
+        domains: &domains,
+        packing: packing.clone(),
+        keep,
+    };
     let stats = calibration.of(&begun, request.resume.is_some())?;
 
     let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
@@ -222,11 +233,16 @@ pub(crate) fn prepare(
             format!("trains {} slots; this version trains exactly one (others with `train: false`)", trained.len());
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
     };
+    let model = Arc::new(Model::new(base, stack));
+    if model.rows_before(&theta) != *packing.before {
+        let message = "puts other rows before documents than its card says".to_owned();
+        return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
+    }
     let judge = answers.map(|_| judge(plan, tokenizer, encoder.template(), &cx)).transpose()?;
     let shared = Shared {
         judge,
         keep,
-        model: Arc::new(Model::new(base, stack)),
+        model,
         objective: objective.into(),
         optimizer,
         schedule,
@@ -248,6 +264,33 @@ pub(crate) fn prepare(
         pinned,
         plan_digest: plan_digest(plan),
     })
+}
+
+/// The rows that the components of the stack put before every document.
+///
+/// # Errors
+/// An adapter that cannot be read; a base without positions for the rows and a document after them.
+fn rows_before(request: &Request, architecture: &Architecture, pinned: &mut Pins) -> Result<Vec<Row>, Error> {
+    let plan = &request.plan;
+    let mut before = Vec::new();
+    for (slot, planned) in (0u16..).zip(&plan.stack) {
+        let length = match (&planned.from, &planned.method) {
+            (Some(from), _) => Catalogue::embedded().rows_before(&peft::read(&folder(request, from, pinned)?)?.method),
+            (None, Some(method)) => Catalogue::embedded().rows_before(method),
+            (None, None) => 0,
+        };
+        before.extend((0..length).map(|index| Row::Virtual { slot, index }));
+    }
+    let (longest, context) = (u64::from(plan.max_length) + before.len() as u64, architecture.max_position);
+    if !before.is_empty() && longest > context && !architecture.positions.changes_at(longest as usize) {
+        let message = format!(
+            "is {}; with {} rows before each document it goes beyond the base's context of {context}",
+            plan.max_length,
+            before.len()
+        );
+        return Err(Error::Faults(vec![Fault::new("data.max_length", message)]));
+    }
+    Ok(before)
 }
 
 /// What forward passes keep: as the job says, or as much as half of the memory that the device or the machine has left holds.
@@ -356,7 +399,7 @@ pub(crate) fn loader(plan: &Plan, domains: Vec<Domain>, packing: Packing) -> Res
 pub(crate) fn loader_of(plan: &Plan, domains: Vec<Domain>, packing: Packing, length: Length) -> Result<Loader, Error> {
     let weights = weights(plan);
     // How the shares develop may depend on the number of steps only after that number is known, which needs the shares.
-    let cx = BuildCx { steps: Step(0), domains: &weights };
+    let cx = BuildCx { steps: Step(0), domains: &weights, words: None };
     let mixing = MIXINGS.build(&plan.mixing, &"data.mixing".into(), &cx).map_err(Error::Faults)?;
     Ok(Loader::new(plan.seed, domains, mixing, packing, length))
 }
@@ -377,7 +420,7 @@ pub(crate) fn step_rule(plan: &Plan, total_steps: Step, stack: &Stack) -> Result
         }
         None => {
             let weights = weights(plan);
-            let cx = BuildCx { steps: total_steps, domains: &weights };
+            let cx = BuildCx { steps: total_steps, domains: &weights, words: None };
             STEP_RULES.build(&plan.step, &path, &cx).map_err(Error::Faults)
         }
     }

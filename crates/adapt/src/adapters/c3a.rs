@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn sizes_of_single_sites_are_checked_and_read_from_patterns() {
         let config = Config { block_size_pattern: BTreeMap::from([("q_proj".to_owned(), 0)]), ..Config::default() };
-        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[] };
+        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[], words: None };
         let faults = C3a::build(config, &cx).map(|_| ()).unwrap_err();
         assert_eq!(faults[0].to_string(), "`block_size_pattern` has 0 for \"q_proj\"; expected 1 to 65536");
         let config = json!({"block_size": 8, "block_size_pattern": {"q_.*": 4}, "init_weights": true});

@@ -289,7 +289,9 @@ mod tests {
     fn a_domain_that_the_job_does_not_have_is_named() {
         let domains = [("facts".parse().unwrap(), 1.0), ("tasks".parse().unwrap(), 1.0)];
         let config = Config { knowledge: vec!["fact".to_owned()], ..Config::default() };
-        let faults = Loramoe::build(config, &BuildCx { steps: Step(1), domains: &domains }).map(|_| ()).unwrap_err();
+        let faults = Loramoe::build(config, &BuildCx { steps: Step(1), domains: &domains, words: None })
+            .map(|_| ())
+            .unwrap_err();
         let message = faults[0].to_string();
         assert!(
             message.contains("names \"fact\", which is no domain of the job (facts, tasks); did you mean \"facts\"?"),

@@ -3,6 +3,7 @@
 mod abba;
 mod adalora;
 mod adapterfusion;
+mod adaption_prompt;
 mod boft;
 mod bone;
 mod bottleneck;
@@ -29,9 +30,12 @@ mod loramoe;
 mod lorma;
 mod lotr;
 mod mora;
+mod multitask_prompt_tuning;
 mod nora;
 mod oft;
+mod p_tuning;
 mod prefix_tuning;
+mod prompt_tuning;
 mod psoft;
 mod randlora;
 mod road;
@@ -63,6 +67,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<abba::Abba>(),
         entry::<adalora::Adalora>(),
         entry::<adapterfusion::Adapterfusion>(),
+        entry::<adaption_prompt::AdaptionPrompt>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
@@ -89,9 +94,12 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
         entry::<mora::Mora>(),
+        entry::<multitask_prompt_tuning::MultitaskPromptTuning>(),
         entry::<nora::Nora>(),
         entry::<oft::Oft>(),
+        entry::<p_tuning::PTuning>(),
         entry::<prefix_tuning::PrefixTuning>(),
+        entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
@@ -130,6 +138,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
+    FromPeft { peft_type: Some("ADAPTION_PROMPT"), claims: |_| true, read: adaption_prompt::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
@@ -145,8 +154,12 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
+    FromPeft { peft_type: Some("MULTITASK_PROMPT_TUNING"), claims: |_| true, read: multitask_prompt_tuning::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
+    // A file has the rows, and no longer what made them.
+    FromPeft { peft_type: Some("P_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
+    FromPeft { peft_type: Some("PROMPT_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
     FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },

@@ -12,6 +12,7 @@ pub(crate) mod keys;
 pub(crate) mod linears;
 pub(crate) mod orthogonal;
 pub(crate) mod own;
+pub(crate) mod prompt;
 pub(crate) mod scaling;
 pub(crate) mod sparse;
 pub(crate) mod spectral;

@@ -289,7 +289,7 @@ fn forgets_less() -> Result<(), Failed> {
 
 fn domains() -> Result<(), Failed> {
     let domains = [("facts".parse().map_err(fail)?, 1.0), ("tasks".parse().map_err(fail)?, 1.0)];
-    let cx = BuildCx { steps: Step(10), domains: &domains };
+    let cx = BuildCx { steps: Step(10), domains: &domains, words: None };
     let build = |start: Value| {
         let start: MethodRef = serde_json::from_value(start).map_err(fail)?;
         INITS.build(&start, &"init".into(), &cx).map_err(|faults| faults[0].to_string().into())

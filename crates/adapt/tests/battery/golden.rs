@@ -8,7 +8,7 @@ use attune_models::{Base, Pass};
 use attune_points::adapter::Merged;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Grads, Layout, Params, Row};
-use attune_spec::job::Precision;
+use attune_spec::job::{Precision, Targets};
 use candle_core::{DType, Device, Tensor};
 use libtest_mimic::{Failed, Trial};
 
@@ -23,14 +23,17 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_gralora", "gpt2"),
     ("gpt2_hira", "gpt2"),
     ("gpt2_ia3", "gpt2"),
+    ("gpt2_multitask", "gpt2"),
     ("gpt2_norms", "gpt2"),
     ("gpt2_prefix", "gpt2"),
+    ("gpt2_prompt", "gpt2"),
     ("gpt2_randlora", "gpt2"),
     ("gpt2_tinylora", "gpt2"),
     ("gpt2_vblora", "gpt2"),
     ("gpt2_vera", "gpt2"),
     ("gpt2_waveft", "gpt2"),
     ("llama_adalora", "llama"),
+    ("llama_adaption", "llama"),
     ("llama_all_linear", "llama"),
     ("llama_boft", "llama"),
     ("llama_bone", "llama"),
@@ -44,9 +47,11 @@ const CASES: &[(&str, &str)] = &[
     ("llama_kasa", "llama"),
     ("llama_loha", "llama"),
     ("llama_lokr", "llama"),
+    ("llama_multitask", "llama"),
     ("llama_oft", "llama"),
     ("llama_patterns", "llama"),
     ("llama_prefix", "llama"),
+    ("llama_prompt", "llama"),
     ("llama_psoft", "llama"),
     ("llama_randlora", "llama"),
     ("llama_road_2", "llama"),
@@ -56,6 +61,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_vblora", "llama"),
     ("llama_vera", "llama"),
     ("llama_waveft", "llama"),
+    ("mistral_adaption", "mistral"),
     ("qwen2_adalora", "qwen2"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_boft", "qwen2"),
@@ -102,6 +108,11 @@ const KEYS: &[&str] = &[
     "num_attention_heads",
     "token_dim",
     "prefix_projection",
+    "prompt_tuning_init",
+    "num_tasks",
+    "num_ranks",
+    "adapter_len",
+    "adapter_layers",
     "oft_block_size",
     "block_share",
     "use_cayley_neumann",
@@ -153,14 +164,20 @@ const KEYS: &[&str] = &[
     "init_v_bound",
 ];
 
+/// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.
+const ENCODERS: &[(&str, &str)] = &[("gpt2_p_tuning_lstm", "gpt2"), ("llama_p_tuning", "llama")];
+
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.
 const TOLERANCE: f64 = 1e-4;
 
 pub(crate) fn trials() -> Vec<Trial> {
-    CASES
-        .iter()
-        .map(|(case, base)| Trial::test(format!("golden::{case}::agrees_with_peft"), move || run(case, base)))
-        .collect()
+    let trial = |(case, base): &(&'static str, &'static str), run: fn(&str, &str) -> Result<(), Failed>| {
+        let (case, base) = (*case, *base);
+        Trial::test(format!("golden::{case}::agrees_with_peft"), move || run(case, base))
+    };
+    let cases = CASES.iter().map(|of| trial(of, run));
+    let encoders = ENCODERS.iter().map(|of| trial(of, encoder));
+    cases.chain(encoders).chain([trial(&("bert_prompt", "bert"), vectors)]).collect()
 }
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -203,7 +220,7 @@ fn run(case: &str, base_name: &str) -> Result<(), Failed> {
         let (Some(expected), Some(gradients)) = (open(golden.join(batch))?, open(golden.join(gradients))?) else {
             continue;
         };
-        let layout = layout(&expected)?;
+        let layout = setup.begun(&layout(&expected)?);
         let pass = Pass { theta: &setup.theta, layout: &layout, dropout: None };
         let off = difference(&setup.model.logits(&pass)?, &expected["logits"]);
         assert!(off < TOLERANCE, "{batch}: logits are off by {off}");
@@ -258,14 +275,131 @@ fn run(case: &str, base_name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Rows before the documents of a model that gives vectors: they count in these.
+fn vectors(case: &str, base_name: &str) -> Result<(), Failed> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let golden = here.join("golden").join(case);
+    let opened = |name: &str| open(golden.join(name))?.ok_or_else(|| Failed::from(format!("no {name}")));
+    let (expected, gradients) = (opened("expected.safetensors")?, opened("gradients.safetensors")?);
+    let folder = peft::read(&golden.join("adapter"))?;
+    let base = Base::open(&here.join("../models/golden").join(base_name), Precision::F32)?;
+    let adapter = super::build(serde_json::to_value(&folder.method)?).map_err(super::fail)?;
+    let card = ADAPTERS.card(&folder.method.method).ok_or("no card")?;
+    let mut setup = Setup::on(base, adapter, &folder.targets, card.applies, DType::F32);
+    setup.theta = setup.with_params(folder.params(&*setup.adapter, &setup.attachments)?);
+    let layout = setup.begun(&layout(&expected)?);
+    let pass = Pass { theta: &setup.theta, layout: &layout, dropout: None };
+    let hidden = setup.model.hidden(&pass)?.pop().ok_or("no rows")?;
+    assert!(difference(&hidden, &expected["hidden"]) < TOLERANCE);
+    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+    let vectors = setup.model.embed_grad(&pass, &expected["dy"], &mut sink)?;
+    assert!(difference(&vectors, &expected["mean"]) < TOLERANCE);
+    let reference = &gradients["prompt_embeddings"];
+    for (_, gradient) in sink.iter() {
+        let off = difference(gradient.ok_or("no gradient")?, reference) / largest(reference);
+        assert!(off < TOLERANCE, "the gradient is off by a factor of {off}");
+    }
+    Ok(())
+}
+
+/// A tensor of ours from those of PEFT's encoder; of its two biases the sum is meant, and each has that one's gradient.
+fn of_encoder(local: &str, theirs: &Tensors, biases: &[&str]) -> Result<Tensor, Failed> {
+    let layers = (0..).take_while(|layer| theirs.contains_key(&format!("lstm_head.weight_ih_l{layer}"))).count();
+    let both = |layers: std::ops::Range<usize>, name: &str| -> Result<Tensor, Failed> {
+        let names = layers.flat_map(|layer| ["", "_reverse"].map(|side| format!("lstm_head.{name}_l{layer}{side}")));
+        Ok(Tensor::cat(&names.map(|name| theirs[&name].clone()).collect::<Vec<_>>(), 0)?)
+    };
+    Ok(match local {
+        "embedding" => theirs["embedding.weight"].clone(),
+        "lstm_first" => both(0..1, "weight_ih")?,
+        "lstm_further" => both(1..layers, "weight_ih")?,
+        "lstm_state" => both(0..layers, "weight_hh")?,
+        "lstm_bias" => {
+            let all = biases.iter().map(|bias| both(0..layers, bias)).collect::<Result<Vec<_>, _>>()?;
+            Tensor::stack(&all, 0)?.sum(0)?
+        }
+        _ => {
+            let name = local.trim_start_matches("linear_");
+            let (linear, part) = name.split_once('_').unwrap_or((name, "weight"));
+            theirs[&format!("mlp_head.{}.{part}", 2 * linear.parse::<usize>()?)].clone()
+        }
+    })
+}
+
+/// A component that makes its rows: what the model answers, its gradients, and the rows that are left of it.
+fn encoder(case: &str, base_name: &str) -> Result<(), Failed> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let golden = here.join("golden").join(case);
+    let opened = |name: &str| open(golden.join(name))?.ok_or_else(|| Failed::from(format!("no {name}")));
+    let (expected, theirs) = (opened("expected.safetensors")?, opened("encoder.safetensors")?);
+    let gradients = opened("encoder_gradients.safetensors")?;
+    let config = |folder: &Path| -> Result<serde_json::Value, Failed> {
+        Ok(serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json"))?)?)
+    };
+    let said = config(&golden.join("adapter"))?;
+    let card = ADAPTERS.cards().find(|card| card.peft_type == said["peft_type"].as_str()).ok_or("no card")?;
+    let adapter = super::build(serde_json::json!({
+        "method": card.name,
+        "length": said["num_virtual_tokens"],
+        "encoder": said["encoder_reparameterization_type"].as_str().ok_or("no encoder")?.to_lowercase(),
+        "hidden": said["encoder_hidden_size"],
+        "layers": said["encoder_num_layers"],
+    }));
+    let on = |adapter, targets: &Targets| -> Result<Setup, Failed> {
+        let base = Base::open(&here.join("../models/golden").join(base_name), Precision::F32)?;
+        Ok(Setup::on(base, adapter, targets, card.applies, DType::F32))
+    };
+    let mut setup = on(adapter.map_err(super::fail)?, &Targets::from(card.targets))?;
+    let mut params = setup.params();
+    for (name, _) in setup.params().iter() {
+        params.insert(name.clone(), of_encoder(name.local(), &theirs, &["bias_ih", "bias_hh"])?);
+    }
+    setup.theta = setup.with_params(params);
+
+    let layout = setup.begun(&layout(&expected)?);
+    let pass = Pass { theta: &setup.theta, layout: &layout, dropout: None };
+    let off = difference(&setup.model.logits(&pass)?, &expected["logits"]);
+    assert!(off < TOLERANCE, "logits are off by {off}");
+    let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
+    setup.model.grad(&pass, &CrossEntropy, 1.0 / layout.counts().tokens as f64, &mut sink)?;
+    for (id, gradient) in sink.iter() {
+        let reference = of_encoder(id.name.local(), &gradients, &["bias_hh"])?;
+        let off = difference(gradient.ok_or("no gradient")?, &reference) / largest(&reference);
+        assert!(off < TOLERANCE, "the gradient of {id} is off by a factor of {off}");
+    }
+
+    // PEFT's file, and ours, hold the rows that were made.
+    let folder = tempfile::tempdir()?;
+    write(&setup, &setup.params(), folder.path())?;
+    let written = config(folder.path())?;
+    let more = ["encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"];
+    for key in KEYS.iter().chain(&more) {
+        assert_eq!(written[key], said[key], "{key}");
+    }
+    let (ours, kept) = (tensors(folder.path())?, tensors(&golden.join("adapter"))?);
+    assert_eq!(ours.keys().collect::<Vec<_>>(), kept.keys().collect::<Vec<_>>());
+    for (name, tensor) in &ours {
+        assert!(difference(tensor, &kept[name]) < TOLERANCE, "{name}");
+    }
+    let read = peft::read(&golden.join("adapter"))?;
+    let adapter = super::build(serde_json::to_value(&read.method)?).map_err(super::fail)?;
+    let mut rows = on(adapter, &read.targets)?;
+    rows.theta = rows.with_params(read.params(&*rows.adapter, &rows.attachments)?);
+    let pass = Pass { theta: &rows.theta, layout: &layout, dropout: None };
+    assert!(difference(&rows.model.logits(&pass)?, &expected["logits"]) < TOLERANCE);
+    if let Some(folder) = std::env::var_os("ATTUNE_WRITTEN") {
+        keep(&setup, &PathBuf::from(folder).join(case), base_name, &golden.join("expected.safetensors"))?;
+    }
+    Ok(())
+}
+
 /// Leaves the adapter as we write it, what the model answers with it, and the name of the base, for PEFT to read
 /// (`golden/check_peft_reads.py --cases`).
 fn keep(setup: &Setup, to: &Path, base: &str, expected: &Path) -> Result<(), Failed> {
     write(setup, &setup.params(), &to.join("adapter"))?;
     std::fs::write(to.join("base"), base)?;
     let Some(expected) = open(expected.to_owned())? else { return Ok(()) };
-    let layout = layout(&expected)?;
-    let logits = setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?;
+    let logits = setup.logits(&layout(&expected)?)?;
     let of = |name: &'static str| (name, expected[name].clone());
     let kept = HashMap::from([of("input_ids"), of("doc_lengths"), ("logits", logits)]);
     Ok(candle_core::safetensors::save(&kept, to.join("logits.safetensors"))?)

@@ -53,7 +53,7 @@ fn taking() -> [Value; 7] {
 }
 
 pub(crate) fn init(of: Value) -> Result<Box<dyn Init>, Failed> {
-    let cx = BuildCx { steps: Step(10), domains: &[] };
+    let cx = BuildCx { steps: Step(10), domains: &[], words: None };
     INITS.build(&serde_json::from_value(of)?, &"init".into(), &cx).map_err(fail)
 }
 
@@ -85,7 +85,7 @@ impl Started {
         data: &[Layout],
     ) -> Result<Self, Failed> {
         let method: MethodRef = serde_json::from_value(method)?;
-        let cx = BuildCx { steps: Step(10), domains: &[] };
+        let cx = BuildCx { steps: Step(10), domains: &[], words: None };
         let adapter: Arc<dyn Adapter> = ADAPTERS.build(&method, &"adapter".into(), &cx).map_err(fail)?.into();
         let takes = |site: &Site| site.offers() == SiteKind::Linear;
         let sites = targets::resolve(&Targets::from(named), None, base.architecture(), takes).map_err(fail)?;
@@ -265,7 +265,7 @@ fn refused() -> Result<(), Failed> {
 fn named() -> Result<(), Failed> {
     let setup = Setup::new(build(json!({"method": "lora"})).map_err(fail)?, "q_proj", DType::F32);
     let fresh = |init: Option<Value>| -> Result<Tensor, Failed> {
-        let cx = BuildCx { steps: Step(10), domains: &[] };
+        let cx = BuildCx { steps: Step(10), domains: &[], words: None };
         let init = init.map(|init| {
             INITS.build(&serde_json::from_value(init).unwrap_or_else(|_| MethodRef::named("")), &"init".into(), &cx)
         });
@@ -289,7 +289,7 @@ fn named() -> Result<(), Failed> {
     assert!(largest(&own) <= 1.0 / (own.dims()[1] as f64).sqrt());
     assert!(largest(&gaussian) > 3.0);
     let full = Setup::new(build(json!({"method": "full"})).map_err(fail)?, "q_proj", DType::F32);
-    let cx = BuildCx { steps: Step(10), domains: &[] };
+    let cx = BuildCx { steps: Step(10), domains: &[], words: None };
     let init = INITS.build(&MethodRef::named("gaussian"), &"init".into(), &cx).map_err(fail)?;
     let refused = slot::fresh(
         &*full.adapter,

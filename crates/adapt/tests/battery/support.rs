@@ -113,6 +113,20 @@ impl Setup {
         Ok(Box::new(Owned { dense, bias }))
     }
 
+    /// A batch with the rows that the component puts before its documents.
+    pub(crate) fn begun(&self, layout: &Layout) -> Layout {
+        layout.begun_with(&self.model.rows_before(&self.theta))
+    }
+
+    /// The logits of the rows of a batch, after those that the component puts before its documents.
+    pub(crate) fn logits(&self, layout: &Layout) -> attune_points::Result<Tensor> {
+        let begun = self.begun(layout);
+        let logits = self.model.logits(&Pass { theta: &self.theta, layout: &begun, dropout: None })?;
+        let own: Vec<u32> =
+            (0..).zip(begun.rows()).filter(|(_, row)| matches!(row, Row::Token(_))).map(|(at, _)| at).collect();
+        Ok(logits.index_select(&Tensor::new(own, &Device::Cpu)?, 0)?)
+    }
+
     pub(crate) fn params(&self) -> Params {
         (*self.theta.banks[0].sets[0]).clone()
     }
@@ -150,7 +164,7 @@ impl Setup {
 /// A frozen bottleneck at these blocks, away from its start.
 fn bottleneck(base: &Base, sites: &[Site], seed: u64, dtype: DType) -> (Slot, Bank) {
     let method: MethodRef = serde_json::from_value(json!({"method": "bottleneck", "reduction": 4})).unwrap();
-    let cx = BuildCx { steps: Step(1), domains: &[] };
+    let cx = BuildCx { steps: Step(1), domains: &[], words: None };
     let adapter: Arc<dyn Adapter> = ADAPTERS.build(&method, &"tune.adapter".into(), &cx).unwrap().into();
     let attachments = adapter.attach(base.architecture(), sites).unwrap();
     let mut params = Params::new();

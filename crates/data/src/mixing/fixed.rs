@@ -66,7 +66,7 @@ mod tests {
     #[test]
     fn shares_are_the_weights_whatever_the_feedback() {
         let domains = [("a".parse().unwrap(), 1.0), ("b".parse().unwrap(), 0.0), ("c".parse().unwrap(), 3.0)];
-        let mut mixing = Fixed::build(Config {}, &BuildCx { steps: Step(1), domains: &domains }).unwrap();
+        let mut mixing = Fixed::build(Config {}, &BuildCx { steps: Step(1), domains: &domains, words: None }).unwrap();
         let feedback = Feedback { loss: vec![Some(9.0), None, Some(0.1)] };
         assert_eq!(mixing.decide(Step(7), &feedback).unwrap().shares(), [0.25, 0.0, 0.75]);
     }

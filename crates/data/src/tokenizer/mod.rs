@@ -6,6 +6,7 @@ mod config;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use attune_spec::method::Words;
 use serde_json::Value;
 use tokenizers::processors::PostProcessorWrapper;
 
@@ -188,6 +189,12 @@ fn keep_white_space(value: &mut Value) -> bool {
             changed
         }
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
+    }
+}
+
+impl Words for Tokenizer {
+    fn tokens(&self, text: &str) -> Result<Vec<u32>, String> {
+        self.encode(text, true).map_err(|error| error.to_string())
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Saved {
     k: Mat,
     v: Mat,
     o: Mat,
+    /// `o` without what was found among rows of components, where there are some.
+    own: Option<Mat>,
     lse: Buffer<f32>,
     /// Before their norms, where they have some.
     raw_q: Option<Rows<f32>>,
@@ -109,6 +111,12 @@ impl Attention {
             cx.meter.time(Work::Adapter, || cx.merge_prefixes(block, q.view(), &mut o, lse.as_mut()))?;
         }
         Ok((o, lse))
+    }
+
+    /// Adds what they find among rows of components; gives what they have found before, if there are some.
+    fn look_aside(&self, q: &Mat, o: &mut Mat, cx: &PassCx<'_>) -> Result<Option<Mat>> {
+        let block = site(&self.sites, Place::Attention)?;
+        cx.meter.time(Work::Adapter, || cx.add_asides(block, &self.sites, q.view(), o))
     }
 
     /// Joins what was found to the stream.
@@ -266,16 +274,18 @@ impl Block for Attention {
             let (q, k, v) = self.project(h_td, cx)?;
             let (q, k) = turned(q, k, cx.plan.rope.as_ref())?;
             let before = cx.keys_before(block, k.dim(1)?)?;
-            self.output(&cx.plan.attend(&q, &k, &v, self.window, &before)?, cx)
+            let o = cx.plan.attend(&q, &k, &v, self.window, &before)?;
+            self.output(&cx.add_asides(block, &self.sites, &q, o)?, cx)
         })?;
         Ok(vec![y_td])
     }
 
     fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
         let Asked { q, k, v, raw_q, raw_k, thin } = self.ask(&x[0], cx)?;
-        let (o, lse) = self.find(&q, k.view(), v.view(), cx)?;
+        let (mut o, lse) = self.find(&q, k.view(), v.view(), cx)?;
+        let own = self.look_aside(&q, &mut o, cx)?;
         let Joined { y, sum, thin: thin_o, given } = self.join(&x[0], &o, cx, run)?;
-        let saved = Saved { q, k, v, o, lse, raw_q, raw_k, sum, given, thin, thin_o };
+        let saved = Saved { q, k, v, o, own, lse, raw_q, raw_k, sum, given, thin, thin_o };
         Ok((y, run.saves().then(|| block::Saved::Attention(Box::new(saved)))))
     }
 
@@ -305,15 +315,19 @@ impl Block for Attention {
         let beside = parted.and_then(|(_, dn_td)| dn_td);
         let (mut dq, mut dk, mut dv) = (cx.arena.rows(t, query), cx.arena.rows(t, kv), cx.arena.rows(t, kv));
         cx.meter.time(Work::Attention, || {
-            let Saved { q, k, v, o, lse, .. } = &*saved;
-            let (q, k, v, o) = (q.view(), k.view(), v.view(), o.view());
+            let Saved { q, k, v, o, own, lse, .. } = &*saved;
+            let (q, k, v, o) = (q.view(), k.view(), v.view(), own.as_ref().unwrap_or(o).view());
             let (dq, dk, dv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
             cx.kernels.attention_vjp(&self.how(cx), q, k, v, o, lse.span(), do_th.view(), None, dq, dk, dv);
         });
         if cx.is_prefixed(block) {
-            let (q, o, lse) = (saved.q.view(), saved.o.view(), saved.lse.as_ref());
-            let dq = dq.view_mut();
+            let o = saved.own.as_ref().unwrap_or(&saved.o).view();
+            let (q, lse, dq) = (saved.q.view(), saved.lse.as_ref(), dq.view_mut());
             cx.meter.time(Work::Adapter, || cx.prefixes_vjp(block, q, o, lse, do_th.view(), dq, sinks))?;
+        }
+        if saved.own.is_some() {
+            let (q, d_o, dq) = (saved.q.view(), do_th.view(), dq.view_mut());
+            cx.meter.time(Work::Adapter, || cx.asides_vjp(block, &self.sites, q, d_o, dq, sinks))?;
         }
         drop(do_th);
         let dq = self.ready_vjp(dq, saved.raw_q.as_ref(), Place::QueryNorm, cx, sinks)?;
@@ -331,7 +345,8 @@ impl Block for Attention {
         let Some(kept) = &cx.kept else { return Ok(self.forward(x, cx, Run::Output)?.0) };
         let Asked { q, k, v, .. } = self.ask(&x[0], cx)?;
         let [all_k, all_v] = cx.meter.time(Work::Elementwise, || cache.extend(&k, &v, kept, cx));
-        let (o, _) = self.find(&q, all_k, all_v, cx)?;
+        let (mut o, _) = self.find(&q, all_k, all_v, cx)?;
+        self.look_aside(&q, &mut o, cx)?;
         Ok(self.join(&x[0], &o, cx, Run::Output)?.y)
     }
 }

@@ -39,7 +39,8 @@ impl Embedding {
         for (part, rows) in cx.parts_of(Given::All) {
             for (i, (place, ids)) in self.tables(part, cx)?.iter().enumerate() {
                 let to = x_td.view_mut().into_sub_rows(rows.start, rows.end);
-                let id = &site(&self.sites, *place)?.id;
+                let table = site(&self.sites, *place)?;
+                let id = &table.id;
                 let at = || format!("embedding {id}");
                 match cx.own(part, id, "weight") {
                     Some((_, w_vd)) => {
@@ -49,6 +50,9 @@ impl Embedding {
                         let frozen = cx.base.matrix(&cx.base.tensor_name(id.as_str(), "weight"))?;
                         cx.kernels.gather(frozen.read().context(at)?.mat(), ids, to.into(), i > 0);
                     }
+                }
+                if *place == Place::Embedding {
+                    cx.begin(part, table, x_td.view_mut().into_sub_rows(rows.start, rows.end))?;
                 }
             }
             if let Some(input_td) = &cx.parts[part].theta.input {
@@ -79,7 +83,8 @@ impl Block for Embedding {
     fn graph(&self, _: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let architecture = cx.base.architecture();
         let ids = tokens(cx.layout, architecture.vocab)?;
-        let mut x_td = look_up(&site(&self.sites, Place::Embedding)?.id, &ids, cx)?;
+        let table = site(&self.sites, Place::Embedding)?;
+        let mut x_td = cx.begin(table, look_up(&table.id, &ids, cx)?)?;
         let tracked = cx.tracked.get(&TensorId::input_embeddings()).map(|added| added.as_tensor());
         if let Some(added_td) = tracked.or(cx.theta.input.as_ref()) {
             let (got, expected) = (added_td.dims2()?, x_td.dims2()?);
@@ -134,6 +139,8 @@ impl Block for Embedding {
             if wants(&*sinks[part], &TensorId::input_embeddings()) {
                 regions::put(&mut *sinks[part], &TensorId::input_embeddings(), &local::tensor(dx.into())?)?;
             }
+            cx.begin_vjp(part, site(&self.sites, Place::Embedding)?, dx, sinks)?;
+            let layout = cx.parts[part].layout.rows();
             for (place, ids) in self.tables(part, cx)? {
                 let site = site(&self.sites, place)?;
                 let id = cx.id_of(part, &site.id, "weight");
@@ -142,7 +149,9 @@ impl Block for Embedding {
                     continue;
                 }
                 let mut dw_vd = vec![0.0f32; vocab * width];
-                for (row, id) in ids.into_iter().enumerate() {
+                // What stands in the place of a token's embedding is no row of that table.
+                let is_of = |row: usize| place != Place::Embedding || matches!(layout[row], Row::Token(_));
+                for (row, id) in ids.into_iter().enumerate().filter(|(row, _)| is_of(*row)) {
                     let to = &mut dw_vd[id as usize * width..][..width];
                     to.iter_mut().zip(dx.row(row)).for_each(|(sum, dx)| *sum += dx);
                 }
@@ -174,15 +183,16 @@ fn places(positions: impl Iterator<Item = usize>, architecture: &Architecture) -
     ids.collect::<Result<Vec<u32>>>().map(Some)
 }
 
-/// The token of each row of a layout.
+/// The token of each row of a layout; any of them where a component has a row of its own.
 fn tokens(layout: &Layout, vocab: usize) -> Result<Vec<u32>> {
     let ids = layout.rows().iter().map(|row| match row {
         Row::Token(id) if (*id as usize) < vocab => Ok(*id),
         Row::Token(id) => Err(Error::Refused(format!(
             "token {id} is outside of the model's vocabulary of {vocab}; tokenizer and model do not fit"
         ))),
-        Row::Virtual { .. } | Row::Payload { .. } => {
-            Err(Error::Refused("this embedding takes tokens only, no virtual or payload rows".to_owned()))
+        Row::Virtual { .. } => Ok(0),
+        Row::Payload { .. } => {
+            Err(Error::Refused("this embedding takes tokens and rows of components only, no payload".to_owned()))
         }
     });
     ids.collect()

@@ -5,8 +5,8 @@
 //! alone and in the same order as without the others, so that a part's results have the same bits in any company. Parts of
 //! one job are its logical shards; parts of several jobs are lanes.
 //!
-//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `linear` (a site with its components), `norm`, `branch` and `prefix` (components of
-//! whole blocks),
+//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `linear` (a site with its components), `norm`, `branch`, `prefix` and `aside` (components of
+//! whole blocks), `sequence` (components with rows of their own),
 //! `local` (what has no hand-written gradient), then the blocks, `head`, [`walk`], and
 //! `outputs`.
 
@@ -16,11 +16,13 @@ pub mod times;
 
 pub mod parts;
 
+pub(crate) mod aside;
 pub(crate) mod branch;
 pub(crate) mod linear;
 pub(crate) mod local;
 pub(crate) mod norm;
 pub(crate) mod prefix;
+pub(crate) mod sequence;
 pub(crate) mod weight;
 
 pub(crate) mod ends;

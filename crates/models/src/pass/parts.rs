@@ -182,6 +182,11 @@ impl<'a> PassCx<'a> {
         self.kept.as_ref().map_or(0, |kept| kept.rows[doc].len() - self.docs[doc].len())
     }
 
+    /// Whether a document, by its number in the pass, began in an earlier one.
+    pub(crate) fn goes_on(&self, doc: usize) -> bool {
+        self.kept.is_some() && self.before(doc) > 0
+    }
+
     /// The position of the first row of a document that goes through now, by its number in the pass.
     fn first(&self, doc: usize) -> usize {
         self.before(doc) + self.taken[doc]

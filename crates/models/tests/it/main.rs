@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
+mod asides;
 mod components;
 #[cfg(feature = "cuda")]
 mod device;
@@ -13,6 +14,7 @@ mod golden;
 mod gradients;
 mod low_rank;
 mod passes;
+mod sequences;
 mod support;
 mod walk;
 mod whole;

@@ -10,7 +10,7 @@ use attune_spec::Fault;
 use attune_tensor::{Rng, ops};
 use candle_core::{DType, Tensor};
 
-fn random(at: &Attachment, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+pub(crate) fn random(at: &Attachment, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
     let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
         Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
     };

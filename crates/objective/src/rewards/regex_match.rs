@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     fn build(pattern: &str) -> Result<Box<dyn Reward>, Vec<Fault>> {
-        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[] };
+        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[], words: None };
         RegexMatch::build(Config { pattern: pattern.to_owned() }, &cx)
     }
 

@@ -61,7 +61,7 @@ fn rates_norms_and_parameters_are_pytorchs() {
     for case in ["constant", "linear", "cosine", "cosine_no_clip"] {
         let mut run = Run::open(case);
         let (settings, total) = (run.settings.clone(), run.settings["steps"].as_u64().unwrap());
-        let cx = BuildCx { steps: Step(total), domains: &[] };
+        let cx = BuildCx { steps: Step(total), domains: &[], words: None };
         let betas = &settings["betas"];
         let optimizer = method(json!({
             "method": "adamw", "lr": settings["lr"], "weight_decay": settings["weight_decay"], "beta1": betas[0], "beta2": betas[1],
@@ -99,7 +99,7 @@ fn rates_norms_and_parameters_are_pytorchs() {
 
 #[test]
 fn parameters_out_of_range_are_refused_with_their_path() {
-    let cx = BuildCx { steps: Step(10), domains: &[] };
+    let cx = BuildCx { steps: Step(10), domains: &[], words: None };
     let build = |value: Value| match OPTIMIZERS.build(&method(value), &"tune.optimizer".into(), &cx) {
         Ok(_) => Vec::new(),
         Err(faults) => faults.iter().map(ToString::to_string).collect(),

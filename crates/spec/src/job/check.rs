@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use jsonschema::Validator;
 use serde_json::Value;
 
-use super::plan::logical_shards;
+use super::plan::{logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
 use super::{Device, JobSpec, Precision, VERSION};
 use crate::fault::{Fault, FieldPath};
@@ -226,16 +226,20 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
 }
 
 fn shards(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
-    let (batch, longest) = (spec.tune.batch_tokens, spec.data.max_length);
+    let (batch, longest) = (spec.tune.batch_tokens, longest(spec, catalogue));
+    let documents = match longest - spec.data.max_length {
+        0 => "data.max_length".to_owned(),
+        before => format!("(data.max_length + {before} rows before each document)"),
+    };
     let shards = logical_shards(spec, catalogue);
     if u64::from(batch) < u64::from(longest) * u64::from(shards) {
         let message = if spec.tune.logical_shards.is_some() {
             format!(
-                "is {batch}; expected at least logical_shards × data.max_length = {}",
+                "is {batch}; expected at least logical_shards × {documents} = {}",
                 u64::from(longest) * u64::from(shards)
             )
         } else {
-            format!("is {batch}; expected at least data.max_length = {longest}")
+            format!("is {batch}; expected at least {documents} = {longest}")
         };
         faults.push(Fault::new("tune.batch_tokens", message));
     }

@@ -159,6 +159,14 @@ pub struct Plan {
 /// The largest number of logical shards that is chosen by itself.
 const SHARDS_MAX: u32 = 8;
 
+/// The most rows that a document takes: its tokens, and those that components put before them. What an adapter that a slot starts
+/// from puts there is in its folder.
+pub(super) fn longest(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
+    let methods = spec.tune.slots().into_iter().filter_map(|(_, slot)| slot.method_ref());
+    let before = methods.map(|method| catalogue.rows_before(&method)).fold(0, u32::saturating_add);
+    spec.data.max_length.saturating_add(before)
+}
+
 /// The number of logical shards: as written, or as many as fit the longest document each, up to 8, as a power of two (so
 /// that 2, 4 and 8 ranks divide it).
 pub(super) fn logical_shards(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
@@ -167,7 +175,7 @@ pub(super) fn logical_shards(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
         let is_paired = spec.data.domains.iter().any(|domain| domain.form == Some(Form::Preference));
         let given = catalogue.answers(&spec.tune.objective).map(|(each, _)| each);
         let together = given.unwrap_or(if is_paired { 2 } else { 1 });
-        let longest = spec.data.max_length.max(1).saturating_mul(together);
+        let longest = longest(spec, catalogue).max(1).saturating_mul(together);
         let fit = (spec.tune.batch_tokens / longest).clamp(1, SHARDS_MAX);
         1 << fit.ilog2()
     })

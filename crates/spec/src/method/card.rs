@@ -158,6 +158,8 @@ pub struct Card {
     pub answers: &'static str,
     /// The most tokens of such an answer, as such an expression.
     pub answer_tokens: &'static str,
+    /// Rows that it puts before those of every document, as an expression over its parameters; empty for none.
+    pub rows_before: &'static str,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
@@ -189,6 +191,7 @@ impl Card {
             weight_statistics: "",
             answers: "",
             answer_tokens: "",
+            rows_before: "",
             moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,

@@ -103,6 +103,15 @@ impl Catalogue {
         number(&document.answers).zip(number(&document.answer_tokens))
     }
 
+    /// How many rows a component with these parameters puts before those of every document.
+    pub fn rows_before(&self, component: &MethodRef) -> u32 {
+        let document = self.get(&component.method).filter(|document| !document.rows_before.is_empty());
+        let params = self.resolve(component).params;
+        document
+            .and_then(|document| expression::number(&document.rows_before, &params).ok())
+            .map_or(0, |rows| rows as u32)
+    }
+
     /// `named` with its canonical name and every default written out: what goes into a plan.
     pub fn resolve(&self, named: &MethodRef) -> MethodRef {
         let Some(document) = self.get(&named.method) else { return named.clone() };
@@ -175,6 +184,7 @@ mod tests {
             weight_statistics: String::new(),
             answers: String::new(),
             answer_tokens: String::new(),
+            rows_before: String::new(),
             moves: None,
             merges: Merges::Factors,
             trains_base: false,

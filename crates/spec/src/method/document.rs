@@ -70,6 +70,9 @@ pub struct MethodDocument {
     /// The most tokens of such an answer, as an expression.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub answer_tokens: String,
+    /// Rows that it puts before those of every document, as an expression; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub rows_before: String,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -110,6 +113,7 @@ impl MethodDocument {
             weight_statistics: card.weight_statistics.to_owned(),
             answers: card.answers.to_owned(),
             answer_tokens: card.answer_tokens.to_owned(),
+            rows_before: card.rows_before.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,

@@ -14,4 +14,4 @@ pub mod schema;
 pub use card::{Card, Merges, Paper, Point, Rule, SiteKind};
 pub use catalogue::Catalogue;
 pub use document::MethodDocument;
-pub use registry::{BuildCx, Entry, Method, MethodRef, Registry, entry};
+pub use registry::{BuildCx, Entry, Method, MethodRef, Registry, Words, entry};

@@ -50,6 +50,17 @@ pub struct BuildCx<'a> {
     pub steps: Step,
     /// The domains of the mixture and the weights that the job file gives them.
     pub domains: &'a [(Name, f64)],
+    /// What texts are made of, where the base's tokeniser is at hand.
+    pub words: Option<&'a dyn Words>,
+}
+
+/// Makes tokens of a text, as those that a model reads.
+pub trait Words: std::fmt::Debug + Sync {
+    /// The tokens, with those that every text begins with.
+    ///
+    /// # Errors
+    /// Why the text has none.
+    fn tokens(&self, text: &str) -> Result<Vec<u32>, String>;
 }
 
 /// A method: a card, typed parameters, and how to make the object that answers its point.

@@ -52,7 +52,7 @@ pub(crate) struct Done {
 
 impl Tune {
     pub(crate) fn open(case: &Case) -> Result<Self, Failure> {
-        let cx = BuildCx { steps: Step((case.warmup + case.steps) as u64), domains: &[] };
+        let cx = BuildCx { steps: Step((case.warmup + case.steps) as u64), domains: &[], words: None };
         let base = case.open()?;
         let (stack, mut theta) = match &case.adapter {
             Some(folder) => component::frozen(&base, [folder.as_path()])?,

@@ -166,14 +166,29 @@ impl StepRule for Reuse {
 /// Numbers that each document has in a checkpoint.
 const OF_DOC: usize = 6;
 
-/// A layout of tokens as tensors: whole numbers of 64 bits, of which some are the bits of a real one.
+/// A row as a number: a token as it is, one that a component put before a document below zero.
+fn number_of(row: &Row) -> Result<i64> {
+    match row {
+        Row::Token(id) => Ok(i64::from(*id)),
+        Row::Virtual { slot, index } => Ok(-1 - (i64::from(*slot) << 32 | i64::from(*index))),
+        Row::Payload { .. } => {
+            Err(Error::Refused("a batch with rows from columns cannot be kept for several updates".to_owned()))
+        }
+    }
+}
+
+/// The row of a number.
+fn row_of(number: i64) -> Row {
+    match u32::try_from(number) {
+        Ok(id) => Row::Token(id),
+        Err(_) => Row::Virtual { slot: ((-1 - number) >> 32) as u16, index: (-1 - number) as u32 },
+    }
+}
+
+/// A layout as tensors: whole numbers of 64 bits, of which some are the bits of a real one.
 fn written(layout: &Layout) -> Result<Tensors> {
     let whole = |values: Vec<i64>| Tensor::new(values, &Device::Cpu);
-    let token = |row: &Row| match row {
-        Row::Token(id) => Ok(i64::from(*id)),
-        _ => Err(Error::Refused("a batch whose rows are not all tokens cannot be kept for several updates".to_owned())),
-    };
-    let rows = layout.rows().iter().map(token).collect::<Result<Vec<i64>>>()?;
+    let rows = layout.rows().iter().map(number_of).collect::<Result<Vec<i64>>>()?;
     let docs = layout.docs().iter().flat_map(|doc| {
         let numbers: [i64; OF_DOC] = [
             doc.n_rows() as i64,
@@ -216,7 +231,7 @@ fn read(tensors: &Tensors) -> Result<Layout> {
             group: Some(doc[5] as u32),
         };
         // Labels come with the other columns.
-        let own = rest.by_ref().take(doc[0] as usize).map(|id| (Row::Token(*id as u32), 0));
+        let own = rest.by_ref().take(doc[0] as usize).map(|number| (row_of(*number), 0));
         layout.push(origin, own.collect::<Vec<_>>());
     }
     for (name, tensor) in tensors {
@@ -272,11 +287,12 @@ mod tests {
         let mut layout = Layout::new();
         for (view, group) in [(View::Sample(3), 5), (View::Sample(4), 5), (View::Passage(7), 6), (View::Rejected, 7)] {
             let origin = Origin { example: 9, view, lane: 2, domain: 1, group: Some(group) };
-            layout.push(origin, [(Row::Token(1), NO_LABEL), (Row::Token(2), 3)]);
+            let before = (Row::Virtual { slot: 2, index: 7 }, NO_LABEL);
+            layout.push(origin, [before, (Row::Token(1), NO_LABEL), (Row::Token(2), 3)]);
         }
         let rewards = Values::F64(vec![1.5, f64::NEG_INFINITY, -0.0, 1e-300]);
         layout.set_column(REWARD, Column { axis: Axis::Doc, values: rewards }).unwrap();
-        layout.set_column("weight", Column { axis: Axis::Row, values: Values::F32(vec![0.1; 8]) }).unwrap();
+        layout.set_column("weight", Column { axis: Axis::Row, values: Values::F32(vec![0.1; 12]) }).unwrap();
         let found = read(&written(&layout).unwrap()).unwrap();
         assert_eq!(found, layout);
         assert!(found.column(LABELS).is_some());

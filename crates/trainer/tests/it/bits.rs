@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 28] = [
+const KINDS: [(&str, &[(&str, &str)]); 34] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -24,6 +24,15 @@ const KINDS: [(&str, &[(&str, &str)]); 28] = [
     ("full", &[("tune.adapter", "{method: full}")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
+    ("prompt", PROMPT),
+    ("prompt by a network", &[("tune.adapter", "{method: p-tuning, length: 3, encoder: lstm, hidden: 4}"), PROMPT[1]]),
+    ("prompt on pairs", &[PROMPT[0], ("tune.batch_tokens", "320"), PAIRS[0], PAIRS[1], PAIRS[2]]),
+    (
+        "prompt and answers used again",
+        &[PROMPT[0], PROMPT[1], USED_AGAIN[0], ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[3]],
+    ),
+    ("smooth prompt", &[PROMPT[0], PROMPT[1], ("tune.step", SMART)]),
+    ("rows aside", &[("tune.adapter", "{method: adaption-prompt, length: 3}")]),
     ("bottleneck", &[("tune.adapter", "{method: bottleneck, reduction: 4, activation: silu}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
     ("loramoe", &[("tune.adapter", "{method: loramoe, rank: 2, experts: 4, knowledge: [sums]}")]),
@@ -43,6 +52,10 @@ const KINDS: [(&str, &[(&str, &str)]); 28] = [
     ("grpo with answers used again", USED_AGAIN),
     ("smart", &[("tune.step", SMART)]),
 ];
+
+/// Rows before documents that take their room.
+const PROMPT: &[(&str, &str)] =
+    &[("tune.adapter", "{method: prompt-tuning, length: 3, start: text, text: Who}"), ("tune.batch_tokens", "256")];
 
 /// Embeddings are moved so far that it shows.
 const SMART: &str = "{method: smart, radius: 0.02, noise: 0.01, ascent: 0.02}";

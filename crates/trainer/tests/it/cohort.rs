@@ -73,9 +73,18 @@ const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
 /// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
 /// passes of their own.
-const PORTS: [&[(&str, &str)]; 15] = [
+const PORTS: [&[(&str, &str)]; 18] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
+    &[("tune.adapter", "{method: adaption-prompt, length: 3}")],
+    &[("tune.adapter", "{method: p-tuning, length: 3, hidden: 4}"), ("tune.batch_tokens", "256")],
+    &[
+        ("tune.adapter", "{method: prompt-tuning, length: 3}"),
+        ("tune.objective", "{method: dpo}"),
+        ("data.domains", PAIRS),
+        ("data.validation", PAIRS),
+        ("tune.batch_tokens", "320"),
+    ],
     &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}"), ("tune.logical_shards", "2")],
     &[("tune.adapter", "{method: loramoe, rank: 2, experts: 2, targets: all-linear}")],
     &[

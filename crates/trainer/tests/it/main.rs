@@ -10,5 +10,6 @@ mod cohort;
 mod faults;
 mod outputs;
 mod peft_steps;
+mod prompts;
 mod reference;
 mod support;

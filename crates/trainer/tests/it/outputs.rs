@@ -26,7 +26,7 @@ fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
 
 /// The model of a base with an adapter, put together from what lies in the two folders.
 fn adapted(base: Base, folder: &Path) -> (Model, Theta) {
-    let cx = BuildCx { steps: Step(1), domains: &[] };
+    let cx = BuildCx { steps: Step(1), domains: &[], words: None };
     let read = peft::read(folder).unwrap();
     let adapter = ADAPTERS.build(&read.method, &"adapter".into(), &cx).unwrap_or_else(|faults| panic!("{faults:?}"));
     let adapter: Arc<dyn Adapter> = adapter.into();

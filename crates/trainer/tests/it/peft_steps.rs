@@ -69,7 +69,7 @@ fn twenty_steps_end_within_a_thousandth_of_pytorchs_parameters() {
     let expected =
         candle_core::safetensors::load(golden("optim/golden/lora_steps/expected.safetensors"), &Device::Cpu).unwrap();
     let total = Step(hyper["steps"].as_u64().unwrap());
-    let cx = BuildCx { steps: total, domains: &[] };
+    let cx = BuildCx { steps: total, domains: &[], words: None };
     let Setup { model, adapter, attachments } = open(&cx);
     let read = |name: &str| -> Params {
         peft::read(&golden(&format!("optim/golden/lora_steps/{name}")))

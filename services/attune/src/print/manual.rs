@@ -78,6 +78,11 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
         );
         facts.push(("Learns from", text));
     }
+    if !method.rows_before.is_empty() {
+        let text =
+            format!("{} rows before every document, which take positions and room in a batch", method.rows_before);
+        facts.push(("Puts", text));
+    }
     match method.merges {
         Merges::Factors => facts.push(("Merges", "into the base's weight, as a low-rank change".to_owned())),
         Merges::Weight => facts.push(("Merges", "into a new weight in place of the base's".to_owned())),

@@ -2,6 +2,7 @@
 
 mod banks;
 mod products;
+mod prompts;
 mod steps;
 mod turns;
 
@@ -41,7 +42,13 @@ const OWN: [(&str, Own); 11] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(steps::OWN);
+    let all = OWN
+        .iter()
+        .chain(products::OWN.iter())
+        .chain(turns::OWN)
+        .chain(banks::OWN)
+        .chain(steps::OWN)
+        .chain(&prompts::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 

@@ -1,0 +1,130 @@
+//! Rows before documents: what they reach, and what moves them.
+
+use std::collections::BTreeMap;
+
+use attune_models::{Base, Pass};
+use attune_points::TensorName;
+use attune_points::adapter::Port;
+use attune_spec::job::Targets;
+use attune_spec::method::SiteKind;
+use candle_core::{DType, Tensor};
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use super::{Own, PLAIN};
+use crate::support::{self, Setup, batch, difference};
+use crate::{build, fail};
+
+pub(super) const OWN: [(&str, Own); 4] = [
+    ("multitask_prompt_tuning::one_number_scales_a_column_of_its_rows", scaled_together),
+    ("adaption_prompt::a_number_at_each_site_shuts_it_off", shut),
+    ("prompt_tuning::documents_know_of_its_rows_by_attention_alone", by_attention),
+    ("p_tuning::one_number_moves_all_of_its_rows", moved_together),
+];
+
+fn setup(base: Base, method: Value) -> Result<Setup, Failed> {
+    let (targets, applies) = match method["method"] == PLAIN {
+        true => ("all-linear", SiteKind::Linear),
+        false => ("all", SiteKind::Embedding),
+    };
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), &[applies], DType::F64);
+    setup.disturb(0.3);
+    Ok(setup)
+}
+
+/// How much a component moves the logits of documents, in a base whose attentions add nothing, or what they do.
+fn moves(method: Value, attends: bool) -> Result<f64, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let named = |name: &str| base.tensor(&TensorName::from_path(name), DType::F64);
+    let tensors = base.architecture().tensors().into_iter().map(|info| {
+        let tensor = named(&info.name)?;
+        let silent = !attends && info.name.contains("o_proj");
+        Ok((info.name, if silent { tensor.zeros_like()? } else { tensor }))
+    });
+    let tensors = tensors.collect::<Result<BTreeMap<String, Tensor>, attune_points::Error>>()?;
+    let setup = setup(Base::from_tensors(support::architecture(), &tensors)?, method)?;
+    let off = setup.theta.adapters_off();
+    let without = setup.model.logits(&Pass { theta: &off, layout: &batch(), dropout: None })?;
+    Ok(difference(&setup.logits(&batch())?, &without))
+}
+
+fn by_attention() -> Result<(), Failed> {
+    let prompt = || json!({"method": "prompt-tuning", "length": 3});
+    // As many numbers: 72 before documents, and 112 in two small factors.
+    let plain = json!({"method": PLAIN, "rank": 1});
+    let (seen, unseen) = (moves(prompt(), true)?, moves(prompt(), false)?);
+    assert!(seen > 0.1, "documents are moved by {seen}");
+    // Rows turn by their positions; where nothing looks at them, that is all the same.
+    assert!(unseen < 1e-12, "documents are moved by {unseen}");
+    let moved = moves(plain, false)?;
+    assert!(moved > 0.1, "a change of weights moves them by {moved}");
+    Ok(())
+}
+
+/// How much a component that was moved from its start moves the logits still, with one number of each site put to 0.
+fn moves_without_one(method: Value, targets: &str, applies: SiteKind, local: &str) -> Result<f64, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), &[applies], DType::F64);
+    setup.disturb(0.3);
+    let off = setup.theta.adapters_off();
+    let without = setup.model.logits(&Pass { theta: &off, layout: &batch(), dropout: None })?;
+    assert!(difference(&setup.logits(&batch())?, &without) > 0.01, "nothing moved");
+    let mut params = setup.params();
+    for (name, tensor) in setup.params().iter().filter(|(name, _)| name.local() == local) {
+        let mut values = tensor.flatten_all()?.to_vec1::<f64>()?;
+        values[0] = 0.0;
+        params.insert(name.clone(), Tensor::from_vec(values, tensor.shape(), tensor.device())?);
+    }
+    setup.theta = setup.with_params(params);
+    Ok(difference(&setup.logits(&batch())?, &without))
+}
+
+/// A gate of 0 is the base exactly, whatever the rows behind it are; no single number of two factors is such a gate.
+fn shut() -> Result<(), Failed> {
+    let gated = json!({"method": "adaption-prompt", "length": 3});
+    let moved = moves_without_one(gated, "all", SiteKind::Attention, "adaption_gate")?;
+    assert_eq!(moved, 0.0);
+    let plain = json!({"method": PLAIN, "rank": 2});
+    let moved = moves_without_one(plain, "all-linear", SiteKind::Linear, "lora_B")?;
+    assert!(moved > 0.01, "one number less and it moves documents by {moved}");
+    Ok(())
+}
+
+/// Of an entry of the rows of a prompt of its own there is no such number, nor of a change of weights.
+fn scaled_together() -> Result<(), Failed> {
+    let moved = |method: Value| rows_moved(method);
+    assert_eq!(moved(json!({"method": "multitask-prompt-tuning", "length": 5}))?, (5, 5));
+    assert_eq!(moved(json!({"method": "prompt-tuning", "length": 5}))?, (1, 5));
+    assert_eq!(moved(json!({"method": PLAIN, "rank": 1}))?, (0, 0));
+    Ok(())
+}
+
+/// How many of the rows that a component makes of its parameters move with the first number of its first one.
+fn rows_moved(method: Value) -> Result<(usize, usize), Failed> {
+    let setup = setup(Base::random(support::architecture(), 5, DType::F64)?, method)?;
+    let at = &setup.attachments[0];
+    let Port::Sequence(map) = setup.adapter.port(at) else { return Ok((0, 0)) };
+    let rows = |theta: &attune_points::Theta| -> Result<Vec<Vec<f64>>, Failed> {
+        let set = theta.set(0, 0).ok_or("no set")?;
+        Ok(map.graph(&attune_models::stack::locals(at, set)?)?.to_vec2()?)
+    };
+    let name = at.tensors.last().ok_or("no tensor")?.name(at.site.as_str());
+    let before = setup.params().get(&name).ok_or("no value")?.clone();
+    let mut values = before.flatten_all()?.to_vec1::<f64>()?;
+    values[0] += 1.0;
+    let moved = setup.with(&name, Tensor::from_vec(values, before.shape(), before.device())?);
+    let (before, after) = (rows(&setup.theta)?, rows(&moved)?);
+    let changed = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+    Ok((changed, before.len()))
+}
+
+/// And none of plain rows, nor of a change of weights, does so.
+fn moved_together() -> Result<(), Failed> {
+    for encoder in ["mlp", "lstm"] {
+        let method = json!({"method": "p-tuning", "length": 5, "encoder": encoder});
+        assert_eq!(rows_moved(method)?, (5, 5), "{encoder}");
+    }
+    assert_eq!(rows_moved(json!({"method": "prompt-tuning", "length": 5}))?, (1, 5));
+    assert_eq!(rows_moved(json!({"method": PLAIN, "rank": 1}))?, (0, 0));
+    Ok(())
+}
