@@ -65,7 +65,7 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     Ok(Folder { method, targets, path: folder.to_owned(), tensors })
 }
 
-/// A tensor of integers, the places of sparse changes: as floats, exact up to 2^24, wider than any weight.
+/// A tensor of integers, the places of sparse changes.
 fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
     let failed =
         |source| Error::Tensor(attune_points::Error::Io { what: format!("reading {}", file.display()), source });
@@ -74,7 +74,7 @@ fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
     // The header was held to the file's length.
     let mut bytes = vec![0; (info.bytes.end - info.bytes.start) as usize];
     source.read_exact(&mut bytes).map_err(failed)?;
-    let values = bytes.chunks_exact(4).map(|word| i32::from_le_bytes([word[0], word[1], word[2], word[3]]) as f32);
+    let values = bytes.chunks_exact(4).map(|word| i64::from(i32::from_le_bytes([word[0], word[1], word[2], word[3]])));
     Ok(Tensor::from_vec(values.collect::<Vec<_>>(), info.shape.as_slice(), &Device::Cpu)?)
 }
 

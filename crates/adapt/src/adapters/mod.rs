@@ -3,6 +3,7 @@
 mod abba;
 mod adalora;
 mod adapterfusion;
+mod beft;
 mod boft;
 mod bone;
 mod bottleneck;
@@ -10,6 +11,7 @@ mod c3a;
 mod capaboost;
 mod clover;
 mod compacter;
+mod deft;
 mod delora;
 mod dora;
 mod flora_tucker;
@@ -31,6 +33,8 @@ mod lotr;
 mod mora;
 mod nora;
 mod oft;
+mod osf;
+mod peanut;
 mod prefix_tuning;
 mod psoft;
 mod randlora;
@@ -39,6 +43,7 @@ mod roselora;
 mod shira;
 mod sltrain;
 mod spiel;
+mod supertuning;
 mod svft;
 mod tinylora;
 mod vblora;
@@ -63,6 +68,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<abba::Abba>(),
         entry::<adalora::Adalora>(),
         entry::<adapterfusion::Adapterfusion>(),
+        entry::<beft::Beft>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
@@ -70,6 +76,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<capaboost::Capaboost>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
+        entry::<deft::Deft>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
         entry::<flora_tucker::FloraTucker>(),
@@ -91,6 +98,8 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<mora::Mora>(),
         entry::<nora::Nora>(),
         entry::<oft::Oft>(),
+        entry::<osf::Osf>(),
+        entry::<peanut::Peanut>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),
@@ -99,6 +108,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<shira::Shira>(),
         entry::<sltrain::Sltrain>(),
         entry::<spiel::Spiel>(),
+        entry::<supertuning::Supertuning>(),
         entry::<svft::Svft>(),
         entry::<tinylora::Tinylora>(),
         entry::<vblora::Vblora>(),
@@ -130,8 +140,10 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
+    FromPeft { peft_type: Some("BEFT"), claims: |_| true, read: beft::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
+    FromPeft { peft_type: Some("DEFT"), claims: |_| true, read: deft::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
     FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
@@ -146,11 +158,14 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
+    FromPeft { peft_type: Some("OSF"), claims: |_| true, read: osf::from_peft },
+    FromPeft { peft_type: Some("PEANUT"), claims: |_| true, read: peanut::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
     FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
+    FromPeft { peft_type: Some("SUPERTUNING"), claims: |_| true, read: supertuning::from_peft },
     FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },

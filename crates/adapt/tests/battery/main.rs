@@ -47,6 +47,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("c3a", &[("block_size", 4)]),
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("deft", &[("rank", 3)]),
     ("delora", &[("lambda", 1)]),
     ("fourierft", &[("frequencies", 50)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
@@ -57,6 +58,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("mora", &[("rank", 2)]),
     ("nora", &[("rank", 6), ("inner_rank", 2), ("alpha", 4)]),
     ("oft", &[("block_size", 4)]),
+    ("peanut", &[("rank", 5), ("depth", 1)]),
     ("psoft", &[("rank", 4)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
@@ -74,6 +76,7 @@ fn exact(card: &Card) -> Option<(&'static str, Value)> {
     match card.name {
         "dora" => Some(("norm_gradient", json!(true))),
         "loramoe" => Some(("balance", json!(0))),
+        "osf" => Some(("project", json!(false))),
         _ => None,
     }
 }

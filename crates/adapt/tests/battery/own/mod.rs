@@ -3,6 +3,7 @@
 mod banks;
 mod products;
 mod steps;
+mod tuners;
 mod turns;
 
 use std::collections::BTreeSet;
@@ -41,7 +42,8 @@ const OWN: [(&str, Own); 11] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(steps::OWN);
+    let all =
+        OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(steps::OWN).chain(tuners::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 
