@@ -10,6 +10,8 @@ import writing
 from banks import own
 
 STD = 0.2
+# Many numbers of factors are one of these, divided by the root of how many.
+SHARED = 2.0
 
 OSF = [(f"osf_svd_params.{name}_low", f"osf_{name}") for name in "USV"]
 
@@ -51,13 +53,31 @@ CASES = {
     "qwen2_peanut": ("qwen2", lambda: peft.PeanutConfig(r=4, target_modules=["v_proj", "down_proj"]), "model.layers.1.mlp.down_proj"),
     "llama_osf": ("llama", lambda: peft.OSFConfig(effective_rank=9, target_modules=["k_proj", "up_proj"]), "model.layers.1.mlp.up_proj"),
     "qwen2_osf": ("qwen2", lambda: peft.OSFConfig(effective_rank=0.75, target_modules=["q_proj", "down_proj"]), "model.layers.0.mlp.down_proj"),
+    "llama_pvera": ("llama", lambda: peft.PveraConfig(r=7, target_modules=["q_proj", "k_proj", "down_proj"]), "model.layers.0.mlp.down_proj"),
+    "gpt2_pvera": (
+        "gpt2",
+        lambda: peft.PveraConfig(r=5, d_initial=0.5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        "transformer.h.1.mlp.c_proj",
+    ),
+    "llama_lily": ("llama", lambda: peft.LilyConfig(r=4, num_B=3, scaling=0.5, target_modules=["q_proj", "down_proj"]), None),
+    "qwen2_lily": ("qwen2", lambda: peft.LilyConfig(r=3, stride_A=2, num_B=2, target_modules=["k_proj", "up_proj"]), None),
+    "llama_unilora": (
+        "llama",
+        lambda: peft.UniLoraConfig(r=2, theta_d_length=40, save_indices=True, target_modules=["q_proj", "down_proj"]),
+        "model.layers.0.self_attn.q_proj",
+    ),
+    "gpt2_unilora": (
+        "gpt2",
+        lambda: peft.UniLoraConfig(r=3, theta_d_length=70, proj_seed=5, save_indices=True, target_modules=["c_attn"], fan_in_fan_out=True),
+        "transformer.h.0.attn.c_attn",
+    ),
 }
 
 
 def randomise(model, g):
     """Moves what trains from its start."""
-    for _, p in sorted((name, p) for name, p in model.named_parameters() if p.requires_grad):
-        p.add_(torch.randn(p.shape, generator=g) * STD)
+    for name, p in sorted((name, p) for name, p in model.named_parameters() if p.requires_grad):
+        p.add_(torch.randn(p.shape, generator=g) * (SHARED if "theta_d" in name else STD))
 
 
 def write(name):

@@ -59,8 +59,9 @@ def write(name, base, config, site, seed, randomise, packed=False):
     names = {}
     for k, p in fresh().named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(k)
-    spelt = {k: next((on_disk(other) for other in all_of if on_disk(other) in stored), None) for all_of in names.values() for k in all_of}
-    own = lambda gradients: {spelt[k]: v for k, v in gradients.items() if spelt.get(k)}
+    # One that is stored at each has its gradient at each.
+    spelt = {k: sorted({on_disk(other) for other in all_of} & set(stored)) for all_of in names.values() for k in all_of}
+    own = lambda gradients: {name: v for k, v in gradients.items() for name in spelt.get(k, [])}
     gradients = own(gradients)
     # What is stored and has no gradient is frozen: the random matrices that some methods share, and places, which are whole numbers.
     frozen = {k for k, v in stored.items() if not v.is_floating_point()} | {on_disk(k) for k, p in fresh().named_parameters() if not p.requires_grad} | {on_disk(k) for k, _ in fresh().named_buffers(remove_duplicate=False)}

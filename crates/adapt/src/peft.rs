@@ -124,7 +124,13 @@ impl Folder {
                 None => tensor.clone(),
                 Some((start, _)) => tensor.narrow(1, start, place.spec.shape[1])?.contiguous()?,
             };
-            params.insert_declared(place.spec, place.site, own);
+            match params.get(&place.name).filter(|first| !same_bits(first, &own)) {
+                None => params.insert_declared(place.spec, place.site, own),
+                Some(_) => {
+                    let message = format!("tensor {spelt:?} is another one than those of the sites that share it");
+                    return Err(mismatch(message));
+                }
+            }
         }
         // PEFT repeats what all sites share at each of them.
         let repeats = |name: &str| {
@@ -177,10 +183,16 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
     for at in attachments {
         for spec in &at.tensors {
             let name = spec.name(at.site.as_str());
-            if places.iter().any(|place| place.name == name) {
+            let repeated = matches!(peft.tensors, PeftTensors::Repeated(_));
+            if !repeated && places.iter().any(|place| place.name == name) {
                 continue;
             }
             let (spelt, columns) = match &peft.tensors {
+                PeftTensors::Repeated(spellings) => {
+                    let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
+                    let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
+                    (format!("{PREFIX}{}.{suffix}", at.site), None)
+                }
                 PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
                 PeftTensors::Each(spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);

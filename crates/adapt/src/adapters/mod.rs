@@ -22,6 +22,7 @@ mod hira;
 mod hra;
 mod ia3;
 mod kasa;
+mod lily;
 mod ln_tuning;
 mod loha;
 mod lokr;
@@ -37,6 +38,7 @@ mod osf;
 mod peanut;
 mod prefix_tuning;
 mod psoft;
+mod pvera;
 mod randlora;
 mod road;
 mod roselora;
@@ -46,6 +48,7 @@ mod spiel;
 mod supertuning;
 mod svft;
 mod tinylora;
+mod unilora;
 mod vblora;
 mod vectorfit;
 mod vera;
@@ -87,6 +90,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
         entry::<kasa::Kasa>(),
+        entry::<lily::Lily>(),
         entry::<ln_tuning::LnTuning>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
@@ -102,6 +106,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<peanut::Peanut>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<psoft::Psoft>(),
+        entry::<pvera::Pvera>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<roselora::Roselora>(),
@@ -111,6 +116,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<supertuning::Supertuning>(),
         entry::<svft::Svft>(),
         entry::<tinylora::Tinylora>(),
+        entry::<unilora::Unilora>(),
         entry::<vblora::Vblora>(),
         entry::<vectorfit::Vectorfit>(),
         entry::<vera::Vera>(),
@@ -150,6 +156,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
     FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
+    FromPeft { peft_type: Some("LILY"), claims: |_| true, read: lily::from_peft },
     FromPeft { peft_type: Some("LN_TUNING"), claims: |_| true, read: ln_tuning::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
@@ -162,11 +169,13 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("PEANUT"), claims: |_| true, read: peanut::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
     FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
+    FromPeft { peft_type: Some("PVERA"), claims: |_| true, read: pvera::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
     FromPeft { peft_type: Some("SUPERTUNING"), claims: |_| true, read: supertuning::from_peft },
     FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
+    FromPeft { peft_type: Some("UNILORA"), claims: |_| true, read: unilora::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
     FromPeft { peft_type: Some("WAVEFT"), claims: |_| true, read: waveft::from_peft },

@@ -2,26 +2,31 @@
 
 use attune_adapt::ADAPTERS;
 use attune_models::Pass;
+use attune_models::dropout::Dropout;
 use attune_points::Layout;
 use attune_points::adapter::{Merged, Port, RowCx};
 use attune_points::{Grads, TensorName};
+use attune_spec::method::SiteKind;
 use attune_tensor::linalg;
 use candle_core::{DType, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
-use super::{Own, PLAIN, rank};
-use crate::support::{CrossEntropy, Setup, batch, largest};
+use super::{Own, PLAIN, rank, reach};
+use crate::support::{CrossEntropy, Setup, batch, difference, largest};
 use crate::{build, fail, gradient_of, merged_of};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("beft::what_it_adds_is_there_when_nothing_is_read", added_to_nothing),
     ("deft::a_linear_gives_nothing_in_directions_that_were_taken_out", taken_out),
+    ("lily::one_tensor_changes_the_first_layer_and_the_last", layers_share),
     ("osf::gradients_leave_the_leading_directions_alone", leading_left_alone),
     ("peanut::columns_of_zeros_stay", columns_of_zeros),
+    ("pvera::a_step_sees_noise_of_its_own_and_an_answer_none", noisy),
     ("supertuning::its_parameters_are_the_largest_entries_and_nothing_else_changes", largest_entries),
     ("tuners::every_form_has_exact_gradients_and_merges", forms),
     ("tuners::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("unilora::a_single_number_changes_every_linear", single_number),
 ];
 
 /// A linear of 32 outputs and 24 inputs, and a square one.
@@ -140,6 +145,57 @@ fn largest_entries() -> Result<(), Failed> {
     Ok(())
 }
 
+/// How far apart what a component adds in two steps of training is, and in two answers.
+fn noise(method: Value) -> Result<[f64; 2], Failed> {
+    let setup = moved(method, UP)?;
+    let layout = batch();
+    let logits = |dropout| setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout });
+    let step = |step| Some(Dropout { seed: 1, step });
+    Ok([difference(&logits(step(1))?, &logits(step(2))?), difference(&logits(None)?, &logits(None)?)])
+}
+
+fn noisy() -> Result<(), Failed> {
+    let [trained, answered] = noise(json!({"method": "pvera", "rank": 6}))?;
+    let [plain, _] = noise(json!({"method": PLAIN, "rank": 1}))?;
+    assert!(trained > 0.01 && answered == 0.0 && plain == 0.0, "{trained}, {answered} and {plain}");
+    Ok(())
+}
+
+fn layers_share() -> Result<(), Failed> {
+    let of = |method: Value| reach(method, "all-linear", &[SiteKind::Linear]);
+    let (lily, plain) = (of(json!({"method": "lily", "rank": 4}))?, of(json!({"method": PLAIN, "rank": 2}))?);
+    assert_eq!((lily, plain), (2, 1));
+    Ok(())
+}
+
+/// How many linears one number changes, the first of a component's first trained tensor.
+fn reached_by_one(method: Value) -> Result<usize, Failed> {
+    let setup = moved(method, "all-linear")?;
+    let (id, value) = setup.theta.trained().next().ok_or("nothing trains")?;
+    let one: Vec<f64> = (0..value.elem_count()).map(|at| f64::from(u8::from(at == 0))).collect();
+    let other = (value + Tensor::from_vec(one, value.shape(), value.device())?)?;
+    let stepped = setup.clone_with(setup.with(&id.name, other));
+    let mut changed = 0;
+    for at in &setup.attachments {
+        let product = |setup: &Setup| -> Result<Tensor, Failed> {
+            let locals = attune_models::stack::locals(at, &setup.params())?;
+            match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
+                Merged::Factors { left, right, scale } => Ok((left.matmul(&right)? * scale)?),
+                other => Err(format!("{other:?} has no factors").into()),
+            }
+        };
+        changed += usize::from(difference(&product(&stepped)?, &product(&setup)?) > 1e-6);
+    }
+    Ok(changed)
+}
+
+fn single_number() -> Result<(), Failed> {
+    let unilora = reached_by_one(json!({"method": "unilora", "rank": 2, "numbers": 13}))?;
+    let plain = reached_by_one(json!({"method": PLAIN, "rank": 2}))?;
+    assert_eq!((unilora, plain), (14, 1));
+    Ok(())
+}
+
 fn forms() -> Result<(), Failed> {
     for method in [
         json!({"method": "deft", "rank": 2, "projector": "qr", "alpha": 1}),
@@ -151,6 +207,7 @@ fn forms() -> Result<(), Failed> {
         json!({"method": "peanut", "rank": 4, "activation": "gelu_new"}),
         json!({"method": "peanut", "rank": 4, "depth": 3, "activation": "tanh"}),
         json!({"method": "supertuning", "sparsity": 0.9, "support": "smallest", "rank": 2, "alpha": 3}),
+        json!({"method": "lily", "rank": 3, "stride": 2, "experts": 3, "scaling": 0.5, "route": "token"}),
     ] {
         let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
         gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
@@ -172,6 +229,10 @@ fn refusals() -> Result<(), Failed> {
         (
             json!({"method": "supertuning", "alpha": 4}),
             "`tune.adapter.alpha` scales a low-rank change, and `rank` is 0",
+        ),
+        (
+            json!({"method": "unilora", "rank": 1, "numbers": 57}),
+            "`numbers` is 57, more than the 56 that the factors have in all",
         ),
     ] {
         let faults = match build(method.clone()) {
