@@ -218,7 +218,6 @@ pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Resu
         params.insert("alpha".to_owned(), json!(keys.get("lora_alpha", 2.0 * f64::from(rank))));
     }
     keys.finish()?;
-    // Factors are modules of their own there.
     Ok((MethodRef { method: Supertuning::CARD.name.to_owned(), params }, Targets::Many(modules.to_vec())))
 }
 

@@ -142,7 +142,6 @@ impl Adapter for Unilora {
         let Config { rank, numbers, .. } = self.config;
         let attachments = linears::attach(sites, |site, o, i| {
             let r = factors::within(rank, site, (o, i))?;
-            // What a vector shorter than the entries of all factors has is taken.
             let theta = TensorSpec { scope: Scope::Model, ..TensorSpec::trained(THETA, [numbers as usize]) };
             let kept = [(PLACES_A, [r, i]), (PLACES_B, [o, r]), (SCALES_A, [r, i]), (SCALES_B, [o, r])];
             Ok([theta].into_iter().chain(kept.map(|(local, shape)| TensorSpec::fixed(local, shape))).collect())
