@@ -65,7 +65,7 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     Ok(Folder { method, targets, path: folder.to_owned(), tensors })
 }
 
-/// A tensor of integers, the places of sparse changes: as floats, exact up to 2^24, wider than any weight.
+/// A tensor of integers, the places of sparse changes.
 fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
     let failed =
         |source| Error::Tensor(attune_points::Error::Io { what: format!("reading {}", file.display()), source });
@@ -74,7 +74,7 @@ fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
     // The header was held to the file's length.
     let mut bytes = vec![0; (info.bytes.end - info.bytes.start) as usize];
     source.read_exact(&mut bytes).map_err(failed)?;
-    let values = bytes.chunks_exact(4).map(|word| i32::from_le_bytes([word[0], word[1], word[2], word[3]]) as f32);
+    let values = bytes.chunks_exact(4).map(|word| i64::from(i32::from_le_bytes([word[0], word[1], word[2], word[3]])));
     Ok(Tensor::from_vec(values.collect::<Vec<_>>(), info.shape.as_slice(), &Device::Cpu)?)
 }
 
@@ -124,7 +124,13 @@ impl Folder {
                 None => tensor.clone(),
                 Some((start, _)) => tensor.narrow(1, start, place.spec.shape[1])?.contiguous()?,
             };
-            params.insert_declared(place.spec, place.site, own);
+            match params.get(&place.name).filter(|first| !same_bits(first, &own)) {
+                None => params.insert_declared(place.spec, place.site, own),
+                Some(_) => {
+                    let message = format!("tensor {spelt:?} is another one than those of the sites that share it");
+                    return Err(mismatch(message));
+                }
+            }
         }
         // PEFT repeats what all sites share at each of them.
         let repeats = |name: &str| {
@@ -177,10 +183,16 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
     for at in attachments {
         for spec in &at.tensors {
             let name = spec.name(at.site.as_str());
-            if places.iter().any(|place| place.name == name) {
+            let repeated = matches!(peft.tensors, PeftTensors::Repeated(_));
+            if !repeated && places.iter().any(|place| place.name == name) {
                 continue;
             }
             let (spelt, columns) = match &peft.tensors {
+                PeftTensors::Repeated(spellings) => {
+                    let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
+                    let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
+                    (format!("{PREFIX}{}.{suffix}", at.site), None)
+                }
                 PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
                 PeftTensors::Prompt(name) => ((*name).to_owned(), None),
                 PeftTensors::Whole(names) => {

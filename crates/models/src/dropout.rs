@@ -50,28 +50,44 @@ impl Kept {
 }
 
 impl RowMasks<'_> {
-    /// Which values of the rows at hand are kept at a site, where each is dropped with probability `p`.
-    pub(crate) fn kept(&self, site: &SiteId, width: usize, p: f64) -> Kept {
-        let stream = Rng::new(self.key.seed, "dropout").sub(self.key.step).named(site.as_str());
-        // A word below the threshold drops the value.
-        let threshold = (p * 4_294_967_296.0) as u32;
+    fn n_rows(&self) -> usize {
+        self.rows.map_or_else(|| self.layout.n_rows(), <[u32]>::len)
+    }
+
+    /// The stream of each row at hand for a purpose at a site.
+    fn streams(&self, purpose: &str, site: &SiteId) -> impl Fn(usize) -> Rng + Sync {
+        let stream = Rng::new(self.key.seed, purpose).sub(self.key.step).named(site.as_str());
         let docs = self.layout.docs();
-        let n_rows = self.rows.map_or_else(|| self.layout.n_rows(), <[u32]>::len);
-        let of_row = |at: usize| {
+        move |at: usize| {
             let row = self.rows.map_or(at as u32, |rows| rows[at]);
             let doc = &docs[docs.partition_point(|doc| doc.rows.end <= row)];
             stream.sub(u64::from(doc.domain)).sub(doc.example).sub(u64::from(row - doc.rows.start))
-        };
-        let bits = rng::bits(n_rows, width, threshold, of_row);
+        }
+    }
+
+    /// Which values of the rows at hand are kept at a site, where each is dropped with probability `p`.
+    pub(crate) fn kept(&self, site: &SiteId, width: usize, p: f64) -> Kept {
+        // A word below the threshold drops the value.
+        let threshold = (p * 4_294_967_296.0) as u32;
+        let bits = rng::bits(self.n_rows(), width, threshold, self.streams("dropout", site));
         Kept { bits, width, factor: (1.0 / (1.0 - p)) as f32 }
     }
 }
 
 impl DropoutMask for RowMasks<'_> {
     fn mask(&self, site: &SiteId, width: usize, p: f64, like: &Tensor) -> Result<Tensor> {
-        let n_rows = self.rows.map_or_else(|| self.layout.n_rows(), <[u32]>::len);
         let factors = self.kept(site, width, p).factors();
-        Ok(Tensor::from_vec(factors, (n_rows, width), &Device::Cpu)?.to_dtype(like.dtype())?)
+        Ok(Tensor::from_vec(factors, (self.n_rows(), width), &Device::Cpu)?.to_dtype(like.dtype())?)
+    }
+
+    fn noise(&self, site: &SiteId, width: usize, like: &Tensor) -> Result<Tensor> {
+        let stream = self.streams("noise", site);
+        let row = |at: usize| {
+            let mut stream = stream(at);
+            (0..width).map(move |_| stream.normal())
+        };
+        let values: Vec<f64> = (0..self.n_rows()).flat_map(row).collect();
+        Ok(Tensor::from_vec(values, (self.n_rows(), width), &Device::Cpu)?.to_dtype(like.dtype())?)
     }
 }
 
@@ -118,5 +134,24 @@ mod tests {
         let n = values.len() as f64;
         assert!((dropped - 0.25 * n).abs() < 5.0 * (n * 0.25 * 0.75).sqrt(), "{dropped} of {n}");
         assert!(values.iter().all(|v| *v == 0.0 || (*v - 4.0 / 3.0).abs() < 1e-6));
+    }
+
+    /// Bounds at five standard errors of 4,096 draws.
+    #[test]
+    fn noise_is_normal_keyed_by_rows_and_apart_from_dropout() {
+        let noise = |layout: &Layout, rows: Option<&[u32]>, step: u64| -> Vec<Vec<f64>> {
+            let like = Tensor::zeros(1, DType::F64, &Device::Cpu).unwrap();
+            let masks = RowMasks { key: Dropout { seed: 1, step }, layout, rows };
+            masks.noise(&SiteId::new("q_proj"), 64, &like).unwrap().to_vec2().unwrap()
+        };
+        let (a, b) = (layout(&[4, 9]), layout(&[9, 2, 4]));
+        assert_eq!(noise(&a, None, 3)[0..2], noise(&b, None, 3)[4..6]);
+        assert_eq!(noise(&b, Some(&[1, 4]), 3)[1], noise(&a, None, 3)[0]);
+        assert_ne!(noise(&a, None, 3), noise(&a, None, 4));
+        let values: Vec<f64> = noise(&layout(&(0..32).collect::<Vec<_>>()), None, 0).into_iter().flatten().collect();
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let square = values.iter().map(|value| value * value).sum::<f64>() / n;
+        assert!(mean.abs() < 5.0 / n.sqrt() && (square - 1.0).abs() < 5.0 * (2.0 / n).sqrt(), "{mean} {square}");
     }
 }

@@ -9,7 +9,7 @@ use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 
 use crate::engine::StepRule;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::{Doc, Layout};
 use crate::params::{Locals, TensorSpec};
 use crate::weight::Weight;
@@ -280,7 +280,7 @@ impl RowCx<'_> {
     }
 }
 
-/// Makes the keep-masks of dropout, from logical indices only, so that neither packing nor ranks change them.
+/// Makes the keep-masks of dropout and other noise of training, from logical indices only, so that neither packing nor ranks change them.
 pub trait DropoutMask: Sync {
     /// A tensor `[T, width]` like `x`'s dtype: `1 / (1 - p)` where a value is kept, 0 where it is dropped. Each row's values
     /// depend only on (seed, step, site, the row's example and its position in it).
@@ -288,6 +288,14 @@ pub trait DropoutMask: Sync {
     /// # Errors
     /// Whatever making the tensor raises.
     fn mask(&self, site: &SiteId, width: usize, p: f64, like: &Tensor) -> Result<Tensor>;
+
+    /// A tensor `[T, width]` of standard normal numbers like `x`'s dtype, keyed as [`DropoutMask::mask`] is.
+    ///
+    /// # Errors
+    /// As for [`DropoutMask::mask`]; one that has masks alone refuses.
+    fn noise(&self, site: &SiteId, _width: usize, _like: &Tensor) -> Result<Tensor> {
+        Err(Error::Refused(format!("there is no noise for {site} here")))
+    }
 }
 
 /// What a component becomes when it is merged.
@@ -332,6 +340,8 @@ pub enum PeftTensors {
     /// Each by itself: its local name and its spelling after the path of the module that owns it, such as `lora_A` and
     /// `lora_A.weight`; one that all sites share has no path before it, and a spelling from `base_model.` on is its whole name.
     Each(Vec<(&'static str, &'static str)>),
+    /// The same, where what several sites share is repeated after the path of each of them.
+    Repeated(Vec<(&'static str, &'static str)>),
     /// Those of all layers, each of P rows, side by side in one tensor of P rows: layer after layer, and in a layer these one
     /// after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
     Joined {

@@ -4,6 +4,7 @@ mod abba;
 mod adalora;
 mod adapterfusion;
 mod adaption_prompt;
+mod beft;
 mod boft;
 mod bone;
 mod bottleneck;
@@ -11,6 +12,7 @@ mod c3a;
 mod capaboost;
 mod clover;
 mod compacter;
+mod deft;
 mod delora;
 mod dora;
 mod flora_tucker;
@@ -21,6 +23,7 @@ mod hira;
 mod hra;
 mod ia3;
 mod kasa;
+mod lily;
 mod ln_tuning;
 mod loha;
 mod lokr;
@@ -33,18 +36,23 @@ mod mora;
 mod multitask_prompt_tuning;
 mod nora;
 mod oft;
+mod osf;
 mod p_tuning;
+mod peanut;
 mod prefix_tuning;
 mod prompt_tuning;
 mod psoft;
+mod pvera;
 mod randlora;
 mod road;
 mod roselora;
 mod shira;
 mod sltrain;
 mod spiel;
+mod supertuning;
 mod svft;
 mod tinylora;
+mod unilora;
 mod vblora;
 mod vectorfit;
 mod vera;
@@ -68,6 +76,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adalora::Adalora>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
+        entry::<beft::Beft>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),
         entry::<bottleneck::Bottleneck>(),
@@ -75,6 +84,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<capaboost::Capaboost>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
+        entry::<deft::Deft>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
         entry::<flora_tucker::FloraTucker>(),
@@ -85,6 +95,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<hra::Hra>(),
         entry::<ia3::Ia3>(),
         entry::<kasa::Kasa>(),
+        entry::<lily::Lily>(),
         entry::<ln_tuning::LnTuning>(),
         entry::<loha::Loha>(),
         entry::<lokr::Lokr>(),
@@ -97,18 +108,23 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<multitask_prompt_tuning::MultitaskPromptTuning>(),
         entry::<nora::Nora>(),
         entry::<oft::Oft>(),
+        entry::<osf::Osf>(),
         entry::<p_tuning::PTuning>(),
+        entry::<peanut::Peanut>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
+        entry::<pvera::Pvera>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<roselora::Roselora>(),
         entry::<shira::Shira>(),
         entry::<sltrain::Sltrain>(),
         entry::<spiel::Spiel>(),
+        entry::<supertuning::Supertuning>(),
         entry::<svft::Svft>(),
         entry::<tinylora::Tinylora>(),
+        entry::<unilora::Unilora>(),
         entry::<vblora::Vblora>(),
         entry::<vectorfit::Vectorfit>(),
         entry::<vera::Vera>(),
@@ -139,14 +155,17 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
     FromPeft { peft_type: Some("ADAPTION_PROMPT"), claims: |_| true, read: adaption_prompt::from_peft },
+    FromPeft { peft_type: Some("BEFT"), claims: |_| true, read: beft::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
+    FromPeft { peft_type: Some("DEFT"), claims: |_| true, read: deft::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
     FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
     FromPeft { peft_type: Some("IA3"), claims: |_| true, read: ia3::from_peft },
+    FromPeft { peft_type: Some("LILY"), claims: |_| true, read: lily::from_peft },
     FromPeft { peft_type: Some("LN_TUNING"), claims: |_| true, read: ln_tuning::from_peft },
     FromPeft { peft_type: Some("LOHA"), claims: |_| true, read: loha::from_peft },
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
@@ -156,15 +175,20 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("MULTITASK_PROMPT_TUNING"), claims: |_| true, read: multitask_prompt_tuning::from_peft },
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
+    FromPeft { peft_type: Some("OSF"), claims: |_| true, read: osf::from_peft },
+    FromPeft { peft_type: Some("PEANUT"), claims: |_| true, read: peanut::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
     // A file has the rows, and no longer what made them.
     FromPeft { peft_type: Some("P_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
     FromPeft { peft_type: Some("PROMPT_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
     FromPeft { peft_type: Some("PSOFT"), claims: |_| true, read: psoft::from_peft },
+    FromPeft { peft_type: Some("PVERA"), claims: |_| true, read: pvera::from_peft },
     FromPeft { peft_type: Some("RANDLORA"), claims: |_| true, read: randlora::from_peft },
     FromPeft { peft_type: Some("ROAD"), claims: |_| true, read: road::from_peft },
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
+    FromPeft { peft_type: Some("SUPERTUNING"), claims: |_| true, read: supertuning::from_peft },
     FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
+    FromPeft { peft_type: Some("UNILORA"), claims: |_| true, read: unilora::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },
     FromPeft { peft_type: Some("WAVEFT"), claims: |_| true, read: waveft::from_peft },

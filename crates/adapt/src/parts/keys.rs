@@ -1,7 +1,7 @@
 //! PEFT's configurations of methods other than LoRA, key by key: what asks for something that a method does not compute is
 //! refused.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use attune_artifacts::formats::peft::PEFT_VERSION;
 use attune_spec::Fault;
@@ -74,6 +74,18 @@ pub(crate) fn written<const N: usize>(peft_type: &str, own: [(&str, Value); N]) 
         ("modules_to_save", Value::Null),
     ];
     common.into_iter().chain(own).map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+/// The modules without those that are a component's own, in one that is among them: what is spelt `q_proj.peanut_encoders.0.weight` is
+/// `q_proj`'s.
+pub(crate) fn without_inner(modules: &[String], prefix: &str) -> Vec<String> {
+    let outer = |module: &String| {
+        let last = module
+            .rsplit_once('.')
+            .map_or(module.as_str(), |(outer, last)| if last.starts_with(prefix) { outer } else { module.as_str() });
+        last.to_owned()
+    };
+    modules.iter().map(outer).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// A number as PEFT writes it: whole ones as integers.

@@ -76,6 +76,54 @@ pub(crate) fn series(q_nbb: &Tensor, terms: u32) -> Result<Tensor> {
     Ok(sum)
 }
 
+/// The orthonormal columns `q_or` of `p_or = q_or t_rr`, `t` upper triangular, with the signs that LAPACK's elimination by reflections
+/// gives them; by Gram and Schmidt, each column twice, so that they are orthogonal in 32 bits as well.
+///
+/// # Errors
+/// More columns than rows.
+pub(crate) fn columns(p_or: &Tensor) -> Result<Tensor> {
+    let (_, r) = p_or.dims2()?;
+    let mut columns: Vec<Tensor> = Vec::with_capacity(r);
+    for column in 0..r {
+        let mut v_o1 = p_or.narrow(1, column, 1)?.contiguous()?;
+        if column > 0 {
+            let before = Tensor::cat(&columns, 1)?;
+            for _ in 0..2 {
+                v_o1 = (&v_o1 - before.matmul(&before.t()?.matmul(&v_o1)?)?)?;
+            }
+        }
+        let length_1 = v_o1.sqr()?.sum_keepdim(0)?.sqrt()?;
+        columns.push(v_o1.broadcast_div(&length_1)?);
+    }
+    let signs = Tensor::new(signs(&p_or.detach().to_dtype(DType::F64)?.to_vec2()?), p_or.device())?;
+    Ok(Tensor::cat(&columns, 1)?.broadcast_mul(&signs.to_dtype(p_or.dtype())?)?)
+}
+
+/// The signs of the diagonal of the triangle that is left of a matrix by reflections, each of which turns a column onto an axis, away from
+/// where it points; one that lies on it already stays.
+fn signs(rows: &[Vec<f64>]) -> Vec<f64> {
+    let (o, r) = (rows.len(), rows.first().map_or(0, Vec::len));
+    let mut rows = rows.to_vec();
+    let reflect = |column: usize| {
+        let below: f64 = rows[column + 1..].iter().map(|row| row[column].powi(2)).sum();
+        let first = rows[column][column];
+        if below == 0.0 {
+            return first.signum();
+        }
+        let diagonal = -first.signum() * first.hypot(below.sqrt());
+        // 1 - v v^T · 2 / v^T v with v = x - diagonal e.
+        let mut v: Vec<f64> = rows[column..].iter().map(|row| row[column]).collect();
+        v[0] -= diagonal;
+        let factor = 2.0 / v.iter().map(|v| v * v).sum::<f64>();
+        for other in column..r {
+            let along: f64 = v.iter().zip(&rows[column..]).map(|(v, row)| v * row[other]).sum();
+            v.iter().zip(&mut rows[column..]).for_each(|(v, row)| row[other] -= factor * along * v);
+        }
+        diagonal.signum()
+    };
+    (0..r.min(o)).map(reflect).collect()
+}
+
 /// The inverses of matrices `[n, b, b]`.
 ///
 /// X = M⁻¹ is found by elimination, outside of the graph; in it stands `2 X - X M X`, which is X as well, and whose differential by M is
@@ -217,5 +265,37 @@ mod tests {
         let shared = r.narrow(0, 1, 1).unwrap();
         let again = Tensor::cat(&[&shared, &shared, &shared], 0).unwrap();
         assert!(difference(&turn(&w, &shared).unwrap(), &turn(&w, &again).unwrap()) < 1e-14);
+    }
+
+    /// `torch.linalg.qr` of these two.
+    #[test]
+    fn columns_are_orthonormal_span_the_same_and_have_lapacks_signs() {
+        let p = Tensor::new(&[[1.0f64, 2.0], [-2.0, 0.5], [2.0, -1.0]], &Device::Cpu).unwrap();
+        let q = columns(&p).unwrap().to_vec2::<f64>().unwrap();
+        let expected = [
+            [-0.333333333333333, -0.931271854652156],
+            [0.666666666666667, -0.122535770348968],
+            [-0.666666666666667, 0.34310015697711],
+        ];
+        for (row, expected) in q.iter().zip(expected) {
+            row.iter().zip(expected).for_each(|(q, expected)| assert!((q - expected).abs() < 1e-12, "{q} {expected}"));
+        }
+        let p = Tensor::new(&[[3.0f64, 1.0], [4.0, -2.0]], &Device::Cpu).unwrap();
+        let q = columns(&p).unwrap().to_vec2::<f64>().unwrap();
+        for (row, expected) in q.iter().zip([[-0.6, -0.8], [-0.8, 0.6]]) {
+            row.iter().zip(expected).for_each(|(q, expected)| assert!((q - expected).abs() < 1e-12, "{q} {expected}"));
+        }
+    }
+
+    #[test]
+    fn columns_have_the_gradient_of_central_differences() {
+        let (p, d, dq) = (normal("p", &[6, 3]), normal("d", &[6, 3]), normal("dq", &[6, 3]));
+        let leaf = attune_tensor::autograd::leaf(&p).unwrap();
+        let made = columns(leaf.as_tensor()).unwrap();
+        let gradient = attune_tensor::autograd::pull(&[&leaf], &[(&made, &dq)]).unwrap().remove(0).unwrap();
+        let along = |x: &Tensor, y: &Tensor| (x * y).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+        let at = |step: f64| along(&columns(&(&p + (&d * step).unwrap()).unwrap()).unwrap(), &dq);
+        let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+        assert!((numeric - along(&gradient, &d)).abs() < 1e-7 * numeric.abs(), "{numeric} {}", along(&gradient, &d));
     }
 }

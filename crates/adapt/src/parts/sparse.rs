@@ -1,9 +1,9 @@
 //! Changes of single entries of a weight: their places, fixed or chosen anew on the way, and their values.
 
-use attune_points::Result;
+use attune_points::{Error, Result};
 use attune_tensor::permutation::Permutation;
 use attune_tensor::rng::Rng;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// The local name of the values.
 pub(crate) const VALUES: &str = "values";
@@ -17,6 +17,18 @@ pub(crate) const INDICES: &str = "indices";
 /// A place outside of the matrix.
 pub(crate) fn added(w_oi: &Tensor, indices_k: &Tensor, values_k: &Tensor) -> Result<Tensor> {
     Ok(w_oi.flatten_all()?.index_add(indices_k, values_k, 0)?.reshape(w_oi.shape())?)
+}
+
+/// Flat places as they may come from a file, if all are below `all`.
+///
+/// # Errors
+/// [`Error::Refused`] of one that is not.
+pub(crate) fn places(indices_k: &Tensor, all: usize) -> Result<Tensor> {
+    let indices_k = indices_k.to_dtype(DType::I64)?;
+    match indices_k.to_vec1::<i64>()?.into_iter().find(|place| *place < 0 || *place as usize >= all) {
+        None => Ok(indices_k),
+        Some(place) => Err(Error::Refused(format!("a place is {place}; expected 0 to {}", all.saturating_sub(1)))),
+    }
 }
 
 /// Some `k` of the entries `0 .. all`, ascending.
@@ -60,7 +72,7 @@ mod tests {
         let mut distinct = places.to_vec1::<i64>().unwrap();
         distinct.dedup();
         assert_eq!((distinct.len(), distinct.iter().all(|place| (0..50).contains(place))), (20, true));
-        let w_oi = Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let w_oi = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
         let (at, values) = (Tensor::new(&[4i64, 0], &Device::Cpu).unwrap(), Tensor::new(&[2f32, 3.0], &Device::Cpu));
         let made = added(&w_oi, &at, &values.unwrap()).unwrap();
         assert_eq!(made.to_vec2::<f32>().unwrap(), [[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]]);

@@ -40,18 +40,20 @@ const PROPERTIES: [(&str, Property); 8] = [
 
 /// Parameters of methods whose defaults are made for wider models than the battery's.
 static SMALL: &[(&str, &[(&str, u32)])] = &[
-    ("adalora", &[("rank", 4), ("target_rank", 2)]),
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
+    ("adalora", &[("rank", 4), ("target_rank", 2)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("deft", &[("rank", 3)]),
     ("delora", &[("lambda", 1)]),
     ("fourierft", &[("frequencies", 50)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
     ("hira", &[("rank", 2)]),
     ("kasa", &[("rank", 3), ("alpha", 6)]),
+    ("lily", &[("rank", 4), ("stride", 2)]),
     ("loldu", &[("rank", 5)]),
     ("lotr", &[("rank", 4)]),
     ("mora", &[("rank", 2)]),
@@ -60,13 +62,16 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("oft", &[("block_size", 4)]),
     ("p-tuning", &[("length", 4), ("hidden", 5)]),
     ("prompt-tuning", &[("length", 4)]),
+    ("peanut", &[("rank", 5), ("depth", 1)]),
     ("psoft", &[("rank", 4)]),
+    ("pvera", &[("rank", 6)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
     ("roselora", &[("rank", 2), ("alpha", 2)]),
     ("shira", &[("rank", 2)]),
     ("sltrain", &[("rank", 2)]),
     ("tinylora", &[("rank", 3), ("numbers", 5)]),
+    ("unilora", &[("rank", 3), ("numbers", 50)]),
     ("vblora", &[("rank", 3), ("vectors", 7), ("length", 4)]),
     ("vera", &[("rank", 6)]),
     ("waveft", &[("frequencies", 50), ("scaling", 2)]),
@@ -77,6 +82,7 @@ fn exact(card: &Card) -> Option<(&'static str, Value)> {
     match card.name {
         "dora" => Some(("norm_gradient", json!(true))),
         "loramoe" => Some(("balance", json!(0))),
+        "osf" => Some(("project", json!(false))),
         _ => None,
     }
 }

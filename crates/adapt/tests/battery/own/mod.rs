@@ -4,6 +4,7 @@ mod banks;
 mod products;
 mod prompts;
 mod steps;
+mod tuners;
 mod turns;
 
 use std::collections::BTreeSet;
@@ -48,6 +49,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(turns::OWN)
         .chain(banks::OWN)
         .chain(steps::OWN)
+        .chain(tuners::OWN)
         .chain(&prompts::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
