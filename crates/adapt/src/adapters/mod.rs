@@ -38,6 +38,7 @@ mod road;
 mod roselora;
 mod shira;
 mod sltrain;
+mod spectral_ft;
 mod spiel;
 mod svft;
 mod tinylora;
@@ -98,6 +99,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<roselora::Roselora>(),
         entry::<shira::Shira>(),
         entry::<sltrain::Sltrain>(),
+        entry::<spectral_ft::SpectralFt>(),
         entry::<spiel::Spiel>(),
         entry::<svft::Svft>(),
         entry::<tinylora::Tinylora>(),

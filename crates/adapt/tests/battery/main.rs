@@ -63,6 +63,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("roselora", &[("rank", 2), ("alpha", 2)]),
     ("shira", &[("rank", 2)]),
     ("sltrain", &[("rank", 2)]),
+    ("spectral-ft", &[("rank", 6), ("inner_rank", 2)]),
     ("tinylora", &[("rank", 3), ("numbers", 5)]),
     ("vblora", &[("rank", 3), ("vectors", 7), ("length", 4)]),
     ("vera", &[("rank", 6)]),

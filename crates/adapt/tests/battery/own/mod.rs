@@ -1,6 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
 mod banks;
+mod parts;
 mod products;
 mod steps;
 mod turns;
@@ -41,7 +42,8 @@ const OWN: [(&str, Own); 11] = [
 ];
 
 pub(crate) fn trials() -> Vec<Trial> {
-    let all = OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(steps::OWN);
+    let all =
+        OWN.iter().chain(products::OWN.iter()).chain(turns::OWN).chain(banks::OWN).chain(parts::OWN).chain(steps::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
 

@@ -1,0 +1,94 @@
+//! Of changes that leave a part of a weight as it is: its trailing directions, its singular values, most of its entries.
+
+use attune_adapt::ADAPTERS;
+use attune_points::adapter::Merged;
+use attune_tensor::linalg;
+use candle_core::{DType, Tensor};
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use super::{Own, PLAIN};
+use crate::support::{self, Setup, largest};
+use crate::{build, fail, gradient_of, merged_of};
+
+pub(super) const OWN: &[(&str, Own)] = &[
+    ("parts::every_form_has_exact_gradients_and_merges", forms),
+    ("parts::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("spectral_ft::what_is_beyond_the_leading_directions_on_both_sides_moves_by_the_square_of_what_trains", trailing),
+];
+
+/// A linear of 32 outputs and 24 inputs.
+const UP: &str = "model.layers.1.mlp.up_proj";
+
+/// The weight at [`UP`] and what a component, moved this far from its start, adds to it; and how many trained numbers it has.
+fn changed(method: Value, by: f64) -> Result<(Tensor, Tensor, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    setup.disturb(by);
+    let at = &setup.attachments[0];
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let change = match setup.adapter.merge(at, &locals, &*setup.weight(at)?)? {
+        Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
+        Merged::Weight { weight: merged, .. } => (merged - &weight)?,
+        other => return Err(format!("{other:?} does not merge").into()),
+    };
+    Ok((weight, change, setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum()))
+}
+
+/// Forms beside those that the battery sees by itself.
+fn forms() -> Result<(), Failed> {
+    for method in [
+        json!({"method": "spectral-ft", "rank": 5, "inner_rank": 0}),
+        json!({"method": "spectral-ft", "rank": 0, "inner_rank": 8}),
+        json!({"method": "spectral-ft", "rank": 0, "inner_rank": 0}),
+    ] {
+        let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
+        gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
+        merged_of(card, method)?;
+    }
+    Ok(())
+}
+
+fn refusals() -> Result<(), Failed> {
+    for (method, start) in [
+        (json!({"method": "spectral-ft"}), "`rank` is 256; model.layers.1.mlp.up_proj is 32 by 24"),
+        (
+            json!({"method": "spectral-ft", "rank": 4, "inner_rank": 5}),
+            "`inner_rank` is 5; model.layers.1.mlp.up_proj has 4 directions that change",
+        ),
+    ] {
+        let found = match build(method.clone()) {
+            Err(faults) => faults[0].clone(),
+            Ok(adapter) => {
+                let architecture = support::architecture();
+                let site = architecture.site(UP).ok_or("no site")?;
+                let Err(faults) = adapter.attach(&architecture, &[site]) else { return Err("accepted".into()) };
+                faults[0].to_string()
+            }
+        };
+        assert!(found.starts_with(start), "{method}: {found}");
+    }
+    Ok(())
+}
+
+/// How much of a change is between directions that are none of the weight's `leading` ones on either side, against its size; and its numbers.
+fn beyond_both(method: Value, leading: usize, by: f64) -> Result<(f64, usize), Failed> {
+    let (weight, change, numbers) = changed(method, by)?;
+    let own = linalg::svd(&weight)?.truncated(leading)?;
+    let beyond_left = (&change - own.u.matmul(&own.u.t()?.matmul(&change)?)?)?;
+    let beyond = (&beyond_left - beyond_left.matmul(&own.v.t()?)?.matmul(&own.v)?)?;
+    Ok((largest(&beyond) / largest(&change), numbers))
+}
+
+/// A hundredth of the way moves it by a hundredth of its share; LoRA's share is the same at any way.
+fn trailing() -> Result<(), Failed> {
+    // 56 + 2 * 6 numbers against 112.
+    let own = |by| beyond_both(json!({"method": "spectral-ft", "rank": 6, "inner_rank": 1}), 6, by);
+    let plain = |by| beyond_both(json!({"method": PLAIN, "rank": 2}), 6, by);
+    let ((near, numbers), (far, _)) = (own(1e-3)?, own(1e-1)?);
+    let ((plain_near, plain_numbers), _) = (plain(1e-3)?, plain(1e-1)?);
+    assert!(numbers <= plain_numbers, "{numbers} trained numbers against {plain_numbers}");
+    assert!(near < 1e-2 && far > 10.0 * near, "{near} and {far} of the change are beyond the leading directions");
+    assert!(plain_near > 0.1, "{plain_near} of the change of {PLAIN} is beyond the leading directions");
+    Ok(())
+}
