@@ -31,6 +31,7 @@ mod lotr;
 mod mora;
 mod nora;
 mod oft;
+mod poet;
 mod prefix_tuning;
 mod psoft;
 mod randlora;
@@ -92,6 +93,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<mora::Mora>(),
         entry::<nora::Nora>(),
         entry::<oft::Oft>(),
+        entry::<poet::Poet>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<psoft::Psoft>(),
         entry::<randlora::Randlora>(),

@@ -1,5 +1,6 @@
 //! What methods share.
 
+pub(crate) mod anew;
 pub(crate) mod blocks;
 pub(crate) mod budget;
 pub(crate) mod calibration;

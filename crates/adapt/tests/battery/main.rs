@@ -57,6 +57,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("mora", &[("rank", 2)]),
     ("nora", &[("rank", 6), ("inner_rank", 2), ("alpha", 4)]),
     ("oft", &[("block_size", 4)]),
+    ("poet", &[("block_size", 4)]),
     ("psoft", &[("rank", 4)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),

@@ -14,6 +14,7 @@ use crate::{build, fail, gradient_of, merged_of};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("parts::every_form_has_exact_gradients_and_merges", forms),
     ("parts::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("poet::both_sides_turn_and_singular_values_stay", turned),
     ("spectral_ft::what_is_beyond_the_leading_directions_on_both_sides_moves_by_the_square_of_what_trains", trailing),
 ];
 
@@ -38,6 +39,8 @@ fn changed(method: Value, by: f64) -> Result<(Tensor, Tensor, usize), Failed> {
 /// Forms beside those that the battery sees by itself.
 fn forms() -> Result<(), Failed> {
     for method in [
+        json!({"method": "poet", "block_size": 2, "terms": 0, "every": 0}),
+        json!({"method": "poet", "block_size": 7, "cover": "single"}),
         json!({"method": "spectral-ft", "rank": 5, "inner_rank": 0}),
         json!({"method": "spectral-ft", "rank": 0, "inner_rank": 8}),
         json!({"method": "spectral-ft", "rank": 0, "inner_rank": 0}),
@@ -51,6 +54,15 @@ fn forms() -> Result<(), Failed> {
 
 fn refusals() -> Result<(), Failed> {
     for (method, start) in [
+        (json!({"method": "poet", "terms": 1}), "`tune.adapter.terms` is 1, with which nothing turns"),
+        (
+            json!({"method": "poet", "block_size": 16}),
+            "`block_size` is 16; model.layers.1.mlp.up_proj is 32 by 24: expected a divisor of both widths",
+        ),
+        (
+            json!({"method": "poet", "block_size": 25, "cover": "single"}),
+            "`block_size` is 25; model.layers.1.mlp.up_proj is 32 by 24: expected the smaller width at most",
+        ),
         (json!({"method": "spectral-ft"}), "`rank` is 256; model.layers.1.mlp.up_proj is 32 by 24"),
         (
             json!({"method": "spectral-ft", "rank": 4, "inner_rank": 5}),
@@ -90,5 +102,32 @@ fn trailing() -> Result<(), Failed> {
     assert!(numbers <= plain_numbers, "{numbers} trained numbers against {plain_numbers}");
     assert!(near < 1e-2 && far > 10.0 * near, "{near} and {far} of the change are beyond the leading directions");
     assert!(plain_near > 0.1, "{plain_near} of the change of {PLAIN} is beyond the leading directions");
+    Ok(())
+}
+
+/// How far products of rows, products of columns and singular values change, against the largest; and the numbers that change them.
+fn turned_by(method: Value) -> Result<([f64; 3], usize), Failed> {
+    let (weight, change, numbers) = changed(method, 0.3)?;
+    let after = (&weight + change)?;
+    let rows = |w: &Tensor| w.matmul(&w.t()?);
+    let columns = |w: &Tensor| w.t()?.matmul(w);
+    let values = |w: &Tensor| linalg::svd(w).map(|own| own.s);
+    let off = |before: Tensor, after: Tensor| Ok::<_, Failed>(largest(&(after - &before)?) / largest(&before));
+    let found = [
+        off(rows(&weight)?, rows(&after)?)?,
+        off(columns(&weight)?, columns(&after)?)?,
+        off(values(&weight)?, values(&after)?)?,
+    ];
+    Ok((found, numbers))
+}
+
+fn turned() -> Result<(), Failed> {
+    // 56 * 7 / 2 = 196 numbers against 224.
+    let ([rows, columns, values], numbers) =
+        turned_by(json!({"method": "poet", "block_size": 8, "terms": 0, "every": 0}))?;
+    let ([_, _, plain], plain_numbers) = turned_by(json!({"method": PLAIN, "rank": 4}))?;
+    assert!(numbers <= plain_numbers, "{numbers} trained numbers against {plain_numbers}");
+    assert!(rows > 0.01 && columns > 0.01, "products of rows change by {rows}, of columns by {columns}");
+    assert!(values < 1e-12 && plain > 0.01, "singular values change by {values} and {plain}");
     Ok(())
 }

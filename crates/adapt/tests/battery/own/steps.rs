@@ -8,16 +8,17 @@ use attune_points::engine::{self, Batch, Engine, LossReport, Renewed, Source, Te
 use attune_points::objective::Objective;
 use attune_points::{Error, GradSink, Grads, Layout, Params, Result, TensorId, TensorName, Theta};
 use attune_spec::id::Step;
-use attune_tensor::Rng;
-use candle_core::{DType, Tensor};
+use attune_tensor::{Rng, linalg};
+use candle_core::{DType, Device, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN};
-use crate::support::{CrossEntropy, Setup, batch, difference};
+use crate::support::{CrossEntropy, Setup, batch, difference, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
+    ("poet::rounds_go_further_and_singular_values_stay", rounds),
     ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
     ("vectorfit::what_moved_most_rests_while_all_else_learns", resting),
 ];
@@ -115,8 +116,13 @@ impl Engine for Slope {
         Ok(mine)
     }
 
-    fn renew(&mut self, tensor: &TensorId, _: &[Renewed]) -> Result<()> {
-        Err(Error::Refused(format!("{tensor} has no entries that come and go")))
+    /// Nothing of the past is kept here.
+    fn renew(&mut self, tensor: &TensorId, entries: &[Renewed]) -> Result<()> {
+        let value = self.setup.theta.get(tensor).ok_or_else(|| Error::Refused(format!("{tensor} has no value")))?;
+        let (shape, mut values) = (value.shape().clone(), value.flatten_all()?.to_vec1::<f32>()?);
+        entries.iter().for_each(|renewed| values[renewed.entry] = 0.0);
+        self.setup.theta.put(tensor, Tensor::from_vec(values, shape, &Device::Cpu)?);
+        Ok(())
     }
 
     fn hidden(&self) -> usize {
@@ -126,6 +132,40 @@ impl Engine for Slope {
     fn rng(&self, purpose: &'static str) -> Rng {
         Rng::new(1, purpose)
     }
+}
+
+/// What the loss and the weight of the first site are after some steps, and the weight before them.
+fn trained(method: Value, steps: u64) -> std::result::Result<(f64, Tensor, Tensor), Failed> {
+    let mut slope = Slope::new(method, UP, 0.5)?;
+    slope.run(steps, |_, _| Ok(()))?;
+    let (theta, layout) = (slope.setup.theta.clone(), Arc::clone(&slope.layout));
+    let loss = slope.score(&theta, &layout, &CrossEntropy)?.loss_sum;
+    let at = slope.setup.attachments[0].clone();
+    let weight = slope.setup.weight(&at)?.dense(DType::F32)?;
+    let locals = attune_models::stack::locals(&at, &slope.setup.params())?;
+    let made = match slope.setup.adapter.merge(&at, &locals, &*slope.setup.weight(&at)?)? {
+        Merged::Factors { left, right, scale } => (&weight + (left.matmul(&right)? * scale)?)?,
+        Merged::Weight { weight, .. } => weight,
+        other => return Err(format!("{other:?} does not merge").into()),
+    };
+    Ok((loss, made, weight))
+}
+
+/// By which share of the largest singular values change at most.
+fn values_off((_, made, weight): &(f64, Tensor, Tensor)) -> std::result::Result<f64, Failed> {
+    let (made, weight) = (linalg::svd(made)?.s, linalg::svd(weight)?.s);
+    Ok(difference(&made, &weight) / largest(&weight))
+}
+
+fn rounds() -> std::result::Result<(), Failed> {
+    // 56 * 3 / 2 = 84 numbers against 112.
+    let poet = |every: u64| trained(json!({"method": "poet", "block_size": 4, "terms": 0, "every": every}), 60);
+    let (once, often) = (poet(0)?, poet(6)?);
+    let plain = trained(json!({"method": PLAIN, "rank": 2, "alpha": 8}), 60)?;
+    assert!(often.0 < once.0, "losses are {} and {}", often.0, once.0);
+    assert!(values_off(&often)? < 1e-5, "singular values change by {}", values_off(&often)?);
+    assert!(values_off(&plain)? > 0.01, "singular values change by {}", values_off(&plain)?);
+    Ok(())
 }
 
 /// How many entries of the weight a component changes after some steps, and how far the loss went down, against what it was.
