@@ -12,6 +12,7 @@ mod clover;
 mod compacter;
 mod delora;
 mod dora;
+mod dsee;
 mod flora_tucker;
 mod fourierft;
 mod full;
@@ -74,6 +75,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<compacter::Compacter>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
+        entry::<dsee::Dsee>(),
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),

@@ -48,6 +48,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
     ("delora", &[("lambda", 1)]),
+    ("dsee", &[("rank", 2), ("entries", 20)]),
     ("fourierft", &[("frequencies", 50)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
     ("hira", &[("rank", 2)]),

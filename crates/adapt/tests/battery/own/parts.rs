@@ -14,6 +14,7 @@ use crate::{build, fail, gradient_of, merged_of};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("parts::every_form_has_exact_gradients_and_merges", forms),
     ("parts::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("dsee::with_factors_at_rest_the_entries_that_stand_out_are_all_that_changes", standing_out),
     ("poet::both_sides_turn_and_singular_values_stay", turned),
     ("spectral_ft::what_is_beyond_the_leading_directions_on_both_sides_moves_by_the_square_of_what_trains", trailing),
 ];
@@ -39,6 +40,7 @@ fn changed(method: Value, by: f64) -> Result<(Tensor, Tensor, usize), Failed> {
 /// Forms beside those that the battery sees by itself.
 fn forms() -> Result<(), Failed> {
     for method in [
+        json!({"method": "dsee", "rank": 2, "entries": 30, "search": "random"}),
         json!({"method": "poet", "block_size": 2, "terms": 0, "every": 0}),
         json!({"method": "poet", "block_size": 7, "cover": "single"}),
         json!({"method": "spectral-ft", "rank": 5, "inner_rank": 0}),
@@ -54,6 +56,11 @@ fn forms() -> Result<(), Failed> {
 
 fn refusals() -> Result<(), Failed> {
     for (method, start) in [
+        (
+            json!({"method": "dsee", "entries": 769}),
+            "`entries` is 769; model.layers.1.mlp.up_proj is 32 by 24, so 768 is the most",
+        ),
+        (json!({"method": "dsee", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
         (json!({"method": "poet", "terms": 1}), "`tune.adapter.terms` is 1, with which nothing turns"),
         (
             json!({"method": "poet", "block_size": 16}),
@@ -129,5 +136,44 @@ fn turned() -> Result<(), Failed> {
     assert!(numbers <= plain_numbers, "{numbers} trained numbers against {plain_numbers}");
     assert!(rows > 0.01 && columns > 0.01, "products of rows change by {rows}, of columns by {columns}");
     assert!(values < 1e-12 && plain > 0.01, "singular values change by {values} and {plain}");
+    Ok(())
+}
+
+/// How many entries of a weight a component changes whose first factor stays at its start of 0, and how many of them are among those that
+/// stand out most of what is left of the weight without its leading directions.
+fn entries_beside(method: Value, leading: usize) -> Result<(usize, usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    let start = setup.params();
+    setup.disturb(0.3);
+    for (name, tensor) in start.iter().filter(|(name, _)| name.local() == "lora_A") {
+        setup.theta = setup.with(name, tensor.zeros_like()?);
+    }
+    let at = &setup.attachments[0];
+    let weight = setup.weight(at)?.dense(DType::F64)?;
+    let locals = attune_models::stack::locals(at, &setup.params())?;
+    let change = match setup.adapter.merge(at, &locals, &weight)? {
+        Merged::Factors { left, right, scale } => (left.matmul(&right)? * scale)?,
+        Merged::Weight { weight: merged, .. } => (merged - &weight)?,
+        other => return Err(format!("{other:?} does not merge").into()),
+    };
+    let values = |x: &Tensor| x.abs()?.flatten_all()?.to_vec1::<f64>();
+    let changed: Vec<usize> = (0..768).zip(values(&change)?).filter(|(_, by)| *by > 0.0).map(|(at, _)| at).collect();
+    let own = linalg::svd(&weight)?.truncated(leading)?;
+    let rest = values(&(&weight - own.u.broadcast_mul(&own.s)?.matmul(&own.v)?)?)?;
+    let mut order: Vec<usize> = (0..768).collect();
+    order.sort_by(|a, b| rest[*b].total_cmp(&rest[*a]));
+    let among = changed.iter().filter(|at| order[..192].contains(at)).count();
+    Ok((changed.len(), among, setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum()))
+}
+
+/// A quarter of all entries would be among a quarter of them by chance.
+fn standing_out() -> Result<(), Failed> {
+    // 56 numbers in factors and 40 entries against 112.
+    let method = json!({"method": "dsee", "rank": 1, "entries": 40, "rounds": 1});
+    let (own, among, numbers) = entries_beside(method, 1)?;
+    let (plain, _, plain_numbers) = entries_beside(json!({"method": PLAIN, "rank": 2}), 1)?;
+    assert!(numbers <= plain_numbers, "{numbers} trained numbers against {plain_numbers}");
+    assert!(own == 40 && among >= 36, "{own} entries change, {among} of them stand out");
+    assert_eq!(plain, 0);
     Ok(())
 }
