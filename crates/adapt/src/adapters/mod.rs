@@ -8,11 +8,13 @@ mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
+mod chain_of_lora;
 mod clover;
 mod compacter;
 mod delora;
 mod dora;
 mod dsee;
+mod elastic_lora;
 mod flora_tucker;
 mod fourierft;
 mod full;
@@ -38,11 +40,13 @@ mod psoft;
 mod randlora;
 mod road;
 mod roselora;
+mod selective_lora;
 mod shira;
 mod sltrain;
 mod spectral_ft;
 mod spiel;
 mod svft;
+mod taps;
 mod tinylora;
 mod vblora;
 mod vectorfit;
@@ -71,11 +75,13 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
+        entry::<chain_of_lora::ChainOfLora>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
         entry::<dsee::Dsee>(),
+        entry::<elastic_lora::ElasticLora>(),
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),
@@ -101,11 +107,13 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<roselora::Roselora>(),
+        entry::<selective_lora::SelectiveLora>(),
         entry::<shira::Shira>(),
         entry::<sltrain::Sltrain>(),
         entry::<spectral_ft::SpectralFt>(),
         entry::<spiel::Spiel>(),
         entry::<svft::Svft>(),
+        entry::<taps::Taps>(),
         entry::<tinylora::Tinylora>(),
         entry::<vblora::Vblora>(),
         entry::<vectorfit::Vectorfit>(),

@@ -56,11 +56,13 @@ fn forms() -> Result<(), Failed> {
 
 fn refusals() -> Result<(), Failed> {
     for (method, start) in [
+        (json!({"method": "chain-of-lora", "links": 4}), "`rank` is 32; model.layers.1.mlp.up_proj is 32 by 24"),
         (
             json!({"method": "dsee", "entries": 769}),
             "`entries` is 769; model.layers.1.mlp.up_proj is 32 by 24, so 768 is the most",
         ),
         (json!({"method": "dsee", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
+        (json!({"method": "elastic-lora", "smallest": 33}), "`tune.adapter.smallest` is more than the largest rank"),
         (json!({"method": "poet", "terms": 1}), "`tune.adapter.terms` is 1, with which nothing turns"),
         (
             json!({"method": "poet", "block_size": 16}),
@@ -70,11 +72,13 @@ fn refusals() -> Result<(), Failed> {
             json!({"method": "poet", "block_size": 25, "cover": "single"}),
             "`block_size` is 25; model.layers.1.mlp.up_proj is 32 by 24: expected the smaller width at most",
         ),
+        (json!({"method": "selective-lora", "before": 0.95}), "`tune.adapter.after` leaves no steps"),
         (json!({"method": "spectral-ft"}), "`rank` is 256; model.layers.1.mlp.up_proj is 32 by 24"),
         (
             json!({"method": "spectral-ft", "rank": 4, "inner_rank": 5}),
             "`inner_rank` is 5; model.layers.1.mlp.up_proj has 4 directions that change",
         ),
+        (json!({"method": "taps", "before": 0.5, "after": 0.5}), "`tune.adapter.after` leaves no steps"),
     ] {
         let found = match build(method.clone()) {
             Err(faults) => faults[0].clone(),
