@@ -10,11 +10,14 @@ mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
+mod chain_of_lora;
 mod clover;
 mod compacter;
 mod deft;
 mod delora;
 mod dora;
+mod dsee;
+mod elastic_lora;
 mod flora_tucker;
 mod fourierft;
 mod full;
@@ -39,6 +42,7 @@ mod oft;
 mod osf;
 mod p_tuning;
 mod peanut;
+mod poet;
 mod prefix_tuning;
 mod prompt_tuning;
 mod psoft;
@@ -46,11 +50,14 @@ mod pvera;
 mod randlora;
 mod road;
 mod roselora;
+mod selective_lora;
 mod shira;
 mod sltrain;
+mod spectral_ft;
 mod spiel;
 mod supertuning;
 mod svft;
+mod taps;
 mod tinylora;
 mod unilora;
 mod vblora;
@@ -82,11 +89,14 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
+        entry::<chain_of_lora::ChainOfLora>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
         entry::<deft::Deft>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
+        entry::<dsee::Dsee>(),
+        entry::<elastic_lora::ElasticLora>(),
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),
@@ -111,6 +121,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<osf::Osf>(),
         entry::<p_tuning::PTuning>(),
         entry::<peanut::Peanut>(),
+        entry::<poet::Poet>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
@@ -118,11 +129,14 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<roselora::Roselora>(),
+        entry::<selective_lora::SelectiveLora>(),
         entry::<shira::Shira>(),
         entry::<sltrain::Sltrain>(),
+        entry::<spectral_ft::SpectralFt>(),
         entry::<spiel::Spiel>(),
         entry::<supertuning::Supertuning>(),
         entry::<svft::Svft>(),
+        entry::<taps::Taps>(),
         entry::<tinylora::Tinylora>(),
         entry::<unilora::Unilora>(),
         entry::<vblora::Vblora>(),

@@ -1,5 +1,6 @@
 //! What methods share.
 
+pub(crate) mod anew;
 pub(crate) mod blocks;
 pub(crate) mod budget;
 pub(crate) mod calibration;
@@ -7,6 +8,7 @@ pub(crate) mod choice;
 pub(crate) mod dropout;
 pub(crate) mod factors;
 pub(crate) mod foreign;
+pub(crate) mod gates;
 pub(crate) mod hadamard;
 pub(crate) mod keys;
 pub(crate) mod linears;
@@ -20,4 +22,6 @@ pub(crate) mod spectrum;
 pub(crate) mod starts;
 pub(crate) mod tiles;
 pub(crate) mod torch;
+#[cfg(test)]
+pub(crate) mod toy;
 pub(crate) mod weights;

@@ -1,11 +1,14 @@
 //! Adapters that PEFT does not have, in its layout: `adapter_config.json` says the method in our own words.
 
+use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Peft, PeftTensors};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::MethodRef;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+
+use crate::parts::scaling;
 
 /// The key of `adapter_config.json` under which the method is.
 const KEY: &str = "attune";
@@ -18,6 +21,15 @@ pub(crate) fn peft(method: &str, config: &impl Serialize) -> Peft {
     let keys = [("peft_type", json!(peft_type)), ("inference_mode", json!(true)), (KEY, named)];
     let config = keys.map(|(key, value)| (key.to_owned(), value)).into_iter().collect();
     Peft { config, tensors: PeftTensors::Each(Vec::new()) }
+}
+
+/// The layout of a method whose tensors are LoRA's of some rank, numerator of the scaling and dropout: PEFT reads it as that, and we read
+/// the method.
+pub(crate) fn as_lora(method: &str, config: &impl Serialize, (r, lora_alpha, lora_dropout): (u32, f64, f64)) -> Peft {
+    let lora = LoraConfig { r, lora_alpha, lora_dropout, ..LoraConfig::default() };
+    let mut made = scaling::peft(&lora, vec![("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight")]);
+    made.config.extend(peft(method, config).config.remove_entry(KEY));
+    made
 }
 
 /// Whether a configuration says a method in our own words.

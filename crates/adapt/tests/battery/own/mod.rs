@@ -1,6 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
 mod banks;
+mod parts;
 mod products;
 mod prompts;
 mod steps;
@@ -48,6 +49,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(products::OWN.iter())
         .chain(turns::OWN)
         .chain(banks::OWN)
+        .chain(parts::OWN)
         .chain(steps::OWN)
         .chain(tuners::OWN)
         .chain(&prompts::OWN);

@@ -8,17 +8,22 @@ use attune_points::engine::{self, Batch, Engine, LossReport, Renewed, Source, Te
 use attune_points::objective::Objective;
 use attune_points::{Error, GradSink, Grads, Layout, Params, Result, TensorId, TensorName, Theta};
 use attune_spec::id::Step;
-use attune_tensor::Rng;
-use candle_core::{DType, Tensor};
+use attune_tensor::{Rng, linalg};
+use candle_core::{DType, Device, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN};
-use crate::support::{CrossEntropy, Setup, batch, difference};
+use crate::support::{CrossEntropy, Setup, batch, difference, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
+    ("chain_of_lora::what_a_link_has_learned_stays_while_the_next_learns", links),
+    ("elastic_lora::a_part_of_its_rank_does_most_of_what_the_whole_does", parts_of_a_rank),
+    ("poet::rounds_go_further_and_singular_values_stay", rounds),
     ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
+    ("selective_lora::all_but_a_share_of_linears_are_the_bases", share_of_linears),
+    ("taps::most_weights_are_the_bases_in_the_end", shared_weights),
     ("vectorfit::what_moved_most_rests_while_all_else_learns", resting),
 ];
 
@@ -115,8 +120,13 @@ impl Engine for Slope {
         Ok(mine)
     }
 
-    fn renew(&mut self, tensor: &TensorId, _: &[Renewed]) -> Result<()> {
-        Err(Error::Refused(format!("{tensor} has no entries that come and go")))
+    /// Nothing of the past is kept here.
+    fn renew(&mut self, tensor: &TensorId, entries: &[Renewed]) -> Result<()> {
+        let value = self.setup.theta.get(tensor).ok_or_else(|| Error::Refused(format!("{tensor} has no value")))?;
+        let (shape, mut values) = (value.shape().clone(), value.flatten_all()?.to_vec1::<f32>()?);
+        entries.iter().for_each(|renewed| values[renewed.entry] = 0.0);
+        self.setup.theta.put(tensor, Tensor::from_vec(values, shape, &Device::Cpu)?);
+        Ok(())
     }
 
     fn hidden(&self) -> usize {
@@ -126,6 +136,40 @@ impl Engine for Slope {
     fn rng(&self, purpose: &'static str) -> Rng {
         Rng::new(1, purpose)
     }
+}
+
+/// What the loss and the weight of the first site are after some steps, and the weight before them.
+fn trained(method: Value, steps: u64) -> std::result::Result<(f64, Tensor, Tensor), Failed> {
+    let mut slope = Slope::new(method, UP, 0.5)?;
+    slope.run(steps, |_, _| Ok(()))?;
+    let (theta, layout) = (slope.setup.theta.clone(), Arc::clone(&slope.layout));
+    let loss = slope.score(&theta, &layout, &CrossEntropy)?.loss_sum;
+    let at = slope.setup.attachments[0].clone();
+    let weight = slope.setup.weight(&at)?.dense(DType::F32)?;
+    let locals = attune_models::stack::locals(&at, &slope.setup.params())?;
+    let made = match slope.setup.adapter.merge(&at, &locals, &*slope.setup.weight(&at)?)? {
+        Merged::Factors { left, right, scale } => (&weight + (left.matmul(&right)? * scale)?)?,
+        Merged::Weight { weight, .. } => weight,
+        other => return Err(format!("{other:?} does not merge").into()),
+    };
+    Ok((loss, made, weight))
+}
+
+/// By which share of the largest singular values change at most.
+fn values_off((_, made, weight): &(f64, Tensor, Tensor)) -> std::result::Result<f64, Failed> {
+    let (made, weight) = (linalg::svd(made)?.s, linalg::svd(weight)?.s);
+    Ok(difference(&made, &weight) / largest(&weight))
+}
+
+fn rounds() -> std::result::Result<(), Failed> {
+    // 56 * 3 / 2 = 84 numbers against 112.
+    let poet = |every: u64| trained(json!({"method": "poet", "block_size": 4, "terms": 0, "every": every}), 60);
+    let (once, often) = (poet(0)?, poet(6)?);
+    let plain = trained(json!({"method": PLAIN, "rank": 2, "alpha": 8}), 60)?;
+    assert!(often.0 < once.0, "losses are {} and {}", often.0, once.0);
+    assert!(values_off(&often)? < 1e-5, "singular values change by {}", values_off(&often)?);
+    assert!(values_off(&plain)? > 0.01, "singular values change by {}", values_off(&plain)?);
+    Ok(())
 }
 
 /// How many entries of the weight a component changes after some steps, and how far the loss went down, against what it was.
@@ -203,5 +247,101 @@ fn resting() -> std::result::Result<(), Failed> {
     assert!(most, "others had moved more");
     let (plain, _) = at_rest(json!({"method": PLAIN, "rank": 2}))?;
     assert_eq!(plain, vec![0; 19]);
+    Ok(())
+}
+
+/// How many of the model's linears a component changes after some steps, and how far the loss went down, against what it was.
+fn linears_and_progress(method: Value, lr: f64) -> std::result::Result<(usize, f64), Failed> {
+    let mut slope = Slope::new(method, "all-linear", lr)?;
+    let loss = |slope: &mut Slope| -> Result<f64> {
+        let (theta, layout) = (slope.setup.theta.clone(), Arc::clone(&slope.layout));
+        Ok(slope.score(&theta, &layout, &CrossEntropy)?.loss_sum)
+    };
+    let before = loss(&mut slope)?;
+    slope.run(40, |_, _| Ok(()))?;
+    let progress = 1.0 - loss(&mut slope)? / before;
+    let mut changed = 0;
+    for at in &slope.setup.attachments {
+        let weight = slope.setup.weight(at)?.dense(DType::F32)?;
+        let locals = attune_models::stack::locals(at, &slope.setup.params())?;
+        changed += usize::from(match slope.setup.adapter.merge(at, &locals, &weight)? {
+            Merged::Factors { left, right, scale } => largest(&(left.matmul(&right)? * scale)?) > 0.0,
+            Merged::Weight { weight: merged, .. } => difference(&merged, &weight) > 0.0,
+            other => return Err(format!("{other:?} does not merge").into()),
+        });
+    }
+    Ok((changed, progress))
+}
+
+fn shared_weights() -> std::result::Result<(), Failed> {
+    let (own, progress) = linears_and_progress(json!({"method": "taps", "score_lr": 1, "penalty": 4}), 0.05)?;
+    let (plain, _) = linears_and_progress(json!({"method": PLAIN, "rank": 2}), 0.05)?;
+    assert!(own > 0 && own <= 7, "{own} of 14 linears change");
+    assert_eq!(plain, 14);
+    assert!(progress > 0.0, "the loss went down by {progress}");
+    Ok(())
+}
+
+fn share_of_linears() -> std::result::Result<(), Failed> {
+    let (own, progress) = linears_and_progress(
+        json!({"method": "selective-lora", "rank": 2, "most": 0.2, "every": 5, "score_lr": 1}),
+        0.5,
+    )?;
+    let (plain, _) = linears_and_progress(json!({"method": PLAIN, "rank": 2}), 0.5)?;
+    assert_eq!((own, plain), (3, 14));
+    assert!(progress > 0.0, "the loss went down by {progress}");
+    Ok(())
+}
+
+/// How much of what a component took off the loss in some steps it takes off with the first of its ranks alone.
+fn by_first_rank(method: Value) -> std::result::Result<f64, Failed> {
+    let mut slope = Slope::new(method, UP, 0.5)?;
+    let layout = Arc::clone(&slope.layout);
+    let start = slope.setup.theta.clone();
+    let before = slope.score(&start, &layout, &CrossEntropy)?.loss_sum;
+    slope.run(60, |_, _| Ok(()))?;
+    let whole = slope.setup.theta.clone();
+    let mut first = whole.clone();
+    for (id, value) in whole.trained().filter(|(id, _)| id.name.local() == "lora_B") {
+        let others = value.narrow(1, 1, value.dim(1)? - 1)?.zeros_like()?;
+        first.put(&id, Tensor::cat(&[&value.narrow(1, 0, 1)?, &others], 1)?);
+    }
+    let gain = |slope: &mut Slope, theta: &Theta| {
+        Ok::<_, Failed>(before - slope.score(theta, &layout, &CrossEntropy)?.loss_sum)
+    };
+    Ok(gain(&mut slope, &first)? / gain(&mut slope, &whole)?)
+}
+
+fn parts_of_a_rank() -> std::result::Result<(), Failed> {
+    let method = json!({"method": "elastic-lora", "rank": 4, "step": 1, "smallest": 1, "left": "largest", "alpha": 16});
+    let (own, plain) = (by_first_rank(method)?, by_first_rank(json!({"method": PLAIN, "rank": 4, "alpha": 16}))?);
+    assert!(own > 0.5 && plain < 0.5, "the first of four ranks does {own} of it, and {plain} of {PLAIN}");
+    Ok(())
+}
+
+/// By how much the first rank of a pair of factors changes in the second half of some steps, and by how much the second one.
+fn halves(method: Value) -> std::result::Result<[f64; 2], Failed> {
+    let mut slope = Slope::new(method, UP, 0.5)?;
+    let columns = |slope: &Slope| -> std::result::Result<[Tensor; 2], Failed> {
+        let name = TensorName::new(UP, "lora_B");
+        let b = slope.setup.params().get(&name).ok_or("no factor")?.clone();
+        Ok([b.narrow(1, 0, 1)?, b.narrow(1, 1, 1)?])
+    };
+    let mut half = None;
+    slope.run(20, |step, slope| {
+        if step == 9 {
+            half = Some(columns(slope)?);
+        }
+        Ok(())
+    })?;
+    let (half, end) = (half.ok_or("no half")?, columns(&slope)?);
+    Ok([difference(&end[0], &half[0]), difference(&end[1], &half[1])])
+}
+
+fn links() -> std::result::Result<(), Failed> {
+    let own = halves(json!({"method": "chain-of-lora", "rank": 1, "alpha": 4, "links": 2}))?;
+    let plain = halves(json!({"method": PLAIN, "rank": 2, "alpha": 8}))?;
+    assert!(own[0] == 0.0 && own[1] > 1e-3, "links change by {own:?}");
+    assert!(plain.iter().all(|by| *by > 1e-3), "ranks change by {plain:?}");
     Ok(())
 }
