@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn an_alpha_without_a_rank_and_a_folder_without_places_are_refused() {
-        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[] };
+        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[], words: None };
         let faults = Supertuning::build(Config { alpha: Some(4.0), ..Config::default() }, &cx).map(|_| ()).unwrap_err();
         assert_eq!(faults[0].path.to_string(), "alpha");
         let config =
