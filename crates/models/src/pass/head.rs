@@ -68,7 +68,7 @@ pub(crate) fn losses(
 /// A head without logits; whatever a component raises.
 pub(crate) fn logits(head: &Head, h_td: &Rows<f32>, part: usize, ids: &[u32], cx: &PassCx<'_>) -> Result<Rows<f32>> {
     let logits = cx.meter.whole(Work::Head, || At { part, ids }.logits(head, h_td, cx))?;
-    cx.check()?;
+    cx.finish()?;
     Ok(logits.logits_cv)
 }
 

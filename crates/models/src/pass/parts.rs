@@ -212,7 +212,16 @@ impl<'a> PassCx<'a> {
         Ok(())
     }
 
-    /// Whether the device has done everything so far.
+    /// Waits until the device has done everything so far.
+    ///
+    /// # Errors
+    /// What it failed at.
+    pub(crate) fn finish(&self) -> Result<()> {
+        self.kernels.wait();
+        self.check()
+    }
+
+    /// Whether a fault of the device is known.
     ///
     /// # Errors
     /// What it failed at.

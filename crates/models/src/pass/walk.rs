@@ -86,6 +86,7 @@ pub(crate) fn up(
         let routed = block.routes().map(|layer| Routed { layer, probs_te: y.pop() });
         passed(Passed { index, input: std::mem::replace(&mut x, y), saved, routed })?;
     }
+    cx.finish()?;
     x.into_iter().next().ok_or_else(|| Error::Refused("a model without blocks has no rows".to_owned()))
 }
 
@@ -95,7 +96,7 @@ pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<Lo
     let cx = PassCx::new(machine.base, &parts, None, machine.arena);
     let h_td = up(machine.trunk, &cx, |_, block, x| block.forward(x, &cx, Run::Output), |_| Ok(()))?;
     let reports = head::losses(machine.head, &h_td, tasks, &cx, None)?;
-    cx.check()?;
+    cx.finish()?;
     Ok((reports, cx.meter.times()))
 }
 
@@ -107,7 +108,6 @@ pub(crate) fn look(machine: &Machine<'_>, parts: &[Part<'_>], tap: &dyn Tap) -> 
     let is_wanted = |block: &dyn Block| block.sites().iter().any(|site| tap.wants(&site.id));
     let Some(last) = machine.trunk.iter().rposition(|block| is_wanted(&**block)) else { return Ok(Times::default()) };
     up(&machine.trunk[..=last], &cx, |_, block, x| block.forward(x, &cx, Run::Output), |_| Ok(()))?;
-    cx.check()?;
     Ok(cx.meter.times())
 }
 
@@ -179,6 +179,7 @@ pub(crate) fn reverse<T>(
         dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;
         cx.check()?;
     }
+    cx.finish()?;
     Ok((found, cx.meter.times()))
 }
 

@@ -186,10 +186,11 @@ pub trait Kernels: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Waits until everything that was asked for has been done: for clocks, as numbers are waited for where they are read.
+    /// Waits until everything that was asked for has been done, or has failed. Numbers are waited for where they are read; this is
+    /// for clocks, and for whoever asks for a fault.
     fn wait(&self) {}
 
-    /// Whether everything that was asked for so far has been done; waits for it.
+    /// Whether something that was asked for is known to have failed: of everything so far after [`Kernels::wait`].
     ///
     /// # Errors
     /// The first [`Fault`].

@@ -210,7 +210,6 @@ impl Kernels for Cuda {
     }
 
     fn fault(&self) -> Result<(), crate::kernels::Fault> {
-        self.wait();
         match self.fault.get() {
             Some(fault) => Err(crate::kernels::Fault { device: self.name.clone(), message: fault.to_string() }),
             None => Ok(()),

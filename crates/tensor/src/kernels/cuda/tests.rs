@@ -270,6 +270,7 @@ fn the_devices_own_memory_is_worked_in_and_given_back() {
     let (rows, cols) = (1 << 12, 1 << 12);
     device.convert(View::new(&x, rows, cols).into(), ViewMut::new(&mut y, rows, cols).into());
     device.scale(ViewMut::new(&mut y, rows, cols), 2.0);
+    device.wait();
     device.fault().unwrap();
     assert!(y.iter().enumerate().all(|(i, y)| *y == 2.0 * i as f32));
     // By address: other processes take and give back memory of the device meanwhile.
@@ -306,6 +307,7 @@ fn who_looks_at_numbers_waits_for_the_device() {
         assert_eq!(sums, vec![(n * n) as f32; n], "round {round}");
     }
     ones_given_back(device, n);
+    device.wait();
     device.fault().unwrap();
 }
 
