@@ -38,10 +38,13 @@ class Case:
     recompute: bool = False
     # The number of an NVIDIA device; the processor without.
     device: int | None = None
+    # How exactly both sides multiply in f32: PyTorch's words.
+    matmul: str = "highest"
 
     @property
     def name(self):
-        return f"{self.shape}-{self.trains}-{self.precision}" + ("" if self.device is None else "-cuda")
+        exactness = "" if self.matmul == "highest" else f"-{self.matmul}"
+        return f"{self.shape}-{self.trains}-{self.precision}{exactness}" + ("" if self.device is None else "-cuda")
 
 
 CASES = [
@@ -53,6 +56,7 @@ CASES = [
     Case("M", "lora", "f32", 1, 3),
     Case("M", "lora", "bf16", 1, 3),
 ]
+CASES += [replace(case, matmul="high") for case in CASES if case.precision == "f32"]
 # The same on an NVIDIA device, where one is asked for; more steps, for they are short.
 CASES_ON_DEVICE = [replace(case, warmup=5, steps=20, device=0) for case in CASES]
 # Eight jobs on one base, side by side against in turn, by tokens of a job's step: Attune against itself.
@@ -105,6 +109,7 @@ class Comparison:
             "adapter": str(made / "adapter") if case.trains == "lora" else None,
             "batch": str(made / "batch.json"),
             "precision": case.precision,
+            "matmul": case.matmul,
             "lr": LR,
             "warmup": case.warmup if warmup is None else warmup,
             "steps": case.steps if steps is None else steps,

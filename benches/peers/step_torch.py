@@ -4,7 +4,7 @@ Usage: step_torch.py CASE.json [--variant NAME]
        step_torch.py --floor     the memory of a process that has imported all of it and does nothing
        step_torch.py --peak      the fastest matrix products that PyTorch reaches here, GFLOP/s
 
-CASE has `base`, `model` (transformers' class that reads it), `adapter` (null: all weights train), `batch`, `precision`, `lr`, `warmup`, `steps`. Variants are the ways to
+CASE has `base`, `model` (transformers' class that reads it), `adapter` (null: all weights train), `batch`, `precision`, `matmul`, `lr`, `warmup`, `steps`. Variants are the ways to
 train in a precision; `compare.py` takes the fastest.
 """
 
@@ -55,6 +55,7 @@ def rest(device):
 
 def run(case, variant):
     imported_mib = resident_mib()
+    torch.set_float32_matmul_precision(case["matmul"])
     model, autocast = model_of(case, variant)
     with open(case["batch"]) as f:
         batch = json.load(f)

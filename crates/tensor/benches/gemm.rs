@@ -9,7 +9,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use attune_tensor::kernels::{Gemm, Kernels, LowRank, Operand, cpu};
+use attune_tensor::kernels::{Cpu, Gemm, Kernels, LowRank, Matmul, Operand, cpu, cpu_multiplying};
 use attune_tensor::view::{MatRef, View, ViewMut};
 use half::bf16;
 
@@ -243,7 +243,8 @@ fn run(shape: &Shape) {
     let mut c = vec![0.0; m * n];
     let rank = 16;
     let (left, right) = (numbers(m * rank, 3), numbers(rank * n, 4));
-    let ours = |a: MatRef<'_>, b: MatRef<'_>, c: &mut [f32], thin: bool| {
+    let (cpu, parts) = (cpu(), cpu_multiplying(Matmul::High));
+    let ours = |cpu: &Cpu, a: MatRef<'_>, b: MatRef<'_>, c: &mut [f32], thin: bool| {
         let term = LowRank {
             rows: 0..m,
             left: View::new(&left, m, rank).into(),
@@ -254,32 +255,34 @@ fn run(shape: &Shape) {
         if thin {
             of.low_rank = &terms;
         }
-        cpu().gemm(ViewMut::new(c, m, n), &of);
+        cpu.gemm(ViewMut::new(c, m, n), &of);
     };
     let f32s = (MatRef::from(View::new(&a, a_shape.0, a_shape.1)), MatRef::from(View::new(&b, b_shape.0, b_shape.1)));
     let bf16s =
         (MatRef::from(View::new(&a16, a_shape.0, a_shape.1)), MatRef::from(View::new(&b16, b_shape.0, b_shape.1)));
-    let mut seconds: [Vec<f64>; 6] = Default::default();
+    let mut seconds: [Vec<f64>; 8] = Default::default();
     let alone = rayon::current_num_threads() == 1;
     let mut peaks = Vec::new();
     let start = Instant::now();
     while seconds[0].len() < 3 || start.elapsed() < BUDGET {
-        seconds[0].push(time(|| ours(f32s.0, f32s.1, &mut c, false)));
+        seconds[0].push(time(|| ours(cpu, f32s.0, f32s.1, &mut c, false)));
         seconds[1].push(time(|| theirs(shape, &a, &b, &mut c)));
-        seconds[2].push(time(|| ours(f32s.0, bf16s.1, &mut c, false)));
-        seconds[3].push(time(|| ours(bf16s.0, bf16s.1, &mut c, false)));
-        seconds[4].push(time(|| ours(f32s.0, f32s.1, &mut c, true)));
+        seconds[2].push(time(|| ours(cpu, f32s.0, bf16s.1, &mut c, false)));
+        seconds[3].push(time(|| ours(cpu, bf16s.0, bf16s.1, &mut c, false)));
+        seconds[4].push(time(|| ours(cpu, f32s.0, f32s.1, &mut c, true)));
         // Beside more threads it would be the one that waits for nobody.
         seconds[5].push(if alone { time(|| faers(shape, &a, &b, &mut c)) } else { f64::NAN });
+        seconds[6].push(time(|| ours(parts, f32s.0, f32s.1, &mut c, false)));
+        seconds[7].push(time(|| ours(parts, f32s.0, f32s.1, &mut c, true)));
         peaks.push(peak());
     }
-    let [ours, theirs, mixed, narrow, thin, faers] =
+    let [ours, theirs, mixed, narrow, thin, faers, parts, parts_thin] =
         seconds.map(|seconds| 2.0 * (m * n * k) as f64 / median(seconds) / 1e9);
-    let thin = thin * (k + rank) as f64 / k as f64;
+    let [thin, parts_thin] = [thin, parts_thin].map(|thin| thin * (k + rank) as f64 / k as f64);
     let peak = median(peaks) / 1e9;
     let share = |x: f64| format!("{x:6.1} ({:3.0} %)", 100.0 * x / peak);
     println!(
-        "{:42} | {} | {theirs:6.1} | {:4.2} | {faers:6.1} | {:4.2} | {} | {} | {} | {peak:6.1}",
+        "{:42} | {} | {theirs:6.1} | {:4.2} | {faers:6.1} | {:4.2} | {} | {} | {} | {} | {} | {peak:6.1}",
         shape.name,
         share(ours),
         ours / theirs,
@@ -287,6 +290,8 @@ fn run(shape: &Shape) {
         share(mixed),
         share(narrow),
         share(thin),
+        share(parts),
+        share(parts_thin),
     );
 }
 
@@ -295,7 +300,7 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     println!("{}, {} threads; GFLOP/s (share of the peak)", cpu().profile(), rayon::current_num_threads());
     println!(
-        "{:42} | f32 · f32      | `gemm` | ratio| `faer` | ratio| f32 · bf16     | bf16 · bf16    | with rank 16   | peak",
+        "{:42} | f32 · f32      | `gemm` | ratio| `faer` | ratio| f32 · bf16     | bf16 · bf16    | with rank 16   | by parts       | both           | peak",
         ""
     );
     let all = shapes();

@@ -19,7 +19,7 @@ use attune_points::objective::Needs;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
-use attune_spec::job::{Activations, Form, Plan, Precision, TuneSpec};
+use attune_spec::job::{Activations, Form, Matmul, Plan, Precision, TuneSpec};
 use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
@@ -51,8 +51,8 @@ pub(crate) struct Prepared {
     pub(crate) plan_digest: Digest,
 }
 
-/// A base by its folder, its precision and the device that it lies on.
-type Opened = (PathBuf, Precision, Option<u32>);
+/// A base by its folder, its precision, its products and the device that it lies on.
+type Opened = (PathBuf, Precision, Matmul, Option<u32>);
 
 /// The bases that the lanes of a process share: each is opened once.
 #[derive(Debug, Default)]
@@ -62,14 +62,14 @@ pub(crate) struct Bases {
 
 impl Bases {
     /// The base in a folder, on the device of this number or on the processor.
-    fn open(&self, folder: &Path, precision: Precision, card: Option<u32>) -> Result<Arc<Base>, Error> {
+    fn open(&self, folder: &Path, plan: &Plan, card: Option<u32>) -> Result<Arc<Base>, Error> {
         // Lanes that start together wait here for the first, which opens it.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (folder.to_owned(), precision, card);
+        let key = (folder.to_owned(), plan.precision, plan.matmul, card);
         if let Some(base) = open.get(&key) {
             return Ok(Arc::clone(base));
         }
-        let base = Arc::new(Base::open(folder, precision)?.on(card::kernels(card)?)?);
+        let base = Arc::new(Base::open(folder, plan.precision)?.on(card::kernels(card, plan.matmul)?)?);
         open.insert(key, Arc::clone(&base));
         Ok(base)
     }
@@ -96,9 +96,9 @@ pub(crate) fn prepare(
     }
     let base_folder = folder(request, &plan.base, &mut pinned)?;
     let base = if plan.from_scratch {
-        Arc::new(Base::from_scratch(&base_folder, plan.seed)?.on(card::kernels(request.card)?)?)
+        Arc::new(Base::from_scratch(&base_folder, plan.seed)?.on(card::kernels(request.card, plan.matmul)?)?)
     } else {
-        bases.open(&base_folder, plan.precision, request.card)?
+        bases.open(&base_folder, plan, request.card)?
     };
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;

@@ -229,7 +229,8 @@ async fn config_of(context: &Context, project: &Project, digest: &Digest) -> Res
 
 /// What jobs that share a process must have in common, beside their project and resources; nothing for a job that runs alone.
 fn share_key(spec: &JobSpec, plan: &Plan) -> Option<Digest> {
-    spec.resources.share_base.then(|| canonical::digest(&json!({"base": plan.base, "precision": plan.precision})))
+    let key = json!({"base": plan.base, "precision": plan.precision, "matmul": spec.tune.matmul});
+    spec.resources.share_base.then(|| canonical::digest(&key))
 }
 
 /// What the core must know of an admitted job.

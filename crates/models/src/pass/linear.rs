@@ -345,13 +345,22 @@ impl<'a> PassCx<'a> {
     ) -> Result<()> {
         let shape = (a.cols(), b.cols());
         let wanting = factors.placed.iter().filter(|placed| wants(&*sinks[placed.part], id));
-        let mut sums: Vec<(&Added<'_>, Vec<f32>)> =
-            wanting.map(|placed| (*placed, vec![0.0f32; shape.0 * shape.1])).collect();
-        let of_parts = sums.iter_mut().map(|(placed, sum)| {
+        let of_part = |placed: &Added<'_>, sum| {
             let (start, end) = (placed.rows.start - factors.rows.start, placed.rows.end - factors.rows.start);
             let (a, b) = (a.sub_rows(start, end), b.sub_rows(start, end));
-            (ViewMut::new(sum, shape.0, shape.1), Gemm::new(Operand::transposed(a), Operand::plain(b)))
-        });
+            (sum, Gemm::new(Operand::transposed(a), Operand::plain(b)))
+        };
+        if self.kernels.works_ahead() {
+            let mut sums: Vec<(&Added<'_>, Rows<f32>)> =
+                wanting.map(|placed| (*placed, self.arena.rows(shape.0, shape.1))).collect();
+            let of_parts = sums.iter_mut().map(|(placed, sum)| of_part(placed, sum.view_mut()));
+            self.kernels.gemms(beside.into_iter().chain(of_parts).collect());
+            sums.into_iter().for_each(|(placed, sum)| self.put_late(placed.part, id.clone(), sum));
+            return Ok(());
+        }
+        let mut sums: Vec<(&Added<'_>, Vec<f32>)> =
+            wanting.map(|placed| (*placed, vec![0.0f32; shape.0 * shape.1])).collect();
+        let of_parts = sums.iter_mut().map(|(placed, sum)| of_part(placed, ViewMut::new(sum, shape.0, shape.1)));
         self.kernels.gemms(beside.into_iter().chain(of_parts).collect());
         for (placed, sum) in sums {
             regions::put(&mut *sinks[placed.part], id, &Tensor::from_vec(sum, shape, &Device::Cpu)?)?;

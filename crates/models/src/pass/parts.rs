@@ -1,7 +1,7 @@
 //! Who owns which rows of a pass, and what every block of it sees.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use attune_architecture::{Architecture, Place, Site, SiteId};
 use attune_points::adapter::{Attachment, Port, RowMap};
@@ -10,8 +10,8 @@ use attune_points::{
     TensorSpec, Theta,
 };
 use attune_tensor::kernels::Kernels;
-use attune_tensor::view::{MatRef, View};
-use candle_core::{DType, Tensor};
+use attune_tensor::view::{MatRef, View, ViewMut};
+use candle_core::{DType, Device, Tensor};
 
 use crate::attention::RowPlan;
 use crate::base::Base;
@@ -20,6 +20,7 @@ use crate::dropout::Dropout;
 use crate::pass::arena::{Activations, Arena, Mat, Rows};
 use crate::pass::prefix;
 use crate::pass::times::{Meter, Work};
+use crate::regions;
 use crate::stack::Stack;
 
 /// Where the gradients of each part go; none in a pass without gradients.
@@ -60,6 +61,15 @@ pub struct PassCx<'a> {
     pub(crate) meter: Meter,
     /// Who looks at what linears read.
     pub(crate) tap: Option<&'a dyn Tap>,
+    /// Gradients that a device may still be working at.
+    late: Mutex<Vec<Late>>,
+}
+
+/// A part's gradient of a tensor, on a device.
+struct Late {
+    part: usize,
+    id: TensorId,
+    sum: Rows<f32>,
 }
 
 /// The rows that an operation is given.
@@ -172,6 +182,7 @@ impl<'a> PassCx<'a> {
             dtype,
             meter: Meter::default(),
             tap: None,
+            late: Mutex::default(),
         };
         cx.angles = angles(&cx);
         cx
@@ -208,6 +219,25 @@ impl<'a> PassCx<'a> {
         for (part, rows) in self.parts_of(given) {
             let x_ti = x_ti.sub_rows(rows.start, rows.end);
             self.meter.time(Work::Gemm, || tap.read(site, part, given.ids(part), x_ti, self.kernels))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps a part's gradient of a tensor until the end of the pass, when all of them are waited for at once.
+    pub(crate) fn put_late(&self, part: usize, id: TensorId, sum: Rows<f32>) {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner).push(Late { part, id, sum });
+    }
+
+    /// Puts what was kept, in order; nothing is left.
+    ///
+    /// # Errors
+    /// Whatever a sink raises.
+    pub(crate) fn settle_late(&self, sinks: &mut Sinks<'_>) -> Result<()> {
+        for Late { part, id, sum } in std::mem::take(&mut *self.late.lock().unwrap_or_else(PoisonError::into_inner)) {
+            let shape = (sum.n_rows(), sum.n_cols());
+            let mut values = vec![0.0f32; shape.0 * shape.1];
+            self.kernels.convert(sum.view().into(), ViewMut::new(&mut values, shape.0, shape.1).into());
+            regions::put(&mut *sinks[part], &id, &Tensor::from_vec(values, shape, &Device::Cpu)?)?;
         }
         Ok(())
     }

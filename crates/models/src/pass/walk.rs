@@ -179,6 +179,7 @@ pub(crate) fn reverse<T>(
         dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;
         cx.check()?;
     }
+    cx.settle_late(sinks)?;
     cx.finish()?;
     Ok((found, cx.meter.times()))
 }

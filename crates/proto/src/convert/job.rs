@@ -4,9 +4,9 @@
 //! hold for both.
 
 use attune_spec::job::{
-    Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, OnBadRow,
-    Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec,
-    read_value,
+    Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, Matmul,
+    OnBadRow, Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec,
+    ValidationSpec, read_value,
 };
 use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
@@ -127,6 +127,10 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         precision: match spec.precision {
             Precision::F32 => v1::Precision::F32,
             Precision::Bf16 => v1::Precision::Bf16,
+        } as i32,
+        matmul: match spec.matmul {
+            Matmul::Highest => v1::Matmul::Highest,
+            Matmul::High => v1::Matmul::High,
         } as i32,
         activations: match spec.activations {
             Activations::Auto => v1::Activations::Auto,
@@ -357,6 +361,7 @@ impl Reader {
             "accumulation": spec.accumulation,
             "max_grad_norm": spec.max_grad_norm.map(|norm| if norm == 0.0 { Value::Null } else { json!(norm) }),
             "precision": self.word::<v1::Precision>(spec.precision, "tune.precision"),
+            "matmul": self.word::<v1::Matmul>(spec.matmul, "tune.matmul"),
             "activations": self.word::<v1::Activations>(spec.activations, "tune.activations"),
             "checkpoint": spec.checkpoint.as_ref().map(|spec| given! {
                 "every_steps": spec.every_steps.map(null_if_zero),
@@ -410,6 +415,7 @@ tune:
   epochs: 1.5
   max_grad_norm: null
   precision: bf16
+  matmul: high
   checkpoint: {every_steps: 5, keep: 2}
   evaluate: {every_steps: 10}
   logical_shards: 4

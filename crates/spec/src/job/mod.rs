@@ -25,7 +25,7 @@ pub use read::{ReadError, read_value, read_yaml, set_path};
 pub use reference::Reference;
 pub use resources::{Device, Limits, Outputs, Resources};
 pub use targets::Targets;
-pub use tune::{Activations, CheckpointSpec, EvaluateSpec, Precision, RewardSpec, SlotSpec, TuneSpec};
+pub use tune::{Activations, CheckpointSpec, EvaluateSpec, Matmul, Precision, RewardSpec, SlotSpec, TuneSpec};
 
 use crate::id::{JobId, Name, Project};
 

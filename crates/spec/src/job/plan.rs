@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::data::{Form, OnBadRow, TooLong};
 use super::reference::Reference;
 use super::targets::Targets;
-use super::tune::{Activations, Precision};
+use super::tune::{Activations, Matmul, Precision};
 use super::{JobKind, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::id::{Digest, Name};
@@ -142,6 +142,9 @@ pub struct Plan {
     pub max_grad_norm: Option<f64>,
     /// The number format of the frozen base.
     pub precision: Precision,
+    /// How exactly matrices of 32 bits are multiplied.
+    #[serde(default, skip_serializing_if = "Matmul::is_highest")]
+    pub matmul: Matmul,
     /// What a forward pass keeps for the reverse one.
     pub activations: Activations,
     /// Steps between checkpoints; `None` for on request only.
@@ -279,6 +282,7 @@ impl Plan {
             length,
             max_grad_norm: tune.max_grad_norm,
             precision: tune.precision,
+            matmul: tune.matmul,
             activations: tune.activations,
             checkpoint_every: tune.checkpoint.every_steps,
             evaluate_every: tune.evaluate.every_steps,

@@ -32,7 +32,7 @@ pub struct Resources {
     /// The kind of device.
     pub device: Device,
     /// Whether the job may run in one process with others of its project that train adapters on the same base, in the same
-    /// precision, on the same kind of device: they hold the base in memory once. What it learns is bit for bit what it
+    /// precision with the same products, on the same kind of device: they hold the base in memory once. What it learns is bit for bit what it
     /// learns alone. The job then waits a moment in the queue for others.
     pub share_base: bool,
 }

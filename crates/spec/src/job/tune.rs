@@ -123,6 +123,27 @@ pub enum Precision {
     Bf16,
 }
 
+/// How exactly matrices of 32 bits are multiplied, as in PyTorch's `set_float32_matmul_precision`. What is held, summed and updated
+/// has 32 bits all the same, and so do graphs of components.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Matmul {
+    /// In 32 bits.
+    #[default]
+    Highest,
+    /// In fewer where that is faster: as three products of parts of bf16 on processors with AMX (sixteen bits of a number's
+    /// twenty-four), in TF32 on NVIDIA devices (eleven); elsewhere as `highest`.
+    High,
+}
+
+impl Matmul {
+    /// Whether it is what a job has that says nothing.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+    pub(crate) fn is_highest(&self) -> bool {
+        *self == Self::Highest
+    }
+}
+
 /// What a forward pass keeps for the reverse one. It changes memory and time, and no bit of a result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -207,6 +228,8 @@ pub struct TuneSpec {
     pub max_grad_norm: Option<f64>,
     /// The number format of the frozen base.
     pub precision: Precision,
+    /// How exactly matrices of 32 bits are multiplied.
+    pub matmul: Matmul,
     /// What a forward pass keeps for the reverse one.
     pub activations: Activations,
     /// When the state of the run is kept.
@@ -238,6 +261,7 @@ impl Default for TuneSpec {
             epochs: None,
             tokens: None,
             max_grad_norm: Some(1.0),
+            matmul: Matmul::default(),
             precision: Precision::F32,
             activations: Activations::Auto,
             checkpoint: CheckpointSpec::default(),

@@ -16,7 +16,7 @@ mod cpu;
 mod cuda;
 mod simd;
 
-pub use cpu::{Cpu, Isa, cpu};
+pub use cpu::{Cpu, Isa, cpu, cpu_multiplying};
 #[cfg(feature = "cuda")]
 pub use cuda::{Cuda, Fault as CudaFault, Found as CudaDevice, cuda, devices as cuda_devices};
 
@@ -78,6 +78,17 @@ impl<'a> Gemm<'a> {
     pub const fn new(a: Operand<'a>, b: Operand<'a>) -> Self {
         Self { a, b, low_rank: &[], bias: None, accumulate: false }
     }
+}
+
+/// How exactly matrices of f32 are multiplied, in the words that PyTorch has for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Matmul {
+    /// In f32.
+    #[default]
+    Highest,
+    /// In fewer bits where that is faster: as sums of products of parts of bf16, sixteen bits of twenty-four (AMX), or in TF32,
+    /// eleven of them (NVIDIA); else in f32.
+    High,
 }
 
 /// A function between the linears of an MLP.
@@ -184,6 +195,11 @@ pub trait Kernels: Send + Sync + fmt::Debug {
     /// Bytes that are free in the memory that [`Kernels::memory`] gives; `None` where that is the processor's.
     fn free_bytes(&self) -> Option<u64> {
         None
+    }
+
+    /// Whether a call may return before its work is done: who then looks at a result soon waits for what could go on beside.
+    fn works_ahead(&self) -> bool {
+        false
     }
 
     /// Waits until everything that was asked for has been done, or has failed. Numbers are waited for where they are read; this is

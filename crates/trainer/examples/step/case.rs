@@ -7,7 +7,7 @@ use attune_models::Base;
 use attune_models::pass::walk::Keep;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
-use attune_spec::job::Precision;
+use attune_spec::job::{Matmul, Precision};
 use attune_trainer::card;
 use serde::Deserialize;
 
@@ -25,6 +25,9 @@ pub(crate) struct Case {
     batch: PathBuf,
     /// `f32` or `bf16`.
     precision: String,
+    /// `highest` or `high`.
+    #[serde(default)]
+    matmul: Matmul,
     pub(crate) lr: f64,
     /// Steps that are not measured.
     pub(crate) warmup: usize,
@@ -70,13 +73,13 @@ impl Case {
 
     /// The base where it was asked for.
     pub(crate) fn open(&self) -> Result<Base, Failure> {
-        Ok(Base::open(&self.base, self.precision()?)?.on(card::kernels(self.device)?)?)
+        Ok(Base::open(&self.base, self.precision()?)?.on(card::kernels(self.device, self.matmul)?)?)
     }
 
     /// Bytes of the device's memory that are in use, by whomever; none on the processor.
     pub(crate) fn device_bytes(&self) -> Result<Option<u64>, Failure> {
         let all = self.device.and_then(|number| Some(card::cards().get(number as usize)?.memory_bytes));
-        Ok(all.zip(card::kernels(self.device)?.free_bytes()).map(|(all, free)| all - free))
+        Ok(all.zip(card::kernels(self.device, self.matmul)?.free_bytes()).map(|(all, free)| all - free))
     }
 
     /// The batch, in as many parts as were asked for. A class is the label of the document's row that `head` reads.

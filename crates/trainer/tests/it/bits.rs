@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 34] = [
+const KINDS: [(&str, &[(&str, &str)]); 35] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -22,6 +22,7 @@ const KINDS: [(&str, &[(&str, &str)]); 34] = [
     ("kore", &[("tune.adapter", "{method: lora, rank: 4, trains: b, init: {method: kore, domains: [greetings]}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
+    ("full by parts", &[("tune.adapter", "{method: full}"), ("tune.matmul", "high")]),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
     ("prompt", PROMPT),
@@ -95,6 +96,28 @@ const ALL_ANSWERS: &[(&str, &str)] = &[
 /// The same with several updates on the answers.
 const USED_AGAIN: &[(&str, &str)] =
     &[("tune.step", "{method: reuse, times: 3}"), ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[3]];
+
+/// Two parts of a number are nearly the number: what is learned by them is nearly what is learned by numbers, and where a
+/// processor has no faster way it is the same.
+#[test]
+fn products_by_parts_learn_what_products_of_numbers_learn() {
+    let small = Small::new();
+    let learn = |matmul| {
+        let (events, _) = small.finish(small.plan(&[("tune.steps", "20"), ("tune.matmul", matmul)]), 1);
+        let profile = events.iter().find_map(|event| match event {
+            Event::Running { kernel_profile, .. } => Some(kernel_profile.clone()),
+            _ => None,
+        });
+        (profile.unwrap(), metric(&events, "train/loss"))
+    };
+    let ((plain, numbers), (profile, parts)) = (learn("highest"), learn("high"));
+    let by_parts = profile.contains("-high");
+    assert_eq!(by_parts, plain.starts_with("cpu/amx "), "{plain} and {profile}");
+    assert_eq!(by_parts, numbers != parts, "{numbers:?} and {parts:?}");
+    let apart = numbers.iter().zip(&parts).map(|(a, b)| (a - b).abs() / a).fold(0.0, f64::max);
+    assert!(apart < 1e-4, "{apart}: {numbers:?} and {parts:?}");
+    assert!(numbers[19] < 0.9 * numbers[0]);
+}
 
 #[test]
 fn a_run_goes_through_its_phases_and_learns() {

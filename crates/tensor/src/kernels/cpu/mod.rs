@@ -7,7 +7,7 @@ use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512, amx::Amx};
 use super::simd::{Body, Portable};
-use super::{Activation, Attention, Gemm, Kernels};
+use super::{Activation, Attention, Gemm, Kernels, Matmul};
 use crate::view::{MatMut, MatRef, View, ViewMut};
 
 mod activation;
@@ -73,13 +73,14 @@ enum Proof {
 pub struct Cpu {
     isa: Isa,
     proof: Proof,
+    matmul: Matmul,
 }
 
 impl Cpu {
     /// With the best instruction set that the machine has.
     pub fn detect() -> Self {
         let best = Isa::ALL.into_iter().rev().find_map(Self::with);
-        best.unwrap_or(Self { isa: Isa::Portable, proof: Proof::Portable(Portable) })
+        best.unwrap_or(Self { isa: Isa::Portable, proof: Proof::Portable(Portable), matmul: Matmul::Highest })
     }
 
     /// With this instruction set, if the machine has it.
@@ -97,7 +98,13 @@ impl Cpu {
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => None,
         };
-        proof.map(|proof| Self { isa, proof })
+        proof.map(|proof| Self { isa, proof, matmul: Matmul::Highest })
+    }
+
+    /// The same that multiplies matrices of f32 in this way.
+    pub fn multiplying(self, matmul: Matmul) -> Self {
+        let faster = self.isa == Isa::Amx;
+        Self { matmul: if faster { matmul } else { Matmul::Highest }, ..self }
     }
 
     /// The instruction set.
@@ -152,9 +159,19 @@ pub fn cpu() -> &'static Cpu {
     })
 }
 
+/// The processor as this process uses it, with products of f32 in this way.
+pub fn cpu_multiplying(matmul: Matmul) -> &'static Cpu {
+    static HIGH: OnceLock<Cpu> = OnceLock::new();
+    match matmul {
+        Matmul::Highest => cpu(),
+        Matmul::High => HIGH.get_or_init(|| cpu().multiplying(matmul)),
+    }
+}
+
 impl Kernels for Cpu {
     fn profile(&self) -> &'static str {
         match self.isa {
+            Isa::Amx if self.matmul == Matmul::High => "cpu/amx-high",
             Isa::Portable => "cpu/portable",
             Isa::Avx2 => "cpu/avx2",
             Isa::Avx512 => "cpu/avx512",

@@ -8,7 +8,7 @@ use cudarc::cublas::sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation
 
 use super::device::Fault;
 use super::work::{Grid, Rows, Work, args};
-use crate::kernels::{Gemm, Operand};
+use crate::kernels::{Gemm, Matmul, Operand};
 use crate::view::ViewMut;
 
 /// A factor on the device.
@@ -47,14 +47,14 @@ impl Factor {
 }
 
 /// See [`crate::kernels::Kernels::gemm`].
-pub(super) fn gemm(work: &mut Work<'_>, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) -> Result<(), Fault> {
+pub(super) fn gemm(work: &mut Work<'_>, matmul: Matmul, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) -> Result<(), Fault> {
     let ((m, k), (k_b, n)) = (of.a.shape(), of.b.shape());
     assert_eq!((m, k, n), (c_mn.rows(), k_b, c_mn.cols()), "gemm: shapes do not fit");
     if m * n == 0 {
         return Ok(());
     }
     let c = work.view_mut(c_mn, of.accumulate)?;
-    multiply(work, c, (m, n, k), &of.a, &of.b, of.accumulate)?;
+    multiply(work, matmul, c, (m, n, k), [&of.a, &of.b], of.accumulate)?;
     for term in of.low_rank {
         let (rows, r) = (term.rows.len(), term.left.cols());
         assert_eq!(
@@ -64,7 +64,7 @@ pub(super) fn gemm(work: &mut Work<'_>, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) -
         );
         assert!(term.rows.end <= m, "gemm: a term's rows");
         let (a, b) = (Operand::plain(term.left), &term.right);
-        multiply(work, c.below(term.rows.start), (rows, n, r), &a, b, true)?;
+        multiply(work, matmul, c.below(term.rows.start), (rows, n, r), [&a, b], true)?;
     }
     if let Some(bias) = of.bias {
         assert_eq!(bias.len(), n, "gemm: the bias");
@@ -77,10 +77,10 @@ pub(super) fn gemm(work: &mut Work<'_>, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) -
 /// `c_mn (+)= a_mk b_kn`.
 fn multiply(
     work: &mut Work<'_>,
+    matmul: Matmul,
     c: Rows,
     (m, n, k): (usize, usize, usize),
-    a: &Operand<'_>,
-    b: &Operand<'_>,
+    [a, b]: [&Operand<'_>; 2],
     accumulate: bool,
 ) -> Result<(), Fault> {
     if m == 0 || n == 0 {
@@ -97,6 +97,10 @@ fn multiply(
     if a.rows.narrow != b.rows.narrow {
         (a, b) = (a.widened(work)?, b.widened(work)?);
     }
+    let compute = match matmul {
+        Matmul::High if a.rows.narrow == 0 => cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        Matmul::High | Matmul::Highest => cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    };
     let too_large = || Fault::Blas(format!("a product of {m} × {k} by {k} × {n} is larger than it takes"));
     let int = |value: usize| i32::try_from(value).map_err(|_| too_large());
     let stride = |rows: &Rows| i32::try_from(rows.stride.max(1)).map_err(|_| too_large());
@@ -121,7 +125,7 @@ fn multiply(
             c.data as *mut c_void,
             cudaDataType::CUDA_R_32F,
             stride(&c)?,
-            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            compute,
             cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )?;
     }

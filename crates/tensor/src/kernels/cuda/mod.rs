@@ -28,7 +28,7 @@ use half::bf16;
 use self::device::Device;
 use self::places::Places;
 use self::work::{Grid, Work, args};
-use super::{Activation, Attention, Gemm, Kernels};
+use super::{Activation, Attention, Gemm, Kernels, Matmul};
 use crate::store::Memory;
 use crate::view::{MatMut, MatRef, View, ViewMut};
 
@@ -48,7 +48,8 @@ pub struct Cuda {
     profile: &'static str,
     device: Arc<Mutex<Device>>,
     places: Arc<Places>,
-    fault: OnceLock<Fault>,
+    fault: Arc<OnceLock<Fault>>,
+    matmul: Matmul,
 }
 
 impl fmt::Debug for Cuda {
@@ -62,7 +63,7 @@ pub fn devices() -> Vec<Found> {
     (0..device::count()).filter_map(|ordinal| device::found(ordinal).ok()).collect()
 }
 
-/// The devices that were opened, by their numbers.
+/// The devices that were opened, by their numbers and how they multiply.
 static OPEN: Mutex<Vec<(usize, &'static Cuda)>> = Mutex::new(Vec::new());
 
 /// Waits until no device is at work.
@@ -74,16 +75,22 @@ pub(super) fn settle() {
     }
 }
 
-/// The device of this number, opened once for the life of the process: the libraries are loaded and the kernels compiled.
+/// The device of this number with products of f32 in this way, opened once for the life of the process: the libraries are loaded
+/// and the kernels compiled.
 ///
 /// # Errors
 /// [`Fault`]: no driver, no such device, a library that is missing or too old.
-pub fn cuda(ordinal: usize) -> Result<&'static Cuda, Fault> {
+pub fn cuda(ordinal: usize, matmul: Matmul) -> Result<&'static Cuda, Fault> {
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, found)) = open.iter().find(|(other, _)| *other == ordinal) {
+    let of_number = || open.iter().filter(|(other, _)| *other == ordinal).map(|(_, cuda)| *cuda);
+    if let Some(found) = of_number().find(|cuda| cuda.matmul == matmul) {
         return Ok(found);
     }
-    let made: &'static Cuda = Box::leak(Box::new(Cuda::open(ordinal)?));
+    let made = match of_number().next() {
+        Some(other) => other.multiplying(matmul),
+        None => Cuda::open(ordinal)?.multiplying(matmul),
+    };
+    let made: &'static Cuda = Box::leak(Box::new(made));
     open.push((ordinal, made));
     Ok(made)
 }
@@ -94,7 +101,18 @@ impl Cuda {
         let (name, profile) = (device.name.clone(), &*device.profile.clone().leak());
         let device = Arc::new(Mutex::new(device));
         let places = Arc::new(Places::new(Arc::clone(&device)));
-        Ok(Self { name, profile, device, places, fault: OnceLock::new() })
+        Ok(Self { name, profile, device, places, fault: Arc::default(), matmul: Matmul::Highest })
+    }
+
+    /// The same device, multiplying in this way.
+    fn multiplying(&self, matmul: Matmul) -> Self {
+        let plain = self.profile.trim_end_matches("-high");
+        let profile = match matmul {
+            Matmul::Highest => plain,
+            Matmul::High => &*format!("{plain}-high").leak(),
+        };
+        let (device, places, fault) = (Arc::clone(&self.device), Arc::clone(&self.places), Arc::clone(&self.fault));
+        Self { name: self.name.clone(), profile, device, places, fault, matmul }
     }
 
     /// The device's own name.
@@ -202,6 +220,10 @@ impl Kernels for Cuda {
         Self::free_bytes(self).ok().map(|(free, _)| free as u64)
     }
 
+    fn works_ahead(&self) -> bool {
+        true
+    }
+
     fn wait(&self) {
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(fault) = device.enter().and_then(|()| device.rest()) {
@@ -217,7 +239,7 @@ impl Kernels for Cuda {
     }
 
     fn gemm(&self, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
-        self.run("gemm", |work| gemm::gemm(work, c_mn, of));
+        self.run("gemm", |work| gemm::gemm(work, self.matmul, c_mn, of));
     }
 
     fn convert(&self, x: MatRef<'_>, y: MatMut<'_>) {

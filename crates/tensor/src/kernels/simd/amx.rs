@@ -221,4 +221,140 @@ impl Tiles {
             }
         }
     }
+
+    /// As [`Tiles::multiply`] of numbers in two parts each: first by second ones, first by first, second by first are summed for
+    /// each tile along the contraction, in this order. Of rows and of columns the second parts lie behind all the first ones.
+    ///
+    /// # Safety
+    /// As for it.
+    #[inline(always)]
+    pub(crate) unsafe fn multiply_parts<const ROWS: usize>(&self, of: Stretch) {
+        const { assert!(ROWS == 1 || ROWS == 2) };
+        let Stretch { a, apart, b, tiles, c, c_stride, add } = of;
+        let (a_second, b_second) = (a.wrapping_add(tiles * SIDE), b.wrapping_add(2 * SIDE * tiles * SIDE));
+        let c_apart = 4 * c_stride;
+        // SAFETY: the caller's, and `self` is the proof that tiles are set up.
+        unsafe {
+            if ROWS == 2 {
+                asm!(
+                    "test {lower}, {lower}",
+                    // Nothing below needs to know it any more: the rows of the second tile.
+                    "mov {lower}, {c_apart}",
+                    "lea {lower}, [{lower} * 8]",
+                    "lea {lower}, [{c} + {lower} * 2]",
+                    "jnz 2f",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "jmp 3f",
+                    "2:",
+                    "tileloadd tmm0, [{c} + {c_apart}]",
+                    "tileloadd tmm1, [{c} + {c_apart} + 64]",
+                    "tileloadd tmm2, [{lower} + {c_apart}]",
+                    "tileloadd tmm3, [{lower} + {c_apart} + 64]",
+                    "3:",
+                    "test {tiles}, {tiles}",
+                    "jz 5f",
+                    "4:",
+                    "tileloadd tmm4, [{a} + {apart}]",
+                    "tileloadd tmm6, [{b_second} + {b_apart}]",
+                    "tileloadd tmm7, [{b_second} + {b_apart} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm5, [{a_lower} + {apart}]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tileloadd tmm6, [{b} + {b_apart}]",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm7, [{b} + {b_apart} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm4, [{a_second} + {apart}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "tileloadd tmm5, [{a_second_lower} + {apart}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "add {a}, 64",
+                    "add {a_lower}, 64",
+                    "add {a_second}, 64",
+                    "add {a_second_lower}, 64",
+                    "add {b}, 2048",
+                    "add {b_second}, 2048",
+                    "dec {tiles}",
+                    "jnz 4b",
+                    "5:",
+                    "tilestored [{c} + {c_apart}], tmm0",
+                    "tilestored [{c} + {c_apart} + 64], tmm1",
+                    "tilestored [{lower} + {c_apart}], tmm2",
+                    "tilestored [{lower} + {c_apart} + 64], tmm3",
+                    lower = inout(reg) u64::from(add) => _,
+                    a = inout(reg) a => _,
+                    a_lower = inout(reg) a.wrapping_byte_add(SIDE * apart) => _,
+                    a_second = inout(reg) a_second => _,
+                    a_second_lower = inout(reg) a_second.wrapping_byte_add(SIDE * apart) => _,
+                    apart = in(reg) apart,
+                    b = inout(reg) b => _,
+                    b_second = inout(reg) b_second => _,
+                    b_apart = in(reg) 2 * SIDE * 4,
+                    tiles = inout(reg) tiles => _,
+                    c = in(reg) c,
+                    c_apart = in(reg) c_apart,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            } else {
+                asm!(
+                    "test {add}, {add}",
+                    "jnz 2f",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "jmp 3f",
+                    "2:",
+                    "tileloadd tmm0, [{c} + {c_apart}]",
+                    "tileloadd tmm1, [{c} + {c_apart} + 64]",
+                    "3:",
+                    "test {tiles}, {tiles}",
+                    "jz 5f",
+                    "4:",
+                    "tileloadd tmm4, [{a} + {apart}]",
+                    "tileloadd tmm6, [{b_second} + {b_apart}]",
+                    "tileloadd tmm7, [{b_second} + {b_apart} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm6, [{b} + {b_apart}]",
+                    "tileloadd tmm7, [{b} + {b_apart} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm4, [{a_second} + {apart}]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "add {a}, 64",
+                    "add {a_second}, 64",
+                    "add {b}, 2048",
+                    "add {b_second}, 2048",
+                    "dec {tiles}",
+                    "jnz 4b",
+                    "5:",
+                    "tilestored [{c} + {c_apart}], tmm0",
+                    "tilestored [{c} + {c_apart} + 64], tmm1",
+                    add = in(reg) u64::from(add),
+                    a = inout(reg) a => _,
+                    a_second = inout(reg) a_second => _,
+                    apart = in(reg) apart,
+                    b = inout(reg) b => _,
+                    b_second = inout(reg) b_second => _,
+                    b_apart = in(reg) 2 * SIDE * 4,
+                    tiles = inout(reg) tiles => _,
+                    c = in(reg) c,
+                    c_apart = in(reg) c_apart,
+                    out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    }
 }

@@ -40,6 +40,8 @@ pub(super) struct Panels {
     pub(super) apart: usize,
     /// Numbers from one vector to the next, where panels are not packed.
     unpacked: Option<usize>,
+    /// Parts of each number, one after the other in a panel.
+    pub(super) parts: usize,
 }
 
 impl Body for Block<'_, '_> {
@@ -51,7 +53,7 @@ impl Body for Block<'_, '_> {
         let [left, right, thin_left, thin_right] = scratch.parts();
         #[cfg(target_arch = "x86_64")]
         let tiles = match of.units {
-            Units::Tiles(amx) => Some(amx.configure()),
+            Units::Tiles(amx) | Units::Parts(amx) => Some(amx.configure()),
             Units::Numbers | Units::Pairs => None,
         };
         let depth = of.a.depth();
@@ -60,6 +62,8 @@ impl Body for Block<'_, '_> {
             Units::Pairs => DEPTH_PAIRS,
             #[cfg(target_arch = "x86_64")]
             Units::Tiles(_) => tiles::DEPTH,
+            #[cfg(target_arch = "x86_64")]
+            Units::Parts(_) => tiles::DEPTH_PARTS,
         };
         // A contraction of nothing still has a bias, thin terms and zeros to write.
         let stretches = depth.div_ceil(stretch).max(1);
@@ -114,7 +118,7 @@ fn unpacked<S: Simd>(_: S, of: &Product<'_>, cols: &Range<usize>, ks: &Range<usi
     let few = of.a.outer() <= TILES_UNPACKED * micro::rows::<S>();
     let (at, apart) = of.b.across(cols.start, ks.start).filter(|_| few && !of.units.in_pairs())?;
     let whole = cols.len().is_multiple_of(2 * S::LANES);
-    whole.then_some(Panels { at, depth: ks.len(), apart: 2 * S::LANES, unpacked: Some(apart) })
+    whole.then_some(Panels { at, depth: ks.len(), apart: 2 * S::LANES, unpacked: Some(apart), parts: 1 })
 }
 
 #[inline(always)]
@@ -133,8 +137,14 @@ fn pack_columns<S: Simd>(
     // Tiles always have two vectors of columns.
     let beside = beside || units.group() > 2;
     let zeros = ks.len().div_ceil(step)..depth;
-    let apart = 2 * S::LANES * depth + APART;
+    let apart = units.parts() * 2 * S::LANES * depth + APART;
     let to = room.reserve(cols.len().div_ceil(2 * S::LANES) * apart);
+    #[cfg(target_arch = "x86_64")]
+    if units.parts() > 1 {
+        // SAFETY: each panel has room for two vectors of columns of each part; the columns and numbers exist.
+        unsafe { b.split_panels(s, cols.clone(), ks, depth, apart, to) }
+        return Panels { at: to, depth, apart, unpacked: None, parts: units.parts() };
+    }
     // SAFETY: each panel has room for two vectors of columns; the columns and numbers exist.
     unsafe {
         if b.along {
@@ -154,7 +164,7 @@ fn pack_columns<S: Simd>(
             }
         }
     }
-    Panels { at: to, depth, apart, unpacked: None }
+    Panels { at: to, depth, apart, unpacked: None, parts: 1 }
 }
 
 /// Rows of a thin term and panels.

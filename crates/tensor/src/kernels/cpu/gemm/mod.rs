@@ -17,13 +17,15 @@ use super::{Cpu, Isa, Proof};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::simd::amx::Amx;
 use crate::kernels::simd::{Body, Simd};
-use crate::kernels::{Gemm, LowRank};
+use crate::kernels::{Gemm, LowRank, Matmul};
 use crate::view::{MatRef, ViewMut};
 
 mod block;
 mod micro;
 mod pack;
 mod scratch;
+#[cfg(target_arch = "x86_64")]
+mod split;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -36,6 +38,12 @@ use pack::Factor;
 const SERIAL: usize = 1 << 18;
 /// Multiply-adds that a task should have at least.
 const TASK: usize = 1 << 19;
+/// Widths up to which numbers of f32 are not multiplied by parts.
+const THIN: usize = 32;
+/// Tasks a thread of products by parts.
+const SLACK: usize = 1;
+/// Columns of a block of these at most.
+const COLS_PARTS: usize = 512;
 /// Columns of a block at most: its packed panels stay in the second cache.
 const COLS: usize = 256;
 
@@ -53,11 +61,13 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// What is multiplied at a time of a thin term: tiles where all else is and both its factors are of bf16.
+    /// What is multiplied at a time of a thin term: tiles where all else is and both its factors are of its type.
     fn thin_units(&self, term: &LowRank<'_>) -> Units {
         match (self.units, term.left, term.right.mat) {
             #[cfg(target_arch = "x86_64")]
-            (Units::Tiles(_), MatRef::Bf16(_), MatRef::Bf16(_)) => self.units,
+            (Units::Tiles(_), MatRef::Bf16(_), MatRef::Bf16(_)) | (Units::Parts(_), MatRef::F32(_), MatRef::F32(_)) => {
+                self.units
+            }
             _ => Units::Numbers,
         }
     }
@@ -73,6 +83,9 @@ enum Units {
     /// Tiles of pairs.
     #[cfg(target_arch = "x86_64")]
     Tiles(Amx),
+    /// Tiles of pairs of two parts of each number of f32.
+    #[cfg(target_arch = "x86_64")]
+    Parts(Amx),
 }
 
 impl Units {
@@ -87,7 +100,18 @@ impl Units {
             Self::Numbers => 1,
             Self::Pairs => 2,
             #[cfg(target_arch = "x86_64")]
-            Self::Tiles(_) => tiles::DEEP,
+            Self::Tiles(_) | Self::Parts(_) => tiles::DEEP,
+        }
+    }
+
+    /// Parts of a number.
+    const fn parts(self) -> usize {
+        match self {
+            Self::Numbers | Self::Pairs => 1,
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles(_) => 1,
+            #[cfg(target_arch = "x86_64")]
+            Self::Parts(_) => 2,
         }
     }
 }
@@ -156,7 +180,13 @@ fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: boo
     let turned = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
     let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
     let (a, b) = if turned { (b, a) } else { (a, b) };
+    // Thin results are as fast in numbers. How many rows there are must not matter: they are those of the result where the left
+    // factor lies as rows, and else the contraction.
+    let thin = n <= THIN || (of.a.transposed && m <= THIN);
+    let wide = matches!((of.a.mat, of.b.mat), (MatRef::F32(_), MatRef::F32(_))) && !thin;
     let units = match cpu.proof {
+        #[cfg(target_arch = "x86_64")]
+        Proof::Amx(_, tiles) if wide && cpu.matmul == Matmul::High => Units::Parts(tiles),
         _ if !pairs => Units::Numbers,
         #[cfg(target_arch = "x86_64")]
         Proof::Amx(_, tiles) => Units::Tiles(tiles),
@@ -214,7 +244,7 @@ impl Body for Grid<'_, '_> {
         let (rows, cols, depth) = (self.of.a.outer(), self.of.b.outer(), self.of.a.depth());
         let tile = match self.of.units {
             #[cfg(target_arch = "x86_64")]
-            Units::Tiles(_) => (tiles::BLOCK, tiles::BLOCK),
+            Units::Tiles(_) | Units::Parts(_) => (tiles::BLOCK, tiles::BLOCK),
             _ => (micro::rows::<S>(), 2 * S::LANES),
         };
         let work = rows * cols * (depth + self.of.low_rank.iter().map(|term| term.left.cols()).max().unwrap_or(0));
@@ -223,6 +253,15 @@ impl Body for Grid<'_, '_> {
         let least = cols.div_ceil(COLS);
         if work < SERIAL || threads == 1 {
             return Cut { rows, cols, tasks: (1, least), tile };
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Units::Parts(_) = self.of.units {
+            // Both factors are laid out anew for each task: as few times as leave something to share out.
+            let most = rows.div_ceil(tiles::ROWS);
+            let cuts = (1..=panels).map(|across| (((SLACK * threads).div_ceil(across)).min(most), across));
+            let apart = |&(down, across): &(usize, usize)| rows * across + cols * down;
+            let wide = cuts.filter(|&(_, across)| across >= cols.div_ceil(COLS_PARTS));
+            return Cut { rows, cols, tasks: wide.min_by_key(apart).unwrap_or((1, least)), tile };
         }
         let wanted = (4 * threads).min(work.div_ceil(TASK));
         // Columns first: what is packed for a block is used by all its rows.

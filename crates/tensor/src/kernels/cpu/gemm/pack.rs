@@ -21,7 +21,7 @@ pub(super) struct Factor<'a> {
 pub(super) const APART: usize = 16;
 
 /// How many rows ahead numbers that lie side by side are asked for.
-const AHEAD: usize = 8;
+pub(super) const AHEAD: usize = 8;
 
 impl<'a> Factor<'a> {
     pub(super) fn left(of: Operand<'a>) -> Self {
@@ -328,7 +328,7 @@ impl<'a> Factor<'a> {
 
     /// Where (outer, p) would be.
     #[inline(always)]
-    fn address(&self, outer: usize, p: usize) -> *const f32 {
+    pub(super) fn address(&self, outer: usize, p: usize) -> *const f32 {
         match self.mat {
             MatRef::F32(view) => view.data().as_ptr().wrapping_add(self.place(outer, p, view.stride())),
             MatRef::Bf16(view) => view.data().as_ptr().wrapping_add(self.place(outer, p, view.stride())).cast(),
@@ -349,7 +349,7 @@ impl<'a> Factor<'a> {
 
     /// The first `n` of it, then zeros.
     #[inline(always)]
-    unsafe fn load_part<S: Simd>(&self, s: S, outer: usize, p: usize, n: usize) -> S::F {
+    pub(super) unsafe fn load_part<S: Simd>(&self, s: S, outer: usize, p: usize, n: usize) -> S::F {
         // SAFETY: the caller's.
         unsafe {
             if n == S::LANES {

@@ -19,6 +19,8 @@ pub(super) const BLOCK: usize = 2 * SIDE;
 pub(super) const ROWS: usize = 128;
 /// Numbers of a stretch of the contraction.
 pub(super) const DEPTH: usize = 1024;
+/// The same for numbers in two parts.
+pub(super) const DEPTH_PARTS: usize = 512;
 
 impl<'a> Part<'_, 'a> {
     /// As [`Part::multiply`]; thin terms and the bias are added to what tiles have stored.
@@ -33,13 +35,13 @@ impl<'a> Part<'_, 'a> {
         thin_left: &mut Buffer,
     ) {
         let (of, target) = (self.of, self.of.c);
-        let (a, apart) = prepare(s, &of.a, self.rows.clone(), self.ks.clone(), panels.depth, left);
+        let (a, apart) = prepare(s, &of.a, self.rows.clone(), self.ks.clone(), panels, left);
         // A thin term by tiles, or, with its numbers in 32 bits, after them.
         let (thin_tiles, thin) = match thin {
             Some((term, panels)) if of.thin_units(term).in_pairs() => {
                 let factor = Factor { mat: term.left, along: true };
                 let rows = self.rows.start - term.rows.start..self.rows.end - term.rows.start;
-                let (a, apart) = prepare(s, &factor, rows, 0..factor.depth(), panels.depth, thin_left);
+                let (a, apart) = prepare(s, &factor, rows, 0..factor.depth(), panels, thin_left);
                 (Some((a, apart, panels)), None)
             }
             thin => (None, self.thin(s, thin, thin_left)),
@@ -77,9 +79,9 @@ impl<'a> Part<'_, 'a> {
                             tiles.prefetch_to_write(c.wrapping_add(i * target.stride));
                             tiles.prefetch_to_write(c.wrapping_add(i * target.stride + SIDE));
                         }
-                        multiply(tiles, rows, stretch);
+                        multiply(tiles, rows, stretch, panels.parts);
                         if let Some(thin) = thin {
-                            multiply(tiles, rows, thin);
+                            multiply(tiles, rows, thin, panels.parts);
                         }
                         continue;
                     }
@@ -89,9 +91,9 @@ impl<'a> Part<'_, 'a> {
                         numbers().for_each(|(at, place)| room.0[at] = c.add(place).read());
                     }
                     (stretch.c, stretch.c_stride) = (room.0.as_mut_ptr(), BLOCK);
-                    multiply(tiles, rows, stretch);
+                    multiply(tiles, rows, stretch, panels.parts);
                     if let Some(thin) = thin {
-                        multiply(tiles, rows, Stretch { c: stretch.c, c_stride: BLOCK, ..thin });
+                        multiply(tiles, rows, Stretch { c: stretch.c, c_stride: BLOCK, ..thin }, panels.parts);
                     }
                     numbers().for_each(|(at, place)| c.add(place).write(room.0[at]));
                 }
@@ -118,17 +120,25 @@ impl<'a> Part<'_, 'a> {
     }
 }
 
-/// Where whole tiles of rows of pairs of a factor can be read, padded with zeros to `depth` pairs: the first, and bytes from row to
-/// row.
+/// Where whole tiles of rows of pairs of a factor can be read, in as many parts and padded with zeros to as many pairs as `panels`
+/// have: the first, and bytes from row to row.
 #[inline(always)]
 fn prepare<S: Simd>(
     s: S,
     factor: &Factor<'_>,
     rows: Range<usize>,
     ks: Range<usize>,
-    depth: usize,
+    panels: Panels,
     room: &mut Buffer,
 ) -> (*const f32, usize) {
+    let depth = panels.depth;
+    if panels.parts > 1 {
+        let apart = panels.parts * depth + APART;
+        let to = room.reserve(rows.len().next_multiple_of(SIDE) * apart);
+        // SAFETY: there is room for the rows, which exist; rows beyond the last change none of the others.
+        unsafe { factor.split_rows(s, rows, ks, depth, apart, to) }
+        return (to, 4 * apart);
+    }
     if rows.len().is_multiple_of(SIDE)
         && ks.len().is_multiple_of(DEEP)
         && let Some(place) = factor.in_place(rows.start, &ks, true)
@@ -159,15 +169,16 @@ struct Room([f32; BLOCK * BLOCK]);
 /// One or two tiles of rows.
 ///
 /// # Safety
-/// As [`Tiles::multiply`].
+/// As [`Tiles::multiply`]; further parts lie after the first in rows and panels.
 #[inline(always)]
-unsafe fn multiply(tiles: &Tiles, rows: usize, of: Stretch) {
+unsafe fn multiply(tiles: &Tiles, rows: usize, of: Stretch, parts: usize) {
     // SAFETY: the caller's.
     unsafe {
-        if rows > SIDE {
-            tiles.multiply::<2>(of);
-        } else {
-            tiles.multiply::<1>(of);
+        match (rows > SIDE, parts) {
+            (true, 1) => tiles.multiply::<2>(of),
+            (false, 1) => tiles.multiply::<1>(of),
+            (true, _) => tiles.multiply_parts::<2>(of),
+            (false, _) => tiles.multiply_parts::<1>(of),
         }
     }
 }
