@@ -37,7 +37,7 @@ pub fn tolerance(dtype: DType, reduction: usize, max: f64) -> f64 {
 #[cfg(feature = "cuda")]
 #[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
 pub fn cuda_device() -> Option<&'static crate::kernels::Cuda> {
-    match crate::kernels::cuda(0) {
+    match crate::kernels::cuda(0, crate::kernels::Matmul::Highest) {
         Ok(device) => Some(device),
         Err(fault) => {
             assert!(std::env::var_os("ATTUNE_CUDA").is_none(), "ATTUNE_CUDA asks for a device: {fault}");

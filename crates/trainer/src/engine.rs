@@ -87,10 +87,11 @@ pub(crate) struct Spent {
 impl Spent {
     /// Every kind of work by its name in metrics; what is left of `whole` is `other`.
     pub(crate) fn shares(&self, whole: Duration) -> Vec<(&'static str, Duration)> {
-        let passes = Work::ALL.map(|work| (work.name(), self.passes.of(work)));
+        let has = |work: &Work| *work != Work::Device || self.passes.of(*work) > Duration::ZERO;
+        let passes = Work::ALL.into_iter().filter(has).map(|work| (work.name(), self.passes.of(work)));
         let rest = [("optimizer", self.optimizer), ("data", self.data), ("collective", self.collective)];
         let rest = rest.into_iter().chain((self.answers > Duration::ZERO).then_some(("answers", self.answers)));
-        let mut all: Vec<_> = passes.into_iter().chain(rest).collect();
+        let mut all: Vec<_> = passes.chain(rest).collect();
         let known: Duration = all.iter().map(|(_, time)| *time).sum();
         all.push(("other", whole.saturating_sub(known)));
         all

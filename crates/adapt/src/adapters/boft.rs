@@ -14,6 +14,8 @@
 //! # Cost
 //! `m i b + o` parameters per linear, half of which matter: U's other half is the same with the other sign. Each pass makes `W'` twice,
 //! forward and reverse, at `2 m o i b` FLOPs each, and the gradient by it, `2 i o` FLOPs per token.
+//! A step takes a tenth more than the 2.2 of LoRA's that other weights are allowed: the factors of a butterfly follow one
+//! another, each over the whole weight.
 //!
 //! # Limits
 //! With U = 0 and s = 1 it is the base, bit for bit. With one factor and s = 1 it is OFT with the exact inverse, U twice as large.

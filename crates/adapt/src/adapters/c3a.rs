@@ -15,6 +15,8 @@
 //! # Cost
 //! `i o / b` parameters per linear. The transforms are products with tables of b by b/2 + 1: some `2 (i + o) b + 4 i o / b` FLOPs
 //! per token forward, no fast transform, against `2 i o` for a weight.
+//! With blocks far smaller than the widths the tables are what a step consists of (six times LoRA's step at blocks of 8); the
+//! method is meant for large blocks.
 //!
 //! # Limits
 //! With K = 0 it is the base, bit for bit. With b = 1 it is any change of the weight, over i.

@@ -15,6 +15,8 @@
 //! `frequencies` parameters per linear. No fast transform: each pass makes `C` twice, forward and reverse, as products of cosines and
 //! of sines, at `4 frequencies o i` FLOPs each and tables of `2 frequencies (o + i)` values, and the gradient by it, `2 i o` FLOPs
 //! per token. At 1000 frequencies that is more than a pass of some thousand tokens by itself.
+//! A step of short documents takes some twenty of LoRA's for it, the most of all methods, and each logical shard's gradient makes
+//! the tables anew.
 //!
 //! # Limits
 //! With c = 0 it is the base, bit for bit. With all frequencies it reaches every change that is symmetric under (p, q) → (-p, -q).

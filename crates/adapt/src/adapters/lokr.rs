@@ -16,6 +16,7 @@
 //! # Cost
 //! `a*b + r*(c+d)` parameters per linear, or those of factors that are whole or both low-rank. A row costs `2 (i c + o b)` FLOPs at
 //! most; the product is never made.
+//! A step takes some 2.7 of LoRA's, not for its FLOPs: rows are turned around in memory between two small products.
 //!
 //! # Limits
 //! With C = 0 or G = 0 it is the base, bit for bit. With a factor of 1 it is LoRA, or the whole weight.

@@ -14,6 +14,7 @@
 //! # Cost
 //! `2 rank inner_rank` parameters per linear, whatever its widths, and `r (i+o)` numbers that never train beside them; `2 r (i+o+2 q)` extra
 //! FLOPs per token forward. A decomposition of each weight before the first step.
+//! A step takes some 2.2 of LoRA's: the outer rank is 128, and rows go through both outer factors.
 //!
 //! # Limits
 //! With Q = 0 it is the base, bit for bit. The change has rank q at most, within the span of the r leading directions on both sides. With q = r

@@ -15,6 +15,7 @@
 //! # Cost
 //! `(i+o+1) k` parameters per linear, with `k` the smaller width less what is preserved, and as many numbers beside them that never train; `4 k (i+o)` extra FLOPs per token
 //! forward. A decomposition of each weight before the first step.
+//! A step takes some three of LoRA's: rows go through what is left of a decomposition, forward and reverse, which is most of it.
 //!
 //! # Limits
 //! It starts as the base, bit for bit. By plain gradient descent `H^T U` and `V G^T` stay 0: what trains has no part in the leading directions. An optimiser that

@@ -17,6 +17,7 @@
 //! # Cost
 //! `(o + i)(b - 1) / 2` parameters per linear, or `b (b - 1)` where blocks are single. A copy of each weight in 32 bits, which is in the adapter's file as well. Each
 //! pass makes `W'` twice (forward and reverse), `2 b o i` FLOPs a side, and the gradient by it, `2 i o` FLOPs per token.
+//! A step takes some four of LoRA's: each logical shard turns every weight from both sides, and its gradient back.
 //!
 //! # Limits
 //! With U = 0 it is the base, bit for bit. Without `terms` W' has the singular values of W, whatever the rounds; with them they drift

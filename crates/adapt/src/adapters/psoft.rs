@@ -17,6 +17,7 @@
 //! # Cost
 //! `r (r-1)/2 + 2 r` parameters per linear, whatever its width, and `r (i+o)` numbers that never train beside them; `2 r (i+o+r)` extra FLOPs
 //! per token forward. The inverse takes some `6 r³` FLOPs a pass. A decomposition of each weight before the first step.
+//! A step takes some three of LoRA's: rows go through fixed factors whose rank is several times LoRA's.
 //!
 //! # Limits
 //! With U = 0 it is the base, bit for bit. Without alpha, beta and `terms`, `W' W'^T = W W^T`, unless the split is balanced. Without

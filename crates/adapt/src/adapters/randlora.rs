@@ -17,6 +17,7 @@
 //! # Cost
 //! `n*(r + min(o, i))` parameters per linear, and the pair. Each pass makes `W'` twice (forward and reverse), `4 o i min(o, i)` FLOPs,
 //! and the gradient by it, which is less than rows through both matrices cost where these are more than the widths.
+//! A step takes some three of LoRA's: the sum runs over as many bases as the weight has ranks.
 //!
 //! # Limits
 //! With Λ = 0 it is the base. The change has full rank for almost all Λ and Γ.

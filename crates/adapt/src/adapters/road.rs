@@ -14,6 +14,8 @@
 //!
 //! # Cost
 //! `o`, `2*o` or `4*o` parameters per linear; some multiplications a row, and the product again in reverse.
+//! A step takes some three of LoRA's: the base's product is made twice where all other methods make it once, and its rows are
+//! turned between.
 //!
 //! # Limits
 //! With θ at 0 and α at 1 it is the base, bit for bit. With `road_1` and α at 1 the rows that a linear gives keep their lengths.

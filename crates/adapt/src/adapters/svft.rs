@@ -17,6 +17,7 @@
 //! weight is twice its size. Rows go through the vectors, `2 k (i+o)` FLOPs a token, where that is cheaper than the weight, `k (i+o) < i*o`; else
 //! each pass makes the new weight of the site, twice at `2 k o i` FLOPs (and `2 k² o` where `M` is no diagonal), and the gradient by it. A decomposition of each weight before the
 //! first step.
+//! A step takes some four of LoRA's at all k: rows go through both square factors of a decomposition, forward and reverse.
 //!
 //! # Limits
 //! With m = 0 it is the base, bit for bit. With `bands` 0 the weight keeps its singular vectors, and their values train. The change stays in

@@ -16,6 +16,7 @@
 //! # Cost
 //! `min(o, i)` parameters per linear, and o where it has a bias; `min(o, i) (i+o)` numbers that never train beside them, for a square weight twice its
 //! size; `2 min(o, i) (i+o)` extra FLOPs per token forward. A decomposition of each weight before the first step.
+//! A step takes some three of LoRA's for these: rows go through both square factors of a decomposition, forward and reverse.
 //!
 //! # Limits
 //! With d = e = 0 it is the base, bit for bit. The weight's singular vectors stay. With `freeze` 0 nothing ever rests.

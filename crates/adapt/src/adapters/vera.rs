@@ -13,6 +13,7 @@
 //!
 //! # Cost
 //! `o + r` parameters per linear, and the pair; `2 r (i+o)` extra FLOPs per token, as LoRA of that rank.
+//! A step takes some three of LoRA's at the default rank, sixteen times LoRA's.
 //!
 //! # Limits
 //! With b = 0 it is the base, bit for bit. The change is within the rows of A and the columns of B.

@@ -1,7 +1,8 @@
 //! Who owns which rows of a pass, and what every block of it sees.
 
+use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use attune_architecture::{Architecture, Place, Site, SiteId};
 use attune_points::adapter::{Attachment, Port, RowMap};
@@ -62,7 +63,7 @@ pub struct PassCx<'a> {
     /// Who looks at what linears read.
     pub(crate) tap: Option<&'a dyn Tap>,
     /// Gradients that a device may still be working at.
-    late: Mutex<Vec<Late>>,
+    late: RefCell<Vec<Late>>,
 }
 
 /// A part's gradient of a tensor, on a device.
@@ -182,7 +183,7 @@ impl<'a> PassCx<'a> {
             dtype,
             meter: Meter::default(),
             tap: None,
-            late: Mutex::default(),
+            late: RefCell::default(),
         };
         cx.angles = angles(&cx);
         cx
@@ -225,7 +226,7 @@ impl<'a> PassCx<'a> {
 
     /// Keeps a part's gradient of a tensor until the end of the pass, when all of them are waited for at once.
     pub(crate) fn put_late(&self, part: usize, id: TensorId, sum: Rows<f32>) {
-        self.late.lock().unwrap_or_else(PoisonError::into_inner).push(Late { part, id, sum });
+        self.late.borrow_mut().push(Late { part, id, sum });
     }
 
     /// Puts what was kept, in order; nothing is left.
@@ -233,7 +234,7 @@ impl<'a> PassCx<'a> {
     /// # Errors
     /// Whatever a sink raises.
     pub(crate) fn settle_late(&self, sinks: &mut Sinks<'_>) -> Result<()> {
-        for Late { part, id, sum } in std::mem::take(&mut *self.late.lock().unwrap_or_else(PoisonError::into_inner)) {
+        for Late { part, id, sum } in self.late.take() {
             let shape = (sum.n_rows(), sum.n_cols());
             let mut values = vec![0.0f32; shape.0 * shape.1];
             self.kernels.convert(sum.view().into(), ViewMut::new(&mut values, shape.0, shape.1).into());

@@ -33,11 +33,14 @@ pub enum Work {
     Adapter,
     /// The last norm, the head and the loss.
     Head,
+    /// Waiting, at the end of a pass, for a device to do what it was told.
+    Device,
 }
 
 impl Work {
     /// All of them, in the order of [`Times`]'s fields.
-    pub const ALL: [Self; 5] = [Self::Gemm, Self::Attention, Self::Elementwise, Self::Adapter, Self::Head];
+    pub const ALL: [Self; 6] =
+        [Self::Gemm, Self::Attention, Self::Elementwise, Self::Adapter, Self::Head, Self::Device];
 
     /// The word for it in metrics.
     pub const fn name(self) -> &'static str {
@@ -47,12 +50,13 @@ impl Work {
             Self::Elementwise => "elementwise",
             Self::Adapter => "adapter",
             Self::Head => "head",
+            Self::Device => "device",
         }
     }
 }
 
-/// Time spent by a pass, by kind of work. On a device it is that of telling it what to do; who looks at a result waits for all
-/// that was begun before, within the work that this is part of or beside them all.
+/// Time spent by a pass, by kind of work. On a device it is that of telling it what to do, and [`Work::Device`] what it takes longer;
+/// who looks at a result before waits within the work that this is part of or beside them all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Times([Duration; Work::ALL.len()]);
 

@@ -12,7 +12,7 @@ use crate::block::{Block, Saved};
 use crate::head::Head;
 use crate::pass::arena::{Arena, Rows};
 use crate::pass::parts::{Given, Part, PassCx, wanted};
-use crate::pass::times::Times;
+use crate::pass::times::{Times, Work};
 use crate::pass::{head, local};
 use crate::routing::{Auxiliary, Routing};
 
@@ -179,8 +179,9 @@ pub(crate) fn reverse<T>(
         dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;
         cx.check()?;
     }
-    cx.settle_late(sinks)?;
-    cx.finish()?;
+    if cx.kernels.works_ahead() {
+        cx.meter.time(Work::Device, || cx.settle_late(sinks).and_then(|()| cx.finish()))?;
+    }
     Ok((found, cx.meter.times()))
 }
 

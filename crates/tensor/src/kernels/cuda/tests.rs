@@ -2,8 +2,8 @@
 
 use half::bf16;
 
-use super::Cuda;
-use crate::kernels::{Activation, Attention, Gemm, Kernels, LowRank, Mask, Operand, cpu};
+use super::{Cuda, cuda};
+use crate::kernels::{Activation, Attention, Gemm, Kernels, LowRank, Mask, Matmul, Operand, cpu};
 use crate::rng::Rng;
 use crate::store::Store;
 use crate::testing::cuda_device as device;
@@ -75,6 +75,29 @@ fn products_are_the_processors() {
             }
         }
     }
+}
+
+#[test]
+fn products_of_fewer_bits_are_near_and_say_so() {
+    let Some(plain) = device() else { return };
+    let high = cuda(0, Matmul::High).unwrap();
+    assert_eq!(high.profile(), format!("{}-high", plain.profile()));
+    assert!(
+        std::ptr::eq(high, cuda(0, Matmul::High).unwrap()) && std::ptr::eq(plain, cuda(0, Matmul::Highest).unwrap())
+    );
+    let (m, n, k) = (64, 96, 500);
+    let (a, b) = (normal("a", m * k), normal("b", k * n));
+    let product = |kernels: &dyn Kernels| {
+        let mut c = vec![0.0; m * n];
+        let (a, b) = (View::new(&a, m, k), View::new(&b, k, n));
+        kernels.gemm(ViewMut::new(&mut c, m, n), &Gemm::new(Operand::plain(a), Operand::plain(b)));
+        c
+    };
+    let (expected, found) = (product(cpu()), product(high));
+    near("eleven bits", high, &found, &expected, 1e-3);
+    assert_eq!(found, product(high), "the same call gave other bits");
+    let worst = |c: &[f32]| c.iter().zip(&expected).map(|(c, of)| (c - of).abs()).fold(0.0, f32::max);
+    assert!(worst(&found) > 4.0 * worst(&product(plain)), "products of fewer bits are as exact as those of all");
 }
 
 #[test]
