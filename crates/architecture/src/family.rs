@@ -125,6 +125,8 @@ pub(crate) struct FamilyRow {
     pub(crate) activation: Activation,
     /// Experts in place of the MLP.
     pub(crate) experts: Option<ExpertRule>,
+    /// The family that is this one with experts in place of the MLP, if there is one.
+    pub(crate) with_experts: Option<Family>,
     /// Width inside the MLP as a multiple of the hidden width, where the field may be missing.
     pub(crate) inner_factor: Option<u64>,
     pub(crate) transposed: bool,
@@ -177,6 +179,7 @@ const LLAMA: FamilyRow = FamilyRow {
     gated: true,
     activation: Activation::Silu,
     experts: None,
+    with_experts: Some(Family::Mixtral),
     inner_factor: None,
     transposed: false,
     bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: true },
@@ -199,6 +202,7 @@ const QWEN2: FamilyRow = FamilyRow {
     family: Family::Qwen2,
     name: "qwen2",
     class: "Qwen2",
+    with_experts: None,
     bias: BiasRule { qkv: true, others: false, attention_field: false, mlp_field: false },
     kv_heads: Some(32),
     max_position: 32_768,
@@ -228,6 +232,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         qk_norm: QkNorm::PerHead,
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         head_dim: Some(128),
+        with_experts: Some(Family::Qwen3Moe),
         ..QWEN2
     },
     FamilyRow {
@@ -244,6 +249,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
             normalised_field: true,
             balance: 0.01,
         }),
+        with_experts: None,
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         max_position: 4096,
         bos: None,
@@ -264,6 +270,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
             normalised_field: false,
             balance: 0.001,
         }),
+        with_experts: None,
         bias: BiasRule { qkv: false, others: false, attention_field: false, mlp_field: false },
         kv_heads: Some(8),
         max_position: 131_072,
@@ -286,6 +293,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
             normalised_field: true,
             balance: 0.001,
         }),
+        with_experts: None,
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         kv_heads: Some(4),
         max_position: 32_768,
@@ -314,6 +322,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         positions: PositionRule::Learned { offset: 0 },
         projections: Projections::Fused,
         gated: false,
+        with_experts: None,
         activation: Activation::GeluTanh,
         inner_factor: Some(4),
         transposed: true,
@@ -344,6 +353,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         placement: NormPlacement::Post,
         positions: PositionRule::Learned { offset: 0 },
         gated: false,
+        with_experts: None,
         activation: Activation::Gelu,
         bias: BiasRule { qkv: true, others: true, attention_field: false, mlp_field: false },
         max_position: 512,
