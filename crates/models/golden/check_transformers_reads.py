@@ -37,7 +37,7 @@ def check(case, tolerance):
         got = torch.cat([ref.logits_of(model, part) for part in ids.split(lengths)])
     difference = (got - want).abs().max().item()
     ok = difference <= tolerance * max(1.0, want.abs().max().item()) and not names
-    return {"ok": ok, "class": type(model).__name__, "max_difference": difference, "names_not_matched": names, "transformers": transformers.__version__}
+    return {"ok": ok, "class": type(model).__name__, "max_difference": difference, "tolerance": tolerance, "names_not_matched": names, "transformers": transformers.__version__}
 
 
 def main():

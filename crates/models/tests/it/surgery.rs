@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use attune_architecture::{Architecture, Family, Place};
-use attune_models::{Base, Model, Pass, Stack, export, surgery};
+use attune_models::{Base, Model, Pass, SURGERIES, Stack, export, surgery};
 use attune_points::layout::Source;
 use attune_points::{Grads, Layout, Row, TensorName, Theta};
 use attune_spec::job::Precision;
-use attune_spec::method::MethodRef;
+use attune_spec::method::{Catalogue, MethodRef};
 use attune_tensor::Rng;
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
@@ -102,6 +102,33 @@ fn a_written_model_is_read_as_what_was_made_and_computes_what_the_base_did() {
         assert!(difference(&moved, &again) > 0.1, "{case}: experts that have moved give what they did");
         leave(&format!("{case}-moved"), folder.path(), &moved);
     }
+}
+
+/// What holds of every surgery, with its defaults: the model that its card promises, the same bits from the same seed, and the
+/// base's function unless the card says why not.
+#[test]
+fn every_surgery_makes_what_its_card_says() {
+    let base = || Base::open(&golden("llama"), Precision::F32).unwrap();
+    let mut count = 0;
+    for card in SURGERIES.cards() {
+        let surgery = MethodRef::named(card.name);
+        let made = |seed| surgery::operate(&base(), &surgery, seed).unwrap();
+        let document = Catalogue::embedded().get(card.name).unwrap();
+        let resolved = Catalogue::embedded().resolve(&surgery);
+        assert_eq!(made(1).architecture(), &base().architecture().after(&resolved, document).unwrap(), "{}", card.name);
+        let (once, again) = (made(1), made(1));
+        for info in once.architecture().tensors() {
+            let name = TensorName::from_path(&info.name);
+            let [once, again] = [&once, &again].map(|base| base.tensor(&name, DType::F32).unwrap());
+            assert_eq!(once.dims(), info.shape, "{}: {name}", card.name);
+            assert_eq!(difference(&once, &again), 0.0, "{}: {name}", card.name);
+        }
+        let (dense, now) = (logits(base()), logits(once));
+        let off = difference(&dense, &now) / largest(&dense);
+        assert!(card.moves.is_some() || off < 1e-5, "{}: off by {off}", card.name);
+        count += 1;
+    }
+    assert!(count > 0);
 }
 
 /// The first gradient already tells the segments of a copy apart, and reaches every one that a row went through.
