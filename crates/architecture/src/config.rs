@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::activation::Activation;
 use crate::decoder::{Architecture, Experts, MlpKind, NormKind, Positions};
 use crate::error::Error;
-use crate::family::{FAMILIES, FamilyRow, PositionRule};
+use crate::family::{ExpertRule, FAMILIES, FamilyRow, PositionRule};
 use crate::fields::Fields;
 use crate::head::{HeadKind, PooledRow, Pooling};
 use crate::rope_config::rope;
@@ -68,7 +68,7 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
     let max_position = fields.count(row.fields.max_position, POSITIONS_MAX).unwrap_or(row.max_position);
     refuse_unsupported(row, fields);
     let positions = match row.positions {
-        PositionRule::Rope => Positions::Rope(rope(fields, max_position)),
+        PositionRule::Rope => Positions::Rope(rope(fields, max_position, row.theta)),
         PositionRule::Learned { offset } => learned(row, fields, max_position, offset),
     };
     let eps = fields.number(row.fields.eps, 0.0, 1.0).unwrap_or(row.eps);
@@ -96,7 +96,7 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
         qk_norm: row.qk_norm,
         projections: row.projections,
         mlp: if row.gated { MlpKind::Gated(activation) } else { MlpKind::Plain(activation) },
-        experts: if row.experts { experts(fields, inner, layers) } else { None },
+        experts: row.experts.map(|rule| experts(&rule, fields, inner, layers)),
         causal,
         windows: windows(row, fields, layers),
         tied: fields.flag("tie_word_embeddings").unwrap_or(row.tied) && head == HeadKind::Tokens,
@@ -178,26 +178,37 @@ fn head(row: &FamilyRow, fields: &mut Fields<'_>) -> HeadKind {
     }
 }
 
-/// The fields of a mixture of experts, with OLMoE's own values where they are missing.
-fn experts(fields: &mut Fields<'_>, inner: u64, layers: u64) -> Option<Experts> {
-    let count = fields.count("num_experts", EXPERTS_MAX).unwrap_or(64);
-    let per_token = fields.count("num_experts_per_tok", EXPERTS_MAX).unwrap_or(8);
+/// The fields of a mixture of experts, with the family's own values where they are missing.
+fn experts(rule: &ExpertRule, fields: &mut Fields<'_>, inner: u64, layers: u64) -> Experts {
+    let (names, missing) = rule.count;
+    let name = names.iter().find(|name| fields.get(name).is_some()).unwrap_or(&names[0]);
+    let count = fields.count(name, EXPERTS_MAX).unwrap_or(missing);
+    let per_token = fields.count("num_experts_per_tok", EXPERTS_MAX).unwrap_or(rule.per_token);
     if fields.faults.is_empty() && per_token > count {
-        fields
-            .fault("num_experts_per_tok", format!("is {per_token}; expected at most `num_experts`, which is {count}"));
+        fields.fault("num_experts_per_tok", format!("is {per_token}; expected at most `{name}`, which is {count}"));
     }
-    if count * inner > INNER_MAX || count * layers > EXPERTS_ALL_MAX {
-        let message = format!(
-            "is {count}; expected experts whose inner widths are at most {INNER_MAX} together, and at most \
-             {EXPERTS_ALL_MAX} in all layers"
-        );
-        fields.fault("num_experts", message);
+    if let Some(message) = too_many_experts(count, inner, layers) {
+        fields.fault(name, message);
     }
-    Some(Experts {
+    let said = rule.normalised_field.then(|| fields.flag("norm_topk_prob")).flatten();
+    Experts {
         count: count as usize,
         per_token: per_token as usize,
-        normalised: fields.flag("norm_topk_prob").unwrap_or(false),
-        balance: fields.number("router_aux_loss_coef", 0.0, 1e3).unwrap_or(0.01),
+        normalised: said.unwrap_or(rule.normalised),
+        balance: fields.number("router_aux_loss_coef", 0.0, 1e3).unwrap_or(rule.balance),
+    }
+}
+
+/// What is said of more experts of a width than any model has.
+pub(crate) fn too_many_experts(count: u64, inner: u64, layers: u64) -> Option<String> {
+    let fit = count <= EXPERTS_MAX
+        && count.checked_mul(inner).is_some_and(|inner| inner <= INNER_MAX)
+        && count.checked_mul(layers).is_some_and(|all| all <= EXPERTS_ALL_MAX);
+    (!fit).then(|| {
+        format!(
+            "is {count}; expected experts whose inner widths are at most {INNER_MAX} together, and at most \
+             {EXPERTS_ALL_MAX} in all layers"
+        )
     })
 }
 
@@ -221,6 +232,22 @@ fn refuse_unsupported(row: &FamilyRow, fields: &mut Fields<'_>) {
         {
             fields.fault(name, format!("is {given:?}; expected {supported:?}, which is what is supported"));
         }
+    }
+    for &(name, supported) in row.numbers {
+        if let Some(value) = fields.get(name)
+            && value.as_f64() != Some(supported)
+        {
+            let given = crate::fields::quote(value);
+            fields.fault(name, format!("is {given}; expected {supported}, which is what is supported"));
+        }
+    }
+    // A list of layers that have an MLP in place of experts.
+    if let Some(list) = fields.get("mlp_only_layers")
+        && row.experts.is_some()
+        && list.as_array().is_none_or(|list| !list.is_empty())
+    {
+        let given = crate::fields::quote(list);
+        fields.fault("mlp_only_layers", format!("is {given}; expected no layers, which is what is supported"));
     }
     for &name in row.absent {
         if let Some(value) = fields.get(name) {

@@ -2,9 +2,8 @@
 //!
 //! A model of the same mathematics is a row here and its module names in `modules`. OLMo-2 (norms after attention and MLP),
 //! OPT (learned positions with offset 2, ReLU), GPT-NeoX (fused projections by head, parallel MLP), Phi and Gemma (parallel
-//! blocks, scaled embeddings, norms of `1 + w`), Mixtral (experts under other names, softmax over the chosen), RoBERTa
-//! (BERT with positions from 2 and a dense layer in its classifier) and ModernBERT (windows in some layers, rotary, gated)
-//! each ask for one more column of [`FamilyRow`] and the place in [`crate::Architecture`] that it fills; T5, ViT and CLIP
+//! blocks, scaled embeddings, norms of `1 + w`), Qwen2-MoE (an expert that every row goes through), RoBERTa (BERT with positions
+//! from 2 and a dense layer in its classifier) and ModernBERT (windows in some layers, rotary, gated) each ask for one more column of [`FamilyRow`] and the place in [`crate::Architecture`] that it fills; T5, ViT and CLIP
 //! for blocks of their own (cross-attention, patches).
 
 use std::fmt;
@@ -28,6 +27,10 @@ pub enum Family {
     Qwen3,
     /// `olmoe`: experts in place of the MLP, norms on whole queries and keys.
     Olmoe,
+    /// `mixtral`: Mistral with experts in place of the MLP, whose weights add up to 1.
+    Mixtral,
+    /// `qwen3_moe`: Qwen3 with experts in place of the MLP in every layer.
+    Qwen3Moe,
     /// `gpt2`: layer norm, learned positions, a plain MLP, one linear for q, k and v.
     Gpt2,
     /// `bert`: an encoder with norms after attention and MLP, token types and learned positions.
@@ -39,8 +42,10 @@ pub enum Family {
 pub(crate) enum WindowRule {
     /// Full attention everywhere.
     None,
-    /// `sliding_window` holds for every layer.
+    /// `sliding_window` holds for every layer, a common width where it is missing.
     Every,
+    /// `sliding_window` holds for every layer, where it is given.
+    IfGiven,
     /// `use_sliding_window` switches it on; `layer_types` or `max_window_layers` say where.
     ByLayer,
 }
@@ -79,6 +84,21 @@ pub(crate) struct BiasRule {
     pub(crate) mlp_field: bool,
 }
 
+/// How a family's experts are configured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ExpertRule {
+    /// The fields that may hold their number, the usual one first, and the number where none does.
+    pub(crate) count: (&'static [&'static str], u64),
+    /// `num_experts_per_tok` where it is missing.
+    pub(crate) per_token: u64,
+    /// Whether the weights of a row's experts are made to add up to 1, where `norm_topk_prob` does not say so.
+    pub(crate) normalised: bool,
+    /// Whether `norm_topk_prob` is read.
+    pub(crate) normalised_field: bool,
+    /// `router_aux_loss_coef` where it is missing.
+    pub(crate) balance: f64,
+}
+
 /// What a missing field means, and which fields are read at all; the values are those of Hugging Face's config classes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FamilyRow {
@@ -104,7 +124,9 @@ pub(crate) struct FamilyRow {
     pub(crate) gated: bool,
     pub(crate) activation: Activation,
     /// Experts in place of the MLP.
-    pub(crate) experts: bool,
+    pub(crate) experts: Option<ExpertRule>,
+    /// The family that is this one with experts in place of the MLP, if there is one.
+    pub(crate) with_experts: Option<Family>,
     /// Width inside the MLP as a multiple of the hidden width, where the field may be missing.
     pub(crate) inner_factor: Option<u64>,
     pub(crate) transposed: bool,
@@ -112,6 +134,8 @@ pub(crate) struct FamilyRow {
     pub(crate) kv_heads: Option<u64>,
     pub(crate) head_dim: Option<u64>,
     pub(crate) max_position: u64,
+    /// `rope_theta`.
+    pub(crate) theta: f64,
     pub(crate) window: WindowRule,
     pub(crate) tied: bool,
     pub(crate) scaled_init: bool,
@@ -123,6 +147,8 @@ pub(crate) struct FamilyRow {
     pub(crate) words: &'static [(&'static str, &'static str)],
     /// The same for fields that have to be missing or null.
     pub(crate) absent: &'static [&'static str],
+    /// The same for numbers that have to be the given one.
+    pub(crate) numbers: &'static [(&'static str, f64)],
 }
 
 const LLAMA_FIELDS: FieldNames = FieldNames {
@@ -152,13 +178,15 @@ const LLAMA: FamilyRow = FamilyRow {
     projections: Projections::Separate,
     gated: true,
     activation: Activation::Silu,
-    experts: false,
+    experts: None,
+    with_experts: Some(Family::Mixtral),
     inner_factor: None,
     transposed: false,
     bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: true },
     kv_heads: None,
     head_dim: None,
     max_position: 2048,
+    theta: 10_000.0,
     window: WindowRule::None,
     tied: false,
     scaled_init: false,
@@ -167,12 +195,14 @@ const LLAMA: FamilyRow = FamilyRow {
     fixed: &[],
     words: &[],
     absent: &[],
+    numbers: &[],
 };
 
 const QWEN2: FamilyRow = FamilyRow {
     family: Family::Qwen2,
     name: "qwen2",
     class: "Qwen2",
+    with_experts: None,
     bias: BiasRule { qkv: true, others: false, attention_field: false, mlp_field: false },
     kv_heads: Some(32),
     max_position: 32_768,
@@ -202,6 +232,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         qk_norm: QkNorm::PerHead,
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         head_dim: Some(128),
+        with_experts: Some(Family::Qwen3Moe),
         ..QWEN2
     },
     FamilyRow {
@@ -211,12 +242,65 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         modules: &modules::OLMOE,
         eps: 1e-5,
         qk_norm: QkNorm::Whole,
-        experts: true,
+        experts: Some(ExpertRule {
+            count: (&["num_experts"], 64),
+            per_token: 8,
+            normalised: false,
+            normalised_field: true,
+            balance: 0.01,
+        }),
+        with_experts: None,
         bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
         max_position: 4096,
         bos: None,
         eos: Some(50_279),
         absent: &["clip_qkv"],
+        ..LLAMA
+    },
+    FamilyRow {
+        family: Family::Mixtral,
+        name: "mixtral",
+        class: "Mixtral",
+        modules: &modules::MIXTRAL,
+        eps: 1e-5,
+        experts: Some(ExpertRule {
+            count: (&["num_local_experts"], 8),
+            per_token: 2,
+            normalised: true,
+            normalised_field: false,
+            balance: 0.001,
+        }),
+        with_experts: None,
+        bias: BiasRule { qkv: false, others: false, attention_field: false, mlp_field: false },
+        kv_heads: Some(8),
+        max_position: 131_072,
+        theta: 1e6,
+        window: WindowRule::IfGiven,
+        numbers: &[("router_jitter_noise", 0.0)],
+        ..LLAMA
+    },
+    FamilyRow {
+        family: Family::Qwen3Moe,
+        name: "qwen3_moe",
+        class: "Qwen3Moe",
+        fields: &FieldNames { inner: "moe_intermediate_size", ..LLAMA_FIELDS },
+        modules: &modules::OLMOE,
+        qk_norm: QkNorm::PerHead,
+        experts: Some(ExpertRule {
+            count: (&["num_experts", "num_local_experts"], 128),
+            per_token: 8,
+            normalised: false,
+            normalised_field: true,
+            balance: 0.001,
+        }),
+        with_experts: None,
+        bias: BiasRule { qkv: false, others: false, attention_field: true, mlp_field: false },
+        kv_heads: Some(4),
+        max_position: 32_768,
+        bos: None,
+        eos: None,
+        fixed: &[("use_sliding_window", false)],
+        numbers: &[("decoder_sparse_step", 1.0)],
         ..LLAMA
     },
     FamilyRow {
@@ -238,6 +322,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         positions: PositionRule::Learned { offset: 0 },
         projections: Projections::Fused,
         gated: false,
+        with_experts: None,
         activation: Activation::GeluTanh,
         inner_factor: Some(4),
         transposed: true,
@@ -268,6 +353,7 @@ pub(crate) const FAMILIES: &[FamilyRow] = &[
         placement: NormPlacement::Post,
         positions: PositionRule::Learned { offset: 0 },
         gated: false,
+        with_experts: None,
         activation: Activation::Gelu,
         bias: BiasRule { qkv: true, others: true, attention_field: false, mlp_field: false },
         max_position: 512,
@@ -290,15 +376,19 @@ impl Family {
         FAMILIES.iter().map(|row| row.family)
     }
 
+    /// Its row of the table.
+    pub(crate) fn row(self) -> &'static FamilyRow {
+        FAMILIES.iter().find(|row| row.family == self).unwrap_or(&LLAMA)
+    }
+
     /// What the names of Hugging Face's classes start with, and how that of the model with a head over tokens goes on.
     pub(crate) fn class(self) -> (&'static str, &'static str) {
-        let class = FAMILIES.iter().find(|row| row.family == self).map_or("", |row| row.class);
-        (class, if self == Self::Gpt2 { "LMHeadModel" } else { "ForCausalLM" })
+        (self.row().class, if self == Self::Gpt2 { "LMHeadModel" } else { "ForCausalLM" })
     }
 
     /// The value of `model_type`.
     pub fn name(self) -> &'static str {
-        FAMILIES.iter().find(|row| row.family == self).map_or("unknown", |row| row.name)
+        self.row().name
     }
 }
 

@@ -25,6 +25,7 @@ pub mod targets;
 
 pub mod decoder;
 pub mod head;
+pub mod reshape;
 
 pub use activation::Activation;
 pub use decoder::{

@@ -65,7 +65,7 @@ pub(crate) static LLAMA: Modules = Modules {
     ],
 };
 
-/// OLMoE.
+/// OLMoE and Qwen3-MoE.
 pub(crate) static OLMOE: Modules = Modules {
     prefix: "model.",
     modules: &[
@@ -84,6 +84,29 @@ pub(crate) static OLMOE: Modules = Modules {
         (Place::Gate, "model.layers.{}.mlp.experts.{}.gate_proj", "gate_proj"),
         (Place::Up, "model.layers.{}.mlp.experts.{}.up_proj", "up_proj"),
         (Place::Down, "model.layers.{}.mlp.experts.{}.down_proj", "down_proj"),
+        (Place::FinalNorm, "model.norm", "norm"),
+        (Place::Head, "lm_head", "lm_head"),
+        (Place::Classifier, "score", "score"),
+    ],
+};
+
+/// Mixtral.
+pub(crate) static MIXTRAL: Modules = Modules {
+    prefix: "model.",
+    modules: &[
+        (Place::Embedding, "model.embed_tokens", "embed_tokens"),
+        (Place::Attention, "model.layers.{}.self_attn", "self_attn"),
+        (Place::AttentionNorm, "model.layers.{}.input_layernorm", "input_layernorm"),
+        (Place::Query, "model.layers.{}.self_attn.q_proj", "q_proj"),
+        (Place::Key, "model.layers.{}.self_attn.k_proj", "k_proj"),
+        (Place::Value, "model.layers.{}.self_attn.v_proj", "v_proj"),
+        (Place::Output, "model.layers.{}.self_attn.o_proj", "o_proj"),
+        (Place::Mlp, "model.layers.{}.block_sparse_moe", "block_sparse_moe"),
+        (Place::MlpNorm, "model.layers.{}.post_attention_layernorm", "post_attention_layernorm"),
+        (Place::Router, "model.layers.{}.block_sparse_moe.gate", "gate"),
+        (Place::Gate, "model.layers.{}.block_sparse_moe.experts.{}.w1", "w1"),
+        (Place::Up, "model.layers.{}.block_sparse_moe.experts.{}.w3", "w3"),
+        (Place::Down, "model.layers.{}.block_sparse_moe.experts.{}.w2", "w2"),
         (Place::FinalNorm, "model.norm", "norm"),
         (Place::Head, "lm_head", "lm_head"),
         (Place::Classifier, "score", "score"),

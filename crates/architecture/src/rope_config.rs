@@ -6,22 +6,19 @@ use crate::config::POSITIONS_MAX;
 use crate::fields::Fields;
 use crate::rope::{Rope, RopeScaling, yarn_mscale};
 
-/// `rope_theta` of all families when the field is missing.
-const THETA_DEFAULT: f64 = 10_000.0;
-
 const ROPE_TYPES: &[&str] = &["default", "linear", "dynamic", "llama3", "yarn"];
 
 /// Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters`; a `rope_scaling` that is not null wins, as in
-/// Hugging Face's own reading.
-pub(crate) fn rope(fields: &mut Fields<'_>, max_position: u64) -> Rope {
-    let theta_outside = fields.number("rope_theta", 1.0, 1e18);
+/// Hugging Face's own reading. Where no theta is given it is `theta`.
+pub(crate) fn rope(fields: &mut Fields<'_>, max_position: u64, theta: f64) -> Rope {
+    let theta = fields.number("rope_theta", 1.0, 1e18).unwrap_or(theta);
     let outside_original = fields.count("original_max_position_embeddings", POSITIONS_MAX);
     let name = if fields.get("rope_scaling").is_some() { "rope_scaling" } else { "rope_parameters" };
     let Some(object) = fields.object(name) else {
-        return Rope { theta: theta_outside.unwrap_or(THETA_DEFAULT), scaling: RopeScaling::Default };
+        return Rope { theta, scaling: RopeScaling::Default };
     };
     let mut inner = Fields::new(object, FieldPath::root().field(name));
-    let theta = inner.number("rope_theta", 1.0, 1e18).or(theta_outside).unwrap_or(THETA_DEFAULT);
+    let theta = inner.number("rope_theta", 1.0, 1e18).unwrap_or(theta);
     if inner.number("partial_rotary_factor", 0.0, 1.0).is_some_and(|factor| factor != 1.0) {
         inner.fault("partial_rotary_factor", "is not 1; expected heads that are turned as a whole");
     }

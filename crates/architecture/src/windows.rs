@@ -11,10 +11,10 @@ pub(crate) fn windows(row: &FamilyRow, fields: &mut Fields<'_>, layers: u64) -> 
     let full = vec![None; layers as usize];
     let switched_on = match row.window {
         WindowRule::None => return full,
-        WindowRule::Every => true,
+        WindowRule::Every | WindowRule::IfGiven => true,
         WindowRule::ByLayer => fields.flag("use_sliding_window").unwrap_or(false),
     };
-    let missing = if fields.has("sliding_window") { None } else { Some(WINDOW_DEFAULT) };
+    let missing = (!fields.has("sliding_window") && row.window != WindowRule::IfGiven).then_some(WINDOW_DEFAULT);
     let window = fields.count("sliding_window", POSITIONS_MAX).or(missing).filter(|_| switched_on);
     let types = layer_types(fields, layers);
     match (row.window, types, window) {
@@ -30,7 +30,7 @@ pub(crate) fn windows(row: &FamilyRow, fields: &mut Fields<'_>, layers: u64) -> 
         (_, None, Some(window)) => vec![Some(window); layers as usize],
         (rule, Some(types), window) => {
             let contradicts = |sliding: &bool| {
-                (*sliding && window.is_none()) || (rule == WindowRule::Every && *sliding != window.is_some())
+                (*sliding && window.is_none()) || (rule != WindowRule::ByLayer && *sliding != window.is_some())
             };
             if let Some(layer) = types.iter().position(contradicts) {
                 let kind = if types[layer] { "sliding_attention" } else { "full_attention" };

@@ -13,14 +13,14 @@ sys.path.insert(0, str(HERE.parents[2] / "benches" / "peers"))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, OlmoeConfig, Qwen2Config, Qwen3Config  # noqa: E402
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, OlmoeForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # noqa: E402
+from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, OlmoeConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig  # noqa: E402
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, OlmoeForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: E402
 
 import reference as ref  # noqa: E402
 
 STD = 0.2
 # Narrow heads need larger weights for their attention to be far from uniform.
-STDS = {"gpt2_untied": 0.3, "olmoe": 0.4, "olmoe_normalised": 0.4}
+STDS = {"gpt2_untied": 0.3, "olmoe": 0.4, "olmoe_normalised": 0.4, "mixtral": 0.4, "mixtral_window": 0.4, "qwen3_moe": 0.4}
 NEW_TOKENS = 16
 # Below this gap between best and second logit, rounding could turn a greedy token over.
 LEAST_MARGIN = 0.03
@@ -61,6 +61,16 @@ def olmoe(**k):
     return OlmoeForCausalLM, OlmoeConfig(**(COMMON | own | k))
 
 
+def mixtral(**k):
+    own = dict(hidden_size=16, intermediate_size=8, vocab_size=40, num_local_experts=4, num_experts_per_tok=2, rms_norm_eps=1e-3, router_aux_loss_coef=0.5)
+    return MixtralForCausalLM, MixtralConfig(**(COMMON | own | k))
+
+
+def qwen3_moe(**k):
+    own = dict(hidden_size=16, head_dim=12, moe_intermediate_size=8, vocab_size=40, num_experts=5, num_experts_per_tok=3, norm_topk_prob=True, rms_norm_eps=1e-3, router_aux_loss_coef=0.5)
+    return Qwen3MoeForCausalLM, Qwen3MoeConfig(**(COMMON | own | k))
+
+
 # name: (maker, rows of the document, rows of the packed documents or None, gradients?, prompt rows or None, largest shard)
 CASES = {
     "llama": (lambda: llama(), 40, (13, 22), True, 12, "1MB"),
@@ -76,6 +86,9 @@ CASES = {
     "qwen3": (lambda: qwen3(), 40, (13, 22), True, 12, "1MB"),
     "olmoe": (lambda: olmoe(), 40, (13, 22), True, 12, "1MB"),
     "olmoe_normalised": (lambda: olmoe(norm_topk_prob=True, num_experts=3, tie_word_embeddings=True), 24, None, True, 12, "1MB"),
+    "mixtral": (lambda: mixtral(), 40, (13, 22), True, 12, "1MB"),
+    "mixtral_window": (lambda: mixtral(sliding_window=8, num_local_experts=3, tie_word_embeddings=True), 24, None, False, 12, "1MB"),
+    "qwen3_moe": (lambda: qwen3_moe(), 40, (13, 22), True, 12, "1MB"),
     "gpt2": (lambda: gpt2(), 40, (13, 22), True, 12, "1MB"),
     "gpt2_untied": (lambda: gpt2(n_embd=20, n_inner=None, tie_word_embeddings=False, activation_function="relu"), 24, None, True, None, "1MB"),
     "qwen2_window": (lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1), 40, None, False, 12, "1MB"),
@@ -153,16 +166,20 @@ def generate(folder, rows, vocab):
     raise AssertionError(f"{folder.name}: no prompt without a close call")
 
 
-def per_expert(gradients):
+def per_expert(gradients, kind):
     """Gradients of experts that the reference holds as one tensor, by the names of the files."""
+    mixtral = kind is MixtralForCausalLM
+    gate_name, up_name, down_name = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     found = {}
     for name, g in gradients.items():
         stem, _, last = name.rpartition(".")
+        if mixtral:
+            stem, name = (text.replace(".mlp", ".block_sparse_moe") for text in (stem, name))
         if last == "gate_up_proj":
             for e, (gate, up) in enumerate(pair.chunk(2) for pair in g):
-                found |= {f"{stem}.{e}.gate_proj.weight": gate, f"{stem}.{e}.up_proj.weight": up}
+                found |= {f"{stem}.{e}.{gate_name}.weight": gate, f"{stem}.{e}.{up_name}.weight": up}
         elif stem.endswith("experts"):
-            found |= {f"{stem}.{e}.{last}.weight": down for e, down in enumerate(g)}
+            found |= {f"{stem}.{e}.{down_name}.weight": down for e, down in enumerate(g)}
         else:
             found[name] = g
     return found
@@ -180,7 +197,8 @@ def auxiliary(model, doc):
     mean = torch.nn.functional.cross_entropy(out.logits[0], doc.labels, ignore_index=ref.IGNORED)
     (mean + model.config.router_aux_loss_coef * out.aux_loss).backward()
     names = ("mlp.gate.weight", "o_proj.weight", "embed_tokens.weight")
-    found = {f"gradient.{n}": p.grad for n, p in model.named_parameters() if n.endswith(names)}
+    found = {n: p.grad for n, p in model.named_parameters() if n.endswith(names)}
+    found = {f"gradient.{n}": g for n, g in per_expert(found, type(model)).items()}
     found |= {f"router_logits.{i}": p.detach() for i, p in enumerate(out.router_logits)}
     return found | {"auxiliary_loss": out.aux_loss.detach().reshape(1)}
 
@@ -208,7 +226,7 @@ def write(name):
     check(folder, document, expected)
     ref.save(expected, folder / "expected.safetensors")
     if gradients:
-        grads = per_expert(grads)
+        grads = per_expert(grads, kind)
         ref.save(grads, folder / "gradients.safetensors")
     if packed:
         documents = [ref.document(n, config.vocab_size, seed_of(name) + 2 + i) for i, n in enumerate(packed)]
@@ -216,7 +234,7 @@ def write(name):
         ref.save(expected, folder / "packed.safetensors")
         if name == "llama":
             ref.save(grads, folder / "packed_gradients.safetensors")
-    if kind is OlmoeForCausalLM:
+    if kind in (MixtralForCausalLM, OlmoeForCausalLM, Qwen3MoeForCausalLM):
         ref.save(auxiliary(fresh(), document), folder / "auxiliary.safetensors")
     if prompt:
         ref.save(generate(folder, prompt, config.vocab_size), folder / "generated.safetensors")

@@ -30,7 +30,8 @@ pub struct Base {
 }
 
 impl Base {
-    fn empty(architecture: Architecture) -> Self {
+    /// A base of this structure without its tensors.
+    pub(crate) fn empty(architecture: Architecture) -> Self {
         let tie = architecture.tie();
         let (matrices, vectors, arena) = (BTreeMap::new(), BTreeMap::new(), Arena::default());
         Self { kept: Vec::new(), architecture, tie, matrices, vectors, arena }
@@ -162,13 +163,46 @@ impl Base {
             let missing = || Error::MissingTensor { folder: "(memory)".into(), name: info.name.clone() };
             let tensor = tensors.get(&info.name).ok_or_else(missing)?;
             let name = TensorName::from_path(&info.name);
-            if info.shape.len() == 2 {
-                base.matrices.insert(name, FrozenWeight::dense(tensor)?);
-            } else {
-                base.vectors.insert(name, tensor.clone());
-            }
+            base.put(name, tensor)?;
         }
         Ok(base)
+    }
+
+    /// Takes a tensor of another base, where it lies.
+    ///
+    /// # Errors
+    /// A name that the other base does not have.
+    pub(crate) fn take(&mut self, name: TensorName, other: &Self, of: &TensorName) -> attune_points::Result<()> {
+        match other.matrices.get(of) {
+            Some(matrix) => drop(self.matrices.insert(name, matrix.clone())),
+            None => drop(self.vectors.insert(name, other.vector(of)?.clone())),
+        }
+        Ok(())
+    }
+
+    /// Takes a tensor of its own under another name, where it lies.
+    ///
+    /// # Errors
+    /// A name that it does not have yet.
+    pub(crate) fn repeat(&mut self, name: TensorName, of: &TensorName) -> attune_points::Result<()> {
+        match self.matrices.get(of).cloned() {
+            Some(matrix) => drop(self.matrices.insert(name, matrix)),
+            None => drop(self.vectors.insert(name, self.vector(of)?.clone())),
+        }
+        Ok(())
+    }
+
+    /// Takes a tensor.
+    ///
+    /// # Errors
+    /// A tensor that cannot be stored.
+    pub(crate) fn put(&mut self, name: TensorName, tensor: &Tensor) -> attune_points::Result<()> {
+        if tensor.rank() == 2 {
+            self.matrices.insert(name, FrozenWeight::dense(tensor)?);
+        } else {
+            self.vectors.insert(name, tensor.clone());
+        }
+        Ok(())
     }
 
     /// The type that a pass over this base computes its activations in: that of its matrices, if it is bf16.

@@ -55,6 +55,9 @@ pub enum Error {
         /// Its shape by the configuration.
         expected: Vec<usize>,
     },
+    /// A surgery cannot make another model of the base.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Refused(Vec<attune_spec::Fault>),
     /// Computing on weights failed.
     #[error(transparent)]
     Tensor(#[from] attune_points::Error),

@@ -75,7 +75,7 @@ pub fn write(
 }
 
 /// The text of a `config.json` naming the type that the weights are written in, under the spelling that it used, and the
-/// head if it is another than the text's own.
+/// head and the form of the layers if they are others than the text's own.
 fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path) -> Result<Vec<u8>, Error> {
     let format = |error: serde_json::Error| Error::Format { path: path.to_owned(), message: error.to_string() };
     let mut config: serde_json::Value = serde_json::from_slice(text).map_err(format)?;
@@ -88,7 +88,11 @@ fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path
     if let Some(config) = config.as_object_mut() {
         let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
         config.insert(key.to_owned(), name.into());
-        if Architecture::from_json(text).is_ok_and(|read| read.head != architecture.head) {
+        let read = Architecture::from_json(text).ok();
+        if read.as_ref().is_some_and(|read| read.family != architecture.family) {
+            architecture.write_config(config);
+        }
+        if read.is_some_and(|read| read.head != architecture.head) {
             config.insert("architectures".to_owned(), serde_json::json!([architecture.class_name()]));
             if let Some(labels) = architecture.head.labels() {
                 let names: Vec<String> = (0..labels).map(|label| format!("LABEL_{label}")).collect();

@@ -5,10 +5,11 @@
 //! block that anybody wants a gradient from. Logits of a whole batch never exist. Frozen weights get no gradient unless a
 //! sink asks for it.
 //!
-//! Deliberately absent: methods (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
+//! Deliberately absent: methods of other points than surgery (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
 //!
 //! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees),
-//! [`pass`] (views of rows, several parts at once), [`block`], [`model`] (`graphs`, its oracle; `outputs`), [`generate`], [`export`].
+//! [`pass`] (views of rows, several parts at once), [`block`], [`model`] (`graphs`, its oracle; `outputs`), [`generate`],
+//! [`surgery`] (another model made of a base) and its methods in [`surgeries`], [`export`].
 
 pub mod error;
 
@@ -33,6 +34,9 @@ pub mod pass;
 mod regions;
 pub mod scope;
 
+pub mod surgeries;
+pub mod surgery;
+
 pub mod dropout;
 pub mod export;
 pub mod generate;
@@ -43,3 +47,4 @@ pub use generate::Request;
 pub use model::{Model, Pass, Together, grad_together, score_together};
 pub use routing::{Auxiliary, LoadBalance, Routing};
 pub use stack::{Slot, Stack};
+pub use surgeries::SURGERIES;

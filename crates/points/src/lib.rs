@@ -28,6 +28,7 @@ pub mod objective;
 pub mod optimizer;
 pub mod reward;
 pub mod schedule;
+pub mod surgery;
 
 pub mod engine;
 

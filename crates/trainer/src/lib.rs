@@ -39,6 +39,7 @@ mod checkpoint;
 mod copies;
 mod engine;
 mod evaluate;
+mod experts;
 mod guard;
 mod meeting;
 mod output;

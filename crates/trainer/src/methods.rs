@@ -10,6 +10,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .chain(attune_objective::OBJECTIVES.documents())
         .chain(attune_objective::REWARDS.documents())
         .chain(attune_data::MIXINGS.documents())
+        .chain(attune_models::SURGERIES.documents())
         .chain(crate::STEP_RULES.documents())
         .chain(attune_optim::OPTIMIZERS.documents())
         .chain(attune_optim::SCHEDULES.documents())

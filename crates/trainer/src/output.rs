@@ -18,6 +18,7 @@ use serde::Serialize;
 use crate::checkpoint::{Measured, State};
 use crate::engine::params;
 use crate::error::Error;
+use crate::experts;
 use crate::pin;
 use crate::protocol::{OutputKind, OutputRole, Request};
 use crate::setup::Prepared;
@@ -111,6 +112,11 @@ pub(crate) fn write(
     let mut text = serde_json::to_string_pretty(&report).unwrap_or_default();
     text.push('\n');
     std::fs::write(&path, text).map_err(Error::io(path))?;
+    if let Some(together) = experts::together(prepared, theta)? {
+        let path = folder.join("experts.json");
+        let text = serde_json::to_vec(&together).unwrap_or_default();
+        std::fs::write(&path, text).map_err(Error::io(path))?;
+    }
     outputs.push(Output { role: OutputRole::Report, kind: OutputKind::Report, folder });
     Ok(outputs)
 }

@@ -10,7 +10,7 @@ use attune_artifacts::canonical;
 use attune_data::loader::{Domain, Room, in_order};
 use attune_data::{ChatTemplate, Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
 use attune_models::pass::walk::Keep;
-use attune_models::{Base, Model, Stack};
+use attune_models::{Base, LoadBalance, Model, Stack, surgery};
 use attune_objective::{OBJECTIVES, REWARDS};
 use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::adapter::Trained;
@@ -95,10 +95,19 @@ pub(crate) fn prepare(
         control.emit(Event::Note { topic: "device".to_owned(), message });
     }
     let base_folder = folder(request, &plan.base, &mut pinned)?;
-    let base = if plan.from_scratch {
-        Arc::new(Base::from_scratch(&base_folder, plan.seed)?.on(card::kernels(request.card, plan.matmul)?)?)
-    } else {
-        bases.open(&base_folder, plan, request.card)?
+    let base = match &plan.surgery {
+        Some(surgery) => {
+            let base = opened(plan, &base_folder)?;
+            let made = surgery::operate(&base, surgery, plan.seed).map_err(|error| match error {
+                attune_models::Error::Refused(faults) => Error::Faults(faults),
+                error => error.into(),
+            })?;
+            Arc::new(made.on(card::kernels(request.card, plan.matmul)?)?)
+        }
+        None if plan.from_scratch => {
+            Arc::new(opened(plan, &base_folder)?.on(card::kernels(request.card, plan.matmul)?)?)
+        }
+        None => bases.open(&base_folder, plan, request.card)?,
     };
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;
@@ -233,7 +242,13 @@ pub(crate) fn prepare(
             format!("trains {} slots; this version trains exactly one (others with `train: false`)", trained.len());
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
     };
-    let model = Arc::new(Model::new(base, stack));
+    let mut model = Model::new(base, stack);
+    // Experts that a surgery has just made are all alike: without it few of them would ever learn.
+    let balance = plan.surgery.as_ref().and_then(|_| LoadBalance::of(model.base().architecture()));
+    if let Some(balance) = balance.filter(|balance| balance.coefficient > 0.0) {
+        model = model.with_auxiliary(Arc::new(balance));
+    }
+    let model = Arc::new(model);
     if model.rows_before(&theta) != *packing.before {
         let message = "puts other rows before documents than its card says".to_owned();
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
@@ -264,6 +279,11 @@ pub(crate) fn prepare(
         pinned,
         plan_digest: plan_digest(plan),
     })
+}
+
+/// A base of the job's own.
+fn opened(plan: &Plan, folder: &Path) -> Result<Base, Error> {
+    Ok(if plan.from_scratch { Base::from_scratch(folder, plan.seed)? } else { Base::open(folder, plan.precision)? })
 }
 
 /// The rows that the components of the stack put before every document.

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use attune_architecture::{Architecture, targets};
-use attune_spec::Fault;
 use attune_spec::id::Digest;
 use attune_spec::job::{JobSpec, ReadError, Reference, Targets, read_value, read_yaml, set_path};
 use attune_spec::method::Catalogue;
+use attune_spec::{Fault, FieldPath};
 
 use crate::print::Failure;
 
@@ -133,6 +133,10 @@ impl JobFile {
             Ok(architecture) => architecture,
             Err(error) => return Ok(Some(vec![Fault::new("base", format!("cannot be trained: {error}"))])),
         };
+        let architecture = match self.operated(architecture) {
+            Ok(architecture) => architecture,
+            Err(faults) => return Ok(Some(faults)),
+        };
         let mut faults = Vec::new();
         for (path, slot) in self.spec.tune.slots() {
             // The adapter that a slot starts from brings its own sites.
@@ -145,6 +149,15 @@ impl JobFile {
             }
         }
         Ok(Some(faults))
+    }
+
+    /// What the job makes of its base before it trains.
+    fn operated(&self, base: Architecture) -> Result<Architecture, Vec<Fault>> {
+        let Some(surgery) = &self.spec.tune.surgery else { return Ok(base) };
+        let Some(card) = Catalogue::embedded().get(&surgery.method) else { return Ok(base) };
+        let path = FieldPath::from("tune").field("surgery");
+        base.after(&Catalogue::embedded().resolve(surgery), card)
+            .map_err(|faults| faults.into_iter().map(|fault| fault.under(&path)).collect())
     }
 }
 

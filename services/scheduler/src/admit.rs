@@ -33,7 +33,7 @@ pub(crate) struct Admitted {
     pub(crate) plan: Plan,
     /// The artifacts it uses.
     pub(crate) inputs: Vec<Input>,
-    /// The base's structure, where it could be read.
+    /// The structure of the base, or of what a surgery makes of it, where it could be read.
     pub(crate) architecture: Option<Architecture>,
 }
 
@@ -87,9 +87,21 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
     };
     let plan = Plan::resolve(&spec, catalogue, meaning).map_err(|faults| invalid_argument(&faults))?;
     let is_base_known = faults.iter().all(|fault| fault.path.as_str() != "base");
-    let architecture = match &plan.base {
+    let base = match &plan.base {
         base if is_base_known => read_base(context, project, base, &mut faults).await?,
         _ => None,
+    };
+    let architecture = match (base, &plan.surgery) {
+        (Some(base), Some(surgery)) => match catalogue.get(&surgery.method).map(|card| base.after(surgery, card)) {
+            Some(Ok(made)) => Some(made),
+            Some(Err(found)) => {
+                let path = FieldPath::from("tune").field("surgery");
+                faults.extend(found.into_iter().map(|fault| fault.under(&path)));
+                None
+            }
+            None => None,
+        },
+        (base, _) => base,
     };
     if let Some(architecture) = &architecture {
         for ((path, _), slot) in spec.tune.slots().iter().zip(&plan.stack) {

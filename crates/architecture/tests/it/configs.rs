@@ -59,6 +59,26 @@ pub(crate) const OLMOE_1B_7B: &str = r#"{
   "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 50304
 }"#;
 
+pub(crate) const MIXTRAL_8X7B: &str = r#"{
+  "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+  "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+  "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false,
+  "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": null,
+  "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32000
+}"#;
+
+pub(crate) const QWEN3_30B_A3B: &str = r#"{
+  "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+  "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+  "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+  "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true,
+  "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+  "num_key_value_heads": 4, "output_router_logits": false, "rms_norm_eps": 1e-06, "rope_scaling": null,
+  "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": null, "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936
+}"#;
+
 pub(crate) const BERT_BASE: &str = r#"{
   "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": false,
   "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
@@ -178,6 +198,29 @@ fn olmoe_has_its_published_sizes_whole_and_in_use() {
     let site = model.site("model.layers.3.mlp.experts.7.gate_proj").unwrap();
     assert_eq!((site.place, site.expert, site.role), (Place::Gate, Some(7), "gate_proj"));
     assert_eq!(model.site("model.layers.3.mlp.gate").unwrap().place, Place::Router);
+}
+
+#[test]
+fn mixtral_8x7b_and_qwen3_30b_a3b_have_their_published_sizes_and_names() {
+    let model = read(MIXTRAL_8X7B);
+    assert_eq!(model.parameters(), 46_702_792_704);
+    let experts = Experts { count: 8, per_token: 2, normalised: true, balance: 0.02 };
+    assert_eq!((model.experts, model.inner, model.qk_norm), (Some(experts), 14_336, QkNorm::None));
+    let site = model.site("model.layers.3.block_sparse_moe.experts.7.w3").unwrap();
+    assert_eq!((site.place, site.expert, site.role), (Place::Up, Some(7), "w3"));
+    // What a missing field means is the family's own.
+    let silent = serde_json::json!({"-rope_theta": null, "-sliding_window": null, "-router_aux_loss_coef": null});
+    let silent = read(&edited(MIXTRAL_8X7B, silent));
+    assert_eq!((silent.positions, silent.windows[0]), (model.positions, None));
+    assert_eq!(silent.experts, Some(Experts { balance: 0.001, ..experts }));
+    let window = read(&edited(MIXTRAL_8X7B, serde_json::json!({"sliding_window": 4096})));
+    assert_eq!(window.windows, vec![Some(4096); 32]);
+
+    let model = read(QWEN3_30B_A3B);
+    assert_eq!(model.parameters(), 30_532_122_624);
+    let experts = Experts { count: 128, per_token: 8, normalised: true, balance: 0.001 };
+    assert_eq!((model.experts, model.inner, model.qk_norm), (Some(experts), 768, QkNorm::PerHead));
+    assert_eq!(model.site("model.layers.3.mlp.experts.7.gate_proj").unwrap().expert, Some(7));
 }
 
 #[test]

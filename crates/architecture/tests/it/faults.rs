@@ -2,7 +2,9 @@ use attune_architecture::{Architecture, Error};
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::configs::{BERT_BASE, GPT2, LLAMA_31_8B, MISTRAL_7B, OLMOE_1B_7B, QWEN25_05B, edited};
+use crate::configs::{
+    BERT_BASE, GPT2, LLAMA_31_8B, MISTRAL_7B, MIXTRAL_8X7B, OLMOE_1B_7B, QWEN3_30B_A3B, QWEN25_05B, edited,
+};
 
 fn refused(config: &str) -> Error {
     match Architecture::from_json(config.as_bytes()) {
@@ -14,7 +16,7 @@ fn refused(config: &str) -> Error {
 #[test]
 fn another_family_is_refused_by_name() {
     let error = refused(&edited(LLAMA_31_8B, json!({"model_type": "mamba"})));
-    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, olmoe, gpt2, bert"#);
+    insta::assert_snapshot!(error, @r#"config.json: `model_type` is "mamba"; supported are llama, mistral, qwen2, qwen3, olmoe, mixtral, qwen3_moe, gpt2, bert"#);
     assert!(matches!(refused("{}"), Error::Family { given, .. } if given.is_empty()));
 }
 
@@ -99,6 +101,46 @@ fn each_fault_names_its_field() {
         let faults = refused(&edited(LLAMA_31_8B, edit.clone())).faults();
         let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
         assert!(found.contains(&(path, message)), "{edit}: {found:#?}");
+    }
+}
+
+#[test]
+fn options_of_mixtures_that_change_their_mathematics_are_refused() {
+    for (base, edit, path, message) in [
+        (
+            MIXTRAL_8X7B,
+            json!({"router_jitter_noise": 0.1}),
+            "router_jitter_noise",
+            "is 0.1; expected 0, which is what is supported",
+        ),
+        (
+            MIXTRAL_8X7B,
+            json!({"num_experts_per_tok": 9}),
+            "num_experts_per_tok",
+            "is 9; expected at most `num_local_experts`, which is 8",
+        ),
+        (
+            QWEN3_30B_A3B,
+            json!({"decoder_sparse_step": 2}),
+            "decoder_sparse_step",
+            "is 2; expected 1, which is what is supported",
+        ),
+        (
+            QWEN3_30B_A3B,
+            json!({"mlp_only_layers": [0]}),
+            "mlp_only_layers",
+            "is [0]; expected no layers, which is what is supported",
+        ),
+        (
+            QWEN3_30B_A3B,
+            json!({"use_sliding_window": true}),
+            "use_sliding_window",
+            "is true; expected false, which is what is supported",
+        ),
+    ] {
+        let faults = refused(&edited(base, edit)).faults();
+        let found: Vec<_> = faults.iter().map(|f| (f.path.as_str(), f.message.as_str())).collect();
+        assert!(found.contains(&(path, message)), "{found:#?}");
     }
 }
 

@@ -4,4 +4,5 @@
 
 mod configs;
 mod faults;
+mod reshape;
 mod resolve;

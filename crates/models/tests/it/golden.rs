@@ -11,7 +11,7 @@ use attune_spec::job::Precision;
 
 use crate::support::{CrossEntropy, Golden, all_trained, difference, golden, largest};
 
-pub(crate) const CASES: [&str; 23] = [
+pub(crate) const CASES: [&str; 26] = [
     "gpt2",
     "gpt2_bare",
     "gpt2_untied",
@@ -29,12 +29,15 @@ pub(crate) const CASES: [&str; 23] = [
     "llama_rope_yarn_old_config",
     "mistral",
     "mistral_no_window",
+    "mixtral",
+    "mixtral_window",
     "olmoe",
     "olmoe_normalised",
     "qwen2",
     "qwen2_old_config",
     "qwen2_window",
     "qwen3",
+    "qwen3_moe",
 ];
 
 /// Both sides compute in f32; the bound that logits have to keep.
@@ -157,7 +160,7 @@ fn routing_and_the_balance_are_the_references_and_their_gradient_reaches_routers
             compared += 1;
         }
     }
-    assert_eq!(compared, 10);
+    assert_eq!(compared, 25);
 }
 
 #[test]
@@ -193,5 +196,5 @@ fn greedy_generation_with_a_cache_is_the_references() {
         assert_eq!(generated.finish, Finish::Length);
         compared += 1;
     }
-    assert_eq!(compared, 19);
+    assert_eq!(compared, 22);
 }

@@ -16,5 +16,6 @@ mod low_rank;
 mod passes;
 mod sequences;
 mod support;
+mod surgery;
 mod walk;
 mod whole;

@@ -108,6 +108,7 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         stack: stack.map(|(index, item)| slot(item, &path.field("stack").index(index), faults)).collect(),
         adapter: spec.adapter.as_ref().map(|item| slot(item, &path.field("adapter"), faults)),
         from_scratch: spec.from_scratch,
+        surgery: spec.surgery.as_ref().and_then(|surgery| method(surgery, &path.field("surgery"), faults)),
         objective: method(&spec.objective, &path.field("objective"), faults),
         rewards: (spec.rewards.iter().enumerate())
             .map(|(index, item)| v1::RewardSpec {
@@ -353,6 +354,7 @@ impl Reader {
             "rewards": (!rewards.is_empty()).then_some(rewards),
             "adapter": spec.adapter.as_ref().map(|item| self.slot(item, &path.field("adapter"))),
             "from_scratch": Some(spec.from_scratch),
+            "surgery": spec.surgery.as_ref().map(|m| self.method(m, &path.field("surgery"))),
             "objective": spec.objective.as_ref().map(|m| self.method(m, &path.field("objective"))),
             "step": spec.step.as_ref().map(|m| self.method(m, &path.field("step"))),
             "optimizer": spec.optimizer.as_ref().map(|m| self.method(m, &path.field("optimizer"))),
@@ -444,7 +446,10 @@ tune: {adapter: {method: full}, steps: 3}
             "steps: 3, objective: {method: grpo}, rewards: [{method: exact-match, case: true}, {method: overlong, weight: 0.5}]}",
         );
         assert!(judged.contains("overlong"));
-        for text in [FULL, SHORT, &judged] {
+        let upcycled =
+            SHORT.replace("steps: 3}", "steps: 3, surgery: {method: dynamic-dino, copies: 3, balance: 0.5}}");
+        assert!(read(&upcycled).tune.surgery.is_some());
+        for text in [FULL, SHORT, &judged, &upcycled] {
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }

@@ -33,6 +33,7 @@ pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
     let mut faults = Vec::new();
     let tune = FieldPath::from("tune");
     for (field, point) in [
+        ("surgery", Point::Surgery),
         ("objective", Point::Objective),
         ("step", Point::StepRule),
         ("optimizer", Point::Optimizer),
@@ -96,6 +97,7 @@ pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     answers(spec, catalogue, &mut faults);
     shards(spec, catalogue, &mut faults);
     share(spec, catalogue, &mut faults);
+    surgery(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
         if let Some(method) = method.filter(|method| method.merges == Merges::No) {
@@ -214,6 +216,9 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     if spec.tune.from_scratch {
         refuse("`tune.from_scratch` makes a base of the job's own");
     }
+    if spec.tune.surgery.is_some() {
+        refuse("`tune.surgery` makes another model of it");
+    }
     if spec.resources.workers * spec.resources.devices_per_worker != 1 {
         refuse("the job asks for several devices");
     }
@@ -221,6 +226,23 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
         if method.is_some_and(|method| method.trains_base) {
             refuse(&format!("`{path}` trains the weights of the base"));
+        }
+    }
+}
+
+/// What a surgery makes is kept as the model that the run ends with: an adapter would be of a model that nobody has.
+fn surgery(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    if spec.tune.surgery.is_none() {
+        return;
+    }
+    for (path, slot) in spec.tune.slots() {
+        let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
+        let keeps = method.is_some_and(|method| method.trains_base);
+        // A method that is not known is told of already.
+        if !keeps && (slot.from.is_some() || method.is_some()) {
+            let message = "is an adapter, and `tune.surgery` makes a model of its own, which only a method that trains the \
+                           weights of the base keeps";
+            faults.push(Fault::new(path, message));
         }
     }
 }

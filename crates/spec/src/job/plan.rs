@@ -105,6 +105,9 @@ pub struct Plan {
     pub base: Input,
     /// Whether the base's weights are random.
     pub from_scratch: bool,
+    /// What is made of the base first; nothing if it trains as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub surgery: Option<MethodRef>,
     /// The training mixture.
     pub domains: Vec<PlanDomain>,
     /// Which domain the next document comes from.
@@ -260,6 +263,7 @@ impl Plan {
             kind: spec.kind,
             base,
             from_scratch: tune.from_scratch,
+            surgery: tune.surgery.as_ref().map(|surgery| catalogue.resolve(surgery)),
             domains,
             mixing: catalogue.resolve(&spec.data.mixing),
             validation,

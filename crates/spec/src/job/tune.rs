@@ -198,6 +198,9 @@ pub struct TuneSpec {
     pub adapter: Option<SlotSpec>,
     /// Starts from random weights: the base needs a configuration and a tokenizer only.
     pub from_scratch: bool,
+    /// Another model that is made of the base first, and trains in its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub surgery: Option<MethodRef>,
     /// The loss.
     pub objective: MethodRef,
     /// What the answers are worth which the model gives by itself, where the objective learns from such: the sum of these.
@@ -250,6 +253,7 @@ impl Default for TuneSpec {
             stack: Vec::new(),
             adapter: None,
             from_scratch: false,
+            surgery: None,
             objective: MethodRef::named("sft"),
             rewards: Vec::new(),
             step: MethodRef::named("plain"),

@@ -16,6 +16,8 @@ pub enum Point {
     Reward,
     /// Which domain does the next batch come from, given feedback?
     Mixing,
+    /// One architecture and its weights to another.
+    Surgery,
     /// How does one optimiser step use the engine?
     StepRule,
     /// Gradients to update.
@@ -26,12 +28,13 @@ pub enum Point {
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Adapter,
         Self::Init,
         Self::Objective,
         Self::Reward,
         Self::Mixing,
+        Self::Surgery,
         Self::StepRule,
         Self::Optimizer,
         Self::Schedule,
@@ -45,6 +48,7 @@ impl Point {
             Self::Objective => "objective",
             Self::Reward => "reward",
             Self::Mixing => "mixing",
+            Self::Surgery => "surgery",
             Self::StepRule => "step_rule",
             Self::Optimizer => "optimizer",
             Self::Schedule => "schedule",
@@ -59,6 +63,7 @@ impl Point {
             Self::Objective => "what is the loss?",
             Self::Reward => "how good is an answer that the model gave by itself?",
             Self::Mixing => "which domain does the next document come from?",
+            Self::Surgery => "which model is made of the base before it trains?",
             Self::StepRule => "how does one optimiser step use the engine?",
             Self::Optimizer => "how do gradients change the parameters?",
             Self::Schedule => "how does the learning rate run over time?",
@@ -160,6 +165,9 @@ pub struct Card {
     pub answer_tokens: &'static str,
     /// Rows that it puts before those of every document, as an expression over its parameters; empty for none.
     pub rows_before: &'static str,
+    /// What it makes of a model's sizes, `inner`, `experts`, `experts_per_token` and `experts_balance`: expressions over its
+    /// parameters and the sizes before; those that it does not name stay. Empty for points that leave a model as it is.
+    pub becomes: &'static [(&'static str, &'static str)],
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
@@ -192,6 +200,7 @@ impl Card {
             answers: "",
             answer_tokens: "",
             rows_before: "",
+            becomes: &[],
             moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,

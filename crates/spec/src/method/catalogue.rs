@@ -185,6 +185,7 @@ mod tests {
             answers: String::new(),
             answer_tokens: String::new(),
             rows_before: String::new(),
+            becomes: BTreeMap::new(),
             moves: None,
             merges: Merges::Factors,
             trains_base: false,

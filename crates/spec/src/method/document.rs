@@ -1,5 +1,7 @@
 //! A method as it travels: card, schema and defaults, as written in `methods/<name>.json`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -73,6 +75,9 @@ pub struct MethodDocument {
     /// Rows that it puts before those of every document, as an expression; empty for none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub rows_before: String,
+    /// What it makes of a model's sizes, by their names, as expressions; those that it does not name stay.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub becomes: BTreeMap<String, String>,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -114,6 +119,7 @@ impl MethodDocument {
             answers: card.answers.to_owned(),
             answer_tokens: card.answer_tokens.to_owned(),
             rows_before: card.rows_before.to_owned(),
+            becomes: card.becomes.iter().map(|(size, text)| (own(size), own(text))).collect(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,

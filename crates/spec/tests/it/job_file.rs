@@ -164,11 +164,30 @@ fn a_base_is_shared_only_as_it_is() {
     for (changed, expected) in [
         (("tune.adapter", json!({"method": "full"})), "`tune.adapter` trains the weights of the base"),
         (("tune.from_scratch", json!(true)), "`tune.from_scratch` makes a base of the job's own"),
+        (("tune.surgery", json!({"method": "dynamic-dino"})), "`tune.surgery` makes another model of it"),
     ] {
         let faults = faults(&[share.clone(), changed]);
         let wanted = format!("`resources.share_base` is true, but {expected}");
         assert!(faults.iter().any(|fault| fault.starts_with(&wanted)), "{faults:#?}");
     }
+}
+
+#[test]
+fn a_surgery_is_for_what_keeps_its_model() {
+    let (surgery, full) =
+        (("tune.surgery", json!({"method": "dynamic-dino"})), ("tune.adapter", json!({"method": "full"})));
+    assert_eq!(faults(&[surgery.clone(), full.clone()]), [""; 0]);
+    let expected = "`tune.adapter` is an adapter, and `tune.surgery` makes a model of its own, which only a method that trains \
+                    the weights of the base keeps";
+    assert_eq!(faults(std::slice::from_ref(&surgery)), [expected]);
+    let wrong = ("tune.surgery", json!({"method": "dynamic-dino", "copies": 0}));
+    assert_eq!(faults(&[wrong, full.clone()]), ["`tune.surgery.copies` is 0; expected 1 or more"]);
+    let other = ("tune.surgery", json!({"method": "adamw"}));
+    let found = faults(&[other, full]);
+    assert!(
+        found[0].starts_with("`tune.surgery.method` is \"adamw\", which is a method of point optimizer"),
+        "{found:?}"
+    );
 }
 
 #[test]

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 35] = [
+const KINDS: [(&str, &[(&str, &str)]); 36] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -23,6 +23,13 @@ const KINDS: [(&str, &[(&str, &str)]); 35] = [
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("full by parts", &[("tune.adapter", "{method: full}"), ("tune.matmul", "high")]),
+    (
+        "upcycled",
+        &[
+            ("tune.surgery", "{method: dynamic-dino, copies: 3, granularity: 4}"),
+            ("tune.adapter", "{method: full, targets: [w1, w2, w3, gate]}"),
+        ],
+    ),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
     ("prompt", PROMPT),

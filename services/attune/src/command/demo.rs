@@ -127,12 +127,12 @@ async fn show(
     let client = server.connect().await?;
     let cache = folder.join("cache");
     heading(out, "A base learns a small invented world from plain text: all of its weights, from random ones.")?;
-    let text = train(&client, &files.join(TEXT_JOB.file), out).await?;
+    let text = Box::pin(train(&client, &files.join(TEXT_JOB.file), out)).await?;
     let base = fetch(&client, &Place::Stored("demo-base:latest".to_owned()), v1::ArtifactKind::Model, &cache).await?;
     answer(&base, &[], samples, |sample, said| sample.before = said)?;
 
     heading(out, "An adapter teaches it to answer questions; the base stays as it is.")?;
-    let chat = train(&client, &files.join(CHAT_JOB.file), out).await?;
+    let chat = Box::pin(train(&client, &files.join(CHAT_JOB.file), out)).await?;
     let adapter =
         fetch(&client, &Place::Stored("demo-guide:latest".to_owned()), v1::ArtifactKind::Adapter, &cache).await?;
     answer(&base, &[adapter], samples, |sample, said| sample.after = said)?;

@@ -83,6 +83,10 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
             format!("{} rows before every document, which take positions and room in a batch", method.rows_before);
         facts.push(("Puts", text));
     }
+    if !method.becomes.is_empty() {
+        let sizes = method.becomes.iter().map(|(size, text)| format!("{size} = {text}"));
+        facts.push(("Makes", sizes.collect::<Vec<_>>().join(", ")));
+    }
     match method.merges {
         Merges::Factors => facts.push(("Merges", "into the base's weight, as a low-rank change".to_owned())),
         Merges::Weight => facts.push(("Merges", "into a new weight in place of the base's".to_owned())),
@@ -197,6 +201,7 @@ fn example(method: &MethodDocument) -> String {
             format!("  tune:\n    objective: {{{named}}}\n{rewards}")
         }
         Point::Reward => format!("  tune:\n    rewards: [{{{named}}}]\n"),
+        Point::Surgery => format!("  tune:\n    surgery: {{{named}}}\n"),
         Point::StepRule => format!("  tune:\n    step: {{{named}}}\n"),
         Point::Optimizer => format!("  tune:\n    optimizer: {{{named}}}\n"),
         Point::Schedule => format!("  tune:\n    schedule: {{{named}}}\n"),

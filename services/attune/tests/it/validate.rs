@@ -135,6 +135,19 @@ fn sites_are_checked_where_the_base_is_here() {
 }
 
 #[test]
+fn sites_are_those_of_what_a_surgery_makes_of_the_base() {
+    let full = "tune.adapter={method: full, targets: [w1, gate]}";
+    let with = |surgery: &str, more: &str| validate(JOB, &["--set", surgery, "--set", more]);
+    let surgery = "tune.surgery={method: dynamic-dino, granularity: 2}";
+    let ran = with(surgery, full);
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    let ran = with(surgery, "tune.adapter={method: full, targets: gate_proj}");
+    assert!(ran.stderr.contains("matches no site of this mixtral model"), "{}", ran.all());
+    let ran = with("tune.surgery={method: dynamic-dino, granularity: 7}", full);
+    assert!(ran.stderr.contains("`tune.surgery` makes `inner`"), "{}", ran.all());
+}
+
+#[test]
 fn a_path_that_cannot_be_set_and_a_file_that_is_not_there_are_said() {
     insta::assert_snapshot!(validate(JOB, &["--set", "tune.stack[0].rank=1"]).all(), @r"
     exit status 2

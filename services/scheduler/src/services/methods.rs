@@ -44,6 +44,7 @@ fn card(document: &MethodDocument) -> v1::Method {
         trains_base: document.trains_base,
         shared: document.shared.clone(),
         moves: document.moves.clone().unwrap_or_default(),
+        becomes: document.becomes.clone().into_iter().collect(),
         merges: match document.merges {
             Merges::Factors => v1::MergeForm::Factors,
             Merges::Weight => v1::MergeForm::Weight,

@@ -172,6 +172,33 @@ async fn what_a_method_costs_is_in_the_forecast() {
     assert_eq!(lora_ga.memory_bytes - thin.memory_bytes, 2 * 4 * (4 * 64 + 3 * 128) - trained);
 }
 
+/// A surgery's sites, parameters and cost are those of the model that it makes.
+#[tokio::test]
+async fn a_job_with_a_surgery_is_judged_by_the_model_that_it_makes() {
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let ask = async |surgery, targets: &[&str]| {
+        let mut job = job();
+        job["tune"]["surgery"] = surgery;
+        job["tune"]["adapter"] = json!({"method": "full", "targets": targets});
+        let request = v1::CreateJobRequest { spec: Some(message(&job)), validate_only: true, ..Default::default() };
+        client.jobs().create_job(request).await.map(|answer| answer.into_inner().forecast.unwrap())
+    };
+    let surgery = json!({"method": "dynamic-dino", "copies": 3, "granularity": 2});
+    let forecast = ask(surgery.clone(), &["w1", "w2", "w3", "gate"]).await.unwrap();
+    // In two layers three times the MLP's three matrices of 8 by 16, and a router of six rows.
+    assert_eq!(forecast.trainable_parameters, 2 * (3 * 3 * 8 * 16 + 6 * 8));
+    let rest = 32 * 8 + 2 * (4 * 64 + 2 * 8) + 8;
+    assert_eq!(forecast.total_parameters, forecast.trainable_parameters + rest);
+    let found = faults(&ask(surgery, &["gate_proj"]).await.unwrap_err());
+    assert_eq!(found[0].path.as_str(), "tune.adapter.targets");
+    assert!(found[0].message.contains("matches no site of this mixtral model"), "{found:?}");
+    let found = faults(&ask(json!({"method": "dynamic-dino", "granularity": 3}), &["w1"]).await.unwrap_err());
+    assert_eq!(found[0].path.as_str(), "tune.surgery");
+    assert!(found[0].message.starts_with("makes `inner` 5.3"), "{found:?}");
+}
+
 #[tokio::test]
 async fn paths_are_read_under_the_data_root_only() {
     let folder = tempfile::tempdir().unwrap();
