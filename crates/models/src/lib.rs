@@ -7,7 +7,7 @@
 //!
 //! Deliberately absent: methods (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
 //!
-//! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees),
+//! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees; `tables`),
 //! [`pass`] (views of rows, several parts at once), [`block`], [`model`] (`graphs`, its oracle; `outputs`), [`generate`], [`export`].
 
 pub mod error;
@@ -32,6 +32,7 @@ mod outputs;
 pub mod pass;
 mod regions;
 pub mod scope;
+mod tables;
 
 pub mod dropout;
 pub mod export;

@@ -16,5 +16,6 @@ mod low_rank;
 mod passes;
 mod sequences;
 mod support;
+mod tables;
 mod walk;
 mod whole;
