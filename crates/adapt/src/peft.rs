@@ -140,7 +140,18 @@ impl Folder {
             let same = shared.dims() == self.tensors.get(name)?.dims();
             (same && same_bits(shared, self.tensors.get(name)?)).then_some(())
         };
-        left.retain(|name| repeats(name).is_none());
+        // So it does for a head that is tied to the table of tokens.
+        let local = |name: &str| name.rsplit_once('.').map(|(_, local)| local.to_owned());
+        let read: Vec<&String> = self.tensors.keys().filter(|name| !left.contains(*name)).collect();
+        let copies = |name: &str| {
+            let mut alike = read.iter().filter(|other| local(other) == local(name));
+            alike.any(|other| {
+                let (own, other) = (&self.tensors[name], &self.tensors[other.as_str()]);
+                own.dims() == other.dims() && same_bits(own, other)
+            })
+        };
+        let copied: Vec<&String> = left.iter().filter(|name| copies(name)).copied().collect();
+        left.retain(|name| repeats(name).is_none() && !copied.contains(name));
         match left.first() {
             None => Ok(params),
             Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),

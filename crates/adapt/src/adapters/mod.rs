@@ -59,6 +59,7 @@ mod supertuning;
 mod svft;
 mod taps;
 mod tinylora;
+mod trainable_tokens;
 mod unilora;
 mod vblora;
 mod vectorfit;
@@ -138,6 +139,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<svft::Svft>(),
         entry::<taps::Taps>(),
         entry::<tinylora::Tinylora>(),
+        entry::<trainable_tokens::TrainableTokens>(),
         entry::<unilora::Unilora>(),
         entry::<vblora::Vblora>(),
         entry::<vectorfit::Vectorfit>(),
@@ -202,6 +204,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
     FromPeft { peft_type: Some("SUPERTUNING"), claims: |_| true, read: supertuning::from_peft },
     FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
+    FromPeft { peft_type: Some("TRAINABLE_TOKENS"), claims: |_| true, read: trainable_tokens::from_peft },
     FromPeft { peft_type: Some("UNILORA"), claims: |_| true, read: unilora::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },

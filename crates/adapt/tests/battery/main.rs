@@ -82,6 +82,9 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("waveft", &[("frequencies", 50), ("scaling", 2)]),
 ];
 
+/// Parameters that are lists and without which a method has nothing to do.
+static LISTS: &[(&str, &str, &[u32])] = &[("trainable-tokens", "tokens", &[5, 30, 2])];
+
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
 fn exact(card: &Card) -> Option<(&'static str, Value)> {
     match card.name {
@@ -102,6 +105,9 @@ fn method(card: &Card) -> Value {
     let mut method = json!({"method": card.name});
     for (name, value) in SMALL.iter().filter(|(name, _)| *name == card.name).flat_map(|(_, params)| *params) {
         method[name] = (*value).into();
+    }
+    for (_, name, values) in LISTS.iter().filter(|(name, _, _)| *name == card.name) {
+        method[*name] = json!(values);
     }
     method
 }

@@ -1,0 +1,45 @@
+//! Of tuners whose change is no low-rank sum at linears alone.
+
+use attune_models::{Base, Pass};
+use attune_points::layout::{NO_LABEL, Source};
+use attune_points::{Layout, Row};
+use attune_spec::job::Targets;
+use attune_spec::method::SiteKind;
+use candle_core::DType;
+use libtest_mimic::Failed;
+use serde_json::{Value, json};
+
+use super::{Own, PLAIN};
+use crate::support::{self, Setup};
+use crate::{build, fail};
+
+pub(super) const OWN: &[(&str, Own)] = &[
+    ("trainable_tokens::a_text_without_its_tokens_has_the_logits_of_all_others", others_stay),
+];
+
+/// A linear of 32 outputs and 24 inputs.
+const UP: &str = "model.layers.1.mlp.up_proj";
+
+/// How many logits of a text without the tokens 5, 30 and 2 a component, moved from its start, changes; and how many numbers train.
+fn logits_changed(method: Value, targets: &str, applies: &[SiteKind]) -> Result<(usize, usize), Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), applies, DType::F64);
+    setup.disturb(0.3);
+    let mut layout = Layout::new();
+    layout.push(Source::default(), [3u32, 9, 31, 9, 17].map(|token| (Row::Token(token), NO_LABEL)));
+    let without = setup.theta.adapters_off();
+    let [with, without] =
+        [&setup.theta, &without].map(|theta| setup.model.logits(&Pass { theta, layout: &layout, dropout: None }));
+    let off = (with? - without?)?.abs()?.max(0)?.to_vec1::<f64>()?;
+    let numbers = setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum();
+    Ok((off.into_iter().filter(|off| *off > 1e-9).count(), numbers))
+}
+
+fn others_stay() -> Result<(), Failed> {
+    let tokens = json!({"method": "trainable-tokens", "tokens": [5, 30, 2]});
+    let own = logits_changed(tokens, "all", &[SiteKind::Embedding])?;
+    let plain = logits_changed(json!({"method": PLAIN, "rank": 1}), UP, &[SiteKind::Linear])?;
+    // The head has the table as its weight.
+    assert_eq!((own, plain), ((3, 72), (37, 56)));
+    Ok(())
+}
