@@ -24,6 +24,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_gralora", "gpt2"),
     ("gpt2_hira", "gpt2"),
     ("gpt2_ia3", "gpt2"),
+    ("gpt2_lora_bias", "gpt2"),
     ("gpt2_multitask", "gpt2"),
     ("gpt2_norms", "gpt2"),
     ("gpt2_prefix", "gpt2"),
@@ -90,6 +91,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_lily", "qwen2"),
     ("qwen2_loha", "qwen2"),
     ("qwen2_lokr", "qwen2"),
+    ("qwen2_lora_bias", "qwen2"),
     ("qwen2_norms", "qwen2"),
     ("qwen2_oft", "qwen2"),
     ("qwen2_osf", "qwen2"),
@@ -202,6 +204,7 @@ const KEYS: &[&str] = &[
     "init_theta_d_bound",
     "save_indices",
     "token_indices",
+    "lora_bias",
 ];
 
 /// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.
