@@ -21,6 +21,7 @@ mod elastic_lora;
 mod flora_tucker;
 mod fourierft;
 mod full;
+mod glora;
 mod gralora;
 mod hira;
 mod hra;
@@ -101,6 +102,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
         entry::<full::Full>(),
+        entry::<glora::Glora>(),
         entry::<gralora::Gralora>(),
         entry::<hira::Hira>(),
         entry::<hra::Hra>(),
@@ -177,6 +179,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("DEFT"), claims: |_| true, read: deft::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
+    FromPeft { peft_type: Some("GLORA"), claims: |_| true, read: glora::from_peft },
     FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },

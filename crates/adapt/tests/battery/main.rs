@@ -53,6 +53,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("dsee", &[("rank", 2), ("entries", 20)]),
     ("elastic-lora", &[("rank", 4), ("step", 1), ("smallest", 1), ("alpha", 4)]),
     ("fourierft", &[("frequencies", 50)]),
+    ("glora", &[("rank", 3)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
     ("hira", &[("rank", 2)]),
     ("kasa", &[("rank", 3), ("alpha", 6)]),

@@ -417,7 +417,7 @@ pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn Gr
             let slot = binding.slot;
             let own = component(part, binding, &site.id).map(|(at, _)| at);
             let table = component(part, binding, &kept).filter(|(_, port)| matches!(port, Port::Table(_)));
-            let at = own.or(table.map(|(at, _)| at));
+            let at = own.or_else(|| table.map(|(at, _)| at));
             for (at, spec) in at.into_iter().flat_map(|at| at.tensors.iter().map(move |spec| (at, spec))) {
                 for set in sets(&binding.rows) {
                     ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(at.site.as_str()) });

@@ -1,5 +1,6 @@
 //! Of tuners whose change is no low-rank sum at linears alone.
 
+use attune_adapt::ADAPTERS;
 use attune_models::{Base, Pass};
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
@@ -9,12 +10,14 @@ use candle_core::DType;
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
-use super::{Own, PLAIN};
+use super::{Own, PLAIN, change, rank};
 use crate::support::{self, Setup};
-use crate::{build, fail};
+use crate::{build, fail, gradient_of, merged_of};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("trainable_tokens::a_text_without_its_tokens_has_the_logits_of_all_others", others_stay),
+    ("glora::a_column_of_numbers_changes_a_weight_by_all_ranks", all_ranks),
+    ("wider::every_form_has_exact_gradients_and_merges", forms),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
@@ -41,5 +44,34 @@ fn others_stay() -> Result<(), Failed> {
     let plain = logits_changed(json!({"method": PLAIN, "rank": 1}), UP, &[SiteKind::Linear])?;
     // The head has the table as its weight.
     assert_eq!((own, plain), ((3, 72), (37, 56)));
+    Ok(())
+}
+
+/// The rank of the change of a weight by a component, moved from its start, and how many numbers it trains.
+fn rank_of_change(method: Value) -> Result<(usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    setup.disturb(0.3);
+    let numbers = setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum();
+    Ok((rank(&change(&setup)?)?, numbers))
+}
+
+fn all_ranks() -> Result<(), Failed> {
+    let glora = rank_of_change(json!({"method": "glora", "weight": "vector"}))?;
+    let plain = rank_of_change(json!({"method": PLAIN, "rank": 1}))?;
+    assert_eq!((glora, plain), ((24, 64), (1, 56)));
+    Ok(())
+}
+
+fn forms() -> Result<(), Failed> {
+    for method in [
+        json!({"method": PLAIN, "rank": 3, "alpha": 5, "trains": "b"}),
+        json!({"method": "glora", "rank": 2, "coupling": "vector", "bias": "vector"}),
+        json!({"method": "glora", "weight": "vector", "coupling": "none"}),
+        json!({"method": "glora", "weight": "constant", "bias": "none"}),
+    ] {
+        let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
+        gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
+        merged_of(card, method)?;
+    }
     Ok(())
 }
