@@ -2,6 +2,7 @@
 
 mod abba;
 mod adalora;
+mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
 mod beft;
@@ -83,6 +84,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     &[
         entry::<abba::Abba>(),
         entry::<adalora::Adalora>(),
+        entry::<adamss::Adamss>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
         entry::<beft::Beft>(),
@@ -172,6 +174,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
+    FromPeft { peft_type: Some("ADAMSS"), claims: |_| true, read: adamss::from_peft },
     FromPeft { peft_type: Some("ADAPTION_PROMPT"), claims: |_| true, read: adaption_prompt::from_peft },
     FromPeft { peft_type: Some("BEFT"), claims: |_| true, read: beft::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },

@@ -38,6 +38,7 @@ const CASES: &[(&str, &str)] = &[
     ("gpt2_vera", "gpt2"),
     ("gpt2_waveft", "gpt2"),
     ("llama_adalora", "llama"),
+    ("llama_adamss", "llama"),
     ("llama_adaption", "llama"),
     ("llama_all_linear", "llama"),
     ("llama_beft", "llama"),
@@ -78,6 +79,8 @@ const CASES: &[(&str, &str)] = &[
     ("llama_waveft", "llama"),
     ("mistral_adaption", "mistral"),
     ("qwen2_adalora", "qwen2"),
+    ("qwen2_adamss", "qwen2"),
+    ("qwen2_adamss_one", "qwen2"),
     ("qwen2_all_linear", "qwen2"),
     ("qwen2_beft", "qwen2"),
     ("qwen2_boft", "qwen2"),
@@ -211,6 +214,9 @@ const KEYS: &[&str] = &[
     "config_A_B",
     "config_C",
     "config_D_E",
+    "num_subspaces",
+    "subspace_rank",
+    "use_dynamic_rank",
 ];
 
 /// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.

@@ -42,6 +42,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("adalora", &[("rank", 4), ("target_rank", 2)]),
+    ("adamss", &[("rank", 7), ("subspaces", 3), ("subspace_rank", 2)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),

@@ -3,10 +3,10 @@
 use attune_adapt::ADAPTERS;
 use attune_models::{Base, Pass};
 use attune_points::layout::{NO_LABEL, Source};
-use attune_points::{Layout, Row};
+use attune_points::{Layout, Row, TensorName};
 use attune_spec::job::Targets;
 use attune_spec::method::SiteKind;
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
@@ -17,6 +17,7 @@ use crate::{build, fail, gradient_of, merged_of};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("trainable_tokens::a_text_without_its_tokens_has_the_logits_of_all_others", others_stay),
     ("glora::a_column_of_numbers_changes_a_weight_by_all_ranks", all_ranks),
+    ("adamss::rows_of_one_group_change_along_one_direction_and_those_of_all_along_more", grouped),
     ("wider::every_form_has_exact_gradients_and_merges", forms),
 ];
 
@@ -62,12 +63,42 @@ fn all_ranks() -> Result<(), Failed> {
     Ok(())
 }
 
+/// The rank of the change of a weight as a whole, and of its rows of one group; LoRA's are all of one.
+fn grouped_ranks(method: Value) -> Result<[usize; 3], Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    setup.disturb(0.3);
+    let change = change(&setup)?;
+    let name = TensorName::new(UP, "adamss_groups");
+    let groups: Vec<f64> = match setup.params().get(&name) {
+        Some(groups) => groups.to_dtype(DType::F64)?.to_vec1()?,
+        None => vec![0.0; 32],
+    };
+    let mut most = 0;
+    for group in 0..4 {
+        let rows: Vec<u32> = (0..32u32).filter(|row| groups[*row as usize] == f64::from(group)).collect();
+        if !rows.is_empty() {
+            most = most.max(rank(&change.index_select(&Tensor::new(rows, change.device())?, 0)?)?);
+        }
+    }
+    let numbers = setup.theta.trained().map(|(_, tensor)| tensor.elem_count()).sum();
+    Ok([rank(&change)?, most, numbers])
+}
+
+fn grouped() -> Result<(), Failed> {
+    let adamss = grouped_ranks(json!({"method": "adamss", "rank": 6, "subspaces": 4}))?;
+    let plain = grouped_ranks(json!({"method": PLAIN, "rank": 1}))?;
+    assert_eq!((adamss, plain), ([4, 1, 56], [1, 1, 56]));
+    Ok(())
+}
+
 fn forms() -> Result<(), Failed> {
     for method in [
         json!({"method": PLAIN, "rank": 3, "alpha": 5, "trains": "b"}),
         json!({"method": "glora", "rank": 2, "coupling": "vector", "bias": "vector"}),
         json!({"method": "glora", "weight": "vector", "coupling": "none"}),
         json!({"method": "glora", "weight": "constant", "bias": "none"}),
+        json!({"method": "adamss", "rank": 5, "subspaces": 1, "subspace_rank": 2}),
+        json!({"method": "adamss", "rank": 24, "subspaces": 2, "subspace_rank": 3, "least": 0.5}),
     ] {
         let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
         gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
