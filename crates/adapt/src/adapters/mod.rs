@@ -45,6 +45,7 @@ mod osf;
 mod p_tuning;
 mod peanut;
 mod poet;
+mod poly;
 mod prefix_tuning;
 mod prompt_tuning;
 mod psoft;
@@ -127,6 +128,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<p_tuning::PTuning>(),
         entry::<peanut::Peanut>(),
         entry::<poet::Poet>(),
+        entry::<poly::Poly>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
@@ -199,6 +201,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("OSF"), claims: |_| true, read: osf::from_peft },
     FromPeft { peft_type: Some("PEANUT"), claims: |_| true, read: peanut::from_peft },
+    FromPeft { peft_type: Some("POLY"), claims: |_| true, read: poly::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
     // A file has the rows, and no longer what made them.
     FromPeft { peft_type: Some("P_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },

@@ -62,6 +62,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_osf", "llama"),
     ("llama_patterns", "llama"),
     ("llama_peanut", "llama"),
+    ("llama_poly", "llama"),
     ("llama_prefix", "llama"),
     ("llama_prompt", "llama"),
     ("llama_psoft", "llama"),
@@ -102,6 +103,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_oft", "qwen2"),
     ("qwen2_osf", "qwen2"),
     ("qwen2_peanut", "qwen2"),
+    ("qwen2_poly", "qwen2"),
     ("qwen2_psoft", "qwen2"),
     ("qwen2_road_1", "qwen2"),
     ("qwen2_road_4", "qwen2"),
@@ -217,6 +219,10 @@ const KEYS: &[&str] = &[
     "num_subspaces",
     "subspace_rank",
     "use_dynamic_rank",
+    "n_tasks",
+    "n_skills",
+    "n_splits",
+    "poly_type",
 ];
 
 /// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.

@@ -69,6 +69,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("prompt-tuning", &[("length", 4)]),
     ("peanut", &[("rank", 5), ("depth", 1)]),
     ("poet", &[("block_size", 4)]),
+    ("poly", &[("rank", 3)]),
     ("psoft", &[("rank", 4)]),
     ("pvera", &[("rank", 6)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),

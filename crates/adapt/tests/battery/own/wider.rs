@@ -11,13 +11,14 @@ use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN, change, rank};
-use crate::support::{self, Setup};
+use crate::support::{self, Setup, difference};
 use crate::{build, fail, gradient_of, merged_of};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("trainable_tokens::a_text_without_its_tokens_has_the_logits_of_all_others", others_stay),
     ("glora::a_column_of_numbers_changes_a_weight_by_all_ranks", all_ranks),
     ("adamss::rows_of_one_group_change_along_one_direction_and_those_of_all_along_more", grouped),
+    ("poly::a_text_is_another_one_to_another_task", tasks_apart),
     ("wider::every_form_has_exact_gradients_and_merges", forms),
 ];
 
@@ -91,6 +92,26 @@ fn grouped() -> Result<(), Failed> {
     Ok(())
 }
 
+/// How far logits of one text as a document of two domains are from each other.
+fn apart_by_domain(method: Value) -> Result<f64, Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F64);
+    setup.disturb(0.3);
+    let logits = |domain: u16| -> Result<Tensor, Failed> {
+        let mut layout = Layout::new();
+        let source = Source { domain, ..Source::default() };
+        layout.push(source, [3u32, 9, 31, 9, 17].map(|token| (Row::Token(token), NO_LABEL)));
+        Ok(setup.model.logits(&Pass { theta: &setup.theta, layout: &layout, dropout: None })?)
+    };
+    Ok(difference(&logits(0)?, &logits(1)?))
+}
+
+fn tasks_apart() -> Result<(), Failed> {
+    let poly = apart_by_domain(json!({"method": "poly", "rank": 1, "tasks": 2, "skills": 2}))?;
+    let plain = apart_by_domain(json!({"method": PLAIN, "rank": 2}))?;
+    assert!(poly > 1e-4 && plain == 0.0, "{poly} and {plain}");
+    Ok(())
+}
+
 fn forms() -> Result<(), Failed> {
     for method in [
         json!({"method": PLAIN, "rank": 3, "alpha": 5, "trains": "b"}),
@@ -99,6 +120,8 @@ fn forms() -> Result<(), Failed> {
         json!({"method": "glora", "weight": "constant", "bias": "none"}),
         json!({"method": "adamss", "rank": 5, "subspaces": 1, "subspace_rank": 2}),
         json!({"method": "adamss", "rank": 24, "subspaces": 2, "subspace_rank": 3, "least": 0.5}),
+        json!({"method": "poly", "rank": 2, "skills": 3, "splits": 4}),
+        json!({"method": "poly", "rank": 2, "tasks": 3, "skills": 2, "splits": 2, "task": 0}),
     ] {
         let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
         gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
