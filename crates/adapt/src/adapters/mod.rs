@@ -21,6 +21,7 @@ mod dsee;
 mod elastic_lora;
 mod flora_tucker;
 mod fourierft;
+mod frod;
 mod full;
 mod glora;
 mod gralora;
@@ -104,6 +105,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<elastic_lora::ElasticLora>(),
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
+        entry::<frod::Frod>(),
         entry::<full::Full>(),
         entry::<glora::Glora>(),
         entry::<gralora::Gralora>(),

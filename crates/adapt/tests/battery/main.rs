@@ -103,6 +103,11 @@ fn is_step(card: &Card, local: &str) -> bool {
     matches!((card.name, local), ("taps" | "selective-lora", "score"))
 }
 
+/// Whether sites start from weights of other sites.
+fn starts_together(card: &Card) -> bool {
+    card.name == "frod"
+}
+
 /// A method of the list as the battery runs it.
 fn method(card: &Card) -> Value {
     let mut method = json!({"method": card.name});
@@ -335,6 +340,14 @@ fn start(card: &'static Card) -> Result<(), Failed> {
     let all = fresh(7, &setup.attachments)?;
     let last = setup.attachments.len() - 1;
     let alone = fresh(7, &setup.attachments[last..])?;
+    if starts_together(card) {
+        // Sites start from the weights of others, and from nothing else.
+        let again = fresh(7, &setup.attachments)?;
+        for (name, tensor) in all.iter() {
+            assert_eq!(difference(tensor, again.get(name).ok_or("missing")?), 0.0, "{name} depends on chance");
+        }
+        return Ok(());
+    }
     let shared = |name: &&TensorName| {
         setup.attachments[last].tensors.iter().any(|t| t.scope != Scope::Site && t.name("") == **name)
     };

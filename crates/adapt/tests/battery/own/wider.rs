@@ -18,6 +18,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("trainable_tokens::a_text_without_its_tokens_has_the_logits_of_all_others", others_stay),
     ("glora::a_column_of_numbers_changes_a_weight_by_all_ranks", all_ranks),
     ("adamss::rows_of_one_group_change_along_one_direction_and_those_of_all_along_more", grouped),
+    ("frod::few_numbers_change_a_weight_by_all_ranks", turned_basis),
     ("poly::a_text_is_another_one_to_another_task", tasks_apart),
     ("wider::every_form_has_exact_gradients_and_merges", forms),
 ];
@@ -61,6 +62,13 @@ fn all_ranks() -> Result<(), Failed> {
     let glora = rank_of_change(json!({"method": "glora", "weight": "vector"}))?;
     let plain = rank_of_change(json!({"method": PLAIN, "rank": 1}))?;
     assert_eq!((glora, plain), ((24, 64), (1, 56)));
+    Ok(())
+}
+
+fn turned_basis() -> Result<(), Failed> {
+    let frod = rank_of_change(json!({"method": "frod"}))?;
+    let plain = rank_of_change(json!({"method": PLAIN, "rank": 1}))?;
+    assert_eq!((frod, plain), ((24, 29), (1, 56)));
     Ok(())
 }
 
@@ -120,6 +128,8 @@ fn forms() -> Result<(), Failed> {
         json!({"method": "glora", "weight": "constant", "bias": "none"}),
         json!({"method": "adamss", "rank": 5, "subspaces": 1, "subspace_rank": 2}),
         json!({"method": "adamss", "rank": 24, "subspaces": 2, "subspace_rank": 3, "least": 0.5}),
+        json!({"method": "frod", "density": 0.2}),
+        json!({"method": "frod", "density": 0}),
         json!({"method": "poly", "rank": 2, "skills": 3, "splits": 4}),
         json!({"method": "poly", "rank": 2, "tasks": 3, "skills": 2, "splits": 2, "task": 0}),
     ] {
