@@ -27,8 +27,8 @@ fn a_method_reads_like_an_entry_of_a_manual() {
 
       Decides     which attachments at which sites, with which tensors, and what do they merge to?
       Sites       linear; all-linear where a slot names none
-      Cost        rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a") trained parameters at a site of input
-                  width i and output width o
+      Cost        rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a") trained
+                  parameters at a site of input width i and output width o
       Merges      into the base's weight, as a low-rank change
       PEFT        kept in PEFT's layout as LORA
       Paper       LoRA: Low-Rank Adaptation of Large Language Models. Edward J. Hu, Yelong Shen,
