@@ -20,11 +20,15 @@ import reference as ref  # noqa: E402
 
 # Without a GPU PEFT takes BOFT for one of a single factor; this makes its own code run here.
 import turns  # noqa: E402, F401
+import wider  # noqa: E402
+
+# An AdaMSS of a single subspace groups nothing, for which PEFT would want scikit-learn.
+wider.grouped_by_number()
 
 
 def logits_of(model, ids):
     """Those of the one task, where PEFT asks for one."""
-    if model.peft_config["default"].peft_type != "MULTITASK_PROMPT_TUNING":
+    if model.peft_config["default"].peft_type not in ("MULTITASK_PROMPT_TUNING", "POLY"):
         return ref.logits_of(model, ids)
     with torch.no_grad():
         return model(input_ids=ids[None], task_ids=torch.zeros(1, dtype=torch.long)).logits[0]

@@ -49,7 +49,10 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
         if info.dtype == Dtype::I32 {
             tensors.insert(name.clone(), integers(&file, info)?);
         } else if let Some(tensor) = mapped.get_number(name)? {
-            tensors.insert(name.clone(), tensor.to_numbers()?);
+            let tensor = tensor.to_numbers()?;
+            if !is_off(name, &tensor) {
+                tensors.insert(name.clone(), tensor);
+            }
         }
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
@@ -63,6 +66,12 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     })?;
     let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
     Ok(Folder { method, targets, path: folder.to_owned(), tensors })
+}
+
+/// Whether a tensor is the zeros that PEFT keeps in the place of something that is off.
+fn is_off(name: &str, tensor: &Tensor) -> bool {
+    let values = || tensor.flatten_all().and_then(|values| values.to_vec1::<f32>());
+    name.ends_with(".zeros") && values().is_ok_and(|values| values.iter().all(|value| *value == 0.0))
 }
 
 /// A tensor of integers, the places of sparse changes.
@@ -140,7 +149,18 @@ impl Folder {
             let same = shared.dims() == self.tensors.get(name)?.dims();
             (same && same_bits(shared, self.tensors.get(name)?)).then_some(())
         };
-        left.retain(|name| repeats(name).is_none());
+        // So it does for a head that is tied to the table of tokens.
+        let local = |name: &str| name.rsplit_once('.').map(|(_, local)| local.to_owned());
+        let read: Vec<&String> = self.tensors.keys().filter(|name| !left.contains(*name)).collect();
+        let copies = |name: &str| {
+            let mut alike = read.iter().filter(|other| local(other) == local(name));
+            alike.any(|other| {
+                let (own, other) = (&self.tensors[name], &self.tensors[other.as_str()]);
+                own.dims() == other.dims() && same_bits(own, other)
+            })
+        };
+        let copied: Vec<&String> = left.iter().filter(|name| copies(name)).copied().collect();
+        left.retain(|name| repeats(name).is_none() && !copied.contains(name));
         match left.first() {
             None => Ok(params),
             Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),

@@ -40,8 +40,12 @@ pub fn fresh<'w>(
             None => adapter.init(at, &*base, &mut stream),
         }
     };
-    // Sites know nothing of each other: decompositions of their weights go side by side.
-    let started: Vec<Result<(Locals, BaseEdit)>> = attachments.par_iter().map(start).collect();
+    let together = if init.is_none() { adapter.init_together(attachments, &weight, rng)? } else { None };
+    let started: Vec<Result<(Locals, BaseEdit)>> = match together {
+        Some(started) => started.into_iter().map(Ok).collect(),
+        // Sites know nothing of each other: decompositions of their weights go side by side.
+        None => attachments.par_iter().map(start).collect(),
+    };
     let mut fresh = Fresh::default();
     for (at, started) in attachments.iter().zip(started) {
         let (tensors, edit) = started?;

@@ -82,17 +82,13 @@ impl<'a> GraphCx<'a> {
     /// # Errors
     /// Whatever the operator or a component raises, with the site's name.
     pub fn linear(&self, site: &'a Site, x_ti: &Tensor) -> Result<Tensor> {
-        let at = || format!("linear {}", site.id);
         let mut own_ti = x_ti.clone();
         for (binding, at, port) in self.attached(&site.id) {
             if let Port::Input(map) = port {
                 own_ti = self.turned(site, (binding, at, map), own_ti)?;
             }
         }
-        let mut y_to = self.product(site, &own_ti)?;
-        if site.kind.bias_width().is_some() {
-            y_to = y_to.broadcast_add(&self.vector(&site.id, "bias")?).context(at)?;
-        }
+        let mut y_to = self.columns(site, x_ti, self.product(site, &own_ti)?)?;
         for (binding, at, port) in self.attached(&site.id) {
             if let Port::Output(map) = port {
                 y_to = self.turned(site, (binding, at, map), y_to)?;
@@ -101,7 +97,7 @@ impl<'a> GraphCx<'a> {
         for (binding, at, port) in self.attached(&site.id) {
             y_to = match port {
                 Port::Delta(map) => self.add(site, (binding, at, map), x_ti, y_to)?,
-                Port::Weight(_) | Port::Input(_) | Port::Output(_) => y_to,
+                Port::Weight(_) | Port::Input(_) | Port::Output(_) | Port::Table(_) => y_to,
                 _ => {
                     let message = format!("the component at {} has a port that no linear offers", site.id);
                     return Err(Error::Refused(message));
@@ -112,7 +108,7 @@ impl<'a> GraphCx<'a> {
     }
 
     /// What is attached at `site`, in order.
-    pub(crate) fn attached(&self, site: &'a SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
+    pub(crate) fn attached(&self, site: &SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
         let (theta, stack) = (self.theta, self.stack);
         theta.bindings.iter().filter_map(move |binding| {
             let bank = theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
@@ -122,7 +118,7 @@ impl<'a> GraphCx<'a> {
         })
     }
 
-    /// Rows times the weight at `site`, or what components make of it.
+    /// Rows times the weight at `site` and its bias, where it has one, or what components make of them.
     fn product(&self, site: &Site, x_ti: &Tensor) -> Result<Tensor> {
         let maps = self.attached(&site.id).filter_map(|(binding, at, port)| match port {
             Port::Weight(map) => Some((binding, at, map)),
@@ -130,11 +126,17 @@ impl<'a> GraphCx<'a> {
         });
         let maps: Vec<(&Binding, &Attachment, &dyn WeightMap)> = maps.collect();
         let (weight, at) = (self.matrix(&site.id)?, || format!("linear {}", site.id));
+        let own_o = site.kind.bias_width().map(|_| self.vector(&site.id, "bias")).transpose()?;
+        let with_bias = |y_to: Tensor, b_o: Option<&Tensor>| match b_o {
+            Some(b_o) => y_to.broadcast_add(b_o).context(at),
+            None => Ok(y_to),
+        };
         if maps.is_empty() {
-            return Ok(match weight {
+            let y_to = match weight {
                 Matrix::Tensor(w_oi) => ops::linear(x_ti, &w_oi, None).context(at)?,
                 Matrix::Frozen(w_oi) => frozen::linear(x_ti, w_oi).context(at)?,
-            });
+            };
+            return with_bias(y_to, own_o.as_ref());
         }
         let own_oi = match weight {
             Matrix::Tensor(w_oi) => w_oi,
@@ -146,13 +148,16 @@ impl<'a> GraphCx<'a> {
             (ids.iter()).map(|&id| maps.iter().map(|(binding, _, _)| set_of(&binding.rows, id)).collect()).collect();
         let (mut parts, mut start) = (Vec::new(), 0);
         for run in sets.chunk_by(|a, b| a == b) {
-            let mut w_oi = own_oi.clone();
+            let (mut w_oi, mut b_o) = (own_oi.clone(), own_o.clone());
             for ((binding, at, map), set) in maps.iter().zip(&run[0]) {
                 if let Some(set) = set {
-                    w_oi = map.graph(&w_oi, &self.locals(binding.slot, *set, at)?)?;
+                    let locals = self.locals(binding.slot, *set, at)?;
+                    b_o = b_o.map(|b_o| map.bias(&b_o, &w_oi, &locals)).transpose()?;
+                    w_oi = map.graph(&w_oi, &locals)?;
                 }
             }
-            parts.push(ops::linear(&x_ti.narrow(0, start, run.len())?, &w_oi, None).context(at)?);
+            let y_to = ops::linear(&x_ti.narrow(0, start, run.len())?, &w_oi, None).context(at)?;
+            parts.push(with_bias(y_to, b_o.as_ref())?);
             start += run.len();
         }
         Ok(Tensor::cat(&parts, 0)?)
@@ -322,7 +327,7 @@ impl<'a> GraphCx<'a> {
     }
 
     /// The tensors of an attachment, leaves where a gradient is asked for.
-    fn locals(&self, slot: u16, set: u32, at: &Attachment) -> Result<Locals> {
+    pub(crate) fn locals(&self, slot: u16, set: u32, at: &Attachment) -> Result<Locals> {
         stack::locals_by(at, |name| {
             let id = TensorId { owner: Owner::Bank { slot, set }, name: name.clone() };
             self.tracked.get(&id).map(|var| var.as_tensor()).or_else(|| self.theta.get(&id))
@@ -331,7 +336,7 @@ impl<'a> GraphCx<'a> {
 }
 
 /// The set of a row.
-fn set_of(rows: &Rows, row: u32) -> Option<u32> {
+pub(crate) fn set_of(rows: &Rows, row: u32) -> Option<u32> {
     match rows {
         Rows::All(set) => Some(*set),
         Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),

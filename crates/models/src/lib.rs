@@ -7,7 +7,7 @@
 //!
 //! Deliberately absent: methods of other points than surgery (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
 //!
-//! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees),
+//! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees; `tables`),
 //! [`pass`] (views of rows, several parts at once), [`block`], [`model`] (`graphs`, its oracle; `outputs`), [`generate`],
 //! [`surgery`] (another model made of a base) and its methods in [`surgeries`], [`export`].
 
@@ -33,6 +33,7 @@ mod outputs;
 pub mod pass;
 mod regions;
 pub mod scope;
+mod tables;
 
 pub mod surgeries;
 pub mod surgery;

@@ -38,6 +38,20 @@ pub trait Adapter: Send + Sync {
     /// Whatever computing them raises.
     fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)>;
 
+    /// Starting values at all of its attachments at once, in their order, where those of one site depend on weights of others; `weight` gives the
+    /// base's at each, and `rng` is keyed by no site. None for most, whose sites know nothing of each other: [`Adapter::init`] starts them.
+    ///
+    /// # Errors
+    /// As for [`Adapter::init`].
+    fn init_together(
+        &self,
+        _at: &[Attachment],
+        _weight: &WeightOf<'_, '_>,
+        _rng: &Rng,
+    ) -> Result<Option<Vec<(Locals, BaseEdit)>>> {
+        Ok(None)
+    }
+
     /// How the component takes part in the computation at `at`.
     fn port(&self, at: &Attachment) -> Port<'_>;
 
@@ -70,6 +84,9 @@ pub trait Adapter: Send + Sync {
         &[]
     }
 }
+
+/// Gives the base weight at an attachment.
+pub type WeightOf<'f, 'w> = dyn Fn(&Attachment) -> Result<Box<dyn Weight + 'w>> + Sync + 'f;
 
 /// A component that trains, as a step rule of its own gets to know it.
 pub struct Trained<'a> {
@@ -116,6 +133,9 @@ pub enum Port<'a> {
     Aside(&'a dyn AsideMap),
     /// Rows before those of each document, at the table of tokens.
     Sequence(&'a dyn SequenceMap),
+    /// Rows in place of some of a table's own, wherever the table is used: where tokens are looked up, and where it is the weight of
+    /// a head.
+    Table(&'a dyn TableMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
 }
@@ -131,6 +151,15 @@ pub trait WeightMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor>;
+
+    /// The bias `[o]` in place of `b_o`, which the operator has beside the weight `w_oi` that [`WeightMap::graph`] is given, in
+    /// differentiable operations only and valid in f64. It stays as it is for most.
+    ///
+    /// # Errors
+    /// As for [`WeightMap::graph`].
+    fn bias(&self, b_o: &Tensor, _w_oi: &Tensor, _tensors: &Locals) -> Result<Tensor> {
+        Ok(b_o.clone())
+    }
 }
 
 /// A map of rows to rows of the same width, at one end of a linear operator's own product. Several at one end apply in the order
@@ -202,6 +231,19 @@ pub trait SequenceMap: Send + Sync {
     fn length(&self) -> usize;
 
     /// The rows `[P, D]`, in differentiable operations only and valid in f64. They are made once in a pass for each of its parts.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<Tensor>;
+}
+
+/// Rows for some tokens in place of those that a table has for them. The table is never made anew: what is looked up, and the
+/// logits of these tokens, come from these rows. Where several components have one for a token, the last of the stack's counts.
+pub trait TableMap: Send + Sync {
+    /// The tokens, K different ones.
+    fn tokens(&self) -> &[u32];
+
+    /// Their rows `[K, D]`, in that order, in differentiable operations only and valid in f64.
     ///
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.

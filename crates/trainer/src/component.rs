@@ -200,7 +200,16 @@ fn make_weights(base: &Base, slot: &Slot, params: &Params, made: &mut Params) ->
             Some(weight) => weight.clone(),
             None => base.tensor(&name, DType::F32)?,
         };
-        made.insert(name, map.graph(&weight, &stack::locals(at, params)?)?);
+        let locals = stack::locals(at, params)?;
+        if base.architecture().site(at.site.as_str()).is_some_and(|site| site.kind.bias_width().is_some()) {
+            let name = base.tensor_name(at.site.as_str(), "bias");
+            let bias = match made.get(&name) {
+                Some(bias) => bias.clone(),
+                None => base.tensor(&name, DType::F32)?,
+            };
+            made.insert(name, map.bias(&bias, &weight, &locals)?);
+        }
+        made.insert(name, map.graph(&weight, &locals)?);
     }
     Ok(())
 }

@@ -173,7 +173,7 @@ enum Stage {
 impl Stage {
     fn of(port: &Port<'_>) -> Self {
         match port {
-            Port::Weight(_) => Self::Weight,
+            Port::Weight(_) | Port::Table(_) => Self::Weight,
             Port::Input(_) | Port::Output(_) => Self::Ends,
             _ => Self::Beside,
         }

@@ -5,18 +5,21 @@
 //! ```text
 //! y_to = x_ti W_oi^T + s · (drop(x_ti) A_ri^T) B_or^T
 //! s    = alpha / r        or, with rslora,  alpha / sqrt(r)
+//! y_to = … + s · d_o      with `bias`
 //! ```
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, f32; both train, or as `trains` says one of them; A starts uniform in ±1/sqrt(i) (Kaiming with
-//! a = sqrt(5)), B at 0. `drop` is dropout on the component's input. The learning rate of B is `b_lr` times that of all else.
+//! a = sqrt(5)), B at 0. `drop` is dropout on the component's input. The learning rate of B is `b_lr` times that of all else. With `bias`,
+//! `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not decay.
 //!
 //! # Cost
-//! `r*(i+o)` parameters per linear, `r*o` or `r*i` where one factor trains; `2 r (i+o)` extra FLOPs per token forward.
+//! `r*(i+o)` parameters per linear, `r*o` or `r*i` where one factor trains, and `o` more with `bias`; `2 r (i+o)` extra FLOPs per token
+//! forward. With `bias` it is not computed within the product of the linear's own weight.
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight. Where B alone trains, the change
-//! stays in the rows that A spans.
+//! stays in the rows that A spans. A `bias` merges where the linear has one; else it stays beside the base.
 //!
 //! # Departures
 //! none; agrees with PEFT. `rank_pattern` and `alpha_pattern` name whole paths, not patterns: reading a PEFT folder resolves
@@ -34,7 +37,7 @@ use std::collections::BTreeMap;
 use attune_architecture::{Architecture, Site};
 use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
-use attune_points::{Error, Locals, Weight};
+use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
@@ -46,11 +49,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::parts::dropout::dropped;
-use crate::parts::factors;
 use crate::parts::scaling::{self, Scaling};
+use crate::parts::starts::{self, Start};
+use crate::parts::{factors, keys};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
+const BIAS: &str = "lora_bias";
 
 /// Which factors train.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -86,6 +91,8 @@ pub(super) struct Config {
     /// Factor on the learning rate of B (LoRA+ has some 16).
     #[schemars(range(min = 0.0, max = 1e6))]
     b_lr: f64,
+    /// Adds a trained bias to what B gives, scaled as that is.
+    bias: bool,
     /// Rank at single sites, by whole path.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     rank_pattern: BTreeMap<String, u32>,
@@ -104,6 +111,7 @@ impl Default for Config {
             rslora: false,
             trains: Trains::Both,
             b_lr: 1.0,
+            bias: false,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
         }
@@ -115,6 +123,7 @@ pub(super) struct Lora {
     dropout: f64,
     trains: Trains,
     b_lr: f64,
+    bias: bool,
     /// The map of each site that has a scaling of its own.
     own: BTreeMap<String, Rows>,
     /// The map of all others.
@@ -125,6 +134,7 @@ pub(super) struct Lora {
 struct Rows {
     scale: f64,
     dropout: f64,
+    bias: bool,
 }
 
 impl Method for Lora {
@@ -136,7 +146,7 @@ impl Method for Lora {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "rank*(i*(trains != \"b\") + o*(trains != \"a\"))",
+        parameters: "rank*(i*(trains != \"b\") + o*(trains != \"a\")) + o*(bias and trains != \"a\")",
         merges: Merges::Factors,
         peft_type: Some("LORA"),
         ..Card::new(
@@ -158,10 +168,10 @@ impl Method for Lora {
 
 impl Lora {
     fn new(config: Config) -> Self {
-        let Config { rank, alpha, dropout, rslora, trains, b_lr, rank_pattern, alpha_pattern } = config;
+        let Config { rank, alpha, dropout, rslora, trains, b_lr, bias, rank_pattern, alpha_pattern } = config;
         let scaling = Scaling { rank, alpha, rslora, ranks: rank_pattern, alphas: alpha_pattern };
-        let rows = |scale| Rows { scale, dropout };
-        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout, trains, b_lr }
+        let rows = |scale| Rows { scale, dropout, bias };
+        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout, trains, b_lr, bias }
     }
 
     /// Of these ranks at these sites, with 1 as the factor on products: what most sites have stands for all.
@@ -182,9 +192,15 @@ impl Lora {
 impl Adapter for Lora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
         let mut attachments = factors::attach(sites, A, B, |site| self.scaling.rank_at(site))?;
+        if self.bias {
+            for tensors in attachments.iter_mut().map(|at| &mut at.tensors) {
+                let output = tensors.iter().find(|spec| spec.local == B).map_or(0, |spec| spec.shape[0]);
+                tensors.push(TensorSpec { decay: false, ..TensorSpec::trained(BIAS, [output]) });
+            }
+        }
         for spec in attachments.iter_mut().flat_map(|at| &mut at.tensors) {
-            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) == (spec.local == B);
-            if spec.local == B {
+            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) == (spec.local != A);
+            if spec.local != A {
                 spec.lr_factor = self.b_lr;
             }
         }
@@ -197,21 +213,30 @@ impl Adapter for Lora {
                            start away from 0";
             return Err(Error::Refused(message.to_owned()));
         }
-        factors::kaiming(at, rng)
+        starts::each(at, rng, |spec| if spec.local == A { Start::kaiming(spec) } else { Start::Constant(0.0) })
     }
 
     fn port(&self, at: &Attachment) -> Port<'_> {
         Port::Delta(self.rows_at(at.site.as_str()))
     }
 
-    fn merge(&self, at: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
+    fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let scale = self.rows_at(at.site.as_str()).scale;
-        Ok(Merged::Factors { left: tensors.get(B)?.clone(), right: tensors.get(A)?.clone(), scale })
+        let (left, right) = (tensors.get(B)?.clone(), tensors.get(A)?.clone());
+        if !self.bias {
+            return Ok(Merged::Factors { left, right, scale });
+        }
+        let d_o = tensors.get(BIAS)?;
+        let Some(own) = weight.bias(d_o.dtype())? else {
+            return Ok(Merged::No("the linear has no bias that its own could become a part of"));
+        };
+        let change_oi = (left.matmul(&right)? * scale)?;
+        Ok(Merged::Weight { weight: (weight.dense(d_o.dtype())? + change_oi)?, bias: Some((own + (d_o * scale)?)?) })
     }
 
     fn peft(&self) -> Option<Peft> {
-        let config = LoraConfig { lora_dropout: self.dropout, ..self.scaling.lora_config() };
-        Some(scaling::peft(&config, vec![(A, "lora_A.weight"), (B, "lora_B.weight")]))
+        let config = LoraConfig { lora_dropout: self.dropout, lora_bias: self.bias, ..self.scaling.lora_config() };
+        Some(scaling::peft(&config, vec![(A, "lora_A.weight"), (B, "lora_B.weight"), (BIAS, "lora_B.bias")]))
     }
 }
 
@@ -220,19 +245,22 @@ impl RowMap for Rows {
         let (a_ri, b_or) = (tensors.get(A)?, tensors.get(B)?);
         let h_tr = ops::linear(&dropped(x_ti, self.dropout, cx)?, a_ri, None)?;
         // The scaling goes on the thin side: T r values instead of T o.
-        Ok(ops::linear(&(h_tr * self.scale)?, b_or, None)?)
+        let y_to = ops::linear(&(h_tr * self.scale)?, b_or, None)?;
+        Ok(if self.bias { y_to.broadcast_add(&(tensors.get(BIAS)? * self.scale)?)? } else { y_to })
     }
 
     fn fused(&self) -> Option<FusedRows> {
-        Some(FusedRows::LowRank { down: A, up: B, scale: self.scale, dropout: self.dropout })
+        (!self.bias).then_some(FusedRows::LowRank { down: A, up: B, scale: self.scale, dropout: self.dropout })
     }
 }
 
 /// What `adapter_config.json` of a PEFT LoRA says in our words.
 pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
-    let (config, mut params) = scaling::from_peft(config, modules, None)?;
+    let modules = keys::without_inner(modules, "lora_");
+    let (config, mut params) = scaling::from_peft(config, &modules, Some("lora_bias"))?;
     params.insert("dropout".to_owned(), json!(config.lora_dropout));
-    Ok((MethodRef { method: Lora::CARD.name.to_owned(), params }, Targets::Many(modules.to_vec())))
+    params.insert("bias".to_owned(), json!(config.lora_bias));
+    Ok((MethodRef { method: Lora::CARD.name.to_owned(), params }, Targets::Many(modules)))
 }
 
 #[cfg(test)]
@@ -307,6 +335,43 @@ mod tests {
     }
 
     #[test]
+    fn a_bias_is_scaled_as_b_is_and_merges_into_the_linear_s_own() {
+        struct Biased(Tensor, Option<Tensor>);
+        impl Weight for Biased {
+            fn shape(&self) -> (usize, usize) {
+                Weight::shape(&self.0)
+            }
+
+            fn rows(&self, rows: std::ops::Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
+                self.0.rows(rows, dtype)
+            }
+
+            fn bias(&self, _: DType) -> attune_points::Result<Option<Tensor>> {
+                Ok(self.1.clone())
+            }
+        }
+        let normal = |name: &str, shape: &[usize]| Rng::new(1, name).normal_tensor(shape, 1.0, DType::F64).unwrap();
+        let lora = Lora::new(Config { rank: 2, alpha: 6.0, bias: true, ..Config::default() });
+        let plain: Vec<_> = tensors().iter().map(|(local, tensor)| (local, tensor.clone())).collect();
+        let locals = Locals::new("q_proj", plain.into_iter().chain([(BIAS, normal("d", &[3]))]));
+        let (x, w, b) = (normal("x", &[5, 4]), normal("w", &[3, 4]), normal("b", &[3]));
+        let (site, layout) = (attune_architecture::SiteId::new("q_proj"), attune_points::Layout::new());
+        let cx = RowCx { site: &site, output: 3, dropout: None, layout: &layout, rows: None };
+        let at = Attachment { site: site.clone(), tensors: Vec::new() };
+        let added = lora.rows.graph(&x, &locals, &cx).unwrap();
+        let base = |w: &Tensor, b: &Tensor| ops::linear(&x, w, None).unwrap().broadcast_add(b).unwrap();
+        let merged = lora.merge(&at, &locals, &Biased(w.clone(), Some(b.clone()))).unwrap();
+        let Merged::Weight { weight, bias: Some(bias) } = merged else { panic!("no weight and bias") };
+        let off = (base(&weight, &bias) - (base(&w, &b) + added).unwrap()).unwrap().abs().unwrap();
+        assert!(off.flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap() < 1e-12);
+        let of_nothing = lora.rows.graph(&x.zeros_like().unwrap(), &locals, &cx).unwrap().to_vec2::<f64>().unwrap();
+        let scaled = (locals.get(BIAS).unwrap() * 3.0).unwrap().to_vec1::<f64>().unwrap();
+        assert!(of_nothing.iter().all(|row| *row == scaled));
+        let without = lora.merge(&at, &locals, &Biased(w, None)).unwrap();
+        assert!(matches!(without, Merged::No(why) if why.contains("has no bias")));
+    }
+
+    #[test]
     fn dropout_of_a_mask_is_applied_to_the_input_only() {
         struct Keep(Tensor);
         impl attune_points::adapter::DropoutMask for Keep {
@@ -324,7 +389,7 @@ mod tests {
         let site = attune_architecture::SiteId::new("q_proj");
         let x = Tensor::ones((1, 4), DType::F64, &Device::Cpu).unwrap();
         let mask = Tensor::new(&[[2.0f64, 0.0, 2.0, 0.0]], &Device::Cpu).unwrap();
-        let rows = Rows { scale: 1.0, dropout: 0.5 };
+        let rows = Rows { scale: 1.0, dropout: 0.5, bias: false };
         let masks = Keep(mask.clone());
         let layout = attune_points::Layout::new();
         let cx = |dropout| RowCx { site: &site, output: 3, dropout, layout: &layout, rows: None };

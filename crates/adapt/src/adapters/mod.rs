@@ -2,6 +2,7 @@
 
 mod abba;
 mod adalora;
+mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
 mod beft;
@@ -20,7 +21,9 @@ mod dsee;
 mod elastic_lora;
 mod flora_tucker;
 mod fourierft;
+mod frod;
 mod full;
+mod glora;
 mod gralora;
 mod hira;
 mod hra;
@@ -43,6 +46,7 @@ mod osf;
 mod p_tuning;
 mod peanut;
 mod poet;
+mod poly;
 mod prefix_tuning;
 mod prompt_tuning;
 mod psoft;
@@ -59,6 +63,7 @@ mod supertuning;
 mod svft;
 mod taps;
 mod tinylora;
+mod trainable_tokens;
 mod unilora;
 mod vblora;
 mod vectorfit;
@@ -81,6 +86,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
     &[
         entry::<abba::Abba>(),
         entry::<adalora::Adalora>(),
+        entry::<adamss::Adamss>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
         entry::<beft::Beft>(),
@@ -99,7 +105,9 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<elastic_lora::ElasticLora>(),
         entry::<flora_tucker::FloraTucker>(),
         entry::<fourierft::Fourierft>(),
+        entry::<frod::Frod>(),
         entry::<full::Full>(),
+        entry::<glora::Glora>(),
         entry::<gralora::Gralora>(),
         entry::<hira::Hira>(),
         entry::<hra::Hra>(),
@@ -122,6 +130,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<p_tuning::PTuning>(),
         entry::<peanut::Peanut>(),
         entry::<poet::Poet>(),
+        entry::<poly::Poly>(),
         entry::<prefix_tuning::PrefixTuning>(),
         entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
@@ -138,6 +147,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<svft::Svft>(),
         entry::<taps::Taps>(),
         entry::<tinylora::Tinylora>(),
+        entry::<trainable_tokens::TrainableTokens>(),
         entry::<unilora::Unilora>(),
         entry::<vblora::Vblora>(),
         entry::<vectorfit::Vectorfit>(),
@@ -168,6 +178,7 @@ type Read = Result<(MethodRef, Targets), Vec<Fault>>;
 pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: None, claims: own::is_own, read: own::from_peft },
     FromPeft { peft_type: Some("ADALORA"), claims: |_| true, read: adalora::from_peft },
+    FromPeft { peft_type: Some("ADAMSS"), claims: |_| true, read: adamss::from_peft },
     FromPeft { peft_type: Some("ADAPTION_PROMPT"), claims: |_| true, read: adaption_prompt::from_peft },
     FromPeft { peft_type: Some("BEFT"), claims: |_| true, read: beft::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
@@ -175,6 +186,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("DEFT"), claims: |_| true, read: deft::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
+    FromPeft { peft_type: Some("GLORA"), claims: |_| true, read: glora::from_peft },
     FromPeft { peft_type: Some("GRALORA"), claims: |_| true, read: gralora::from_peft },
     FromPeft { peft_type: Some("HIRA"), claims: |_| true, read: hira::from_peft },
     FromPeft { peft_type: Some("HRA"), claims: |_| true, read: hra::from_peft },
@@ -191,6 +203,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("OFT"), claims: |_| true, read: oft::from_peft },
     FromPeft { peft_type: Some("OSF"), claims: |_| true, read: osf::from_peft },
     FromPeft { peft_type: Some("PEANUT"), claims: |_| true, read: peanut::from_peft },
+    FromPeft { peft_type: Some("POLY"), claims: |_| true, read: poly::from_peft },
     FromPeft { peft_type: Some("PREFIX_TUNING"), claims: |_| true, read: prefix_tuning::from_peft },
     // A file has the rows, and no longer what made them.
     FromPeft { peft_type: Some("P_TUNING"), claims: |_| true, read: prompt_tuning::from_peft },
@@ -202,6 +215,7 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("SHIRA"), claims: |_| true, read: shira::from_peft },
     FromPeft { peft_type: Some("SUPERTUNING"), claims: |_| true, read: supertuning::from_peft },
     FromPeft { peft_type: Some("TINYLORA"), claims: |_| true, read: tinylora::from_peft },
+    FromPeft { peft_type: Some("TRAINABLE_TOKENS"), claims: |_| true, read: trainable_tokens::from_peft },
     FromPeft { peft_type: Some("UNILORA"), claims: |_| true, read: unilora::from_peft },
     FromPeft { peft_type: Some("VBLORA"), claims: |_| true, read: vblora::from_peft },
     FromPeft { peft_type: Some("VERA"), claims: |_| true, read: vera::from_peft },

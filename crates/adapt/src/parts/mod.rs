@@ -5,6 +5,7 @@ pub(crate) mod blocks;
 pub(crate) mod budget;
 pub(crate) mod calibration;
 pub(crate) mod choice;
+pub(crate) mod clusters;
 pub(crate) mod dropout;
 pub(crate) mod factors;
 pub(crate) mod foreign;
@@ -20,6 +21,7 @@ pub(crate) mod sparse;
 pub(crate) mod spectral;
 pub(crate) mod spectrum;
 pub(crate) mod starts;
+pub(crate) mod subspaces;
 pub(crate) mod tiles;
 pub(crate) mod torch;
 #[cfg(test)]

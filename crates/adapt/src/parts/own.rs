@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::parts::scaling;
 
 /// The key of `adapter_config.json` under which the method is.
-const KEY: &str = "attune";
+pub(crate) const KEY: &str = "attune";
 
 /// The layout of a method with its parameters, whose tensors are spelt by their local names.
 pub(crate) fn peft(method: &str, config: &impl Serialize) -> Peft {

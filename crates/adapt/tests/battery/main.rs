@@ -42,6 +42,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("adalora", &[("rank", 4), ("target_rank", 2)]),
+    ("adamss", &[("rank", 7), ("subspaces", 3), ("subspace_rank", 2)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
@@ -53,6 +54,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("dsee", &[("rank", 2), ("entries", 20)]),
     ("elastic-lora", &[("rank", 4), ("step", 1), ("smallest", 1), ("alpha", 4)]),
     ("fourierft", &[("frequencies", 50)]),
+    ("glora", &[("rank", 3)]),
     ("gralora", &[("rank", 4), ("hybrid", 2), ("alpha", 6)]),
     ("hira", &[("rank", 2)]),
     ("kasa", &[("rank", 3), ("alpha", 6)]),
@@ -67,6 +69,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("prompt-tuning", &[("length", 4)]),
     ("peanut", &[("rank", 5), ("depth", 1)]),
     ("poet", &[("block_size", 4)]),
+    ("poly", &[("rank", 3)]),
     ("psoft", &[("rank", 4)]),
     ("pvera", &[("rank", 6)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
@@ -81,6 +84,9 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("vera", &[("rank", 6)]),
     ("waveft", &[("frequencies", 50), ("scaling", 2)]),
 ];
+
+/// Parameters that are lists and without which a method has nothing to do.
+static LISTS: &[(&str, &str, &[u32])] = &[("trainable-tokens", "tokens", &[5, 30, 2])];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
 fn exact(card: &Card) -> Option<(&'static str, Value)> {
@@ -97,11 +103,19 @@ fn is_step(card: &Card, local: &str) -> bool {
     matches!((card.name, local), ("taps" | "selective-lora", "score"))
 }
 
+/// Whether sites start from weights of other sites.
+fn starts_together(card: &Card) -> bool {
+    card.name == "frod"
+}
+
 /// A method of the list as the battery runs it.
 fn method(card: &Card) -> Value {
     let mut method = json!({"method": card.name});
     for (name, value) in SMALL.iter().filter(|(name, _)| *name == card.name).flat_map(|(_, params)| *params) {
         method[name] = (*value).into();
+    }
+    for (_, name, values) in LISTS.iter().filter(|(name, _, _)| *name == card.name) {
+        method[*name] = json!(values);
     }
     method
 }
@@ -326,6 +340,14 @@ fn start(card: &'static Card) -> Result<(), Failed> {
     let all = fresh(7, &setup.attachments)?;
     let last = setup.attachments.len() - 1;
     let alone = fresh(7, &setup.attachments[last..])?;
+    if starts_together(card) {
+        // Sites start from the weights of others, and from nothing else.
+        let again = fresh(7, &setup.attachments)?;
+        for (name, tensor) in all.iter() {
+            assert_eq!(difference(tensor, again.get(name).ok_or("missing")?), 0.0, "{name} depends on chance");
+        }
+        return Ok(());
+    }
     let shared = |name: &&TensorName| {
         setup.attachments[last].tensors.iter().any(|t| t.scope != Scope::Site && t.name("") == **name)
     };

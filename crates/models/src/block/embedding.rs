@@ -52,6 +52,7 @@ impl Embedding {
                     }
                 }
                 if *place == Place::Embedding {
+                    cx.look_up(part, table, x_td.view_mut().into_sub_rows(rows.start, rows.end))?;
                     cx.begin(part, table, x_td.view_mut().into_sub_rows(rows.start, rows.end))?;
                 }
             }
@@ -84,7 +85,7 @@ impl Block for Embedding {
         let architecture = cx.base.architecture();
         let ids = tokens(cx.layout, architecture.vocab)?;
         let table = site(&self.sites, Place::Embedding)?;
-        let mut x_td = cx.begin(table, look_up(&table.id, &ids, cx)?)?;
+        let mut x_td = cx.begin(table, cx.looked_up(table, look_up(&table.id, &ids, cx)?)?)?;
         let tracked = cx.tracked.get(&TensorId::input_embeddings()).map(|added| added.as_tensor());
         if let Some(added_td) = tracked.or(cx.theta.input.as_ref()) {
             let (got, expected) = (added_td.dims2()?, x_td.dims2()?);
@@ -139,7 +140,9 @@ impl Block for Embedding {
             if wants(&*sinks[part], &TensorId::input_embeddings()) {
                 regions::put(&mut *sinks[part], &TensorId::input_embeddings(), &local::tensor(dx.into())?)?;
             }
-            cx.begin_vjp(part, site(&self.sites, Place::Embedding)?, dx, sinks)?;
+            let tokens = site(&self.sites, Place::Embedding)?;
+            cx.begin_vjp(part, tokens, dx, sinks)?;
+            let replaced = cx.look_up_vjp(part, tokens, dx, sinks)?;
             let layout = cx.parts[part].layout.rows();
             for (place, ids) in self.tables(part, cx)? {
                 let site = site(&self.sites, place)?;
@@ -150,7 +153,10 @@ impl Block for Embedding {
                 }
                 let mut dw_vd = vec![0.0f32; vocab * width];
                 // What stands in the place of a token's embedding is no row of that table.
-                let is_of = |row: usize| place != Place::Embedding || matches!(layout[row], Row::Token(_));
+                let is_own = |row: usize| {
+                    matches!(layout[row], Row::Token(_)) && !replaced.get(row).copied().unwrap_or_default()
+                };
+                let is_of = |row: usize| place != Place::Embedding || is_own(row);
                 for (row, id) in ids.into_iter().enumerate().filter(|(row, _)| is_of(*row)) {
                     let to = &mut dw_vd[id as usize * width..][..width];
                     to.iter_mut().zip(dx.row(row)).for_each(|(sum, dx)| *sum += dx);

@@ -142,14 +142,10 @@ impl PassCx<'_> {
     }
 
     fn product(&self, site: &Site, of: &Weighed<'_>, x_ti: MatRef<'_>, width: usize) -> Result<Rows<f32>> {
-        let bias = match site.kind.bias_width() {
-            Some(_) => Some(self.vector(of.part, &site.id, "bias")?),
-            None => None,
-        };
         let mut y = self.arena.rows(x_ti.rows(), width);
-        self.with_weight(site, of, |weight| {
+        self.with_both(site, of, |weight, bias| {
             let b = Operand { transposed: !weight.transposed, ..weight };
-            let of = Gemm { bias: bias.as_deref(), ..Gemm::new(Operand::plain(x_ti), b) };
+            let of = Gemm { bias, ..Gemm::new(Operand::plain(x_ti), b) };
             self.meter.time(Work::Gemm, || self.kernels.gemm(y.view_mut(), &of));
         })?;
         Ok(y)

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use attune_architecture::{Site, SiteKind};
+use attune_architecture::Site;
 use attune_points::adapter::FusedRows;
 use attune_points::error::Context as _;
 use attune_points::{Error, Result, TensorId};
@@ -78,6 +78,7 @@ impl<'a> PassCx<'a> {
             })
             .collect();
         let weighed = self.weighed(&site.id, given);
+        let tables = self.tables(site, given);
         let (ended, plain): (Vec<&Weighed<'_>>, Vec<_>) = weighed.iter().partition(|of| !of.ends.is_empty());
         if !ended.is_empty() {
             self.ended(site, &ended, x_ti, y_to.reborrow(), accumulate)?;
@@ -86,24 +87,26 @@ impl<'a> PassCx<'a> {
                 self.add_terms(&cut(&terms, &of.rows), y);
             }
         }
-        for of in plain {
+        for of in &plain {
             let rows = of.rows.clone();
-            let bias = match site.kind {
-                SiteKind::Linear { bias: true, .. } => Some(self.vector(of.part, &site.id, "bias")?),
-                _ => None,
-            };
+            // What is added to the logits of a table is added after rows in it have theirs.
+            let within = if tables.is_empty() { cut(&terms, &rows) } else { Vec::new() };
             let x = x_ti.sub_rows(rows.start, rows.end);
-            self.with_weight(site, of, |weight| {
+            self.with_both(site, of, |weight, bias| {
                 let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
                 let of = Gemm {
                     a: Operand::plain(x),
                     b: Operand { transposed: !weight.transposed, ..weight },
-                    low_rank: &cut(&terms, &rows),
-                    bias: bias.as_deref(),
+                    low_rank: &within,
+                    bias,
                     accumulate,
                 };
                 self.meter.time(Work::Gemm, || self.kernels.gemm(y, &of));
             })?;
+        }
+        if !tables.is_empty() {
+            self.meter.time(Work::Adapter, || self.columns(site, &tables, &weighed, x_ti, y_to.reborrow()))?;
+            self.add_terms(&terms, y_to.reborrow());
         }
         self.meter.time(Work::Adapter, || {
             for i in beside {
@@ -164,6 +167,14 @@ impl<'a> PassCx<'a> {
             })
             .collect();
         let weighed = self.weighed(&site.id, given);
+        let tables = self.tables(site, given);
+        let columns = if tables.is_empty() {
+            None
+        } else {
+            Some(self.meter.time(Work::Adapter, || self.columns_vjp(&tables, x_ti, dy_to, sinks))?)
+        };
+        // What the site's own weight gave.
+        let own_to = columns.as_ref().map_or(dy_to, |columns| columns.left.view());
         let (ended, plain): (Vec<&Weighed<'_>>, Vec<_>) = weighed.iter().partition(|of| !of.ends.is_empty());
         if !ended.is_empty() {
             let to = dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow(), *accumulate));
@@ -176,7 +187,7 @@ impl<'a> PassCx<'a> {
         }
         for of in plain {
             let rows = of.rows.clone();
-            let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), dy_to.sub_rows(rows.start, rows.end));
+            let (x, dy) = (x_ti.sub_rows(rows.start, rows.end), own_to.sub_rows(rows.start, rows.end));
             let dx =
                 dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow().into_sub_rows(rows.start, rows.end), *accumulate));
             let product = dx.map(|(dx, accumulate)| {
@@ -187,6 +198,9 @@ impl<'a> PassCx<'a> {
                 }
             });
             self.weighed_vjp(site, of, given, (x, dy), product, sinks)?;
+        }
+        if let (Some((dx, _)), Some(columns)) = (&mut dx_ti, &columns) {
+            self.meter.time(Work::Adapter, || self.add_columns(columns, dx.reborrow()));
         }
         if let Some((dx, _)) = &mut dx_ti {
             for i in masked.into_iter().chain(beside) {

@@ -331,7 +331,7 @@ impl<'a> PassCx<'a> {
     {
         let added = self.placed(site, given).into_iter().filter_map(|placed| match placed.port {
             Port::Delta(map) => Some(Ok(placed.with(map))),
-            Port::Weight(_) | Port::Input(_) | Port::Output(_) => None,
+            Port::Weight(_) | Port::Input(_) | Port::Output(_) | Port::Table(_) => None,
             _ => Some(Err(Error::Refused(format!("the component at {site} has a port that no linear offers")))),
         });
         added.collect()
@@ -442,13 +442,16 @@ pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn Gr
         if site.place == Place::Embedding {
             ask(TensorId::input_embeddings());
         }
+        // A head may have the table of tokens as its weight, and so components with rows in it.
+        let kept = SiteId::new(base.tensor_name(site.id.as_str(), "weight").owner());
         for binding in &part.theta.bindings {
             let slot = binding.slot;
-            let bank = part.theta.banks.get(slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
-            let at = bank.and_then(|_| part.stack.slot(slot)?.at(&site.id));
-            for spec in at.into_iter().flat_map(|at| &at.tensors) {
+            let own = component(part, binding, &site.id).map(|(at, _)| at);
+            let table = component(part, binding, &kept).filter(|(_, port)| matches!(port, Port::Table(_)));
+            let at = own.or_else(|| table.map(|(at, _)| at));
+            for (at, spec) in at.into_iter().flat_map(|at| at.tensors.iter().map(move |spec| (at, spec))) {
                 for set in sets(&binding.rows) {
-                    ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(site.id.as_str()) });
+                    ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(at.site.as_str()) });
                 }
             }
         }

@@ -45,6 +45,12 @@ impl Weighed<'_> {
     }
 }
 
+/// What components make of a linear's own tensors.
+struct Made {
+    w_oi: Tensor,
+    b_o: Option<Tensor>,
+}
+
 /// Tensors whose gradient is asked for.
 type Leaves = Vec<(TensorId, Var)>;
 
@@ -96,7 +102,7 @@ impl<'a> PassCx<'a> {
     /// Reads the weight of some rows, as `w_oi`.
     pub(crate) fn with_weight(&self, site: &Site, of: &Weighed<'_>, then: impl FnOnce(Operand<'_>)) -> Result<()> {
         if of.is_made() {
-            return self.with_tensor(site, &self.made(site, of, &[])?, then);
+            return self.with_tensor(site, &self.made(site, of, &[])?.w_oi, then);
         }
         match self.own(of.part, &site.id, "weight") {
             Some((_, tensor)) => self.with_tensor(site, tensor, then),
@@ -107,6 +113,25 @@ impl<'a> PassCx<'a> {
                 Ok(())
             }
         }
+    }
+
+    /// The same, and the bias where there is one.
+    pub(crate) fn with_both(
+        &self,
+        site: &Site,
+        of: &Weighed<'_>,
+        then: impl FnOnce(Operand<'_>, Option<&[f32]>),
+    ) -> Result<()> {
+        if of.is_made() {
+            let made = self.made(site, of, &[])?;
+            let bias = made.b_o.map(|b_o| b_o.to_vec1::<f32>()).transpose()?;
+            return self.with_tensor(site, &made.w_oi, |weight| then(weight, bias.as_deref()));
+        }
+        let bias = match site.kind.bias_width() {
+            Some(_) => Some(self.vector(of.part, &site.id, "bias")?),
+            None => None,
+        };
+        self.with_weight(site, of, |weight| then(weight, bias.as_deref()))
     }
 
     /// Reads a weight that is not the base's.
@@ -124,30 +149,37 @@ impl<'a> PassCx<'a> {
         Ok(())
     }
 
-    /// The weight that components make, of `leaves` where there are any.
-    fn made(&self, site: &Site, of: &Weighed<'_>, leaves: &[(TensorId, Var)]) -> Result<Tensor> {
+    /// The weight, and the bias where there is one, that components make, of `leaves` where there are any.
+    fn made(&self, site: &Site, of: &Weighed<'_>, leaves: &[(TensorId, Var)]) -> Result<Made> {
         self.meter.time(Work::Adapter, || {
             let leaf = |id: &TensorId| leaves.iter().find(|(leaf, _)| leaf == id).map(|(_, var)| var.as_tensor());
-            let id = self.id_of(of.part, &site.id, "weight");
-            let mut w_oi = match (leaf(&id), self.own(of.part, &site.id, "weight")) {
-                (Some(leaf), _) => leaf.clone(),
-                (None, Some((_, own))) => own.clone(),
-                (None, None) => self.base.tensor(&id.name, DType::F32)?,
+            let own = |local: &str| -> Result<Tensor> {
+                let id = self.id_of(of.part, &site.id, local);
+                Ok(match (leaf(&id), self.own(of.part, &site.id, local)) {
+                    (Some(leaf), _) => leaf.clone(),
+                    (None, Some((_, own))) => own.clone(),
+                    (None, None) => self.base.tensor(&id.name, DType::F32)?,
+                })
             };
-            let shape = w_oi.shape().clone();
+            let mut w_oi = own("weight")?;
+            let mut b_o = site.kind.bias_width().map(|_| own("bias")).transpose()?;
+            let shapes = (w_oi.shape().clone(), b_o.as_ref().map(|b_o| b_o.shape().clone()));
             for map in &of.maps {
                 let theta = self.parts[map.part].theta;
                 let held = |name: &TensorName| {
                     let id = TensorId { owner: map.owner(), name: name.clone() };
                     leaf(&id).or_else(|| theta.get(&id))
                 };
-                w_oi = map.port.graph(&w_oi, &stack::locals_by(map.at, held)?)?;
-                if *w_oi.shape() != shape {
-                    let message = format!("the component at {} made {:?} of {shape:?}", site.id, w_oi.shape());
+                let locals = stack::locals_by(map.at, held)?;
+                b_o = b_o.map(|b_o| map.port.bias(&b_o, &w_oi, &locals)).transpose()?;
+                w_oi = map.port.graph(&w_oi, &locals)?;
+                let made = (w_oi.shape().clone(), b_o.as_ref().map(|b_o| b_o.shape().clone()));
+                if made != shapes {
+                    let message = format!("the component at {} made {made:?} of {shapes:?}", site.id);
                     return Err(Error::Refused(message));
                 }
             }
-            Ok(w_oi.contiguous()?)
+            Ok(Made { w_oi: w_oi.contiguous()?, b_o })
         })
     }
 
@@ -171,11 +203,9 @@ impl<'a> PassCx<'a> {
             let (start, end) = (rows.start - of.rows.start, rows.end - of.rows.start);
             (x_ti.sub_rows(start, end), dy_to.sub_rows(start, end))
         };
-        for (part, rows) in &parts {
-            self.bias_vjp(site, *part, operands(rows).1, sinks)?;
-        }
         if !of.is_made() {
             for (part, rows) in parts {
+                self.bias_vjp(site, part, operands(&rows).1, sinks)?;
                 let id = self.id_of(part, &site.id, "weight");
                 if let Some(dw) = self.weight_gradient(&id, sinks[part].want(&id), operands(&rows))? {
                     sinks[part].put(&id, &dw)?;
@@ -184,9 +214,9 @@ impl<'a> PassCx<'a> {
             return product.map_or(Ok(()), |product| self.with_weight(site, of, product));
         }
         let leaves = self.leaves(site, of, |id| parts.iter().any(|(part, _)| wants(&*sinks[*part], id)))?;
-        let w_oi = self.made(site, of, &leaves)?;
+        let made = self.made(site, of, &leaves)?;
         if let Some(product) = product {
-            self.with_tensor(site, &w_oi, product)?;
+            self.with_tensor(site, &made.w_oi, product)?;
         }
         if leaves.is_empty() {
             return Ok(());
@@ -194,9 +224,17 @@ impl<'a> PassCx<'a> {
         let vars: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
         // As many gradients by the weight at a time as are pulled back side by side.
         for some in parts.chunks(rayon::current_num_threads().max(1)) {
-            let by_weight = some.iter().map(|(_, rows)| self.over_rows(operands(rows))).collect::<Result<Vec<_>>>()?;
-            let pull = |dw_oi: &Tensor| autograd::pull(&vars, &[(&w_oi, dw_oi)]);
-            let found: Vec<_> = self.meter.time(Work::Adapter, || by_weight.par_iter().map(pull).collect());
+            let by_both = some.iter().map(|(_, rows)| {
+                let db_o = made.b_o.as_ref().map(|b_o| self.by_bias(b_o.elem_count(), operands(rows).1)).transpose()?;
+                Ok((self.over_rows(operands(rows))?, db_o))
+            });
+            let by_both = by_both.collect::<Result<Vec<_>>>()?;
+            let pull = |(dw_oi, db_o): &(Tensor, Option<Tensor>)| {
+                let bias = made.b_o.as_ref().zip(db_o.as_ref());
+                let outputs: Vec<(&Tensor, &Tensor)> = [(&made.w_oi, dw_oi)].into_iter().chain(bias).collect();
+                autograd::pull(&vars, &outputs)
+            };
+            let found: Vec<_> = self.meter.time(Work::Adapter, || by_both.par_iter().map(pull).collect());
             for ((part, _), gradients) in some.iter().zip(found) {
                 for ((id, _), gradient) in leaves.iter().zip(gradients?) {
                     gradient.map(|gradient| regions::put(&mut *sinks[*part], id, &gradient)).transpose()?;
@@ -209,13 +247,15 @@ impl<'a> PassCx<'a> {
     /// The tensors that a made weight is made of and whose gradient is wanted.
     fn leaves(&self, site: &Site, of: &Weighed<'_>, wanted: impl Fn(&TensorId) -> bool) -> Result<Leaves> {
         let mut leaves = Leaves::new();
-        let own = self.id_of(of.part, &site.id, "weight");
-        if wanted(&own) {
-            let value = match self.own(of.part, &site.id, "weight") {
-                Some((_, tensor)) => autograd::leaf(tensor)?,
-                None => autograd::leaf(&self.base.tensor(&own.name, DType::F32)?)?,
-            };
-            leaves.push((own, value));
+        for local in site.locals() {
+            let own = self.id_of(of.part, &site.id, local);
+            if wanted(&own) {
+                let value = match self.own(of.part, &site.id, local) {
+                    Some((_, tensor)) => autograd::leaf(tensor)?,
+                    None => autograd::leaf(&self.base.tensor(&own.name, DType::F32)?)?,
+                };
+                leaves.push((own, value));
+            }
         }
         for map in &of.maps {
             for id in map.at.tensors.iter().map(|spec| map.id(spec)).filter(|id| wanted(id)) {
@@ -232,13 +272,18 @@ impl<'a> PassCx<'a> {
         let SiteKind::Linear { output, bias: true, .. } = site.kind else { return Ok(()) };
         let id = self.id_of(part, &site.id, "bias");
         if wants(&*sinks[part], &id) {
-            let mut db = vec![0.0f32; output];
-            let wide = self.wide(dy_to);
-            let dy = wide.as_ref().map_or_else(|| f32s(dy_to), |rows| Ok(rows.view()))?;
-            self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
-            regions::put(&mut *sinks[part], &id, &Tensor::from_vec(db, output, &Device::Cpu)?)?;
+            regions::put(&mut *sinks[part], &id, &self.by_bias(output, dy_to)?)?;
         }
         Ok(())
+    }
+
+    /// The gradient by a bias.
+    fn by_bias(&self, width: usize, dy_to: MatRef<'_>) -> Result<Tensor> {
+        let mut db = vec![0.0f32; width];
+        let wide = self.wide(dy_to);
+        let dy = wide.as_ref().map_or_else(|| f32s(dy_to), |rows| Ok(rows.view()))?;
+        self.meter.time(Work::Elementwise, || self.kernels.sum_rows(dy, &mut db, false));
+        Ok(Tensor::from_vec(db, width, &Device::Cpu)?)
     }
 
     /// What is asked for of `dW_oi = dy_toᵀ x_ti`, and no more of it.

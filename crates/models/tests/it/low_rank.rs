@@ -69,7 +69,7 @@ impl RowMap for LowRank {
     }
 }
 
-/// `W' = (1 + gain_o) ∘ W + up_or down_ri`, row by row: no change of rows alone can tell what it does to a weight that is
+/// `W' = (1 + gain_o) ∘ W + up_or down_ri` and `b' = (1 + gain_o) ∘ b + W down_1i`, row by row: no change of rows alone can tell what it does to a weight that is
 /// made by another.
 pub(crate) struct Rescaled {
     pub(crate) rank: usize,
@@ -102,8 +102,10 @@ impl Adapter for Rescaled {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> Result<Merged> {
-        let weight = weight.dense(tensors.get("gain")?.dtype())?;
-        Ok(Merged::Weight { weight: self.graph(&weight, tensors)?, bias: None })
+        let dtype = tensors.get("gain")?.dtype();
+        let w_oi = weight.dense(dtype)?;
+        let bias = weight.bias(dtype)?.map(|b_o| self.bias(&b_o, &w_oi, tensors)).transpose()?;
+        Ok(Merged::Weight { weight: self.graph(&w_oi, tensors)?, bias })
     }
 
     fn peft(&self) -> Option<Peft> {
@@ -115,6 +117,11 @@ impl WeightMap for Rescaled {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor> {
         let gain_o1 = (tensors.get("gain")? + 1.0)?.unsqueeze(1)?;
         Ok((w_oi.broadcast_mul(&gain_o1)? + tensors.get("up")?.matmul(tensors.get("down")?)?)?)
+    }
+
+    fn bias(&self, b_o: &Tensor, w_oi: &Tensor, tensors: &Locals) -> Result<Tensor> {
+        let first_i1 = tensors.get("down")?.narrow(0, 0, 1)?.t()?.contiguous()?;
+        Ok(((b_o * (tensors.get("gain")? + 1.0)?)? + w_oi.matmul(&first_i1)?.flatten_all()?)?)
     }
 }
 

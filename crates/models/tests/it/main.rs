@@ -17,5 +17,6 @@ mod passes;
 mod sequences;
 mod support;
 mod surgery;
+mod tables;
 mod walk;
 mod whole;

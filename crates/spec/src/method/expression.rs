@@ -1,7 +1,7 @@
 //! The small language of cards: costs such as `r * (i + o)` and conditions such as `dropout < 1 and rank >= 1`.
 //!
 //! Numbers, texts and `true`/`false`; names of fields, dotted into mappings; `+ - * /`, comparisons, `and`, `or`, `not`,
-//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, [`divisor`], and `if(condition, then, otherwise)`. Among numbers a
+//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, [`divisor`], `count(list)`, and `if(condition, then, otherwise)`. Among numbers a
 //! truth value counts as 1 or 0. It has no loops, so evaluation ends. The scheduler and the trainer evaluate the same text and
 //! therefore agree.
 
@@ -229,6 +229,7 @@ impl Parser<'_> {
             "false" => Ok(Outcome::Bool(false)),
             "null" => Ok(Outcome::Null),
             "if" => self.case(),
+            "count" => self.count(),
             "min" | "max" | "ceil" | "floor" | "sqrt" | "divisor" => self.call(&word),
             _ => self.field(&word),
         }
@@ -274,11 +275,31 @@ impl Parser<'_> {
         Ok(if self.truth(condition)? { then } else { otherwise })
     }
 
-    fn field(&self, path: &str) -> Result<Outcome, ExpressionError> {
+    /// How many entries the list of a field has.
+    fn count(&mut self) -> Result<Outcome, ExpressionError> {
+        if !self.take("(") {
+            return Err(self.error("expected '(' after count"));
+        }
+        self.space();
+        let length = self.rest().find(')').ok_or_else(|| self.error("expected ')'"))?;
+        let path = self.rest()[..length].trim().to_owned();
+        let Some(Value::Array(list)) = self.found(&path) else {
+            return Err(self.error(format!("{path:?} is not a list")));
+        };
+        let count = list.len();
+        self.at += length + 1;
+        Ok(Outcome::Number(count as f64))
+    }
+
+    /// The value of a field.
+    fn found(&self, path: &str) -> Option<&Value> {
         let mut parts = path.split('.');
         let first = parts.next().and_then(|name| self.names.get(name));
-        let found = parts.try_fold(first, |at, name| Some(at?.get(name))).flatten();
-        match found {
+        parts.try_fold(first, |at, name| Some(at?.get(name))).flatten()
+    }
+
+    fn field(&self, path: &str) -> Result<Outcome, ExpressionError> {
+        match self.found(path) {
             Some(Value::Number(value)) => Ok(Outcome::Number(value.as_f64().unwrap_or(f64::NAN))),
             Some(Value::Bool(value)) => Ok(Outcome::Bool(*value)),
             Some(Value::String(value)) => Ok(Outcome::Text(value.clone())),
@@ -311,8 +332,7 @@ mod tests {
     use super::*;
 
     fn names() -> Map<String, Value> {
-        let names =
-            json!({"r": 8, "i": 256, "o": 688, "dropout": 0.1, "scale": {"kind": "rs"}, "last": null, "or_rank": 3});
+        let names = json!({"r": 8, "i": 256, "o": 688, "dropout": 0.1, "scale": {"kind": "rs"}, "last": null, "or_rank": 3, "ids": [4, 2]});
         names.as_object().unwrap().clone()
     }
 
@@ -333,6 +353,7 @@ mod tests {
             ("if(scale.kind == \"rs\" and r > 4, r * 2, 1) + 1", Outcome::Number(17.0)),
             ("if(r > 8, 1, if(r == 8, 2, 3))", Outcome::Number(2.0)),
             ("divisor(o, 0) + divisor(i, 4)", Outcome::Number(20.0)),
+            ("count( ids ) * r + 1", Outcome::Number(17.0)),
         ] {
             assert_eq!(evaluate(text, &names()), Ok(expected), "{text}");
         }
@@ -359,6 +380,9 @@ mod tests {
             "if(r, 1, 2)",
             "if(true, 1)",
             "divisor(4)",
+            "count(r)",
+            "count(ids",
+            "ids",
             "1 2",
             "\"open",
             "scale",

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 36] = [
+const KINDS: [(&str, &[(&str, &str)]); 42] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -53,6 +53,15 @@ const KINDS: [(&str, &[(&str, &str)]); 36] = [
     ("adalora", &[("tune.adapter", "{method: adalora, rank: 4, target_rank: 2, every: 2, dropout: 0.1}")]),
     ("roselora", &[("tune.adapter", "{method: roselora, rank: 4, keep: 0.5}")]),
     ("vectorfit", &[("tune.adapter", "{method: vectorfit, freeze: 0.3, every: 0.2}")]),
+    ("tokens", &[("tune.adapter", "{method: trainable-tokens, tokens: [10, 65], words: [e]}")]),
+    ("lora with a bias", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, bias: true}")]),
+    ("glora", &[("tune.adapter", "{method: glora, rank: 2}")]),
+    (
+        "adamss",
+        &[("tune.adapter", "{method: adamss, rank: 8, subspaces: 3, active: 9, before: 0.2, until: 0.7, every: 2}")],
+    ),
+    ("poly", &[("tune.adapter", "{method: poly, rank: 2, tasks: 2, skills: 3}")]),
+    ("frod", &[("tune.adapter", "{method: frod, density: 0.05, dropout: 0.1}")]),
     ("dpo", PAIRS),
     ("a whole step", STEP),
     ("grpo", ANSWERS),

@@ -27,8 +27,8 @@ fn a_method_reads_like_an_entry_of_a_manual() {
 
       Decides     which attachments at which sites, with which tensors, and what do they merge to?
       Sites       linear; all-linear where a slot names none
-      Cost        rank*(i*(trains != "b") + o*(trains != "a")) trained parameters at a site of input
-                  width i and output width o
+      Cost        rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a") trained
+                  parameters at a site of input width i and output width o
       Merges      into the base's weight, as a low-rank change
       PEFT        kept in PEFT's layout as LORA
       Paper       LoRA: Low-Rank Adaptation of Large Language Models. Edward J. Hu, Yelong Shen,
@@ -43,12 +43,13 @@ fn a_method_reads_like_an_entry_of_a_manual() {
       rslora         true | false             false                   Scales by `alpha / sqrt(rank)` instead of `alpha / rank`.
       trains         both | b | a             both                    Which factors train.
       b_lr           number                   1        0 ..= 1000000  Factor on the learning rate of B (LoRA+ has some 16).
+      bias           true | false             false                   Adds a trained bias to what B gives, scaled as that is.
       rank_pattern   mapping to whole number  none                    Rank at single sites, by whole path.
       alpha_pattern  mapping to number        none                    Alpha at single sites, by whole path.
 
     In a job file
       tune:
-        adapter: {method: lora, rank: 8, alpha: 8, dropout: 0, rslora: false, trains: both, b_lr: 1}
+        adapter: {method: lora, rank: 8, alpha: 8, dropout: 0, rslora: false, trains: both, b_lr: 1, bias: false}
     --- stderr
     "#);
     insta::assert_snapshot!(run(&["methods", "show", "cosine"]).all(), @r"

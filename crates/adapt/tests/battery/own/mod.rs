@@ -7,6 +7,7 @@ mod prompts;
 mod steps;
 mod tuners;
 mod turns;
+mod wider;
 
 use std::collections::BTreeSet;
 
@@ -52,6 +53,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(parts::OWN)
         .chain(steps::OWN)
         .chain(tuners::OWN)
+        .chain(wider::OWN)
         .chain(&prompts::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
 }
