@@ -4,6 +4,7 @@ mod abba;
 mod adalora;
 mod adapterfusion;
 mod adaption_prompt;
+mod bbtv2;
 mod beft;
 mod boft;
 mod bone;
@@ -83,6 +84,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adalora::Adalora>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
+        entry::<bbtv2::Bbtv2>(),
         entry::<beft::Beft>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),

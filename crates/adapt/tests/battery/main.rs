@@ -42,6 +42,7 @@ const PROPERTIES: [(&str, Property); 8] = [
 static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("adalora", &[("rank", 4), ("target_rank", 2)]),
+    ("bbtv2", &[("length", 4), ("dimensions", 6), ("population", 6)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),

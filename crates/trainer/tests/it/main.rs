@@ -12,4 +12,5 @@ mod outputs;
 mod peft_steps;
 mod prompts;
 mod reference;
+mod searches;
 mod support;
