@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::dropout::{Dropout, RowMasks};
-use crate::pass::sequence;
+use crate::pass::{places, sequence};
 use crate::stack::{self, Stack};
 
 /// Tensors whose gradient is asked for in the pass at hand, as leaves of the local graph.
@@ -292,6 +292,35 @@ impl<'a> GraphCx<'a> {
             [x_td] => Ok(x_td.clone()),
             _ => Ok(Tensor::cat(&made, 0)?.index_select(&Tensor::new(from, &Device::Cpu)?, 0)?),
         }
+    }
+
+    /// The rows `x_td` with what components add to them by their places at `site`.
+    pub(crate) fn add_places(&self, site: &Site, mut x_td: Tensor) -> Result<Tensor> {
+        for (binding, at, port) in self.attached(&site.id) {
+            let Port::Places(map) = port else { continue };
+            let (start, count) = map.places();
+            // Nothing, then the rows of each set.
+            let mut made = vec![Tensor::zeros((1, x_td.dim(1)?), x_td.dtype(), x_td.device())?];
+            let (mut first, mut end) = (BTreeMap::new(), 1);
+            let mut from = vec![0u32; self.layout.n_rows()];
+            for doc in self.layout.docs() {
+                let Some(set) = set_of(&binding.rows, doc.rows.start) else { continue };
+                if let Entry::Vacant(entry) = first.entry(set) {
+                    made.push(map.graph(&self.locals(binding.slot, set, at)?)?);
+                    entry.insert(end);
+                    end += count as u32;
+                }
+                let rows = doc.rows.start as usize..doc.rows.end as usize;
+                let of_doc = places::of_rows(&self.layout.rows()[rows.clone()], binding.slot, 0);
+                for (from, place) in from[rows].iter_mut().zip(of_doc) {
+                    let index = place.and_then(|place| place.checked_sub(start)).filter(|index| *index < count);
+                    *from = index.map_or(0, |index| first[&set] + index as u32);
+                }
+            }
+            let added_td = Tensor::cat(&made, 0)?.index_select(&Tensor::new(from, &Device::Cpu)?, 0)?;
+            x_td = (x_td + added_td)?;
+        }
+        Ok(x_td)
     }
 
     /// Runs a component on the rows of each of its sets; others stay.

@@ -10,11 +10,8 @@ impl Model {
     /// six for each trained number of a component and row. What is computed again to save memory is not counted.
     pub fn flops(&self, pass: &Pass<'_>) -> f64 {
         let architecture = self.base().architecture();
-        let (layout, rows) = (pass.layout, pass.layout.n_rows().max(1) as f64);
-        let supervised = layout.counts().tokens as f64 / rows;
-        let products = architecture.forward_flops_per_token(0.0, supervised);
-        let context = pairs(layout, architecture.causal) / rows;
-        let attention = architecture.forward_flops_per_token(context, supervised) - products;
+        let rows = pass.layout.n_rows().max(1) as f64;
+        let [products, attention] = self.per_row(pass.layout);
         let trained = |kind: BankKind| -> f64 {
             let banks = pass.theta.banks.iter().filter(|bank| bank.kind == kind && bank.train);
             // Of several sets a row uses one.
@@ -23,6 +20,20 @@ impl Model {
         };
         let share = (trained(BankKind::Weights) / architecture.parameters() as f64).min(1.0);
         rows * ((2.0 + share) * products + 3.0 * attention + 6.0 * trained(BankKind::Adapter))
+    }
+
+    /// The same of the loss of a batch alone, without what components take.
+    pub fn forward_flops(&self, layout: &Layout) -> f64 {
+        layout.n_rows() as f64 * self.per_row(layout).into_iter().sum::<f64>()
+    }
+
+    /// Operations of a row forward: of products, and of attention.
+    fn per_row(&self, layout: &Layout) -> [f64; 2] {
+        let (architecture, rows) = (self.base().architecture(), layout.n_rows().max(1) as f64);
+        let supervised = layout.counts().tokens as f64 / rows;
+        let products = architecture.forward_flops_per_token(0.0, supervised);
+        let context = pairs(layout, architecture.causal) / rows;
+        [products, architecture.forward_flops_per_token(context, supervised) - products]
     }
 }
 
@@ -70,6 +81,7 @@ mod tests {
         };
         let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-6, "{found} against {expected}");
         near(flops(Vec::new()), 2.0 * products + 3.0 * attention);
+        near(model.forward_flops(&layout), products + attention);
         near(flops(vec![bank(BankKind::Weights, parameters)]), 3.0 * products + 3.0 * attention);
         near(flops(vec![bank(BankKind::Adapter, 10)]), 2.0 * products + 3.0 * attention + 6.0 * 10.0 * 3.0);
     }

@@ -92,7 +92,7 @@ pub type WeightOf<'f, 'w> = dyn Fn(&Attachment) -> Result<Box<dyn Weight + 'w>> 
 pub struct Trained<'a> {
     /// Its place in the stack.
     pub slot: u16,
-    /// Where it is attached, by site.
+    /// Where it is attached, in the order of the model's sites.
     pub attachments: Vec<&'a Attachment>,
     /// How many steps the job has.
     pub steps: Step,
@@ -136,6 +136,8 @@ pub enum Port<'a> {
     /// Rows in place of some of a table's own, wherever the table is used: where tokens are looked up, and where it is the weight of
     /// a head.
     Table(&'a dyn TableMap),
+    /// Rows added to those of each document by their places in it, at the table of tokens or where the stream enters an attention.
+    Places(&'a dyn PlacesMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
 }
@@ -244,6 +246,22 @@ pub trait TableMap: Send + Sync {
     fn tokens(&self) -> &[u32];
 
     /// Their rows `[K, D]`, in that order, in differentiable operations only and valid in f64.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, tensors: &Locals) -> Result<Tensor>;
+}
+
+/// Rows that are added to those of each document by their places: to the embeddings at the table of tokens, or to the stream before
+/// it enters an attention and goes by it.
+///
+/// Places count the rows of a document without those that other components put before it: the component's own come first, then the
+/// document's.
+pub trait PlacesMap: Send + Sync {
+    /// The first place that has a row added, and how many have, P.
+    fn places(&self) -> (usize, usize);
+
+    /// The rows `[P, D]`, in differentiable operations only and valid in f64. They are made once in a pass for each of its parts.
     ///
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.

@@ -13,6 +13,7 @@ use crate::objective::Objective;
 use crate::optimizer::Optimizer;
 use crate::params::TensorId;
 use crate::sink::{Entries, GradSink, Grads};
+use crate::tap::Tap;
 use crate::theta::Theta;
 
 /// Where a batch comes from.
@@ -153,6 +154,30 @@ pub trait Engine {
     /// Whatever the pass raises.
     fn score(&mut self, at: &Theta, on: &Layout, of: &dyn Objective) -> Result<LossReport>;
 
+    /// The losses of a step's micro-batches at each of `at`, of all shards and ranks and added in the order of the shards: the same on
+    /// every rank. Nothing is dropped and no gradient is made; each is one pass over the micro-batches, and an engine may make
+    /// several side by side. One that is alone has them all.
+    ///
+    /// # Errors
+    /// Whatever a pass raises; a rank that is gone.
+    fn scores(&mut self, at: &[Theta], parts: &[(u32, Arc<Layout>)], of: &dyn Objective) -> Result<Vec<LossReport>> {
+        let mut scores = vec![LossReport::default(); at.len()];
+        for (theta, score) in at.iter().zip(&mut scores) {
+            for (_, layout) in parts {
+                score.add(&self.score(theta, layout, of)?);
+            }
+        }
+        Ok(scores)
+    }
+
+    /// Shows a tap what a model at `at` makes of a micro-batch, below its head and without gradients.
+    ///
+    /// # Errors
+    /// Whatever the pass or the tap raises; [`Error::Refused`] by an engine that shows nothing.
+    fn look(&mut self, _at: &Theta, _on: &Layout, _tap: &dyn Tap) -> Result<()> {
+        Err(Error::Refused("this engine shows nothing of its passes".to_owned()))
+    }
+
     /// The gradient of `scale × (sum of losses)` at `at`, into `sink`.
     ///
     /// # Errors
@@ -280,6 +305,12 @@ pub trait StepRule: Send {
     /// How many times its largest pass holds a micro-batch.
     fn copies(&self) -> usize {
         1
+    }
+
+    /// Whether its steps take gradients and update by them. One that takes none has no use for an optimiser, and whoever runs it
+    /// makes no backward pass either.
+    fn takes_gradients(&self) -> bool {
+        true
     }
 
     /// Does one step.

@@ -2,7 +2,9 @@
 
 use attune_spec::id::Step;
 
+use crate::engine::LossReport;
 use crate::error::Result;
+use crate::layout::LabelCounts;
 
 /// Weights over the domains that sum to 1.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +57,14 @@ pub struct FeedbackNeeds {
 pub struct Feedback {
     /// Mean training loss a supervised token; `None` for a domain that was not drawn.
     pub loss: Vec<Option<f64>>,
+}
+
+impl Feedback {
+    /// What the sums of a step's passes tell.
+    pub fn of(step: &LossReport) -> Self {
+        let mean = |(loss, counts): &(f64, LabelCounts)| (counts.tokens > 0).then(|| loss / counts.tokens as f64);
+        Self { loss: step.by_domain.iter().map(mean).collect() }
+    }
 }
 
 /// Decides the shares of the domains, step by step. A state machine: its state is in every checkpoint.

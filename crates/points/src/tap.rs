@@ -1,4 +1,4 @@
-//! Who looks at what linears read while a model runs.
+//! Who looks at what linears read, and at the stream between layers, while a model runs.
 
 use attune_architecture::SiteId;
 use attune_tensor::kernels::Kernels;
@@ -6,7 +6,8 @@ use attune_tensor::view::MatRef;
 
 use crate::error::Result;
 
-/// Looks at the rows that linears read, part by part, in the order in which the model comes to them.
+/// Looks at the rows that linears read, and at those of the stream that enter an attention (under the block's own site, before
+/// components add to them), part by part, in the order in which the model comes to them.
 pub trait Tap: Sync {
     /// Whether it looks at those of a site.
     fn wants(&self, site: &SiteId) -> bool;

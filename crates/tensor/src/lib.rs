@@ -1,5 +1,5 @@
 //! What candle lacks for training, with no idea of a model: reproducible randomness, safe differentiable operations,
-//! frozen weights whose gradient is never computed, a local reverse pass, weights in memory-mapped files, and the kernels that
+//! frozen weights whose gradient is never computed, a local reverse pass, a search that needs none, weights in memory-mapped files, and the kernels that
 //! a training step spends its time in.
 //!
 //! The one invariant: no operation here cuts a gradient silently, and no random number depends on anything but its
@@ -13,6 +13,7 @@ pub mod permutation;
 pub mod rng;
 
 pub mod autograd;
+pub mod cma_es;
 pub mod frozen;
 pub mod linalg;
 pub mod ops;

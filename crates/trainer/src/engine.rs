@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use attune_collective::{Collective, owned};
 use attune_data::Loader;
 use attune_models::dropout::Dropout;
 use attune_models::pass::walk::Keep;
-use attune_models::pass::{Stopwatch, Times, Work};
+use attune_models::pass::{Stopwatch, Times};
 use attune_models::{Model, Pass, stack};
 use attune_optim::clip;
 use attune_points::engine::{Batch, Engine, LossReport, Renewed, Source, Tensors};
@@ -17,7 +16,7 @@ use attune_points::objective::{Level, Objective};
 use attune_points::optimizer::{Optimizer, UpdateCx};
 use attune_points::schedule::Schedule;
 use attune_points::{
-    Entries, Error, GradSink, Grads, Layout, Locals, Owner, Params, Result, TensorId, TensorSpec, Theta,
+    Entries, Error, GradSink, Grads, Layout, Locals, Owner, Params, Result, Tap, TensorId, TensorSpec, Theta,
 };
 use attune_spec::id::Step;
 use attune_tensor::{Rng, autograd};
@@ -28,6 +27,7 @@ use crate::answers::{Judge, Judged};
 use crate::checkpoint::Buffers;
 use crate::guard::{self, Guard};
 use crate::scope::ByColumn;
+use crate::spent::Spent;
 use crate::together::{self, Asked, Company, Piece, Wanted};
 
 /// What ranks send one another.
@@ -37,6 +37,8 @@ pub(crate) enum Message {
     Part { gradients: Grads, report: LossReport, stop: bool },
     /// The loss of a part of a validation set.
     Report(LossReport),
+    /// The losses of a micro-batch at several parameters, and whether the rank was asked to stop.
+    Reports { reports: Vec<LossReport>, stop: bool },
     /// A micro-batch with the log-probabilities of its labels.
     Scored(Arc<Layout>),
     /// What a step rule has to say.
@@ -69,43 +71,6 @@ impl Shared {
     /// How many numbers train; what a component holds beside them does not count.
     pub(crate) fn trained_parameters(&self) -> u64 {
         self.specs.values().map(|spec| spec.shape.iter().product::<usize>() as u64).sum()
-    }
-}
-
-/// Where the time of steps went.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Spent {
-    pub(crate) passes: Times,
-    pub(crate) data: Duration,
-    pub(crate) collective: Duration,
-    pub(crate) optimizer: Duration,
-    pub(crate) answers: Duration,
-    /// Floating-point operations that gradients needed.
-    pub(crate) flops: f64,
-}
-
-impl Spent {
-    /// Every kind of work by its name in metrics; what is left of `whole` is `other`.
-    pub(crate) fn shares(&self, whole: Duration) -> Vec<(&'static str, Duration)> {
-        let has = |work: &Work| *work != Work::Device || self.passes.of(*work) > Duration::ZERO;
-        let passes = Work::ALL.into_iter().filter(has).map(|work| (work.name(), self.passes.of(work)));
-        let rest = [("optimizer", self.optimizer), ("data", self.data), ("collective", self.collective)];
-        let rest = rest.into_iter().chain((self.answers > Duration::ZERO).then_some(("answers", self.answers)));
-        let mut all: Vec<_> = passes.chain(rest).collect();
-        let known: Duration = all.iter().map(|(_, time)| *time).sum();
-        all.push(("other", whole.saturating_sub(known)));
-        all
-    }
-}
-
-impl std::ops::AddAssign for Spent {
-    fn add_assign(&mut self, other: Self) {
-        self.passes += other.passes;
-        self.data += other.data;
-        self.collective += other.collective;
-        self.optimizer += other.optimizer;
-        self.answers += other.answers;
-        self.flops += other.flops;
     }
 }
 
@@ -393,6 +358,14 @@ impl Engine for RankEngine<'_> {
 
     fn score(&mut self, at: &Theta, on: &Layout, of: &dyn Objective) -> Result<LossReport> {
         self.shared.model.score(&Pass { theta: at, layout: on, dropout: None }, of)
+    }
+
+    fn scores(&mut self, at: &[Theta], parts: &[(u32, Arc<Layout>)], of: &dyn Objective) -> Result<Vec<LossReport>> {
+        self.scored(at, parts, of)
+    }
+
+    fn look(&mut self, at: &Theta, on: &Layout, tap: &dyn Tap) -> Result<()> {
+        self.shown(at, on, tap)
     }
 
     fn grad(

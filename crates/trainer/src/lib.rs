@@ -45,7 +45,9 @@ mod meeting;
 mod output;
 mod pin;
 mod scope;
+mod scores;
 mod setup;
+mod spent;
 pub mod steps;
 mod together;
 

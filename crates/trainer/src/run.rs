@@ -9,7 +9,7 @@ use attune_collective::local;
 use attune_data::Packing;
 use attune_data::loader::largest;
 use attune_models::pass::Stopwatch;
-use attune_points::engine::{Engine, StepReport};
+use attune_points::engine::{Engine, LossReport, StepReport};
 use attune_points::mixing::Feedback;
 use attune_points::{Owner, TensorId, TensorName, View};
 use attune_spec::id::{Step, Tokens};
@@ -18,7 +18,7 @@ use attune_spec::job::plan::ROWS_PER_PASS;
 use crate::answers::{self, Judged};
 use crate::checkpoint::{self, Measured, State};
 use crate::control::Control;
-use crate::engine::{Message, RankEngine, Spent, empty_buffers};
+use crate::engine::{Message, RankEngine, empty_buffers};
 use crate::error::Error;
 use crate::evaluate;
 use crate::guard::{self, Guard};
@@ -27,6 +27,7 @@ use crate::output;
 use crate::protocol::{Event, Metric, Phase, Request, Summary};
 use crate::resident;
 use crate::setup::{self, Bases, Prepared};
+use crate::spent::{Spent, where_time_went};
 use crate::together::Company;
 
 /// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
@@ -153,7 +154,7 @@ impl<'a> Rank<'a> {
             prepared,
             control,
             rule: {
-                let mut rule = setup::step_rule(&request.plan, shared.total_steps, shared.model.stack())?;
+                let mut rule = setup::step_rule(&request.plan, shared.total_steps, &shared.model)?;
                 if let (Some(_), Some(folder)) = (&resumed, &request.resume) {
                     let state = checkpoint::load_rule(folder)?;
                     let restored = rule.restore(state, &prepared.theta);
@@ -244,7 +245,7 @@ impl<'a> Rank<'a> {
         self.finish()
     }
 
-    /// Runs the largest pass that can occur, forward and backward, and writes a checkpoint, so that a lack of memory shows
+    /// Runs the largest pass that can occur, forward and, if steps take gradients, backward, and writes a checkpoint, so that a lack of memory shows
     /// now. Nothing of it is kept.
     fn rehearse(&mut self) -> Result<(), Error> {
         // While nothing else runs yet.
@@ -256,13 +257,25 @@ impl<'a> Rank<'a> {
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.ranks * accumulation;
         // What holds a micro-batch several times goes through by itself.
-        let most = if self.rule.copies() > 1 { 1 } else { micro_batches as usize };
+        let takes_gradients = self.rule.takes_gradients();
+        let most = match self.rule.copies() {
+            // Nor does it go alone where losses at several parameters are found side by side.
+            1 if !takes_gradients => self.engine.rows_per_pass,
+            1 => micro_batches as usize,
+            _ => 1,
+        };
         let at_once = (self.engine.rows_per_pass / layout.n_rows().max(1)).clamp(1, most);
         // Each rank has numbers of its own: an objective that sees the whole step has them all put together.
         let first = self.engine.collective.rank() * at_once as u32;
         let parts: Vec<_> = (first..).take(at_once).map(|part| (part, Arc::clone(&layout))).collect();
         let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
-        for (_, _, report) in self.engine.grads(&theta, &parts, &*objective, 1.0)? {
+        let reports: Vec<LossReport> = if takes_gradients {
+            let found = self.engine.grads(&theta, &parts, &*objective, 1.0)?;
+            found.into_iter().map(|(_, _, report)| report).collect()
+        } else {
+            self.engine.scores(&[theta], &parts, &*objective)?
+        };
+        for report in reports {
             self.finite("loss of the rehearsal", report.loss_sum)?;
         }
         if self.leads() {
@@ -297,7 +310,7 @@ impl<'a> Rank<'a> {
         self.engine.step = self.engine.step.next();
         self.finite("loss", report.loss.loss_sum)?;
         self.tokens = Tokens(self.tokens.0 + report.n_rows);
-        self.engine.loader.hear(feedback(&report));
+        self.engine.loader.hear(Feedback::of(&report.loss));
         let took = self.watch.elapsed() - before;
         self.speed = (self.speed.0 + report.n_rows, self.speed.1 + took);
         self.spent += self.engine.spent;
@@ -325,11 +338,13 @@ impl<'a> Rank<'a> {
         let denominator = self.engine.shared.objective.denominator();
         let mut metrics = vec![
             metric("train/loss".to_owned(), report.loss.loss_sum / denominator.of(report.loss.counts)),
-            metric("train/grad_norm".to_owned(), report.grad_norm),
-            metric("train/lr".to_owned(), lr),
             metric("train/tokens_per_second".to_owned(), tokens_per_second),
             metric("train/mfu".to_owned(), self.utilisation(self.engine.spent.flops, took)),
         ];
+        if self.rule.takes_gradients() {
+            metrics.push(metric("train/grad_norm".to_owned(), report.grad_norm));
+            metrics.push(metric("train/lr".to_owned(), lr));
+        }
         for (name, sum) in &report.loss.beside {
             metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
         }
@@ -439,16 +454,6 @@ impl<'a> Rank<'a> {
     }
 }
 
-/// Shares of the time of all steps in words, the largest first; what is below half a percent is left out.
-fn where_time_went(spent: &Spent, whole: Duration) -> Option<String> {
-    let mut shares = spent.shares(whole);
-    shares.sort_by_key(|(_, time)| std::cmp::Reverse(*time));
-    let percent = |time: Duration| 100.0 * time.as_secs_f64() / whole.as_secs_f64().max(1e-9);
-    let words = shares.into_iter().filter(|(_, time)| percent(*time) >= 0.5);
-    let words: Vec<String> = words.map(|(work, time)| format!("{work} {:.0} %", percent(time))).collect();
-    (!words.is_empty()).then(|| format!("of {:.1} s in steps: {}", whole.as_secs_f64(), words.join(", ")))
-}
-
 fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &Path) -> Result<(), Error> {
     let mut theta = engine.theta.clone();
     let mut buffers = std::mem::take(&mut engine.buffers);
@@ -459,14 +464,6 @@ fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &Path) -> Result<
     engine.guard = state.guard.clone();
     engine.loader.restore(state.data.clone())?;
     Ok(())
-}
-
-/// The mean loss of each domain, for the mixing method.
-fn feedback(report: &StepReport) -> Feedback {
-    let mean = |(loss, counts): &(f64, attune_points::layout::LabelCounts)| {
-        (counts.tokens > 0).then(|| loss / counts.tokens as f64)
-    };
-    Feedback { loss: report.loss.by_domain.iter().map(mean).collect() }
 }
 
 /// Losses before and after, by set: what most callers want of a summary.

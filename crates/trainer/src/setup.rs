@@ -232,9 +232,19 @@ pub(crate) fn prepare(
     let theta = Theta { beside, ..Theta::single(banks) };
     let narrow = base.activations() == attune_models::pass::Activations::Bf16;
     let job = Job { objective: &*objective, theta: &theta, optimizer: &*optimizer, narrow };
-    let stack = Stack::new(slots);
-    if let Some(message) = step_rule(plan, total_steps, &stack)?.misfit(&job) {
+    let mut model = Model::new(base, Stack::new(slots));
+    // Experts that a surgery has just made are all alike: without it few of them would ever learn.
+    let balance = plan.surgery.as_ref().and_then(|_| LoadBalance::of(model.base().architecture()));
+    if let Some(balance) = balance.filter(|balance| balance.coefficient > 0.0) {
+        model = model.with_auxiliary(Arc::new(balance));
+    }
+    let model = Arc::new(model);
+    let rule = step_rule(plan, total_steps, &model)?;
+    if let Some(message) = rule.misfit(&job) {
         return Err(Error::Faults(vec![Fault::new("tune.step", message)]));
+    }
+    if !rule.takes_gradients() {
+        without_gradients(plan)?;
     }
     let trained: Vec<usize> = plan.stack.iter().enumerate().filter(|(_, slot)| slot.train).map(|(i, _)| i).collect();
     let [trained_slot] = trained.as_slice() else {
@@ -242,13 +252,6 @@ pub(crate) fn prepare(
             format!("trains {} slots; this version trains exactly one (others with `train: false`)", trained.len());
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
     };
-    let mut model = Model::new(base, stack);
-    // Experts that a surgery has just made are all alike: without it few of them would ever learn.
-    let balance = plan.surgery.as_ref().and_then(|_| LoadBalance::of(model.base().architecture()));
-    if let Some(balance) = balance.filter(|balance| balance.coefficient > 0.0) {
-        model = model.with_auxiliary(Arc::new(balance));
-    }
-    let model = Arc::new(model);
     if model.rows_before(&theta) != *packing.before {
         let message = "puts other rows before documents than its card says".to_owned();
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
@@ -425,11 +428,13 @@ pub(crate) fn loader_of(plan: &Plan, domains: Vec<Domain>, packing: Packing, len
 }
 
 /// The step rule of a run: the one that it names, or that of the component that trains.
-pub(crate) fn step_rule(plan: &Plan, total_steps: Step, stack: &Stack) -> Result<Box<dyn StepRule>, Error> {
-    let trained = plan.stack.iter().zip(stack.slots()).zip(0u16..).find(|((planned, _), _)| planned.train);
+pub(crate) fn step_rule(plan: &Plan, total_steps: Step, model: &Model) -> Result<Box<dyn StepRule>, Error> {
+    let slots = model.stack().slots().iter();
+    let trained = plan.stack.iter().zip(slots).zip(0u16..).find(|((planned, _), _)| planned.train);
     let own = trained.and_then(|((_, slot), index)| {
-        let of = Trained { slot: index, attachments: slot.attachments().collect(), steps: total_steps };
-        slot.adapter().step_rule(&of)
+        let sites = model.base().architecture().sites();
+        let attachments = sites.iter().filter_map(|site| slot.at(&site.id)).collect();
+        slot.adapter().step_rule(&Trained { slot: index, attachments, steps: total_steps })
     });
     let path = FieldPath::from("tune.step");
     match own {
@@ -444,6 +449,22 @@ pub(crate) fn step_rule(plan: &Plan, total_steps: Step, stack: &Stack) -> Result
             STEP_RULES.build(&plan.step, &path, &cx).map_err(Error::Faults)
         }
     }
+}
+
+/// Whether a plan says nothing of how gradients change parameters, where none are taken.
+fn without_gradients(plan: &Plan) -> Result<(), Error> {
+    let (own, catalogue) = (TuneSpec::default(), Catalogue::embedded());
+    let said = [
+        ("optimizer", plan.optimizer != catalogue.resolve(&own.optimizer)),
+        ("schedule", plan.schedule != catalogue.resolve(&own.schedule)),
+        ("max_grad_norm", plan.max_grad_norm != own.max_grad_norm),
+    ];
+    let fault = |(field, _): (&str, bool)| {
+        let message = "is for steps along gradients, and what trains takes none: leave it out";
+        Fault::new(FieldPath::from("tune").field(field), message)
+    };
+    let faults: Vec<Fault> = said.into_iter().filter(|(_, is_said)| *is_said).map(fault).collect();
+    if faults.is_empty() { Ok(()) } else { Err(Error::Faults(faults)) }
 }
 
 fn weights(plan: &Plan) -> Vec<(Name, f64)> {

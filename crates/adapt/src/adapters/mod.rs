@@ -5,6 +5,7 @@ mod adalora;
 mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
+mod bbtv2;
 mod beft;
 mod boft;
 mod bone;
@@ -89,6 +90,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adamss::Adamss>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
+        entry::<bbtv2::Bbtv2>(),
         entry::<beft::Beft>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),

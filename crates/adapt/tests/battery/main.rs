@@ -43,6 +43,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("adalora", &[("rank", 4), ("target_rank", 2)]),
     ("adamss", &[("rank", 7), ("subspaces", 3), ("subspace_rank", 2)]),
+    ("bbtv2", &[("length", 4), ("dimensions", 6), ("population", 6)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),

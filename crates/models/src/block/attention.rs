@@ -88,6 +88,14 @@ impl Attention {
 }
 
 impl Attention {
+    /// The stream that comes in, with what components add to it; none where they add nothing. Whoever looks at the pass sees it as it
+    /// comes.
+    fn enter(&self, x_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Option<Rows<f32>>> {
+        let block = site(&self.sites, Place::Attention)?;
+        cx.show(&block.id, x_td.view().into(), Given::All)?;
+        cx.meter.time(Work::Adapter, || cx.enter(block, x_td))
+    }
+
     /// Queries, keys and values of the rows that come in.
     fn ask(&self, x_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Asked> {
         let n_td = residual::read(site(&self.sites, Place::AttentionNorm)?, x_td, cx)?;
@@ -270,7 +278,8 @@ impl Block for Attention {
 
     fn graph(&self, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
         let (block, norm) = (site(&self.sites, Place::Attention)?, site(&self.sites, Place::AttentionNorm)?);
-        let y_td = super::residual(&x[0], norm, block, cx, |h_td| {
+        let x_td = cx.add_places(block, x[0].clone())?;
+        let y_td = super::residual(&x_td, norm, block, cx, |h_td| {
             let (q, k, v) = self.project(h_td, cx)?;
             let (q, k) = turned(q, k, cx.plan.rope.as_ref())?;
             let before = cx.keys_before(block, k.dim(1)?)?;
@@ -281,10 +290,12 @@ impl Block for Attention {
     }
 
     fn forward(&self, x: &[Rows<f32>], cx: &PassCx<'_>, run: Run) -> Result<(Vec<Rows<f32>>, Option<block::Saved>)> {
-        let Asked { q, k, v, raw_q, raw_k, thin } = self.ask(&x[0], cx)?;
+        let entered = self.enter(&x[0], cx)?;
+        let x_td = entered.as_ref().unwrap_or(&x[0]);
+        let Asked { q, k, v, raw_q, raw_k, thin } = self.ask(x_td, cx)?;
         let (mut o, lse) = self.find(&q, k.view(), v.view(), cx)?;
         let own = self.look_aside(&q, &mut o, cx)?;
-        let Joined { y, sum, thin: thin_o, given } = self.join(&x[0], &o, cx, run)?;
+        let Joined { y, sum, thin: thin_o, given } = self.join(x_td, &o, cx, run)?;
         let saved = Saved { q, k, v, o, own, lse, raw_q, raw_k, sum, given, thin, thin_o };
         Ok((y, run.saves().then(|| block::Saved::Attention(Box::new(saved)))))
     }
@@ -303,8 +314,10 @@ impl Block for Attention {
         let (t, query, kv) = (cx.n_rows(), cx.architecture().query_width(), cx.architecture().kv_width());
         let block = site(&self.sites, Place::Attention)?;
         let dsum = residual::join_vjp(norm, saved.sum.as_ref(), super::only(dy)?, cx, sinks)?;
-        let through = residual::reads(norm, below, cx, sinks);
-        let parted = residual::part_vjp(norm, block, &x[0], saved.given.as_ref(), (&dsum, through), cx, sinks)?;
+        let entered = cx.meter.time(Work::Adapter, || cx.enter(block, &x[0]))?;
+        let x_td = entered.as_ref().unwrap_or(&x[0]);
+        let through = residual::reads(norm, below || cx.wants_places(block, sinks), cx, sinks);
+        let parted = residual::part_vjp(norm, block, x_td, saved.given.as_ref(), (&dsum, through), cx, sinks)?;
         let mut do_th = cx.arena.rows(t, query);
         {
             let dgiven = parted.as_ref().map_or(&dsum, |(dgiven, _)| dgiven);
@@ -332,21 +345,27 @@ impl Block for Attention {
         drop(do_th);
         let dq = self.ready_vjp(dq, saved.raw_q.as_ref(), Place::QueryNorm, cx, sinks)?;
         let dk = self.ready_vjp(dk, saved.raw_k.as_ref(), Place::KeyNorm, cx, sinks)?;
-        let n_td = residual::read(norm, &x[0], cx)?;
-        let mut dn_td = through.then(|| cx.arena.rows(t, x[0].n_cols()));
+        let n_td = residual::read(norm, x_td, cx)?;
+        let mut dn_td = through.then(|| cx.arena.rows(t, x_td.n_cols()));
         self.rows_vjp(n_td.view(), [dq, dk, dv], &saved.thin, dn_td.as_mut(), cx, sinks)?;
         if let (Some(dn_td), Some(beside)) = (&mut dn_td, beside) {
             cx.kernels.add(beside.view().into(), dn_td.view_mut());
         }
-        Ok(vec![residual::read_vjp(norm, &x[0], dsum, dn_td, cx, sinks)?])
+        let dx_td = residual::read_vjp(norm, x_td, dsum, dn_td, cx, sinks)?;
+        if entered.is_some() {
+            cx.meter.time(Work::Adapter, || cx.places_vjp(block, dx_td.view(), sinks))?;
+        }
+        Ok(vec![dx_td])
     }
 
     fn decode(&self, x: &[Rows<f32>], cache: &mut BlockCache, cx: &PassCx<'_>) -> Result<Vec<Rows<f32>>> {
         let Some(kept) = &cx.kept else { return Ok(self.forward(x, cx, Run::Output)?.0) };
-        let Asked { q, k, v, .. } = self.ask(&x[0], cx)?;
+        let entered = self.enter(&x[0], cx)?;
+        let x_td = entered.as_ref().unwrap_or(&x[0]);
+        let Asked { q, k, v, .. } = self.ask(x_td, cx)?;
         let [all_k, all_v] = cx.meter.time(Work::Elementwise, || cache.extend(&k, &v, kept, cx));
         let (mut o, _) = self.find(&q, all_k, all_v, cx)?;
         self.look_aside(&q, &mut o, cx)?;
-        Ok(self.join(&x[0], &o, cx, Run::Output)?.y)
+        Ok(self.join(x_td, &o, cx, Run::Output)?.y)
     }
 }

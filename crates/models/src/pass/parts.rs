@@ -190,7 +190,7 @@ impl<'a> PassCx<'a> {
     }
 
     /// How many rows of a document, by its number in the pass, went through before.
-    fn before(&self, doc: usize) -> usize {
+    pub(crate) fn before(&self, doc: usize) -> usize {
         self.kept.as_ref().map_or(0, |kept| kept.rows[doc].len() - self.docs[doc].len())
     }
 

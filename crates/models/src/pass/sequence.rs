@@ -37,6 +37,19 @@ fn planned(sequences: &[(&Binding, u32)], is_bound: impl Fn(&Bound) -> bool) -> 
     bound.flat_map(|(binding, length)| (0..*length).map(|index| Row::Virtual { slot: binding.slot, index })).collect()
 }
 
+/// The rows that components put before a document, by the number of its first row in the layout.
+pub(crate) fn before_doc(stack: &Stack, theta: &Theta, first: u32) -> Vec<Row> {
+    planned(&sequences(stack, theta), |rows| is_bound(rows, first))
+}
+
+/// Whether a binding's rows are those of the document with this first row.
+fn is_bound(rows: &Bound, first: u32) -> bool {
+    match rows {
+        Bound::All(_) => true,
+        Bound::Segments(segments) => segments.iter().any(|(rows, _)| rows.contains(&first)),
+    }
+}
+
 /// The rows that components put before every document, whatever the layout.
 pub(crate) fn before_all(stack: &Stack, theta: &Theta) -> Vec<Row> {
     planned(&sequences(stack, theta), |rows| matches!(rows, Bound::All(_)))
@@ -50,10 +63,7 @@ pub(crate) fn before_all(stack: &Stack, theta: &Theta) -> Vec<Row> {
 pub(crate) fn check(stack: &Stack, theta: &Theta, layout: &Layout, goes_on: impl Fn(usize) -> bool) -> Result<()> {
     let sequences = sequences(stack, theta);
     for (at, doc) in layout.docs().iter().enumerate().filter(|(_, doc)| doc.n_rows() > 0) {
-        let is_bound = |rows: &Bound| match rows {
-            Bound::All(_) => true,
-            Bound::Segments(segments) => segments.iter().any(|(rows, _)| rows.contains(&doc.rows.start)),
-        };
+        let is_bound = |rows: &Bound| is_bound(rows, doc.rows.start);
         let before = if goes_on(at) { Vec::new() } else { planned(&sequences, is_bound) };
         let rows = &layout.rows()[doc.rows.start as usize..doc.rows.end as usize];
         let own = rows.strip_prefix(before.as_slice());

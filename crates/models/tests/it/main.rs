@@ -14,6 +14,7 @@ mod golden;
 mod gradients;
 mod low_rank;
 mod passes;
+mod places;
 mod sequences;
 mod support;
 mod surgery;

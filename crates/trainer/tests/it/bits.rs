@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 42] = [
+const KINDS: [(&str, &[(&str, &str)]); 44] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -40,6 +40,8 @@ const KINDS: [(&str, &[(&str, &str)]); 42] = [
         &[PROMPT[0], PROMPT[1], USED_AGAIN[0], ANSWERS[0], ANSWERS[1], ANSWERS[2], ANSWERS[3]],
     ),
     ("smooth prompt", &[PROMPT[0], PROMPT[1], ("tune.step", SMART)]),
+    ("searched rows", SEARCHED),
+    ("searched rows on pairs of a whole step", &[SEARCHED[0], SEARCHED[1], STEP[0], STEP[1], STEP[2], STEP[3]]),
     ("rows aside", &[("tune.adapter", "{method: adaption-prompt, length: 3}")]),
     ("bottleneck", &[("tune.adapter", "{method: bottleneck, reduction: 4, activation: silu}")]),
     ("compacter", &[("tune.adapter", "{method: compacter, reduction: 4, factors: 2}")]),
@@ -73,6 +75,13 @@ const KINDS: [(&str, &[(&str, &str)]); 42] = [
 /// Rows before documents that take their room.
 const PROMPT: &[(&str, &str)] =
     &[("tune.adapter", "{method: prompt-tuning, length: 3, start: text, text: Who}"), ("tune.batch_tokens", "256")];
+
+/// Rows at all layers whose numbers are searched for.
+const SEARCHED: &[(&str, &str)] = &[
+    ("tune.adapter", "{method: bbtv2, length: 3, dimensions: 6, population: 6}"),
+    ("tune.optimizer", "{method: adamw}"),
+    ("tune.batch_tokens", "256"),
+];
 
 /// Embeddings are moved so far that it shows.
 const SMART: &str = "{method: smart, radius: 0.02, noise: 0.01, ascent: 0.02}";

@@ -73,11 +73,16 @@ const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
 /// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
 /// passes of their own.
-const PORTS: [&[(&str, &str)]; 18] = [
+const PORTS: [&[(&str, &str)]; 19] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
     &[("tune.adapter", "{method: adaption-prompt, length: 3}")],
     &[("tune.adapter", "{method: p-tuning, length: 3, hidden: 4}"), ("tune.batch_tokens", "256")],
+    &[
+        ("tune.adapter", "{method: bbtv2, length: 3, dimensions: 6, population: 6}"),
+        ("tune.optimizer", "{method: adamw}"),
+        ("tune.batch_tokens", "256"),
+    ],
     &[
         ("tune.adapter", "{method: prompt-tuning, length: 3}"),
         ("tune.objective", "{method: dpo}"),

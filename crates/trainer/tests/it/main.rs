@@ -12,5 +12,6 @@ mod outputs;
 mod peft_steps;
 mod prompts;
 mod reference;
+mod searches;
 mod support;
 mod surgery;

@@ -4,6 +4,7 @@ mod banks;
 mod parts;
 mod products;
 mod prompts;
+mod searches;
 mod steps;
 mod tuners;
 mod turns;
@@ -51,6 +52,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(turns::OWN)
         .chain(banks::OWN)
         .chain(parts::OWN)
+        .chain(searches::OWN)
         .chain(steps::OWN)
         .chain(tuners::OWN)
         .chain(wider::OWN)
