@@ -28,6 +28,7 @@ pub fn to_message(spec: &JobSpec) -> Result<v1::JobSpec, Vec<Fault>> {
         name: spec.name.to_string(),
         kind: match spec.kind {
             JobKind::Tune => v1::JobKind::Tune as i32,
+            JobKind::Recipe => v1::JobKind::Recipe as i32,
         },
         project: spec.project.as_ref().map(ToString::to_string),
         priority: spec.priority,
@@ -39,6 +40,7 @@ pub fn to_message(spec: &JobSpec) -> Result<v1::JobSpec, Vec<Fault>> {
         resources: Some(resources(&spec.resources)),
         limits: Some(limits(&spec.limits)),
         outputs: Some(outputs(&spec.outputs)),
+        recipe: spec.recipe.as_ref().and_then(|recipe| method(recipe, &"recipe".into(), &mut faults)),
     };
     faults.finish(Some(message))
 }
@@ -235,6 +237,7 @@ impl Reader {
             }),
             "data": message.data.as_ref().map(|spec| self.data(spec)),
             "tune": message.tune.as_ref().map(|spec| self.tune(spec)),
+            "recipe": message.recipe.as_ref().map(|recipe| self.method(recipe, &"recipe".into())),
         };
         // An empty text is what an absent one looks like.
         if !message.base.is_empty() {
@@ -442,6 +445,10 @@ tune: {adapter: {method: full}, steps: 3}
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }
+        let staged = SHORT.replace("name: short", "name: short\nkind: recipe")
+            + "recipe: {method: pipeline, stages: [{name: a}, {name: b, set: {tune: {steps: 7, adapter: {method: lora}}}}]}";
+        let spec = read(&staged);
+        assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         let mut value = read_yaml(SHORT).unwrap();
         set_path(&mut value, "tune.steps", "null").unwrap();
         for (path, text) in [("tune.tokens", "90000"), ("tune.checkpoint", "{every_steps: null}")] {

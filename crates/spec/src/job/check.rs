@@ -8,9 +8,10 @@ use serde_json::Value;
 
 use super::plan::{logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Device, JobSpec, Precision, VERSION};
+use super::{Device, JobKind, JobSpec, Precision, Reference, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
+use crate::stages;
 
 static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
     let schema = JobSpec::schema();
@@ -48,6 +49,7 @@ pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
         }
         faults.extend(method_at(Some(&reward), Point::Reward, &tune.field("rewards").index(index), catalogue));
     }
+    faults.extend(method_at(value.get("recipe"), Point::Recipe, &FieldPath::from("recipe"), catalogue));
     let mixing = FieldPath::from("data").field("mixing");
     faults.extend(method_at(value.pointer("/data/mixing"), Point::Mixing, &mixing, catalogue));
     let stack = value.pointer("/tune/stack").and_then(Value::as_array).into_iter().flatten().enumerate();
@@ -87,8 +89,27 @@ fn slot_at(slot: &Value, path: &FieldPath, catalogue: &Catalogue) -> Vec<Fault> 
     faults
 }
 
-/// Faults between fields that are each right by themselves.
+/// Faults between fields that are each right by themselves. Those of a recipe are those of its stages.
 pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
+    let of_stages =
+        spec.own_references().into_iter().filter(|(_, reference)| matches!(reference, Reference::Stage { .. }));
+    let mut faults: Vec<Fault> = of_stages
+        .map(|(path, reference)| Fault::new(path, format!("is {reference}, which only a stage of a recipe can name")))
+        .collect();
+    match (spec.kind, &spec.recipe) {
+        (JobKind::Tune, None) => faults.extend(stage_relations(spec, catalogue)),
+        (JobKind::Tune, Some(_)) => faults.push(Fault::new("kind", "is tune, but `recipe` is given; expected recipe")),
+        (JobKind::Recipe, None) => faults.push(Fault::new("recipe", "is missing")),
+        (JobKind::Recipe, Some(_)) if faults.is_empty() => {
+            faults.extend(stages::known(spec, &[]).err().unwrap_or_default());
+        }
+        (JobKind::Recipe, Some(_)) => {}
+    }
+    faults
+}
+
+/// Faults between fields of a job that trains, by itself or as a stage.
+pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     let mut faults = Vec::new();
     length(spec, &mut faults);
     slots(spec, catalogue, &mut faults);
