@@ -146,3 +146,55 @@ async fn a_stage_that_fails_is_why_the_recipe_fails() {
         assert!(told.contains("recipe.stages[1].set.tune.objective.beta"), "{told}");
     }
 }
+
+/// Two adapters that know the world in two forms, and a skill that is learned beside them.
+const PREREQUISITES: &str = r#"
+version: 1
+name: manners
+kind: recipe
+base: "demo-base:latest"
+data:
+  domains: [{name: chat, source: ./chat.train.jsonl}]
+  validation: [{name: chat, source: ./chat.valid.jsonl, rows: 4}]
+  max_length: 64
+tune: {adapter: {method: lora, rank: 4, alpha: 8}, optimizer: {method: adamw, lr: 5e-3}, batch_tokens: 256, logical_shards: 2, steps: 8, seed: 7}
+outputs: {tag: "manners:latest"}
+recipe:
+  method: prereq-tune
+  learn: {adapter: {rank: 8}, steps: 5}
+  knowledge:
+    - {name: texts, source: ./text.train.jsonl, domains: [chat]}
+    - {name: further-texts, source: ./text.valid.jsonl, domains: [chat]}
+"#;
+
+#[tokio::test]
+async fn a_skill_is_learned_beside_adapters_that_know_and_is_the_result_alone() {
+    let cluster = Cluster::start().await;
+    let id = submit(&cluster, PREREQUISITES, &[]).await;
+    let job = cluster.ends(&id, JobState::Succeeded).await;
+    let names: Vec<&str> = job.stages.iter().map(|stage| stage.name.as_str()).collect();
+    assert_eq!(names, ["texts", "further-texts", "skill"]);
+    let mut made = Vec::new();
+    for stage in &job.stages {
+        made.push(outputs(&cluster.job(&stage.job_id).await.unwrap())["adapter"].clone());
+    }
+    assert_eq!(outputs(&job)["adapter"], made[2]);
+    let lineage = cluster.json(["artifacts", "lineage", "manners:latest"]);
+    let edges = lineage["edges"].as_array().unwrap();
+    for known in &made[..2] {
+        assert!(edges.iter().any(|edge| edge["input"] == known.as_str()), "{known} is no cause: {lineage}");
+    }
+    // The result needs neither of them.
+    let said = cluster.run([
+        "generate",
+        "--base",
+        "demo-base:latest",
+        "--adapter",
+        "manners:latest",
+        "--prompt",
+        "Hello?",
+        "--max-tokens",
+        "4",
+    ]);
+    assert!(said.status.success(), "{said:?}");
+}

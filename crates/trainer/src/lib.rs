@@ -47,6 +47,7 @@ mod scope;
 mod setup;
 pub mod steps;
 mod together;
+mod turns;
 
 pub mod kernel;
 pub mod methods;

@@ -54,11 +54,8 @@ async fn advance(context: &Context, key: &JobKey) -> Result<(), Status> {
         if row.state.is_final() {
             return Ok(());
         }
-        let (look, extra) = match look(context, key, &row).await? {
-            Some(seen) => seen,
-            // More may follow from what was made.
-            None => continue,
-        };
+        // More may follow from what was made.
+        let Some((look, extra)) = look(context, key, &row).await? else { continue };
         let input = Input::Looked { key: key.clone(), version: row.version, look };
         match context.front.step_with(input, extra).await? {
             Answer::Refused(Refusal::JobChanged { .. }) => {}

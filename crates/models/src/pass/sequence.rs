@@ -53,6 +53,7 @@ pub(crate) fn check(stack: &Stack, theta: &Theta, layout: &Layout, goes_on: impl
         let is_bound = |rows: &Bound| match rows {
             Bound::All(_) => true,
             Bound::Segments(segments) => segments.iter().any(|(rows, _)| rows.contains(&doc.rows.start)),
+            Bound::Domains(domains) => domains.iter().any(|(domain, _)| *domain == doc.domain),
         };
         let before = if goes_on(at) { Vec::new() } else { planned(&sequences, is_bound) };
         let rows = &layout.rows()[doc.rows.start as usize..doc.rows.end as usize];

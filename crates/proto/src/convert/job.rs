@@ -98,6 +98,7 @@ fn slot(spec: &SlotSpec, path: &FieldPath, faults: &mut Faults) -> v1::SlotSpec 
         init: spec.init.as_ref().and_then(|init| method(init, &path.field("init"), faults)),
         from: spec.from.as_ref().map(ToString::to_string),
         train: Some(spec.train),
+        domains: spec.domains.iter().map(ToString::to_string).collect(),
         params: faults.field(to_struct(&spec.params, path)),
     }
 }
@@ -329,6 +330,7 @@ impl Reader {
             "init": spec.init.as_ref().map(|init| self.method(init, &path.field("init"))),
             "from": spec.from.as_ref(),
             "train": spec.train,
+            "domains": (!spec.domains.is_empty()).then_some(&spec.domains),
         });
         slot
     }
@@ -448,6 +450,13 @@ tune: {adapter: {method: full}, steps: 3}
         let staged = SHORT.replace("name: short", "name: short\nkind: recipe")
             + "recipe: {method: pipeline, stages: [{name: a}, {name: b, set: {tune: {steps: 7, adapter: {method: lora}}}}]}";
         let spec = read(&staged);
+        assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
+        let beside = SHORT.replace(
+            "tune: {adapter: {method: full}",
+            "tune: {stack: [{method: lora}, {from: \"facts:latest\", train: false, domains: [a]}]",
+        );
+        let spec = read(&beside);
+        assert_eq!(spec.tune.stack[1].domains.len(), 1);
         assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         let mut value = read_yaml(SHORT).unwrap();
         set_path(&mut value, "tune.steps", "null").unwrap();

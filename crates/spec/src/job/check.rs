@@ -115,6 +115,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     slots(spec, catalogue, &mut faults);
     data(spec, &mut faults);
     answers(spec, catalogue, &mut faults);
+    beside(spec, catalogue, &mut faults);
     shards(spec, catalogue, &mut faults);
     share(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
@@ -193,6 +194,35 @@ fn data(spec: &JobSpec, faults: &mut Vec<Fault>) {
     check("validation", spec.data.validation.iter().map(|set| set.name.to_string()).collect());
     if spec.data.domains.iter().all(|domain| domain.weight == 0.0) {
         faults.push(Fault::new("data.domains", "all have weight 0; expected one above"));
+    }
+}
+
+/// What stands beside documents of some domains is frozen, and these are domains of the job.
+fn beside(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    let known: Vec<&str> = spec.data.domains.iter().map(|domain| domain.name.as_str()).collect();
+    for (path, slot) in spec.tune.slots().into_iter().filter(|(_, slot)| !slot.domains.is_empty()) {
+        let path = path.field("domains");
+        if slot.from.is_none() || slot.train {
+            let message = "is given for what trains; expected an adapter with `from` and `train: false`";
+            faults.push(Fault::new(path.clone(), message));
+        }
+        if catalogue.answers(&spec.tune.objective).is_some() {
+            let message = format!(
+                "is given, but `tune.objective` is {}, which learns from answers that the model gives as it is",
+                spec.tune.objective.method
+            );
+            faults.push(Fault::new(path.clone(), message));
+        }
+        for (index, name) in slot.domains.iter().enumerate() {
+            let path = path.index(index);
+            if !known.contains(&name.as_str()) {
+                let hint = crate::suggest::hint(name.as_str(), known.iter().copied());
+                let message = format!("is {name}, which no domain of `data.domains` is called{hint}");
+                faults.push(Fault::new(path, message));
+            } else if slot.domains[..index].contains(name) {
+                faults.push(Fault::new(path, format!("is {name} for the second time")));
+            }
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 mod parts;
 
 mod pipeline;
+mod prereq_tune;
 
 use crate::fault::{Fault, FieldPath};
 use crate::id::Name;
@@ -42,4 +43,5 @@ pub trait Recipe: Send + Sync {
 }
 
 /// All recipes.
-pub static RECIPES: Registry<dyn Recipe> = Registry::new(Point::Recipe, &[entry::<pipeline::Pipeline>()]);
+pub static RECIPES: Registry<dyn Recipe> =
+    Registry::new(Point::Recipe, &[entry::<pipeline::Pipeline>(), entry::<prereq_tune::PrereqTune>()]);

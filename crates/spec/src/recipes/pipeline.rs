@@ -214,7 +214,7 @@ recipe:
             ..job.clone()
         };
         assert_eq!((first.name.as_str(), &first.job, first.after.len()), ("answers", &plain, 0));
-        assert_eq!(second.after, [first.name.clone()]);
+        assert_eq!(second.after, std::slice::from_ref(&first.name));
         let tune = &second.job.tune;
         assert_eq!((tune.steps, tune.objective.method.as_str(), tune.batch_tokens), (Some(4), "dpo", 4096));
         // A method is chosen whole: the rate was the other's.

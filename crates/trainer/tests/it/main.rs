@@ -13,3 +13,4 @@ mod peft_steps;
 mod prompts;
 mod reference;
 mod support;
+mod turns;
