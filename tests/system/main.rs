@@ -6,5 +6,6 @@ mod grids;
 mod kills;
 mod lanes;
 mod main_job;
+mod recipes;
 mod support;
 mod wrong_input;

@@ -143,9 +143,10 @@ impl<'a> GraphCx<'a> {
             Matrix::Frozen(w_oi) => w_oi.rows(0..w_oi.shape().0, self.dtype)?,
         };
         let ids = self.ids(x_ti.dim(0)?);
+        let bound: Vec<_> = maps.iter().map(|(binding, _, _)| binding.rows.on(self.layout)).collect();
         // Rows that every one of the components binds alike have one weight.
         let sets: Vec<Vec<Option<u32>>> =
-            (ids.iter()).map(|&id| maps.iter().map(|(binding, _, _)| set_of(&binding.rows, id)).collect()).collect();
+            (ids.iter()).map(|&id| bound.iter().map(|rows| set_of(rows, id)).collect()).collect();
         let (mut parts, mut start) = (Vec::new(), 0);
         for run in sets.chunk_by(|a, b| a == b) {
             let (mut w_oi, mut b_o) = (own_oi.clone(), own_o.clone());
@@ -250,9 +251,10 @@ impl<'a> GraphCx<'a> {
         let mut before: Vec<Option<(Tensor, Tensor)>> = vec![None; self.layout.docs().len()];
         for (binding, at, port) in self.attached(&block.id) {
             let Port::Attention(map) = port else { continue };
+            let rows = binding.rows.on(self.layout);
             let mut made: BTreeMap<u32, (Tensor, Tensor)> = BTreeMap::new();
             for (doc, before) in self.layout.docs().iter().zip(&mut before) {
-                let Some(set) = set_of(&binding.rows, doc.rows.start) else { continue };
+                let Some(set) = set_of(&rows, doc.rows.start) else { continue };
                 if let Entry::Vacant(entry) = made.entry(set) {
                     let (k, v) = map.graph(&self.locals(binding.slot, set, at)?)?;
                     let split = |x: Tensor| x.reshape((x.dim(0)?, heads, x.dim(1)? / heads));
@@ -276,10 +278,11 @@ impl<'a> GraphCx<'a> {
         let mut made = vec![x_td];
         for (binding, at, port) in self.attached(&tokens.id) {
             let Port::Sequence(map) = port else { continue };
+            let rows = binding.rows.on(self.layout);
             let mut first: BTreeMap<u32, u32> = BTreeMap::new();
             for (at_row, row) in (0..).zip(self.layout.rows()) {
                 let Row::Virtual { slot, index } = *row else { continue };
-                let Some(set) = set_of(&binding.rows, at_row).filter(|_| slot == binding.slot) else { continue };
+                let Some(set) = set_of(&rows, at_row).filter(|_| slot == binding.slot) else { continue };
                 if let Entry::Vacant(entry) = first.entry(set) {
                     made.push(map.graph(&self.locals(binding.slot, set, at)?)?);
                     entry.insert(end);
@@ -303,8 +306,9 @@ impl<'a> GraphCx<'a> {
             let mut made = vec![Tensor::zeros((1, x_td.dim(1)?), x_td.dtype(), x_td.device())?];
             let (mut first, mut end) = (BTreeMap::new(), 1);
             let mut from = vec![0u32; self.layout.n_rows()];
+            let bound = binding.rows.on(self.layout);
             for doc in self.layout.docs() {
-                let Some(set) = set_of(&binding.rows, doc.rows.start) else { continue };
+                let Some(set) = set_of(&bound, doc.rows.start) else { continue };
                 if let Entry::Vacant(entry) = first.entry(set) {
                     made.push(map.graph(&self.locals(binding.slot, set, at)?)?);
                     entry.insert(end);
@@ -345,7 +349,7 @@ impl<'a> GraphCx<'a> {
         }
         let ids = self.ids(x.dim(0)?);
         let mut parts = Vec::new();
-        for (run, set) in runs(&binding.rows, &ids) {
+        for (run, set) in runs(&binding.rows.on(self.layout), &ids) {
             let y = y.narrow(0, run.start, run.len())?;
             parts.push(match set {
                 None => y,
@@ -364,15 +368,16 @@ impl<'a> GraphCx<'a> {
     }
 }
 
-/// The set of a row.
+/// The set of a row, of rows that are not given by domains.
 pub(crate) fn set_of(rows: &Rows, row: u32) -> Option<u32> {
     match rows {
         Rows::All(set) => Some(*set),
         Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),
+        Rows::Domains(_) => None,
     }
 }
 
-/// Runs of `ids` that are bound to one set: places in `ids`, and the set.
+/// Runs of `ids` that are bound to one set: places in `ids`, and the set. `rows` are not given by domains.
 pub(crate) fn runs(rows: &Rows, ids: &[u32]) -> Vec<(Range<usize>, Option<u32>)> {
     let mut runs: Vec<(Range<usize>, Option<u32>)> = Vec::new();
     for (place, &row) in ids.iter().enumerate() {

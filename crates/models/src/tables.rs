@@ -42,11 +42,11 @@ impl<'a> GraphCx<'a> {
         let mut end = from.len() as u32;
         let mut made = vec![x_td];
         for (binding, at, map) in self.tables(tokens) {
-            let places = places(map);
+            let (places, bound) = (places(map), binding.rows.on(self.layout));
             let mut first: BTreeMap<u32, u32> = BTreeMap::new();
             for (at_row, row) in (0..).zip(self.layout.rows()) {
                 let Row::Token(token) = row else { continue };
-                let (Some(&k), Some(set)) = (places.get(token), set_of(&binding.rows, at_row)) else { continue };
+                let (Some(&k), Some(set)) = (places.get(token), set_of(&bound, at_row)) else { continue };
                 if let Entry::Vacant(entry) = first.entry(set) {
                     made.push(checked(map, map.graph(&self.locals(binding.slot, set, at)?)?, self.shape())?);
                     entry.insert(end);

@@ -1,11 +1,13 @@
 //! Parameters as an argument of a pass.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use crate::layout::{Doc, Layout};
 use crate::params::{Owner, Params, TensorId, TensorName};
 
 /// What the sets of a bank are.
@@ -37,6 +39,18 @@ pub enum Rows {
     All(u32),
     /// Contiguous rows and the set they use, ascending and disjoint; rows in no segment use no set.
     Segments(Vec<(Range<u32>, u32)>),
+    /// Domains and the set that the rows of their documents use; those of other domains use no set.
+    Domains(Vec<(u16, u32)>),
+}
+
+impl Rows {
+    /// The same for the rows of a layout: never by domains.
+    pub fn on(&self, layout: &Layout) -> Cow<'_, Self> {
+        let Self::Domains(domains) = self else { return Cow::Borrowed(self) };
+        let set = |doc: &Doc| domains.iter().find(|(domain, _)| *domain == doc.domain).map(|(_, set)| *set);
+        let segments = layout.docs().iter().filter_map(|doc| Some((doc.rows.clone(), set(doc)?)));
+        Cow::Owned(Self::Segments(segments.collect()))
+    }
 }
 
 /// Binds rows of the batch to a set of a bank.
@@ -171,6 +185,18 @@ mod tests {
         assert!(theta.get(&id).is_some());
         assert_eq!(theta.trained().count(), 1);
         assert!(theta.adapters_off().weight(&name).is_none());
+    }
+
+    #[test]
+    fn rows_of_domains_are_those_of_their_documents() {
+        let mut layout = Layout::new();
+        for (domain, n_rows) in [(1, 2), (0, 3), (2, 1), (1, 1)] {
+            let rows = (0..n_rows).map(|row| (crate::layout::Row::Token(row), 0));
+            layout.push(crate::layout::Source { domain, ..Default::default() }, rows);
+        }
+        let rows = Rows::Domains(vec![(1, 0), (2, 4)]);
+        assert_eq!(*rows.on(&layout), Rows::Segments(vec![(0..2, 0), (5..6, 4), (6..7, 0)]));
+        assert_eq!(*Rows::All(3).on(&layout), Rows::All(3));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! scheduler, the command line and the trainer call the same checks, so none of them can disagree.
 //!
 //! Deliberately absent: tensors, files, clocks, networks. Method *types* live with their methods in the training half;
-//! what travels here is their card and JSON Schema (`methods/<name>.json`).
+//! what travels here is their card and JSON Schema (`methods/<name>.json`). Recipes are here themselves: they make jobs of a
+//! job, and nothing else.
 
 pub mod id;
 
@@ -15,5 +16,8 @@ pub mod suggest;
 pub mod method;
 
 pub mod job;
+
+pub mod recipes;
+pub mod stages;
 
 pub use fault::{Fault, FieldPath};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use attune_spec::id::{Digest, Epoch, JobId, Project, Seq};
+use attune_spec::id::{Digest, Epoch, JobId, Name, Project, Seq};
 use serde_json::Value;
 
 use crate::event::NewEvent;
@@ -98,6 +98,15 @@ pub struct Input {
     pub digest: Digest,
 }
 
+/// That a job is a stage of another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stage {
+    /// The job that it is a stage of.
+    pub parent: JobId,
+    /// Its name there.
+    pub name: Name,
+}
+
 /// A job to be stored for the first time.
 #[derive(Debug, Clone)]
 pub struct NewJob {
@@ -131,6 +140,8 @@ pub struct NewJob {
     pub core: Value,
     /// The finished job that this one repeats.
     pub retry_of: Option<JobId>,
+    /// What it is a stage of.
+    pub stage: Option<Stage>,
     /// When.
     pub now: UtcMs,
 }
@@ -178,6 +189,8 @@ pub struct Job {
     pub failure: Option<Value>,
     /// The finished job that this one repeats.
     pub retry_of: Option<JobId>,
+    /// What it is a stage of.
+    pub stage: Option<Stage>,
     /// The number of the newest event about it.
     pub last_event: Seq,
     /// When it was accepted.
@@ -232,6 +245,8 @@ pub struct Filter {
     pub kind: Option<String>,
     /// This name.
     pub name: Option<String>,
+    /// Stages of this job.
+    pub parent: Option<JobId>,
     /// All of these labels.
     pub labels: BTreeMap<String, String>,
     /// The order of the list.

@@ -69,7 +69,10 @@ impl Calibration<'_> {
         let watch = Stopwatch::start();
         let (slots, banks) = self.read(stack);
         let model = Model::new(Arc::clone(self.base), Stack::new(slots));
-        let theta = Theta::single(banks);
+        let mut theta = Theta::single(banks);
+        let places = self.plan.stack.iter().zip(stack).filter(|(_, slot)| matches!(slot, Slotted::Read(_)));
+        let beside_all: Vec<bool> = places.map(|(planned, _)| planned.domains.is_empty()).collect();
+        theta.bindings.retain(|binding| beside_all[usize::from(binding.slot)]);
         let packing = Packing { before: model.rows_before(&theta).into(), ..self.packing.clone() };
         let mut on = On { model, theta, objective: self.objective, keep: self.keep };
         // A run through the data is the end of it.
@@ -113,7 +116,7 @@ impl Calibration<'_> {
             .then(|| format!("needs {request}, and `{objective}` looks at whole steps: choose another of either"))
     }
 
-    /// The slots that are there already.
+    /// The slots that are there already, those that take turns among them.
     fn read(&self, stack: &[Slotted]) -> (Vec<attune_models::Slot>, Vec<Bank>) {
         let there = self.plan.stack.iter().zip(stack).filter_map(|(planned, slot)| {
             let Slotted::Read(component) = slot else { return None };

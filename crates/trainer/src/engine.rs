@@ -29,6 +29,7 @@ use crate::guard::{self, Guard};
 use crate::scope::ByColumn;
 use crate::spent::Spent;
 use crate::together::{self, Asked, Company, Piece, Wanted};
+use crate::turns::Turns;
 
 /// What ranks send one another.
 #[derive(Debug, Clone)]
@@ -65,6 +66,8 @@ pub(crate) struct Shared {
     pub(crate) keep: Keep,
     /// What judges the answers that the objective needs, if it needs any.
     pub(crate) judge: Option<Judge>,
+    /// What stands beside documents of some domains.
+    pub(crate) turns: Turns,
 }
 
 impl Shared {
@@ -333,6 +336,8 @@ impl Engine for RankEngine<'_> {
     }
 
     fn batch(&mut self, source: Source) -> Result<Batch> {
+        // What is measured is what is made: nothing takes turns there.
+        self.shared.turns.bind(&mut self.theta, (source == Source::Train).then_some(self.step));
         match source {
             Source::Train => {
                 let watch = Stopwatch::start();

@@ -50,6 +50,7 @@ mod setup;
 mod spent;
 pub mod steps;
 mod together;
+mod turns;
 
 pub mod kernel;
 pub mod methods;

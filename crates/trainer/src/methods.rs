@@ -14,6 +14,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .chain(crate::STEP_RULES.documents())
         .chain(attune_optim::OPTIMIZERS.documents())
         .chain(attune_optim::SCHEDULES.documents())
+        .chain(attune_spec::recipes::RECIPES.documents())
         .collect();
     documents.sort_by(|a, b| a.name.cmp(&b.name));
     documents

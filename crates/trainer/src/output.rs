@@ -152,7 +152,8 @@ fn model(prepared: &Prepared, theta: &Theta, dtype: DType, folder: &Path) -> Res
     let model = &prepared.shared.model;
     let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
     for stage in [Stage::Weight, Stage::Ends, Stage::Beside] {
-        for (index, slot) in model.stack().slots().iter().enumerate() {
+        for (index, slot) in model.stack().slots().iter().enumerate().filter(|(at, _)| !prepared.shared.turns.has(*at))
+        {
             merge_slot(prepared, theta, index, slot, stage, &mut replaced)?;
         }
     }

@@ -268,7 +268,8 @@ impl<'a> Rank<'a> {
         // Each rank has numbers of its own: an objective that sees the whole step has them all put together.
         let first = self.engine.collective.rank() * at_once as u32;
         let parts: Vec<_> = (first..).take(at_once).map(|part| (part, Arc::clone(&layout))).collect();
-        let (theta, objective) = (self.engine.theta.clone(), self.engine.objective());
+        let (mut theta, objective) = (self.engine.theta.clone(), self.engine.objective());
+        self.engine.shared.turns.bind(&mut theta, Some(self.engine.step));
         let reports: Vec<LossReport> = if takes_gradients {
             let found = self.engine.grads(&theta, &parts, &*objective, 1.0)?;
             found.into_iter().map(|(_, _, report)| report).collect()

@@ -34,6 +34,7 @@ use crate::pin::{self, Pins};
 use crate::protocol::{Event, Phase, Request};
 use crate::resident;
 use crate::steps::STEP_RULES;
+use crate::turns::Turns;
 
 /// Everything that a run is made of.
 pub(crate) struct Prepared {
@@ -229,7 +230,9 @@ pub(crate) fn prepare(
         banks.push(Bank { slot: name, kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: false });
         slots.push(slot);
     }
-    let theta = Theta { beside, ..Theta::single(banks) };
+    let mut theta = Theta { beside, ..Theta::single(banks) };
+    let turns = Turns::of(plan);
+    turns.bind(&mut theta, None);
     let narrow = base.activations() == attune_models::pass::Activations::Bf16;
     let job = Job { objective: &*objective, theta: &theta, optimizer: &*optimizer, narrow };
     let mut model = Model::new(base, Stack::new(slots));
@@ -259,6 +262,7 @@ pub(crate) fn prepare(
     let judge = answers.map(|_| judge(plan, tokenizer, encoder.template(), &cx)).transpose()?;
     let shared = Shared {
         judge,
+        turns,
         keep,
         model,
         objective: objective.into(),
@@ -302,6 +306,11 @@ fn rows_before(request: &Request, architecture: &Architecture, pinned: &mut Pins
             (None, Some(method)) => Catalogue::embedded().rows_before(method),
             (None, None) => 0,
         };
+        if length > 0 && !planned.domains.is_empty() {
+            let path = FieldPath::from("tune").field("stack").index(usize::from(slot)).field("domains");
+            let message = "is given for an adapter that puts rows before documents, which stand before all or none";
+            return Err(Error::Faults(vec![Fault::new(path, message)]));
+        }
         before.extend((0..length).map(|index| Row::Virtual { slot, index }));
     }
     let (longest, context) = (u64::from(plan.max_length) + before.len() as u64, architecture.max_position);

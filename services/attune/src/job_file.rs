@@ -10,7 +10,7 @@ use attune_architecture::{Architecture, targets};
 use attune_spec::id::Digest;
 use attune_spec::job::{JobSpec, ReadError, Reference, Targets, read_value, read_yaml, set_path};
 use attune_spec::method::Catalogue;
-use attune_spec::{Fault, FieldPath};
+use attune_spec::{Fault, FieldPath, stages};
 
 use crate::print::Failure;
 
@@ -113,7 +113,7 @@ impl JobFile {
     /// A fault for each path that cannot be opened on this machine.
     pub(crate) fn absent(&self) -> Vec<Fault> {
         let paths = self.spec.references().into_iter();
-        let paths = paths.filter_map(|(field, reference)| Some((field, self.local(reference)?)));
+        let paths = paths.filter_map(|(field, reference)| Some((field, self.local(&reference)?)));
         let absent = paths.filter_map(|(field, path)| Some((field, std::fs::metadata(&path).err()?, path)));
         absent.map(|(field, error, path)| Fault::new(field, format!("is {}: {error}", path.display()))).collect()
     }
@@ -133,38 +133,61 @@ impl JobFile {
             Ok(architecture) => architecture,
             Err(error) => return Ok(Some(vec![Fault::new("base", format!("cannot be trained: {error}"))])),
         };
-        let architecture = match self.operated(architecture) {
-            Ok(architecture) => architecture,
-            Err(faults) => return Ok(Some(faults)),
-        };
+        if self.spec.recipe.is_none() {
+            return Ok(Some(match operated(&self.spec, architecture) {
+                Ok(architecture) => site_faults(&self.spec, &architecture),
+                Err(faults) => faults,
+            }));
+        }
+        // The file was read, so its stages are known; those on another base are the server's to look at.
         let mut faults = Vec::new();
-        for (path, slot) in self.spec.tune.slots() {
-            // The adapter that a slot starts from brings its own sites.
-            let method = slot.method.as_deref().and_then(|method| Catalogue::embedded().get(method));
-            let Some(document) = method.filter(|_| slot.from.is_none()) else { continue };
-            let named = slot.targets.clone().unwrap_or_else(|| Targets::from(document.targets.as_str()));
-            let applies = |site: &attune_architecture::Site| document.applies.contains(&site.offers());
-            if let Err(found) = targets::resolve(&named, slot.exclude.as_ref(), &architecture, applies) {
-                faults.extend(found.into_iter().map(|fault| fault.under(&path)));
+        for stage in stages::known(&self.spec, &[]).unwrap_or_default() {
+            if stage.job.base == self.spec.base {
+                let found = match operated(&stage.job, architecture.clone()) {
+                    Ok(architecture) => site_faults(&stage.job, &architecture),
+                    Err(faults) => faults,
+                };
+                for Fault { path, message } in found {
+                    let path = stages::place(&self.spec, &stage.name, &path).unwrap_or(path);
+                    faults.push(Fault::new(path, message));
+                }
             }
         }
+        faults.sort();
+        faults.dedup();
         Ok(Some(faults))
     }
+}
 
-    /// What the job makes of its base before it trains.
-    fn operated(&self, base: Architecture) -> Result<Architecture, Vec<Fault>> {
-        let Some(surgery) = &self.spec.tune.surgery else { return Ok(base) };
-        let Some(card) = Catalogue::embedded().get(&surgery.method) else { return Ok(base) };
-        let path = FieldPath::from("tune").field("surgery");
-        base.after(&Catalogue::embedded().resolve(surgery), card)
-            .map_err(|faults| faults.into_iter().map(|fault| fault.under(&path)).collect())
+/// What a job makes of its base before it trains.
+fn operated(spec: &JobSpec, base: Architecture) -> Result<Architecture, Vec<Fault>> {
+    let Some(surgery) = &spec.tune.surgery else { return Ok(base) };
+    let Some(card) = Catalogue::embedded().get(&surgery.method) else { return Ok(base) };
+    let path = FieldPath::from("tune").field("surgery");
+    base.after(&Catalogue::embedded().resolve(surgery), card)
+        .map_err(|faults| faults.into_iter().map(|fault| fault.under(&path)).collect())
+}
+
+/// Faults of `targets` and `exclude` of a job that trains.
+fn site_faults(spec: &JobSpec, architecture: &Architecture) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    for (path, slot) in spec.tune.slots() {
+        // The adapter that a slot starts from brings its own sites.
+        let method = slot.method.as_deref().and_then(|method| Catalogue::embedded().get(method));
+        let Some(document) = method.filter(|_| slot.from.is_none()) else { continue };
+        let named = slot.targets.clone().unwrap_or_else(|| Targets::from(document.targets.as_str()));
+        let applies = |site: &attune_architecture::Site| document.applies.contains(&site.offers());
+        if let Err(found) = targets::resolve(&named, slot.exclude.as_ref(), architecture, applies) {
+            faults.extend(found.into_iter().map(|fault| fault.under(&path)));
+        }
     }
+    faults
 }
 
 fn place(folder: &Path, reference: &Reference) -> Option<PathBuf> {
     match reference {
         Reference::Path(path) => Some(folder.join(path.trim_start_matches("./"))),
-        Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) => None,
+        Reference::Digest(_) | Reference::Tag(_) | Reference::Url(_) | Reference::Stage { .. } => None,
     }
 }
 
@@ -187,7 +210,7 @@ mod tests {
         for folder in ["", ".", "jobs", "../jobs", "/jobs"] {
             let spec = read_value(&read_yaml(text).unwrap(), Catalogue::embedded()).unwrap();
             let mut file = JobFile { spec, folder: folder.into() };
-            let places = file.spec.references().into_iter().filter_map(|(_, reference)| file.local(reference));
+            let places = file.spec.references().into_iter().filter_map(|(_, reference)| file.local(&reference));
             let digests = places.map(|path| (path, Digest::from_bytes([7; 32]))).collect::<BTreeMap<_, _>>();
             assert_eq!(digests.len(), 2);
             file.replace_paths(&digests);

@@ -91,6 +91,7 @@ impl FromStr for Place {
             Ok(Reference::Path(path)) => Ok(Self::Local(PathBuf::from(path))),
             Ok(reference @ (Reference::Digest(_) | Reference::Tag(_))) => Ok(Self::Stored(reference.to_string())),
             Ok(Reference::Url(url)) => Err(format!("{url} is an object; expected a folder, a digest or a tag")),
+            Ok(stage @ Reference::Stage { .. }) => Err(format!("{stage} means something in a recipe only")),
             Err(error) => Err(error.to_string()),
         }
     }

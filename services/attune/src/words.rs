@@ -63,6 +63,10 @@ pub(crate) fn job(job: &v1::Job) -> Value {
         "id": job.job_id,
         "project": job.project,
         "name": job.spec.as_ref().map(|spec| &spec.name),
+        "kind": job.spec.as_ref().map(|spec| word::<v1::JobKind>(spec.kind)),
+        "parent": Some(&job.parent_job_id).filter(|parent| !parent.is_empty()),
+        "stage": Some(&job.stage).filter(|stage| !stage.is_empty()),
+        "stages": job.stages.iter().map(stage).collect::<Vec<_>>(),
         "state": word::<v1::JobState>(job.state),
         "stop_purpose": word_or_none::<v1::StopPurpose>(job.stop_purpose),
         "reason": word::<v1::JobReason>(job.reason),
@@ -82,6 +86,27 @@ pub(crate) fn job(job: &v1::Job) -> Value {
         "ended": time(job.end_time.as_ref()),
         "retry_at": time(job.retry_time.as_ref()),
     })
+}
+
+/// A stage of a job.
+fn stage(stage: &v1::JobStage) -> Value {
+    json!({
+        "name": stage.name,
+        "job": Some(&stage.job_id).filter(|job| !job.is_empty()),
+        "state": word_or_none::<v1::JobState>(stage.state),
+        "after": stage.after,
+    })
+}
+
+/// A stage of a job in a line.
+pub(crate) fn stage_line(stage: &v1::JobStage) -> String {
+    let v1::JobStage { name, job_id, after, .. } = stage;
+    if job_id.is_empty() {
+        let after = if after.is_empty() { String::new() } else { format!(" after {}", after.join(", ")) };
+        format!("{name} planned{after}")
+    } else {
+        format!("{name} {}: {job_id}", state(stage.state, 0))
+    }
 }
 
 /// How far a job is.
@@ -140,6 +165,9 @@ pub(crate) fn event(event: &v1::JobEvent) -> Value {
                 "step": note.step,
             }),
         ),
+        Some(Event::StageChange(change)) => {
+            ("stage", json!({"name": change.stage, "job": change.job_id, "state": word::<v1::JobState>(change.state)}))
+        }
         None => ("unknown", Value::Null),
     };
     json!({
@@ -170,6 +198,7 @@ pub(crate) fn event_line(event: &v1::JobEvent) -> Option<String> {
         Event::OutputCommitted(found) => format!("{}: {}", found.role, found.digest),
         Event::AttemptFailed(found) => format!("attempt {} failed: {}", event.epoch, failure_line(found)),
         Event::Note(note) => format!("{}: {}", note.topic, note.message),
+        Event::StageChange(change) => format!("stage {} {}: {}", change.stage, state(change.state, 0), change.job_id),
     };
     Some(format!("{at}  {text}"))
 }

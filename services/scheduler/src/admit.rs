@@ -8,14 +8,16 @@ use attune_architecture::{Architecture, Site, targets};
 use attune_artifacts::{Kind, canonical};
 use attune_proto::error::invalid_argument;
 use attune_proto::v1;
-use attune_spec::id::{Digest, Project};
-use attune_spec::job::{JobSpec, Plan, Reference, plan};
+use attune_scheduler_core::JobKey;
+use attune_spec::id::{Digest, JobId, Project};
+use attune_spec::job::{JobKind, JobSpec, Plan, Reference, plan};
 use attune_spec::method::Catalogue;
-use attune_spec::{Fault, FieldPath};
-use attune_store::job::Input;
+use attune_spec::{Fault, FieldPath, stages};
+use attune_store::job::{Input, NewJob, Stage, State};
 use serde_json::json;
 use tonic::Status;
 
+use crate::clock::Clock;
 use crate::context::Context;
 use crate::{forecast, status};
 
@@ -29,8 +31,8 @@ pub(crate) struct Admitted {
     pub(crate) spec: JobSpec,
     /// With every reference replaced by what it means.
     pub(crate) resolved: JobSpec,
-    /// What will run.
-    pub(crate) plan: Plan,
+    /// What will run; nothing of a recipe, whose stages run.
+    pub(crate) plan: Option<Plan>,
     /// The artifacts it uses.
     pub(crate) inputs: Vec<Input>,
     /// The structure of the base, or of what a surgery makes of it, where it could be read.
@@ -56,7 +58,11 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
     let mut meanings: BTreeMap<Reference, Result<plan::Input, String>> = BTreeMap::new();
     let mut inputs = Vec::new();
     for (path, reference) in spec.references() {
-        let meaning = resolve(context, project, &path, reference).await?;
+        // What a stage makes is known when it has made it.
+        if matches!(reference, Reference::Stage { .. }) {
+            continue;
+        }
+        let meaning = resolve(context, project, &path, &reference).await?;
         if let Ok(plan::Input::Artifact(digest)) = &meaning {
             inputs.push(Input { role: path.as_str().to_owned(), digest: *digest });
         }
@@ -64,7 +70,7 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
         if let Err(message) = &meaning {
             faults.push(Fault::new(path, message.clone()));
         }
-        let known = meanings.entry(reference.clone()).or_insert_with(|| meaning.clone());
+        let known = meanings.entry(reference).or_insert_with(|| meaning.clone());
         if known.is_err() {
             known.clone_from(&meaning);
         }
@@ -79,37 +85,14 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
             Err(error) => return Err(status::store(error)),
         }
     }
-    let catalogue = Catalogue::embedded();
-    let meaning = |reference: &Reference| {
-        let known = meanings.get(reference).cloned();
-        // A reference with a fault was told above; any input lets the rest be looked at.
-        known.and_then(Result::ok).map_or_else(|| Ok(plan::Input::Url(reference.to_string())), Ok)
+    let mut architecture = Architectures { context, project, known: BTreeMap::new() };
+    let (plan, architecture) = if spec.recipe.is_some() {
+        of_stages(&spec, &meanings, &mut architecture, &mut faults).await?;
+        (None, None)
+    } else {
+        let (plan, architecture) = of_job(&spec, &meanings, &mut architecture, &mut faults).await?;
+        (Some(plan), architecture)
     };
-    let plan = Plan::resolve(&spec, catalogue, meaning).map_err(|faults| invalid_argument(&faults))?;
-    let is_base_known = faults.iter().all(|fault| fault.path.as_str() != "base");
-    let base = match &plan.base {
-        base if is_base_known => read_base(context, project, base, &mut faults).await?,
-        _ => None,
-    };
-    let architecture = match (base, &plan.surgery) {
-        (Some(base), Some(surgery)) => match catalogue.get(&surgery.method).map(|card| base.after(surgery, card)) {
-            Some(Ok(made)) => Some(made),
-            Some(Err(found)) => {
-                let path = FieldPath::from("tune").field("surgery");
-                faults.extend(found.into_iter().map(|fault| fault.under(&path)));
-                None
-            }
-            None => None,
-        },
-        (base, _) => base,
-    };
-    if let Some(architecture) = &architecture {
-        for ((path, _), slot) in spec.tune.slots().iter().zip(&plan.stack) {
-            if let Err(found) = sites(slot, architecture) {
-                faults.extend(found.into_iter().map(|fault| fault.under(path)));
-            }
-        }
-    }
     if !faults.is_empty() {
         faults.sort();
         faults.dedup();
@@ -127,6 +110,93 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
     inputs.sort();
     inputs.dedup();
     Ok(Admitted { spec, resolved, plan, inputs, architecture })
+}
+
+type Meanings = BTreeMap<Reference, Result<plan::Input, String>>;
+
+/// The plan of a job that trains, and the structure of its base where it could be read.
+async fn of_job(
+    spec: &JobSpec,
+    meanings: &Meanings,
+    architectures: &mut Architectures<'_>,
+    faults: &mut Vec<Fault>,
+) -> Result<(Plan, Option<Architecture>), Status> {
+    let meaning = |reference: &Reference| {
+        let known = meanings.get(reference).cloned();
+        // A reference with a fault was told before; any input lets the rest be looked at.
+        known.and_then(Result::ok).map_or_else(|| Ok(plan::Input::Url(reference.to_string())), Ok)
+    };
+    let plan = Plan::resolve(spec, Catalogue::embedded(), meaning).map_err(|faults| invalid_argument(&faults))?;
+    let is_base_known = faults.iter().all(|fault| fault.path.as_str() != "base");
+    let base = match &plan.base {
+        base if is_base_known => architectures.of(base, faults).await?,
+        _ => None,
+    };
+    let architecture = match (base, &plan.surgery) {
+        (Some(base), Some(surgery)) => {
+            match Catalogue::embedded().get(&surgery.method).map(|card| base.after(surgery, card)) {
+                Some(Ok(made)) => Some(made),
+                Some(Err(found)) => {
+                    let path = FieldPath::from("tune").field("surgery");
+                    faults.extend(found.into_iter().map(|fault| fault.under(&path)));
+                    None
+                }
+                None => None,
+            }
+        }
+        (base, _) => base,
+    };
+    if let Some(architecture) = &architecture {
+        for ((path, _), slot) in spec.tune.slots().iter().zip(&plan.stack) {
+            if let Err(found) = sites(slot, architecture) {
+                faults.extend(found.into_iter().map(|fault| fault.under(path)));
+            }
+        }
+    }
+    Ok((plan, architecture))
+}
+
+/// Checks the stages of a recipe that are known before any of them has run.
+async fn of_stages(
+    spec: &JobSpec,
+    meanings: &Meanings,
+    architectures: &mut Architectures<'_>,
+    faults: &mut Vec<Fault>,
+) -> Result<(), Status> {
+    for stage in stages::known(spec, &[]).map_err(|faults| invalid_argument(&faults))? {
+        let mut found = Vec::new();
+        of_job(&stage.job, meanings, architectures, &mut found).await?;
+        for Fault { path, message } in found {
+            let path = stages::place(spec, &stage.name, &path).map_err(|faults| invalid_argument(&faults))?;
+            faults.push(Fault::new(path, message));
+        }
+    }
+    Ok(())
+}
+
+/// The structures of bases, each read once.
+struct Architectures<'a> {
+    context: &'a Context,
+    project: &'a Project,
+    known: BTreeMap<String, Result<Option<Architecture>, String>>,
+}
+
+impl Architectures<'_> {
+    /// The base's structure; faults of its `config.json` are told at `base`.
+    async fn of(&mut self, base: &plan::Input, faults: &mut Vec<Fault>) -> Result<Option<Architecture>, Status> {
+        let name = format!("{base:?}");
+        if !self.known.contains_key(&name) {
+            let read = read_base(self.context, self.project, base).await?;
+            self.known.insert(name.clone(), read);
+        }
+        match &self.known[&name] {
+            Ok(architecture) => Ok(architecture.clone()),
+            Err(message) => {
+                faults.push(Fault::new("base", message.clone()));
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// The sites that a slot adapts; of an adapter that is started from, the adapter itself knows.
@@ -159,6 +229,7 @@ async fn resolve(
                 .map(|path| plan::Input::Path(path.display().to_string())));
         }
         Reference::Url(url) => return Ok(Ok(plan::Input::Url(url.clone()))),
+        Reference::Stage { .. } => return Ok(Err(format!("is {reference}, which only a stage of a recipe can name"))),
     };
     let row = match context.store.artifact(project, digest).await {
         Ok(row) => row,
@@ -176,9 +247,9 @@ async fn resolve(
 
 /// The kind of artifact that belongs at a path of the job file.
 fn kind_at(path: &FieldPath) -> Kind {
-    match path.as_str() {
-        "base" => Kind::Model,
-        path if path.starts_with("data.") => Kind::Dataset,
+    match path.as_str().rsplit('.').next() {
+        Some("base") => Kind::Model,
+        Some("source") => Kind::Dataset,
         _ => Kind::Adapter,
     }
 }
@@ -200,13 +271,12 @@ async fn path_of(root: Option<&Path>, text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// The base's structure; faults of its `config.json` are told at `base`.
+/// The base's structure, or what is wrong with its `config.json`.
 async fn read_base(
     context: &Context,
     project: &Project,
     base: &plan::Input,
-    faults: &mut Vec<Fault>,
-) -> Result<Option<Architecture>, Status> {
+) -> Result<Result<Option<Architecture>, String>, Status> {
     let bytes = match base {
         plan::Input::Artifact(digest) => config_of(context, project, digest).await?,
         plan::Input::Path(path) => {
@@ -214,17 +284,11 @@ async fn read_base(
             tokio::fs::read(&path).await.map_err(|error| format!("has no readable config.json: {error}"))
         }
         // Read where it lies, by the worker.
-        plan::Input::Url(_) => return Ok(None),
+        plan::Input::Url(_) => return Ok(Ok(None)),
     };
     let architecture =
         bytes.and_then(|bytes| Architecture::from_json(&bytes).map_err(|error| format!("cannot be used: {error}")));
-    match architecture {
-        Ok(architecture) => Ok(Some(architecture)),
-        Err(message) => {
-            faults.push(Fault::new("base", message));
-            Ok(None)
-        }
-    }
+    Ok(architecture.map(Some))
 }
 
 async fn config_of(context: &Context, project: &Project, digest: &Digest) -> Result<Result<Vec<u8>, String>, Status> {
@@ -245,10 +309,13 @@ fn share_key(spec: &JobSpec, plan: &Plan) -> Option<Digest> {
     spec.resources.share_base.then(|| canonical::digest(&key))
 }
 
-/// What the core must know of an admitted job.
-pub(crate) fn request(admitted: &Admitted) -> attune_scheduler_core::Request {
-    let Admitted { spec, plan, .. } = admitted;
+/// What the core must know of an admitted job. What a recipe comes after, its stages come after.
+pub(crate) fn request(admitted: &Admitted, stage: Option<&Stage>) -> attune_scheduler_core::Request {
     use attune_scheduler_core as core;
+    let spec = &admitted.spec;
+    let Some(plan) = &admitted.plan else {
+        return core::Request { priority: spec.priority, is_staged: true, ..core::Request::default() };
+    };
     use std::num::NonZeroU32;
     let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
     core::Request {
@@ -267,5 +334,40 @@ pub(crate) fn request(admitted: &Admitted) -> attune_scheduler_core::Request {
         after: spec.after.iter().cloned().collect(),
         share: share_key(spec, plan),
         memory: forecast::memory(admitted).unwrap_or_default(),
+        is_staged: false,
+        parent: stage.map(|stage| stage.parent.clone()),
     }
+}
+
+/// What is stored of an admitted job.
+pub(crate) fn new_job(
+    admitted: Admitted,
+    key: JobKey,
+    stage: Option<Stage>,
+    retry_of: Option<JobId>,
+) -> Result<NewJob, Status> {
+    let Admitted { spec, resolved, inputs, .. } = admitted;
+    let unwritable = |error: serde_json::Error| attune_proto::Class::Internal.status(error.to_string());
+    Ok(NewJob {
+        project: key.project,
+        job: key.job,
+        version: 1,
+        name: spec.name.to_string(),
+        kind: match spec.kind {
+            JobKind::Tune => "tune".to_owned(),
+            JobKind::Recipe => "recipe".to_owned(),
+        },
+        spec: serde_json::to_value(&spec).map_err(unwritable)?,
+        resolved: serde_json::to_value(&resolved).map_err(unwritable)?,
+        state: State::Queued,
+        reason: String::new(),
+        message: String::new(),
+        priority: spec.priority,
+        labels: spec.labels.iter().map(|(name, value)| (name.to_string(), value.clone())).collect(),
+        inputs,
+        core: json!(null),
+        retry_of,
+        stage,
+        now: Clock::utc(),
+    })
 }

@@ -16,7 +16,7 @@ const PROCESS_BYTES: u64 = 48 << 20;
 
 /// What training takes of memory; nothing when the base's structure is not known here.
 pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
-    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
     let (bytes, again) = (element_bytes(plan), plan.activations == Activations::Recompute);
     let pass = |rows: u64| {
         let per_row = architecture.kept_bytes_per_row(bytes, again) + architecture.working_bytes_per_row(bytes, again);
@@ -52,7 +52,7 @@ fn of_step(plan: &Plan, text: impl Fn(&MethodDocument) -> &String) -> Option<f64
 
 /// Parameters that train; nothing when somebody does not say how many they are.
 fn trainable(admitted: &Admitted) -> Option<u64> {
-    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
     let mut trainable = 0.0;
     for slot in plan.stack.iter().filter(|slot| slot.train) {
         let method = slot.method.as_ref()?;
@@ -82,7 +82,7 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
 
 /// Bytes of what components have measured before the first step; nothing when somebody does not say how many they are.
 fn statistics(admitted: &Admitted) -> Option<u64> {
-    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
     let mut bytes = 0.0;
     for (slot, init) in plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?))) {
         let document = Catalogue::embedded().get(&init.method)?;
@@ -107,7 +107,7 @@ fn statistics(admitted: &Admitted) -> Option<u64> {
 
 /// The forecast; nothing when the base's structure is not known here.
 pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
-    let (architecture, plan) = (admitted.architecture.as_ref()?, &admitted.plan);
+    let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
     let trainable = trainable(admitted)?;
     let step_tokens = u64::from(plan.batch_tokens) * u64::from(plan.accumulation);
     let steps = match plan.length {

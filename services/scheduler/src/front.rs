@@ -20,8 +20,8 @@ pub(crate) struct Submission {
     pub(crate) job: Box<NewJob>,
     /// What the core must know of it.
     pub(crate) request: Request,
-    /// The caller's request id, with the digest of what it asked for.
-    pub(crate) id: attune_store::job::Request,
+    /// The caller's request id, with the digest of what it asked for; a stage is told by its own id.
+    pub(crate) id: Option<attune_store::job::Request>,
 }
 
 /// What the desk is asked.
@@ -41,6 +41,8 @@ pub(crate) enum Ask {
     Delete { project: Project, digest: Digest },
     /// Why a queued job is not granted.
     Blocked(JobKey),
+    /// The jobs whose stages are to be looked at.
+    Due,
 }
 
 /// What the desk answers.
@@ -56,6 +58,8 @@ pub(crate) enum Reply {
     Deleted(Deleted),
     /// Why a queued job is not granted.
     Blocked(Option<Blocked>),
+    /// The jobs whose stages are to be looked at.
+    Due(Vec<JobKey>),
 }
 
 /// A question with where its answer goes.
@@ -124,6 +128,14 @@ impl Front {
     pub(crate) async fn delete(&self, project: Project, digest: Digest) -> Result<Deleted, Status> {
         match self.ask(Ask::Delete { project, digest }).await? {
             Reply::Deleted(deleted) => Ok(deleted),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The jobs whose stages are to be looked at.
+    pub(crate) async fn due(&self) -> Result<Vec<JobKey>, Status> {
+        match self.ask(Ask::Due).await? {
+            Reply::Due(keys) => Ok(keys),
             other => Err(unexpected(&other)),
         }
     }

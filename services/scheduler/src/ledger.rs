@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use attune_proto::v1;
 use attune_scheduler_core::{Cause, Change, Cohort, Commit, Committed, Event, EventKind, Job, JobKey, Reason, State};
-use attune_spec::id::{Digest, Project, Tag};
+use attune_spec::id::{Digest, IdError, JobId, Name, Project, Tag};
+use attune_spec::job::JobSpec;
 use attune_store::UtcMs;
 use attune_store::artifact::NewArtifact;
 use attune_store::attempt;
@@ -33,6 +34,8 @@ pub(crate) struct Extra {
     pub(crate) failure: Option<v1::Failure>,
     /// Tags that move when the job succeeds.
     pub(crate) tags: Vec<(Tag, Digest)>,
+    /// Results that a job of stages takes over from one of them when it succeeds.
+    pub(crate) outputs: Vec<Output>,
     /// What else is stored.
     pub(crate) writes: Vec<Write>,
 }
@@ -154,6 +157,9 @@ impl Ledger {
             let mut push = |kind: &str, data: Value| events.push(new_event(event, kind, data, now));
             match &event.kind {
                 EventKind::Submitted { to, reason } => first = Some((*to, *reason)),
+                EventKind::Stage { stage, state } => {
+                    push(log::STAGE, log::stage(stage_name(&job.key, stage), stage, *state));
+                }
                 EventKind::DependencyMet { dependency } => {
                     push(log::DEPENDENCY_MET, json!({"dependency": dependency}));
                 }
@@ -175,7 +181,11 @@ impl Ledger {
                             failure = Some(data);
                             words(*reason, cause, &told.message)
                         }
-                        None => reason.words(),
+                        None => {
+                            let (told, found) = ended_by(job, *reason, changes, extra);
+                            failure = found;
+                            told
+                        }
                     };
                     if from.is_live()
                         && !to.is_live()
@@ -202,6 +212,9 @@ impl Ledger {
                         out.to_prune.push(job.key.clone());
                     }
                     if *to == State::Succeeded {
+                        if job.request.is_staged {
+                            entry.outputs = std::mem::take(&mut extra.outputs);
+                        }
                         let tag = |(tag, digest): (Tag, Digest)| Write::Tag {
                             project: job.key.project.clone(),
                             tag,
@@ -216,7 +229,10 @@ impl Ledger {
             }
         }
         let document = rows::job_document(job, entry.failed_attempts);
-        if let (Some((to, reason)), Some(mut new)) = (first, extra.new_job.take()) {
+        // The job that is new; others may change with it.
+        if let Some((to, reason)) = first
+            && let Some(mut new) = extra.new_job.take()
+        {
             new.state = rows::state(to).0;
             new.reason = reason.to_string();
             new.message = reason.words();
@@ -265,6 +281,62 @@ pub(crate) fn outputs(stored: &Value) -> Vec<Output> {
 fn words(reason: Reason, cause: Cause, told: &str) -> String {
     if told.is_empty() { reason.words() } else { reason.words().replace(&cause.words(), told) }
 }
+
+/// The reason of a change that no attempt is behind, in words; and what is told of the failure behind it, if one is.
+fn ended_by(job: &Job, reason: Reason, changes: &[Change], extra: &Extra) -> (String, Option<Value>) {
+    let told = |cause: Cause| extra.failure.clone().unwrap_or_else(|| log::failure_of(cause));
+    match reason {
+        Reason::StageFailed => {
+            let of_job = |stage: &&Job| stage.parent().as_ref() == Some(&job.key);
+            let stages = changes.iter().filter_map(|change| match change {
+                Change::Job(stage) => Some(&**stage).filter(of_job),
+                _ => None,
+            });
+            let Some(stage) = stages.into_iter().find(|stage| matches!(stage.state, State::Failed | State::Cancelled))
+            else {
+                return (reason.words(), None);
+            };
+            let (name, failure) = (stage_name(&job.key, &stage.key.job), stage.reason.cause().map(told));
+            let why = match (&failure, stage.reason.cause()) {
+                (Some(failure), Some(cause)) => words(stage.reason, cause, &failure.message),
+                _ => stage.reason.words(),
+            };
+            let what = if stage.state == State::Cancelled { "was cancelled" } else { "failed" };
+            (format!("stage {name} {what}: {why}"), failure.as_ref().map(log::failure))
+        }
+        // A stage could not be made.
+        Reason::Failure(cause) => {
+            let failure = told(cause);
+            (words(reason, cause, &failure.message), Some(log::failure(&failure)))
+        }
+        _ => (reason.words(), None),
+    }
+}
+
+/// A stage's name in its job's id.
+fn stage_name<'a>(parent: &JobKey, stage: &'a JobId) -> &'a str {
+    let own = stage.as_str().strip_prefix(parent.job.as_str()).and_then(|rest| rest.strip_prefix('.'));
+    own.unwrap_or(stage.as_str())
+}
+
+/// The id of a stage: the same whenever it is made.
+pub(crate) fn stage_id(parent: &JobId, stage: &Name) -> Result<JobId, IdError> {
+    JobId::new(format!("{parent}.{stage}"))
+}
+
+/// Which tags move to which results when the job succeeds.
+pub(crate) fn tags(row: &attune_store::job::Job, outputs: &[Output]) -> Vec<(Tag, Digest)> {
+    let Ok(spec) = serde_json::from_value::<JobSpec>(row.resolved.clone()) else { return Vec::new() };
+    let of_role = |role: &str| outputs.iter().find(|output| output.role == role);
+    let main = outputs.iter().find(|output| ![MERGED, REPORT].contains(&output.role.as_str()));
+    let pairs = [(spec.outputs.tag, main), (spec.outputs.merged_tag, of_role(MERGED))];
+    pairs.into_iter().filter_map(|(tag, output)| Some((tag?, output?.digest))).collect()
+}
+
+/// The role of a model with the adapter merged in.
+const MERGED: &str = "merged";
+/// The role of a report, which gets no tag.
+const REPORT: &str = "report";
 
 fn new_event(event: &Event, kind: &str, data: Value, now: UtcMs) -> NewEvent {
     NewEvent {

@@ -30,6 +30,7 @@ mod desk;
 
 mod admit;
 mod forecast;
+mod stages;
 mod sweep;
 
 mod status;

@@ -1,7 +1,7 @@
 //! Entries of the event log: how they are written down, and how watchers get them.
 //!
 //! Kinds that watchers of a job are told: `job.created`, `job.state`, `job.progress`, `job.checkpoint`, `job.output`,
-//! `job.attempt_failed`, `job.note`. Others (`artifact.committed`, `tag.moved`, `job.dependency_met`, …) are for the record.
+//! `job.attempt_failed`, `job.note`, `job.stage`. Others (`artifact.committed`, `tag.moved`, `job.dependency_met`, …) are for the record.
 
 use attune_proto::convert::structure::{from_struct, to_struct};
 use attune_proto::convert::time::{duration, span, timestamp, unix_ms};
@@ -9,7 +9,7 @@ use attune_proto::v1;
 use attune_proto::words::Word;
 use attune_scheduler_core as core;
 use attune_spec::FieldPath;
-use attune_spec::id::{Digest, Step, WorkerId};
+use attune_spec::id::{Digest, JobId, Step, WorkerId};
 use attune_store::UtcMs;
 use attune_store::event::Event;
 use serde_json::{Value, json};
@@ -30,6 +30,8 @@ pub(crate) const OUTPUT: &str = "job.output";
 pub(crate) const ATTEMPT_FAILED: &str = "job.attempt_failed";
 /// The kind of something that was said.
 pub(crate) const NOTE: &str = "job.note";
+/// The kind of a stage that was made or has succeeded.
+pub(crate) const STAGE: &str = "job.stage";
 /// The kind of a dependency that has succeeded while others have not.
 pub(crate) const DEPENDENCY_MET: &str = "job.dependency_met";
 
@@ -55,6 +57,16 @@ pub(crate) fn state_change(
         "message": message,
         "worker": worker.map(WorkerId::as_str),
     })
+}
+
+/// A stage of a job, written down.
+pub(crate) fn stage(stage: &str, job: &JobId, state: core::State) -> Value {
+    json!({"stage": stage, "job": job, "state": rows::state(state).0.as_str()})
+}
+
+fn read_stage(data: &Value) -> v1::StageChange {
+    let state = word::<v1::JobState>(data, "state").map_or(0, |state| state as i32);
+    v1::StageChange { stage: text(data, "stage"), job_id: text(data, "job"), state }
 }
 
 /// A committed checkpoint, written down.
@@ -204,6 +216,7 @@ pub(crate) fn to_message(event: &Event) -> Option<v1::JobEvent> {
         OUTPUT => E::OutputCommitted(read_output(data)),
         ATTEMPT_FAILED => E::AttemptFailed(read_failure(data)),
         NOTE => E::Note(read_note(data)),
+        STAGE => E::StageChange(read_stage(data)),
         _ => return None,
     };
     Some(v1::JobEvent {

@@ -85,12 +85,13 @@ impl Writer {
 
 /// What each reference of a resolved specification means.
 fn pinned(spec: &JobSpec) -> Vec<v1::PinnedInput> {
-    let pin = |(path, reference): (attune_spec::FieldPath, &Reference)| v1::PinnedInput {
+    let pin = |(path, reference): (attune_spec::FieldPath, Reference)| v1::PinnedInput {
         reference: reference.to_string(),
-        digest: match reference {
+        digest: match &reference {
             Reference::Digest(digest) => digest.to_string(),
             // Tags were replaced when the job was accepted; paths and URLs are read where they lie.
-            Reference::Tag(_) | Reference::Path(_) | Reference::Url(_) => String::new(),
+            // What a stage makes was replaced when the stage after it was made.
+            Reference::Tag(_) | Reference::Path(_) | Reference::Url(_) | Reference::Stage { .. } => String::new(),
         },
         role: path.as_str().to_owned(),
     };

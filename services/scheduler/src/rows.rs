@@ -30,6 +30,10 @@ pub(crate) struct JobDocument {
     share: Option<Digest>,
     #[serde(default)]
     memory: MemoryDocument,
+    #[serde(default)]
+    is_staged: bool,
+    #[serde(default)]
+    parent: Option<JobId>,
     state: String,
     reason: String,
     cohort: Option<CohortId>,
@@ -91,6 +95,8 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         after: job.request.after.clone(),
         share: job.request.share,
         memory: MemoryDocument { base, own, pass, full_pass },
+        is_staged: job.request.is_staged,
+        parent: job.request.parent.clone(),
         state: job.state.to_string(),
         reason: job.reason.to_string(),
         cohort: job.cohort,
@@ -134,6 +140,8 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
             after: read.after,
             share: read.share,
             memory: core::Memory { base, own, pass, full_pass },
+            is_staged: read.is_staged,
+            parent: read.parent,
         },
         state: read.state.parse()?,
         reason: read.reason.parse()?,
@@ -261,6 +269,8 @@ mod tests {
                 after: BTreeSet::from([JobId::new("j-0").unwrap()]),
                 share: Some(digest(3)),
                 memory: core::Memory { base: 1, own: 2, pass: 3, full_pass: 4 },
+                is_staged: true,
+                parent: Some(JobId::new("j-00").unwrap()),
                 ..core::Request::default()
             },
             state: core::State::Stopping(core::Stop::Pause),
@@ -300,6 +310,7 @@ mod tests {
             outputs: Value::Null,
             failure: None,
             retry_of: None,
+            stage: None,
             last_event: attune_spec::id::Seq(0),
             created: UtcMs(0),
             updated: UtcMs(0),

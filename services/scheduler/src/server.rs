@@ -13,7 +13,7 @@ use attune_proto::v1::worker_service_server::WorkerServiceServer;
 use attune_store::Store;
 use attune_telemetry::{Task, TaskGroup};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
@@ -25,7 +25,7 @@ use crate::error::Error;
 use crate::front::Front;
 use crate::hub::Hub;
 use crate::services::{artifacts::Artifacts, jobs::Jobs, methods::Methods, workers::Workers};
-use crate::sweep;
+use crate::{stages, sweep};
 
 /// How often a quiet connection is asked whether it still stands, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(10);
@@ -54,7 +54,8 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
     let (front, letters) = Front::new(config.limits.waiting_requests);
     let (prune, to_prune) = mpsc::channel(WAITING_SWEEPS);
     let hub = Hub::default();
-    let desk = Desk::open(&config, store.clone(), hub.clone(), Clock::start(), prune).await?;
+    let due = Arc::new(Notify::new());
+    let desk = Desk::open(&config, store.clone(), hub.clone(), Clock::start(), prune, Arc::clone(&due)).await?;
 
     // Two groups: connections end first, then what they speak with.
     let (connections, inner) = (TaskGroup::new(), TaskGroup::new());
@@ -64,6 +65,12 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
     let sweeping = sweep::checkpoints(Arc::clone(&context), to_prune);
     inner.spawn(Task::new("sweep").abort_on_cancel(), async move {
         sweeping.await;
+        Ok::<_, std::convert::Infallible>(())
+    });
+
+    let making = stages::follow(Arc::clone(&context), due);
+    inner.spawn(Task::new("stages").abort_on_cancel(), async move {
+        making.await;
         Ok::<_, std::convert::Infallible>(())
     });
 

@@ -52,6 +52,9 @@ pub(crate) fn job(row: &Job, backoff: &Backoff) -> Result<v1::Job, Error> {
         update_time: Some(log::time(row.updated)),
         end_time: row.finished.map(log::time),
         retry_time,
+        parent_job_id: row.stage.as_ref().map(|stage| stage.parent.to_string()).unwrap_or_default(),
+        stage: row.stage.as_ref().map(|stage| stage.name.to_string()).unwrap_or_default(),
+        stages: Vec::new(),
     })
 }
 

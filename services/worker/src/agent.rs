@@ -555,7 +555,9 @@ fn plan(spec: &JobSpec, pins: &[v1::PinnedInput]) -> Result<Plan, Vec<attune_spe
             Reference::Digest(digest) => Ok(Input::Artifact(*digest)),
             Reference::Url(url) => Ok(Input::Url(url.to_string())),
             Reference::Path(path) => Ok(Input::Path(path.to_string())),
-            Reference::Tag(tag) => Err(format!("is the tag {tag}, which the scheduler did not pin")),
+            Reference::Tag(_) | Reference::Stage { .. } => {
+                Err(format!("is {reference}, which the scheduler did not pin"))
+            }
         }
     })
 }

@@ -7,8 +7,8 @@ use super::repository::{File, before_tests, none, rust, test_only};
 /// The parts of a method's documentation, in their order.
 const PARTS: &[&str] = &["# Update", "# Symbols", "# Cost", "# Limits", "# Departures", "# Paper"];
 
-/// The room that defines what a method is; its own examples are not methods.
-const SPEC: &str = "crates/spec/";
+/// What defines a method; its own examples are none.
+const SPEC: &str = "crates/spec/src/method/";
 
 /// Files that hold a method: the type that implements it and its registered name.
 fn methods(all: &[File]) -> Vec<(&File, String, String)> {

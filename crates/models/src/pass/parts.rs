@@ -310,7 +310,7 @@ impl<'a> PassCx<'a> {
                     continue;
                 }
                 let ids = given.ids(index).map_or_else(|| (0..rows.len() as u32).collect(), <[u32]>::to_vec);
-                for (run, set) in crate::context::runs(&binding.rows, &ids) {
+                for (run, set) in crate::context::runs(&binding.rows.on(part.layout), &ids) {
                     let Some(set) = set else { continue };
                     let rows = start + run.start..start + run.end;
                     let ids = Ids::Some(ids[run].to_vec());
@@ -470,6 +470,12 @@ fn sets(rows: &Bound) -> Vec<u32> {
         Bound::All(set) => vec![*set],
         Bound::Segments(segments) => {
             let mut sets: Vec<u32> = segments.iter().map(|(_, set)| *set).collect();
+            sets.sort_unstable();
+            sets.dedup();
+            sets
+        }
+        Bound::Domains(domains) => {
+            let mut sets: Vec<u32> = domains.iter().map(|(_, set)| *set).collect();
             sets.sort_unstable();
             sets.dedup();
             sets

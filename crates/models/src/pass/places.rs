@@ -55,7 +55,7 @@ impl<'a> PassCx<'a> {
             let first = match self.before(number) {
                 0 => 0,
                 before => {
-                    let others = sequence::before_doc(of.stack, of.theta, (doc.start - part.start) as u32);
+                    let others = sequence::before_doc(of.stack, of.theta, of.layout, (doc.start - part.start) as u32);
                     let others =
                         others.iter().filter(|row| matches!(row, Row::Virtual { slot, .. } if *slot != placed.slot));
                     before - others.count()

@@ -38,6 +38,7 @@ pub(crate) fn lengths(part: &Part<'_>) -> Vec<usize> {
             let is_bound = match &binding.rows {
                 Bound::All(_) => true,
                 Bound::Segments(segments) => segments.iter().any(|(rows, _)| rows.contains(&doc.rows.start)),
+                Bound::Domains(domains) => domains.iter().any(|(domain, _)| *domain == doc.domain),
             };
             *sum += if is_bound { length } else { 0 };
         }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use attune_architecture::Site;
 use attune_points::adapter::{Port, SequenceMap};
-use attune_points::{BankKind, Binding, Error, Layout, Result, Row, Rows as Bound, TensorId, Theta};
+use attune_points::{BankKind, Binding, Doc, Error, Layout, Result, Row, Rows as Bound, TensorId, Theta};
 use attune_tensor::autograd;
 use attune_tensor::view::{View, ViewMut};
 use candle_core::{Device, Tensor, Var};
@@ -38,15 +38,17 @@ fn planned(sequences: &[(&Binding, u32)], is_bound: impl Fn(&Bound) -> bool) -> 
 }
 
 /// The rows that components put before a document, by the number of its first row in the layout.
-pub(crate) fn before_doc(stack: &Stack, theta: &Theta, first: u32) -> Vec<Row> {
-    planned(&sequences(stack, theta), |rows| is_bound(rows, first))
+pub(crate) fn before_doc(stack: &Stack, theta: &Theta, layout: &Layout, first: u32) -> Vec<Row> {
+    let doc = layout.docs().iter().find(|doc| doc.rows.start == first);
+    planned(&sequences(stack, theta), |rows| doc.is_some_and(|doc| is_bound(rows, doc)))
 }
 
-/// Whether a binding's rows are those of the document with this first row.
-fn is_bound(rows: &Bound, first: u32) -> bool {
+/// Whether a binding's rows are those of a document.
+fn is_bound(rows: &Bound, doc: &Doc) -> bool {
     match rows {
         Bound::All(_) => true,
-        Bound::Segments(segments) => segments.iter().any(|(rows, _)| rows.contains(&first)),
+        Bound::Segments(segments) => segments.iter().any(|(rows, _)| rows.contains(&doc.rows.start)),
+        Bound::Domains(domains) => domains.iter().any(|(domain, _)| *domain == doc.domain),
     }
 }
 
@@ -63,7 +65,7 @@ pub(crate) fn before_all(stack: &Stack, theta: &Theta) -> Vec<Row> {
 pub(crate) fn check(stack: &Stack, theta: &Theta, layout: &Layout, goes_on: impl Fn(usize) -> bool) -> Result<()> {
     let sequences = sequences(stack, theta);
     for (at, doc) in layout.docs().iter().enumerate().filter(|(_, doc)| doc.n_rows() > 0) {
-        let is_bound = |rows: &Bound| is_bound(rows, doc.rows.start);
+        let is_bound = |rows: &Bound| is_bound(rows, doc);
         let before = if goes_on(at) { Vec::new() } else { planned(&sequences, is_bound) };
         let rows = &layout.rows()[doc.rows.start as usize..doc.rows.end as usize];
         let own = rows.strip_prefix(before.as_slice());

@@ -28,6 +28,7 @@ pub fn to_message(spec: &JobSpec) -> Result<v1::JobSpec, Vec<Fault>> {
         name: spec.name.to_string(),
         kind: match spec.kind {
             JobKind::Tune => v1::JobKind::Tune as i32,
+            JobKind::Recipe => v1::JobKind::Recipe as i32,
         },
         project: spec.project.as_ref().map(ToString::to_string),
         priority: spec.priority,
@@ -39,6 +40,7 @@ pub fn to_message(spec: &JobSpec) -> Result<v1::JobSpec, Vec<Fault>> {
         resources: Some(resources(&spec.resources)),
         limits: Some(limits(&spec.limits)),
         outputs: Some(outputs(&spec.outputs)),
+        recipe: spec.recipe.as_ref().and_then(|recipe| method(recipe, &"recipe".into(), &mut faults)),
     };
     faults.finish(Some(message))
 }
@@ -96,6 +98,7 @@ fn slot(spec: &SlotSpec, path: &FieldPath, faults: &mut Faults) -> v1::SlotSpec 
         init: spec.init.as_ref().and_then(|init| method(init, &path.field("init"), faults)),
         from: spec.from.as_ref().map(ToString::to_string),
         train: Some(spec.train),
+        domains: spec.domains.iter().map(ToString::to_string).collect(),
         params: faults.field(to_struct(&spec.params, path)),
     }
 }
@@ -240,6 +243,7 @@ impl Reader {
             }),
             "data": message.data.as_ref().map(|spec| self.data(spec)),
             "tune": message.tune.as_ref().map(|spec| self.tune(spec)),
+            "recipe": message.recipe.as_ref().map(|recipe| self.method(recipe, &"recipe".into())),
         };
         // An empty text is what an absent one looks like.
         if !message.base.is_empty() {
@@ -331,6 +335,7 @@ impl Reader {
             "init": spec.init.as_ref().map(|init| self.method(init, &path.field("init"))),
             "from": spec.from.as_ref(),
             "train": spec.train,
+            "domains": (!spec.domains.is_empty()).then_some(&spec.domains),
         });
         slot
     }
@@ -453,6 +458,17 @@ tune: {adapter: {method: full}, steps: 3}
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }
+        let staged = SHORT.replace("name: short", "name: short\nkind: recipe")
+            + "recipe: {method: pipeline, stages: [{name: a}, {name: b, set: {tune: {steps: 7, adapter: {method: lora}}}}]}";
+        let spec = read(&staged);
+        assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
+        let beside = SHORT.replace(
+            "tune: {adapter: {method: full}",
+            "tune: {stack: [{method: lora}, {from: \"facts:latest\", train: false, domains: [a]}]",
+        );
+        let spec = read(&beside);
+        assert_eq!(spec.tune.stack[1].domains.len(), 1);
+        assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         let mut value = read_yaml(SHORT).unwrap();
         set_path(&mut value, "tune.steps", "null").unwrap();
         for (path, text) in [("tune.tokens", "90000"), ("tune.checkpoint", "{every_steps: null}")] {

@@ -8,9 +8,10 @@ use serde_json::Value;
 
 use super::plan::{logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Device, JobSpec, Precision, VERSION};
+use super::{Device, JobKind, JobSpec, Precision, Reference, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
+use crate::stages;
 
 static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
     let schema = JobSpec::schema();
@@ -49,6 +50,7 @@ pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
         }
         faults.extend(method_at(Some(&reward), Point::Reward, &tune.field("rewards").index(index), catalogue));
     }
+    faults.extend(method_at(value.get("recipe"), Point::Recipe, &FieldPath::from("recipe"), catalogue));
     let mixing = FieldPath::from("data").field("mixing");
     faults.extend(method_at(value.pointer("/data/mixing"), Point::Mixing, &mixing, catalogue));
     let stack = value.pointer("/tune/stack").and_then(Value::as_array).into_iter().flatten().enumerate();
@@ -88,13 +90,33 @@ fn slot_at(slot: &Value, path: &FieldPath, catalogue: &Catalogue) -> Vec<Fault> 
     faults
 }
 
-/// Faults between fields that are each right by themselves.
+/// Faults between fields that are each right by themselves. Those of a recipe are those of its stages.
 pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
+    let of_stages =
+        spec.own_references().into_iter().filter(|(_, reference)| matches!(reference, Reference::Stage { .. }));
+    let mut faults: Vec<Fault> = of_stages
+        .map(|(path, reference)| Fault::new(path, format!("is {reference}, which only a stage of a recipe can name")))
+        .collect();
+    match (spec.kind, &spec.recipe) {
+        (JobKind::Tune, None) => faults.extend(stage_relations(spec, catalogue)),
+        (JobKind::Tune, Some(_)) => faults.push(Fault::new("kind", "is tune, but `recipe` is given; expected recipe")),
+        (JobKind::Recipe, None) => faults.push(Fault::new("recipe", "is missing")),
+        (JobKind::Recipe, Some(_)) if faults.is_empty() => {
+            faults.extend(stages::known(spec, &[]).err().unwrap_or_default());
+        }
+        (JobKind::Recipe, Some(_)) => {}
+    }
+    faults
+}
+
+/// Faults between fields of a job that trains, by itself or as a stage.
+pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     let mut faults = Vec::new();
     length(spec, &mut faults);
     slots(spec, catalogue, &mut faults);
     data(spec, &mut faults);
     answers(spec, catalogue, &mut faults);
+    beside(spec, catalogue, &mut faults);
     shards(spec, catalogue, &mut faults);
     share(spec, catalogue, &mut faults);
     surgery(spec, catalogue, &mut faults);
@@ -174,6 +196,35 @@ fn data(spec: &JobSpec, faults: &mut Vec<Fault>) {
     check("validation", spec.data.validation.iter().map(|set| set.name.to_string()).collect());
     if spec.data.domains.iter().all(|domain| domain.weight == 0.0) {
         faults.push(Fault::new("data.domains", "all have weight 0; expected one above"));
+    }
+}
+
+/// What stands beside documents of some domains is frozen, and these are domains of the job.
+fn beside(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    let known: Vec<&str> = spec.data.domains.iter().map(|domain| domain.name.as_str()).collect();
+    for (path, slot) in spec.tune.slots().into_iter().filter(|(_, slot)| !slot.domains.is_empty()) {
+        let path = path.field("domains");
+        if slot.from.is_none() || slot.train {
+            let message = "is given for what trains; expected an adapter with `from` and `train: false`";
+            faults.push(Fault::new(path.clone(), message));
+        }
+        if catalogue.answers(&spec.tune.objective).is_some() {
+            let message = format!(
+                "is given, but `tune.objective` is {}, which learns from answers that the model gives as it is",
+                spec.tune.objective.method
+            );
+            faults.push(Fault::new(path.clone(), message));
+        }
+        for (index, name) in slot.domains.iter().enumerate() {
+            let path = path.index(index);
+            if !known.contains(&name.as_str()) {
+                let hint = crate::suggest::hint(name.as_str(), known.iter().copied());
+                let message = format!("is {name}, which no domain of `data.domains` is called{hint}");
+                faults.push(Fault::new(path, message));
+            } else if slot.domains[..index].contains(name) {
+                faults.push(Fault::new(path, format!("is {name} for the second time")));
+            }
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub mod targets;
 pub mod tune;
 
 mod check;
+mod params;
 
 use std::collections::BTreeMap;
 
@@ -21,13 +22,15 @@ use serde::{Deserialize, Serialize};
 
 pub use data::{DataSpec, DomainSpec, Form, OnBadRow, TooLong, ValidationSpec};
 pub use plan::Plan;
-pub use read::{ReadError, read_value, read_yaml, set_path};
+pub use read::{ReadError, read_stage, read_value, read_yaml, set_path};
 pub use reference::Reference;
 pub use resources::{Device, Limits, Outputs, Resources};
 pub use targets::Targets;
 pub use tune::{Activations, CheckpointSpec, EvaluateSpec, Matmul, Precision, RewardSpec, SlotSpec, TuneSpec};
 
+use crate::FieldPath;
 use crate::id::{JobId, Name, Project};
+use crate::method::MethodRef;
 
 /// The version of the job file that this build reads.
 pub const VERSION: u32 = 1;
@@ -39,6 +42,8 @@ pub enum JobKind {
     /// Trains adapters or the weights of a base on data.
     #[default]
     Tune,
+    /// Makes other jobs, its stages, as a recipe says; what the file says beside it is common to them.
+    Recipe,
 }
 
 /// A job, as written.
@@ -70,6 +75,9 @@ pub struct JobSpec {
     #[serde(default)]
     #[schemars(with = "Vec<String>")]
     pub after: Vec<JobId>,
+    /// What stages the job has, if it is a recipe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<MethodRef>,
     /// The model to start from: a path, a URL, an artifact digest or a tag.
     #[schemars(with = "String")]
     pub base: Reference,
@@ -94,10 +102,20 @@ impl JobSpec {
         schemars::schema_for!(Self).to_value()
     }
 
-    /// Every reference to something outside of the file, with its path.
-    pub fn references(&self) -> Vec<(crate::FieldPath, &Reference)> {
+    /// Every reference to something outside of the job, with its path; those in the parameters of its recipe among them.
+    pub fn references(&self) -> Vec<(FieldPath, Reference)> {
+        let own = self.own_references().into_iter().map(|(path, reference)| (path, reference.clone()));
+        let mut found: Vec<_> = own.collect();
+        if let Some(recipe) = &self.recipe {
+            params::each(&recipe.params, &FieldPath::from("recipe"), &mut found);
+        }
+        found
+    }
+
+    /// The references of its own fields.
+    pub(crate) fn own_references(&self) -> Vec<(FieldPath, &Reference)> {
         let mut found = vec![("base".into(), &self.base)];
-        let data = crate::FieldPath::from("data");
+        let data = FieldPath::from("data");
         for (index, domain) in self.data.domains.iter().enumerate() {
             found.push((data.field("domains").index(index).field("source"), &domain.source));
         }
@@ -129,6 +147,9 @@ impl JobSpec {
             if let Some(from) = &mut slot.from {
                 *from = replace(from)?;
             }
+        }
+        if let Some(recipe) = &mut self.recipe {
+            params::replace(&mut recipe.params, &mut replace)?;
         }
         Ok(())
     }

@@ -81,6 +81,9 @@ pub struct PlanSlot {
     pub from: Option<Input>,
     /// Whether it trains.
     pub train: bool,
+    /// Domains beside whose documents it stands, in training alone; everything if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<Name>,
 }
 
 /// A rule that judges the answers which the model gives by itself.
@@ -246,6 +249,7 @@ impl Plan {
                 init: slot.init.as_ref().map(|init| catalogue.resolve(init)),
                 from: slot.from.as_ref().map(|from| input(path.field("from"), from)),
                 train: slot.train,
+                domains: slot.domains.clone(),
                 method,
             });
         }

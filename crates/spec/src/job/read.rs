@@ -47,12 +47,28 @@ pub fn read_yaml(text: &str) -> Result<Value, ReadError> {
 /// # Errors
 /// [`ReadError::Faults`] with every fault and its path.
 pub fn read_value(value: &Value, catalogue: &Catalogue) -> Result<JobSpec, ReadError> {
+    read(value, catalogue, check::relations)
+}
+
+/// The same of a stage of a recipe, which may start from what other stages make.
+///
+/// # Errors
+/// [`ReadError::Faults`] with every fault and its path.
+pub fn read_stage(value: &Value, catalogue: &Catalogue) -> Result<JobSpec, ReadError> {
+    read(value, catalogue, check::stage_relations)
+}
+
+fn read(
+    value: &Value,
+    catalogue: &Catalogue,
+    relations: fn(&JobSpec, &Catalogue) -> Vec<Fault>,
+) -> Result<JobSpec, ReadError> {
     let mut faults = check::structure(value);
     faults.extend(check::methods(value, catalogue));
     if faults.is_empty() {
         match serde_path_to_error::deserialize::<_, JobSpec>(value) {
             Ok(spec) => {
-                faults = check::relations(&spec, catalogue);
+                faults = relations(&spec, catalogue);
                 if faults.is_empty() {
                     return Ok(spec);
                 }

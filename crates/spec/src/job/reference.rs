@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{Digest, IdError, Tag};
+use crate::id::{Digest, IdError, Name, Tag};
 
 /// What a field such as `base` or `source` points at.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -19,6 +19,13 @@ pub enum Reference {
     Path(String),
     /// An object in a store, such as `s3://bucket/key`.
     Url(String),
+    /// What another stage of the same recipe made: `${stages.warmup.adapter}`.
+    Stage {
+        /// The stage.
+        stage: Name,
+        /// What it is to the stage: `adapter`, `model`, `merged`.
+        role: Name,
+    },
 }
 
 impl Reference {
@@ -33,6 +40,7 @@ impl fmt::Display for Reference {
             Self::Tag(tag) => tag.fmt(f),
             Self::Path(path) if path.starts_with('/') => write!(f, "file://{path}"),
             Self::Path(text) | Self::Url(text) => f.write_str(text),
+            Self::Stage { stage, role } => write!(f, "${{stages.{stage}.{role}}}"),
         }
     }
 }
@@ -45,6 +53,12 @@ impl FromStr for Reference {
         let error = || IdError { what: "reference", value: text.chars().take(80).collect(), expected: FORM };
         if text.is_empty() || text.chars().any(char::is_control) {
             return Err(error());
+        }
+        if let Some(inner) = text.strip_prefix("${") {
+            // A stage's name may have dots in it; a role has none.
+            let named = inner.strip_suffix('}').and_then(|inner| inner.strip_prefix("stages.")?.rsplit_once('.'));
+            let (stage, role) = named.ok_or_else(|| IdError { expected: "${stages.STAGE.adapter}", ..error() })?;
+            return Ok(Self::Stage { stage: stage.parse()?, role: role.parse()? });
         }
         if text.starts_with("blake3:") {
             return Ok(Self::Digest(text.parse()?));
@@ -90,10 +104,26 @@ mod tests {
             ("./data.jsonl", Reference::Path("./data.jsonl".to_owned())),
             ("s3://bucket/key", Reference::Url("s3://bucket/key".to_owned())),
             ("facts:latest", Reference::Tag("facts:latest".parse().unwrap())),
+            (
+                "${stages.warm.up.adapter}",
+                Reference::Stage { stage: "warm.up".parse().unwrap(), role: "adapter".parse().unwrap() },
+            ),
         ] {
             assert_eq!(text.parse::<Reference>().unwrap(), expected);
+            assert_eq!(expected.to_string().parse::<Reference>().unwrap(), expected);
         }
-        for text in ["", "file://relative", "ftp://x/y", "hf://owner/name", "s3://", "Data File", "a\nb", "blake3:12"] {
+        for text in [
+            "",
+            "file://relative",
+            "ftp://x/y",
+            "hf://owner/name",
+            "s3://",
+            "Data File",
+            "a\nb",
+            "blake3:12",
+            "${stages.a}",
+            "${a.b.c}",
+        ] {
             assert!(text.parse::<Reference>().is_err(), "{text:?} was accepted");
         }
     }

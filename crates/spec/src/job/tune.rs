@@ -34,6 +34,9 @@ pub struct SlotSpec {
     /// Whether it trains.
     #[serde(default = "yes")]
     pub train: bool,
+    /// Domains beside whose documents a frozen adapter stands, in training alone; beside everything when it is left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub domains: Vec<Name>,
     /// The method's parameters.
     #[serde(flatten)]
     pub params: Map<String, Value>,
@@ -41,7 +44,7 @@ pub struct SlotSpec {
 
 impl SlotSpec {
     /// The fields that every slot has; all others are parameters of the method.
-    pub const FIELDS: [&str; 7] = ["name", "method", "targets", "exclude", "init", "from", "train"];
+    pub const FIELDS: [&str; 8] = ["name", "method", "targets", "exclude", "init", "from", "train", "domains"];
 
     /// The slot's method with its parameters, where it names one.
     pub fn method_ref(&self) -> Option<MethodRef> {
@@ -68,6 +71,10 @@ impl JsonSchema for SlotSpec {
                 "init": method,
                 "from": { "type": "string", "description": "An adapter to start from." },
                 "train": { "type": "boolean", "description": "Whether it trains.", "default": true },
+                "domains": {
+                    "type": "array", "items": { "type": "string" },
+                    "description": "Domains beside whose documents a frozen adapter stands, in training alone.",
+                },
             },
             "additionalProperties": true,
         })

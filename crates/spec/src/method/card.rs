@@ -24,11 +24,13 @@ pub enum Point {
     Optimizer,
     /// How does the learning rate run over time?
     Schedule,
+    /// Which jobs, in which order, make this result?
+    Recipe,
 }
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Adapter,
         Self::Init,
         Self::Objective,
@@ -38,6 +40,7 @@ impl Point {
         Self::StepRule,
         Self::Optimizer,
         Self::Schedule,
+        Self::Recipe,
     ];
 
     /// The point's name as it is written in files and on the wire, such as `step_rule`.
@@ -52,6 +55,7 @@ impl Point {
             Self::StepRule => "step_rule",
             Self::Optimizer => "optimizer",
             Self::Schedule => "schedule",
+            Self::Recipe => "recipe",
         }
     }
 
@@ -67,6 +71,7 @@ impl Point {
             Self::StepRule => "how does one optimiser step use the engine?",
             Self::Optimizer => "how do gradients change the parameters?",
             Self::Schedule => "how does the learning rate run over time?",
+            Self::Recipe => "which jobs, in which order, make this result?",
         }
     }
 }

@@ -88,6 +88,9 @@ impl Store {
         if let Some(name) = &filter.name {
             query.push(" AND name = ").push_bind(name);
         }
+        if let Some(parent) = &filter.parent {
+            query.push(" AND parent = ").push_bind(parent.to_string());
+        }
         for (key, value) in &filter.labels {
             query.push(" AND EXISTS (SELECT 1 FROM job_labels l WHERE l.project = jobs.project AND l.job = jobs.job AND l.key = ");
             query.push_bind(key).push(" AND l.value = ").push_bind(value).push(")");
@@ -268,8 +271,9 @@ async fn insert(connection: &mut SqliteConnection, job: &NewJob) -> Result<()> {
     let (project, id) = row::key(&job.project, &job.job);
     let done = sqlx::query(
         "INSERT INTO jobs (project, job, version, name, kind, spec, resolved, state, reason, message, epoch, attempts, \
-         priority, core, retry_of, created_ms, updated_ms) \
-         VALUES ($1, $2, $14, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, $12, $13, $13) ON CONFLICT DO NOTHING",
+         priority, core, retry_of, created_ms, updated_ms, parent, stage) \
+         VALUES ($1, $2, $14, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, $12, $13, $13, $15, $16) \
+         ON CONFLICT DO NOTHING",
     )
     .bind(&project)
     .bind(&id)
@@ -285,6 +289,8 @@ async fn insert(connection: &mut SqliteConnection, job: &NewJob) -> Result<()> {
     .bind(job.retry_of.as_ref().map(JobId::as_str))
     .bind(job.now.0)
     .bind(row::signed(job.version)?)
+    .bind(job.stage.as_ref().map(|stage| stage.parent.as_str()))
+    .bind(job.stage.as_ref().map(|stage| stage.name.as_str()))
     .execute(&mut *connection)
     .await
     .map_err(db)?;

@@ -5,7 +5,10 @@ use sqlx::{Acquire as _, Row as _, SqliteConnection};
 use crate::error::{Error, Result, db};
 
 /// All steps, oldest first; a published step is never edited.
-const STEPS: &[&str] = &[include_str!("../../../../migrations/sqlite/0001_control_plane.sql")];
+const STEPS: &[&str] = &[
+    include_str!("../../../../migrations/sqlite/0001_control_plane.sql"),
+    include_str!("../../../../migrations/sqlite/0002_stages.sql"),
+];
 
 const TABLE: &str =
     "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER NOT NULL PRIMARY KEY, sql TEXT NOT NULL) STRICT";

@@ -11,7 +11,7 @@ use crate::artifact::Edge;
 use crate::attempt::{Attempt, Cohort};
 use crate::error::{Error, Result, db};
 use crate::event::{Event, NewEvent};
-use crate::job::Job;
+use crate::job::{Job, Stage};
 use crate::metric::{NewPoint, Point};
 use crate::time::UtcMs;
 
@@ -49,6 +49,7 @@ pub(super) fn signed(value: u64) -> Result<i64> {
 }
 
 pub(super) fn job(row: &SqliteRow) -> Result<Job> {
+    let (parent, name) = (parsed_optional(row, "parent")?, parsed_optional(row, "stage")?);
     Ok(Job {
         project: parsed(row, "project")?,
         job: parsed(row, "job")?,
@@ -70,6 +71,7 @@ pub(super) fn job(row: &SqliteRow) -> Result<Job> {
         outputs: json(row, "outputs")?,
         failure: parsed_optional(row, "failure")?,
         retry_of: parsed_optional(row, "retry_of")?,
+        stage: parent.zip(name).map(|(parent, name)| Stage { parent, name }),
         last_event: attune_spec::id::Seq(unsigned(row, "last_event")?),
         created: time(row, "created_ms")?,
         updated: time(row, "updated_ms")?,

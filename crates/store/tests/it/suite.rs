@@ -50,6 +50,7 @@ pub(crate) fn new_job(job: &str) -> NewJob {
         inputs: Vec::new(),
         core: json!({"order": 1}),
         retry_of: None,
+        stage: None,
         now: UtcMs(1000),
     }
 }
@@ -167,6 +168,7 @@ pub(crate) async fn a_job_is_created_read_and_listed(store: Arc<Store>) {
         (Filter { kind: Some("merge".to_owned()), ..Filter::default() }, 0),
         (Filter { name: Some("debian-helper".to_owned()), kind: Some("tune".to_owned()), ..Filter::default() }, 3),
         (Filter { name: Some("' OR 1=1 --".to_owned()), ..Filter::default() }, 0),
+        (Filter { parent: Some(id("j-1")), ..Filter::default() }, 0),
     ] {
         assert_eq!(store.jobs(&project(), &filter, None, 10).await.unwrap().items.len(), expected, "{filter:?}");
     }

@@ -15,3 +15,4 @@ mod reference;
 mod searches;
 mod support;
 mod surgery;
+mod turns;

@@ -17,7 +17,7 @@ use candle_core::{Device, Tensor};
 use crate::support::{Small, metric};
 
 /// Writes the files of one role into a folder.
-fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
+pub(crate) fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
     std::fs::create_dir_all(folder).unwrap();
     for (name, bytes) in files.iter().filter_map(|(name, bytes)| Some((name.strip_prefix(role)?, bytes))) {
         std::fs::write(folder.join(name.trim_start_matches('/')), bytes).unwrap();
@@ -25,7 +25,7 @@ fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
 }
 
 /// The model of a base with an adapter, put together from what lies in the two folders.
-fn adapted(base: Base, folder: &Path) -> (Model, Theta) {
+pub(crate) fn adapted(base: Base, folder: &Path) -> (Model, Theta) {
     let cx = BuildCx { steps: Step(1), domains: &[], words: None };
     let read = peft::read(folder).unwrap();
     let adapter = ADAPTERS.build(&read.method, &"adapter".into(), &cx).unwrap_or_else(|faults| panic!("{faults:?}"));
@@ -40,13 +40,13 @@ fn adapted(base: Base, folder: &Path) -> (Model, Theta) {
     (Model::new(base, stack), Theta::single([bank]))
 }
 
-fn logits(model: &Model, theta: &Theta) -> Vec<f32> {
+pub(crate) fn logits(model: &Model, theta: &Theta) -> Vec<f32> {
     let layout = Layout::single(&(0..40).map(|i| (i * 37) % 250).collect::<Vec<u32>>());
     let logits: Tensor = model.logits(&Pass { theta, layout: &layout, dropout: None }).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }

@@ -60,6 +60,9 @@ pub(crate) struct List {
     /// Only jobs with this label; may be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     labels: Vec<(String, String)>,
+    /// Only stages of this job.
+    #[arg(long, value_name = "JOB")]
+    parent: Option<String>,
     /// The most jobs that are listed.
     #[arg(long, value_name = "N", default_value_t = 100)]
     limit: u32,
@@ -134,6 +137,7 @@ async fn list(client: &Client, arguments: &List, out: &mut Out) -> Result<(), Fa
             page_size: u32::try_from(wanted - jobs.len()).unwrap_or(u32::MAX).min(1000),
             page_token: page_token.clone(),
             order_by: 0,
+            parent_job_id: arguments.parent.clone().unwrap_or_default(),
         };
         let ask = || {
             let (mut service, asked) = (client.jobs(), client.request(asked.clone()));
@@ -231,6 +235,11 @@ fn show(job: &v1::Job, out: &mut Out) -> Result<(), Failure> {
             "step",
             format!("{} of {}, {} tokens, {speed}", progress.step, progress.total_steps, progress.tokens),
         ));
+    }
+    if job.stage.is_empty() {
+        facts.extend(job.stages.iter().map(|stage| ("stage", words::stage_line(stage))));
+    } else {
+        facts.push(("stage", format!("{} of {}", job.stage, job.parent_job_id)));
     }
     facts.push(("attempts", format!("{} failed, epoch {}", job.failed_attempts, job.epoch)));
     if let Some(failure) = &job.failure {

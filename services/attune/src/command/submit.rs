@@ -126,14 +126,14 @@ fn local(file: &JobFile, name: &str) -> Result<Local, Failure> {
         return Err(Failure::invalid(name, faults));
     }
     let paths = file.spec.references().into_iter();
-    Ok(paths.filter_map(|(field, reference)| Some((file.local(reference)?, kind(&field)))).collect())
+    Ok(paths.filter_map(|(field, reference)| Some((file.local(&reference)?, kind(&field)))).collect())
 }
 
 /// What the reference in this field must hold.
 fn kind(field: &FieldPath) -> Kind {
-    match field.as_str() {
-        "base" => Kind::Model,
-        text if text.starts_with("data.") => Kind::Dataset,
+    match field.as_str().rsplit('.').next() {
+        Some("base") => Kind::Model,
+        Some("source") => Kind::Dataset,
         _ => Kind::Adapter,
     }
 }

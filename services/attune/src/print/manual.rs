@@ -205,6 +205,7 @@ fn example(method: &MethodDocument) -> String {
         Point::StepRule => format!("  tune:\n    step: {{{named}}}\n"),
         Point::Optimizer => format!("  tune:\n    optimizer: {{{named}}}\n"),
         Point::Schedule => format!("  tune:\n    schedule: {{{named}}}\n"),
+        Point::Recipe => format!("  kind: recipe\n  recipe: {{{named}}}\n"),
     }
 }
 

@@ -104,6 +104,13 @@ pub enum EventKind {
         /// The one that has.
         dependency: JobId,
     },
+    /// One of the stages that it consists of was submitted or has succeeded.
+    Stage {
+        /// The stage.
+        stage: JobId,
+        /// Where the stage is now.
+        state: State,
+    },
     /// It committed an artifact.
     Committed {
         /// What it is.

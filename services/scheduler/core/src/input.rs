@@ -28,6 +28,17 @@ pub enum Outcome {
     Crashed(Cause),
 }
 
+/// What somebody saw who looked at the stages of a job and at what comes after them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Look {
+    /// All stages that can be made are made.
+    Wait,
+    /// All stages have succeeded and no other follows.
+    Done,
+    /// The next stage cannot be made.
+    Broken(Cause),
+}
+
 /// One thing that happened. The shell makes an input of every request, message and timer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Input {
@@ -65,6 +76,16 @@ pub enum Input {
     Preempt {
         /// The job.
         key: JobKey,
+    },
+    /// Somebody looked at a job that is due for it: one of stages, of which one was made or has succeeded since the last look.
+    /// A look at a row that has changed since is refused, and the job stays due.
+    Looked {
+        /// The job.
+        key: JobKey,
+        /// The version of its row that was looked at.
+        version: u64,
+        /// What was seen.
+        look: Look,
     },
     /// Drops a finished job from memory; its row stays where it is. Late messages about it are refused as about an
     /// unknown job from now on.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use attune_spec::id::{CohortId, WorkerId};
 
 use crate::timers::Timer;
-use crate::{Answer, Change, Core, Effects, Input, Job, JobKey, RestoreError, State, placement};
+use crate::{Answer, Change, Core, Effects, Input, Job, JobKey, RestoreError, State, Stop, placement};
 
 /// An invariant that does not hold.
 pub type Broken = RestoreError;
@@ -25,6 +25,7 @@ pub fn all(core: &Core) -> Result<(), Broken> {
     one_live_epoch(core)?;
     no_job_lost(core)?;
     gang_whole(core)?;
+    stages_belong(core)?;
     lanes_fit(core)?;
     queue_is_served(core)?;
     indexes_agree(core)
@@ -67,8 +68,8 @@ pub fn job_is_whole(core: &Core, key: &JobKey) -> Result<(), Broken> {
     holds(NAME, core.cohort(id).is_some_and(runs), || format!("cohort {id} does not run epoch {} of {key}", job.epoch))
 }
 
-/// Every job that is not final has something that will move it: a place in the queue, a timer, an unfinished dependency,
-/// a lease, or a person.
+/// Every job that is not final has something that will move it: a place in the queue, a timer, an unfinished dependency or
+/// stage, somebody who will look at its stages, a lease, or a person.
 ///
 /// # Errors
 /// When it does not hold.
@@ -84,7 +85,8 @@ pub fn no_job_lost(core: &Core) -> Result<(), Broken> {
         let is_kept = match job.state {
             State::Waiting => {
                 let is_open = |key: JobKey| core.job(&key).is_some_and(|job| !job.state.is_final());
-                !job.pending.is_empty() && job.awaited().into_iter().all(is_open)
+                let moves = !job.pending.is_empty() || core.due.contains(key);
+                moves && job.awaited().into_iter().all(is_open)
             }
             State::Queued => core.queue.contains(&job.place()),
             State::Starting | State::Running => is_leased(),
@@ -116,6 +118,26 @@ pub fn gang_whole(core: &Core) -> Result<(), Broken> {
                 });
             holds(NAME, is_whole, || format!("cohort {} is not what {} asks for", cohort.id, job.key))?;
         }
+    }
+    Ok(())
+}
+
+/// A job of stages is never granted, and a stage runs only while the job that it belongs to is not final, but for the time that
+/// stopping takes.
+///
+/// # Errors
+/// When it does not hold.
+pub fn stages_belong(core: &Core) -> Result<(), Broken> {
+    const NAME: &str = "stages_belong";
+    for job in core.jobs() {
+        let holds_nothing =
+            !job.request.is_staged || (job.epoch.0 == 0 && (job.state == State::Waiting || job.state.is_final()));
+        holds(NAME, holds_nothing, || format!("{} has stages and is {}", job.key, job.state))?;
+        let Some(parent) = job.parent().filter(|_| !job.state.is_final()) else { continue };
+        let is_open =
+            core.job(&parent).is_some_and(|parent| !parent.state.is_final() && parent.pending.contains(&job.key.job));
+        let is_ending = job.state == State::Stopping(Stop::Cancel);
+        holds(NAME, is_open || is_ending, || format!("{} goes on without {parent}", job.key))?;
     }
     Ok(())
 }
@@ -168,6 +190,9 @@ pub fn indexes_agree(core: &Core) -> Result<(), Broken> {
         }
     }
     holds(NAME, dependants == core.dependants, || "the dependants".to_owned())?;
+    let has_stages =
+        |key: &JobKey| core.job(key).is_some_and(|job| job.state == State::Waiting && job.request.is_staged);
+    holds(NAME, core.due.iter().all(has_stages), || "what is due".to_owned())?;
     let leases: BTreeSet<_> = core
         .cohorts()
         .flat_map(|cohort| cohort.shares.iter().map(move |share| (share.worker.clone(), cohort.id)))

@@ -46,6 +46,11 @@ pub struct Request {
     pub share: Option<Digest>,
     /// What it takes of a device's memory: no more jobs share a process than the device holds.
     pub memory: Memory,
+    /// Whether it consists of other jobs, its stages: it holds no device, and ends when somebody has seen that the last one has
+    /// succeeded, or when one has not.
+    pub is_staged: bool,
+    /// The job of the same project that it is a stage of.
+    pub parent: Option<JobId>,
 }
 
 impl Default for Request {
@@ -58,6 +63,8 @@ impl Default for Request {
             after: BTreeSet::new(),
             share: None,
             memory: Memory::default(),
+            is_staged: false,
+            parent: None,
         }
     }
 }
@@ -102,7 +109,8 @@ pub struct Job {
     pub progress: Step,
     /// What the attempt of this epoch committed as results.
     pub outputs: BTreeSet<Digest>,
-    /// The jobs that it comes after and that have not succeeded yet; empty exactly when it has left `Waiting` for the queue.
+    /// The jobs that it comes after, or the stages that it has so far, which have not succeeded yet; of a job without stages empty
+    /// exactly when it has left `Waiting` for the queue.
     pub pending: BTreeSet<JobId>,
     /// The workers of its newest gang, which have its inputs on their disks.
     pub workers: BTreeSet<WorkerId>,
@@ -123,6 +131,11 @@ impl Job {
     /// The key of the jobs that it may share a process with, if it may.
     pub fn shares(&self) -> Option<&Digest> {
         self.request.share.as_ref().filter(|_| !self.solo)
+    }
+
+    /// The key of the job that it is a stage of.
+    pub fn parent(&self) -> Option<JobKey> {
+        self.request.parent.clone().map(|parent| JobKey::new(self.key.project.clone(), parent))
     }
 
     /// Its place in the queue: priority, then submission.

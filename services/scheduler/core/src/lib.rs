@@ -14,6 +14,9 @@
 //! that one gang of child processes runs (today one attempt). A **lease** says until when a worker may run its share
 //! without a heartbeat; it is a hint to give up early, never the guard. The guard is the epoch, compared at commit.
 //!
+//! A job may consist of **stages**, other jobs that are submitted one after the other. What follows a stage is for the shell to
+//! find out; the core says when it is **due** ([`Core::due`]), ends the job with its stages, and the stages with it.
+//!
 //! # The invariant
 //! At most one epoch of a job is live, and only a live epoch commits. [`invariants`] writes this and its companions down
 //! as named predicates; they are checked after every step in tests, and for the jobs that a step touched in release.
@@ -75,7 +78,7 @@ pub use cause::{Cause, Retry};
 pub use cohort::{Attempt, Cohort, Share};
 pub use effect::{Action, Answer, Change, Committed, Effects, Event, EventKind, Granted, Offer};
 pub use error::{ParseError, RestoreError};
-pub use input::{Commit, Input, Outcome};
+pub use input::{Commit, Input, Look, Outcome};
 pub use job::{Checkpoint, Job, JobKey, Request};
 pub use machine::{Core, Counters, Settings};
 pub use reason::Reason;

@@ -77,6 +77,7 @@ pub struct Core {
     // Derived from the above.
     pub(crate) queue: BTreeSet<Place>,
     pub(crate) dependants: BTreeMap<JobKey, BTreeSet<JobKey>>,
+    pub(crate) due: BTreeSet<JobKey>,
     pub(crate) leases: BTreeMap<(WorkerId, CohortId), crate::lease::Lease>,
     pub(crate) timers: Timers,
     #[cfg(test)]
@@ -95,6 +96,7 @@ impl Core {
             workers: BTreeMap::new(),
             queue: BTreeSet::new(),
             dependants: BTreeMap::new(),
+            due: BTreeSet::new(),
             leases: BTreeMap::new(),
             timers: Timers::default(),
             #[cfg(test)]
@@ -132,6 +134,10 @@ impl Core {
                     self.queue.insert(job.place());
                 }
                 State::Waiting => {
+                    // What was seen before the restart is forgotten; looking twice does no harm.
+                    if job.request.is_staged {
+                        self.due.insert(job.key.clone());
+                    }
                     for dependency in job.awaited() {
                         self.dependants.entry(dependency).or_default().insert(job.key.clone());
                     }
@@ -189,6 +195,11 @@ impl Core {
     pub fn wake(&self) -> Option<Timestamp> {
         let watch = self.timers.watches_workers().then(|| self.now.plus(self.settings.ttl / 4));
         self.timers.next().into_iter().chain(watch).min()
+    }
+
+    /// The jobs whose stages somebody has to look at, see [`Input::Looked`].
+    pub fn due(&self) -> impl Iterator<Item = &JobKey> {
+        self.due.iter()
     }
 
     /// The limits that it works with.

@@ -10,6 +10,8 @@ use crate::{Cause, ParseError};
 pub enum Reason {
     /// A job that it comes after has not succeeded yet.
     DependencyPending,
+    /// The stages that it consists of have not all succeeded yet.
+    StagesPending,
     /// It was just submitted.
     Submitted,
     /// All jobs that it comes after have succeeded.
@@ -34,7 +36,9 @@ pub enum Reason {
     PauseAsked,
     /// A person cancelled it.
     CancelAsked,
-    /// An attempt failed.
+    /// The job that it is a stage of failed or was cancelled.
+    ParentEnded,
+    /// An attempt failed, or a stage could not be made.
     Failure(Cause),
     /// As many attempts failed, without a new checkpoint, as the job allows; the last one for this cause.
     AttemptsExhausted(Cause),
@@ -42,12 +46,15 @@ pub enum Reason {
     Quarantined(Cause),
     /// A job that it comes after failed or was cancelled.
     DependencyFailed,
-    /// The attempt said that all is done and committed.
+    /// One of the stages that it consists of failed or was cancelled.
+    StageFailed,
+    /// The attempt said that all is done and committed, or the last stage has succeeded.
     Finished,
 }
 
-const PLAIN: [Reason; 15] = [
+const PLAIN: [Reason; 18] = [
     Reason::DependencyPending,
+    Reason::StagesPending,
     Reason::Submitted,
     Reason::DependenciesMet,
     Reason::Resumed,
@@ -60,7 +67,9 @@ const PLAIN: [Reason; 15] = [
     Reason::WorkerDraining,
     Reason::PauseAsked,
     Reason::CancelAsked,
+    Reason::ParentEnded,
     Reason::DependencyFailed,
+    Reason::StageFailed,
     Reason::Finished,
 ];
 
@@ -69,6 +78,7 @@ impl Reason {
     pub const fn code(self) -> &'static str {
         match self {
             Self::DependencyPending => "dependency_pending",
+            Self::StagesPending => "stages_pending",
             Self::Submitted => "submitted",
             Self::DependenciesMet => "dependencies_met",
             Self::Resumed => "resumed",
@@ -81,10 +91,12 @@ impl Reason {
             Self::WorkerDraining => "worker_draining",
             Self::PauseAsked => "pause_asked",
             Self::CancelAsked => "cancel_asked",
+            Self::ParentEnded => "parent_ended",
             Self::Failure(_) => "failure",
             Self::AttemptsExhausted(_) => "attempts_exhausted",
             Self::Quarantined(_) => "quarantined",
             Self::DependencyFailed => "dependency_failed",
+            Self::StageFailed => "stage_failed",
             Self::Finished => "finished",
         }
     }
@@ -93,6 +105,7 @@ impl Reason {
     pub fn words(self) -> String {
         let text = match self {
             Self::DependencyPending => "a job that it comes after has not succeeded yet",
+            Self::StagesPending => "its stages have not all succeeded yet",
             Self::Submitted => "submitted",
             Self::DependenciesMet => "all jobs that it comes after have succeeded",
             Self::Resumed => "resumed",
@@ -105,7 +118,9 @@ impl Reason {
             Self::WorkerDraining => "one of its workers is being drained",
             Self::PauseAsked => "paused on request",
             Self::CancelAsked => "cancelled on request",
+            Self::ParentEnded => "the job that it is a stage of failed or was cancelled",
             Self::DependencyFailed => "a job that it comes after failed or was cancelled",
+            Self::StageFailed => "one of its stages failed or was cancelled",
             Self::Finished => "done",
             Self::Failure(cause) => return cause.words(),
             Self::AttemptsExhausted(cause) => {
@@ -123,6 +138,7 @@ impl Reason {
         match self {
             Self::Failure(cause) | Self::AttemptsExhausted(cause) | Self::Quarantined(cause) => Some(cause),
             Self::DependencyPending
+            | Self::StagesPending
             | Self::Submitted
             | Self::DependenciesMet
             | Self::Resumed
@@ -135,7 +151,9 @@ impl Reason {
             | Self::WorkerDraining
             | Self::PauseAsked
             | Self::CancelAsked
+            | Self::ParentEnded
             | Self::DependencyFailed
+            | Self::StageFailed
             | Self::Finished => None,
         }
     }

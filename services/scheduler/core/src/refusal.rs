@@ -38,6 +38,14 @@ pub enum Refusal {
         /// What would have been needed.
         wanted: &'static str,
     },
+    /// The job has changed since it was looked at.
+    #[error("job {key} has changed since version {version}; look again")]
+    JobChanged {
+        /// The job.
+        key: JobKey,
+        /// The version that was looked at.
+        version: u64,
+    },
     /// The job was preempted before and has committed no further checkpoint.
     #[error(
         "job {key} has made no progress since its last preemption; it is not preempted again before its next checkpoint"
@@ -168,7 +176,7 @@ impl Refusal {
             | Self::NotItsLease { .. }
             | Self::NotTheLeader { .. }
             | Self::CohortOver { .. } => RefusalKind::AttemptOver,
-            Self::OlderCheckpoint { .. } | Self::StaleBeat { .. } => RefusalKind::Superseded,
+            Self::OlderCheckpoint { .. } | Self::StaleBeat { .. } | Self::JobChanged { .. } => RefusalKind::Superseded,
             Self::UnknownWorker { .. } | Self::StaleSession { .. } => RefusalKind::Unregistered,
         }
     }

@@ -30,7 +30,7 @@ impl Stop {
 /// Where a job is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum State {
-    /// Other jobs must succeed first.
+    /// Other jobs must succeed first: those that it comes after, or the stages that it consists of.
     Waiting,
     /// Ready for a gang of workers.
     Queued,
@@ -83,8 +83,8 @@ impl State {
     pub fn may_become(self, next: Self) -> bool {
         use State::{Backoff, Cancelled, Failed, Paused, Queued, Running, Starting, Stopping, Succeeded, Waiting};
         match (self, next) {
-            // A failed dependency fails the job that waits for it.
-            (Waiting, Queued | Failed)
+            // A failed dependency fails the job that waits for it; a job of stages ends with the last of them.
+            (Waiting, Queued | Succeeded | Failed)
             | (Queued, Starting)
             | (Starting, Running)
             | (Running, Succeeded)
@@ -101,7 +101,7 @@ impl State {
     /// Whether `reason` can stand beside this state.
     pub fn allows(self, reason: Reason) -> bool {
         match reason {
-            Reason::DependencyPending => self == Self::Waiting,
+            Reason::DependencyPending | Reason::StagesPending => self == Self::Waiting,
             Reason::Submitted
             | Reason::DependenciesMet
             | Reason::Resumed
@@ -112,9 +112,13 @@ impl State {
             Reason::Started => self == Self::Running,
             Reason::PreemptAsked | Reason::WorkerDraining => self == Self::Stopping(Stop::Preempt),
             Reason::PauseAsked => matches!(self, Self::Stopping(Stop::Pause) | Self::Paused),
-            Reason::CancelAsked => matches!(self, Self::Stopping(Stop::Cancel) | Self::Cancelled),
+            Reason::CancelAsked | Reason::ParentEnded => {
+                matches!(self, Self::Stopping(Stop::Cancel) | Self::Cancelled)
+            }
             Reason::Failure(_) => matches!(self, Self::Backoff | Self::Failed),
-            Reason::AttemptsExhausted(_) | Reason::Quarantined(_) | Reason::DependencyFailed => self == Self::Failed,
+            Reason::AttemptsExhausted(_) | Reason::Quarantined(_) | Reason::DependencyFailed | Reason::StageFailed => {
+                self == Self::Failed
+            }
             Reason::Finished => self == Self::Succeeded,
         }
     }
@@ -157,7 +161,7 @@ mod tests {
 
     /// The design's arrows, written out once more and by hand; everything else is illegal.
     const ARROWS: &[(&str, &[&str])] = &[
-        ("waiting", &["queued", "failed", "cancelled"]),
+        ("waiting", &["queued", "succeeded", "failed", "cancelled"]),
         ("queued", &["starting", "cancelled"]),
         ("starting", &["running", "stopping(preempt)", "stopping(pause)", "stopping(cancel)", "backoff", "failed"]),
         ("running", &["stopping(preempt)", "stopping(pause)", "stopping(cancel)", "backoff", "succeeded", "failed"]),

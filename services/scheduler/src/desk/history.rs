@@ -4,10 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use attune_scheduler_core::{Cause, Commit, Device, Devices, Holding, Input, Outcome, Request, Session, State};
+use attune_scheduler_core::{Cause, Commit, Device, Devices, Holding, Input, Look, Outcome, Request, Session, State};
 use attune_spec::id::{CohortId, Digest, JobId, Project, Step, WorkerId};
 use attune_store::artifact::{Maker, NewArtifact};
-use attune_store::job::NewJob;
+use attune_store::job::{NewJob, Stage};
 use serde_json::json;
 
 use super::*;
@@ -52,7 +52,7 @@ impl History {
         config.limits.finished_jobs = 3;
         let store = Store::open(&config.database).await.unwrap();
         let (prune, to_prune) = mpsc::channel(1000);
-        let desk = Desk::open(&config, store, Hub::default(), Clock::start(), prune).await.unwrap();
+        let desk = Desk::open(&config, store, Hub::default(), Clock::start(), prune, Arc::default()).await.unwrap();
         let beats = BTreeMap::new();
         Self { desk, dice: Dice(seed), n_jobs: 0, n_sessions: 0, beats, _prune: to_prune }
     }
@@ -62,7 +62,7 @@ impl History {
         let keys: Vec<JobKey> = self.desk.core.jobs().map(|job| job.key.clone()).collect();
         let key = self.dice.pick(&keys);
         let n = self.dice.roll(3);
-        match (self.dice.roll(16), key) {
+        match (self.dice.roll(17), key) {
             (0 | 1, _) | (5..=15, None) => self.submit().await,
             (2, _) => self.register(n).await,
             (3, _) => self.heartbeat(n).await,
@@ -78,6 +78,7 @@ impl History {
                 let (epoch, worker) = self.spoken_for(&key);
                 self.take(Input::AttemptRunning { key, epoch, worker }).await;
             }
+            (16, Some(key)) => self.look(key).await,
             (_, Some(key)) => self.finish(key).await,
             (16.., _) => {}
         }
@@ -98,8 +99,19 @@ impl History {
         assert!(answer.is_ok(), "{told}: {answer:?}");
     }
 
+    /// Somebody looks at the stages of a job, and sees this or that.
+    async fn look(&mut self, key: JobKey) {
+        let looks = [Look::Wait, Look::Done, Look::Done, Look::Broken(Cause::SpecFault)];
+        let (version, look) = (self.desk.core.job(&key).unwrap().version, self.dice.pick(&looks).unwrap());
+        self.take(Input::Looked { key, version, look }).await;
+    }
+
     async fn submit(&mut self) {
         self.n_jobs += 1;
+        let open = self.desk.core.jobs().filter(|job| job.request.is_staged && !job.state.is_final());
+        let open: Vec<JobId> = open.map(|job| job.key.job.clone()).collect();
+        let parent = self.dice.pick(&open).filter(|_| self.dice.roll(2) == 0);
+        let is_staged = parent.is_none() && self.dice.roll(4) == 0;
         let after = self.n_jobs.checked_sub(2).filter(|n| *n > 0 && self.dice.roll(3) == 0);
         let id = |n: u64| JobId::new(format!("j-{n:04}")).unwrap();
         let job = NewJob {
@@ -118,11 +130,13 @@ impl History {
             inputs: Vec::new(),
             core: json!(null),
             retry_of: None,
+            stage: parent.clone().map(|parent| Stage { parent, name: "one".parse().unwrap() }),
             now: Clock::utc(),
         };
-        let request = Request { after: after.map(id).into_iter().collect(), ..Request::default() };
+        let after = after.filter(|_| !is_staged).map(id).into_iter().collect();
+        let request = Request { after, is_staged, parent, ..Request::default() };
         let id = attune_store::job::Request { id: format!("r-{}", self.n_jobs), body: Digest::from_bytes([0; 32]) };
-        let submission = Submission { job: Box::new(job), request, id };
+        let submission = Submission { job: Box::new(job), request, id: Some(id) };
         let (row, _) = self.desk.submit(submission).await.unwrap().unwrap();
         assert_eq!(row.job.as_str(), format!("j-{:04}", self.n_jobs));
     }

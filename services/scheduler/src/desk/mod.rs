@@ -7,16 +7,16 @@
 mod history;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use attune_proto::v1;
 use attune_scheduler_core::{Action, Answer, Cause, Core, Counters, Input, JobKey, Outcome, Settings};
 use attune_spec::id::CohortId;
-use attune_spec::job::JobSpec;
 use attune_store::Store;
 use attune_store::change::Write;
 use attune_telemetry::Stop;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
 use crate::clock::Clock;
@@ -24,7 +24,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::front::{Ask, Letter, Reply, Submission};
 use crate::hub::Hub;
-use crate::ledger::{Extra, Ledger, NEXT_COHORT, NEXT_ORDER, Output, Transaction};
+use crate::ledger::{self, Extra, Ledger, NEXT_COHORT, NEXT_ORDER, Output, Transaction};
 use crate::links::Links;
 use crate::messages::Writer;
 use crate::{rows, status};
@@ -46,21 +46,25 @@ pub(crate) struct Desk {
     n_finished_max: usize,
     finished: VecDeque<JobKey>,
     prune: mpsc::Sender<JobKey>,
+    /// Woken while some job's stages are to be looked at.
+    due: Arc<Notify>,
 }
 
 impl Desk {
-    /// The desk as it was when the database was last written. Jobs whose checkpoints may be too many go to `prune`.
+    /// The desk as it was when the database was last written. Jobs whose checkpoints may be too many go to `prune`; whoever
+    /// looks at stages waits for `due`.
     pub(crate) async fn open(
         config: &Config,
         store: Store,
         hub: Hub,
         clock: Clock,
         prune: mpsc::Sender<JobKey>,
+        due: Arc<Notify>,
     ) -> Result<Self, Error> {
         let settings = config.settings();
         let (core, ledger) = restore(&store, settings, clock).await?;
         tracing::info!(jobs = core.jobs().count(), cohorts = core.cohorts().count(), "scheduler restored");
-        Ok(Self {
+        let desk = Self {
             settings,
             clock,
             hub,
@@ -73,7 +77,16 @@ impl Desk {
             n_finished_max: config.limits.finished_jobs,
             finished: VecDeque::new(),
             prune,
-        })
+            due,
+        };
+        desk.tell_due();
+        Ok(desk)
+    }
+
+    fn tell_due(&self) {
+        if self.core.due().next().is_some() {
+            self.due.notify_one();
+        }
     }
 
     /// Works until `stop`, or until the database fails for good.
@@ -130,6 +143,7 @@ impl Desk {
                 (deleted.map(|(deleted, _)| Reply::Deleted(deleted)).map_err(status::store), vec![])
             }
             Ask::Blocked(key) => (Ok(Reply::Blocked(self.core.blocked(&key))), vec![]),
+            Ask::Due => (Ok(Reply::Due(self.core.due().cloned().collect())), vec![]),
         };
         // Whoever asked may have gone; what was asked is done all the same.
         let _ = reply.send(answer);
@@ -180,7 +194,7 @@ impl Desk {
             } else {
                 let outputs = if outputs.is_empty() { committed.to_vec() } else { outputs };
                 extra.tags = match self.store.job(&key.project, &key.job).await {
-                    Ok(row) => tags(&row, &outputs),
+                    Ok(row) => ledger::tags(&row, &outputs),
                     Err(error) => return Ok(Err(status::store(error))),
                 };
             }
@@ -194,7 +208,14 @@ impl Desk {
         submission: Submission,
     ) -> Result<Result<(attune_store::job::Job, Vec<Action>), Status>, Error> {
         let Submission { job, request, id } = submission;
-        match self.store.job_of_request(&job.project, &id).await {
+        let before = match &id {
+            Some(id) => self.store.job_of_request(&job.project, id).await,
+            None => match self.store.job(&job.project, &job.job).await {
+                Err(attune_store::Error::NotFound { .. }) => Ok(None),
+                found => found.map(Some),
+            },
+        };
+        match before {
             Ok(None) => {}
             Ok(Some(before)) => return Ok(Ok((before, vec![]))),
             Err(error) => return Ok(Err(status::store(error))),
@@ -221,7 +242,7 @@ impl Desk {
         }
         let extra = Extra { new_job: Some(job), ..Extra::default() };
         let transaction = self.ledger.record(&effects.changes, extra, Clock::utc());
-        let stored = self.commit_as(transaction, Some(&id)).await?;
+        let stored = self.commit_as(transaction, id.as_ref()).await?;
         Ok(stored.and_then(|job| {
             let job = job.ok_or_else(|| attune_proto::Class::Internal.status("the submitted job was not stored"))?;
             Ok((job, effects.actions))
@@ -270,6 +291,7 @@ impl Desk {
                 }
                 self.finished.extend(ended);
                 self.forget_finished();
+                self.tell_due();
                 Ok(Ok(job))
             }
             Err(error) => {
@@ -297,6 +319,7 @@ impl Desk {
             match restore(&self.store, self.settings, self.clock).await {
                 Ok((core, ledger)) => {
                     (self.core, self.ledger) = (core, ledger);
+                    self.tell_due();
                     return Ok(());
                 }
                 Err(Error::Store(error)) if error.is_retryable() => {
@@ -355,20 +378,6 @@ async fn sleep(wait: Option<Duration>) {
         None => std::future::pending().await,
     }
 }
-
-/// Which tags move to which results when the job succeeds.
-fn tags(row: &attune_store::job::Job, outputs: &[Output]) -> Vec<(attune_spec::id::Tag, attune_spec::id::Digest)> {
-    let Ok(spec) = serde_json::from_value::<JobSpec>(row.resolved.clone()) else { return Vec::new() };
-    let of_role = |role: &str| outputs.iter().find(|output| output.role == role);
-    let main = outputs.iter().find(|output| ![MERGED, REPORT].contains(&output.role.as_str()));
-    let pairs = [(spec.outputs.tag, main), (spec.outputs.merged_tag, of_role(MERGED))];
-    pairs.into_iter().filter_map(|(tag, output)| Some((tag?, output?.digest))).collect()
-}
-
-/// The role of a model with the adapter merged in.
-const MERGED: &str = "merged";
-/// The role of a report, which gets no tag.
-const REPORT: &str = "report";
 
 /// Core and ledger of what is stored.
 async fn restore(store: &Store, settings: Settings, clock: Clock) -> Result<(Core, Ledger), Error> {

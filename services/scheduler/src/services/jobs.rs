@@ -14,17 +14,17 @@ use attune_scheduler_core::{Answer, Input, JobKey};
 use attune_spec::Fault;
 use attune_spec::id::{JobId, Project, Step};
 use attune_spec::job::JobSpec;
-use attune_store::job::{Filter, Job, NewJob, Order, State};
+use attune_store::job::{Filter, Job, Order, State};
 use attune_store::metric;
 use serde_json::json;
 use tonic::{Request, Response, Status};
 
 use super::{Answers, invalid, known, page_size, page_token, project, watch};
 use crate::admit::{self, Admitted};
-use crate::clock::{self, Clock};
+use crate::clock;
 use crate::context::Context;
 use crate::front::Submission;
-use crate::{forecast, status, view};
+use crate::{forecast, stages, status, view};
 
 /// Longest request id.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -60,7 +60,9 @@ impl Jobs {
 
     /// A job as it is now; a queued one with what it waits for.
     async fn now(&self, key: &JobKey) -> Result<v1::Job, Status> {
-        let mut job = self.show(&self.row(key).await?)?;
+        let row = self.row(key).await?;
+        let mut job = self.show(&row)?;
+        job.stages = stages::shown(&self.context, &row).await?;
         if job.state() == JobState::Queued
             && let Some(blocked) = self.context.front.blocked(key.clone()).await?
         {
@@ -93,30 +95,9 @@ impl Jobs {
         id: attune_store::job::Request,
         retry_of: Option<JobId>,
     ) -> Result<v1::Job, Status> {
-        let request = admit::request(&admitted);
-        let Admitted { spec, resolved, inputs, .. } = admitted;
-        let unwritable = |error: serde_json::Error| attune_proto::Class::Internal.status(error.to_string());
-        let job = NewJob {
-            project: key.project,
-            job: key.job,
-            version: 1,
-            name: spec.name.to_string(),
-            kind: match spec.kind {
-                attune_spec::job::JobKind::Tune => "tune".to_owned(),
-            },
-            spec: serde_json::to_value(&spec).map_err(unwritable)?,
-            resolved: serde_json::to_value(&resolved).map_err(unwritable)?,
-            state: State::Queued,
-            reason: String::new(),
-            message: String::new(),
-            priority: spec.priority,
-            labels: spec.labels.iter().map(|(name, value)| (name.to_string(), value.clone())).collect(),
-            inputs,
-            core: json!(null),
-            retry_of,
-            now: Clock::utc(),
-        };
-        let stored = self.context.front.submit(Submission { job: Box::new(job), request, id }).await?;
+        let request = admit::request(&admitted, None);
+        let job = Box::new(admit::new_job(admitted, key, None, retry_of)?);
+        let stored = self.context.front.submit(Submission { job, request, id: Some(id) }).await?;
         self.show(&stored)
     }
 
@@ -183,6 +164,10 @@ impl JobService for Jobs {
             states,
             kind: None,
             name: Some(request.spec_name).filter(|name| !name.is_empty()),
+            parent: match request.parent_job_id.as_str() {
+                "" => None,
+                parent => Some(field("parent_job_id", parent).map_err(invalid)?),
+            },
             labels: request.labels,
             order: match known(request.order_by, "order_by")? {
                 v1::JobOrder::Unspecified | v1::JobOrder::CreateTimeDesc => Order::Newest,

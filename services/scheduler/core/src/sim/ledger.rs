@@ -153,7 +153,10 @@ impl Ledger {
                     (history.best, history.n_failed) = (step, (0, 0));
                 }
             }
-            EventKind::Submitted { .. } | EventKind::DependencyMet { .. } | EventKind::Committed { .. } => {}
+            EventKind::Submitted { .. }
+            | EventKind::DependencyMet { .. }
+            | EventKind::Stage { .. }
+            | EventKind::Committed { .. } => {}
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 
 mod agent;
 mod ledger;
-mod rng;
+pub(crate) mod rng;
 mod tally;
 mod world;
 

@@ -454,6 +454,7 @@ impl World {
             after: after.clone(),
             share,
             memory: Memory { base: 10, own, pass: 5, full_pass: 8 },
+            ..Request::default()
         };
         let finished = self.store.finished(&key, after);
         Input::Submit { key, request, finished }

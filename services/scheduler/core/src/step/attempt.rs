@@ -113,7 +113,8 @@ impl Core {
         let reason = match stop {
             Stop::Preempt => Reason::Preempted,
             Stop::Pause => Reason::PauseAsked,
-            Stop::Cancel => Reason::CancelAsked,
+            // On request, or because what it is a stage of has ended.
+            Stop::Cancel => self.jobs[key].reason,
         };
         self.move_to(key, stop.target(), reason, draft);
     }

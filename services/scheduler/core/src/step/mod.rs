@@ -6,6 +6,7 @@ mod expiry;
 mod fleet;
 mod grant;
 mod request;
+mod stages;
 
 use std::collections::BTreeMap;
 
@@ -63,6 +64,7 @@ impl Core {
             Input::Retry { key } => self.retry(&key, draft),
             Input::Preempt { key } => self.preempt(&key, draft),
             Input::Forget { key } => self.forget(&key),
+            Input::Looked { key, version, look } => self.looked(&key, version, look, draft),
             Input::Register { worker, session, devices, memory, labels, draining, holding } => {
                 let registration = fleet::Registration { session, devices, memory, labels, draining, holding };
                 self.register(worker, registration, draft)
@@ -156,6 +158,7 @@ impl Core {
     fn leave(&mut self, key: &JobKey, from: State, to: State, draft: &mut Draft) {
         match from {
             State::Waiting => {
+                self.due.remove(key);
                 for dependency in self.jobs[key].awaited() {
                     self.await_no_more(key, &dependency);
                 }
@@ -246,7 +249,15 @@ impl Core {
                 continue;
             }
             let has_succeeded = self.jobs[&ended].state == State::Succeeded;
+            let parent = self.jobs[&ended].parent();
+            if !has_succeeded {
+                self.end_stages(&ended, draft);
+            }
             for key in self.dependants.get(&ended).cloned().unwrap_or_default() {
+                if Some(&key) == parent.as_ref() {
+                    self.stage_ended(&key, &ended, draft);
+                    continue;
+                }
                 if !has_succeeded {
                     self.move_to(&key, State::Failed, Reason::DependencyFailed, draft);
                     continue;

@@ -19,6 +19,7 @@ impl Core {
             let is_same = job.request == request;
             return if is_same { Ok(Answer::Repeated) } else { Err(Refusal::JobExists { key }) };
         }
+        self.takes_stage(&key, &request)?;
         let order = self.counters.next_order;
         let mut job = new_job(key.clone(), request, order);
         let mut is_hopeless = false;
@@ -34,7 +35,10 @@ impl Core {
                 }
             }
         }
-        if job.pending.is_empty() {
+        if job.request.is_staged {
+            (job.state, job.reason) = (State::Waiting, Reason::StagesPending);
+            self.due.insert(key.clone());
+        } else if job.pending.is_empty() {
             self.queue.insert(job.place());
             self.gather(&job);
             draft.has_room = true;
@@ -49,6 +53,7 @@ impl Core {
         draft.log.push(Event { key: key.clone(), epoch: job.epoch, kind });
         draft.before.insert(key.clone(), None);
         self.jobs.insert(key.clone(), job);
+        self.add_stage(&key, draft);
         if is_hopeless {
             self.move_to(&key, State::Failed, Reason::DependencyFailed, draft);
         }

@@ -10,6 +10,7 @@ mod gangs;
 mod lanes;
 mod restarts;
 mod retries;
+mod stages;
 mod transitions;
 
 pub(crate) use store::Store;
@@ -26,6 +27,7 @@ pub(crate) fn job_of(input: &Input) -> Option<&JobKey> {
         | Input::Retry { key }
         | Input::Preempt { key }
         | Input::Forget { key }
+        | Input::Looked { key, .. }
         | Input::AttemptRunning { key, .. }
         | Input::AttemptFinished { key, .. }
         | Input::Commit { key, .. } => Some(key),

@@ -133,6 +133,6 @@ impl Store {
 pub(crate) fn state_after(kind: &EventKind) -> Option<State> {
     match kind {
         EventKind::Submitted { to, .. } | EventKind::Moved { to, .. } => Some(*to),
-        EventKind::Committed { .. } | EventKind::DependencyMet { .. } => None,
+        EventKind::Committed { .. } | EventKind::DependencyMet { .. } | EventKind::Stage { .. } => None,
     }
 }

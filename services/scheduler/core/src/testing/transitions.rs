@@ -109,15 +109,18 @@ fn every_state_against_every_input() {
             n_cells += 1;
             arrows.extend(desk.store.log.iter().filter_map(|event| match event.kind {
                 EventKind::Moved { from, to, .. } => Some((from, to)),
-                EventKind::Submitted { .. } | EventKind::DependencyMet { .. } | EventKind::Committed { .. } => None,
+                EventKind::Submitted { .. }
+                | EventKind::DependencyMet { .. }
+                | EventKind::Stage { .. }
+                | EventKind::Committed { .. } => None,
             }));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert_eq!(n_cells, 12 * 13);
 
-    // With what happens to the jobs behind a dependency, every arrow that exists has been walked.
-    arrows.extend([(State::Waiting, State::Queued), (State::Waiting, State::Failed)]);
+    // With what happens to the jobs behind a dependency, and to those of stages, every arrow that exists has been walked.
+    arrows.extend([State::Queued, State::Failed, State::Succeeded].map(|to| (State::Waiting, to)));
     let existing = State::ALL.into_iter().flat_map(|from| State::ALL.map(|to| (from, to)));
     let existing: BTreeSet<_> = existing.filter(|(from, to)| from.may_become(*to)).collect();
     assert_eq!(arrows, existing);

@@ -1,0 +1,3 @@
+//! What several recipes do alike.
+
+pub(crate) mod set;
