@@ -68,7 +68,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
         Ok::<_, std::convert::Infallible>(())
     });
 
-    let making = stages::follow(Arc::clone(&context), due);
+    let making = Box::pin(stages::follow(Arc::clone(&context), due));
     inner.spawn(Task::new("stages").abort_on_cancel(), async move {
         making.await;
         Ok::<_, std::convert::Infallible>(())

@@ -180,10 +180,8 @@ fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: boo
     let turned = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
     let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
     let (a, b) = if turned { (b, a) } else { (a, b) };
-    // Thin results are as fast in numbers. How many rows there are must not matter: they are those of the result where the left
-    // factor lies as rows, and else the contraction.
-    let thin = n <= THIN || (of.a.transposed && m <= THIN);
-    let wide = matches!((of.a.mat, of.b.mat), (MatRef::F32(_), MatRef::F32(_))) && !thin;
+    // Thin results are as fast in numbers. How many rows there are must not matter.
+    let wide = matches!((of.a.mat, of.b.mat), (MatRef::F32(_), MatRef::F32(_))) && n > THIN;
     let units = match cpu.proof {
         #[cfg(target_arch = "x86_64")]
         Proof::Amx(_, tiles) if wide && cpu.matmul == Matmul::High => Units::Parts(tiles),
