@@ -245,6 +245,8 @@ pub enum Event {
         kind: OutputKind,
         /// Where it lies.
         folder: PathBuf,
+        /// The largest resident memory of the process so far, in bytes; 0 where the system does not say.
+        peak_memory_bytes: u64,
     },
     /// The run ends as it was asked to, after its last checkpoint unless it was asked to leave.
     Stopped {

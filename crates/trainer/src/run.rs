@@ -433,7 +433,7 @@ impl<'a> Rank<'a> {
         fail::fail_point!("trainer::before_outputs");
         for output in output::write(self.request, self.prepared, &self.engine.theta, &self.state())? {
             let output::Output { role, kind, folder } = output;
-            self.emit(Event::Output { role, kind, folder });
+            self.emit(Event::Output { role, kind, folder, peak_memory_bytes: resident::peak_bytes() });
         }
         if let Some(message) = where_time_went(&self.spent, self.speed.1) {
             let percent = 100.0 * self.utilisation(self.spent.flops, self.speed.1);

@@ -11,6 +11,7 @@ use attune_spec::id::Digest;
 use attune_spec::job::{JobSpec, ReadError, Reference, Targets, read_value, read_yaml, set_path};
 use attune_spec::method::Catalogue;
 use attune_spec::{Fault, FieldPath, stages};
+use serde_json::Value;
 
 use crate::print::Failure;
 
@@ -59,6 +60,8 @@ pub(crate) struct JobFileArguments {
 pub(crate) struct JobFile {
     /// The job.
     pub(crate) spec: JobSpec,
+    /// What the file says, with what is different this time, and without defaults.
+    pub(crate) written: Value,
     /// The folder that relative paths in it start from: its own.
     folder: PathBuf,
 }
@@ -78,7 +81,7 @@ pub(crate) fn read(file: &str, set: &[Assignment]) -> Result<JobFile, Failure> {
     }
     let spec = read_value(&value, Catalogue::embedded()).map_err(syntax)?;
     let folder = if file == STDIN { None } else { Path::new(file).parent() };
-    Ok(JobFile { spec, folder: folder.unwrap_or_else(|| Path::new("")).to_owned() })
+    Ok(JobFile { spec, written: value, folder: folder.unwrap_or_else(|| Path::new("")).to_owned() })
 }
 
 fn text(file: &str) -> Result<String, Failure> {
@@ -99,7 +102,7 @@ impl JobFile {
 
     /// Puts digests in the place of the paths that have one.
     pub(crate) fn replace_paths(&mut self, digests: &BTreeMap<PathBuf, Digest>) {
-        let Self { spec, folder } = self;
+        let Self { spec, folder, .. } = self;
         let replaced: Result<(), Infallible> = spec.replace_references(|reference| {
             let digest = place(folder, reference).and_then(|path| digests.get(&path));
             Ok(digest.map_or_else(|| reference.clone(), |digest| Reference::Digest(*digest)))
@@ -209,7 +212,7 @@ mod tests {
                     tune: {adapter: {method: lora}, steps: 1}";
         for folder in ["", ".", "jobs", "../jobs", "/jobs"] {
             let spec = read_value(&read_yaml(text).unwrap(), Catalogue::embedded()).unwrap();
-            let mut file = JobFile { spec, folder: folder.into() };
+            let mut file = JobFile { spec, written: Value::Null, folder: folder.into() };
             let places = file.spec.references().into_iter().filter_map(|(_, reference)| file.local(&reference));
             let digests = places.map(|path| (path, Digest::from_bytes([7; 32]))).collect::<BTreeMap<_, _>>();
             assert_eq!(digests.len(), 2);

@@ -289,7 +289,11 @@ impl Lane {
                 self.last_step = Instant::now();
                 commands = self.checkpoint(step, folder);
             }
-            Event::Output { role, kind, folder } => self.queue.push_back(Item::Output { role, kind, folder }),
+            Event::Output { role, kind, folder, peak_memory_bytes } => {
+                // The process may have ended before it is its turn.
+                self.uploader.memory(peak_memory_bytes);
+                self.queue.push_back(Item::Output { role, kind, folder });
+            }
             Event::Stopped { .. } => self.terminal = Some(Terminal::Stopped),
             Event::Finished { summary } => {
                 self.uploader.finished(&summary);

@@ -98,9 +98,8 @@ impl Grid {
             match Prepared::read(&job, &cell.set, false) {
                 Ok(prepared) => {
                     let prepared = prepared.quietly();
-                    let spec =
-                        serde_json::to_value(prepared.spec()).map_err(|error| Failure::failed(error.to_string()))?;
-                    asked.push(Asked { spec: canonical::digest(&spec), cell, prepared });
+                    // Of what is written, so that a field that comes later makes no job another one.
+                    asked.push(Asked { spec: canonical::digest(prepared.written()), cell, prepared });
                 }
                 Err(failure) if failure.faults.is_empty() => return Err(failure),
                 Err(failure) => faults.extend(failure.faults.into_iter().map(|fault| {

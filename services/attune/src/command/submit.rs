@@ -8,9 +8,8 @@ use attune_proto::convert::job;
 use attune_proto::convert::time::span;
 use attune_proto::{Client, v1};
 use attune_spec::FieldPath;
-use attune_spec::job::JobSpec;
 use attune_worker::transfer::{self, PushError};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::jobs;
 use crate::job_file::{self, Assignment, JobFile, JobFileArguments};
@@ -92,9 +91,9 @@ impl Prepared {
         Self { tells: false, ..self }
     }
 
-    /// What the job says, paths as they were written.
-    pub(super) fn spec(&self) -> &JobSpec {
-        &self.file.spec
+    /// What the job file says: no defaults, paths as they were written.
+    pub(super) fn written(&self) -> &Value {
+        &self.file.written
     }
 
     /// Pushes what the paths hold and creates the job, or lets the server only check it.

@@ -26,8 +26,8 @@ read -r stored
 echo "told: $stored" >&2
 progress 3
 made report r; made adapter a
-say "{\"event\":\"output\",\"role\":\"report\",\"kind\":\"report\",\"folder\":\"$work/report\"}"
-say "{\"event\":\"output\",\"role\":\"merged\",\"kind\":\"report\",\"folder\":\"$work/adapter\"}"
+say "{\"event\":\"output\",\"role\":\"report\",\"kind\":\"report\",\"folder\":\"$work/report\",\"peak_memory_bytes\":1125899906842624}"
+say "{\"event\":\"output\",\"role\":\"merged\",\"kind\":\"report\",\"folder\":\"$work/adapter\",\"peak_memory_bytes\":1125899906842624}"
 say '{"event":"finished","summary":{"steps":3,"tokens":30,"trained_parameters":4,"tokens_per_second":5.0,"peak_memory_bytes":6,"before":{},"after":{}}}'
 "#;
 
@@ -69,7 +69,8 @@ async fn a_whole_attempt_is_reported_stored_and_let_go() {
     let commits: Vec<_> = pushes.iter().map(|push| push.attempt.clone().unwrap()).collect();
     assert!(commits.iter().all(|commit| commit.epoch == 7 && commit.job_id == attempt.job_id));
     assert_eq!(commits[0].commit, Some(Commit::CheckpointStep(2)));
-    assert_eq!(commits[2].facts.unwrap().tokens, 30);
+    let facts = commits[2].facts.unwrap();
+    assert_eq!((facts.tokens, facts.peak_memory_bytes), (30, 1 << 50));
     let manifest = String::from_utf8(pushes[0].manifest.to_vec()).unwrap();
     assert!(manifest.contains(r#""kernel_profile":"test""#) && manifest.contains(r#""plan":"blake3:"#), "{manifest}");
 

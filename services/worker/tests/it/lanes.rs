@@ -44,7 +44,7 @@ async fn each_lane_ends_for_itself_while_the_others_go_on() {
     let rest = r#"
 made a one
 say '{"lane":1,"event":"failed","class":"input","message":"a.jsonl:3: bad","faults":[]}'
-say "{\"lane\":2,\"event\":\"output\",\"role\":\"merged\",\"kind\":\"report\",\"folder\":\"$work/a\"}"
+say "{\"lane\":2,\"event\":\"output\",\"role\":\"merged\",\"kind\":\"report\",\"folder\":\"$work/a\",\"peak_memory_bytes\":1125899906842624}"
 finished 2
 read -r stop
 echo "told: $stop" >&2
