@@ -402,8 +402,8 @@ pub enum PeftTensors {
     Each(Vec<(&'static str, &'static str)>),
     /// The same, where what several sites share is repeated after the path of each of them.
     Repeated(Vec<(&'static str, &'static str)>),
-    /// Those of all layers, each of P rows, side by side in one tensor of P rows: layer after layer, and in a layer these one
-    /// after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
+    /// The keys and values before those of documents as the component makes them, whatever it makes them of: those of all layers, each
+    /// of P rows, side by side in one tensor of P rows, layer after layer, and in a layer these one after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
     Joined {
         /// The one tensor's name.
         name: &'static str,
