@@ -50,6 +50,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("chain-of-lora", &[("rank", 2), ("links", 3)]),
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("connected-adapter", &[("width", 5), ("side", 3)]),
     ("deft", &[("rank", 3)]),
     ("delora", &[("lambda", 1)]),
     ("dsee", &[("rank", 2), ("entries", 20)]),

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 45] = [
+const KINDS: [(&str, &[(&str, &str)]); 46] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -32,6 +32,7 @@ const KINDS: [(&str, &[(&str, &str)]); 45] = [
     ),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
+    ("connected", &[("tune.adapter", "{method: connected-adapter, width: 5, side: 3, insertion: both}")]),
     (
         "two slots",
         &[
