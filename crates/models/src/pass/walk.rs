@@ -153,21 +153,20 @@ pub(crate) fn reverse<T>(
             }
         }
     }
-    // The input of each block from the lowest on, what it saved, and what it gave where that is something else now.
-    let mut kept: Vec<(Vec<Rows<f32>>, Option<Saved>, Option<Before>)> = Vec::new();
+    // The blocks from the lowest on.
+    let mut kept: Vec<Passed> = Vec::new();
     let mut routing = Vec::new();
     let step = |index, block: &dyn Block, x: &[Rows<f32>]| {
         let run = if index >= lowest && keep == Keep::All { Run::OutputAndSaved } else { Run::Output };
         block.forward(x, &cx, run)
     };
-    let h_td = up(machine.trunk, &cx, step, |passed| {
-        routing.extend(passed.routed);
+    let h_td = up(machine.trunk, &cx, step, |mut passed| {
+        routing.extend(passed.routed.take());
         if passed.index >= lowest {
-            let mut before = passed.before;
-            if let (Keep::Inputs, Some(before)) = (keep, &mut before) {
+            if let (Keep::Inputs, Some(before)) = (keep, &mut passed.before) {
                 before.h_td = None;
             }
-            kept.push((passed.input, passed.saved, before));
+            kept.push(passed);
         }
         Ok(())
     })?;
@@ -180,7 +179,7 @@ pub(crate) fn reverse<T>(
     drop(routing);
     let (mut dy, mut dcarried): (Vec<Rows<f32>>, _) = (dh_td.into_iter().collect(), Carried::new());
     for (index, block) in machine.trunk.iter().enumerate().skip(lowest).rev() {
-        let Some((x, saved, before)) = kept.pop() else { break };
+        let Some(Passed { input: x, saved, before, .. }) = kept.pop() else { break };
         // What it gave is needed where components made something else of it.
         let run = if before.is_some() { Run::OutputAndSaved } else { Run::Saved };
         let (mut y, saved) = match saved {
