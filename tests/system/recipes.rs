@@ -1,5 +1,5 @@
 //! Recipes: an adapter for answers, then one for preferences over it; with the scheduler killed within a stage and between two,
-//! cancelled, and with a stage that fails.
+//! cancelled, and with a stage that fails; a skill beside what knows; a preset.
 
 use std::collections::BTreeMap;
 
@@ -197,4 +197,68 @@ async fn a_skill_is_learned_beside_adapters_that_know_and_is_the_result_alone() 
         "4",
     ]);
     assert!(said.status.success(), "{said:?}");
+}
+
+/// A stack of two by the name of a preset.
+const PRESET: &str = r#"
+version: 1
+name: two-places
+kind: recipe
+base: "demo-base:latest"
+data:
+  domains: [{name: chat, source: ./chat.train.jsonl}]
+  validation: [{name: chat, source: ./chat.valid.jsonl, rows: 8}]
+  max_length: 64
+tune: {optimizer: {method: adamw, lr: 5e-3}, batch_tokens: 256, logical_shards: 2, steps: 30, seed: 7}
+outputs: {tag: "two-places:latest"}
+recipe: {method: mam, length: 4, hidden: 16, rank: 24, scale: 2}
+"#;
+
+#[tokio::test]
+async fn a_preset_is_the_stack_that_it_stands_for() {
+    let cluster = Cluster::start().await;
+    let id = submit(&cluster, PRESET, &[]).await;
+    let found = outputs(&cluster.ends(&id, JobState::Succeeded).await);
+
+    // What is shown before is what runs: the stack, written out.
+    let shown = cluster.json(["validate", "world/recipe.yaml"]);
+    let stack = shown["stages"][0]["stack"].clone();
+    assert_eq!((&shown["valid"], stack.as_array().unwrap().len()), (&Value::Bool(true), 2));
+    let said = String::from_utf8(cluster.run(["validate", "world/recipe.yaml"]).stdout).unwrap();
+    assert!(said.contains("\n  stage tune: {") && said.contains("method: prefix-tuning"), "{said}");
+    let (head, _) = PRESET.split_once("recipe: {method").unwrap();
+    let plain = head
+        .replace("kind: recipe", "kind: tune")
+        .replace("two-places", "two-places.tune")
+        .replace("two-places.tune:latest", "written-out:latest");
+    let plain = plain.replace("tune: {", &format!("tune: {{stack: {stack}, "));
+    std::fs::write(cluster.path("world/plain.yaml"), plain).unwrap();
+    let plain = cluster.submit(&cluster.path("world/plain.yaml"), &[]);
+    let mut expected = outputs(&cluster.ends(&plain, JobState::Succeeded).await);
+    let mut found_adapters = found.clone();
+    for outputs in [&mut expected, &mut found_adapters] {
+        outputs.remove("report");
+    }
+    assert!(!expected.is_empty());
+    assert_eq!(found_adapters, expected, "the same bytes");
+
+    // It learned.
+    let stage = cluster.job(&id).await.unwrap().stages[0].job_id.clone();
+    let told = cluster.run(["--json", "jobs", "metrics", &stage, "--name", "train/loss"]);
+    let text = String::from_utf8(told.stdout).unwrap();
+    let losses: Vec<f64> =
+        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["value"].as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), 30, "{text}");
+    assert!(losses[29] < losses[0] - 0.1, "{losses:?}");
+
+    for (right, wrong, told) in [
+        ("rank: 24", "rnak: 24", "`recipe.rnak` is not a known field; did you mean \"rank\"?"),
+        ("length: 4", "length: 0", "`recipe.length` is 0; expected 1 or more"),
+        ("rank: 24", "rank: 24, mlps: mpl", "`recipe.mlps` \"mpl\" matches no site"),
+    ] {
+        std::fs::write(cluster.path("world/bad.yaml"), PRESET.replace(right, wrong)).unwrap();
+        let refused = cluster.run(["submit", "world/bad.yaml"]);
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert!(refused.status.code() == Some(2) && said.contains(told), "{said}");
+    }
 }

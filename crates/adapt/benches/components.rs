@@ -119,6 +119,7 @@ const METHODS: &[&str] = &[
     r#"{"method": "boft", "block_size": 8}"#,
     r#"{"method": "bone", "rank": 32}"#,
     r#"{"method": "bottleneck", "reduction": 8}"#,
+    r#"{"method": "connected-adapter", "width": 64, "side": 64}"#,
     r#"{"method": "c3a", "block_size": 8}"#,
     r#"{"method": "capaboost", "rank": 16}"#,
     r#"{"method": "chain-of-lora", "rank": 6, "links": 3}"#,

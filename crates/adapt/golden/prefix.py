@@ -18,20 +18,23 @@ import reference as ref  # noqa: E402
 
 STD = 0.5
 ROWS = 20
-# name: (base, number of keys, seed). The base of llama's kind has fewer key heads than query heads.
-CASES = {"llama_prefix": ("llama", 5, 301), "gpt2_prefix": ("gpt2", 3, 302)}
+# name: (base, number of keys, width of the perceptron that makes them, seed). The base of llama's kind has fewer key heads than query heads.
+CASES = {"llama_prefix": ("llama", 5, 0, 301), "gpt2_prefix": ("gpt2", 3, 0, 302), "llama_prefix_made": ("llama", 4, 7, 303)}
 
 
 def write(name):
-    base, length, seed = CASES[name]
+    base, length, hidden, seed = CASES[name]
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    how = {"prefix_projection": True, "encoder_hidden_size": hidden} if hidden else {}
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, **how)
     model = peft.get_peft_model(ref.load(ref.MODELS / base), config)
-    weight = model.prompt_encoder["default"].embedding.weight
+    made_of = dict(model.prompt_encoder["default"].named_parameters())
+    generator = ref.generator(seed)
     with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=ref.generator(seed)) * STD)
+        for weight in made_of.values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * STD)
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(folder / "adapter")
     (folder / "adapter" / "README.md").unlink()
@@ -46,8 +49,13 @@ def write(name):
     ref.save(expected | ref.inputs([document]), folder / "expected.safetensors")
     loaded = peft.PeftModel.from_pretrained(ref.load(ref.MODELS / base), folder / "adapter").eval()
     assert torch.equal(loaded(input_ids=document.ids[None]).logits[0], logits), "what was saved is something else"
-    gradient = model.prompt_encoder["default"].embedding.weight.grad
-    ref.save({"prompt_embeddings": gradient}, folder / "gradients.safetensors")
+    gradients = {name: weight.grad for name, weight in made_of.items()}
+    gradient = gradients["embedding.weight"]
+    if hidden:
+        ref.save(made_of, folder / "encoder.safetensors")
+        ref.save(gradients, folder / "encoder_gradients.safetensors")
+    else:
+        ref.save({"prompt_embeddings": gradient}, folder / "gradients.safetensors")
     off = (expected["logits"] - expected["base_logits"]).abs().max().item()
     print(f"{name}: {tuple(gradient.shape)}, moves the logits by {off:.2f}, gradient up to {gradient.abs().max():.1e}")
     assert off > 0.1 and gradient.abs().max() > 1e-4

@@ -327,7 +327,7 @@ pub fn write(
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
     let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-    if let PeftTensors::Prompt(name) = peft.tensors {
+    if let PeftTensors::Prompt(name) | PeftTensors::Joined { name, .. } = peft.tensors {
         wholes.insert(name.to_owned(), made_rows(adapter, attachments, params)?);
     } else {
         for place in places(adapter, attachments) {
@@ -370,13 +370,20 @@ pub fn write(
     Ok(())
 }
 
-/// The rows before documents, as a component makes them of its parameters.
+/// The rows before documents, or the keys and values before theirs, as a component makes them of its parameters.
 fn made_rows(adapter: &dyn Adapter, attachments: &[Attachment], params: &Params) -> Result<Vec<Tensor>, Error> {
     let mut made = Vec::new();
     for at in attachments {
-        let Port::Sequence(map) = adapter.port(at) else { continue };
         let held = |spec: &TensorSpec| Some((spec.local, params.get(&spec.name(at.site.as_str()))?.clone()));
-        made.push(map.graph(&Locals::new(at.site.as_str(), at.tensors.iter().filter_map(held)))?);
+        let tensors = Locals::new(at.site.as_str(), at.tensors.iter().filter_map(held));
+        match adapter.port(at) {
+            Port::Sequence(map) => made.push(map.graph(&tensors)?),
+            Port::Attention(map) => {
+                let (keys, values) = map.graph(&tensors)?;
+                made.extend([keys, values]);
+            }
+            _ => {}
+        }
     }
     Ok(made)
 }

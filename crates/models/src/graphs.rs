@@ -50,7 +50,9 @@ impl Model {
             None => Vec::new(),
         };
         let beside = scale * pass.layout.counts().tokens as f64;
-        let mut dy = vec![dh_td];
+        // Nobody reads what components carry behind the last block.
+        let unread = h[1..].iter().map(Tensor::zeros_like).collect::<candle_core::Result<Vec<_>>>()?;
+        let mut dy: Vec<Tensor> = std::iter::once(dh_td).chain(unread).collect();
         for index in (lowest..self.trunk.len()).rev() {
             let input = saved.inputs.remove(&index).unwrap_or_default();
             // Routings come in the order of layers, so the last one left is this block's.
@@ -102,7 +104,7 @@ impl Model {
         let streams: Vec<Tensor> =
             if below { x.iter().map(|x| x.as_tensor().clone()).collect() } else { input.to_vec() };
         let heard = RefCell::new(Vec::new());
-        let y = self.trunk[index].graph(&streams, &GraphCx { heard: Some(&heard), ..cx.with(&tracked, None) })?;
+        let y = self.step(index, &streams, &GraphCx { heard: Some(&heard), ..cx.with(&tracked, None) })?;
         let heard = heard.into_inner();
         let weight = Tensor::new(beside, &Device::Cpu)?.to_dtype(self.dtype())?;
         let beside = heard.iter().filter(|_| !leaves.is_empty() || below).map(|loss| (loss, &weight));
@@ -163,7 +165,7 @@ impl Model {
             if let Some(saved) = saved.as_mut().filter(|saved| index >= saved.from) {
                 saved.inputs.insert(index, x.clone());
             }
-            x = block.graph(&x, cx)?;
+            x = self.step(index, &x, cx)?;
             let Some(layer) = block.routes() else { continue };
             let (probs_te, experts) = (x.pop(), self.base.architecture().experts);
             if let (Some(routing), Some(probs_te), Some(experts)) = (routing.as_mut(), probs_te, experts) {
@@ -171,6 +173,20 @@ impl Model {
             }
         }
         Ok(x)
+    }
+
+    /// The streams behind a block: the residual one and what components carry, then its routing, if it has one.
+    fn step(&self, index: usize, x: &[Tensor], cx: &GraphCx<'_>) -> Result<Vec<Tensor>> {
+        let block = &self.trunk[index];
+        let mut y = block.graph(x.get(..1).unwrap_or_default(), cx)?;
+        let probs_te = block.routes().and_then(|_| y.pop());
+        match x {
+            [] => y.extend(cx.begin_carried(y[0].dim(0)?)?),
+            [_, carried @ ..] => y.extend(carried.iter().cloned()),
+        }
+        let mut y = cx.carry(block.sites(), y)?;
+        y.extend(probs_te);
+        Ok(y)
     }
 
     /// The tensors at `sites` whose gradient the sink wants.

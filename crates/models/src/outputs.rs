@@ -107,7 +107,9 @@ impl Model {
         }
         let mut saved = Saved { from: 1, ..Saved::default() };
         let last = self.by_graph(pass, |cx| self.walk(cx, Some(&mut saved), None))?;
-        Ok(saved.inputs.into_values().flatten().chain(last).collect())
+        // The stream alone, without what components carry beside it.
+        let streams = saved.inputs.into_values().chain([last]);
+        Ok(streams.filter_map(|streams| streams.into_iter().next()).collect())
     }
 
     /// The layouts with a column of the log-probabilities of their labels at `at`, and where the time went. Those that have it

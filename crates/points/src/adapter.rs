@@ -109,7 +109,7 @@ pub enum BaseEdit {
     Beside(Locals),
 }
 
-/// Where a component takes part. More ports (router, side, head) join with their first users.
+/// Where a component takes part. More ports (router, head) join with their first users.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Port<'a> {
@@ -138,6 +138,9 @@ pub enum Port<'a> {
     Table(&'a dyn TableMap),
     /// Rows added to those of each document by their places in it, at the table of tokens or where the stream enters an attention.
     Places(&'a dyn PlacesMap),
+    /// Other rows in place of the stream's behind a block, or behind the table of tokens, made of them and of rows that the component
+    /// carries from there to there.
+    Side(&'a dyn SideMap),
     /// The component's tensors `weight` and `bias` stand in for the operator's own.
     Weights,
 }
@@ -266,6 +269,22 @@ pub trait PlacesMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, tensors: &Locals) -> Result<Tensor>;
+}
+
+/// A map from the stream behind a block, and from rows that the component carries beside it, to both.
+///
+/// The rows that it carries are zeros before its first site; from there on each of its sites is given what the one before it made.
+/// Their gradients go the same way back, past the blocks between.
+pub trait SideMap: Send + Sync {
+    /// How wide the rows are that it carries, Z; the same at all sites of a slot.
+    fn width(&self) -> usize;
+
+    /// The rows `[T, D]` in place of `h_td`, the stream, and those `[T, Z]` that are carried on in place of `z_tz`, in differentiable
+    /// operations only and valid in f64. Each row of both depends on its own row of both alone.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, h_td: &Tensor, z_tz: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> Result<(Tensor, Tensor)>;
 }
 
 /// A map from the rows at a site to rows of its output.
@@ -402,8 +421,8 @@ pub enum PeftTensors {
     Each(Vec<(&'static str, &'static str)>),
     /// The same, where what several sites share is repeated after the path of each of them.
     Repeated(Vec<(&'static str, &'static str)>),
-    /// Those of all layers, each of P rows, side by side in one tensor of P rows: layer after layer, and in a layer these one
-    /// after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
+    /// The keys and values before those of documents as the component makes them, whatever it makes them of: those of all layers, each
+    /// of P rows, side by side in one tensor of P rows, layer after layer, and in a layer these one after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
     Joined {
         /// The one tensor's name.
         name: &'static str,

@@ -49,14 +49,19 @@ impl StageSpec {
     }
 
     /// What it makes, the main result first.
-    fn roles(&self) -> Vec<&'static str> {
+    fn roles(&self) -> Vec<String> {
         let trains_base = |slot: &SlotSpec| {
             let method = slot.method.as_deref().and_then(|method| Catalogue::embedded().get(method));
             slot.train && method.is_some_and(|method| method.trains_base)
         };
-        let main = if self.job.tune.slots().iter().any(|(_, slot)| trains_base(slot)) { MODEL } else { ADAPTER };
-        let merged = self.job.outputs.merged.then_some(MERGED);
-        std::iter::once(main).chain(merged).collect()
+        let slots = self.job.tune.slots();
+        let merged = self.job.outputs.merged.then(|| MERGED.to_owned());
+        if slots.iter().any(|(_, slot)| trains_base(slot)) {
+            return std::iter::once(MODEL.to_owned()).chain(merged).collect();
+        }
+        let trained = slots.iter().filter(|(_, slot)| slot.train);
+        let further = trained.skip(1).filter_map(|(_, slot)| Some(format!("{ADAPTER}-{}", slot.called()?)));
+        std::iter::once(ADAPTER.to_owned()).chain(further).chain(merged).collect()
     }
 }
 
@@ -200,9 +205,11 @@ fn check(recipe: &dyn Recipe, stages: &[StageSpec], first: usize) -> Vec<Fault> 
                 _ => &[ADAPTER],
             };
             let made = maker.roles();
-            if !made.contains(&role.as_str()) {
+            // Several slots make an adapter each: the first has the bare role.
+            let kind = if role.as_str().starts_with(&format!("{ADAPTER}-")) { ADAPTER } else { role.as_str() };
+            if made.iter().all(|made| made != role.as_str()) {
                 fault(&path, format!("is {reference}, but stage {from} makes {}", made.join(" and ")));
-            } else if !wanted.contains(&role.as_str()) {
+            } else if !wanted.contains(&kind) {
                 let wanted = if wanted.is_empty() { "data" } else { wanted[0] };
                 fault(&path, format!("is {reference}, a stage's {role}; expected {wanted} here"));
             }

@@ -6,7 +6,7 @@
 //! Deliberately absent: the control plane. A run reads folders and writes folders; the worker's agent moves them.
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it)
-//! with `meeting` and `together`, `setup` (plan to parts) with [`component`] and `calibration`, [`run`] (the loop), `engine`, [`steps`]
+//! with `meeting` and `together`, `setup` (plan to parts) with `trained`, [`component`] and `calibration`, [`run`] (the loop), `engine`, [`steps`]
 //! with `answers` (what the model says by itself and what that is worth), `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`.
 //!
 //! As a library, a run is ten lines:
@@ -50,6 +50,7 @@ mod setup;
 mod spent;
 pub mod steps;
 mod together;
+mod trained;
 mod turns;
 
 pub mod kernel;

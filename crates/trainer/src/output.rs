@@ -49,44 +49,32 @@ pub(crate) fn write(
     state: &State,
 ) -> Result<Vec<Output>, Error> {
     let mut outputs = Vec::new();
-    let slot = &prepared.shared.model.stack().slots()[prepared.trained_slot];
-    let attachments: Vec<_> = slot.attachments().cloned().collect();
-    let trained = params(theta, prepared.trained_slot).cloned().unwrap_or_default();
     let dtype = match request.plan.precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
     };
-    let whole_model = slot.adapter().peft().is_none();
+    let slots = prepared.shared.model.stack().slots();
+    let whole_model = prepared.trained_slots.iter().any(|at| slots[*at].adapter().peft().is_none());
     if whole_model {
         let folder = request.work.join("model");
         model(prepared, theta, dtype, &folder)?;
         outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Model, folder });
     } else {
-        let folder = request.work.join("adapter");
         let base_name = match &request.plan.base {
             Input::Artifact(digest) => digest.to_string(),
             // A path means nothing elsewhere, so the base is named by its content.
             Input::Path(_) | Input::Url(_) => pin::content(&prepared.base_folder)?.to_string(),
         };
-        let card = card(request, prepared, &base_name, state);
-        let architecture = prepared.shared.model.base().architecture();
-        let beside = theta.beside.get(&(prepared.trained_slot as u16));
-        match beside.and_then(|beside| params(theta, usize::from(*beside))) {
-            None => peft::write(&folder, slot.adapter(), &attachments, &trained, architecture, &base_name, &card)?,
-            Some(beside) => {
-                let whole = joined(slot.adapter(), &attachments, &trained, beside, architecture)?;
-                peft::write(
-                    &folder,
-                    &*whole.adapter,
-                    &whole.attachments,
-                    &whole.params,
-                    architecture,
-                    &base_name,
-                    &card,
-                )?;
-            }
+        for (number, &at) in prepared.trained_slots.iter().enumerate() {
+            let name = &request.plan.stack[at].name;
+            let (role, folder) = match number {
+                0 => (OutputRole::Result, "adapter".to_owned()),
+                _ => (OutputRole::Further(name.clone()), format!("adapter-{name}")),
+            };
+            let folder = request.work.join(folder);
+            adapter(request, prepared, theta, state, (at, &base_name), &folder)?;
+            outputs.push(Output { role, kind: OutputKind::Adapter, folder });
         }
-        outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Adapter, folder });
     }
     if request.plan.merged && !whole_model {
         let folder = request.work.join("merged");
@@ -121,9 +109,34 @@ pub(crate) fn write(
     Ok(outputs)
 }
 
-fn card(request: &Request, prepared: &Prepared, base_name: &str, state: &State) -> String {
-    let method =
-        request.plan.stack[prepared.trained_slot].method.as_ref().map_or("adapter", |method| method.method.as_str());
+/// Writes what the slot `at` became, with what was taken out of the base for it.
+fn adapter(
+    request: &Request,
+    prepared: &Prepared,
+    theta: &Theta,
+    state: &State,
+    (at, base_name): (usize, &str),
+    folder: &Path,
+) -> Result<(), Error> {
+    let model = &prepared.shared.model;
+    let (slot, architecture) = (&model.stack().slots()[at], model.base().architecture());
+    let attachments: Vec<_> = slot.attachments().cloned().collect();
+    let trained = params(theta, at).cloned().unwrap_or_default();
+    let card = card(request, at, base_name, state);
+    let beside = theta.beside.get(&(at as u16));
+    match beside.and_then(|beside| params(theta, usize::from(*beside))) {
+        None => peft::write(folder, slot.adapter(), &attachments, &trained, architecture, base_name, &card)?,
+        Some(beside) => {
+            let whole = joined(slot.adapter(), &attachments, &trained, beside, architecture)?;
+            let (adapter, attachments) = (&*whole.adapter, &whole.attachments);
+            peft::write(folder, adapter, attachments, &whole.params, architecture, base_name, &card)?;
+        }
+    }
+    Ok(())
+}
+
+fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> String {
+    let method = request.plan.stack[slot].method.as_ref().map_or("adapter", |method| method.method.as_str());
     let mut facts = vec![
         ("method", method.to_owned()),
         ("steps", state.step.to_string()),

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use attune_spec::Fault;
-use attune_spec::id::{Digest, Step, Tokens};
+use attune_spec::id::{Digest, Name, Step, Tokens};
 use attune_spec::job::Plan;
 use serde::{Deserialize, Serialize};
 
@@ -112,11 +112,13 @@ pub enum OutputKind {
 }
 
 /// Which of a run's results an output is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OutputRole {
-    /// What the job is for: it gets the job's tag.
+    /// What the job is for: it gets the job's tag. Of several slots that train, the first.
     Result,
+    /// What a further slot that trains became: the slot's name.
+    Further(Name),
     /// A plain model folder with the adapter merged in.
     Merged,
     /// The report.

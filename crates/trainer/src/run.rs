@@ -29,6 +29,7 @@ use crate::resident;
 use crate::setup::{self, Bases, Prepared};
 use crate::spent::{Spent, where_time_went};
 use crate::together::Company;
+use crate::trained;
 
 /// How long a rank waits for the others in one exchange. A rank that dies ends the others at once; this is for one that
 /// hangs.
@@ -154,7 +155,7 @@ impl<'a> Rank<'a> {
             prepared,
             control,
             rule: {
-                let mut rule = setup::step_rule(&request.plan, shared.total_steps, &shared.model)?;
+                let mut rule = trained::step_rule(&request.plan, shared.total_steps, &shared.model)?;
                 if let (Some(_), Some(folder)) = (&resumed, &request.resume) {
                     let state = checkpoint::load_rule(folder)?;
                     let restored = rule.restore(state, &prepared.theta);

@@ -13,13 +13,12 @@ use attune_models::pass::walk::Keep;
 use attune_models::{Base, LoadBalance, Model, Stack, surgery};
 use attune_objective::{OBJECTIVES, REWARDS};
 use attune_optim::{OPTIMIZERS, SCHEDULES};
-use attune_points::adapter::Trained;
-use attune_points::engine::{Job, StepRule};
+use attune_points::engine::Job;
 use attune_points::objective::Needs;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
-use attune_spec::job::{Activations, Form, Matmul, Plan, Precision, TuneSpec};
+use attune_spec::job::{Activations, Form, Matmul, Plan, Precision};
 use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
@@ -33,7 +32,7 @@ use crate::error::Error;
 use crate::pin::{self, Pins};
 use crate::protocol::{Event, Phase, Request};
 use crate::resident;
-use crate::steps::STEP_RULES;
+use crate::trained;
 use crate::turns::Turns;
 
 /// Everything that a run is made of.
@@ -43,8 +42,8 @@ pub(crate) struct Prepared {
     pub(crate) domains: Vec<Domain>,
     pub(crate) packing: Packing,
     pub(crate) base_folder: PathBuf,
-    /// Index of the slot that trains.
-    pub(crate) trained_slot: usize,
+    /// The slots that train, in their order; at least one.
+    pub(crate) trained_slots: Vec<usize>,
     /// What reading each file found, by domain or validation set.
     pub(crate) reports: BTreeMap<String, attune_data::dataset::Report>,
     /// Content digests of inputs that are read where they lie.
@@ -242,19 +241,14 @@ pub(crate) fn prepare(
         model = model.with_auxiliary(Arc::new(balance));
     }
     let model = Arc::new(model);
-    let rule = step_rule(plan, total_steps, &model)?;
+    let trained_slots = trained::slots(plan, &model)?;
+    let rule = trained::step_rule(plan, total_steps, &model)?;
     if let Some(message) = rule.misfit(&job) {
         return Err(Error::Faults(vec![Fault::new("tune.step", message)]));
     }
     if !rule.takes_gradients() {
-        without_gradients(plan)?;
+        trained::without_gradients(plan)?;
     }
-    let trained: Vec<usize> = plan.stack.iter().enumerate().filter(|(_, slot)| slot.train).map(|(i, _)| i).collect();
-    let [trained_slot] = trained.as_slice() else {
-        let message =
-            format!("trains {} slots; this version trains exactly one (others with `train: false`)", trained.len());
-        return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
-    };
     if model.rows_before(&theta) != *packing.before {
         let message = "puts other rows before documents than its card says".to_owned();
         return Err(Error::Faults(vec![Fault::new("tune.stack", message)]));
@@ -281,7 +275,7 @@ pub(crate) fn prepare(
         domains,
         packing,
         base_folder,
-        trained_slot: *trained_slot,
+        trained_slots,
         reports,
         pinned,
         plan_digest: plan_digest(plan),
@@ -436,47 +430,7 @@ pub(crate) fn loader_of(plan: &Plan, domains: Vec<Domain>, packing: Packing, len
     Ok(Loader::new(plan.seed, domains, mixing, packing, length))
 }
 
-/// The step rule of a run: the one that it names, or that of the component that trains.
-pub(crate) fn step_rule(plan: &Plan, total_steps: Step, model: &Model) -> Result<Box<dyn StepRule>, Error> {
-    let slots = model.stack().slots().iter();
-    let trained = plan.stack.iter().zip(slots).zip(0u16..).find(|((planned, _), _)| planned.train);
-    let own = trained.and_then(|((_, slot), index)| {
-        let sites = model.base().architecture().sites();
-        let attachments = sites.iter().filter_map(|site| slot.at(&site.id)).collect();
-        slot.adapter().step_rule(&Trained { slot: index, attachments, steps: total_steps })
-    });
-    let path = FieldPath::from("tune.step");
-    match own {
-        Some(own) if plan.step.method == TuneSpec::default().step.method => Ok(own),
-        Some(_) => {
-            let message = format!("is `{}`; what trains has steps of its own: leave it out", plan.step.method);
-            Err(Error::Faults(vec![Fault::new(path, message)]))
-        }
-        None => {
-            let weights = weights(plan);
-            let cx = BuildCx { steps: total_steps, domains: &weights, words: None };
-            STEP_RULES.build(&plan.step, &path, &cx).map_err(Error::Faults)
-        }
-    }
-}
-
-/// Whether a plan says nothing of how gradients change parameters, where none are taken.
-fn without_gradients(plan: &Plan) -> Result<(), Error> {
-    let (own, catalogue) = (TuneSpec::default(), Catalogue::embedded());
-    let said = [
-        ("optimizer", plan.optimizer != catalogue.resolve(&own.optimizer)),
-        ("schedule", plan.schedule != catalogue.resolve(&own.schedule)),
-        ("max_grad_norm", plan.max_grad_norm != own.max_grad_norm),
-    ];
-    let fault = |(field, _): (&str, bool)| {
-        let message = "is for steps along gradients, and what trains takes none: leave it out";
-        Fault::new(FieldPath::from("tune").field(field), message)
-    };
-    let faults: Vec<Fault> = said.into_iter().filter(|(_, is_said)| *is_said).map(fault).collect();
-    if faults.is_empty() { Ok(()) } else { Err(Error::Faults(faults)) }
-}
-
-fn weights(plan: &Plan) -> Vec<(Name, f64)> {
+pub(crate) fn weights(plan: &Plan) -> Vec<(Name, f64)> {
     plan.domains.iter().map(|domain| (domain.name.clone(), domain.weight)).collect()
 }
 

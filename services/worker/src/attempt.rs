@@ -365,9 +365,10 @@ impl Lane {
                 let mut outputs = self.outputs.clone();
                 // The result comes first, whatever was stored first.
                 outputs.sort_by_key(|output| match output.role.as_str() {
-                    "merged" => 1,
-                    "report" => 2,
-                    _ => 0,
+                    "adapter" | "model" => 0,
+                    "merged" => 2,
+                    "report" => 3,
+                    _ => 1,
                 });
                 Outcome::Succeeded(v1::AttemptSucceeded { outputs })
             }

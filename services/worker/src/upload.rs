@@ -145,7 +145,7 @@ impl Uploader {
                     OutputKind::Model => Kind::Model,
                     OutputKind::Report => Kind::Report,
                 };
-                (folder, kind, Commit::OutputRole(output_role(*role, kind).to_owned()))
+                (folder, kind, Commit::OutputRole(output_role(role, kind)))
             }
         };
         let folder = folder.clone();
@@ -178,21 +178,20 @@ impl Uploader {
             });
             Ok(match item {
                 Item::Checkpoint { step, .. } => Stored::Checkpoint { step, digest: pushed.digest },
-                Item::Output { role, .. } => {
-                    Stored::Output { role: output_role(role, kind).to_owned(), digest: pushed.digest }
-                }
+                Item::Output { role, .. } => Stored::Output { role: output_role(&role, kind), digest: pushed.digest },
             })
         }
         .boxed()
     }
 }
 
-fn output_role(role: OutputRole, kind: Kind) -> &'static str {
+fn output_role(role: &OutputRole, kind: Kind) -> String {
     match role {
-        OutputRole::Merged => "merged",
-        OutputRole::Report => "report",
-        OutputRole::Result if kind == Kind::Model => "model",
-        OutputRole::Result => "adapter",
+        OutputRole::Merged => "merged".to_owned(),
+        OutputRole::Report => "report".to_owned(),
+        OutputRole::Result if kind == Kind::Model => "model".to_owned(),
+        OutputRole::Result => "adapter".to_owned(),
+        OutputRole::Further(slot) => format!("adapter-{slot}"),
     }
 }
 

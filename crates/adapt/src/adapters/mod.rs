@@ -15,6 +15,7 @@ mod capaboost;
 mod chain_of_lora;
 mod clover;
 mod compacter;
+mod connected_adapter;
 mod deft;
 mod delora;
 mod dora;
@@ -100,6 +101,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<chain_of_lora::ChainOfLora>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
+        entry::<connected_adapter::ConnectedAdapter>(),
         entry::<deft::Deft>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),

@@ -7,7 +7,7 @@ use attune_adapt::{ADAPTERS, peft};
 use attune_models::{Base, Pass};
 use attune_points::adapter::Merged;
 use attune_points::layout::{NO_LABEL, Source};
-use attune_points::{Grads, Layout, Params, Row};
+use attune_points::{Grads, Layout, Params, Row, TensorName};
 use attune_spec::job::{Precision, Targets};
 use candle_core::{DType, Device, Tensor};
 use libtest_mimic::{Failed, Trial};
@@ -228,7 +228,8 @@ const KEYS: &[&str] = &[
 ];
 
 /// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.
-const ENCODERS: &[(&str, &str)] = &[("gpt2_p_tuning_lstm", "gpt2"), ("llama_p_tuning", "llama")];
+const ENCODERS: &[(&str, &str)] =
+    &[("gpt2_p_tuning_lstm", "gpt2"), ("llama_p_tuning", "llama"), ("llama_prefix_made", "llama")];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.
 const TOLERANCE: f64 = 1e-4;
@@ -390,6 +391,22 @@ fn of_encoder(local: &str, theirs: &Tensors, biases: &[&str]) -> Result<Tensor, 
     })
 }
 
+/// A tensor of ours, of the attention of a layer if it is not all of them's, from those of PEFT's perceptron, whose last linear makes the
+/// numbers of all layers: in each keys before values.
+fn of_perceptron(name: &TensorName, theirs: &Tensors) -> Result<Tensor, Failed> {
+    let part = if name.local().ends_with("bias") { "bias" } else { "weight" };
+    Ok(match name.local() {
+        "embedding" => theirs["embedding.weight"].clone(),
+        "inner" | "inner_bias" => theirs[&format!("transform.0.{part}")].clone(),
+        local => {
+            let layer = name.owner().split('.').find_map(|part| part.parse::<usize>().ok()).ok_or("no layer")?;
+            let k = theirs["embedding.weight"].dim(1)?;
+            let which = 2 * layer + usize::from(local.starts_with("values"));
+            theirs[&format!("transform.2.{part}")].narrow(0, which * k, k)?.contiguous()?
+        }
+    })
+}
+
 /// A component that makes its rows: what the model answers, its gradients, and the rows that are left of it.
 fn encoder(case: &str, base_name: &str) -> Result<(), Failed> {
     let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
@@ -402,13 +419,20 @@ fn encoder(case: &str, base_name: &str) -> Result<(), Failed> {
     };
     let said = config(&golden.join("adapter"))?;
     let card = ADAPTERS.cards().find(|card| card.peft_type == said["peft_type"].as_str()).ok_or("no card")?;
-    let adapter = super::build(serde_json::json!({
+    let mut method = serde_json::json!({
         "method": card.name,
         "length": said["num_virtual_tokens"],
-        "encoder": said["encoder_reparameterization_type"].as_str().ok_or("no encoder")?.to_lowercase(),
         "hidden": said["encoder_hidden_size"],
-        "layers": said["encoder_num_layers"],
-    }));
+    });
+    let of_rows = said["encoder_reparameterization_type"].as_str().map(str::to_lowercase);
+    if let Some(encoder) = &of_rows {
+        method["encoder"] = encoder.as_str().into();
+        method["layers"] = said["encoder_num_layers"].clone();
+    }
+    let of = |name: &TensorName, theirs: &Tensors, biases: &[&str]| {
+        if of_rows.is_some() { of_encoder(name.local(), theirs, biases) } else { of_perceptron(name, theirs) }
+    };
+    let adapter = super::build(method);
     let on = |adapter, targets: &Targets| -> Result<Setup, Failed> {
         let base = Base::open(&here.join("../models/golden").join(base_name), Precision::F32)?;
         Ok(Setup::on(base, adapter, targets, card.applies, DType::F32))
@@ -416,7 +440,7 @@ fn encoder(case: &str, base_name: &str) -> Result<(), Failed> {
     let mut setup = on(adapter.map_err(super::fail)?, &Targets::from(card.targets))?;
     let mut params = setup.params();
     for (name, _) in setup.params().iter() {
-        params.insert(name.clone(), of_encoder(name.local(), &theirs, &["bias_ih", "bias_hh"])?);
+        params.insert(name.clone(), of(name, &theirs, &["bias_ih", "bias_hh"])?);
     }
     setup.theta = setup.with_params(params);
 
@@ -427,7 +451,7 @@ fn encoder(case: &str, base_name: &str) -> Result<(), Failed> {
     let mut sink = Grads::wanting(setup.theta.trained().map(|(id, _)| id));
     setup.model.grad(&pass, &CrossEntropy, 1.0 / layout.counts().tokens as f64, &mut sink)?;
     for (id, gradient) in sink.iter() {
-        let reference = of_encoder(id.name.local(), &gradients, &["bias_hh"])?;
+        let reference = of(&id.name, &gradients, &["bias_hh"])?;
         let off = difference(gradient.ok_or("no gradient")?, &reference) / largest(&reference);
         assert!(off < TOLERANCE, "the gradient of {id} is off by a factor of {off}");
     }

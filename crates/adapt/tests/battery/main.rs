@@ -50,6 +50,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("chain-of-lora", &[("rank", 2), ("links", 3)]),
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
+    ("connected-adapter", &[("width", 5), ("side", 3)]),
     ("deft", &[("rank", 3)]),
     ("delora", &[("lambda", 1)]),
     ("dsee", &[("rank", 2), ("entries", 20)]),
@@ -307,12 +308,16 @@ fn merged_of(card: &Card, method: Value) -> Result<(), Failed> {
 }
 
 fn cost(card: &'static Card) -> Result<(), Failed> {
+    cost_of(card, &method(card))
+}
+
+fn cost_of(card: &Card, method: &Value) -> Result<(), Failed> {
     let document = ADAPTERS.documents().find(|document| document.name == card.name).ok_or("no document")?;
-    let setup = Setup::of(card, build(method(card)).map_err(fail)?, DType::F32);
+    let setup = Setup::of(card, build(method.clone()).map_err(fail)?, DType::F32);
     for at in &setup.attachments {
         let site = setup.model.base().architecture().site(at.site.as_str()).ok_or("no site")?;
         let mut names = document.defaults.as_object().cloned().unwrap_or_default();
-        names.extend(method(card).as_object().cloned().unwrap_or_default());
+        names.extend(method.as_object().cloned().unwrap_or_default());
         names.extend(site.sizes(setup.model.base().architecture()));
         let expected = expression::number(card.parameters, &names)?;
         let count = |shared: bool| -> usize {

@@ -20,7 +20,7 @@ use attune_tensor::Rng;
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
-const CONFIG: &str = r#"{
+pub(crate) const CONFIG: &str = r#"{
     "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 37, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": true, "rope_theta": 100.0, "initializer_range": 0.3

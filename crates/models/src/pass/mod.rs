@@ -6,7 +6,7 @@
 //! one job are its logical shards; parts of several jobs are lanes.
 //!
 //! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `linear` (a site with its components), `norm`, `branch`, `prefix` and `aside` (components of
-//! whole blocks), `sequence` and `table` (components with rows of their own), `places` (components that add to rows by their places),
+//! whole blocks), `sequence` and `table` (components with rows of their own), `places` (components that add to rows by their places), `side` (components that carry rows from block to block),
 //! `local` (what has no hand-written gradient), then the blocks, `head`, [`walk`], and
 //! `outputs`.
 
@@ -24,6 +24,7 @@ pub(crate) mod norm;
 pub(crate) mod places;
 pub(crate) mod prefix;
 pub(crate) mod sequence;
+pub(crate) mod side;
 pub(crate) mod table;
 pub(crate) mod weight;
 

@@ -12,6 +12,7 @@ use crate::block::{Block, Saved};
 use crate::head::Head;
 use crate::pass::arena::{Arena, Rows};
 use crate::pass::parts::{Given, Part, PassCx, wanted};
+use crate::pass::side::{Before, Carried};
 use crate::pass::times::{Times, Work};
 use crate::pass::{head, local};
 use crate::routing::{Auxiliary, Routing};
@@ -67,6 +68,8 @@ pub(crate) struct Passed {
     pub(crate) index: usize,
     pub(crate) input: Vec<Rows<f32>>,
     pub(crate) saved: Option<Saved>,
+    /// What it gave, where components that carry rows made something else of it.
+    pub(crate) before: Option<Before>,
     /// Where it sent its rows, if it is a mixture of experts.
     pub(crate) routed: Option<Routed>,
 }
@@ -79,12 +82,16 @@ pub(crate) fn up(
     mut step: impl FnMut(usize, &dyn Block, &[Rows<f32>]) -> Result<(Vec<Rows<f32>>, Option<Saved>)>,
     mut passed: impl FnMut(Passed) -> Result<()>,
 ) -> Result<Rows<f32>> {
-    let mut x = Vec::new();
+    let (mut x, mut carried) = (Vec::new(), Carried::new());
     for (index, block) in trunk.iter().enumerate() {
         let (mut y, saved) = step(index, &**block, &x)?;
         cx.check()?;
         let routed = block.routes().map(|layer| Routed { layer, probs_te: y.pop() });
-        passed(Passed { index, input: std::mem::replace(&mut x, y), saved, routed })?;
+        let before = match y.first_mut() {
+            Some(h_td) => cx.carry(block.sites(), h_td, &mut carried)?,
+            None => None,
+        };
+        passed(Passed { index, input: std::mem::replace(&mut x, y), saved, before, routed })?;
     }
     cx.finish()?;
     x.into_iter().next().ok_or_else(|| Error::Refused("a model without blocks has no rows".to_owned()))
@@ -146,17 +153,20 @@ pub(crate) fn reverse<T>(
             }
         }
     }
-    // The input of each block from the lowest on, and what it saved.
-    let mut kept: Vec<(Vec<Rows<f32>>, Option<Saved>)> = Vec::new();
+    // The blocks from the lowest on.
+    let mut kept: Vec<Passed> = Vec::new();
     let mut routing = Vec::new();
     let step = |index, block: &dyn Block, x: &[Rows<f32>]| {
         let run = if index >= lowest && keep == Keep::All { Run::OutputAndSaved } else { Run::Output };
         block.forward(x, &cx, run)
     };
-    let h_td = up(machine.trunk, &cx, step, |passed| {
-        routing.extend(passed.routed);
+    let h_td = up(machine.trunk, &cx, step, |mut passed| {
+        routing.extend(passed.routed.take());
         if passed.index >= lowest {
-            kept.push((passed.input, passed.saved));
+            if let (Keep::Inputs, Some(before)) = (keep, &mut passed.before) {
+                before.h_td = None;
+            }
+            kept.push(passed);
         }
         Ok(())
     })?;
@@ -167,13 +177,20 @@ pub(crate) fn reverse<T>(
     drop(h_td);
     let mut dprobs = dprobs(machine, &routing, scales, &cx)?;
     drop(routing);
-    let mut dy: Vec<Rows<f32>> = dh_td.into_iter().collect();
+    let (mut dy, mut dcarried): (Vec<Rows<f32>>, _) = (dh_td.into_iter().collect(), Carried::new());
     for (index, block) in machine.trunk.iter().enumerate().skip(lowest).rev() {
-        let Some((x, saved)) = kept.pop() else { break };
-        let saved = match saved {
-            None if keep == Keep::Inputs => block.forward(&x, &cx, Run::Saved)?.1,
-            saved => saved,
+        let Some(Passed { input: x, saved, before, .. }) = kept.pop() else { break };
+        // What it gave is needed where components made something else of it.
+        let run = if before.is_some() { Run::OutputAndSaved } else { Run::Saved };
+        let (mut y, saved) = match saved {
+            None if keep == Keep::Inputs => block.forward(&x, &cx, run)?,
+            saved => (Vec::new(), saved),
         };
+        if let (Some(before), Some(dh_td)) = (before, dy.first_mut()) {
+            let gone = || Error::Refused("a block was not run again".to_owned());
+            let given = before.or(|| if y.is_empty() { Err(gone()) } else { Ok(y.swap_remove(0)) })?;
+            cx.carry_vjp(block.sites(), given, dh_td, &mut dcarried, sinks)?;
+        }
         // Routings come in the order of layers, so the last one left is this block's.
         dy.extend(block.routes().and_then(|_| dprobs.pop()));
         dy = block.vjp(&x, saved, dy, index > lowest, &cx, sinks)?;

@@ -14,6 +14,7 @@ use crate::passes::{
     MIXTURE, TINY, TOLERANCE, bank, bottleneck, documents, low_rank, mixer, model, prefix, rescaled, set, turned,
     weights,
 };
+use crate::sides::carrier;
 use crate::support::{difference, golden, largest};
 
 const QWEN3: &str = r#"{
@@ -43,6 +44,7 @@ fn components() -> Vec<Vec<Arc<dyn Adapter>>> {
         vec![rescaled(2), low_rank(3, 0.2, true)],
         vec![turned(true), low_rank(3, 0.2, true), turned(false)],
         vec![prefix(3), bottleneck(2, 0.2)],
+        vec![carrier(3), bottleneck(2, 0.2)],
         vec![bottleneck(2, 0.0), bottleneck(3, 0.0), mixer()],
     ]
 }

@@ -16,6 +16,7 @@ mod low_rank;
 mod passes;
 mod places;
 mod sequences;
+mod sides;
 mod support;
 mod surgery;
 mod tables;

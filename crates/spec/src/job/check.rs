@@ -13,6 +13,9 @@ use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 use crate::stages;
 
+/// The most bytes of the name of a further slot that trains.
+const FURTHER_BYTES_MAX: usize = 48;
+
 static SCHEMA: LazyLock<(Value, Validator)> = LazyLock::new(|| {
     let schema = JobSpec::schema();
     let validator = jsonschema::validator_for(&schema).expect("generated schemas are valid");
@@ -163,6 +166,16 @@ fn slots(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         faults.push(Fault::new("tune", "says nothing to train; expected an `adapter` or a `stack`"));
     } else if !slots.iter().any(|(_, slot)| slot.train) {
         faults.push(Fault::new("tune.stack", "trains nothing; expected one slot with `train: true`"));
+    }
+    // A result of a further slot is called after it, with `adapter-` before that.
+    let further = slots.iter().filter(|(_, slot)| slot.train).skip(1);
+    for (path, slot) in further {
+        if let Some(name) = slot.name.as_ref().filter(|name| name.as_str().len() > FURTHER_BYTES_MAX) {
+            let message = format!(
+                "is {name:?}; the name of a second slot that trains has at most {FURTHER_BYTES_MAX} characters"
+            );
+            faults.push(Fault::new(path.field("name"), message));
+        }
     }
     let mut names = BTreeSet::new();
     for (path, slot) in slots {

@@ -8,7 +8,7 @@ use super::reference::Reference;
 use super::targets::Targets;
 use crate::fault::FieldPath;
 use crate::id::Name;
-use crate::method::MethodRef;
+use crate::method::{Catalogue, MethodRef};
 
 /// One component of the stack.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,6 +45,12 @@ pub struct SlotSpec {
 impl SlotSpec {
     /// The fields that every slot has; all others are parameters of the method.
     pub const FIELDS: [&str; 8] = ["name", "method", "targets", "exclude", "init", "from", "train", "domains"];
+
+    /// What it is called, where that is known without an adapter that it starts from.
+    pub(crate) fn called(&self) -> Option<String> {
+        let name = self.name.as_ref().map(ToString::to_string);
+        name.or_else(|| Some(Catalogue::embedded().get(self.method.as_deref()?)?.name.clone()))
+    }
 
     /// The slot's method with its parameters, where it names one.
     pub fn method_ref(&self) -> Option<MethodRef> {

@@ -1,10 +1,13 @@
 //! Recipes: jobs that make other jobs. One file each, and one line in the list.
 //!
 //! A recipe is a pure function from a job, and from what its stages have made so far, to the stages that it has. It holds no
-//! state: whoever asks again with the same outcomes gets the same stages.
+//! state: whoever asks again with the same outcomes gets the same stages. One that has a single stage is a preset: a name for a stack
+//! of other methods.
 
 mod parts;
 
+mod asymmetric_lora;
+mod mam;
 mod pipeline;
 mod prereq_tune;
 
@@ -43,5 +46,12 @@ pub trait Recipe: Send + Sync {
 }
 
 /// All recipes.
-pub static RECIPES: Registry<dyn Recipe> =
-    Registry::new(Point::Recipe, &[entry::<pipeline::Pipeline>(), entry::<prereq_tune::PrereqTune>()]);
+pub static RECIPES: Registry<dyn Recipe> = Registry::new(
+    Point::Recipe,
+    &[
+        entry::<asymmetric_lora::AsymmetricLora>(),
+        entry::<mam::Mam>(),
+        entry::<pipeline::Pipeline>(),
+        entry::<prereq_tune::PrereqTune>(),
+    ],
+);

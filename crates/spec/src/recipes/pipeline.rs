@@ -10,7 +10,8 @@
 //! the place of the other whole, and so does everything that is no mapping.
 //!
 //! # Symbols
-//! `ROLE` is `adapter`, `model` (of a stage that trains the base's weights) or `merged` (of one with `outputs.merged`).
+//! `ROLE` is `adapter`, `adapter-SLOT` (of one in which several slots train: the further ones), `model` (of one that trains the base's
+//! weights) or `merged` (of one with `outputs.merged`).
 //!
 //! # Cost
 //! That of its stages. Those that await none another run side by side where there are devices.
@@ -29,11 +30,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::Recipe;
+use super::parts::read;
 use super::parts::set::{put, says};
 use crate::fault::{Fault, FieldPath};
 use crate::id::Name;
-use crate::job::{JobSpec, Outputs, ReadError, read_stage};
-use crate::method::{BuildCx, Card, Catalogue, Method, Point};
+use crate::job::{JobSpec, Outputs};
+use crate::method::{BuildCx, Card, Method, Point};
 use crate::stages::StageSpec;
 
 /// The fields of the file that a stage may set.
@@ -153,16 +155,14 @@ fn stage_of(job: &JobSpec, stage: &Stage, is_result: bool) -> Result<JobSpec, Ve
     for (name, set) in stage.set.iter().filter(|(name, _)| FIELDS.contains(&name.as_str())) {
         put(&mut value[name.as_str()], set);
     }
-    read_stage(&value, Catalogue::embedded()).map_err(|error| match error {
-        ReadError::Faults(faults) => faults,
-        other @ ReadError::Syntax { .. } => vec![Fault::new("", other.to_string())],
-    })
+    read(&value)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{read_value, read_yaml};
+    use crate::job::{ReadError, read_value, read_yaml};
+    use crate::method::Catalogue;
     use crate::stages;
 
     const JOB: &str = r#"

@@ -34,11 +34,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::Recipe;
+use super::parts::read;
 use super::parts::set::{put, says};
 use crate::fault::{Fault, FieldPath};
 use crate::id::Name;
-use crate::job::{DataSpec, DomainSpec, Form, JobSpec, Outputs, ReadError, Reference, SlotSpec, TuneSpec, read_stage};
-use crate::method::{BuildCx, Card, Catalogue, Method, Paper, Point};
+use crate::job::{DataSpec, DomainSpec, Form, JobSpec, Outputs, Reference, SlotSpec, TuneSpec};
+use crate::method::{BuildCx, Card, Method, Paper, Point};
 use crate::stages::StageSpec;
 
 /// The name of the last stage.
@@ -207,17 +208,11 @@ fn stage_of(job: &JobSpec, name: &Name, merged: bool) -> JobSpec {
     }
 }
 
-fn read(value: &Value) -> Result<JobSpec, Vec<Fault>> {
-    read_stage(value, Catalogue::embedded()).map_err(|error| match error {
-        ReadError::Faults(faults) => faults,
-        other @ ReadError::Syntax { .. } => vec![Fault::new("", other.to_string())],
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{read_value, read_yaml};
+    use crate::job::{ReadError, read_value, read_yaml};
+    use crate::method::Catalogue;
     use crate::stages;
 
     const JOB: &str = r#"

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use attune_spec::id::Step;
 use attune_spec::job::Plan;
-use attune_trainer::protocol::{Event, Phase};
+use attune_trainer::protocol::{Event, OutputRole, Phase};
 use attune_trainer::run::{End, run};
 
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 44] = [
+const KINDS: [(&str, &[(&str, &str)]); 46] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -32,6 +32,18 @@ const KINDS: [(&str, &[(&str, &str)]); 44] = [
     ),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
+    ("connected", &[("tune.adapter", "{method: connected-adapter, width: 5, side: 3, insertion: both}")]),
+    (
+        "two slots",
+        &[
+            ("tune.adapter", "null"),
+            (
+                "tune.stack",
+                "[{method: prefix-tuning, length: 3, hidden: 5}, {method: bottleneck, targets: mlp, width: 6, parallel: true, \
+                  composition: learned, scale: 4, dropout: 0.1}]",
+            ),
+        ],
+    ),
     ("prompt", PROMPT),
     ("prompt by a network", &[("tune.adapter", "{method: p-tuning, length: 3, encoder: lstm, hidden: 4}"), PROMPT[1]]),
     ("prompt on pairs", &[PROMPT[0], ("tune.batch_tokens", "320"), PAIRS[0], PAIRS[1], PAIRS[2]]),
@@ -391,6 +403,28 @@ fn adapters_that_were_trained_one_by_one_are_mixed() {
     let outside = Outside::default();
     run(&request, &outside).unwrap();
     assert_eq!(files(&outside.events.into_inner().unwrap()), whole);
+}
+
+/// Slots that train side by side are an adapter each, and what cannot be beside another says so.
+#[test]
+fn slots_that_train_together_are_an_adapter_each() {
+    let small = Small::new();
+    let stack = |slots: &str| small.plan(&[("tune.adapter", "null"), ("tune.stack", slots), ("tune.steps", "12")]);
+    let (events, files) = small.finish(stack("[{method: lora, rank: 2}, {name: vectors, method: ia3}]"), 1);
+    let losses = metric(&events, "train/loss");
+    assert!(losses.last() < losses.first(), "{losses:?}");
+    let weights = |role: &str| format!("{role}/adapter_model.safetensors");
+    for role in ["Result".to_owned(), format!("{:?}", OutputRole::Further("vectors".parse().unwrap()))] {
+        assert!(files.contains_key(&weights(&role)), "{role}: {:?}", files.keys());
+    }
+    for (slots, told) in [
+        ("[{method: lora}, {method: full}]", "the base's own weights, which train alone"),
+        ("[{method: spiel}, {method: lora}]", "steps of its own, which trains alone"),
+    ] {
+        let (request, _work) = small.request(stack(slots), 1, None);
+        let error = run(&request, &Outside::default()).unwrap_err().to_string();
+        assert!(error.contains(told), "{slots}: {error}");
+    }
 }
 
 #[test]

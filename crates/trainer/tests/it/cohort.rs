@@ -73,9 +73,10 @@ const PAIRS: &str = "[{name: pairs, source: ./pairs.jsonl}]";
 
 /// Lanes whose components take part in other ways than LoRA's, whose objective sees pairs and whole steps, and whose steps have
 /// passes of their own.
-const PORTS: [&[(&str, &str)]; 19] = [
+const PORTS: [&[(&str, &str)]; 20] = [
     &[("tune.adapter", "{method: dora, rank: 2, targets: all-linear}")],
     &[("tune.adapter", "{method: prefix-tuning, length: 3}")],
+    &[("tune.adapter", "{method: connected-adapter, width: 4, side: 3}")],
     &[("tune.adapter", "{method: adaption-prompt, length: 3}")],
     &[("tune.adapter", "{method: p-tuning, length: 3, hidden: 4}"), ("tune.batch_tokens", "256")],
     &[

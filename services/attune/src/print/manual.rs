@@ -170,7 +170,7 @@ fn range(schema: &Value) -> String {
 }
 
 /// A value as a job file writes it.
-fn written(value: &Value) -> String {
+pub(crate) fn written(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Number(number) => {

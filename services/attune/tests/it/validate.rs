@@ -45,6 +45,37 @@ fn a_valid_job_is_said_to_be_valid() {
 }
 
 #[test]
+fn a_preset_is_shown_as_the_slots_that_it_stands_for() {
+    let head =
+        JOB.replace("  adapter: {method: lora, rank: 8}\n", "").replace("name: helper", "name: helper\nkind: recipe");
+    let with = |recipe: &str| format!("{head}recipe: {recipe}\n");
+    let told = validate(&with("{method: asymmetric-lora, rank: 4, targets: q_proj}"), &[]);
+    insta::assert_snapshot!(told.all(), @r"
+    exit status 0
+    --- stdout
+    job.yaml is valid
+      stage tune: {method: lora, targets: q_proj, init: {method: orthonormal}, train: true, rank: 4, alpha: 32, dropout: 0, trains: b}
+    --- stderr
+    ");
+    let wrong = validate(&with("{method: mam, rnak: 4, mlps: mpl}"), &[]);
+    insta::assert_snapshot!(wrong.all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml has 1 fault
+      `recipe.rnak` is not a known field; did you mean "rank"?
+    "#);
+    let wrong = validate(&with("{method: mam, mlps: mpl}"), &[]);
+    insta::assert_snapshot!(wrong.all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: job.yaml has 1 fault
+      `recipe.mlps` "mpl" matches no site of this llama model of 2 layers; did you mean "mlp"? (modules: embed_tokens, input_layernorm, q_proj, k_proj, v_proj, o_proj, self_attn, post_attention_layernorm, gate_proj, up_proj, down_proj, mlp, norm, lm_head)
+    "#);
+}
+
+#[test]
 fn what_is_not_yaml_is_said_with_line_and_column() {
     insta::assert_snapshot!(validate("version: 1\nname: [a, b\ntune: {}\n", &[]).all(), @r"
     exit status 2
@@ -93,7 +124,7 @@ fn all_faults_are_said_at_once_with_their_paths() {
     --- stdout
     --- stderr
     error: job.yaml has 1 fault
-      `tune.adapter.method` is "lroa", which no method of point adapter is called; there are 70 (`attune methods list --point adapter`); did you mean "lora"?
+      `tune.adapter.method` is "lroa", which no method of point adapter is called; there are 71 (`attune methods list --point adapter`); did you mean "lora"?
     "#);
     insta::assert_snapshot!(validate(&JOB.replace("method: lora", "method: adamw"), &["--json"]).all(), @r#"
     exit status 2

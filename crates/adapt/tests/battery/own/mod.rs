@@ -1,6 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
 mod banks;
+mod connected;
 mod parts;
 mod products;
 mod prompts;
@@ -12,6 +13,7 @@ mod wider;
 
 use std::collections::BTreeSet;
 
+use attune_adapt::ADAPTERS;
 use attune_models::{Base, Pass};
 use attune_points::adapter::{Merged, Port, RowCx};
 use attune_points::layout::Source;
@@ -24,17 +26,19 @@ use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
 
 use crate::support::{self, CrossEntropy, Setup, batch, difference, largest};
-use crate::{build, fail};
+use crate::{build, cost_of, fail, gradient_of};
 
 /// The plain member of the point.
 const PLAIN: &str = "lora";
 
 type Own = fn() -> Result<(), Failed>;
 
-const OWN: [(&str, Own); 11] = [
+const OWN: [(&str, Own); 13] = [
     ("adalora::its_vectors_are_pulled_apart_by_themselves", pulled_apart),
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
+    ("blocks::every_form_has_exact_gradients_and_counts_its_tensors", forms_at_blocks),
+    ("blocks::every_form_starts_as_the_base", starts_at_blocks),
     ("compacter_and_lotr::one_tensor_changes_the_first_layer_and_the_last", shared_rule),
     ("dora::factors_turn_rows_and_leave_their_lengths", row_lengths),
     ("full::a_step_changes_weights_beyond_the_rank_of_lora", full_rank),
@@ -51,6 +55,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(products::OWN.iter())
         .chain(turns::OWN)
         .chain(banks::OWN)
+        .chain(connected::OWN)
         .chain(parts::OWN)
         .chain(searches::OWN)
         .chain(steps::OWN)
@@ -58,6 +63,42 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(wider::OWN)
         .chain(&prompts::OWN);
     all.map(|(name, run)| Trial::test(format!("adapter::{name}"), *run)).collect()
+}
+
+/// Every way of making, inserting and composing what a small network at a block adds, and a prefix that a perceptron makes.
+fn forms() -> Vec<Value> {
+    let activations = ["relu", "gelu", "silu", "tanh", "identity"];
+    let compositions = ["scaled", "learned", "gated"];
+    let networks = activations.iter().flat_map(|activation| compositions.iter().map(move |how| (activation, how)));
+    let both = networks.flat_map(|(activation, how)| [true, false].map(|parallel| (*activation, *how, parallel)));
+    let network = |(activation, how, parallel): (&str, &str, bool)| json!({"method": "bottleneck", "width": 5, "activation": activation, "composition": how, "parallel": parallel});
+    both.map(network).chain([json!({"method": "prefix-tuning", "length": 3, "hidden": 6})]).collect()
+}
+
+fn forms_at_blocks() -> Result<(), Failed> {
+    for method in forms() {
+        let card = ADAPTERS.card(method["method"].as_str().ok_or("no name")?).ok_or("no card")?;
+        gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
+        cost_of(card, &method).map_err(|why| format!("{method}: {why:?}"))?;
+    }
+    let refused = |method: Value| build(method).err().map(|faults| faults.join("; ")).unwrap_or_default();
+    let gated = refused(json!({"method": "bottleneck", "composition": "gated", "scale": 4}));
+    assert!(gated.starts_with("`tune.adapter.scale` is a factor beside the gate"), "{gated}");
+    let still = refused(json!({"method": "bottleneck", "composition": "learned", "scale": 0}));
+    assert!(still.starts_with("`tune.adapter.scale` is 0"), "{still}");
+    Ok(())
+}
+
+fn starts_at_blocks() -> Result<(), Failed> {
+    for method in forms() {
+        let card = ADAPTERS.card(method["method"].as_str().ok_or("no name")?).ok_or("no card")?;
+        let setup = Setup::of(card, build(method.clone()).map_err(fail)?, DType::F32);
+        let layout = batch();
+        let off = Pass { theta: &setup.theta.adapters_off(), layout: &layout, dropout: None };
+        let moved = difference(&setup.logits(&layout)?, &setup.model.logits(&off)?);
+        assert_eq!(moved > 0.0, card.moves.is_some(), "{method} starts {moved} away from the base");
+    }
+    Ok(())
 }
 
 /// The numeric rank of a matrix by elimination with full pivots.
