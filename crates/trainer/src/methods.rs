@@ -7,6 +7,7 @@ pub fn documents() -> Vec<MethodDocument> {
     let mut documents: Vec<MethodDocument> = attune_adapt::ADAPTERS
         .documents()
         .chain(attune_adapt::INITS.documents())
+        .chain(attune_adapt::BUDGETS.documents())
         .chain(attune_objective::OBJECTIVES.documents())
         .chain(attune_objective::REWARDS.documents())
         .chain(attune_data::MIXINGS.documents())

@@ -459,7 +459,7 @@ fn encoder(case: &str, base_name: &str) -> Result<(), Failed> {
 
 /// Leaves the adapter as we write it, what the model answers with it, and the name of the base, for PEFT to read
 /// (`golden/check_peft_reads.py --cases`).
-fn keep(setup: &Setup, to: &Path, base: &str, expected: &Path) -> Result<(), Failed> {
+pub(crate) fn keep(setup: &Setup, to: &Path, base: &str, expected: &Path) -> Result<(), Failed> {
     write(setup, &setup.params(), &to.join("adapter"))?;
     std::fs::write(to.join("base"), base)?;
     let Some(expected) = open(expected.to_owned())? else { return Ok(()) };
@@ -476,7 +476,7 @@ fn written(setup: &Setup, params: &Params) -> Result<Tensors, Failed> {
     tensors(folder.path())
 }
 
-fn write(setup: &Setup, params: &Params, to: &Path) -> Result<(), Failed> {
+pub(crate) fn write(setup: &Setup, params: &Params, to: &Path) -> Result<(), Failed> {
     let architecture = setup.model.base().architecture();
     Ok(peft::write(to, &*setup.adapter, &setup.attachments, params, architecture, "owner/base", "a card")?)
 }

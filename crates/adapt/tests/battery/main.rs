@@ -1,8 +1,9 @@
-//! The battery of the point `Adapter`: one named trial for each method and property.
+//! The batteries of the points `Adapter` and `Budget`: one named trial for each method and property.
 //!
 //! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is a trial of `own`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod budgets;
 mod calibrated;
 mod golden;
 mod own;
@@ -135,6 +136,7 @@ fn main() {
     trials.extend(own::trials());
     trials.extend(starts::trials());
     trials.extend(calibrated::trials());
+    trials.extend(budgets::trials());
     trials.extend(golden::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
