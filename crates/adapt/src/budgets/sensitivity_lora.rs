@@ -540,7 +540,7 @@ mod tests {
         }
         let [one, other] = halves.map(|toy| toy.ranks(8, Config::default()).unwrap());
         assert!(one.iter().zip(&other).all(|(a, b)| a.abs_diff(*b) <= 1), "{one:?} and {other:?}");
-        assert!(one.iter().any(|rank| *rank > 10) && one.contains(&3), "{one:?}");
+        assert!(one[0] < 6 && one[11] > 11, "what varies more has more: {one:?}");
     }
 
     /// What the best change of each rank leaves of what a linear answers, over all linears: equal ranks leave more of it.

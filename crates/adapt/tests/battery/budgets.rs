@@ -6,17 +6,18 @@ use std::path::PathBuf;
 use attune_adapt::{ADAPTERS, BUDGETS, budgets, peft};
 use attune_architecture::{Site, targets};
 use attune_models::{Base, Model, Stack};
+use attune_points::TensorName;
 use attune_points::adapter::Attachment;
 use attune_points::budget::{Budget, Share};
 use attune_spec::id::Step;
 use attune_spec::job::{Precision, Targets};
 use attune_spec::method::{BuildCx, Card, MethodRef, SiteKind};
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use libtest_mimic::{Failed, Trial};
 use serde_json::{Value, json};
 
 use crate::support::{Setup, batch, stats};
-use crate::{fail, golden, starts};
+use crate::{fail, golden};
 
 type Property = fn(&'static Card) -> Result<(), Failed>;
 
@@ -63,6 +64,18 @@ fn unknown_field(card: &'static Card) -> Result<(), Failed> {
     Ok(())
 }
 
+/// A model one of whose linears answers ten times as loudly as the others.
+fn planted() -> Result<Base, Failed> {
+    let base = Base::random(crate::support::architecture(), 5, DType::F32)?;
+    let tensors = base.architecture().tensors().into_iter().map(|info| {
+        let tensor = base.tensor(&TensorName::from_path(&info.name), DType::F32)?;
+        let factor = if info.name == "model.layers.1.mlp.up_proj.weight" { 10.0 } else { 1.0 };
+        Ok((info.name, (tensor * factor)?))
+    });
+    let tensors: BTreeMap<String, Tensor> = tensors.collect::<Result<_, attune_points::Error>>()?;
+    Ok(Base::from_tensors(base.architecture().clone(), &tensors)?)
+}
+
 /// A method at all linears of a model, with the ranks that a budget gives them for a batch.
 struct Shared {
     method: MethodRef,
@@ -99,7 +112,7 @@ fn shared(card: &Card, base: Base, method: Value, turned: bool) -> Result<Shared
 
 fn adds_up(card: &'static Card) -> Result<(), Failed> {
     for rank in [2, 3, 5, 8] {
-        let of = |turned| shared(card, starts::small()?, json!({"method": "lora", "rank": rank}), turned);
+        let of = |turned| shared(card, planted()?, json!({"method": "lora", "rank": rank}), turned);
         let ranks = of(false)?.ranks;
         assert_eq!(ranks.values().sum::<u32>(), rank * 14, "{ranks:?}");
         assert_eq!(ranks, of(true)?.ranks);
@@ -109,7 +122,7 @@ fn adds_up(card: &'static Card) -> Result<(), Failed> {
 
 /// What LoRA's sites have without it.
 fn differs(card: &'static Card) -> Result<(), Failed> {
-    let ranks = shared(card, starts::small()?, json!({"method": "lora", "rank": 5}), false)?.ranks;
+    let ranks = shared(card, planted()?, json!({"method": "lora", "rank": 5}), false)?.ranks;
     assert!(ranks.values().any(|rank| *rank > 5) && ranks.values().any(|rank| *rank < 5), "{ranks:?}");
     Ok(())
 }
@@ -121,7 +134,7 @@ fn plain(card: &'static Card) -> Result<(), Failed> {
         (json!({"method": "dora", "rank": 4, "alpha": 6.0}), Some(1.5)),
         (json!({"method": "delora", "rank": 4}), None),
     ] {
-        let Shared { method, base, ranks } = shared(card, starts::small()?, method, false)?;
+        let Shared { method, base, ranks } = shared(card, planted()?, method, false)?;
         let ranked = budgets::ranked(&method, &ranks);
         assert_eq!(ranked.method, method.method);
         let built = crate::build(serde_json::to_value(&ranked)?).map_err(fail)?;
@@ -162,22 +175,23 @@ fn written(card: &'static Card) -> Result<(), Failed> {
     let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let open = || Base::open(&here.join("../models/golden/llama"), Precision::F32);
     let Shared { method, ranks, .. } =
-        shared(card, open()?, json!({"method": "lora", "rank": 5, "alpha": 10.0}), false)?;
+        shared(card, open()?, json!({"method": "lora", "rank": 12, "alpha": 24.0}), false)?;
     let built = crate::build(serde_json::to_value(budgets::ranked(&method, &ranks))?).map_err(fail)?;
     let mut setup = Setup::on(open()?, built, &Targets::from("all-linear"), &[SiteKind::Linear], DType::F32);
     setup.disturb(0.2);
     let folder = tempfile::tempdir()?;
     golden::write(&setup, &setup.params(), folder.path())?;
     let config: Value = serde_json::from_slice(&std::fs::read(folder.path().join("adapter_config.json"))?)?;
-    assert_eq!((&config["peft_type"], &config["r"], &config["lora_alpha"]), (&json!("LORA"), &json!(5), &json!(10.0)));
+    assert_eq!((&config["peft_type"], &config["r"]), (&json!("LORA"), &json!(12)));
+    assert!(ranks.values().any(|rank| *rank != 12), "{ranks:?}");
     for (site, rank) in &ranks {
         let of = |pattern: &str| {
             let patterns = config[pattern].as_object();
             patterns.and_then(|all| all.iter().find(|(key, _)| key.ends_with(site.as_str()))).map(|(_, value)| value)
         };
-        assert_eq!(of("rank_pattern"), (*rank != 5).then(|| json!(rank)).as_ref(), "{site}");
+        assert_eq!(of("rank_pattern"), (*rank != 12).then(|| json!(rank)).as_ref(), "{site}");
         let alpha = of("alpha_pattern").and_then(Value::as_f64);
-        assert_eq!(alpha, (*rank != 5).then(|| 2.0 * f64::from(*rank)), "{site}");
+        assert_eq!(alpha, (*rank != 12).then(|| 2.0 * f64::from(*rank)), "{site}");
     }
     if let Some(folder) = std::env::var_os("ATTUNE_WRITTEN") {
         let to = PathBuf::from(folder).join(format!("llama_{}", card.name.replace('-', "_")));
