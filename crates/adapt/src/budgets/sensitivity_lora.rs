@@ -295,7 +295,7 @@ fn scores(linears: &[Linear<'_>], config: &Config) -> Vec<f64> {
 
 /// The ranks of linears by their scores: in proportion above the least one, none beyond what it can have, and `mean` on average.
 fn shares(mean: u32, linears: &[Linear<'_>], scores: &[f64], config: &Config) -> Result<Vec<u32>> {
-    let (least, most) = (config.least, config.most.unwrap_or(mean.saturating_mul(4)));
+    let (least, most) = (config.least, config.most.unwrap_or_else(|| mean.saturating_mul(4)));
     if mean < least || most < mean {
         let message = format!("ranks are {mean} on average; expected a rank from `least`, {least}, to `most`, {most}");
         return Err(Error::Refused(message));

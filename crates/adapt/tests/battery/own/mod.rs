@@ -1,6 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
 mod banks;
+mod drawn;
 mod parts;
 mod products;
 mod prompts;
@@ -51,6 +52,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(products::OWN.iter())
         .chain(turns::OWN)
         .chain(banks::OWN)
+        .chain(drawn::OWN)
         .chain(parts::OWN)
         .chain(searches::OWN)
         .chain(steps::OWN)
