@@ -373,7 +373,7 @@ mod tests {
     }
 
     impl Toy {
-        fn with(mut self, name: &str, w_oi: Tensor, x_ti: Tensor) -> Self {
+        fn with(mut self, name: &str, w_oi: &Tensor, x_ti: Tensor) -> Self {
             self.names.push(name.to_owned());
             self.weights.insert(name.to_owned(), w_oi.to_dtype(DType::F32).unwrap());
             self.rows.insert(name.to_owned(), x_ti);
@@ -384,7 +384,7 @@ mod tests {
         fn alike(count: usize, rows: usize) -> Self {
             let of = |toy: Self, at: usize| {
                 let (w, x) = (normal(&format!("w{at}"), (24, 20), 1.0), normal(&format!("x{at}"), (rows, 20), 1.0));
-                toy.with(&format!("{at:02}"), w, x)
+                toy.with(&format!("{at:02}"), &w, x)
             };
             (0..count).fold(Self::default(), of)
         }
@@ -487,7 +487,7 @@ mod tests {
     fn equal_scores_give_equal_ranks() {
         let (w, x) = (normal("w", (24, 20), 1.0), normal("x", (90, 20), 1.0));
         for config in [Config::default(), Config { compare: Compare::ByRange, ..Config::default() }] {
-            let toy = (0..7).fold(Toy::default(), |toy, at| toy.with(&at.to_string(), w.clone(), x.clone()));
+            let toy = (0..7).fold(Toy::default(), |toy, at| toy.with(&at.to_string(), &w, x.clone()));
             assert_eq!(toy.ranks(8, config).unwrap(), [8; 7]);
         }
         assert_eq!(Toy::alike(1, 40).ranks(5, Config::default()).unwrap(), [5], "one has all");
@@ -518,7 +518,7 @@ mod tests {
             let order = [7usize, 3, 10, 0, 5, 1, 9, 2, 8, 6, 4];
             let moved = order.iter().enumerate().fold(Toy::default(), |moved, (at, from)| {
                 let from = format!("{from:02}");
-                moved.with(&format!("{at:02}"), toy.weights[&from].clone(), toy.rows[&from].clone())
+                moved.with(&format!("{at:02}"), &toy.weights[&from], toy.rows[&from].clone())
             });
             let expected: Vec<u32> = order.iter().map(|from| ranks[*from]).collect();
             assert_eq!(moved.ranks(6, config).unwrap(), expected);
@@ -535,7 +535,7 @@ mod tests {
             let w = normal(&format!("w{at}"), (24, 20), 1.0);
             halves = std::array::from_fn(|half| {
                 let x = normal(&format!("x{at}/{half}"), (3000, 20), 1.0).matmul(&directions).unwrap();
-                std::mem::take(&mut halves[half]).with(&format!("{at:02}"), w.clone(), x)
+                std::mem::take(&mut halves[half]).with(&format!("{at:02}"), &w, x)
             });
         }
         let [one, other] = halves.map(|toy| toy.ranks(8, Config::default()).unwrap());

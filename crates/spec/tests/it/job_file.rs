@@ -175,7 +175,7 @@ fn a_base_is_shared_only_as_it_is() {
 #[test]
 fn ranks_are_shared_among_sites_that_may_have_their_own() {
     let budget = ("tune.budget", json!({"method": "sensitivity-lora", "least": 1}));
-    assert_eq!(faults(&[budget.clone()]), [""; 0]);
+    assert_eq!(faults(std::slice::from_ref(&budget)), [""; 0]);
     let wrong = ("tune.budget", json!({"method": "sensitivity-lora", "least": 0}));
     assert_eq!(faults(&[wrong]), ["`tune.budget.least` is 0; expected 1 or more"]);
     let bone = ("tune.adapter", json!({"method": "bone"}));

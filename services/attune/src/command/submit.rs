@@ -112,7 +112,8 @@ impl Prepared {
             let (mut jobs, request) = (client.jobs(), client.request(request.clone()));
             async move { jobs.create_job(request).await }
         };
-        Ok(client.retrying(ask).await?)
+        // A specification is large, and is held while the answer is waited for.
+        Ok(Box::pin(client.retrying(ask)).await?)
     }
 }
 
