@@ -239,7 +239,7 @@ impl Site {
     }
 
     /// What expressions of cards call its sizes: input and output width `i` and `o`, the width `k` of the model's keys, whether it
-    /// has a bias (`b`) and whether it leads out of an MLP (`down`), as 0 or 1. A norm's scale and bias are one column.
+    /// has a bias (`b`), and whether it leads out of an MLP (`down`) and out of that or an attention (`out`), as 0 or 1. A norm's scale and bias are one column.
     pub fn sizes(&self, architecture: &Architecture) -> serde_json::Map<String, serde_json::Value> {
         let (output, input) = self.out_in().unwrap_or_else(|| (self.kind.parameters() as usize, 1));
         let bias = matches!(self.kind, SiteKind::Linear { bias: true, .. });
@@ -249,6 +249,7 @@ impl Site {
             ("k", architecture.kv_width()),
             ("b", usize::from(bias)),
             ("down", usize::from(self.place == Place::Down)),
+            ("out", usize::from(matches!(self.place, Place::Output | Place::Down))),
         ];
         sizes.map(|(name, size)| (name.to_owned(), size.into())).into_iter().collect()
     }

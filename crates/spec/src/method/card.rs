@@ -154,7 +154,7 @@ pub struct Card {
     /// The sites of a slot that names none: an entry as in `targets`; empty for points without sites.
     pub targets: &'static str,
     /// Trainable parameters per site as an expression over the method's parameters, the site's input width `i` and output
-    /// width `o`, the width `k` of the model's keys, and whether it has a bias (`b`) or leads out of an MLP (`down`), as 0 or 1; empty for points without parameters.
+    /// width `o`, the width `k` of the model's keys, whether it has a bias (`b`), leads out of an MLP (`down`), or out of that or an attention (`out`), as 0 or 1; empty for points without parameters.
     pub parameters: &'static str,
     /// Trainable parameters that all its sites share, as such an expression; empty for none.
     pub shared: &'static str,

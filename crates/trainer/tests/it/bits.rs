@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 46] = [
+const KINDS: [(&str, &[(&str, &str)]); 47] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -64,6 +64,7 @@ const KINDS: [(&str, &[(&str, &str)]); 46] = [
     ("vectorfit", &[("tune.adapter", "{method: vectorfit, freeze: 0.3, every: 0.2}")]),
     ("tokens", &[("tune.adapter", "{method: trainable-tokens, tokens: [10, 65], words: [e]}")]),
     ("lora with a bias", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, bias: true}")]),
+    ("bdlora", &[("tune.adapter", "{method: bdlora, rank: 4, dropout: 0.1}")]),
     ("monteclora", &[("tune.adapter", "{method: monteclora, rank: 4, dropout: 0.1, scale: 0.1, entropy: true}")]),
     ("glora", &[("tune.adapter", "{method: glora, rank: 2}")]),
     (
