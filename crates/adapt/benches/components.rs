@@ -155,6 +155,8 @@ const METHODS: &[&str] = &[
     r#"{"method": "prefix-tuning"}"#,
     r#"{"method": "prompt-tuning"}"#,
     r#"{"method": "psoft", "rank": 96}"#,
+    r#"{"method": "bdlora", "rank": 16}"#,
+    r#"{"method": "monteclora", "rank": 16}"#,
     r#"{"method": "pvera"}"#,
     r#"{"method": "randlora"}"#,
     r#"{"method": "road", "group_size": 16}"#,

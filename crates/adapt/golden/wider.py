@@ -11,6 +11,7 @@ import types
 import peft
 import peft.tuners.adamss.layer as adamss
 import torch
+from peft.tuners.lora.config import BdLoraConfig
 from peft.tuners.poly.router import PolyRouter
 from safetensors.torch import load_file
 
@@ -20,6 +21,15 @@ from writing import ref
 STD = 0.2
 # Shares of skills answer weakly to their logits.
 LOGITS = 2.0
+
+# Linears that lead out of an attention or an MLP, and the others.
+OUT = ["o_proj", "down_proj", "c_proj", "w2"]
+IN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc", "w1", "w3"]
+
+
+def blocks(of_a, of_b, count):
+    return BdLoraConfig(target_modules_bd_a=of_a, target_modules_bd_b=of_b, nblocks=count)
+
 
 # name: (base, configuration, merged site; None where nothing merges)
 CASES = {
@@ -66,6 +76,18 @@ CASES = {
         "gpt2",
         lambda: peft.FrodConfig(sparse_rate=0.1, regularization_alpha=0.01, progressbar=False, target_modules=["c_attn"], fan_in_fan_out=True),
         "transformer.h.0.attn.c_attn",
+    ),
+    "llama_bdlora": (
+        "llama",
+        lambda: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_bdlora=blocks(OUT, IN, 2)),
+        "model.layers.0.mlp.down_proj",
+    ),
+    "qwen2_bdlora": (
+        "qwen2",
+        lambda: peft.LoraConfig(
+            r=8, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 4}, use_bdlora=blocks(IN, OUT, 4)
+        ),
+        "model.layers.1.self_attn.q_proj",
     ),
 }
 

@@ -35,9 +35,10 @@ def on_disk(name):
     return name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default.", ".").removesuffix(".default")
 
 
-def write(name, base, config, site, seed, randomise, packed=False):
+def write(name, base, config, site, seed, randomise, packed=False, drawn=()):
     """Writes the case `name`: an adapter that `randomise(model, generator)` moved away from its start on one of the small models,
-    what it answers, its gradients, and the weight of `site`, if there is one, with it merged."""
+    what it answers, its gradients, and the weight of `site`, if there is one, with it merged. Parameters whose names end in one of
+    `drawn` have none, for only what training draws depends on them."""
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -65,6 +66,7 @@ def write(name, base, config, site, seed, randomise, packed=False):
     gradients = own(gradients)
     # What is stored and has no gradient is frozen: the random matrices that some methods share, and places, which are whole numbers.
     frozen = {k for k, v in stored.items() if not v.is_floating_point()} | {on_disk(k) for k, p in fresh().named_parameters() if not p.requires_grad} | {on_disk(k) for k, _ in fresh().named_buffers(remove_duplicate=False)}
+    frozen |= {k for k in stored if k.endswith(tuple(drawn))} if drawn else set()
     assert {k: v.shape for k, v in stored.items() if k not in frozen} == {k: v.shape for k, v in gradients.items()}
     assert min(v.abs().max() for v in gradients.values()) > 1e-4, "a site without gradient"
     ref.save(gradients, folder / "gradients.safetensors")

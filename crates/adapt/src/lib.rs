@@ -9,6 +9,7 @@
 pub mod error;
 
 pub mod adapters;
+pub mod budgets;
 pub mod inits;
 mod parts;
 
@@ -17,5 +18,6 @@ pub mod peft;
 pub mod slot;
 
 pub use adapters::ADAPTERS;
+pub use budgets::BUDGETS;
 pub use error::Error;
 pub use inits::INITS;

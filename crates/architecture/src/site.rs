@@ -239,7 +239,8 @@ impl Site {
     }
 
     /// What expressions of cards call its sizes: input and output width `i` and `o`, the width `k` of the model's keys, whether it
-    /// has a bias (`b`), leads out of an MLP (`down`), is a `table`, or an attention as a whole (`attention`), as 0 or 1. A norm's scale and bias are one column.
+    /// has a bias (`b`), leads out of an MLP (`down`) or of that or an attention (`out`), is a `table`, or an attention as a whole
+    /// (`attention`), as 0 or 1. A norm's scale and bias are one column.
     pub fn sizes(&self, architecture: &Architecture) -> serde_json::Map<String, serde_json::Value> {
         let (output, input) = self.out_in().unwrap_or_else(|| (self.kind.parameters() as usize, 1));
         let bias = matches!(self.kind, SiteKind::Linear { bias: true, .. });
@@ -251,6 +252,7 @@ impl Site {
             ("down", usize::from(self.place == Place::Down)),
             ("table", usize::from(matches!(self.kind, SiteKind::Embedding { .. }))),
             ("attention", usize::from(self.place == Place::Attention)),
+            ("out", usize::from(matches!(self.place, Place::Output | Place::Down))),
         ];
         sizes.map(|(name, size)| (name.to_owned(), size.into())).into_iter().collect()
     }

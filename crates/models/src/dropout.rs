@@ -89,6 +89,11 @@ impl DropoutMask for RowMasks<'_> {
         let values: Vec<f64> = (0..self.n_rows()).flat_map(row).collect();
         Ok(Tensor::from_vec(values, (self.n_rows(), width), &Device::Cpu)?.to_dtype(like.dtype())?)
     }
+
+    fn shared_noise(&self, site: &SiteId, what: &str, shape: &[usize], like: &Tensor) -> Result<Tensor> {
+        let of_step = Rng::new(self.key.seed, "shared noise").sub(self.key.step);
+        Ok(of_step.named(site.as_str()).named(what).normal_tensor(shape, 1.0, like.dtype())?)
+    }
 }
 
 #[cfg(test)]
@@ -153,5 +158,30 @@ mod tests {
         let mean = values.iter().sum::<f64>() / n;
         let square = values.iter().map(|value| value * value).sum::<f64>() / n;
         assert!(mean.abs() < 5.0 / n.sqrt() && (square - 1.0).abs() < 5.0 * (2.0 / n).sqrt(), "{mean} {square}");
+    }
+
+    #[test]
+    fn shared_noise_is_keyed_by_what_it_is_for_and_not_by_rows() {
+        let (a, b) = (layout(&[4, 9]), layout(&[9, 2, 4]));
+        let like = Tensor::zeros(1, DType::F64, &Device::Cpu).unwrap();
+        let noise = |layout: &Layout, rows: Option<&[u32]>, (seed, step): (u64, u64), site: &str, what: &str| {
+            let masks = RowMasks { key: Dropout { seed, step }, layout, rows };
+            let drawn = masks.shared_noise(&SiteId::new(site), what, &[3, 200], &like).unwrap();
+            drawn.flatten_all().unwrap().to_vec1::<f64>().unwrap()
+        };
+        let first = noise(&a, None, (1, 3), "q_proj", "draws");
+        assert_eq!(first, noise(&b, Some(&[0, 5]), (1, 3), "q_proj", "draws"));
+        for (key, site, what) in [
+            ((2, 3), "q_proj", "draws"),
+            ((1, 4), "q_proj", "draws"),
+            ((1, 3), "k_proj", "draws"),
+            ((1, 3), "q_proj", "shares"),
+        ] {
+            assert_ne!(first, noise(&a, None, key, site, what), "{key:?}, {site}, {what}");
+        }
+        let mean = first.iter().sum::<f64>() / 600.0;
+        let variance = first.iter().map(|x| x * x).sum::<f64>() / 600.0;
+        // Four standard errors of 600 numbers.
+        assert!(mean.abs() < 0.17 && (variance - 1.0).abs() < 0.24, "{mean} and {variance}");
     }
 }

@@ -375,6 +375,15 @@ pub trait DropoutMask: Sync {
     fn noise(&self, site: &SiteId, _width: usize, _like: &Tensor) -> Result<Tensor> {
         Err(Error::Refused(format!("there is no noise for {site} here")))
     }
+
+    /// A tensor of this shape of standard normal numbers like `like`'s dtype, the same for all rows of a step: noise of what is made of tensors
+    /// alone. Its values depend only on (seed, step, site, `what`).
+    ///
+    /// # Errors
+    /// As for [`DropoutMask::noise`].
+    fn shared_noise(&self, site: &SiteId, what: &str, _shape: &[usize], _like: &Tensor) -> Result<Tensor> {
+        Err(Error::Refused(format!("there is no noise for {what} of {site} here")))
+    }
 }
 
 /// What a component becomes when it is merged.

@@ -22,6 +22,7 @@ pub mod theta;
 pub mod weight;
 
 pub mod adapter;
+pub mod budget;
 pub mod init;
 pub mod mixing;
 pub mod objective;

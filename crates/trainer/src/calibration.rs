@@ -19,10 +19,10 @@ use attune_points::objective::{Level, Objective};
 use attune_points::stats::{Counted, What};
 use attune_points::{Bank, GradSink, Layout, Owner, Result, Stats, StatsRequest, Tap, TensorId, Theta};
 use attune_probe::{Wanted, measure};
+use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::job::Plan;
 use attune_spec::job::plan::{Length, ROWS_PER_PASS};
-use attune_spec::{Fault, FieldPath};
 
 use crate::component::cannot_start;
 use crate::control::Control;
@@ -48,18 +48,16 @@ impl Calibration<'_> {
     /// The fault of a slot that wants what cannot be measured; whatever the data or a pass raise.
     pub(crate) fn of(&self, stack: &[Slotted], resumed: bool) -> std::result::Result<Stats, Error> {
         let mut wanted = Wanted::default();
-        for (index, (planned, slot)) in self.plan.stack.iter().zip(stack).enumerate() {
+        for (planned, slot) in self.plan.stack.iter().zip(stack) {
             let Slotted::Begun(begun) = slot else { continue };
             if resumed && planned.train {
                 continue;
             }
-            let path = FieldPath::from("tune").field("stack").index(index).field("init");
-            let (requests, sites) = begun.calibrates();
-            for request in requests {
+            for (path, request) in begun.calibrates() {
                 if let Some(message) = self.misfit(&request) {
                     return Err(Error::Faults(vec![Fault::new(path, message)]));
                 }
-                wanted.add(&request, sites).map_err(|error| cannot_start(error, path.clone()))?;
+                wanted.add(&request, begun.sites()).map_err(|error| cannot_start(error, path))?;
             }
         }
         if wanted.is_empty() {

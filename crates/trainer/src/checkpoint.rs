@@ -9,6 +9,7 @@ use attune_spec::id::{Digest, Step, Tokens};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::component::Shares;
 use crate::error::Error;
 use crate::guard::Guard;
 use crate::pin::{self, Pins};
@@ -44,6 +45,9 @@ pub(crate) struct State {
     pub(crate) validation: Vec<Measured>,
     /// Content digests of inputs that are read where they lie.
     pub(crate) pinned: Pins,
+    /// The ranks that a budget has given the sites of what trains; nothing without one.
+    #[serde(default, skip_serializing_if = "Shares::is_empty")]
+    pub(crate) shares: Shares,
 }
 
 /// Validation losses at a step.
@@ -87,10 +91,7 @@ pub(crate) fn save(
 
 /// Reads the state of a checkpoint that must be of the plan `plan`, and of inputs that have not changed since.
 pub(crate) fn load_state(folder: &Path, plan: Digest, pinned: &Pins) -> Result<State, Error> {
-    let path = folder.join(STATE_FILE);
-    let text = std::fs::read(&path).map_err(Error::io(path))?;
-    let state: State =
-        serde_json::from_slice(&text).map_err(|error| wrong(folder, format!("{STATE_FILE}: {error}")))?;
+    let state = read_state(folder)?;
     if state.format != FORMAT {
         return Err(wrong(folder, format!("has format {}; this build reads {FORMAT}", state.format)));
     }
@@ -99,6 +100,17 @@ pub(crate) fn load_state(folder: &Path, plan: Digest, pinned: &Pins) -> Result<S
     }
     pin::unchanged(&state.pinned, pinned)?;
     Ok(state)
+}
+
+fn read_state(folder: &Path) -> Result<State, Error> {
+    let path = folder.join(STATE_FILE);
+    let text = std::fs::read(&path).map_err(Error::io(path))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(folder, format!("{STATE_FILE}: {error}")))
+}
+
+/// Reads the ranks of sites alone: they say what tensors a checkpoint has. Whose it is, [`load_state`] sees to.
+pub(crate) fn load_shares(folder: &Path) -> Result<Shares, Error> {
+    Ok(read_state(folder)?.shares)
 }
 
 /// Reads the step rule's state.

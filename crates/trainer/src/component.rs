@@ -1,15 +1,17 @@
 //! One component of a stack, attached to a base: fresh for a run, or read from an adapter folder.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use attune_adapt::slot::{self, Fresh};
-use attune_adapt::{ADAPTERS, INITS, peft};
+use attune_adapt::{ADAPTERS, BUDGETS, INITS, budgets, peft};
 use attune_architecture::{Site, SiteId, targets};
 use attune_models::{Base, Slot, Stack, stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
+use attune_points::budget::Budget;
 use attune_points::init::Init;
-use attune_points::{Bank, BankKind, Binding, Params, Rows, Stats, StatsRequest, Theta};
+use attune_points::{Bank, BankKind, Binding, Params, Rows, Stats, StatsRequest, Theta, Weight};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::job::plan::PlanSlot;
@@ -17,8 +19,21 @@ use attune_spec::method::{BuildCx, MethodRef};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::Rng;
 use candle_core::DType;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+
+/// The ranks of sites where a budget has shared them out.
+pub(crate) type Shares = BTreeMap<String, Share>;
+
+/// What a site got.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Share {
+    rank: u32,
+    /// What that was decided by. Numbers of 32 bits are read from JSON as they were written.
+    scores: BTreeMap<String, f32>,
+}
 
 /// A component at its sites, with its tensors.
 pub(crate) struct Component {
@@ -32,37 +47,76 @@ pub(crate) struct Component {
 /// A component that a slot names by its method, before it has values.
 pub(crate) struct Begun {
     at: Attached,
+    method: MethodRef,
     init: Option<Box<dyn Init>>,
+    budget: Option<Box<dyn Budget>>,
     path: FieldPath,
 }
+
+/// The field of the job that says how ranks are shared.
+const BUDGET: &str = "tune.budget";
 
 impl Begun {
     pub(crate) fn new(
         planned: &PlanSlot,
         method: &MethodRef,
+        budget: Option<&MethodRef>,
         base: &Base,
         path: &FieldPath,
         cx: &BuildCx<'_>,
     ) -> Result<Self, Error> {
         let at = Attached::new(method, &planned.targets, planned.exclude.as_ref(), base, path, cx)?;
         let init = planned.init.as_ref().map(|init| INITS.build(init, &path.field("init"), cx));
-        Ok(Self { at, init: init.transpose().map_err(Error::Faults)?, path: path.clone() })
+        let budget = budget.map(|budget| BUDGETS.build(budget, &BUDGET.into(), cx));
+        let init = init.transpose().map_err(Error::Faults)?;
+        let budget = budget.transpose().map_err(Error::Faults)?;
+        Ok(Self { at, method: method.clone(), init, budget, path: path.clone() })
     }
 
-    /// What its start wants measured, and where.
-    pub(crate) fn calibrates(&self) -> (Vec<StatsRequest>, &[Site]) {
-        (self.init.as_ref().map(|init| init.calibrate()).unwrap_or_default(), &self.at.sites)
+    /// What its start and its budget want measured, each with the field that says so.
+    pub(crate) fn calibrates(&self) -> Vec<(FieldPath, StatsRequest)> {
+        let of = |path: FieldPath, wanted: Vec<StatsRequest>| wanted.into_iter().map(move |one| (path.clone(), one));
+        let init = self.init.iter().flat_map(|init| of(self.path.field("init"), init.calibrate()));
+        let budget = self.budget.iter().flat_map(|budget| of(BUDGET.into(), budget.calibrate()));
+        init.chain(budget).collect()
+    }
+
+    /// Where it is measured.
+    pub(crate) fn sites(&self) -> &[Site] {
+        &self.at.sites
+    }
+
+    /// The ranks that its budget gives its sites; nothing without one.
+    pub(crate) fn shares(&self, base: &Base, stats: &Stats) -> Result<Shares, Error> {
+        let Some(budget) = &self.budget else { return Ok(Shares::new()) };
+        let refused = |message: &str| cannot_start(attune_points::Error::Refused(message.to_owned()), BUDGET.into());
+        let mean = budgets::rank(&self.method).ok_or_else(|| refused("what trains has no rank"))?;
+        let shared = budget
+            .share(mean, &self.at.attachments, &|at| self.at.weight(at, base), stats)
+            .map_err(|error| cannot_start(error, BUDGET.into()))?;
+        let of = |share: attune_points::budget::Share| {
+            let scores = share.scores.into_iter().map(|(name, score)| (name.to_owned(), score as f32)).collect();
+            Share { rank: share.rank, scores }
+        };
+        let sites = self.at.attachments.iter().map(|at| at.site.to_string());
+        Ok(sites.zip(shared.into_iter().map(of)).collect())
+    }
+
+    /// The same component with these ranks.
+    pub(crate) fn with(self, shares: &Shares, base: &Base, cx: &BuildCx<'_>) -> Result<Self, Error> {
+        if shares.is_empty() {
+            return Ok(self);
+        }
+        let ranks = shares.iter().map(|(site, share)| (site.clone(), share.rank)).collect();
+        let method = budgets::ranked(&self.method, &ranks);
+        let at = self.at.again(&method, base, &self.path, cx)?;
+        Ok(Self { at, method, ..self })
     }
 
     /// The component with starting values.
     pub(crate) fn start(self, name: &str, seed: u64, base: &Base, stats: &Stats) -> Result<Component, Error> {
-        let Self { at, init, path } = self;
-        let weight = |attachment: &Attachment| {
-            let site = at.sites.iter().find(|site| site.id == attachment.site);
-            let site =
-                site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", attachment.site)))?;
-            Ok(Box::new(base.weight(site)) as Box<dyn attune_points::Weight + '_>)
-        };
+        let Self { at, init, path, .. } = self;
+        let weight = |attachment: &Attachment| at.weight(attachment, base);
         let stream = Rng::new(seed, "init").named(name);
         let fresh = slot::fresh(&*at.adapter, init.as_deref(), &at.attachments, weight, stats, &stream)
             .map_err(|error| cannot_start(error, if init.is_some() { path.field("init") } else { path.clone() }))?;
@@ -117,13 +171,30 @@ impl Attached {
         path: &FieldPath,
         cx: &BuildCx<'_>,
     ) -> Result<Self, Error> {
-        let adapter: Arc<dyn Adapter> = ADAPTERS.build(named, path, cx).map_err(Error::Faults)?.into();
         let applies = ADAPTERS.card(&named.method).map(|card| card.applies).unwrap_or_default();
         let under = |faults: Vec<Fault>| Error::Faults(faults.into_iter().map(|fault| fault.under(path)).collect());
         let takes = |site: &Site| applies.contains(&site.offers());
         let sites = targets::resolve(targets, exclude, base.architecture(), takes).map_err(under)?;
+        Self::at(sites, named, base, path, cx)
+    }
+
+    /// Another method at the same sites.
+    fn again(self, named: &MethodRef, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
+        Self::at(self.sites, named, base, path, cx)
+    }
+
+    fn at(sites: Vec<Site>, named: &MethodRef, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
+        let adapter: Arc<dyn Adapter> = ADAPTERS.build(named, path, cx).map_err(Error::Faults)?.into();
+        let under = |faults: Vec<Fault>| Error::Faults(faults.into_iter().map(|fault| fault.under(path)).collect());
         let attachments = adapter.attach(base.architecture(), &sites).map_err(under)?;
         Ok(Self { adapter, sites, attachments })
+    }
+
+    /// The base's weight at an attachment.
+    fn weight<'b>(&'b self, at: &Attachment, base: &'b Base) -> attune_points::Result<Box<dyn Weight + 'b>> {
+        let site = self.sites.iter().find(|site| site.id == at.site);
+        let site = site.ok_or_else(|| attune_points::Error::Refused(format!("{} is no target", at.site)))?;
+        Ok(Box::new(base.weight(site)))
     }
 
     fn with_fresh(self, Fresh { own, beside }: Fresh) -> Component {

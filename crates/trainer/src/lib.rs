@@ -40,6 +40,7 @@ mod copies;
 mod engine;
 mod evaluate;
 mod experts;
+mod fit;
 mod guard;
 mod meeting;
 mod output;

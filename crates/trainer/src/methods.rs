@@ -7,6 +7,7 @@ pub fn documents() -> Vec<MethodDocument> {
     let mut documents: Vec<MethodDocument> = attune_adapt::ADAPTERS
         .documents()
         .chain(attune_adapt::INITS.documents())
+        .chain(attune_adapt::BUDGETS.documents())
         .chain(attune_objective::OBJECTIVES.documents())
         .chain(attune_objective::REWARDS.documents())
         .chain(attune_data::MIXINGS.documents())
@@ -67,7 +68,7 @@ mod tests {
              the method, outputs, gradients, merged weights and files are compared with PEFT's. The last column is what the method has \
              and LoRA with as many parameters lacks, tested on both. In formulas `i` and `o` are the widths of a linear's input and \
              output (`i` that of a block's rows), `k` that of all keys, `b` 1 with a bias, `down` 1 at linears that lead out of an \
-             MLP.\n\n| method | paper | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|\n",
+             MLP, `out` 1 at those and at linears out of an attention.\n\n| method | paper | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|\n",
         );
         let paper = |document: &MethodDocument| {
             document.paper.as_ref().map_or_else(String::new, |paper| format!("{} ({})", paper.title, paper.year))

@@ -16,6 +16,7 @@ use candle_core::{DType, Tensor};
 use serde::Serialize;
 
 use crate::checkpoint::{Measured, State};
+use crate::component::Shares;
 use crate::engine::params;
 use crate::error::Error;
 use crate::experts;
@@ -39,6 +40,8 @@ struct Report<'a> {
     validation: &'a [Measured],
     data: &'a BTreeMap<String, attune_data::dataset::Report>,
     documents: BTreeMap<&'a str, u64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    ranks: &'a Shares,
 }
 
 /// Writes all outputs of a finished run.
@@ -95,6 +98,7 @@ pub(crate) fn write(
             .map(|domain| domain.name.as_str())
             .zip(state.data.counters.documents.iter().copied())
             .collect(),
+        ranks: &prepared.shares,
     };
     let path = folder.join("report.json");
     let mut text = serde_json::to_string_pretty(&report).unwrap_or_default();

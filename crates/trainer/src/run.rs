@@ -397,6 +397,7 @@ impl<'a> Rank<'a> {
             guard: self.engine.guard.clone(),
             validation: self.validation.clone(),
             pinned: self.prepared.pinned.clone(),
+            shares: self.prepared.shares.clone(),
         }
     }
 

@@ -14,7 +14,6 @@ use attune_models::{Base, LoadBalance, Model, Stack, surgery};
 use attune_objective::{OBJECTIVES, REWARDS};
 use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::engine::Job;
-use attune_points::objective::Needs;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
@@ -25,10 +24,12 @@ use attune_spec::{Fault, FieldPath};
 use crate::answers::{self, Judge};
 use crate::calibration::Calibration;
 use crate::card;
-use crate::component::{self, Begun, Component};
+use crate::checkpoint;
+use crate::component::{self, Begun, Component, Shares};
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
+use crate::fit::{fits, has_room, of_objective, remarks};
 use crate::pin::{self, Pins};
 use crate::protocol::{Event, Phase, Request};
 use crate::resident;
@@ -49,6 +50,8 @@ pub(crate) struct Prepared {
     /// Content digests of inputs that are read where they lie.
     pub(crate) pinned: Pins,
     pub(crate) plan_digest: Digest,
+    /// The ranks that a budget has given the sites of what trains.
+    pub(crate) shares: Shares,
 }
 
 /// A base by its folder, its precision, its products and the device that it lies on.
@@ -190,6 +193,10 @@ pub(crate) fn prepare(
     };
     let stats = calibration.of(&begun, request.resume.is_some())?;
 
+    let mut shares = match &request.resume {
+        Some(folder) => checkpoint::load_shares(folder)?,
+        None => Shares::new(),
+    };
     let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
     // What was taken out of the base, by the slot that it was taken out for.
     let mut taken_out = Vec::new();
@@ -199,7 +206,11 @@ pub(crate) fn prepare(
             Slotted::Read(component) => component,
             // What trains is in the checkpoint.
             Slotted::Begun(begun) if request.resume.is_some() && planned.train => {
-                begun.resume(planned.name.as_str(), plan.seed, &base)?
+                begun.with(&shares, &base, &cx)?.resume(planned.name.as_str(), plan.seed, &base)?
+            }
+            Slotted::Begun(begun) if planned.train => {
+                shares = begun.shares(&base, &stats)?;
+                begun.with(&shares, &base, &cx)?.start(planned.name.as_str(), plan.seed, &base, &stats)?
             }
             Slotted::Begun(begun) => begun.start(planned.name.as_str(), plan.seed, &base, &stats)?,
         };
@@ -279,6 +290,7 @@ pub(crate) fn prepare(
         reports,
         pinned,
         plan_digest: plan_digest(plan),
+        shares,
     })
 }
 
@@ -336,58 +348,6 @@ fn keep(plan: &Plan, base: &Base, ranks: u32, rows_beside: u64) -> Keep {
     }
 }
 
-/// Whether every row fits the micro-batch that it has to go into whole.
-fn fits(domains: &[Domain], validation: &[(String, Dataset)], packing: &Packing) -> Result<(), Error> {
-    let room = packing.shard_tokens();
-    let longest = |data: &Dataset| (0..data.len()).map(|row| packing.tokens_of(data, row)).max().unwrap_or(0);
-    let sets = domains.iter().map(|domain| &*domain.data).chain(validation.iter().map(|(_, data)| data));
-    let longest = sets.map(longest).max().unwrap_or(0);
-    if longest <= room {
-        return Ok(());
-    }
-    let what = match packing.answers {
-        None => "the longest row, with both its answers, has".to_owned(),
-        Some(Room { each, .. }) => format!("the longest prompt with {each} answers as long as they may be comes to"),
-    };
-    let message = format!(
-        "is {} for {} logical shards, {room} tokens each; {what} {longest}: set `tune.logical_shards` lower or this higher",
-        packing.batch_tokens, packing.logical_shards
-    );
-    Err(Error::Faults(vec![Fault::new("tune.batch_tokens", message)]))
-}
-
-/// Whether the rows of a file are what an objective compares, pairs or not.
-fn of_objective(data: &Dataset, objective: &str, needs: Needs, path: FieldPath) -> Option<Fault> {
-    let message = match (needs.pairs, data.views().len() == 2) {
-        _ if needs.answers.is_some() && data.report().form == Form::Text => {
-            format!("holds texts without prompts, and `{objective}` learns from answers to prompts")
-        }
-        (true, false) => format!(
-            "holds rows of {}; `{objective}` compares two answers: expected rows with `chosen` and `rejected`",
-            data.report().form.name()
-        ),
-        (false, true) => {
-            format!("holds pairs of a chosen and a rejected answer, and `{objective}` would learn both alike")
-        }
-        _ => return None,
-    };
-    Some(Fault::new(path, message))
-}
-
-/// Whether every prompt leaves room for an answer.
-fn has_room(data: &Dataset, max_length: u32, answers: Room, path: FieldPath) -> Option<Fault> {
-    let longest = (max_length - max_length.min(answers.max_tokens)) as usize;
-    let long = data.documents().filter(|document| document.prompt_tokens() > longest).count();
-    (long > 0).then(|| {
-        let message = format!(
-            "has {long} prompts of more than {longest} tokens, after which answers of {} are longer than `data.max_length`, \
-             {max_length}: set it higher or answers shorter",
-            answers.max_tokens
-        );
-        Fault::new(path, message)
-    })
-}
-
 /// What judges the answers of the model.
 fn judge(plan: &Plan, tokenizer: Tokenizer, template: Option<&ChatTemplate>, cx: &BuildCx<'_>) -> Result<Judge, Error> {
     let path = FieldPath::from("tune").field("rewards");
@@ -400,20 +360,6 @@ fn judge(plan: &Plan, tokenizer: Tokenizer, template: Option<&ChatTemplate>, cx:
     }
     let stop = tokenizer.stops(template);
     if faults.is_empty() { Ok(Judge { tokenizer, stop, rules }) } else { Err(Error::Faults(faults)) }
-}
-
-/// What is not learned of a file although nothing failed.
-fn remarks(report: &attune_data::dataset::Report) -> Vec<String> {
-    let mut remarks = Vec::new();
-    if let Some(first) = report.bad.first.first() {
-        let bad = report.bad.count();
-        remarks.push(format!("{bad} of {} rows are bad and left out, the first of them {first}", report.rows + bad));
-    }
-    if report.truncated > 0 {
-        let (cut, rows) = (report.truncated, report.rows);
-        remarks.push(format!("{}: {cut} of {rows} rows are cut off at `data.max_length`", report.file));
-    }
-    remarks
 }
 
 /// The batches of a run, from its beginning.
@@ -476,7 +422,10 @@ fn begin(
 ) -> Result<Slotted, Error> {
     match (&planned.from, &planned.method) {
         (Some(from), _) => Ok(Slotted::Read(Component::read(&folder(request, from, pinned)?, base, path, cx)?)),
-        (None, Some(method)) => Ok(Slotted::Begun(Begun::new(planned, method, base, path, cx)?)),
+        (None, Some(method)) => {
+            let budget = request.plan.budget.as_ref().filter(|_| planned.train);
+            Ok(Slotted::Begun(Begun::new(planned, method, budget, base, path, cx)?))
+        }
         (None, None) => Err(Error::Faults(vec![Fault::new(path.field("method"), "is missing")])),
     }
 }

@@ -84,8 +84,10 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
 fn statistics(admitted: &Admitted) -> Option<u64> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
     let mut bytes = 0.0;
-    for (slot, init) in plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?))) {
-        let document = Catalogue::embedded().get(&init.method)?;
+    let inits = plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?)));
+    let budget = plan.stack.iter().filter(|slot| slot.train).zip(&plan.budget);
+    for (slot, asks) in inits.chain(budget) {
+        let document = Catalogue::embedded().get(&asks.method)?;
         let mut sites = admit::sites(slot, architecture).ok()?;
         if document.trains_base {
             // A weight that is tied to another one trains there.
@@ -96,7 +98,7 @@ fn statistics(admitted: &Admitted) -> Option<u64> {
             let is_first = !sites[..at].iter().any(|before| before.reads_with(site));
             let formulas = [(is_first, &document.input_statistics), (true, &document.weight_statistics)];
             for (_, formula) in formulas.into_iter().filter(|(counts, formula)| *counts && !formula.is_empty()) {
-                let mut names = init.params.clone();
+                let mut names = asks.params.clone();
                 names.extend(site.sizes(architecture));
                 bytes += expression::number(formula, &names).ok()?;
             }

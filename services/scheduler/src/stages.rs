@@ -35,7 +35,7 @@ pub(crate) async fn follow(context: Arc<Context>, due: Arc<Notify>) {
         let Ok(keys) = context.front.due().await else { return };
         let mut is_left = false;
         for key in keys {
-            if let Err(error) = advance(&context, &key).await {
+            if let Err(error) = Box::pin(advance(&context, &key)).await {
                 tracing::warn!(%error, %key, "the next stage of a job was not made; it is tried again");
                 is_left = true;
             }
@@ -55,7 +55,7 @@ async fn advance(context: &Context, key: &JobKey) -> Result<(), Status> {
             return Ok(());
         }
         // More may follow from what was made.
-        let Some((look, extra)) = look(context, key, &row).await? else { continue };
+        let Some((look, extra)) = Box::pin(look(context, key, &row)).await? else { continue };
         let input = Input::Looked { key: key.clone(), version: row.version, look };
         match context.front.step_with(input, extra).await? {
             Answer::Refused(Refusal::JobChanged { .. }) => {}

@@ -6,6 +6,7 @@ mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
 mod bbtv2;
+mod bdlora;
 mod beft;
 mod boft;
 mod bone;
@@ -40,6 +41,7 @@ mod lora;
 mod loramoe;
 mod lorma;
 mod lotr;
+mod monteclora;
 mod mora;
 mod multitask_prompt_tuning;
 mod nora;
@@ -92,6 +94,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
         entry::<bbtv2::Bbtv2>(),
+        entry::<bdlora::Bdlora>(),
         entry::<beft::Beft>(),
         entry::<boft::Boft>(),
         entry::<bone::Bone>(),
@@ -126,6 +129,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<loramoe::Loramoe>(),
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
+        entry::<monteclora::Monteclora>(),
         entry::<mora::Mora>(),
         entry::<multitask_prompt_tuning::MultitaskPromptTuning>(),
         entry::<nora::Nora>(),
@@ -201,6 +205,8 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LOKR"), claims: |_| true, read: lokr::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: kasa::is_kasa, read: kasa::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: bdlora::is_bdlora, read: bdlora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: monteclora::is_monteclora, read: monteclora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("MULTITASK_PROMPT_TUNING"), claims: |_| true, read: multitask_prompt_tuning::from_peft },

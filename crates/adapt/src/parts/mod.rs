@@ -9,6 +9,7 @@ pub(crate) mod clusters;
 pub(crate) mod dropout;
 pub(crate) mod factors;
 pub(crate) mod foreign;
+pub(crate) mod gamma;
 pub(crate) mod gates;
 pub(crate) mod hadamard;
 pub(crate) mod keys;

@@ -1,8 +1,9 @@
-//! The battery of the point `Adapter`: one named trial for each method and property.
+//! The batteries of the points `Adapter` and `Budget`: one named trial for each method and property.
 //!
 //! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is a trial of `own`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod budgets;
 mod calibrated;
 mod golden;
 mod own;
@@ -105,6 +106,11 @@ fn is_step(card: &Card, local: &str) -> bool {
     matches!((card.name, local), ("taps" | "selective-lora", "score"))
 }
 
+/// Whether only what training draws depends on a tensor: without draws it has no gradient, and with them it is tested beside it.
+pub(crate) fn is_of_draws(local: &str) -> bool {
+    matches!(local, "std_prior" | "expert_weights_prior")
+}
+
 /// Whether sites start from weights of other sites.
 fn starts_together(card: &Card) -> bool {
     card.name == "frod"
@@ -136,6 +142,7 @@ fn main() {
     trials.extend(own::trials());
     trials.extend(starts::trials());
     trials.extend(calibrated::trials());
+    trials.extend(budgets::trials());
     trials.extend(golden::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -204,7 +211,9 @@ fn gradient_of(card: &Card, method: Value) -> Result<(), Failed> {
     let mut rng = Rng::new(4, "directions");
     // The square of it times the third derivative, which is large where rows of the stream itself move, and rounding of 1e-16 over it.
     let step = 3e-6;
-    for (id, value) in setup.theta.trained().filter(|(id, _)| !is_step(card, id.name.local())) {
+    for (id, value) in
+        setup.theta.trained().filter(|(id, _)| !is_step(card, id.name.local()) && !is_of_draws(id.name.local()))
+    {
         let direction = rng.normal_tensor(value.shape(), 1.0, DType::F64)?;
         let loss = |sign: f64| -> Result<f64, Failed> {
             let theta = setup.with(&id.name, (value + (&direction * (sign * step))?)?);

@@ -93,7 +93,7 @@ impl Started {
         let init = init(start)?;
         let base = Arc::new(base);
         let bare = Model::new(Arc::clone(&base), Stack::default());
-        let stats = stats(&bare, &*init, &sites, data);
+        let stats = stats(&bare, &init.calibrate(), &sites, data);
         let weight = |at: &Attachment| weight(&base, &sites, at);
         let fresh = slot::fresh(&*adapter, Some(&*init), &attachments, weight, &stats, &Rng::new(1, "init"))?;
         let slot = || Slot::new(Arc::clone(&adapter), attachments.iter().cloned());

@@ -6,11 +6,10 @@ use attune_adapt::{ADAPTERS, slot};
 use attune_architecture::{Architecture, Site, targets};
 use attune_models::{Base, Model, Pass, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, Port};
-use attune_points::init::Init;
 use attune_points::layout::{LabelCounts, NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
 use attune_points::{
-    Bank, BankKind, GradSink, Layout, Owner, Params, Row, Stats, Tap, TensorId, TensorName, Theta, Weight,
+    Bank, BankKind, GradSink, Layout, Owner, Params, Row, Stats, StatsRequest, Tap, TensorId, TensorName, Theta, Weight,
 };
 use attune_probe::{Wanted, measure};
 use attune_spec::id::Step;
@@ -210,10 +209,10 @@ pub(crate) fn batch() -> Layout {
     layout
 }
 
-/// What an initialisation asks for, measured on a model without components.
-pub(crate) fn stats(model: &Model, init: &dyn Init, sites: &[Site], data: &[Layout]) -> Stats {
+/// What somebody asks for, measured on a model without components.
+pub(crate) fn stats(model: &Model, asked: &[StatsRequest], sites: &[Site], data: &[Layout]) -> Stats {
     let mut wanted = Wanted::default();
-    init.calibrate().iter().for_each(|request| wanted.add(request, sites).unwrap());
+    asked.iter().for_each(|request| wanted.add(request, sites).unwrap());
     let mut data = data.iter().map(|layout| Arc::new(layout.clone()));
     measure(&mut Bare(model), &wanted, 64, &mut || Ok(data.next())).unwrap().0
 }

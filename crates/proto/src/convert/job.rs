@@ -112,6 +112,7 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         adapter: spec.adapter.as_ref().map(|item| slot(item, &path.field("adapter"), faults)),
         from_scratch: spec.from_scratch,
         surgery: spec.surgery.as_ref().and_then(|surgery| method(surgery, &path.field("surgery"), faults)),
+        budget: spec.budget.as_ref().and_then(|budget| method(budget, &path.field("budget"), faults)),
         objective: method(&spec.objective, &path.field("objective"), faults),
         rewards: (spec.rewards.iter().enumerate())
             .map(|(index, item)| v1::RewardSpec {
@@ -360,6 +361,7 @@ impl Reader {
             "adapter": spec.adapter.as_ref().map(|item| self.slot(item, &path.field("adapter"))),
             "from_scratch": Some(spec.from_scratch),
             "surgery": spec.surgery.as_ref().map(|m| self.method(m, &path.field("surgery"))),
+            "budget": spec.budget.as_ref().map(|m| self.method(m, &path.field("budget"))),
             "objective": spec.objective.as_ref().map(|m| self.method(m, &path.field("objective"))),
             "step": spec.step.as_ref().map(|m| self.method(m, &path.field("step"))),
             "optimizer": spec.optimizer.as_ref().map(|m| self.method(m, &path.field("optimizer"))),
@@ -454,7 +456,12 @@ tune: {adapter: {method: full}, steps: 3}
         let upcycled =
             SHORT.replace("steps: 3}", "steps: 3, surgery: {method: dynamic-dino, copies: 3, balance: 0.5}}");
         assert!(read(&upcycled).tune.surgery.is_some());
-        for text in [FULL, SHORT, &judged, &upcycled] {
+        let shared = SHORT.replace(
+            "adapter: {method: full}",
+            "adapter: {method: lora}, budget: {method: sensitivity-lora, least: 3}",
+        );
+        assert!(read(&shared).tune.budget.is_some());
+        for text in [FULL, SHORT, &judged, &upcycled, &shared] {
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }

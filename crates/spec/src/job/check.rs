@@ -38,6 +38,7 @@ pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
     let tune = FieldPath::from("tune");
     for (field, point) in [
         ("surgery", Point::Surgery),
+        ("budget", Point::Budget),
         ("objective", Point::Objective),
         ("step", Point::StepRule),
         ("optimizer", Point::Optimizer),
@@ -123,6 +124,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     shards(spec, catalogue, &mut faults);
     share(spec, catalogue, &mut faults);
     surgery(spec, catalogue, &mut faults);
+    budget(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
         if let Some(method) = method.filter(|method| method.merges == Merges::No) {
@@ -307,6 +309,37 @@ fn surgery(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
             let message = "is an adapter, and `tune.surgery` makes a model of its own, which only a method that trains the \
                            weights of the base keeps";
             faults.push(Fault::new(path, message));
+        }
+    }
+}
+
+/// The parameter by which single sites have ranks of their own.
+const RANKS: &str = "rank_pattern";
+
+/// Ranks are shared among the sites of a fresh component whose method lets sites differ, and which does not say by itself how.
+fn budget(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    if spec.tune.budget.is_none() {
+        return;
+    }
+    for (path, slot) in spec.tune.slots().into_iter().filter(|(_, slot)| slot.train) {
+        if slot.from.is_some() {
+            let message = format!("is given, but `{path}` starts from an adapter, whose ranks are what they are");
+            faults.push(Fault::new("tune.budget", message));
+        }
+        let Some(method) = slot.method.as_deref().and_then(|method| catalogue.get(method)) else { continue };
+        if method.schema["properties"].get(RANKS).is_none() {
+            let able = catalogue.documents().filter(|other| other.schema["properties"].get(RANKS).is_some());
+            let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
+            let message = format!(
+                "is given, but `{path}` is {}, whose sites have no ranks of their own; expected one of {}",
+                method.name,
+                able.join(", ")
+            );
+            faults.push(Fault::new("tune.budget", message));
+        }
+        for field in [RANKS, "alpha_pattern"].into_iter().filter(|field| slot.params.contains_key(*field)) {
+            let message = "cannot be given together with `tune.budget`, which decides it";
+            faults.push(Fault::new(path.field(field), message));
         }
     }
 }

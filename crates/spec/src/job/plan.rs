@@ -127,6 +127,9 @@ pub struct Plan {
     pub template: Option<String>,
     /// The components.
     pub stack: Vec<PlanSlot>,
+    /// How the ranks of what trains are shared among its sites; alike if it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<MethodRef>,
     /// The loss.
     pub objective: MethodRef,
     /// What the answers are worth which the model gives by itself; none if it does not.
@@ -276,6 +279,7 @@ impl Plan {
             on_bad_row: spec.data.on_bad_row,
             template: spec.data.template.clone(),
             stack,
+            budget: tune.budget.as_ref().map(|budget| catalogue.resolve(budget)),
             objective: catalogue.resolve(&tune.objective),
             rewards: tune
                 .rewards

@@ -214,6 +214,9 @@ pub struct TuneSpec {
     /// Another model that is made of the base first, and trains in its place.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub surgery: Option<MethodRef>,
+    /// How the ranks of what trains are shared among its sites; each has the same when it is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<MethodRef>,
     /// The loss.
     pub objective: MethodRef,
     /// What the answers are worth which the model gives by itself, where the objective learns from such: the sum of these.
@@ -267,6 +270,7 @@ impl Default for TuneSpec {
             adapter: None,
             from_scratch: false,
             surgery: None,
+            budget: None,
             objective: MethodRef::named("sft"),
             rewards: Vec::new(),
             step: MethodRef::named("plain"),

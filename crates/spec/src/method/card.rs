@@ -10,6 +10,8 @@ pub enum Point {
     Adapter,
     /// Given base weight and statistics, what are the starting tensors?
     Init,
+    /// How are ranks shared among sites?
+    Budget,
     /// Layout and outputs to loss.
     Objective,
     /// How good is an answer that the model gave by itself?
@@ -30,9 +32,10 @@ pub enum Point {
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Adapter,
         Self::Init,
+        Self::Budget,
         Self::Objective,
         Self::Reward,
         Self::Mixing,
@@ -48,6 +51,7 @@ impl Point {
         match self {
             Self::Adapter => "adapter",
             Self::Init => "init",
+            Self::Budget => "budget",
             Self::Objective => "objective",
             Self::Reward => "reward",
             Self::Mixing => "mixing",
@@ -64,6 +68,7 @@ impl Point {
         match self {
             Self::Adapter => "which attachments at which sites, with which tensors, and what do they merge to?",
             Self::Init => "given the base weight, what are the starting tensors?",
+            Self::Budget => "how are ranks shared among the sites of what trains?",
             Self::Objective => "what is the loss?",
             Self::Reward => "how good is an answer that the model gave by itself?",
             Self::Mixing => "which domain does the next document come from?",
@@ -149,8 +154,8 @@ pub struct Card {
     /// The sites of a slot that names none: an entry as in `targets`; empty for points without sites.
     pub targets: &'static str,
     /// Trainable parameters per site as an expression over the method's parameters, the site's input width `i` and output
-    /// width `o`, the width `k` of the model's keys, and whether it has a bias (`b`), leads out of an MLP (`down`), is a `table` or an
-    /// attention as a whole (`attention`), as 0 or 1; empty for points without parameters.
+    /// width `o`, the width `k` of the model's keys, and whether it has a bias (`b`), leads out of an MLP (`down`) or of that or an
+    /// attention (`out`), is a `table` or an attention as a whole (`attention`), as 0 or 1; empty for points without parameters.
     pub parameters: &'static str,
     /// Trainable parameters that all its sites share, as such an expression; empty for none.
     pub shared: &'static str,

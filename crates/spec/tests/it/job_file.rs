@@ -173,6 +173,28 @@ fn a_base_is_shared_only_as_it_is() {
 }
 
 #[test]
+fn ranks_are_shared_among_sites_that_may_have_their_own() {
+    let budget = ("tune.budget", json!({"method": "sensitivity-lora", "least": 1}));
+    assert_eq!(faults(std::slice::from_ref(&budget)), [""; 0]);
+    let wrong = ("tune.budget", json!({"method": "sensitivity-lora", "least": 0}));
+    assert_eq!(faults(&[wrong]), ["`tune.budget.least` is 0; expected 1 or more"]);
+    let bone = ("tune.adapter", json!({"method": "bone"}));
+    let found = faults(&[budget.clone(), bone]);
+    assert!(
+        found.len() == 1
+            && found[0].starts_with("`tune.budget` is given, but `tune.adapter` is bone, whose sites have no ranks of their own; expected one of")
+            && found[0].contains("lora"),
+        "{found:?}"
+    );
+    let own = ("tune.adapter", json!({"method": "lora", "rank_pattern": {"a": 3}}));
+    let message = "`tune.adapter.rank_pattern` cannot be given together with `tune.budget`, which decides it";
+    assert_eq!(faults(&[budget.clone(), own]), [message]);
+    let from = ("tune.adapter", json!({"from": "facts:latest"}));
+    let message = "`tune.budget` is given, but `tune.adapter` starts from an adapter, whose ranks are what they are";
+    assert_eq!(faults(&[budget, from]), [message]);
+}
+
+#[test]
 fn a_surgery_is_for_what_keeps_its_model() {
     let (surgery, full) =
         (("tune.surgery", json!({"method": "dynamic-dino"})), ("tune.adapter", json!({"method": "full"})));

@@ -10,13 +10,20 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 46] = [
+const KINDS: [(&str, &[(&str, &str)]); 49] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
     (
         "corda",
         &[("tune.adapter", "{method: lora, rank: 4, init: {method: corda, mode: kpm, domains: [sums], examples: 5}}")],
+    ),
+    (
+        "ranks by sensitivity",
+        &[
+            ("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 5}}"),
+            ("tune.budget", "{method: sensitivity-lora, examples: 7, least: 1}"),
+        ],
     ),
     ("lora-ga", &[("tune.adapter", "{method: lora, rank: 4, init: {method: lora-ga, examples: 12}}")]),
     ("kore", &[("tune.adapter", "{method: lora, rank: 4, trains: b, init: {method: kore, domains: [greetings]}}")]),
@@ -69,6 +76,8 @@ const KINDS: [(&str, &[(&str, &str)]); 46] = [
     ("vectorfit", &[("tune.adapter", "{method: vectorfit, freeze: 0.3, every: 0.2}")]),
     ("tokens", &[("tune.adapter", "{method: trainable-tokens, tokens: [10, 65], words: [e]}")]),
     ("lora with a bias", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, bias: true}")]),
+    ("bdlora", &[("tune.adapter", "{method: bdlora, rank: 4, dropout: 0.1}")]),
+    ("monteclora", &[("tune.adapter", "{method: monteclora, rank: 4, dropout: 0.1, scale: 0.1, entropy: true}")]),
     ("glora", &[("tune.adapter", "{method: glora, rank: 2}")]),
     (
         "adamss",

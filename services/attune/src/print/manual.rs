@@ -195,6 +195,7 @@ fn example(method: &MethodDocument) -> String {
     match method.point {
         Point::Adapter => format!("  tune:\n    adapter: {{{named}}}\n"),
         Point::Init => format!("  tune:\n    adapter: {{…, init: {{{named}}}}}\n"),
+        Point::Budget => format!("  tune:\n    budget: {{{named}}}\n"),
         Point::Mixing => format!("  data:\n    mixing: {{{named}}}\n"),
         Point::Objective => {
             let rewards = if method.answers.is_empty() { "" } else { "    rewards: [{method: exact-match}]\n" };

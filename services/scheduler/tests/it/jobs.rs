@@ -167,6 +167,14 @@ async fn what_a_method_costs_is_in_the_forecast() {
     // number.
     let trained = 2 * (4 * (8 + 8) + 3 * (8 + 16)) * 16;
     assert_eq!(eva.memory_bytes - thin.memory_bytes, 2 * 4 * (3 * 8 * 11 + 16 * 19) - trained);
+    // Ranks that are shared by what inputs vary in cost as much to measure.
+    let mut job = job();
+    job["tune"]["adapter"] = json!({"method": "lora", "rank": 1});
+    job["tune"]["budget"] = json!({"method": "sensitivity-lora", "least": 1});
+    let request = v1::CreateJobRequest { spec: Some(message(&job)), validate_only: true, ..Default::default() };
+    let shared = client.jobs().create_job(request).await.unwrap().into_inner().forecast.unwrap();
+    assert_eq!(shared.memory_bytes, eva.memory_bytes);
+    assert_eq!(shared.trainable_parameters, thin.trainable_parameters);
     // A head that is the embedding counts once.
     assert_eq!(full.trainable_parameters, full.total_parameters);
     assert_eq!(lora_ga.memory_bytes - thin.memory_bytes, 2 * 4 * (4 * 64 + 3 * 128) - trained);

@@ -2,6 +2,7 @@
 
 mod banks;
 mod connected;
+mod drawn;
 mod parts;
 mod products;
 mod prompts;
@@ -56,6 +57,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(turns::OWN)
         .chain(banks::OWN)
         .chain(connected::OWN)
+        .chain(drawn::OWN)
         .chain(parts::OWN)
         .chain(searches::OWN)
         .chain(steps::OWN)

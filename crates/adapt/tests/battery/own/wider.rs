@@ -21,6 +21,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("frod::few_numbers_change_a_weight_by_all_ranks", turned_basis),
     ("poly::a_text_is_another_one_to_another_task", tasks_apart),
     ("wider::every_form_has_exact_gradients_and_merges", forms),
+    ("bdlora::what_its_halves_change_has_nothing_in_common", halves),
 ];
 
 /// A linear of 32 outputs and 24 inputs.
@@ -136,6 +137,28 @@ fn forms() -> Result<(), Failed> {
         let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
         gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
         merged_of(card, method)?;
+    }
+    Ok(())
+}
+
+/// The rank of a change, and those of its halves, of outputs or of inputs.
+fn of_halves(method: Value, site: &str, dim: usize) -> Result<[usize; 3], Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, site, DType::F64);
+    setup.disturb(0.3);
+    let change = super::change(&setup)?;
+    let half = change.dim(dim)? / 2;
+    let part = |at: usize| rank(&change.narrow(dim, at * half, half)?.contiguous()?);
+    Ok([rank(&change)?, part(0)?, part(1)?])
+}
+
+fn halves() -> Result<(), Failed> {
+    for (site, dim) in [("model.layers.1.mlp.up_proj", 0), ("model.layers.1.mlp.down_proj", 1)] {
+        // 160 numbers and 168.
+        let blocks = of_halves(json!({"method": "bdlora", "rank": 4, "blocks": 2}), site, dim)?;
+        let plain = of_halves(json!({"method": PLAIN, "rank": 3}), site, dim)?;
+        assert_eq!((blocks, plain), ([4, 2, 2], [3, 3, 3]), "{site}");
+        let outer = of_halves(json!({"method": "bdlora", "rank": 4, "blocks": 2, "side": "outer"}), site, 1 - dim)?;
+        assert_eq!(outer, [4, 2, 2], "{site}");
     }
     Ok(())
 }

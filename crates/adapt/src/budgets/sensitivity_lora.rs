@@ -1,0 +1,586 @@
+//! Gives more rank to the linears on whose weights the loss depends most, by the second derivative of what they answer on some
+//! examples, before anything trains; for a fixed number of ranks over linears that matter unequally.
+//!
+//! # Update
+//! ```text
+//! H_ii = 2/T Σ_t x_t x_t^T                      q_oi = 1/2 H_ii W_oi²            the loss of answers if a weight were 0
+//! G = Σ q_oi  (`measure: inputs`: tr H)         the whole linear
+//! T = Σ of the largest `top_share` of q / Σ q   how few weights hold it
+//! E = exp(-Σ_k p_k ln p_k) / i                  effective rank of inputs, p the eigenvalues of H over their sum
+//! S = w_G Ĝ + w_T T̂ + w_E Ê                     ^: over the mean of the linears of this shape
+//! r = least + (R - N least) S / Σ S             rounded by largest remainders to Σ r = R = N rank, least <= r <= most
+//! ```
+//!
+//! # Symbols
+//! `x_t` what the linear reads, at the T rows that count; `W_oi` its weight; N the linears of the slot, `rank` the slot's own. The
+//! sums are in 64 bits.
+//!
+//! # Cost
+//! One pass over `examples` examples, up to the last block with such a linear, and an eigendecomposition of an `i` by `i` matrix for each
+//! of its inputs: queries, keys and values have one between them, and so do the halves of a gated MLP. While it is measured, four bytes for
+//! each number of a covariance, and for each weight of one linear at a time. What trains has N `rank` ranks as without it: as many
+//! parameters where linears have one shape. A forecast counts `rank` everywhere.
+//!
+//! # Limits
+//! Linears that score alike get `rank` each. What trains is the slot's method with `rank_pattern` and `alpha_pattern`, written as PEFT reads them; the factor on its products is `alpha / rank` everywhere.
+//!
+//! # Departures
+//! The paper names its measures, a whole loss, the largest entries and the effective rank of second derivatives; how they are put
+//! together here is our own. Scores are compared by the mean of their shape: `compare: by_range`, from the least to the largest, stretches
+//! what differs by chance alone over the whole range, and a linear a hundred times as sensitive as others does not stand out by it.
+//! Squared gradients in place of H would need those of single examples, and are left out.
+//!
+//! # Paper
+//! Sensitivity-LoRA: Low-Load Sensitivity-Based Fine-Tuning for Large Language Models. Zhang et al., 2025.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+use attune_points::adapter::{Attachment, WeightOf};
+use attune_points::budget::{Budget, Share};
+use attune_points::stats::{Covariance, What};
+use attune_points::{Error, Result, Stats, StatsRequest};
+use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
+use attune_spec::{Fault, FieldPath};
+use attune_tensor::linalg;
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::parts::calibration::Rows;
+
+/// What the loss of a whole linear is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Measure {
+    /// The sum over its weights of what the loss would be without each.
+    #[default]
+    Weights,
+    /// The trace of the second derivative, which its inputs alone make.
+    Inputs,
+}
+
+/// What a score is compared with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Compare {
+    /// The mean of the linears of its shape.
+    #[default]
+    ByMean,
+    /// The least and the largest of them, as 0 and 1.
+    ByRange,
+}
+
+/// Parameters of the budget.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub(super) struct Config {
+    /// How many examples of the training data are looked at, the first ones that are trained on.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    examples: u64,
+    /// Which of their rows count.
+    rows: Rows,
+    /// The least rank of a linear.
+    #[schemars(range(min = 1, max = 4096))]
+    least: u32,
+    /// The largest one; four times the slot's if left out.
+    #[schemars(range(min = 1, max = 4096))]
+    most: Option<u32>,
+    /// What the loss of a whole linear is.
+    measure: Measure,
+    /// What a score is compared with.
+    compare: Compare,
+    /// Weight of the loss of a whole linear in its score.
+    #[schemars(range(min = 0.0, max = 1e6))]
+    global_weight: f64,
+    /// Weight of the share that its most sensitive weights have of that loss.
+    #[schemars(range(min = 0.0, max = 1e6))]
+    top_weight: f64,
+    /// Weight of the effective rank of its inputs.
+    #[schemars(range(min = 0.0, max = 1e6))]
+    effective_rank_weight: f64,
+    /// Share of the weights that are counted as the most sensitive ones.
+    #[schemars(range(min = 1e-6, max = 1.0))]
+    top_share: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            examples: 128,
+            rows: Rows::Tokens,
+            least: 2,
+            most: None,
+            measure: Measure::default(),
+            compare: Compare::default(),
+            global_weight: 0.5,
+            top_weight: 0.25,
+            effective_rank_weight: 0.25,
+            top_share: 0.01,
+        }
+    }
+}
+
+pub(super) struct SensitivityLora {
+    config: Config,
+    request: StatsRequest,
+}
+
+impl Method for SensitivityLora {
+    const CARD: Card = Card {
+        paper: Some(Paper {
+            title: "Sensitivity-LoRA: Low-Load Sensitivity-Based Fine-Tuning for Large Language Models",
+            authors: "Hao Zhang, Bo Huang, Zhenjia Li, Xi Xiao, Hui Yi Leong, Zumeng Zhang, Xinwei Long, Tianyang Wang, Hao Xu",
+            year: 2025,
+        }),
+        input_statistics: "4*i*(i+3)",
+        ..Card::new(
+            "sensitivity-lora",
+            Point::Budget,
+            "Gives more rank to the linears on whose weights the loss depends most, by the second derivative of what they answer on \
+             some examples, before anything trains; for a fixed number of ranks over linears that matter unequally.",
+        )
+    };
+    type Config = Config;
+    type Object = dyn Budget;
+
+    fn build(config: Config, _: &BuildCx<'_>) -> std::result::Result<Box<dyn Budget>, Vec<Fault>> {
+        let mut faults = Vec::new();
+        if let Some(most) = config.most.filter(|most| *most < config.least) {
+            let message = format!("is {most}; expected at least `least`, {}", config.least);
+            faults.push(Fault::new("most", message));
+        }
+        if config.global_weight + config.top_weight + config.effective_rank_weight <= 0.0 {
+            let message = "is 0, and so are the weights of all else; expected one above";
+            faults.push(Fault::new(FieldPath::from("global_weight"), message));
+        }
+        if !faults.is_empty() {
+            return Err(faults);
+        }
+        let what = What::InputCovariance { rows: config.rows.counted(), scaled: false };
+        let request = StatsRequest { what, examples: config.examples, domains: None };
+        Ok(Box::new(Self { config, request }))
+    }
+}
+
+impl Budget for SensitivityLora {
+    fn calibrate(&self) -> Vec<StatsRequest> {
+        vec![self.request.clone()]
+    }
+
+    fn share(&self, mean: u32, at: &[Attachment], weight: &WeightOf<'_, '_>, stats: &Stats) -> Result<Vec<Share>> {
+        let found = at.iter().map(|at| stats.covariance(&self.request, &at.site)).collect::<Result<Vec<_>>>()?;
+        let effective = effective_ranks(&found)?;
+        let mut linears = Vec::with_capacity(at.len());
+        // A linear's sensitivities are as large as its weight: one at a time.
+        for ((at, found), effective_rank) in at.iter().zip(&found).zip(effective) {
+            let weight = weight(at)?;
+            let (loss, top_share) =
+                sensitivities(&weight.dense(DType::F32)?, &second_derivative(found)?, self.config.top_share)?;
+            let global = match self.config.measure {
+                Measure::Weights => loss,
+                Measure::Inputs => second_derivative(found)?.iter().sum(),
+            };
+            let name = at.site.as_str();
+            linears.push(Linear { name, shape: weight.shape(), values: [global, top_share, effective_rank] });
+        }
+        let scores = scores(&linears, &self.config);
+        let ranks = shares(mean, &linears, &scores, &self.config)?;
+        let share = |((linear, score), rank): ((&Linear<'_>, f64), u32)| {
+            let [sensitivity, top_share, effective_rank] = linear.values;
+            let scores = vec![
+                ("sensitivity", sensitivity),
+                ("top_share", top_share),
+                ("effective_rank", effective_rank),
+                ("score", score),
+            ];
+            Share { rank, scores }
+        };
+        Ok(linears.iter().zip(scores).zip(ranks).map(share).collect())
+    }
+}
+
+/// What was found at a linear: the loss of the whole, the share of its most sensitive weights, the effective rank of its inputs.
+struct Linear<'a> {
+    name: &'a str,
+    shape: (usize, usize),
+    values: [f64; 3],
+}
+
+/// The diagonal of the second derivative of `1/T Σ_t |W x_t - y_t|²` by a row of the weight, `2/T Σ_t x_t²`.
+fn second_derivative(found: &Covariance) -> Result<Vec<f64>> {
+    let width = found.sum_ii.dim(0)?;
+    let values = found.sum_ii.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    Ok((0..width).map(|i| 2.0 * values[i * (width + 1)] / found.rows as f64).collect())
+}
+
+/// The sum of `1/2 H_ii W_oi²`, and the share that its largest entries have of it: this share of them, at least one.
+fn sensitivities(w_oi: &Tensor, h_i: &[f64], top: f64) -> Result<(f64, f64)> {
+    let mut q = w_oi.flatten_all()?.to_vec1::<f32>()?;
+    let mut all = 0.0;
+    for row in q.chunks_mut(h_i.len().max(1)) {
+        for (entry, h) in row.iter_mut().zip(h_i) {
+            let sensitivity = 0.5 * h * f64::from(*entry).powi(2);
+            all += sensitivity;
+            *entry = sensitivity as f32;
+        }
+    }
+    if all <= 0.0 {
+        return Ok((0.0, 0.0));
+    }
+    let count = ((top * q.len() as f64).ceil() as usize).clamp(1, q.len());
+    q.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
+    // What is largest is known, and not in which order it comes: the sum is made in one of its own.
+    let top = &mut q[..count];
+    top.sort_unstable_by(f32::total_cmp);
+    Ok((all, top.iter().map(|entry| f64::from(*entry)).sum::<f64>() / all))
+}
+
+/// How many directions inputs vary in alike, over how many there are. Linears that read the same rows have it between them.
+fn effective_ranks(found: &[&Covariance]) -> Result<Vec<f64>> {
+    let mut unlike: Vec<&Covariance> = Vec::new();
+    let mut which = Vec::with_capacity(found.len());
+    for covariance in found {
+        let same = |other: &&Covariance| other.sum_ii.id() == covariance.sum_ii.id();
+        which.push(unlike.iter().position(same).unwrap_or_else(|| {
+            unlike.push(covariance);
+            unlike.len() - 1
+        }));
+    }
+    let of = |covariance: &&Covariance| {
+        let values = linalg::eigen(&covariance.sum_ii.to_dtype(DType::F64)?)?.values.to_vec1::<f64>()?;
+        // Those that are 0 come out a little beside it.
+        let sum: f64 = values.iter().filter(|value| **value > 0.0).sum();
+        let parts = values.iter().map(|value| value / sum).filter(|part| *part > 0.0);
+        let entropy: f64 = parts.map(|part| -part * part.ln()).sum();
+        Ok(if sum > 0.0 { entropy.exp() / values.len() as f64 } else { 0.0 })
+    };
+    let of_unlike = unlike.par_iter().map(of).collect::<Result<Vec<f64>>>()?;
+    Ok(which.into_iter().map(|which| of_unlike[which]).collect())
+}
+
+/// A sum that the order of its terms does not change.
+fn sum(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_unstable_by(f64::total_cmp);
+    values.into_iter().sum()
+}
+
+/// What each linear scores.
+fn scores(linears: &[Linear<'_>], config: &Config) -> Vec<f64> {
+    let mut alike: BTreeMap<(usize, usize), Vec<[f64; 3]>> = BTreeMap::new();
+    linears.iter().for_each(|linear| alike.entry(linear.shape).or_default().push(linear.values));
+    let compared = |linear: &Linear<'_>, which: usize| {
+        let values = || alike[&linear.shape].iter().map(|values| values[which]);
+        let value = linear.values[which];
+        match config.compare {
+            Compare::ByMean => {
+                let mean = sum(values()) / values().count() as f64;
+                if mean > 0.0 { value / mean } else { 1.0 }
+            }
+            Compare::ByRange => {
+                let (least, most) = (values().fold(f64::MAX, f64::min), values().fold(f64::MIN, f64::max));
+                // Where all are the same, none is the least.
+                if most > least { (value - least) / (most - least) } else { 0.5 }
+            }
+        }
+    };
+    let weights = [config.global_weight, config.top_weight, config.effective_rank_weight];
+    let score =
+        |linear: &Linear<'_>| weights.iter().zip(0..).map(|(weight, which)| weight * compared(linear, which)).sum();
+    linears.iter().map(score).collect()
+}
+
+/// The ranks of linears by their scores: in proportion above the least one, none beyond what it can have, and `mean` on average.
+fn shares(mean: u32, linears: &[Linear<'_>], scores: &[f64], config: &Config) -> Result<Vec<u32>> {
+    let (least, most) = (config.least, config.most.unwrap_or_else(|| mean.saturating_mul(4)));
+    if mean < least || most < mean {
+        let message = format!("ranks are {mean} on average; expected a rank from `least`, {least}, to `most`, {most}");
+        return Err(Error::Refused(message));
+    }
+    let n = linears.len();
+    let room: Vec<u32> = linears
+        .iter()
+        .map(|linear| most.min(linear.shape.0.min(linear.shape.1) as u32).saturating_sub(least))
+        .collect();
+    if let Some(narrow) = linears.iter().find(|linear| linear.shape.0.min(linear.shape.1) < mean as usize) {
+        let (o, i) = narrow.shape;
+        return Err(Error::Refused(format!("rank {mean} is beyond what {}, {o} by {i}, can have", narrow.name)));
+    }
+    let mut free = u64::from(mean - least) * n as u64;
+    let (mut ranks, mut left) = (vec![least; n], vec![true; n]);
+    // Whoever would get more than it has room for gets that, and what it leaves goes to the others.
+    let proportional = loop {
+        let of_left = || (0..n).filter(|at| left[*at]);
+        let whole = sum(of_left().map(|at| scores[at]));
+        let (count, free_now) = (of_left().count() as f64, free as f64);
+        let part = |at: usize| free_now * if whole > 0.0 { scores[at] / whole } else { 1.0 / count };
+        let full: Vec<usize> = of_left().filter(|at| part(*at) >= f64::from(room[*at])).collect();
+        if full.is_empty() || free == 0 {
+            break of_left().map(|at| (at, part(at))).collect::<Vec<_>>();
+        }
+        for at in full {
+            ranks[at] += room[at];
+            free = free.saturating_sub(u64::from(room[at]));
+            left[at] = false;
+        }
+    };
+    let mut remainders = Vec::with_capacity(proportional.len());
+    for (at, part) in proportional {
+        // A whole number that rounding has left just below itself is meant.
+        let whole = (part + 1e-9).floor();
+        ranks[at] += whole as u32;
+        free = free.saturating_sub(whole as u64);
+        remainders.push((at, part - whole));
+    }
+    // The largest remainder first; of those that are the same, the larger score, then the name that comes first.
+    let order = |a: &(usize, f64), b: &(usize, f64)| -> Ordering {
+        let by_score = || scores[b.0].total_cmp(&scores[a.0]);
+        b.1.total_cmp(&a.1).then_with(by_score).then_with(|| linears[a.0].name.cmp(linears[b.0].name))
+    };
+    remainders.sort_unstable_by(order);
+    for (at, _) in remainders.into_iter().take(free as usize) {
+        ranks[at] += 1;
+    }
+    Ok(ranks)
+}
+
+#[cfg(test)]
+mod tests {
+    use attune_points::stats::Stat;
+    use attune_points::{TensorSpec, Weight};
+    use attune_tensor::Rng;
+    use candle_core::Device;
+
+    use super::*;
+
+    fn normal(name: &str, shape: (usize, usize), std: f64) -> Tensor {
+        Rng::new(3, name).normal_tensor(shape, std, DType::F64).unwrap()
+    }
+
+    fn number(tensor: &Tensor) -> f64 {
+        tensor.to_dtype(DType::F64).unwrap().sum_all().unwrap().to_scalar().unwrap()
+    }
+
+    /// Linears with their weights and what they read.
+    #[derive(Default)]
+    struct Toy {
+        names: Vec<String>,
+        weights: BTreeMap<String, Tensor>,
+        rows: BTreeMap<String, Tensor>,
+    }
+
+    impl Toy {
+        fn with(mut self, name: &str, w_oi: &Tensor, x_ti: Tensor) -> Self {
+            self.names.push(name.to_owned());
+            self.weights.insert(name.to_owned(), w_oi.to_dtype(DType::F32).unwrap());
+            self.rows.insert(name.to_owned(), x_ti);
+            self
+        }
+
+        /// Many that differ by chance alone.
+        fn alike(count: usize, rows: usize) -> Self {
+            let of = |toy: Self, at: usize| {
+                let (w, x) = (normal(&format!("w{at}"), (24, 20), 1.0), normal(&format!("x{at}"), (rows, 20), 1.0));
+                toy.with(&format!("{at:02}"), &w, x)
+            };
+            (0..count).fold(Self::default(), of)
+        }
+
+        fn covariance(x_ti: &Tensor) -> Covariance {
+            let sum_ii = x_ti.t().unwrap().matmul(x_ti).unwrap().to_dtype(DType::F32).unwrap();
+            Covariance { sum_ii, sum_i: x_ti.sum(0).unwrap(), rows: x_ti.dim(0).unwrap() as u64, documents: 1 }
+        }
+
+        fn ranks(&self, mean: u32, config: Config) -> Result<Vec<u32>> {
+            let budget =
+                SensitivityLora::build(config, &BuildCx { steps: attune_spec::id::Step(1), domains: &[], words: None });
+            let budget = budget.unwrap();
+            let mut stats = Stats::none();
+            let attachment = |name: &String| {
+                let (o, i) = Weight::shape(&self.weights[name]);
+                let rank = mean as usize;
+                let tensors = vec![TensorSpec::trained("a", [rank, i]), TensorSpec::trained("b", [o, rank])];
+                Attachment { site: attune_architecture::SiteId::new(name.clone()), tensors }
+            };
+            let at: Vec<Attachment> = self.names.iter().map(attachment).collect();
+            for at in &at {
+                let found = Self::covariance(&self.rows[at.site.as_str()]);
+                stats.insert(budget.calibrate().remove(0), at.site.clone(), Stat::Covariance(found));
+            }
+            let weight = |at: &Attachment| Ok(Box::new(self.weights[at.site.as_str()].clone()) as Box<dyn Weight>);
+            Ok(budget.share(mean, &at, &weight, &stats)?.into_iter().map(|share| share.rank).collect())
+        }
+    }
+
+    /// A linear that answers as it does, without one of its weights: the mean of squares off is that weight's sensitivity, and the
+    /// second difference of it by the weight is the second derivative.
+    #[test]
+    fn the_second_derivative_is_that_of_a_linear_s_squared_error() {
+        let (x_ti, w_oi) = (normal("x", (50, 6), 1.3), normal("w", (4, 6), 0.7));
+        let w_oi = w_oi.to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap();
+        let y_to = x_ti.matmul(&w_oi.t().unwrap()).unwrap();
+        let h_i = second_derivative(&Toy::covariance(&x_ti)).unwrap();
+        let values = w_oi.to_vec2::<f64>().unwrap();
+        let loss = |o: usize, i: usize, moved: f64| {
+            let mut at = values.clone();
+            at[o][i] += moved;
+            let w = Tensor::new(at, &Device::Cpu).unwrap();
+            number(&(x_ti.matmul(&w.t().unwrap()).unwrap() - &y_to).unwrap().sqr().unwrap()) / 50.0
+        };
+        let mut all = 0.0;
+        for (o, row) in values.iter().enumerate() {
+            for (i, value) in row.iter().enumerate() {
+                let second = loss(o, i, 0.5) - 2.0 * loss(o, i, 0.0) + loss(o, i, -0.5);
+                assert!((second / 0.25 - h_i[i]).abs() < 1e-5 * h_i[i], "{second} at {o}, {i}");
+                let without = loss(o, i, -value);
+                assert!((without - 0.5 * h_i[i] * value * value).abs() < 1e-5 * (1e-3 + without));
+                all += without;
+            }
+        }
+        let (sum, top) = sensitivities(&w_oi.to_dtype(DType::F32).unwrap(), &h_i, 1.0 / 24.0).unwrap();
+        assert!((sum / all - 1.0).abs() < 1e-5, "{sum} of {all}");
+        let largest =
+            values.iter().flat_map(|row| row.iter().zip(&h_i)).map(|(w, h)| 0.5 * h * w * w).fold(0.0, f64::max);
+        assert!((top - largest / all).abs() < 1e-5, "one of 24 entries");
+    }
+
+    #[test]
+    fn directions_that_inputs_vary_in_alike_are_counted() {
+        let eye = |n: usize| Tensor::eye(n, DType::F64, &Device::Cpu).unwrap();
+        let four = (eye(8) * 3.0).unwrap().narrow(0, 0, 4).unwrap();
+        let found = [eye(8), four].map(|x| Toy::covariance(&x));
+        let ranks = effective_ranks(&[&found[0], &found[1], &found[0]]).unwrap();
+        for (found, expected) in ranks.iter().zip([1.0, 0.5, 1.0]) {
+            assert!((found - expected).abs() < 1e-9, "{ranks:?}");
+        }
+    }
+
+    #[test]
+    fn ranks_add_up_and_stay_within_bounds() {
+        let mut rng = Rng::new(8, "cases");
+        for case in 0..200u64 {
+            let n = 1 + rng.below(30) as usize;
+            let mean = 2 + rng.below(7) as u32;
+            let names: Vec<String> = (0..n).map(|at| format!("{at:02}")).collect();
+            let linears: Vec<Linear<'_>> = names
+                .iter()
+                .map(|name| Linear { name, shape: (mean as usize + rng.below(40) as usize, 64), values: [0.0; 3] })
+                .collect();
+            // Some of nothing, some of very much.
+            let scores: Vec<f64> = (0..n).map(|_| (rng.below(4) as f64).powi(rng.below(9) as i32 - 1)).collect();
+            let scores: Vec<f64> = scores.into_iter().map(|s| if s.is_finite() { s } else { 0.0 }).collect();
+            let most = (rng.below(2) == 0).then(|| mean + rng.below(9) as u32);
+            let config = Config { least: 1 + rng.below(u64::from(mean)) as u32, most, ..Config::default() };
+            let ranks = shares(mean, &linears, &scores, &config).unwrap();
+            assert_eq!(ranks.iter().sum::<u32>(), mean * n as u32, "case {case}: {ranks:?}");
+            for (rank, linear) in ranks.iter().zip(&linears) {
+                let most = most.unwrap_or(4 * mean).min(linear.shape.0.min(64) as u32);
+                assert!((config.least..=most).contains(rank), "case {case}: {rank} of {} to {most}", config.least);
+            }
+        }
+    }
+
+    #[test]
+    fn equal_scores_give_equal_ranks() {
+        let (w, x) = (normal("w", (24, 20), 1.0), normal("x", (90, 20), 1.0));
+        for config in [Config::default(), Config { compare: Compare::ByRange, ..Config::default() }] {
+            let toy = (0..7).fold(Toy::default(), |toy, at| toy.with(&at.to_string(), &w, x.clone()));
+            assert_eq!(toy.ranks(8, config).unwrap(), [8; 7]);
+        }
+        assert_eq!(Toy::alike(1, 40).ranks(5, Config::default()).unwrap(), [5], "one has all");
+    }
+
+    #[test]
+    fn what_is_a_hundred_times_as_sensitive_has_the_largest_rank() {
+        let mut toy = Toy::alike(14, 200);
+        toy.weights.insert("05".to_owned(), (&toy.weights["05"] * 10.0).unwrap());
+        let ranks = toy.ranks(4, Config::default()).unwrap();
+        assert_eq!(ranks[5], 16, "{ranks:?}");
+        assert!(ranks.iter().enumerate().all(|(at, rank)| at == 5 || *rank <= 4), "{ranks:?}");
+        // By what is read, its weight does not matter.
+        let by_inputs = toy.ranks(4, Config { measure: Measure::Inputs, ..Config::default() }).unwrap();
+        assert!(by_inputs[5] < 6, "{by_inputs:?}");
+        // Stretched over their range, differences by chance weigh as much.
+        let by_range = toy.ranks(4, Config { compare: Compare::ByRange, ..Config::default() }).unwrap();
+        assert!(by_range[5] < 16, "{by_range:?}");
+    }
+
+    #[test]
+    fn ranks_go_with_linears_in_whatever_order_these_come() {
+        for config in [Config::default(), Config { compare: Compare::ByRange, ..Config::default() }] {
+            let toy = Toy::alike(11, 30);
+            let ranks = toy.ranks(6, config.clone()).unwrap();
+            assert!(ranks.iter().any(|rank| *rank != ranks[0]), "{ranks:?}");
+            // The same under other names, in another order: ranks go with what a linear is.
+            let order = [7usize, 3, 10, 0, 5, 1, 9, 2, 8, 6, 4];
+            let moved = order.iter().enumerate().fold(Toy::default(), |moved, (at, from)| {
+                let from = format!("{from:02}");
+                moved.with(&format!("{at:02}"), &toy.weights[&from], toy.rows[&from].clone())
+            });
+            let expected: Vec<u32> = order.iter().map(|from| ranks[*from]).collect();
+            assert_eq!(moved.ranks(6, config).unwrap(), expected);
+        }
+    }
+
+    /// Two halves of what one source gives.
+    #[test]
+    fn two_sets_of_examples_of_a_source_say_nearly_the_same() {
+        let mut halves = [Toy::default(), Toy::default()];
+        for at in 0..12 {
+            // Each varies in other directions, and by another size.
+            let directions = normal(&format!("d{at}"), (20, 20), 0.1 * f64::from(at + 3));
+            let w = normal(&format!("w{at}"), (24, 20), 1.0);
+            halves = std::array::from_fn(|half| {
+                let x = normal(&format!("x{at}/{half}"), (3000, 20), 1.0).matmul(&directions).unwrap();
+                std::mem::take(&mut halves[half]).with(&format!("{at:02}"), &w, x)
+            });
+        }
+        let [one, other] = halves.map(|toy| toy.ranks(8, Config::default()).unwrap());
+        assert!(one.iter().zip(&other).all(|(a, b)| a.abs_diff(*b) <= 1), "{one:?} and {other:?}");
+        assert!(one[0] < 6 && one[11] > 11, "what varies more has more: {one:?}");
+    }
+
+    /// What the best change of each rank leaves of what a linear answers, over all linears: equal ranks leave more of it.
+    #[test]
+    fn ranks_by_sensitivity_reach_more_of_the_answers_than_equal_ranks() {
+        let mut toy = Toy::alike(10, 400);
+        for (at, name) in toy.names.clone().iter().enumerate() {
+            toy.rows.insert(name.clone(), (&toy.rows[name] * 1.3f64.powi(at as i32)).unwrap());
+        }
+        let left = |ranks: &[u32]| -> f64 {
+            let of = |(name, rank): (&String, &u32)| {
+                let w = toy.weights[name].to_dtype(DType::F64).unwrap();
+                let y = toy.rows[name].matmul(&w.t().unwrap()).unwrap();
+                let s = linalg::svd(&y).unwrap().s.to_vec1::<f64>().unwrap();
+                s[*rank as usize..].iter().map(|s| s * s).sum::<f64>() / 400.0
+            };
+            toy.names.iter().zip(ranks).map(of).sum()
+        };
+        let ranks = toy.ranks(6, Config::default()).unwrap();
+        let (shared, equal) = (left(&ranks), left(&[6; 10]));
+        assert!(shared < 0.85 * equal, "{shared} is left with {ranks:?}, {equal} with equal ranks");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let toy = Toy::alike(3, 30);
+        let error = toy.ranks(1, Config::default()).unwrap_err().to_string();
+        assert!(error.contains("ranks are 1 on average; expected a rank from `least`, 2, to `most`, 4"), "{error}");
+        let error = toy.ranks(21, Config::default()).unwrap_err().to_string();
+        assert!(error.contains("rank 21 is beyond what 00, 24 by 20, can have"), "{error}");
+        let cx = BuildCx { steps: attune_spec::id::Step(1), domains: &[], words: None };
+        for (config, field) in [
+            (Config { least: 5, most: Some(4), ..Config::default() }, "most"),
+            (
+                Config { global_weight: 0.0, top_weight: 0.0, effective_rank_weight: 0.0, ..Config::default() },
+                "global_weight",
+            ),
+        ] {
+            let faults = SensitivityLora::build(config, &cx).err().unwrap();
+            assert_eq!(faults[0].path.to_string(), field);
+        }
+    }
+}
