@@ -279,7 +279,7 @@ pub(super) fn is_bdlora(config: &Map<String, Value>) -> bool {
 /// What `adapter_config.json` of a PEFT BD-LoRA says in our words.
 pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
     let modules = keys::without_inner(modules, "lora_");
-    let (lora, mut params) = scaling::from_peft(config, &modules, None)?;
+    let (lora, mut params) = scaling::from_peft(config, &modules, Some(OWN))?;
     let fault = |key: &str, message: String| vec![Fault::new(OWN, format!("has {key} {message}"))];
     let own = config.get(OWN).and_then(Value::as_object).cloned().unwrap_or_default();
     let list = |key: &str| -> Vec<String> {

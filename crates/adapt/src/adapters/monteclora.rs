@@ -381,7 +381,7 @@ pub(super) fn is_monteclora(config: &Map<String, Value>) -> bool {
 /// What `adapter_config.json` of a PEFT MonteCLoRA says in our words.
 pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
     let modules = keys::without_inner(modules, "lora_");
-    let (lora, mut params) = scaling::from_peft(config, &modules, None)?;
+    let (lora, mut params) = scaling::from_peft(config, &modules, Some(OWN))?;
     params.insert("dropout".to_owned(), json!(lora.lora_dropout));
     let own = config.get(OWN).and_then(Value::as_object).cloned().unwrap_or_default();
     for (name, theirs) in [

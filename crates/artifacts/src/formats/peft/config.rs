@@ -102,7 +102,14 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// Scaling by alpha / sqrt(r) instead of alpha / r.
     pub use_rslora: bool,
+    /// Keys of other methods that PEFT keeps among LoRA's, as far as they are asked for.
+    #[serde(skip)]
+    pub others: Vec<&'static str>,
 }
+
+/// Keys by which a configuration of LoRA asks for another method: A and B mean something else then.
+const OTHERS: [&str; 6] =
+    ["alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"];
 
 impl Default for LoraConfig {
     /// PEFT's own defaults, as a saved adapter has them.
@@ -133,6 +140,7 @@ impl Default for LoraConfig {
             task_type: Some("CAUSAL_LM".into()),
             trainable_token_indices: None,
             use_dora: false,
+            others: Vec::new(),
             use_rslora: false,
         }
     }
@@ -164,7 +172,11 @@ impl LoraConfig {
             what: CONFIG_FILE.into(),
             faults: vec![Fault::new(path, message)],
         };
-        let config: Self = serde_json::from_slice(text).map_err(|e| refuse("", format!("cannot be read: {e}")))?;
+        let broken = |e: serde_json::Error| refuse("", format!("cannot be read: {e}"));
+        let all: serde_json::Value = serde_json::from_slice(text).map_err(broken)?;
+        let is_asked = |key: &&str| all.get(*key).is_some_and(|value| !value.is_null() && value != false);
+        let others = OTHERS.into_iter().filter(is_asked).collect();
+        let config = Self { others, ..serde_json::from_slice(text).map_err(broken)? };
         if config.peft_type != "LORA" {
             let shown: String = config.peft_type.chars().take(40).collect();
             return Err(refuse("peft_type", format!("is {shown:?}; this version reads \"LORA\"")));
@@ -224,7 +236,8 @@ impl LoraConfig {
             ("use_dora", self.use_dora),
         ];
         let message = "asks for more than plain LoRA, which this version does not read";
-        asked.into_iter().filter(|(_, asked)| *asked).map(|(key, _)| Fault::new(key, message)).collect()
+        let asked = asked.into_iter().filter(|(_, asked)| *asked).map(|(key, _)| key);
+        asked.chain(self.others.iter().copied()).map(|key| Fault::new(key, message)).collect()
     }
 }
 
@@ -297,7 +310,8 @@ mod tests {
         assert!(parse("{\"r\": -1}").contains("cannot be read"));
         assert!(parse(&"[".repeat(100_000)).contains("cannot be read"));
         let odd = br#"{"use_dora": true, "bias": "all", "modules_to_save": ["lm_head"], "layer_replication": [[0, 1]],
-            "target_parameters": ["experts.up"], "trainable_token_indices": [1], "lora_bias": true, "fan_in_fan_out": true}"#;
+            "target_parameters": ["experts.up"], "trainable_token_indices": [1], "lora_bias": true, "fan_in_fan_out": true,
+            "use_qalora": true, "use_bdlora": null, "alora_invocation_tokens": [3]}"#;
         let keys: Vec<_> =
             LoraConfig::parse(odd).unwrap().beyond_plain().into_iter().map(|f| f.path.to_string()).collect();
         assert_eq!(
@@ -310,6 +324,8 @@ mod tests {
                 "target_parameters",
                 "trainable_token_indices",
                 "use_dora",
+                "alora_invocation_tokens",
+                "use_qalora",
             ]
         );
         assert!(LoraConfig::default().beyond_plain().is_empty());
