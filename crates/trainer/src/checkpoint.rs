@@ -9,7 +9,7 @@ use attune_spec::id::{Digest, Step, Tokens};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::component::Shares;
+use crate::component::SharesOfSlots;
 use crate::error::Error;
 use crate::guard::Guard;
 use crate::pin::{self, Pins};
@@ -46,8 +46,8 @@ pub(crate) struct State {
     /// Content digests of inputs that are read where they lie.
     pub(crate) pinned: Pins,
     /// The ranks that a budget has given the sites of what trains; nothing without one.
-    #[serde(default, skip_serializing_if = "Shares::is_empty")]
-    pub(crate) shares: Shares,
+    #[serde(default, skip_serializing_if = "SharesOfSlots::is_empty")]
+    pub(crate) shares: SharesOfSlots,
 }
 
 /// Validation losses at a step.
@@ -109,7 +109,7 @@ fn read_state(folder: &Path) -> Result<State, Error> {
 }
 
 /// Reads the ranks of sites alone: they say what tensors a checkpoint has. Whose it is, [`load_state`] sees to.
-pub(crate) fn load_shares(folder: &Path) -> Result<Shares, Error> {
+pub(crate) fn load_shares(folder: &Path) -> Result<SharesOfSlots, Error> {
     Ok(read_state(folder)?.shares)
 }
 

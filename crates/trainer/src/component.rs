@@ -23,8 +23,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// The ranks of sites where a budget has shared them out.
+/// The ranks of a slot's sites where a budget has shared them out.
 pub(crate) type Shares = BTreeMap<String, Share>;
+
+/// Those of each slot, by its name.
+pub(crate) type SharesOfSlots = BTreeMap<String, Shares>;
 
 /// What a site got.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -86,9 +89,9 @@ impl Begun {
         &self.at.sites
     }
 
-    /// The ranks that its budget gives its sites; nothing without one.
-    pub(crate) fn shares(&self, base: &Base, stats: &Stats) -> Result<Shares, Error> {
-        let Some(budget) = &self.budget else { return Ok(Shares::new()) };
+    /// The ranks that its budget gives its sites; none without one.
+    pub(crate) fn shares(&self, base: &Base, stats: &Stats) -> Result<Option<Shares>, Error> {
+        let Some(budget) = &self.budget else { return Ok(None) };
         let refused = |message: &str| cannot_start(attune_points::Error::Refused(message.to_owned()), BUDGET.into());
         let mean = budgets::rank(&self.method).ok_or_else(|| refused("what trains has no rank"))?;
         let shared = budget
@@ -99,14 +102,12 @@ impl Begun {
             Share { rank: share.rank, scores }
         };
         let sites = self.at.attachments.iter().map(|at| at.site.to_string());
-        Ok(sites.zip(shared.into_iter().map(of)).collect())
+        Ok(Some(sites.zip(shared.into_iter().map(of)).collect()))
     }
 
-    /// The same component with these ranks.
-    pub(crate) fn with(self, shares: &Shares, base: &Base, cx: &BuildCx<'_>) -> Result<Self, Error> {
-        if shares.is_empty() {
-            return Ok(self);
-        }
+    /// The same component with these ranks, if there are any.
+    pub(crate) fn with(self, shares: Option<&Shares>, base: &Base, cx: &BuildCx<'_>) -> Result<Self, Error> {
+        let Some(shares) = shares else { return Ok(self) };
         let ranks = shares.iter().map(|(site, share)| (site.clone(), share.rank)).collect();
         let method = budgets::ranked(&self.method, &ranks);
         let at = self.at.again(&method, base, &self.path, cx)?;

@@ -16,7 +16,7 @@ use candle_core::{DType, Tensor};
 use serde::Serialize;
 
 use crate::checkpoint::{Measured, State};
-use crate::component::Shares;
+use crate::component::SharesOfSlots;
 use crate::engine::params;
 use crate::error::Error;
 use crate::experts;
@@ -41,7 +41,7 @@ struct Report<'a> {
     data: &'a BTreeMap<String, attune_data::dataset::Report>,
     documents: BTreeMap<&'a str, u64>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    ranks: &'a Shares,
+    ranks: &'a SharesOfSlots,
 }
 
 /// Writes all outputs of a finished run.

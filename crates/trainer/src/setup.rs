@@ -25,7 +25,7 @@ use crate::answers::{self, Judge};
 use crate::calibration::Calibration;
 use crate::card;
 use crate::checkpoint;
-use crate::component::{self, Begun, Component, Shares};
+use crate::component::{self, Begun, Component, SharesOfSlots};
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
@@ -51,7 +51,7 @@ pub(crate) struct Prepared {
     pub(crate) pinned: Pins,
     pub(crate) plan_digest: Digest,
     /// The ranks that a budget has given the sites of what trains.
-    pub(crate) shares: Shares,
+    pub(crate) shares: SharesOfSlots,
 }
 
 /// A base by its folder, its precision, its products and the device that it lies on.
@@ -195,7 +195,7 @@ pub(crate) fn prepare(
 
     let mut shares = match &request.resume {
         Some(folder) => checkpoint::load_shares(folder)?,
-        None => Shares::new(),
+        None => SharesOfSlots::new(),
     };
     let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
     // What was taken out of the base, by the slot that it was taken out for.
@@ -206,11 +206,14 @@ pub(crate) fn prepare(
             Slotted::Read(component) => component,
             // What trains is in the checkpoint.
             Slotted::Begun(begun) if request.resume.is_some() && planned.train => {
-                begun.with(&shares, &base, &cx)?.resume(planned.name.as_str(), plan.seed, &base)?
+                let own = shares.get(planned.name.as_str());
+                begun.with(own, &base, &cx)?.resume(planned.name.as_str(), plan.seed, &base)?
             }
             Slotted::Begun(begun) if planned.train => {
-                shares = begun.shares(&base, &stats)?;
-                begun.with(&shares, &base, &cx)?.start(planned.name.as_str(), plan.seed, &base, &stats)?
+                let own = begun.shares(&base, &stats)?;
+                let begun = begun.with(own.as_ref(), &base, &cx)?;
+                shares.extend(own.map(|own| (planned.name.to_string(), own)));
+                begun.start(planned.name.as_str(), plan.seed, &base, &stats)?
             }
             Slotted::Begun(begun) => begun.start(planned.name.as_str(), plan.seed, &base, &stats)?,
         };

@@ -85,7 +85,8 @@ fn statistics(admitted: &Admitted) -> Option<u64> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
     let mut bytes = 0.0;
     let inits = plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?)));
-    let budget = plan.stack.iter().filter(|slot| slot.train).zip(&plan.budget);
+    let trained = plan.stack.iter().filter(|slot| slot.train);
+    let budget = trained.filter_map(|slot| Some((slot, plan.budget.as_ref()?)));
     for (slot, asks) in inits.chain(budget) {
         let document = Catalogue::embedded().get(&asks.method)?;
         let mut sites = admit::sites(slot, architecture).ok()?;

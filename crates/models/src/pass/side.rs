@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use attune_architecture::Site;
+use attune_architecture::{Site, SiteKind};
 use attune_points::adapter::{DropoutMask, Port, RowCx, SideMap};
 use attune_points::{BankKind, Binding, Result, TensorId};
 use attune_tensor::autograd;
@@ -61,7 +61,9 @@ impl<'a> PassCx<'a> {
                 _ => None,
             })
         };
-        sites.iter().flat_map(of_site).collect()
+        // Linears and norms have none; who stands there need not be looked up for it at every block.
+        let may_have = |site: &&Site| !matches!(site.kind, SiteKind::Linear { .. } | SiteKind::Norm { .. });
+        sites.iter().filter(may_have).flat_map(of_site).collect()
     }
 
     fn carried(&self, placed: &Side<'_>, carried: &Carried) -> Result<Tensor> {

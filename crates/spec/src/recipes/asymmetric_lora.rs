@@ -134,9 +134,7 @@ impl Recipe for AsymmetricLora {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{read_value, read_yaml};
-    use crate::method::Catalogue;
-    use crate::stages;
+    use crate::recipes::parts::preset::expanded;
 
     const JOB: &str = r#"
 version: 1
@@ -149,18 +147,9 @@ outputs: {merged: true}
 recipe: {method: asymmetric-lora, targets: [q_proj, v_proj]}
 "#;
 
-    fn expand(text: &str) -> Result<Vec<StageSpec>, Vec<String>> {
-        let told = |faults: Vec<Fault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
-        match read_value(&read_yaml(text).unwrap(), Catalogue::embedded()) {
-            Ok(job) => stages::known(&job, &[]).map_err(told),
-            Err(crate::job::ReadError::Faults(faults)) => Err(told(faults)),
-            Err(other) => panic!("{other}"),
-        }
-    }
-
     #[test]
     fn it_is_one_slot_whose_first_factor_stays() {
-        let stages = expand(JOB).unwrap();
+        let stages = expanded(JOB).unwrap();
         let [stage] = stages.as_slice() else { panic!("{stages:?}") };
         let slot = json!(stage.job.tune.stack[0]);
         let expected = json!({
@@ -181,7 +170,7 @@ recipe: {method: asymmetric-lora, targets: [q_proj, v_proj]}
             ("alhpa: 3", "did you mean \"alpha\"?"),
         ];
         for (more, expected) in cases {
-            let faults = expand(&with(more)).unwrap_err();
+            let faults = expanded(&with(more)).unwrap_err();
             assert!(faults.iter().any(|fault| fault.contains(expected)), "{more}: {faults:#?}");
         }
     }

@@ -129,9 +129,9 @@ impl Recipe for Mam {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{Plan, plan::Input, read_value, read_yaml};
+    use crate::job::{Plan, plan::Input};
     use crate::method::Catalogue;
-    use crate::stages;
+    use crate::recipes::parts::preset::expanded;
 
     const JOB: &str = r#"
 version: 1
@@ -144,18 +144,9 @@ outputs: {tag: "summaries:latest"}
 recipe: {method: mam, length: 6, rank: 24}
 "#;
 
-    fn expand(text: &str) -> Result<Vec<StageSpec>, Vec<String>> {
-        let told = |faults: Vec<Fault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
-        match read_value(&read_yaml(text).unwrap(), Catalogue::embedded()) {
-            Ok(job) => stages::known(&job, &[]).map_err(told),
-            Err(crate::job::ReadError::Faults(faults)) => Err(told(faults)),
-            Err(other) => panic!("{other}"),
-        }
-    }
-
     #[test]
     fn it_is_a_stack_of_two_before_the_slots_of_the_file() {
-        let stages = expand(JOB).unwrap();
+        let stages = expanded(JOB).unwrap();
         let [stage] = stages.as_slice() else { panic!("{stages:?}") };
         let plan = Plan::resolve(&stage.job, Catalogue::embedded(), |reference| Ok(Input::Url(reference.to_string())));
         let plan = plan.unwrap();
@@ -186,7 +177,7 @@ recipe: {method: mam, length: 6, rank: 24}
         for (from, to, expected) in cases {
             let text = JOB.replacen(from, to, 1);
             assert_ne!(text, JOB, "{from}");
-            let faults = expand(&text).unwrap_err();
+            let faults = expanded(&text).unwrap_err();
             assert!(faults.iter().any(|fault| fault.contains(expected)), "{to}: {faults:#?}");
         }
     }

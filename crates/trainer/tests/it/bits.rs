@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 49] = [
+const KINDS: [(&str, &[(&str, &str)]); 50] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -22,6 +22,17 @@ const KINDS: [(&str, &[(&str, &str)]); 49] = [
         "ranks by sensitivity",
         &[
             ("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 5}}"),
+            ("tune.budget", "{method: sensitivity-lora, examples: 7, least: 1}"),
+        ],
+    ),
+    (
+        "ranks of two slots by sensitivity",
+        &[
+            ("tune.adapter", "null"),
+            (
+                "tune.stack",
+                "[{name: one, method: lora, rank: 4, targets: [q_proj, up_proj]}, {name: two, method: dora, rank: 2, targets: [q_proj, down_proj]}]",
+            ),
             ("tune.budget", "{method: sensitivity-lora, examples: 7, least: 1}"),
         ],
     ),

@@ -176,7 +176,7 @@ impl LoraConfig {
         let all: serde_json::Value = serde_json::from_slice(text).map_err(broken)?;
         let is_asked = |key: &&str| all.get(*key).is_some_and(|value| !value.is_null() && value != false);
         let others = OTHERS.into_iter().filter(is_asked).collect();
-        let config = Self { others, ..serde_json::from_slice(text).map_err(broken)? };
+        let config = Self { others, ..Self::deserialize(&all).map_err(broken)? };
         if config.peft_type != "LORA" {
             let shown: String = config.peft_type.chars().take(40).collect();
             return Err(refuse("peft_type", format!("is {shown:?}; this version reads \"LORA\"")));

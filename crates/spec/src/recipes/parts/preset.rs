@@ -92,3 +92,16 @@ pub(crate) fn place(made: &[Made], path: &FieldPath) -> FieldPath {
         None => recipe,
     }
 }
+
+/// What a job file that names a preset comes to, or its faults in words.
+#[cfg(test)]
+pub(crate) fn expanded(text: &str) -> Result<Vec<StageSpec>, Vec<String>> {
+    use crate::job::{ReadError, read_value, read_yaml};
+
+    let told = |faults: Vec<Fault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
+    match read_value(&read_yaml(text).unwrap(), crate::method::Catalogue::embedded()) {
+        Ok(job) => crate::stages::known(&job, &[]).map_err(told),
+        Err(ReadError::Faults(faults)) => Err(told(faults)),
+        Err(other) => panic!("{other}"),
+    }
+}
