@@ -16,6 +16,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .chain(attune_optim::OPTIMIZERS.documents())
         .chain(attune_optim::SCHEDULES.documents())
         .chain(attune_spec::recipes::RECIPES.documents())
+        .chain(attune_search::SEARCHES.documents())
         .collect();
     documents.sort_by(|a, b| a.name.cmp(&b.name));
     documents

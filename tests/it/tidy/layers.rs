@@ -27,6 +27,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("attune-continual", METHOD_ROOM),
     ("attune-merge", METHOD_ROOM),
     ("attune-probe", METHOD_ROOM),
+    ("attune-search", METHOD_ROOM),
     ("attune-collective", METHOD_ROOM),
     ("attune-trainer", TRAINER),
     ("attune-worker", &["architecture", "artifacts", "proto", "spec", "telemetry", "trainer"]),
@@ -51,6 +52,7 @@ const TRAINER: &[&str] = &[
     "optim",
     "points",
     "probe",
+    "search",
     "spec",
     "tensor",
 ];
@@ -81,6 +83,7 @@ const TRAINING: &[&str] = &[
     "attune-continual",
     "attune-merge",
     "attune-probe",
+    "attune-search",
     "attune-collective",
     "attune-trainer",
 ];

@@ -130,6 +130,7 @@ const ABROAD: &[(&str, &[&str], &str)] = &[
     ),
     ("crates/spec/src/job/data.rs", &["static"], "what a job file means when it leaves a field out"),
     ("crates/spec/src/recipes/mam.rs", &["prefix-tuning", "bottleneck"], "what a preset is a stack of"),
+    ("crates/spec/src/recipes/autopeft_stack.rs", &["prefix-tuning", "bottleneck"], "what a preset is a stack of"),
     ("crates/spec/src/recipes/asymmetric_lora.rs", &["lora", "orthonormal"], "what a preset is a stack of"),
     ("crates/architecture/src/rope_config.rs", &["linear", "dynamic"], "Hugging Face's words for rope scaling"),
     ("crates/architecture/src/site.rs", &["linear"], "a kind of site, not the schedule"),

@@ -28,11 +28,13 @@ pub enum Point {
     Schedule,
     /// Which jobs, in which order, make this result?
     Recipe,
+    /// Which jobs of a grid are worth running?
+    Search,
 }
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Adapter,
         Self::Init,
         Self::Budget,
@@ -44,6 +46,7 @@ impl Point {
         Self::Optimizer,
         Self::Schedule,
         Self::Recipe,
+        Self::Search,
     ];
 
     /// The point's name as it is written in files and on the wire, such as `step_rule`.
@@ -60,6 +63,7 @@ impl Point {
             Self::Optimizer => "optimizer",
             Self::Schedule => "schedule",
             Self::Recipe => "recipe",
+            Self::Search => "search",
         }
     }
 
@@ -77,6 +81,7 @@ impl Point {
             Self::Optimizer => "how do gradients change the parameters?",
             Self::Schedule => "how does the learning rate run over time?",
             Self::Recipe => "which jobs, in which order, make this result?",
+            Self::Search => "which jobs of a grid are worth running?",
         }
     }
 }

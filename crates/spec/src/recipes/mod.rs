@@ -7,6 +7,7 @@
 mod parts;
 
 mod asymmetric_lora;
+mod autopeft_stack;
 mod mam;
 mod pipeline;
 mod prereq_tune;
@@ -50,6 +51,7 @@ pub static RECIPES: Registry<dyn Recipe> = Registry::new(
     Point::Recipe,
     &[
         entry::<asymmetric_lora::AsymmetricLora>(),
+        entry::<autopeft_stack::AutoPeftStack>(),
         entry::<mam::Mam>(),
         entry::<pipeline::Pipeline>(),
         entry::<prereq_tune::PrereqTune>(),

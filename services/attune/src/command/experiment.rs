@@ -8,6 +8,7 @@ use attune_artifacts::canonical;
 use attune_proto::convert::time::unix_ms;
 use attune_proto::words::state_words;
 use attune_proto::{Client, v1};
+use attune_search::{Place, Search, Tried};
 use attune_spec::id::Digest;
 use serde_json::{Value, json};
 
@@ -15,9 +16,10 @@ use super::jobs;
 use super::submit::Prepared;
 use crate::experiment::matrix::{Cell, Matrix};
 use crate::experiment::record::{self, Record};
+use crate::experiment::searched::{self, Seen};
 use crate::experiment::{plot, report};
 use crate::print::{Failure, Out, note};
-use crate::remote::{self, Place, Server, block_on};
+use crate::remote::{self, Server, block_on};
 use crate::words;
 
 /// How often a job is asked whether it has ended.
@@ -39,7 +41,8 @@ pub(crate) enum Command {
 /// Which grid.
 #[derive(Debug, clap::Args)]
 pub(crate) struct One {
-    /// The grid: `version`, `name`, `job` (a job file), `vary` (a list of axes) and `report`.
+    /// The grid: `version`, `name`, `job` (a job file), `vary` (a list of axes), `report`, and `search` and `then` if not all of its
+    /// jobs are run.
     #[arg(value_name = "FILE")]
     file: String,
     /// Where results, table and plot are; the folder named as the file, beside it, if it is left out.
@@ -55,7 +58,7 @@ pub(crate) struct Run {
     /// How many jobs are submitted at once.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     at_once: u32,
-    /// Runs jobs that failed before once more.
+    /// Runs jobs that failed before once more; a search goes on without them.
     #[arg(long)]
     retry: bool,
 }
@@ -84,35 +87,51 @@ struct Asked {
 struct Grid {
     matrix: Matrix,
     folder: PathBuf,
+    /// The file of its jobs.
+    job: String,
+    /// All its jobs; none of a grid with a search, which asks for them one by one.
     asked: Vec<Asked>,
+    search: Option<Box<dyn Search>>,
+}
+
+/// Who runs the jobs.
+struct Runner<'a> {
+    how: &'a Run,
+    client: Client,
+    cache: PathBuf,
 }
 
 impl Grid {
-    /// Reads a grid and checks each of its jobs as `attune submit` would.
+    /// Reads a grid and checks each of its jobs as `attune submit` would; those of a search when it asks for them.
     fn read(one: &One) -> Result<Self, Failure> {
         let matrix = Matrix::read(&one.file)?;
         let job = matrix.job_file(&one.file);
-        let mut asked = Vec::new();
+        let folder = one.to.clone().unwrap_or_else(|| Path::new(&one.file).with_extension(""));
+        let search = matrix.search().map_err(|faults| Failure::invalid(&one.file, faults))?;
+        let mut grid = Self { matrix, folder, job, asked: Vec::new(), search };
+        if grid.search.is_some() {
+            return Ok(grid);
+        }
         let mut faults = Vec::new();
-        for cell in matrix.cells() {
-            match Prepared::read(&job, &cell.set, false) {
-                Ok(prepared) => {
-                    let prepared = prepared.quietly();
-                    // Of what is written, so that a field that comes later makes no job another one.
-                    asked.push(Asked { spec: canonical::digest(prepared.written()), cell, prepared });
-                }
+        for cell in grid.matrix.cells() {
+            let title = cell.title();
+            match grid.ask(cell) {
+                Ok(asked) => grid.asked.push(asked),
                 Err(failure) if failure.faults.is_empty() => return Err(failure),
                 Err(failure) => faults.extend(failure.faults.into_iter().map(|fault| {
-                    let message = format!("{} (of {})", fault.message, cell.title());
+                    let message = format!("{} (of {title})", fault.message);
                     attune_spec::Fault::new(fault.path, message)
                 })),
             }
         }
-        if !faults.is_empty() {
-            return Err(Failure::invalid(&one.file, faults));
-        }
-        let folder = one.to.clone().unwrap_or_else(|| Path::new(&one.file).with_extension(""));
-        Ok(Self { matrix, folder, asked })
+        if faults.is_empty() { Ok(grid) } else { Err(Failure::invalid(&one.file, faults)) }
+    }
+
+    /// Checks a job.
+    fn ask(&self, cell: Cell) -> Result<Asked, Failure> {
+        let prepared = Prepared::read(&self.job, &cell.set, false)?.quietly();
+        // Of what is written, so that a field that comes later makes no job another one.
+        Ok(Asked { spec: canonical::digest(prepared.written()), cell, prepared })
     }
 
     fn results(&self) -> PathBuf {
@@ -121,28 +140,92 @@ impl Grid {
 
     async fn run(&self, how: &Run, server: &Server, out: &mut Out) -> Result<(), Failure> {
         std::fs::create_dir_all(&self.folder).map_err(|error| Failure::file(&self.folder, &error))?;
+        let runner = Runner { how, client: server.connect().await?, cache: remote::cache_folder()? };
+        let Some(search) = &self.search else {
+            let asked: Vec<&Asked> = self.asked.iter().collect();
+            return self.run_all(&asked, &runner, out).await;
+        };
+        // Whatever has a result is not run again, so one that was cut off goes on where it was.
+        loop {
+            let Round { seen, missing } = self.round(&**search)?;
+            let left: Vec<Asked> = if missing.is_empty() { self.left_to_run_again(&seen)? } else { missing };
+            if left.is_empty() {
+                return Ok(());
+            }
+            self.run_all(&left.iter().collect::<Vec<_>>(), &runner, out).await?;
+        }
+    }
+
+    /// What a search has seen by the results that are there, and the jobs whose results it waits for.
+    fn round(&self, search: &dyn Search) -> Result<Round, Failure> {
+        let records = record::read(&self.results())?;
+        let latest = |spec: &Digest| records.iter().rev().find(|record| record.spec == *spec);
+        let space = self.matrix.space();
+        let (mut seen, mut tried): (Vec<Seen>, Vec<Tried>) = (Vec::new(), Vec::new());
+        loop {
+            let mut unfit = None;
+            let mut fits = |place: &Place| match self.ask(self.matrix.cell(place)) {
+                Ok(_) => true,
+                Err(failure) => {
+                    unfit.get_or_insert(failure);
+                    false
+                }
+            };
+            let next = search.next(&space, &tried, &mut fits);
+            if let (true, true, Some(failure)) = (next.is_empty(), tried.is_empty(), unfit) {
+                // No job of the space is valid: this is why one of them is not.
+                return Err(failure);
+            }
+            let mut missing = Vec::new();
+            let is_done = next.is_empty();
+            for place in next {
+                let asked = self.ask(self.matrix.cell(&place))?;
+                let Some(record) = latest(&asked.spec) else {
+                    missing.push(asked);
+                    continue;
+                };
+                tried.push(Tried { outcome: searched::outcome(record), place: place.clone() });
+                let then = match self.matrix.then(&asked.cell) {
+                    Some(then) => latest(&self.ask(then)?.spec).cloned(),
+                    None => None,
+                };
+                seen.push(Seen { place, cell: asked.cell, record: record.clone(), then });
+            }
+            if is_done || !missing.is_empty() {
+                return Ok(Round { seen, missing });
+            }
+        }
+    }
+
+    /// The jobs that no other one beats, where they are to be run once more and were not.
+    fn left_to_run_again(&self, seen: &[Seen]) -> Result<Vec<Asked>, Failure> {
+        let left = searched::best(seen).into_iter().filter(|seen| seen.then.is_none());
+        left.filter_map(|seen| self.matrix.then(&seen.cell)).map(|cell| self.ask(cell)).collect()
+    }
+
+    /// Runs those of the jobs that have no result yet.
+    async fn run_all(&self, asked: &[&Asked], runner: &Runner<'_>, out: &mut Out) -> Result<(), Failure> {
+        let Runner { how, client, cache } = runner;
         let known = record::read(&self.results())?;
         let tries = |spec: &Digest| known.iter().filter(|record| record.spec == *spec).count();
         let is_done = |asked: &&Asked| {
             let mut of = known.iter().filter(|record| record.spec == asked.spec);
             of.any(|record| record.error.is_none() || !how.retry)
         };
-        let left: Vec<&Asked> = self.asked.iter().filter(|asked| !is_done(asked)).collect();
-        note(&format!("{} of {} jobs are left to run", left.len(), self.asked.len()));
-        let client = server.connect().await?;
-        let cache = remote::cache_folder()?;
+        let left: Vec<&Asked> = asked.iter().copied().filter(|asked| !is_done(asked)).collect();
+        note(&format!("{} of {} jobs are left to run", left.len(), asked.len()));
         let (mut flying, mut waiting, mut done) = (VecDeque::new(), left.iter(), 0);
         loop {
             while flying.len() < how.at_once as usize {
                 let Some(asked) = waiting.next() else { break };
                 // The same job is not made twice by who goes on after a fall.
                 let request = format!("{}-{}-{}", self.matrix.name, asked.spec, tries(&asked.spec));
-                let answer = asked.prepared.clone().create(&client, request, false).await?;
+                let answer = asked.prepared.clone().create(client, request, false).await?;
                 let job = answer.job.ok_or_else(|| Failure::failed("the server's answer holds no job"))?.job_id;
                 flying.push_back((*asked, job));
             }
             let Some((asked, job)) = flying.pop_front() else { return Ok(()) };
-            let record = self.outcome(&client, asked, &job, &cache).await?;
+            let record = self.outcome(client, asked, &job, cache).await?;
             record::append(&self.results(), &record)?;
             done += 1;
             if out.is_json() {
@@ -168,7 +251,8 @@ impl Grid {
         let report = match of_role("report") {
             None => Value::Null,
             Some(digest) => {
-                let folder = remote::fetch(client, &Place::Stored(digest), v1::ArtifactKind::Report, cache).await?;
+                let folder =
+                    remote::fetch(client, &remote::Place::Stored(digest), v1::ArtifactKind::Report, cache).await?;
                 let file = folder.join("report.json");
                 let bytes = std::fs::read(&file).map_err(|error| Failure::file(&file, &error))?;
                 serde_json::from_slice(&bytes)
@@ -203,31 +287,46 @@ impl Grid {
 
     /// Writes table and plot of the results that are there.
     fn report(&self, out: &mut Out) -> Result<(), Failure> {
-        let specs: BTreeSet<Digest> = self.asked.iter().map(|asked| asked.spec).collect();
-        let records = record::read(&self.results())?;
-        let records = report::Compared::latest(&records, &specs);
-        if records.is_empty() {
+        let (results, jobs, table, panels) = match &self.search {
+            Some(search) => {
+                let Round { seen, .. } = self.round(&**search)?;
+                let table = searched::markdown(&self.matrix, &seen);
+                (seen.len(), search.evaluations(), table, searched::panels(&self.matrix, &seen))
+            }
+            None => {
+                let specs: BTreeSet<Digest> = self.asked.iter().map(|asked| asked.spec).collect();
+                let records = record::read(&self.results())?;
+                let records = report::Compared::latest(&records, &specs);
+                let compared = report::Compared::of(&self.matrix, &records);
+                (records.len(), self.asked.len(), compared.markdown(&self.matrix, &records), compared.panels())
+            }
+        };
+        if results == 0 {
             return Err(Failure::failed(format!("{} has no results of this grid", self.results().display())));
         }
-        let compared = report::Compared::of(&self.matrix, &records);
         let mut written = Vec::new();
-        for (name, text) in [
-            ("table.md", compared.markdown(&self.matrix, &records)),
-            ("plot.svg", plot::svg(&self.matrix.name, &compared)),
-        ] {
+        for (name, text) in [("table.md", table), ("plot.svg", plot::svg(&self.matrix.name, &panels))] {
             let file = self.folder.join(name);
             std::fs::write(&file, text).map_err(|error| Failure::file(&file, &error))?;
             written.push(file);
         }
         if out.is_json() {
-            let (results, files) = (records.len(), &written);
-            return out.record(&json!({"results": results, "jobs": self.asked.len(), "files": files}));
+            let files = &written;
+            return out.record(&json!({"results": results, "jobs": jobs, "files": files}));
         }
         for file in written {
             out.line(&file.display().to_string())?;
         }
         Ok(())
     }
+}
+
+/// How far a search is.
+struct Round {
+    /// The jobs with results, in the order in which it asked for them.
+    seen: Vec<Seen>,
+    /// Jobs whose results it waits for.
+    missing: Vec<Asked>,
 }
 
 /// First and last loss of each validation set of a report.

@@ -1,9 +1,12 @@
-//! Which jobs a grid is of: a job file, and axes along which some of its fields differ.
+//! Which jobs a grid is of: a job file, axes along which some of its fields differ, and for one that is too large to run a search.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use attune_search::{SEARCHES, Search, Space};
+use attune_spec::id::Step;
 use attune_spec::job::read_yaml;
+use attune_spec::method::{BuildCx, MethodRef};
 use attune_spec::{Fault, FieldPath};
 use serde::Deserialize;
 use serde_json::Value;
@@ -13,6 +16,8 @@ use crate::print::Failure;
 
 /// The most jobs of a grid.
 const JOBS_MAX: usize = 10_000;
+/// What the place of a job that is run once more has beside its axes.
+const THEN: &str = "then";
 
 /// The file of a grid.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -26,6 +31,12 @@ pub(crate) struct Matrix {
     job: PathBuf,
     /// What differs.
     vary: Vec<Axis>,
+    /// Which jobs are run, by what came of those before; all of them if it is left out.
+    #[serde(default)]
+    search: Option<MethodRef>,
+    /// Fields of the jobs that are run once more when the search has ended: those that no other one beats.
+    #[serde(default)]
+    then: serde_json::Map<String, Value>,
     /// How results are shown.
     #[serde(default)]
     pub(crate) report: Shown,
@@ -53,6 +64,9 @@ pub(crate) struct Axis {
     /// The field that takes each of a list of values.
     #[serde(default)]
     field: Option<String>,
+    /// Whether a search takes values that are neighbours in the list for alike; lists of numbers are if it is left out.
+    #[serde(default)]
+    ordered: Option<bool>,
     /// A list of values of the field, or names with the fields that each sets.
     values: Values,
 }
@@ -125,6 +139,10 @@ impl Matrix {
             faults.push(Fault::new(vary.clone(), "is empty; expected at least one axis"));
         }
         let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+        if let Some(index) = self.vary.iter().position(|axis| axis.name == THEN) {
+            let message = format!("is {THEN:?}, which jobs that are run once more are known by; call it otherwise");
+            faults.push(Fault::new(vary.index(index).field("name"), message));
+        }
         for (index, axis) in self.vary.iter().enumerate() {
             let path = vary.index(index);
             if let Some(other) = seen.insert(&axis.name, index) {
@@ -138,11 +156,58 @@ impl Matrix {
             let names: Vec<&str> = self.vary.iter().map(|axis| axis.name.as_str()).collect();
             faults.push(Fault::new("report", format!("names the axis {name:?}; the axes are {}", names.join(", "))));
         }
-        let jobs = self.vary.iter().map(|axis| axis.choices().len()).fold(1usize, usize::saturating_mul);
-        if jobs > JOBS_MAX {
-            faults.push(Fault::new(vary, format!("makes {jobs} jobs; expected at most {JOBS_MAX}")));
+        match &self.search {
+            Some(_) => {
+                faults.extend(self.search().err().unwrap_or_default());
+                if !self.report.mean_over.is_empty() {
+                    let message = "takes means over an axis, of which a search sees single jobs; leave it out";
+                    faults.push(Fault::new("report.mean_over", message));
+                }
+            }
+            None => {
+                let jobs = self.vary.iter().map(|axis| axis.choices().len()).fold(1usize, usize::saturating_mul);
+                if jobs > JOBS_MAX {
+                    let message = format!("makes {jobs} jobs; expected at most {JOBS_MAX}, or a `search` among them");
+                    faults.push(Fault::new(vary, message));
+                }
+                if !self.then.is_empty() {
+                    faults.push(Fault::new("then", "is given, but there is no `search` whose best jobs it is of"));
+                }
+            }
         }
         faults
+    }
+
+    /// The search among its jobs; none if all are run.
+    pub(crate) fn search(&self) -> Result<Option<Box<dyn Search>>, Vec<Fault>> {
+        let cx = BuildCx { steps: Step(1), domains: &[], words: None };
+        self.search.as_ref().map(|search| SEARCHES.build(search, &"search".into(), &cx)).transpose()
+    }
+
+    /// Its axes, as a search sees them.
+    pub(crate) fn space(&self) -> Space {
+        let axis = |axis: &Axis| attune_search::Axis { values: axis.choices().len(), ordered: axis.is_ordered() };
+        Space::new(self.vary.iter().map(axis).collect())
+    }
+
+    /// The job with these values, by their index on each axis.
+    pub(crate) fn cell(&self, place: &[usize]) -> Cell {
+        let mut cell = Cell { place: Vec::new(), set: Vec::new() };
+        for (axis, &index) in self.vary.iter().zip(place) {
+            if let Some((value, set)) = axis.choices().into_iter().nth(index) {
+                cell.place.push((axis.name.clone(), value));
+                cell.set.extend(set);
+            }
+        }
+        cell
+    }
+
+    /// The same job, run once more when a search has ended; none if that is not asked for.
+    pub(crate) fn then(&self, cell: &Cell) -> Option<Cell> {
+        let mut cell = cell.clone();
+        cell.place.push((THEN.to_owned(), "yes".to_owned()));
+        cell.set.extend(self.then.iter().map(|(field, value)| Assignment::new(field, value)));
+        (!self.then.is_empty()).then_some(cell)
     }
 
     /// All jobs, those of the first value of the first axis first.
@@ -182,6 +247,11 @@ impl Axis {
             }
             (Values::Listed(_), Some(_)) => Vec::new(),
         }
+    }
+
+    fn is_ordered(&self) -> bool {
+        let of_numbers = matches!(&self.values, Values::Listed(values) if values.iter().all(Value::is_number));
+        self.ordered.unwrap_or(of_numbers)
     }
 
     /// Its values by name, with the fields that each sets.

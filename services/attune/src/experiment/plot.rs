@@ -2,8 +2,6 @@
 
 use std::fmt::Write as _;
 
-use super::report::Compared;
-
 /// Size of a panel, and the room around its axes.
 const PANEL: (f64, f64) = (760.0, 460.0);
 const LEFT: f64 = 64.0;
@@ -30,24 +28,27 @@ impl Label {
     }
 }
 
+/// Points and what they are of.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Panel {
+    /// What the losses are of.
+    pub(crate) title: String,
+    /// Parameters, loss and name of each point; one without a name is small.
+    pub(crate) points: Vec<(f64, f64, String)>,
+}
+
 /// An SVG of all panels, one below the other.
-pub(crate) fn svg(title: &str, compared: &Compared) -> String {
-    let (width, height) = (PANEL.0, PANEL.1 * compared.columns.len().max(1) as f64);
+pub(crate) fn svg(title: &str, panels: &[Panel]) -> String {
+    let (width, height) = (PANEL.0, PANEL.1 * panels.len().max(1) as f64);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"11\">\n<title>{}</title>\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
         escaped(title)
     );
-    for (index, column) in compared.columns.iter().enumerate() {
-        let points: Vec<(f64, f64, &str)> = compared
-            .rows
-            .iter()
-            .filter_map(|row| {
-                Some((row.parameters.mean()?.max(1.0), row.losses.get(index)?.mean()?, row.value.as_str()))
-            })
-            .collect();
+    for (index, Panel { title, points }) in panels.iter().enumerate() {
+        let points: Vec<(f64, f64, &str)> = points.iter().map(|(x, y, name)| (x.max(1.0), *y, name.as_str())).collect();
         let _ = writeln!(svg, "<g transform=\"translate(0 {})\">", PANEL.1 * index as f64);
-        panel(&mut svg, column, &points);
+        panel(&mut svg, title, &points);
         svg.push_str("</g>\n");
     }
     svg.push_str("</svg>\n");
@@ -97,9 +98,12 @@ fn panel(svg: &mut String, column: &str, points: &[(f64, f64, &str)]) {
         PANEL.1 - 12.0,
         f64::midpoint(TOP, bottom)
     );
-    let places: Vec<(f64, f64, &str)> =
-        points.iter().zip(&logs).map(|((_, loss, name), log)| (at_x(*log), at_y(*loss), *name)).collect();
-    for ((x, y, name), label) in places.iter().zip(labels(&places)) {
+    let places = points.iter().zip(&logs).map(|((_, loss, name), log)| (at_x(*log), at_y(*loss), *name));
+    let (named, plain): (Vec<_>, Vec<_>) = places.partition(|(_, _, name)| !name.is_empty());
+    for (x, y, _) in &plain {
+        let _ = writeln!(svg, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.5\" fill=\"#9aa\"/>");
+    }
+    for ((x, y, name), label) in named.iter().zip(labels(&named, &plain)) {
         let _ = writeln!(
             svg,
             "<path d=\"M{x:.1} {y:.1}L{:.1} {:.1}\" stroke=\"#bbb\"/><circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" \
@@ -113,9 +117,9 @@ fn panel(svg: &mut String, column: &str, points: &[(f64, f64, &str)]) {
     }
 }
 
-/// Where the names of points stand: as near as they can without lying on one another or on a point.
-fn labels(places: &[(f64, f64, &str)]) -> Vec<Label> {
-    let dots: Vec<Label> = places.iter().map(|(x, y, _)| Label { x: *x, y: *y, width: 8.0 }).collect();
+/// Where the names of points stand: as near as they can without lying on one another, on a point or on one of the `plain` ones.
+fn labels(places: &[(f64, f64, &str)], plain: &[(f64, f64, &str)]) -> Vec<Label> {
+    let dots: Vec<Label> = places.iter().chain(plain).map(|(x, y, _)| Label { x: *x, y: *y, width: 8.0 }).collect();
     let mut taken: Vec<Label> = Vec::new();
     for (x, y, name) in places {
         let width = LETTER.0 * name.chars().count() as f64;
@@ -175,7 +179,7 @@ mod tests {
             .enumerate()
             .map(|(i, name)| (300.0 + (i % 7) as f64 * 9.0, 200.0 + (i / 7) as f64 * 6.0, name.as_str()))
             .collect();
-        let found = labels(&places);
+        let found = labels(&places, &[]);
         for (at, label) in found.iter().enumerate() {
             assert!(found[..at].iter().all(|other| !label.meets(other)), "{}", names[at]);
         }

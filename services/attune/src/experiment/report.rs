@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::matrix::Matrix;
+use super::plot::Panel;
 use super::record::Record;
 use crate::words;
 
@@ -101,6 +102,17 @@ impl Compared {
             Some((pairs.join(", "), record.error.clone()?))
         });
         Self { columns, rows, failed: failed.collect() }
+    }
+
+    /// As points, a panel for each column.
+    pub(crate) fn panels(&self) -> Vec<Panel> {
+        let point =
+            |row: &Row, index: usize| Some((row.parameters.mean()?, row.losses.get(index)?.mean()?, row.value.clone()));
+        let panel = |(index, title): (usize, &String)| Panel {
+            title: title.clone(),
+            points: self.rows.iter().filter_map(|row| point(row, index)).collect(),
+        };
+        self.columns.iter().enumerate().map(panel).collect()
     }
 
     /// As Markdown, with what was run above it.

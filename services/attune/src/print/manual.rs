@@ -207,6 +207,7 @@ fn example(method: &MethodDocument) -> String {
         Point::Optimizer => format!("  tune:\n    optimizer: {{{named}}}\n"),
         Point::Schedule => format!("  tune:\n    schedule: {{{named}}}\n"),
         Point::Recipe => format!("  kind: recipe\n  recipe: {{{named}}}\n"),
+        Point::Search => format!("  search: {{{named}}}\n"),
     }
 }
 
