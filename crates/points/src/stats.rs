@@ -37,15 +37,24 @@ pub enum What {
     },
     /// The gradient of the job's loss by the site's weight, summed over what is supervised.
     Gradient,
+    /// The squares of the gradients of single examples' losses by the site's weight, summed over examples: the diagonal of the
+    /// empirical Fisher information.
+    Fisher,
 }
 
 impl What {
+    /// Whether it is found in reverse passes, from what is learned.
+    pub const fn is_of_gradients(self) -> bool {
+        matches!(self, Self::Gradient | Self::Fisher)
+    }
+
     /// The word for it in messages and files.
     pub const fn name(self) -> &'static str {
         match self {
             Self::InputCovariance { .. } => "input_covariance",
             Self::InputNorms { .. } => "input_norms",
             Self::Gradient => "gradient",
+            Self::Fisher => "fisher",
         }
     }
 }
@@ -71,6 +80,7 @@ impl fmt::Display for StatsRequest {
             }
             What::InputNorms { rows } => write!(f, "the norms of inputs ({rows:?})")?,
             What::Gradient => write!(f, "the gradient")?,
+            What::Fisher => write!(f, "the Fisher information")?,
         }
         write!(f, " over {} examples", self.examples)?;
         match &self.domains {
@@ -113,6 +123,15 @@ pub struct Gradient {
     pub denominator: f64,
 }
 
+/// Squares of gradients of single examples.
+#[derive(Debug, Clone)]
+pub struct Fisher {
+    /// `Σ_e (dL_e/dW_oi)²`, `[o, i]` in f32, `L_e` the sum of the losses of an example's documents.
+    pub sum_oi: Tensor,
+    /// How many examples there were.
+    pub examples: u64,
+}
+
 /// One statistic.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -123,6 +142,8 @@ pub enum Stat {
     Norms(Norms),
     /// An answer to [`What::Gradient`].
     Gradient(Gradient),
+    /// An answer to [`What::Fisher`].
+    Fisher(Fisher),
 }
 
 /// Statistics by request and site. Sites that read the same rows share a tensor.
@@ -188,6 +209,18 @@ impl Stats {
     pub fn gradient(&self, request: &StatsRequest, site: &SiteId) -> Result<&Gradient> {
         match self.get(request, site) {
             Some(Stat::Gradient(found)) => Ok(found),
+            _ => Err(not_measured(request, site)),
+        }
+    }
+
+    /// The squared gradients by a site's weight.
+    ///
+    /// # Errors
+    /// As for [`Stats::covariance`].
+    pub fn fisher(&self, request: &StatsRequest, site: &SiteId) -> Result<&Fisher> {
+        match self.get(request, site) {
+            Some(Stat::Fisher(found)) if found.examples > 0 => Ok(found),
+            Some(Stat::Fisher(_)) => Err(nothing_counted(request, site)),
             _ => Err(not_measured(request, site)),
         }
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use attune_architecture::SiteId;
 use attune_artifacts::formats::safetensors::{self, Dtype, Header};
-use attune_points::stats::{Counted, Covariance, Gradient, Norms, Stat, What};
+use attune_points::stats::{Counted, Covariance, Fisher, Gradient, Norms, Stat, What};
 use attune_points::{Stats, StatsRequest};
 use attune_spec::id::Digest;
 use attune_tensor::Mapped;
@@ -48,6 +48,9 @@ struct Entry {
     documents: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     denominator: Option<f64>,
+    /// How many examples were summed over, where that is what is counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    counted_examples: Option<u64>,
     /// Names of its tensors, the main one first.
     tensors: Vec<String>,
 }
@@ -57,7 +60,7 @@ impl Entry {
         let (counted, scaled) = match request.what {
             What::InputCovariance { rows, scaled } => (Some(rows), scaled),
             What::InputNorms { rows } => (Some(rows), false),
-            What::Gradient => (None, false),
+            What::Gradient | What::Fisher => (None, false),
         };
         let counted = counted.map(|counted| match counted {
             Counted::Tokens => "tokens".to_owned(),
@@ -70,6 +73,7 @@ impl Entry {
             Stat::Gradient(Gradient { denominator, .. }) => (None, None, Some(*denominator)),
             _ => (None, None, None),
         };
+        let counted_examples = if let Stat::Fisher(found) = stat { Some(found.examples) } else { None };
         Self {
             site: site.to_string(),
             kind: request.what.name().to_owned(),
@@ -80,6 +84,7 @@ impl Entry {
             rows,
             documents,
             denominator,
+            counted_examples,
             tensors,
         }
     }
@@ -92,7 +97,7 @@ impl Entry {
             _ => None,
         };
         let scaled = self.scaled;
-        let what = [What::Gradient].into_iter().chain(
+        let what = [What::Gradient, What::Fisher].into_iter().chain(
             rows.into_iter().flat_map(|rows| [What::InputCovariance { rows, scaled }, What::InputNorms { rows }]),
         );
         let what = what.into_iter().find(|what| what.name() == self.kind)?;
@@ -106,6 +111,7 @@ fn tensors(stat: &Stat) -> Vec<&Tensor> {
         Stat::Covariance(found) => vec![&found.sum_ii, &found.sum_i],
         Stat::Norms(found) => vec![&found.sum_i],
         Stat::Gradient(found) => vec![&found.sum_oi],
+        Stat::Fisher(found) => vec![&found.sum_oi],
         _ => Vec::new(),
     }
 }
@@ -223,6 +229,10 @@ fn stat(request: &StatsRequest, entry: &Entry, own: &[Tensor]) -> Option<Stat> {
             sum_oi.dims2().ok()?;
             Some(Stat::Gradient(Gradient { sum_oi: sum_oi.clone(), denominator: entry.denominator? }))
         }
+        (What::Fisher, [sum_oi]) => {
+            sum_oi.dims2().ok()?;
+            Some(Stat::Fisher(Fisher { sum_oi: sum_oi.clone(), examples: entry.counted_examples? }))
+        }
         _ => None,
     }
 }
@@ -253,7 +263,9 @@ mod tests {
         let norms = What::InputNorms { rows: Counted::Tokens };
         stats.insert(request(norms, None), "b".into(), Stat::Norms(Norms { sum_i, rows: 4, documents: 1 }));
         let sum_oi = ramp(&[2, 3], DType::F32);
+        let fisher = Stat::Fisher(Fisher { sum_oi: (&sum_oi * 2.0).unwrap(), examples: 6 });
         stats.insert(request(What::Gradient, None), "b".into(), Stat::Gradient(Gradient { sum_oi, denominator: 2.5 }));
+        stats.insert(request(What::Fisher, None), "b".into(), fisher);
         stats
     }
 
@@ -274,7 +286,7 @@ mod tests {
         let read = load(&path, origin(1)).unwrap();
         assert_eq!(everything(&read), everything(&some()));
         let names: Vec<String> = Mapped::open(&path).unwrap().names().map(str::to_owned).collect();
-        assert_eq!(names.len(), 3, "{names:?}: sums of rows are one tensor here, too");
+        assert_eq!(names.len(), 4, "{names:?}: sums of rows are one tensor here, too");
         let again = folder.path().join("again.safetensors");
         save(&again, &read, origin(1)).unwrap();
         assert!(std::fs::read(&path).unwrap() == std::fs::read(&again).unwrap());

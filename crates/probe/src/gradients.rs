@@ -1,4 +1,4 @@
-//! Sums of gradients by frozen weights.
+//! Sums of gradients by frozen weights, and of the squares of those of single examples.
 
 use std::collections::BTreeMap;
 
@@ -43,5 +43,50 @@ impl GradSink for Gradients {
         };
         self.sums.insert(site.clone(), sum);
         Ok(())
+    }
+}
+
+/// Adds the squares of gradients, example by example: beside the sums there are the gradients of one example.
+#[derive(Debug, Default)]
+pub(crate) struct Squares {
+    wanted: BTreeMap<TensorId, SiteId>,
+    sums: BTreeMap<SiteId, Tensor>,
+    /// How many examples it has seen.
+    pub(crate) examples: u64,
+}
+
+impl Squares {
+    /// Wants the squares of the gradients by a site's weight.
+    pub(crate) fn add(&mut self, weight: TensorId, site: SiteId) {
+        self.wanted.insert(weight, site);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.wanted.is_empty()
+    }
+
+    /// What takes the gradients of the next example.
+    pub(crate) fn example(&self) -> Gradients {
+        Gradients { wanted: self.wanted.clone(), sums: BTreeMap::new() }
+    }
+
+    /// Adds the squares of an example's gradients: of its sums, where a weight was used more than once.
+    pub(crate) fn end(&mut self, of: Gradients) -> Result<()> {
+        self.examples += 1;
+        for (site, gradient) in of.sums {
+            let squares = || format!("squaring the gradient at {site}");
+            let own = gradient.sqr().context(squares)?;
+            let sum = match self.sums.remove(&site) {
+                None => own,
+                Some(sum) => (sum + own).context(squares)?,
+            };
+            self.sums.insert(site, sum);
+        }
+        Ok(())
+    }
+
+    /// The sums by site; none where nothing came.
+    pub(crate) fn found(self) -> BTreeMap<SiteId, Tensor> {
+        self.sums
     }
 }

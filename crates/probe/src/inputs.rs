@@ -35,7 +35,7 @@ impl Sums {
         let (rows, scaled, is_whole) = match what {
             What::InputCovariance { rows, scaled } => (rows, scaled, true),
             What::InputNorms { rows } => (rows, false, false),
-            What::Gradient => return None,
+            What::Gradient | What::Fisher => return None,
         };
         let second = vec![0.0; if is_whole { input * (input + 1) / 2 } else { input }];
         Some(Self { rows, scaled, second, is_whole, first: vec![0.0; input], n_rows: 0, documents: 0 })

@@ -1,4 +1,4 @@
-//! What a model does on data before anything trains: inputs of its linears, gradients of its weights.
+//! What a model does on data before anything trains: inputs of its linears, gradients of its weights and their squares.
 //!
 //! The one invariant: a statistic is measured once, by one pass over the data for all that is wanted, and its bits depend on the
 //! model, the data and the sites alone: not on ranks, threads, or how many micro-batches go through the model together.

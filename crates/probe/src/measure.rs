@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use attune_architecture::Site;
 use attune_points::layout::LabelCounts;
-use attune_points::stats::{Gradient, Stat, What};
+use attune_points::stats::{Fisher, Gradient, Stat, What};
 use attune_points::{GradSink, Layout, Result, Stats, StatsRequest, Tap, TensorId};
 
-use crate::gradients::Gradients;
+use crate::gradients::{Gradients, Squares};
 use crate::inputs::Inputs;
 use crate::wanted::{Selection, Wanted, selection};
 
@@ -50,6 +50,7 @@ struct Measuring {
     requests: Vec<StatsRequest>,
     inputs: Inputs,
     gradients: Gradients,
+    squares: Squares,
     counts: LabelCounts,
     /// Micro-batches that go through the model next, and their rows.
     waiting: Vec<Arc<Layout>>,
@@ -64,6 +65,7 @@ impl Measuring {
             requests: Vec::new(),
             inputs: Inputs::default(),
             gradients: Gradients::default(),
+            squares: Squares::default(),
             counts: LabelCounts::default(),
             waiting: Vec::new(),
             rows: 0,
@@ -103,6 +105,18 @@ impl Measuring {
                 self.counts = self.counts + layout.counts();
             }
         }
+        if !self.squares.is_empty() {
+            for layout in &parts {
+                let examples: BTreeSet<_> = layout.docs().iter().map(|doc| doc.group).collect();
+                for example in examples {
+                    // What an objective compares are documents of one example.
+                    let own = Arc::new(layout.of_docs(|at, _| layout.docs()[at].group == example));
+                    let mut sink = self.squares.example();
+                    model.gradients(&own, &mut sink)?;
+                    self.squares.end(sink)?;
+                }
+            }
+        }
         Ok(())
     }
 }
@@ -126,10 +140,11 @@ pub fn measure(
         let selection = selection(request);
         let measuring = all.entry(selection.clone()).or_insert_with(|| Measuring::new(selection));
         measuring.requests.push(request.clone());
-        if request.what == What::Gradient {
-            sites.values().for_each(|site| measuring.gradients.add(model.weight(site), site.id.clone()));
-        } else {
-            measuring.inputs.add(request.what, sites);
+        let weights = sites.values().map(|site| (model.weight(site), site.id.clone()));
+        match request.what {
+            What::Gradient => weights.for_each(|(weight, site)| measuring.gradients.add(weight, site)),
+            What::Fisher => weights.for_each(|(weight, site)| measuring.squares.add(weight, site)),
+            what => measuring.inputs.add(what, sites),
         }
     }
     let mut seen = Seen::default();
@@ -152,7 +167,7 @@ pub fn measure(
     let mut stats = Stats::none();
     for mut measuring in all.into_values() {
         measuring.flush(model)?;
-        let Measuring { requests, inputs, gradients, counts, .. } = measuring;
+        let Measuring { requests, inputs, gradients, squares, counts, .. } = measuring;
         let of = |what| requests.iter().find(|request| request.what == what);
         for (what, site, stat) in inputs.found()? {
             if let Some(request) = of(what) {
@@ -163,6 +178,12 @@ pub fn measure(
         for (site, sum_oi) in gradients.found() {
             if let Some(request) = of(What::Gradient) {
                 stats.insert(request.clone(), site, Stat::Gradient(Gradient { sum_oi, denominator }));
+            }
+        }
+        let examples = squares.examples;
+        for (site, sum_oi) in squares.found() {
+            if let Some(request) = of(What::Fisher) {
+                stats.insert(request.clone(), site, Stat::Fisher(Fisher { sum_oi, examples }));
             }
         }
     }

@@ -40,7 +40,8 @@ impl Wanted {
     }
 
     /// Bytes that the sums of all of it take while they are made: four for each number of a covariance, of which sites that read
-    /// the same rows share one (eight for those of one half), and four for each of a gradient; the result takes as many.
+    /// the same rows share one (eight for those of one half), and four for each of a gradient, eight where those of single
+    /// examples are squared; the result takes as many.
     pub fn bytes(&self) -> u64 {
         self.requests.iter().map(|(request, sites)| bytes(request.what, sites)).sum()
     }
@@ -54,6 +55,8 @@ fn bytes(what: What, sites: &BTreeMap<SiteId, Site>) -> u64 {
         What::InputCovariance { .. } => distinct.values().map(|input| 4 * input * (input + 3)).sum(),
         What::InputNorms { .. } => distinct.values().map(|input| 16 * input).sum(),
         What::Gradient => sites.values().map(widths).map(|(output, input)| 4 * output * input).sum(),
+        // The sum, and the example's own that is being made.
+        What::Fisher => sites.values().map(widths).map(|(output, input)| 8 * output * input).sum(),
     }
 }
 
@@ -64,7 +67,7 @@ fn measurable(request: &StatsRequest, site: &Site) -> Result<()> {
         return Err(Error::Refused(message));
     };
     let above = matches!(site.place, Place::Head | Place::Pooler | Place::Classifier);
-    if above && request.what != What::Gradient {
+    if above && !request.what.is_of_gradients() {
         let message = format!(
             "{request} is not to be had of {}: the head reads some rows at a time, and only those that are learned",
             site.id

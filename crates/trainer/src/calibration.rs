@@ -101,7 +101,7 @@ impl Calibration<'_> {
     fn misfit(&self, request: &StatsRequest) -> Option<String> {
         let objective = &self.plan.objective.method;
         let of_labels = match request.what {
-            What::Gradient => true,
+            What::Gradient | What::Fisher => true,
             What::InputCovariance { rows, .. } | What::InputNorms { rows } => rows == Counted::Supervised,
         };
         if of_labels && self.objective.needs().answers.is_some() {
@@ -110,7 +110,7 @@ impl Calibration<'_> {
                  (`rows: tokens`) or at no data"
             ));
         }
-        (request.what == What::Gradient && self.objective.level() == Level::Step)
+        (request.what.is_of_gradients() && self.objective.level() == Level::Step)
             .then(|| format!("needs {request}, and `{objective}` looks at whole steps: choose another of either"))
     }
 

@@ -4,21 +4,23 @@
 //! # Update
 //! ```text
 //! H_ii = 2/T Σ_t x_t x_t^T                      q_oi = 1/2 H_ii W_oi²            the loss of answers if a weight were 0
+//! F_oi = 1/E Σ_e (dL_e/dW_oi)²                  q_oi = 1/2 F_oi W_oi²            `curvature: fisher`: that of the job's loss
 //! G = Σ q_oi  (`measure: inputs`: tr H)         the whole linear
 //! T = Σ of the largest `top_share` of q / Σ q   how few weights hold it
-//! E = exp(-Σ_k p_k ln p_k) / i                  effective rank of inputs, p the eigenvalues of H over their sum
+//! E = exp(-Σ_k p_k ln p_k) / i                  effective rank of inputs, p the eigenvalues of H, or Σ_o F_oi, over their sum
 //! S = w_G Ĝ + w_T T̂ + w_E Ê                     ^: over the mean of the linears of this shape
 //! r = least + (R - N least) S / Σ S             rounded by largest remainders to Σ r = R = N rank, least <= r <= most
 //! ```
 //!
 //! # Symbols
-//! `x_t` what the linear reads, at the T rows that count; `W_oi` its weight; N the linears of the slot, `rank` the slot's own. The
-//! sums are in 64 bits.
+//! `x_t` what the linear reads, at the T rows that count; `W_oi` its weight; `L_e` the loss of one of E examples; N the linears of the
+//! slot, `rank` the slot's own. The sums are in 64 bits.
 //!
 //! # Cost
 //! One pass over `examples` examples, up to the last block with such a linear, and an eigendecomposition of an `i` by `i` matrix for each
 //! of its inputs: queries, keys and values have one between them, and so do the halves of a gated MLP. While it is measured, four bytes for
-//! each number of a covariance, and for each weight of one linear at a time. What trains has N `rank` ranks as without it: as many
+//! each number of a covariance, and for each weight of one linear at a time. With `curvature: fisher` it is a pass forward and back for
+//! each example by itself, and eight bytes for each weight of all its linears. What trains has N `rank` ranks as without it: as many
 //! parameters where linears have one shape. A forecast counts `rank` everywhere.
 //!
 //! # Limits
@@ -28,18 +30,16 @@
 //! The paper names its measures, a whole loss, the largest entries and the effective rank of second derivatives; how they are put
 //! together here is our own. Scores are compared by the mean of their shape: `compare: by_range`, from the least to the largest, stretches
 //! what differs by chance alone over the whole range, and a linear a hundred times as sensitive as others does not stand out by it.
-//! Squared gradients in place of H would need those of single examples, and are left out.
 //!
 //! # Paper
 //! Sensitivity-LoRA: Low-Load Sensitivity-Based Fine-Tuning for Large Language Models. Zhang et al., 2025.
 
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use attune_points::adapter::{Attachment, WeightOf};
 use attune_points::budget::{Budget, Share};
-use attune_points::stats::{Covariance, What};
-use attune_points::{Error, Result, Stats, StatsRequest};
+use attune_points::stats::{Covariance, Fisher, What};
+use attune_points::{Result, Stats, StatsRequest};
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::linalg;
@@ -49,6 +49,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::parts::calibration::Rows;
+use crate::parts::shares::{self, Shared};
 
 /// What the loss of a whole linear is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -72,6 +73,17 @@ enum Compare {
     ByRange,
 }
 
+/// Which second derivative is looked at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Curvature {
+    /// That of the squares of what a linear answers, which its inputs make.
+    #[default]
+    Inputs,
+    /// That of the job's loss, by the squares of its gradients: the diagonal of the empirical Fisher information.
+    Fisher,
+}
+
 /// Parameters of the budget.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -80,7 +92,9 @@ pub(super) struct Config {
     /// How many examples of the training data are looked at, the first ones that are trained on.
     #[schemars(range(min = 1, max = 1_000_000))]
     examples: u64,
-    /// Which of their rows count.
+    /// Which second derivative is looked at.
+    curvature: Curvature,
+    /// Which of their rows count; with `curvature: fisher` those that are learned, whatever stands here.
     rows: Rows,
     /// The least rank of a linear.
     #[schemars(range(min = 1, max = 4096))]
@@ -110,6 +124,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             examples: 128,
+            curvature: Curvature::default(),
             rows: Rows::Tokens,
             least: 2,
             most: None,
@@ -135,7 +150,8 @@ impl Method for SensitivityLora {
             authors: "Hao Zhang, Bo Huang, Zhenjia Li, Xi Xiao, Hui Yi Leong, Zumeng Zhang, Xinwei Long, Tianyang Wang, Hao Xu",
             year: 2025,
         }),
-        input_statistics: "4*i*(i+3)",
+        input_statistics: "if(curvature == \"inputs\", 4*i*(i+3), 0)",
+        weight_statistics: "if(curvature == \"fisher\", 8*i*o, 0)",
         ..Card::new(
             "sensitivity-lora",
             Point::Budget,
@@ -159,7 +175,10 @@ impl Method for SensitivityLora {
         if !faults.is_empty() {
             return Err(faults);
         }
-        let what = What::InputCovariance { rows: config.rows.counted(), scaled: false };
+        let what = match config.curvature {
+            Curvature::Inputs => What::InputCovariance { rows: config.rows.counted(), scaled: false },
+            Curvature::Fisher => What::Fisher,
+        };
         let request = StatsRequest { what, examples: config.examples, domains: None };
         Ok(Box::new(Self { config, request }))
     }
@@ -171,23 +190,25 @@ impl Budget for SensitivityLora {
     }
 
     fn share(&self, mean: u32, at: &[Attachment], weight: &WeightOf<'_, '_>, stats: &Stats) -> Result<Vec<Share>> {
-        let found = at.iter().map(|at| stats.covariance(&self.request, &at.site)).collect::<Result<Vec<_>>>()?;
+        let found = at.iter().map(|at| self.found(at, stats)).collect::<Result<Vec<_>>>()?;
         let effective = effective_ranks(&found)?;
         let mut linears = Vec::with_capacity(at.len());
         // A linear's sensitivities are as large as its weight: one at a time.
         for ((at, found), effective_rank) in at.iter().zip(&found).zip(effective) {
             let weight = weight(at)?;
-            let (loss, top_share) =
-                sensitivities(&weight.dense(DType::F32)?, &second_derivative(found)?, self.config.top_share)?;
+            let curvature = found.curvature()?;
+            let (loss, top_share) = sensitivities(&weight.dense(DType::F32)?, &curvature, self.config.top_share)?;
             let global = match self.config.measure {
                 Measure::Weights => loss,
-                Measure::Inputs => second_derivative(found)?.iter().sum(),
+                Measure::Inputs => curvature.iter().sum(),
             };
             let name = at.site.as_str();
             linears.push(Linear { name, shape: weight.shape(), values: [global, top_share, effective_rank] });
         }
         let scores = scores(&linears, &self.config);
-        let ranks = shares(mean, &linears, &scores, &self.config)?;
+        let shared = Shared { mean, least: self.config.least, most: self.config.most };
+        let among: Vec<_> = linears.iter().map(|linear| (linear.name, linear.shape)).collect();
+        let ranks = shared.among(&among, &scores)?;
         let share = |((linear, score), rank): ((&Linear<'_>, f64), u32)| {
             let [sensitivity, top_share, effective_rank] = linear.values;
             let scores = vec![
@@ -209,19 +230,63 @@ struct Linear<'a> {
     values: [f64; 3],
 }
 
-/// The diagonal of the second derivative of `1/T Σ_t |W x_t - y_t|²` by a row of the weight, `2/T Σ_t x_t²`.
-fn second_derivative(found: &Covariance) -> Result<Vec<f64>> {
-    let width = found.sum_ii.dim(0)?;
-    let values = found.sum_ii.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    Ok((0..width).map(|i| 2.0 * values[i * (width + 1)] / found.rows as f64).collect())
+impl SensitivityLora {
+    fn found<'s>(&self, at: &Attachment, stats: &'s Stats) -> Result<Found<'s>> {
+        Ok(match self.config.curvature {
+            Curvature::Inputs => Found::Inputs(stats.covariance(&self.request, &at.site)?),
+            Curvature::Fisher => Found::Fisher(stats.fisher(&self.request, &at.site)?),
+        })
+    }
 }
 
-/// The sum of `1/2 H_ii W_oi²`, and the share that its largest entries have of it: this share of them, at least one.
-fn sensitivities(w_oi: &Tensor, h_i: &[f64], top: f64) -> Result<(f64, f64)> {
+/// What was measured at a linear.
+#[derive(Clone, Copy)]
+enum Found<'s> {
+    Inputs(&'s Covariance),
+    Fisher(&'s Fisher),
+}
+
+impl Found<'_> {
+    /// The diagonal of the second derivative by the weight: of `1/T Σ_t |W x_t - y_t|²` by one row of it, `2/T Σ_t x_t²`, which is that
+    /// of every row; or that of the loss by every entry, row after row.
+    fn curvature(&self) -> Result<Vec<f64>> {
+        match self {
+            Self::Inputs(found) => {
+                let width = found.sum_ii.dim(0)?;
+                let values = found.sum_ii.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                Ok((0..width).map(|i| 2.0 * values[i * (width + 1)] / found.rows as f64).collect())
+            }
+            Self::Fisher(found) => {
+                let sum = found.sum_oi.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                Ok(sum.into_iter().map(|square| square / found.examples as f64).collect())
+            }
+        }
+    }
+
+    /// The tensor that linears share which read the same rows.
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Self::Inputs(found) => &found.sum_ii,
+            Self::Fisher(found) => &found.sum_oi,
+        }
+    }
+
+    /// How much there is in each direction of the inputs; those that are 0 come out a little beside it.
+    fn directions(&self) -> Result<Vec<f64>> {
+        match self {
+            Self::Inputs(found) => Ok(linalg::eigen(&found.sum_ii.to_dtype(DType::F64)?)?.values.to_vec1()?),
+            Self::Fisher(found) => Ok(found.sum_oi.to_dtype(DType::F64)?.sum(0)?.to_vec1()?),
+        }
+    }
+}
+
+/// The sum of `1/2 H W_oi²`, and the share that its largest entries have of it: this share of them, at least one. `h` is that of a row,
+/// or of every entry.
+fn sensitivities(w_oi: &Tensor, h: &[f64], top: f64) -> Result<(f64, f64)> {
     let mut q = w_oi.flatten_all()?.to_vec1::<f32>()?;
     let mut all = 0.0;
-    for row in q.chunks_mut(h_i.len().max(1)) {
-        for (entry, h) in row.iter_mut().zip(h_i) {
+    for row in q.chunks_mut(h.len().max(1)) {
+        for (entry, h) in row.iter_mut().zip(h) {
             let sensitivity = 0.5 * h * f64::from(*entry).powi(2);
             all += sensitivity;
             *entry = sensitivity as f32;
@@ -239,19 +304,18 @@ fn sensitivities(w_oi: &Tensor, h_i: &[f64], top: f64) -> Result<(f64, f64)> {
 }
 
 /// How many directions inputs vary in alike, over how many there are. Linears that read the same rows have it between them.
-fn effective_ranks(found: &[&Covariance]) -> Result<Vec<f64>> {
-    let mut unlike: Vec<&Covariance> = Vec::new();
+fn effective_ranks(found: &[Found<'_>]) -> Result<Vec<f64>> {
+    let mut unlike: Vec<Found<'_>> = Vec::new();
     let mut which = Vec::with_capacity(found.len());
-    for covariance in found {
-        let same = |other: &&Covariance| other.sum_ii.id() == covariance.sum_ii.id();
+    for found in found {
+        let same = |other: &Found<'_>| other.tensor().id() == found.tensor().id();
         which.push(unlike.iter().position(same).unwrap_or_else(|| {
-            unlike.push(covariance);
+            unlike.push(*found);
             unlike.len() - 1
         }));
     }
-    let of = |covariance: &&Covariance| {
-        let values = linalg::eigen(&covariance.sum_ii.to_dtype(DType::F64)?)?.values.to_vec1::<f64>()?;
-        // Those that are 0 come out a little beside it.
+    let of = |found: &Found<'_>| {
+        let values = found.directions()?;
         let sum: f64 = values.iter().filter(|value| **value > 0.0).sum();
         let parts = values.iter().map(|value| value / sum).filter(|part| *part > 0.0);
         let entropy: f64 = parts.map(|part| -part * part.ln()).sum();
@@ -259,13 +323,6 @@ fn effective_ranks(found: &[&Covariance]) -> Result<Vec<f64>> {
     };
     let of_unlike = unlike.par_iter().map(of).collect::<Result<Vec<f64>>>()?;
     Ok(which.into_iter().map(|which| of_unlike[which]).collect())
-}
-
-/// A sum that the order of its terms does not change.
-fn sum(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_unstable_by(f64::total_cmp);
-    values.into_iter().sum()
 }
 
 /// What each linear scores.
@@ -277,7 +334,7 @@ fn scores(linears: &[Linear<'_>], config: &Config) -> Vec<f64> {
         let value = linear.values[which];
         match config.compare {
             Compare::ByMean => {
-                let mean = sum(values()) / values().count() as f64;
+                let mean = shares::sum(values()) / values().count() as f64;
                 if mean > 0.0 { value / mean } else { 1.0 }
             }
             Compare::ByRange => {
@@ -291,60 +348,6 @@ fn scores(linears: &[Linear<'_>], config: &Config) -> Vec<f64> {
     let score =
         |linear: &Linear<'_>| weights.iter().zip(0..).map(|(weight, which)| weight * compared(linear, which)).sum();
     linears.iter().map(score).collect()
-}
-
-/// The ranks of linears by their scores: in proportion above the least one, none beyond what it can have, and `mean` on average.
-fn shares(mean: u32, linears: &[Linear<'_>], scores: &[f64], config: &Config) -> Result<Vec<u32>> {
-    let (least, most) = (config.least, config.most.unwrap_or_else(|| mean.saturating_mul(4)));
-    if mean < least || most < mean {
-        let message = format!("ranks are {mean} on average; expected a rank from `least`, {least}, to `most`, {most}");
-        return Err(Error::Refused(message));
-    }
-    let n = linears.len();
-    let room: Vec<u32> = linears
-        .iter()
-        .map(|linear| most.min(linear.shape.0.min(linear.shape.1) as u32).saturating_sub(least))
-        .collect();
-    if let Some(narrow) = linears.iter().find(|linear| linear.shape.0.min(linear.shape.1) < mean as usize) {
-        let (o, i) = narrow.shape;
-        return Err(Error::Refused(format!("rank {mean} is beyond what {}, {o} by {i}, can have", narrow.name)));
-    }
-    let mut free = u64::from(mean - least) * n as u64;
-    let (mut ranks, mut left) = (vec![least; n], vec![true; n]);
-    // Whoever would get more than it has room for gets that, and what it leaves goes to the others.
-    let proportional = loop {
-        let of_left = || (0..n).filter(|at| left[*at]);
-        let whole = sum(of_left().map(|at| scores[at]));
-        let (count, free_now) = (of_left().count() as f64, free as f64);
-        let part = |at: usize| free_now * if whole > 0.0 { scores[at] / whole } else { 1.0 / count };
-        let full: Vec<usize> = of_left().filter(|at| part(*at) >= f64::from(room[*at])).collect();
-        if full.is_empty() || free == 0 {
-            break of_left().map(|at| (at, part(at))).collect::<Vec<_>>();
-        }
-        for at in full {
-            ranks[at] += room[at];
-            free = free.saturating_sub(u64::from(room[at]));
-            left[at] = false;
-        }
-    };
-    let mut remainders = Vec::with_capacity(proportional.len());
-    for (at, part) in proportional {
-        // A whole number that rounding has left just below itself is meant.
-        let whole = (part + 1e-9).floor();
-        ranks[at] += whole as u32;
-        free = free.saturating_sub(whole as u64);
-        remainders.push((at, part - whole));
-    }
-    // The largest remainder first; of those that are the same, the larger score, then the name that comes first.
-    let order = |a: &(usize, f64), b: &(usize, f64)| -> Ordering {
-        let by_score = || scores[b.0].total_cmp(&scores[a.0]);
-        b.1.total_cmp(&a.1).then_with(by_score).then_with(|| linears[a.0].name.cmp(linears[b.0].name))
-    };
-    remainders.sort_unstable_by(order);
-    for (at, _) in remainders.into_iter().take(free as usize) {
-        ranks[at] += 1;
-    }
-    Ok(ranks)
 }
 
 #[cfg(test)]
@@ -422,7 +425,8 @@ mod tests {
         let (x_ti, w_oi) = (normal("x", (50, 6), 1.3), normal("w", (4, 6), 0.7));
         let w_oi = w_oi.to_dtype(DType::F32).unwrap().to_dtype(DType::F64).unwrap();
         let y_to = x_ti.matmul(&w_oi.t().unwrap()).unwrap();
-        let h_i = second_derivative(&Toy::covariance(&x_ti)).unwrap();
+        let found = Toy::covariance(&x_ti);
+        let h_i = Found::Inputs(&found).curvature().unwrap();
         let values = w_oi.to_vec2::<f64>().unwrap();
         let loss = |o: usize, i: usize, moved: f64| {
             let mut at = values.clone();
@@ -447,39 +451,45 @@ mod tests {
         assert!((top - largest / all).abs() < 1e-5, "one of 24 entries");
     }
 
+    /// A logistic unit: what its weights' squared gradients say is what the second derivative of its expected loss is.
+    #[test]
+    fn squared_gradients_are_the_second_derivative_of_a_loss_of_likelihood() {
+        let (x_ti, w_oi) = (normal("x", (4000, 3), 1.0), normal("w", (1, 3), 0.6));
+        let rows = x_ti.to_vec2::<f64>().unwrap();
+        let w = w_oi.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let p = |x: &[f64]| 1.0 / (1.0 + (-x.iter().zip(&w).map(|(x, w)| x * w).sum::<f64>()).exp());
+        let mut rng = Rng::new(2, "answers");
+        let (mut squares, mut second) = (vec![0.0; 3], vec![0.0; 3]);
+        for x in &rows {
+            let (p, answer) = (p(x), if rng.uniform() < p(x) { 1.0 } else { 0.0 });
+            for (i, x) in x.iter().enumerate() {
+                squares[i] += ((p - answer) * x).powi(2);
+                second[i] += p * (1.0 - p) * x * x / rows.len() as f64;
+            }
+        }
+        let fisher =
+            Fisher { sum_oi: Tensor::new(squares, &Device::Cpu).unwrap().reshape((1, 3)).unwrap(), examples: 4000 };
+        let found = Found::Fisher(&fisher).curvature().unwrap();
+        for (found, second) in found.iter().zip(&second) {
+            assert!((found / second - 1.0).abs() < 0.1, "{found} {second}");
+        }
+        let (sum, top) = sensitivities(&w_oi.to_dtype(DType::F32).unwrap(), &found, 0.3).unwrap();
+        let q: Vec<f64> = found.iter().zip(&w).map(|(f, w)| 0.5 * f * w * w).collect();
+        assert!(
+            (sum - q.iter().sum::<f64>()).abs() < 1e-6
+                && (top - q.iter().fold(0.0, |a: f64, b| a.max(*b)) / sum).abs() < 1e-5
+        );
+    }
+
     #[test]
     fn directions_that_inputs_vary_in_alike_are_counted() {
         let eye = |n: usize| Tensor::eye(n, DType::F64, &Device::Cpu).unwrap();
         let four = (eye(8) * 3.0).unwrap().narrow(0, 0, 4).unwrap();
         let found = [eye(8), four].map(|x| Toy::covariance(&x));
-        let ranks = effective_ranks(&[&found[0], &found[1], &found[0]]).unwrap();
+        let [eight, four] = [0, 1].map(|which| Found::Inputs(&found[which]));
+        let ranks = effective_ranks(&[eight, four, eight]).unwrap();
         for (found, expected) in ranks.iter().zip([1.0, 0.5, 1.0]) {
             assert!((found - expected).abs() < 1e-9, "{ranks:?}");
-        }
-    }
-
-    #[test]
-    fn ranks_add_up_and_stay_within_bounds() {
-        let mut rng = Rng::new(8, "cases");
-        for case in 0..200u64 {
-            let n = 1 + rng.below(30) as usize;
-            let mean = 2 + rng.below(7) as u32;
-            let names: Vec<String> = (0..n).map(|at| format!("{at:02}")).collect();
-            let linears: Vec<Linear<'_>> = names
-                .iter()
-                .map(|name| Linear { name, shape: (mean as usize + rng.below(40) as usize, 64), values: [0.0; 3] })
-                .collect();
-            // Some of nothing, some of very much.
-            let scores: Vec<f64> = (0..n).map(|_| (rng.below(4) as f64).powi(rng.below(9) as i32 - 1)).collect();
-            let scores: Vec<f64> = scores.into_iter().map(|s| if s.is_finite() { s } else { 0.0 }).collect();
-            let most = (rng.below(2) == 0).then(|| mean + rng.below(9) as u32);
-            let config = Config { least: 1 + rng.below(u64::from(mean)) as u32, most, ..Config::default() };
-            let ranks = shares(mean, &linears, &scores, &config).unwrap();
-            assert_eq!(ranks.iter().sum::<u32>(), mean * n as u32, "case {case}: {ranks:?}");
-            for (rank, linear) in ranks.iter().zip(&linears) {
-                let most = most.unwrap_or(4 * mean).min(linear.shape.0.min(64) as u32);
-                assert!((config.least..=most).contains(rank), "case {case}: {rank} of {} to {most}", config.least);
-            }
         }
     }
 

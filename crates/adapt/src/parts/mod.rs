@@ -19,6 +19,7 @@ pub(crate) mod own;
 pub(crate) mod prompt;
 pub(crate) mod scaling;
 pub(crate) mod search;
+pub(crate) mod shares;
 pub(crate) mod sparse;
 pub(crate) mod spectral;
 pub(crate) mod spectrum;

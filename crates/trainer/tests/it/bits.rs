@@ -33,7 +33,7 @@ const KINDS: [(&str, &[(&str, &str)]); 50] = [
                 "tune.stack",
                 "[{name: one, method: lora, rank: 4, targets: [q_proj, up_proj]}, {name: two, method: dora, rank: 2, targets: [q_proj, down_proj]}]",
             ),
-            ("tune.budget", "{method: sensitivity-lora, examples: 7, least: 1}"),
+            ("tune.budget", "{method: sensitivity-lora, curvature: fisher, examples: 7, least: 1}"),
         ],
     ),
     ("lora-ga", &[("tune.adapter", "{method: lora, rank: 4, init: {method: lora-ga, examples: 12}}")]),
