@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
 
+mod failover;
 mod grids;
 mod kills;
 mod lanes;
 mod main_job;
+mod postgres;
 mod recipes;
 mod support;
 mod wrong_input;

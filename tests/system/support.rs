@@ -75,25 +75,58 @@ impl Drop for Process {
 /// A scheduler and a worker in a folder.
 pub(crate) struct Cluster {
     pub(crate) folder: tempfile::TempDir,
+    /// A URL of PostgreSQL; a file of SQLite in the folder if there is none.
+    database: Option<String>,
     port: u16,
+    /// Where the scheduler listens that stands by.
+    other_port: u16,
+    client: Client,
     pub(crate) scheduler: Option<Process>,
+    standby: Option<Process>,
     pub(crate) worker: Option<Process>,
 }
 
 impl Cluster {
     /// Starts both.
     pub(crate) async fn start() -> Self {
+        Self::start_of(None).await
+    }
+
+    /// Starts both on a database of PostgreSQL, where another scheduler may stand by.
+    pub(crate) async fn start_on(database: &str) -> Self {
+        Self::start_of(Some(database.to_owned())).await
+    }
+
+    async fn start_of(database: Option<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut cluster = Self { folder, port, scheduler: None, worker: None };
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [port, other_port] = listeners.each_ref().map(|listener| listener.local_addr().unwrap().port());
+        drop(listeners);
+        let client = Client::lazy(&urls(port, other_port, database.is_some()), Options::default()).unwrap();
+        let (scheduler, standby, worker) = (None, None, None);
+        let mut cluster = Self { folder, database, port, other_port, client, scheduler, standby, worker };
         cluster.start_scheduler(&[]).await;
         cluster.start_worker(&[]);
         cluster
     }
 
-    /// The scheduler's address.
+    /// Starts a scheduler that waits to lead.
+    pub(crate) fn start_standby(&mut self) {
+        let mut command = attune();
+        self.scheduler_arguments(&mut command, self.other_port);
+        self.standby = Some(Process::start(command.arg("--standby"), &self.path("scheduler.log")));
+    }
+
+    /// Kills the scheduler that leads: the one that stood by is the cluster's from now on.
+    pub(crate) fn fail_over(&mut self) {
+        self.scheduler.take().unwrap().kill();
+        self.scheduler = self.standby.take();
+        std::mem::swap(&mut self.port, &mut self.other_port);
+    }
+
+    /// The scheduler's address, and that of the one that may stand by.
     pub(crate) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        urls(self.port, self.other_port, self.database.is_some())
     }
 
     /// A path in the cluster's folder.
@@ -127,20 +160,22 @@ impl Cluster {
     }
 
     async fn start_scheduler_as(&mut self, mut command: Command, variables: &[(&str, &str)]) {
-        command
-            .args(["scheduler", "--listen", &format!("127.0.0.1:{}", self.port)])
-            .arg("--database")
-            .arg(self.path("attune.db"))
-            .arg("--artifacts")
-            .arg(self.path("artifacts"))
-            .args(["--lease-ttl-ms", LEASE_MS, "--backoff-ms", "50"])
-            .envs(variables.iter().copied());
+        self.scheduler_arguments(&mut command, self.port);
+        command.envs(variables.iter().copied());
         self.scheduler = Some(Process::start(&mut command, &self.path("scheduler.log")));
         let deadline = Instant::now() + PATIENCE;
         while Client::connect(&self.url(), Options::default()).await.is_err() {
             assert!(Instant::now() < deadline, "no scheduler: {}", self.logs());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    fn scheduler_arguments(&self, command: &mut Command, port: u16) {
+        let database = self.database.clone().unwrap_or_else(|| self.path("attune.db").display().to_string());
+        command
+            .args(["scheduler", "--listen", &format!("127.0.0.1:{port}"), "--database", &database, "--artifacts"])
+            .arg(self.path("artifacts"))
+            .args(["--lease-ttl-ms", LEASE_MS, "--backoff-ms", "50"]);
     }
 
     /// Starts the worker with further variables.
@@ -156,7 +191,7 @@ impl Cluster {
 
     /// A client of the scheduler.
     pub(crate) fn client(&self) -> Client {
-        Client::lazy(&self.url(), Options::default()).unwrap()
+        self.client.clone()
     }
 
     /// Runs a command against this cluster.
@@ -188,7 +223,13 @@ impl Cluster {
     /// The job as it is now; `None` while the scheduler is away.
     pub(crate) async fn job(&self, id: &str) -> Option<v1::Job> {
         let asked = v1::GetJobRequest { project: String::new(), job_id: id.to_owned() };
-        self.client().jobs().get_job(asked).await.ok().and_then(|answer| answer.into_inner().job)
+        match self.client.jobs().get_job(asked).await {
+            Ok(answer) => answer.into_inner().job,
+            Err(_) => {
+                self.client.turn();
+                None
+            }
+        }
     }
 
     /// Waits until the job is as `fits` wants it.
@@ -221,6 +262,12 @@ impl Cluster {
         };
         format!("scheduler:\n{}\nworker:\n{}", tail(read("scheduler.log")), tail(read("worker.log")))
     }
+}
+
+/// The addresses of a scheduler, and of one that may stand by.
+fn urls(port: u16, other_port: u16, is_several: bool) -> String {
+    let of = |port: u16| format!("http://127.0.0.1:{port}");
+    if is_several { format!("{},{}", of(port), of(other_port)) } else { of(port) }
 }
 
 /// The digests of a job's results by role.

@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -76,10 +77,20 @@ pub enum ConnectError {
 }
 
 /// A client. Cheap to clone; clones share connections.
+///
+/// It may know several servers, of which one answers at a time, as where one scheduler leads and others stand by. It speaks to one until
+/// that cannot answer, and then to the next.
 #[derive(Debug, Clone)]
 pub struct Client {
-    channel: Channel,
+    servers: Arc<Servers>,
     options: Arc<Options>,
+}
+
+#[derive(Debug)]
+struct Servers {
+    channels: Vec<Channel>,
+    /// Which one is spoken to, counted on with each turn.
+    at: AtomicUsize,
 }
 
 /// The blobs of an artifact that is pushed, by digest.
@@ -110,24 +121,48 @@ fn deepest(error: &dyn std::error::Error) -> String {
 }
 
 impl Client {
-    /// A client of the server at `url`, which need not be up yet: connections are made when they are needed.
+    /// A client of the servers at `urls`, separated by commas, which need not be up yet: connections are made when they are needed.
     ///
     /// # Errors
     /// [`ConnectError::Url`]. Must be called within a tokio runtime.
-    pub fn lazy(url: &str, options: Options) -> Result<Self, ConnectError> {
-        Ok(Self { channel: endpoint(url, &options)?.connect_lazy(), options: Arc::new(options) })
+    pub fn lazy(urls: &str, options: Options) -> Result<Self, ConnectError> {
+        let channels = urls.split(',').map(|url| Ok(endpoint(url.trim(), &options)?.connect_lazy()));
+        let servers = Servers { channels: channels.collect::<Result<_, ConnectError>>()?, at: AtomicUsize::new(0) };
+        Ok(Self { servers: Arc::new(servers), options: Arc::new(options) })
     }
 
-    /// A client of the server at `url`, connected.
+    /// A client of the servers at `urls`, separated by commas, connected to the first that answers.
     ///
     /// # Errors
-    /// [`ConnectError`].
-    pub async fn connect(url: &str, options: Options) -> Result<Self, ConnectError> {
-        let channel = endpoint(url, &options)?
-            .connect()
-            .await
-            .map_err(|error| ConnectError::Unreachable { url: url.to_owned(), reason: deepest(&error) })?;
-        Ok(Self { channel, options: Arc::new(options) })
+    /// [`ConnectError`]; that of the last one if none answers.
+    pub async fn connect(urls: &str, options: Options) -> Result<Self, ConnectError> {
+        let client = Self::lazy(urls, options)?;
+        let mut outcome = Ok(());
+        for url in urls.split(',') {
+            let connected = endpoint(url.trim(), &client.options)?.connect().await;
+            match connected {
+                Ok(channel) if client.servers.channels.len() == 1 => {
+                    let servers = Servers { channels: vec![channel], at: AtomicUsize::new(0) };
+                    return Ok(Self { servers: Arc::new(servers), ..client });
+                }
+                Ok(_) => return Ok(client),
+                Err(error) => {
+                    outcome = Err(ConnectError::Unreachable { url: url.trim().to_owned(), reason: deepest(&error) });
+                    client.turn();
+                }
+            }
+        }
+        outcome.map(|()| client)
+    }
+
+    /// Speaks to the next server from now on, where there are several.
+    pub fn turn(&self) {
+        self.servers.at.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn channel(&self) -> Channel {
+        let Servers { channels, at } = &*self.servers;
+        channels[at.load(Ordering::Relaxed) % channels.len()].clone()
     }
 
     /// The project that this client speaks for.
@@ -139,29 +174,29 @@ impl Client {
     #[must_use]
     pub fn for_project(&self, project: Project) -> Self {
         let options = Options { project, ..(*self.options).clone() };
-        Self { channel: self.channel.clone(), options: Arc::new(options) }
+        Self { servers: Arc::clone(&self.servers), options: Arc::new(options) }
     }
 
     /// Jobs.
     pub fn jobs(&self) -> JobServiceClient<Channel> {
-        JobServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        JobServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Artifacts.
     pub fn artifacts(&self) -> ArtifactServiceClient<Channel> {
-        ArtifactServiceClient::new(self.channel.clone())
+        ArtifactServiceClient::new(self.channel())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Methods.
     pub fn methods(&self) -> MethodServiceClient<Channel> {
-        MethodServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        MethodServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// The workers' stream.
     pub fn workers(&self) -> WorkerServiceClient<Channel> {
-        WorkerServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        WorkerServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// A request with this client's deadline for unary calls.
@@ -182,7 +217,12 @@ impl Client {
         let mut wait = self.options.retry_wait;
         for _ in 0..self.options.retries {
             match call().await {
-                Err(status) if Class::of(&status).row().retry == Retry::Later => tokio::time::sleep(wait).await,
+                Err(status) if Class::of(&status).row().retry == Retry::Later => {
+                    if status.code() == tonic::Code::Unavailable {
+                        self.turn();
+                    }
+                    tokio::time::sleep(wait).await;
+                }
                 other => return other.map(tonic::Response::into_inner),
             }
             wait *= 2;

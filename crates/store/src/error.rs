@@ -1,7 +1,5 @@
 //! What can go wrong, by what the caller can do about it.
 
-use std::path::PathBuf;
-
 use attune_spec::id::Epoch;
 
 /// The result of a store operation.
@@ -50,10 +48,18 @@ pub enum Error {
     #[error("the control plane's database is unavailable: {0}; free space or wait, then try again")]
     Unavailable(String),
     /// Another process holds the database.
-    #[error("database {path:?} is in use by another scheduler; stop that one first")]
+    #[error("database {database} is in use by another scheduler; stop that one first")]
     Locked {
-        /// The database file.
-        path: PathBuf,
+        /// The database, without a password.
+        database: String,
+    },
+    /// Another scheduler has opened the database since.
+    #[error("another scheduler leads since term {current}; this one led in term {own}, and writes nothing any more")]
+    Replaced {
+        /// The term in which this store was opened.
+        own: i64,
+        /// The present one.
+        current: i64,
     },
     /// The database's schema does not fit this binary.
     #[error("{0}")]
@@ -83,6 +89,7 @@ impl Error {
             | Self::InUse(_)
             | Self::Invalid(_)
             | Self::Locked { .. }
+            | Self::Replaced { .. }
             | Self::Schema(_)
             | Self::Corrupt(_)
             | Self::Other(_) => false,
@@ -101,23 +108,41 @@ mod code {
     pub(super) const NOTADB: i32 = 26;
 }
 
+/// PostgreSQL's codes (<https://www.postgresql.org/docs/current/errcodes-appendix.html>), of which the first two letters are a class.
+fn of_postgres(code: &str, message: String) -> Error {
+    match (code.get(..2).unwrap_or_default(), code) {
+        // Connections, resources, a server that stops or starts, one that only reads, and changes that have to wait for others.
+        ("08" | "53" | "57", _) | (_, "25006" | "40001" | "40P01" | "55P03") => Error::Unavailable(message),
+        ("23", _) => Error::Conflict(format!("the change breaks a rule of the schema: {message}")),
+        (_, "XX001" | "XX002") => Error::Corrupt(message),
+        _ => Error::Other(message),
+    }
+}
+
+fn of_sqlite(code: Option<i32>, message: String) -> Error {
+    match code.map(|code| code & 0xff) {
+        Some(code::FULL | code::BUSY | code::LOCKED | code::CANTOPEN) => Error::Unavailable(message),
+        Some(code::CORRUPT | code::NOTADB) => Error::Corrupt(message),
+        Some(code::CONSTRAINT) => Error::Conflict(format!("the change breaks a rule of the schema: {message}")),
+        _ => Error::Other(message),
+    }
+}
+
 /// Sorts a database error into the classes above. A function and not `From`, so that the library's type stays inside.
 #[expect(clippy::needless_pass_by_value, reason = "the form that `map_err` takes")]
 pub(crate) fn db(error: sqlx::Error) -> Error {
     match &error {
         sqlx::Error::Database(inner) => {
-            let primary = inner.code().and_then(|code| code.parse::<i32>().ok()).map(|code| code & 0xff);
             let message = inner.message().to_owned();
-            match primary {
-                Some(code::FULL | code::BUSY | code::LOCKED | code::CANTOPEN) => Error::Unavailable(message),
-                Some(code::CORRUPT | code::NOTADB) => Error::Corrupt(message),
-                Some(code::CONSTRAINT) => Error::Conflict(format!("the change breaks a rule of the schema: {message}")),
-                _ => Error::Other(message),
+            match inner.try_downcast_ref::<sqlx::postgres::PgDatabaseError>() {
+                Some(postgres) => of_postgres(postgres.code(), message),
+                None => of_sqlite(inner.code().and_then(|code| code.parse().ok()), message),
             }
         }
         sqlx::Error::PoolTimedOut => Error::Unavailable("no free connection within the time limit".to_owned()),
         sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => Error::Unavailable(error.to_string()),
-        sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::StorageFull => Error::Unavailable(io.to_string()),
+        // A full disk, or a server that is gone.
+        sqlx::Error::Io(io) => Error::Unavailable(io.to_string()),
         sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) | sqlx::Error::Decode(_) => {
             Error::Corrupt(error.to_string())
         }

@@ -5,20 +5,22 @@
 //! leaves no trace.
 //!
 //! Deliberately absent: clocks (times are arguments), decisions (the scheduling core takes them; its own state passes
-//! through here as documents), the bytes of artifacts, and any type of the database library. The SQL keeps to what
-//! SQLite and PostgreSQL share, `$1` placeholders included.
+//! through here as documents), the bytes of artifacts, and any type of the database library. The statements keep to what
+//! SQLite and PostgreSQL share, `$1` placeholders included; one suite of tests runs over both.
 
 pub mod artifact;
 pub mod attempt;
 pub mod change;
+pub mod database;
 pub mod error;
 pub mod event;
 pub mod job;
 pub mod metric;
 pub mod time;
 
-mod sqlite;
+mod sql;
 
+pub use database::Database;
 pub use error::{Error, Result};
-pub use sqlite::Store;
+pub use sql::Store;
 pub use time::UtcMs;

@@ -21,8 +21,8 @@ pub(crate) const DEFAULT_ADDRESS: &str = "127.0.0.1:7070";
 /// Which server, and for whom.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Server {
-    /// Address of the server.
-    #[arg(long, global = true, value_name = "URL", env = "ATTUNE_SERVER", help_heading = "Global options")]
+    /// Address of the server; several with commas between where schedulers stand by for one another.
+    #[arg(long, global = true, value_name = "URL[,URL…]", env = "ATTUNE_SERVER", help_heading = "Global options")]
     #[arg(default_value_t = format!("http://{DEFAULT_ADDRESS}"))]
     pub(crate) server: String,
     /// The project that jobs and artifacts belong to.

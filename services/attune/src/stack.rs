@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use attune_scheduler::Timings;
+use attune_scheduler::{Database, Timings};
 use attune_telemetry::{Stop, Task, TaskGroup};
 use attune_worker::Program;
 use tokio::net::TcpListener;
@@ -50,7 +50,7 @@ impl SchedulerArguments {
     }
 
     /// The configuration of a scheduler with this database and these artifacts.
-    pub(crate) fn config(&self, database: PathBuf, artifacts: String) -> attune_scheduler::Config {
+    pub(crate) fn config(&self, database: Database, artifacts: String) -> attune_scheduler::Config {
         let mut timings = Timings::default();
         if let Some(ttl) = self.lease_ttl_ms.map(Duration::from_millis) {
             timings.lease_ttl = ttl;
@@ -122,7 +122,7 @@ impl Stack {
         let listener = arguments.bind().await?;
         let address = listener.local_addr().map_err(|error| Failure::failed(error.to_string()))?;
         let url = format!("http://{address}");
-        let config = arguments.config(folder.join("attune.db"), folder.join("artifacts").display().to_string());
+        let config = arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string());
         let stack = Self { url, scheduler: TaskGroup::new(), workers: TaskGroup::new() };
         let stop = stack.scheduler.stop();
         let serving =

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_scheduler_core::{Backoff, Settings};
+use attune_store::Database;
 
 /// Where a scheduler keeps things and how patient it is.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The SQLite database; made with its folder when absent. One scheduler at a time.
-    pub database: PathBuf,
+    /// The database: a file of SQLite, made with its folder when absent, or a server of PostgreSQL. One scheduler at a time.
+    pub database: Database,
     /// Where artifacts are: a folder (made when absent), `file:///folder`, `s3://bucket/prefix` or `memory://`.
     pub artifacts: String,
     /// The folder under which job files may name paths of this machine; none may when it is absent.
@@ -94,7 +95,7 @@ impl Config {
     /// A scheduler that keeps everything in one folder.
     pub fn in_folder(folder: &Path) -> Self {
         Self {
-            database: folder.join("attune.db"),
+            database: folder.join("attune.db").into(),
             artifacts: folder.join("artifacts").display().to_string(),
             data_root: None,
             timings: Timings::default(),

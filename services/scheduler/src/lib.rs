@@ -43,6 +43,7 @@ mod services;
 
 mod server;
 
+pub use attune_store::Database;
 pub use config::{Config, Limits, Timings};
 pub use error::Error;
-pub use server::serve;
+pub use server::{Leader, serve};

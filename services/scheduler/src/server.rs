@@ -34,14 +34,81 @@ const LAST_LIMIT: Duration = Duration::from_secs(2);
 /// Jobs that may wait for their old checkpoints to be deleted.
 const WAITING_SWEEPS: usize = 1024;
 
-/// Serves until `shutdown` is done: then takes no further connections, answers the calls that run, and returns.
-///
-/// It may be killed at any moment: what was answered is stored, and the next one goes on from there, with the workers
-/// that run on meanwhile.
+/// How often a scheduler that waits to lead looks whether another one still does.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// A scheduler that holds its database and serves nobody yet.
+pub struct Leader {
+    config: Config,
+    store: Store,
+}
+
+impl Leader {
+    /// Takes the database.
+    ///
+    /// # Errors
+    /// [`Error::Store`] when another scheduler holds it, or when it cannot be opened.
+    pub async fn take(config: Config) -> Result<Self, Error> {
+        let store = Store::open(&config.database).await?;
+        Ok(Self { config, store })
+    }
+
+    /// Takes the database as soon as no other scheduler holds it; none if `shutdown` is done first. A server that does not answer is
+    /// waited for as well.
+    ///
+    /// # Errors
+    /// [`Error::Store`] when it cannot be opened for another reason.
+    pub async fn wait(config: Config, shutdown: impl Future<Output = ()>) -> Result<Option<Self>, Error> {
+        let take = async {
+            let mut said = None;
+            loop {
+                match Store::open(&config.database).await {
+                    Ok(store) => return Ok(store),
+                    Err(error) if error.is_retryable() || matches!(error, attune_store::Error::Locked { .. }) => {
+                        let why = error.to_string();
+                        if said.as_ref() != Some(&why) {
+                            tracing::info!(why, "this scheduler stands by");
+                            said = Some(why);
+                        }
+                        tokio::time::sleep(LOOK).await;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        tokio::select! {
+            taken = take => Ok(Some(Self { store: taken?, config })),
+            () = shutdown => Ok(None),
+        }
+    }
+
+    /// Serves until `shutdown` is done: then takes no further connections, answers the calls that run, and returns.
+    ///
+    /// It may be killed at any moment: what was answered is stored, and the next one goes on from there, with the workers
+    /// that run on meanwhile.
+    ///
+    /// # Errors
+    /// [`Error`] when it cannot start, when its database fails for good, or when another scheduler has taken that over.
+    pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+        let Self { config, store } = self;
+        Box::pin(run(config, store, listener, shutdown)).await
+    }
+}
+
+/// Takes the database and serves; see [`Leader`].
 ///
 /// # Errors
-/// [`Error`] when it cannot start, or when its database fails for good.
+/// Those of [`Leader::take`] and [`Leader::serve`].
 pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    Leader::take(config).await?.serve(listener, shutdown).await
+}
+
+async fn run(
+    config: Config,
+    store: Store,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
     let data_root = match &config.data_root {
         None => None,
         Some(path) => {
@@ -49,7 +116,6 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
             Some(found.map_err(|source| Error::DataRoot { path: path.clone(), source })?)
         }
     };
-    let store = Store::open(&config.database).await?;
     let blobs = BlobStore::open(&config.artifacts).await?;
     let (front, letters) = Front::new(config.limits.waiting_requests);
     let (prune, to_prune) = mpsc::channel(WAITING_SWEEPS);

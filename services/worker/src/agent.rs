@@ -263,6 +263,7 @@ impl Agent {
     fn disconnected(&mut self, message: &str) {
         tracing::info!(worker = %self.worker, message, "no connection to the scheduler; trying again");
         self.line = None;
+        self.node.client.turn();
         // Workers that lost the same scheduler come back at different times.
         let spread = f64::from(uuid::Uuid::now_v7().as_bytes()[15]) / 255.0;
         self.try_at = Instant::now() + self.wait.mul_f64(0.5 + spread / 2.0);

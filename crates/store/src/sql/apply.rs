@@ -1,7 +1,7 @@
 //! Carries out a change: every write in one transaction, every comparison inside it.
 
 use attune_spec::id::{Epoch, JobId, Project, Seq};
-use sqlx::{Row as _, SqliteConnection};
+use sqlx::{AnyConnection, Row as _};
 
 use super::{Store, artifacts, row};
 use crate::attempt::{Attempt, Cohort};
@@ -32,7 +32,7 @@ impl Store {
 }
 
 /// Carries out one write of a change inside its transaction.
-pub(super) async fn carry_out(connection: &mut SqliteConnection, write: &Write, applied: &mut Applied) -> Result<()> {
+pub(super) async fn carry_out(connection: &mut AnyConnection, write: &Write, applied: &mut Applied) -> Result<()> {
     match write {
         Write::Job(change) => {
             change_job(connection, change).await?;
@@ -83,7 +83,7 @@ pub(super) async fn carry_out(connection: &mut SqliteConnection, write: &Write, 
 }
 
 /// Gives the event the next number of its project and stores it.
-pub(super) async fn append(connection: &mut SqliteConnection, event: &NewEvent) -> Result<Event> {
+pub(super) async fn append(connection: &mut AnyConnection, event: &NewEvent) -> Result<Event> {
     let head = sqlx::query(
         "INSERT INTO event_heads (project, seq) VALUES ($1, 1) \
          ON CONFLICT (project) DO UPDATE SET seq = event_heads.seq + 1 RETURNING seq",
@@ -110,7 +110,7 @@ pub(super) async fn append(connection: &mut SqliteConnection, event: &NewEvent) 
 }
 
 /// The job's state and epoch, as the transaction sees them.
-async fn state_of(connection: &mut SqliteConnection, project: &Project, job: &JobId) -> Result<(State, Epoch, u64)> {
+async fn state_of(connection: &mut AnyConnection, project: &Project, job: &JobId) -> Result<(State, Epoch, u64)> {
     let (p, j) = row::key(project, job);
     let found = sqlx::query("SELECT state, epoch, version FROM jobs WHERE project = $1 AND job = $2")
         .bind(p)
@@ -124,7 +124,7 @@ async fn state_of(connection: &mut SqliteConnection, project: &Project, job: &Jo
 
 /// The fence: a write of an attempt counts only while its epoch is the job's current one and the job has not ended.
 pub(super) async fn check_epoch(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     job: &JobId,
     given: Epoch,
@@ -138,7 +138,7 @@ pub(super) async fn check_epoch(
     Err(Error::StaleEpoch { job: job.to_string(), given, current })
 }
 
-async fn change_job(connection: &mut SqliteConnection, change: &JobChange) -> Result<()> {
+async fn change_job(connection: &mut AnyConnection, change: &JobChange) -> Result<()> {
     let (state, epoch, version) = state_of(connection, &change.project, &change.job).await?;
     if state.is_final() {
         return Err(Error::Conflict(format!("job {:?} has {state}; a final state never changes", change.job.as_str())));
@@ -185,14 +185,14 @@ async fn change_job(connection: &mut SqliteConnection, change: &JobChange) -> Re
     Ok(())
 }
 
-async fn put_attempt(connection: &mut SqliteConnection, attempt: &Attempt) -> Result<()> {
+async fn put_attempt(connection: &mut AnyConnection, attempt: &Attempt) -> Result<()> {
     let workers: Vec<&str> = attempt.workers.iter().map(attune_spec::id::WorkerId::as_str).collect();
     sqlx::query(
         "INSERT INTO attempts (project, job, epoch, cohort, workers, outcome, message, started_ms, ended_ms, reported) \
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (project, job, epoch) DO UPDATE SET \
          cohort = excluded.cohort, workers = excluded.workers, outcome = excluded.outcome, \
          message = excluded.message, started_ms = excluded.started_ms, ended_ms = excluded.ended_ms, \
-         reported = MAX(attempts.reported, excluded.reported)",
+         reported = CASE WHEN attempts.reported < excluded.reported THEN excluded.reported ELSE attempts.reported END",
     )
     .bind(attempt.project.as_str())
     .bind(attempt.job.as_str())
@@ -210,7 +210,7 @@ async fn put_attempt(connection: &mut SqliteConnection, attempt: &Attempt) -> Re
     Ok(())
 }
 
-async fn put_cohort(connection: &mut SqliteConnection, cohort: &Cohort) -> Result<()> {
+async fn put_cohort(connection: &mut AnyConnection, cohort: &Cohort) -> Result<()> {
     sqlx::query(
         "INSERT INTO cohorts (cohort, project, core, created_ms, ended_ms) VALUES ($1, $2, $3, $4, $5) \
          ON CONFLICT (cohort) DO UPDATE SET core = excluded.core, ended_ms = excluded.ended_ms",
@@ -227,7 +227,7 @@ async fn put_cohort(connection: &mut SqliteConnection, cohort: &Cohort) -> Resul
 }
 
 async fn append_points(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     job: &JobId,
     epoch: Epoch,
@@ -281,7 +281,7 @@ async fn append_points(
     Ok(())
 }
 
-async fn raise_counter(connection: &mut SqliteConnection, name: &str, value: u64) -> Result<()> {
+async fn raise_counter(connection: &mut AnyConnection, name: &str, value: u64) -> Result<()> {
     let stored = sqlx::query("SELECT value FROM counters WHERE name = $1")
         .bind(name)
         .fetch_optional(&mut *connection)

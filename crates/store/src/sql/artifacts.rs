@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use attune_spec::id::{Digest, Epoch, JobId, Project, Tag};
 use serde_json::json;
-use sqlx::{QueryBuilder, Row as _, Sqlite, SqliteConnection};
+use sqlx::{AnyConnection, Row as _};
 
 use super::jobs::{PAGE_ROWS, bad_token};
+use super::query::Query;
 use super::{Store, apply, row};
 use crate::artifact::{Artifact, Commit, Deleted, Direction, File, Filter, Lineage, Maker, NewArtifact};
 use crate::change::{Applied, Write};
@@ -88,7 +89,7 @@ impl Store {
         rows: u32,
     ) -> Result<Page<Artifact>> {
         let (rows, newest) = (rows.clamp(1, PAGE_ROWS), filter.order == Order::Newest);
-        let mut query = QueryBuilder::<Sqlite>::new(select_artifacts!("project = "));
+        let mut query = Query::new(select_artifacts!("project = "));
         query.push_bind(project.as_str());
         if let Some(token) = page {
             let (time, digest) = token.split_once('.').ok_or_else(|| bad_token(token))?;
@@ -100,12 +101,7 @@ impl Store {
         }
         for (kinds, is_in) in [(&filter.kinds, " AND kind IN ("), (&filter.without_kinds, " AND kind NOT IN (")] {
             if !kinds.is_empty() {
-                query.push(is_in);
-                let mut list = query.separated(", ");
-                for kind in kinds {
-                    list.push_bind(kind);
-                }
-                query.push(")");
+                query.push(is_in).push_list(kinds.iter().map(String::as_str)).push(")");
             }
         }
         if let Some(job) = &filter.job {
@@ -119,10 +115,10 @@ impl Store {
             // Tag names hold none of LIKE's wildcards except `_`; the prefix is compared literally instead.
             query.push(
                 " AND EXISTS (SELECT 1 FROM tags t WHERE t.project = artifacts.project \
-                 AND t.digest = artifacts.digest AND substr(t.tag, 1, ",
+                 AND t.digest = artifacts.digest AND substr(t.tag, 1, CAST(",
             );
             let prefix = format!("{name}:");
-            query.push_bind(i64::try_from(prefix.chars().count()).unwrap_or(i64::MAX)).push(") = ");
+            query.push_bind(i64::try_from(prefix.chars().count()).unwrap_or(i64::MAX)).push(" AS INTEGER)) = ");
             query.push_bind(prefix).push(")");
         }
         query.push(if newest {
@@ -132,7 +128,7 @@ impl Store {
         });
         query.push_bind(i64::from(rows) + 1);
         let mut connection = self.readers.acquire().await.map_err(db)?;
-        let found = query.build().fetch_all(&mut *connection).await.map_err(db)?;
+        let found = query.build()?.fetch_all(&mut *connection).await.map_err(db)?;
         let more = found.len() > rows as usize;
         let mut items = Vec::with_capacity(found.len());
         for found in found.iter().take(rows as usize) {
@@ -190,7 +186,7 @@ impl Store {
     /// # Errors
     /// [`Error::NotFound`] when the artifact does not exist.
     pub async fn lineage(&self, project: &Project, of: Digest, direction: Direction, depth: u32) -> Result<Lineage> {
-        let mut view = self.readers.begin().await.map_err(db)?;
+        let mut view = self.view().await?;
         exists(&mut view, project, of).await?;
         let sql = match direction {
             Direction::Causes => "SELECT * FROM lineage WHERE project = $1 AND digest = $2 ORDER BY role, cause",
@@ -250,7 +246,7 @@ impl Store {
 }
 
 /// Deletes the row of an artifact, with its files, edges and commits.
-pub(super) async fn remove(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<()> {
+pub(super) async fn remove(connection: &mut AnyConnection, project: &Project, digest: Digest) -> Result<()> {
     sqlx::query("DELETE FROM artifacts WHERE project = $1 AND digest = $2")
         .bind(project.as_str())
         .bind(digest.to_string())
@@ -261,7 +257,7 @@ pub(super) async fn remove(connection: &mut SqliteConnection, project: &Project,
 }
 
 async fn delete(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     digest: Digest,
     force: bool,
@@ -309,7 +305,7 @@ pub(super) fn event(
 
 /// [`Write::Artifact`].
 pub(super) async fn commit(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     artifact: &NewArtifact,
     applied: &mut Applied,
 ) -> Result<()> {
@@ -338,7 +334,7 @@ pub(super) async fn commit(
 }
 
 /// Stores the artifact, its files and edges unless it is there; whether it was not.
-async fn insert(connection: &mut SqliteConnection, artifact: &NewArtifact) -> Result<bool> {
+async fn insert(connection: &mut AnyConnection, artifact: &NewArtifact) -> Result<bool> {
     let (project, digest) = (artifact.project.as_str(), artifact.digest.to_string());
     let done = sqlx::query(
         "INSERT INTO artifacts (project, digest, kind, size_bytes, created_ms) VALUES ($1, $2, $3, $4, $5) \
@@ -382,7 +378,7 @@ async fn insert(connection: &mut SqliteConnection, artifact: &NewArtifact) -> Re
 }
 
 /// Stores that an attempt made it; whether that is new.
-async fn insert_commit(connection: &mut SqliteConnection, artifact: &NewArtifact, maker: &Maker) -> Result<bool> {
+async fn insert_commit(connection: &mut AnyConnection, artifact: &NewArtifact, maker: &Maker) -> Result<bool> {
     let done = sqlx::query(
         "INSERT INTO artifact_commits (project, digest, job, epoch, record, created_ms) VALUES ($1, $2, $3, $4, $5, $6) \
          ON CONFLICT DO NOTHING",
@@ -401,7 +397,7 @@ async fn insert_commit(connection: &mut SqliteConnection, artifact: &NewArtifact
 
 /// Refuses to go on unless the tag names `expected` now.
 pub(super) async fn check_tag(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     tag: &Tag,
     expected: Digest,
@@ -413,7 +409,7 @@ pub(super) async fn check_tag(
     }
 }
 
-async fn named_by(connection: &mut SqliteConnection, project: &Project, tag: &Tag) -> Result<Option<Digest>> {
+async fn named_by(connection: &mut AnyConnection, project: &Project, tag: &Tag) -> Result<Option<Digest>> {
     sqlx::query("SELECT digest FROM tags WHERE project = $1 AND tag = $2")
         .bind(project.as_str())
         .bind(tag.to_string())
@@ -426,7 +422,7 @@ async fn named_by(connection: &mut SqliteConnection, project: &Project, tag: &Ta
 
 /// [`Write::Tag`].
 pub(super) async fn move_tag(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     tag: &Tag,
     digest: Digest,
@@ -460,7 +456,7 @@ pub(super) async fn move_tag(
 }
 
 async fn remove_tag(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     tag: &Tag,
     now: UtcMs,
@@ -479,7 +475,7 @@ async fn remove_tag(
     Ok(())
 }
 
-async fn exists(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<()> {
+async fn exists(connection: &mut AnyConnection, project: &Project, digest: Digest) -> Result<()> {
     sqlx::query("SELECT 1 FROM artifacts WHERE project = $1 AND digest = $2")
         .bind(project.as_str())
         .bind(digest.to_string())
@@ -491,7 +487,7 @@ async fn exists(connection: &mut SqliteConnection, project: &Project, digest: Di
 }
 
 /// An unfinished job that uses the artifact as an input, or that made it (a checkpoint to resume from).
-async fn user(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<Option<String>> {
+async fn user(connection: &mut AnyConnection, project: &Project, digest: Digest) -> Result<Option<String>> {
     sqlx::query(
         "SELECT j.job FROM jobs j WHERE j.project = $1 AND j.finished_ms IS NULL AND ( \
          EXISTS (SELECT 1 FROM job_inputs i WHERE i.project = $1 AND i.job = j.job AND i.digest = $2) OR \
@@ -508,7 +504,7 @@ async fn user(connection: &mut SqliteConnection, project: &Project, digest: Dige
 }
 
 /// A visible artifact that was made from this one.
-async fn effect_of(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<Option<Digest>> {
+async fn effect_of(connection: &mut AnyConnection, project: &Project, digest: Digest) -> Result<Option<Digest>> {
     sqlx::query("SELECT digest FROM lineage WHERE project = $1 AND cause = $2 ORDER BY digest LIMIT 1")
         .bind(project.as_str())
         .bind(digest.to_string())
@@ -519,7 +515,7 @@ async fn effect_of(connection: &mut SqliteConnection, project: &Project, digest:
         .transpose()
 }
 
-async fn tags_of(connection: &mut SqliteConnection, project: &Project, digest: Digest) -> Result<Vec<Tag>> {
+async fn tags_of(connection: &mut AnyConnection, project: &Project, digest: Digest) -> Result<Vec<Tag>> {
     sqlx::query("SELECT tag FROM tags WHERE project = $1 AND digest = $2 ORDER BY tag")
         .bind(project.as_str())
         .bind(digest.to_string())
@@ -531,11 +527,7 @@ async fn tags_of(connection: &mut SqliteConnection, project: &Project, digest: D
         .collect()
 }
 
-pub(super) async fn blobs_of(
-    connection: &mut SqliteConnection,
-    project: &Project,
-    digest: Digest,
-) -> Result<Vec<Digest>> {
+pub(super) async fn blobs_of(connection: &mut AnyConnection, project: &Project, digest: Digest) -> Result<Vec<Digest>> {
     sqlx::query("SELECT DISTINCT blob FROM artifact_files WHERE project = $1 AND digest = $2 ORDER BY blob")
         .bind(project.as_str())
         .bind(digest.to_string())
@@ -547,7 +539,7 @@ pub(super) async fn blobs_of(
         .collect()
 }
 
-pub(super) async fn is_referenced(connection: &mut SqliteConnection, project: &Project, blob: Digest) -> Result<bool> {
+pub(super) async fn is_referenced(connection: &mut AnyConnection, project: &Project, blob: Digest) -> Result<bool> {
     let found = sqlx::query("SELECT 1 FROM artifact_files WHERE project = $1 AND blob = $2 LIMIT 1")
         .bind(project.as_str())
         .bind(blob.to_string())
@@ -557,7 +549,7 @@ pub(super) async fn is_referenced(connection: &mut SqliteConnection, project: &P
     Ok(found.is_some())
 }
 
-async fn whole(connection: &mut SqliteConnection, found: &sqlx::sqlite::SqliteRow) -> Result<Artifact> {
+async fn whole(connection: &mut AnyConnection, found: &sqlx::any::AnyRow) -> Result<Artifact> {
     let (project, digest): (Project, Digest) = (row::parsed(found, "project")?, row::digest_of(found, "digest")?);
     let commits = sqlx::query(
         "SELECT * FROM artifact_commits WHERE project = $1 AND digest = $2 ORDER BY created_ms, job, epoch",

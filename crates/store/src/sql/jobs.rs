@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use attune_spec::id::{JobId, Project};
 use serde_json::{Value, json};
-use sqlx::{QueryBuilder, Row as _, Sqlite, SqliteConnection};
+use sqlx::{AnyConnection, Row as _};
 
+use super::query::Query;
 use super::{Store, apply, row};
 use crate::attempt::{Attempt, Unfinished};
 use crate::change::{Applied, Write};
@@ -68,19 +69,14 @@ impl Store {
     /// [`Error::Invalid`] for a page token that no earlier page gave out.
     pub async fn jobs(&self, project: &Project, filter: &Filter, page: Option<&str>, rows: u32) -> Result<Page<Job>> {
         let (rows, newest) = (rows.clamp(1, PAGE_ROWS), filter.order == Order::Newest);
-        let mut query = QueryBuilder::<Sqlite>::new(select_jobs!("project = "));
+        let mut query = Query::new(select_jobs!("project = "));
         query.push_bind(project.as_str());
         if let Some(token) = page {
             let last = JobId::new(token).map_err(|_| bad_token(token))?;
             query.push(if newest { " AND job < " } else { " AND job > " }).push_bind(last.to_string());
         }
         if !filter.states.is_empty() {
-            query.push(" AND state IN (");
-            let mut list = query.separated(", ");
-            for state in &filter.states {
-                list.push_bind(state.as_str());
-            }
-            query.push(")");
+            query.push(" AND state IN (").push_list(filter.states.iter().map(|state| state.as_str())).push(")");
         }
         if let Some(kind) = &filter.kind {
             query.push(" AND kind = ").push_bind(kind);
@@ -99,7 +95,7 @@ impl Store {
             .push(if newest { " ORDER BY job DESC LIMIT " } else { " ORDER BY job LIMIT " })
             .push_bind(i64::from(rows) + 1);
         let mut connection = self.readers.acquire().await.map_err(db)?;
-        let found = query.build().fetch_all(&mut *connection).await.map_err(db)?;
+        let found = query.build()?.fetch_all(&mut *connection).await.map_err(db)?;
         let more = found.len() > rows as usize;
         let mut items = found.iter().take(rows as usize).map(row::job).collect::<Result<Vec<_>>>()?;
         for job in &mut items {
@@ -131,7 +127,7 @@ impl Store {
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Corrupt`].
     pub async fn unfinished(&self) -> Result<Unfinished> {
-        let mut view = self.readers.begin().await.map_err(db)?;
+        let mut view = self.view().await?;
         let mut jobs = sqlx::query(select_jobs!("finished_ms IS NULL ORDER BY project, job"))
             .fetch_all(&mut *view)
             .await
@@ -175,7 +171,7 @@ pub(super) fn bad_token(token: &str) -> Error {
     Error::Invalid(format!("page token {token:?} was not given out by an earlier page; start without one"))
 }
 
-async fn answered(connection: &mut SqliteConnection, project: &Project, request: &Request) -> Result<Option<JobId>> {
+async fn answered(connection: &mut AnyConnection, project: &Project, request: &Request) -> Result<Option<JobId>> {
     let found = sqlx::query("SELECT body_digest, answer FROM requests WHERE project = $1 AND request = $2")
         .bind(project.as_str())
         .bind(&request.id)
@@ -191,7 +187,7 @@ async fn answered(connection: &mut SqliteConnection, project: &Project, request:
     job.map(Some).ok_or_else(|| Error::Corrupt(format!("the answer of request {:?} names no job", request.id)))
 }
 
-async fn one(connection: &mut SqliteConnection, project: &Project, job: &JobId) -> Result<Job> {
+async fn one(connection: &mut AnyConnection, project: &Project, job: &JobId) -> Result<Job> {
     let (p, j) = row::key(project, job);
     let found = sqlx::query(select_jobs!("project = $1 AND job = $2"))
         .bind(p)
@@ -205,7 +201,7 @@ async fn one(connection: &mut SqliteConnection, project: &Project, job: &JobId) 
     Ok(found)
 }
 
-async fn labels(connection: &mut SqliteConnection, project: &Project, job: &JobId) -> Result<BTreeMap<String, String>> {
+async fn labels(connection: &mut AnyConnection, project: &Project, job: &JobId) -> Result<BTreeMap<String, String>> {
     let (project, job) = row::key(project, job);
     sqlx::query("SELECT key, value FROM job_labels WHERE project = $1 AND job = $2")
         .bind(project)
@@ -219,7 +215,7 @@ async fn labels(connection: &mut SqliteConnection, project: &Project, job: &JobI
 }
 
 async fn create(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     job: &NewJob,
     also: &[Write],
     request: Option<&Request>,
@@ -264,7 +260,7 @@ async fn create(
     Ok(Created { job, is_new: true, events: applied.events })
 }
 
-async fn insert(connection: &mut SqliteConnection, job: &NewJob) -> Result<()> {
+async fn insert(connection: &mut AnyConnection, job: &NewJob) -> Result<()> {
     if job.state.is_final() || job.state == crate::job::State::Stopping {
         return Err(Error::Invalid(format!("a job cannot be created in state {}", job.state)));
     }

@@ -1,25 +1,35 @@
 //! Brings a database to this binary's schema: numbered steps, forward only, each in its own transaction.
 
-use sqlx::{Acquire as _, Row as _, SqliteConnection};
+use sqlx::{Acquire as _, AnyConnection, Row as _};
 
 use crate::error::{Error, Result, db};
 
-/// All steps, oldest first; a published step is never edited.
-const STEPS: &[&str] = &[
-    include_str!("../../../../migrations/sqlite/0001_control_plane.sql"),
-    include_str!("../../../../migrations/sqlite/0002_stages.sql"),
-];
-
-const TABLE: &str =
-    "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER NOT NULL PRIMARY KEY, sql TEXT NOT NULL) STRICT";
-
-/// Runs the steps that the database lacks.
-pub(super) async fn migrate(connection: &mut SqliteConnection) -> Result<()> {
-    migrate_to(connection, STEPS).await
+/// The steps of a kind of database, oldest first; a published step is never edited.
+pub(super) struct Steps<'s> {
+    /// What makes the table of the steps that were run.
+    table: &'static str,
+    steps: &'s [&'static str],
 }
 
-async fn migrate_to(connection: &mut SqliteConnection, steps: &[&'static str]) -> Result<()> {
-    sqlx::query(TABLE).execute(&mut *connection).await.map_err(db)?;
+/// SQLite's.
+pub(super) const SQLITE: Steps<'_> = Steps {
+    table: "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER NOT NULL PRIMARY KEY, sql TEXT NOT NULL) STRICT",
+    steps: &[
+        include_str!("../../../../migrations/sqlite/0001_control_plane.sql"),
+        include_str!("../../../../migrations/sqlite/0002_stages.sql"),
+    ],
+};
+
+/// PostgreSQL's.
+pub(super) const POSTGRES: Steps<'_> = Steps {
+    table: "CREATE TABLE IF NOT EXISTS schema_steps (step BIGINT NOT NULL PRIMARY KEY, sql TEXT NOT NULL)",
+    steps: &[include_str!("../../../../migrations/postgres/0001_control_plane.sql")],
+};
+
+/// Runs the steps that the database lacks.
+pub(super) async fn migrate(connection: &mut AnyConnection, to: &Steps<'_>) -> Result<()> {
+    let steps = to.steps;
+    sqlx::query(to.table).execute(&mut *connection).await.map_err(db)?;
     let rows = sqlx::query("SELECT step, sql FROM schema_steps ORDER BY step")
         .fetch_all(&mut *connection)
         .await
@@ -57,13 +67,22 @@ async fn migrate_to(connection: &mut SqliteConnection, steps: &[&'static str]) -
 
 #[cfg(test)]
 mod tests {
-    use sqlx::{Connection as _, SqliteConnection};
+    use sqlx::Connection as _;
 
     use super::*;
 
+    async fn memory() -> AnyConnection {
+        sqlx::any::install_default_drivers();
+        AnyConnection::connect("sqlite::memory:").await.unwrap()
+    }
+
+    async fn migrate_to(connection: &mut AnyConnection, steps: &[&'static str]) -> Result<()> {
+        migrate(connection, &Steps { table: SQLITE.table, steps }).await
+    }
+
     #[tokio::test]
     async fn steps_run_once_and_a_newer_or_edited_schema_is_refused() {
-        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        let mut connection = memory().await;
         let (one, two) = ("CREATE TABLE a (x INTEGER) STRICT", "CREATE TABLE b (x INTEGER) STRICT");
         migrate_to(&mut connection, &[one]).await.unwrap();
         migrate_to(&mut connection, &[one, two]).await.unwrap();
@@ -79,7 +98,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_step_that_fails_leaves_the_schema_before_it() {
-        let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
+        let mut connection = memory().await;
         let broken = "CREATE TABLE a (x INTEGER) STRICT; CREATE TABLE a (x INTEGER) STRICT";
         migrate_to(&mut connection, &[broken]).await.unwrap_err();
         migrate_to(&mut connection, &["CREATE TABLE a (x INTEGER) STRICT"]).await.unwrap();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use attune_spec::id::{Digest, JobId, Project};
 use serde_json::json;
-use sqlx::SqliteConnection;
+use sqlx::AnyConnection;
 
 use super::artifacts::{blobs_of, event, is_referenced, remove};
 use super::{Store, apply};
@@ -49,7 +49,7 @@ impl Store {
 }
 
 async fn prune(
-    connection: &mut SqliteConnection,
+    connection: &mut AnyConnection,
     project: &Project,
     job: &JobId,
     old: &[Digest],

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use attune_spec::id::{Digest, Epoch, JobId, Project};
 use serde_json::Value;
 use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
 use crate::artifact::Edge;
 use crate::attempt::{Attempt, Cohort};
@@ -16,30 +16,30 @@ use crate::metric::{NewPoint, Point};
 use crate::time::UtcMs;
 
 /// A text column as a domain type; a text that the type refuses is damage, since only the type wrote it.
-pub(super) fn parsed<T: FromStr<Err: std::fmt::Display>>(row: &SqliteRow, column: &str) -> Result<T> {
+pub(super) fn parsed<T: FromStr<Err: std::fmt::Display>>(row: &AnyRow, column: &str) -> Result<T> {
     let text: String = row.try_get(column).map_err(db)?;
     text.parse().map_err(|e| Error::Corrupt(format!("column {column}: {e}")))
 }
 
-pub(super) fn parsed_optional<T: FromStr<Err: std::fmt::Display>>(row: &SqliteRow, column: &str) -> Result<Option<T>> {
+pub(super) fn parsed_optional<T: FromStr<Err: std::fmt::Display>>(row: &AnyRow, column: &str) -> Result<Option<T>> {
     let text: Option<String> = row.try_get(column).map_err(db)?;
     text.map(|text| text.parse().map_err(|e| Error::Corrupt(format!("column {column}: {e}")))).transpose()
 }
 
-pub(super) fn json(row: &SqliteRow, column: &str) -> Result<Value> {
+pub(super) fn json(row: &AnyRow, column: &str) -> Result<Value> {
     parsed(row, column)
 }
 
-pub(super) fn unsigned(row: &SqliteRow, column: &str) -> Result<u64> {
+pub(super) fn unsigned(row: &AnyRow, column: &str) -> Result<u64> {
     let value: i64 = row.try_get(column).map_err(db)?;
     u64::try_from(value).map_err(|_| Error::Corrupt(format!("column {column} is {value}; expected 0 or more")))
 }
 
-pub(super) fn time(row: &SqliteRow, column: &str) -> Result<UtcMs> {
+pub(super) fn time(row: &AnyRow, column: &str) -> Result<UtcMs> {
     row.try_get(column).map(UtcMs).map_err(db)
 }
 
-fn time_optional(row: &SqliteRow, column: &str) -> Result<Option<UtcMs>> {
+fn time_optional(row: &AnyRow, column: &str) -> Result<Option<UtcMs>> {
     row.try_get::<Option<i64>, _>(column).map(|time| time.map(UtcMs)).map_err(db)
 }
 
@@ -48,7 +48,7 @@ pub(super) fn signed(value: u64) -> Result<i64> {
     i64::try_from(value).map_err(|_| Error::Invalid(format!("{value} is larger than any stored number")))
 }
 
-pub(super) fn job(row: &SqliteRow) -> Result<Job> {
+pub(super) fn job(row: &AnyRow) -> Result<Job> {
     let (parent, name) = (parsed_optional(row, "parent")?, parsed_optional(row, "stage")?);
     Ok(Job {
         project: parsed(row, "project")?,
@@ -80,7 +80,7 @@ pub(super) fn job(row: &SqliteRow) -> Result<Job> {
     })
 }
 
-pub(super) fn attempt(row: &SqliteRow) -> Result<Attempt> {
+pub(super) fn attempt(row: &AnyRow) -> Result<Attempt> {
     let workers: String = row.try_get("workers").map_err(db)?;
     Ok(Attempt {
         project: parsed(row, "project")?,
@@ -96,7 +96,7 @@ pub(super) fn attempt(row: &SqliteRow) -> Result<Attempt> {
     })
 }
 
-pub(super) fn cohort(row: &SqliteRow) -> Result<Cohort> {
+pub(super) fn cohort(row: &AnyRow) -> Result<Cohort> {
     Ok(Cohort {
         cohort: attune_spec::id::CohortId(unsigned(row, "cohort")?),
         project: parsed(row, "project")?,
@@ -106,7 +106,7 @@ pub(super) fn cohort(row: &SqliteRow) -> Result<Cohort> {
     })
 }
 
-pub(super) fn event(row: &SqliteRow) -> Result<Event> {
+pub(super) fn event(row: &AnyRow) -> Result<Event> {
     Ok(Event {
         seq: attune_spec::id::Seq(unsigned(row, "seq")?),
         event: NewEvent {
@@ -125,7 +125,7 @@ pub(super) fn event(row: &SqliteRow) -> Result<Event> {
     })
 }
 
-pub(super) fn point(row: &SqliteRow) -> Result<Point> {
+pub(super) fn point(row: &AnyRow) -> Result<Point> {
     Ok(Point {
         seq: attune_spec::id::Seq(unsigned(row, "seq")?),
         epoch: Epoch(unsigned(row, "epoch")?),
@@ -139,7 +139,7 @@ pub(super) fn point(row: &SqliteRow) -> Result<Point> {
     })
 }
 
-pub(super) fn edge(row: &SqliteRow, depth: u32) -> Result<Edge> {
+pub(super) fn edge(row: &AnyRow, depth: u32) -> Result<Edge> {
     Ok(Edge {
         depth,
         artifact: parsed(row, "digest")?,
@@ -153,6 +153,6 @@ pub(super) fn key(project: &Project, job: &JobId) -> (String, String) {
     (project.to_string(), job.to_string())
 }
 
-pub(super) fn digest_of(row: &SqliteRow, column: &str) -> Result<Digest> {
+pub(super) fn digest_of(row: &AnyRow, column: &str) -> Result<Digest> {
     parsed(row, column)
 }

@@ -7,23 +7,33 @@
 use std::ops::{Deref, DerefMut};
 
 use sqlx::pool::PoolConnection;
-use sqlx::{Sqlite, SqliteConnection, SqlitePool};
+use sqlx::{Any, AnyConnection, AnyPool};
 
+use super::Held;
 use crate::error::{Result, db};
 
 /// Rolled back unless [`commit`](Self::commit) is reached.
 pub(super) struct WriteTransaction {
-    connection: PoolConnection<Sqlite>,
+    connection: PoolConnection<Any>,
     is_open: bool,
 }
 
 impl WriteTransaction {
-    /// Takes SQLite's write lock at once, so that the transaction cannot fail half way for it.
-    pub(super) async fn begin(writer: &SqlitePool) -> Result<Self> {
+    /// Takes what lets one write at a time at once, so that the transaction cannot fail half way for it.
+    pub(super) async fn begin(writer: &AnyPool, held: &Held) -> Result<Self> {
         let connection = writer.acquire().await.map_err(db)?;
         // In doubt from before the statement is sent until it is known to have failed.
         let mut transaction = Self { connection, is_open: true };
-        sqlx::query("BEGIN IMMEDIATE").execute(&mut *transaction.connection).await.map_err(db)?;
+        let begin = match held {
+            Held::Sqlite(_) => "BEGIN IMMEDIATE",
+            Held::Postgres(_) => "BEGIN",
+        };
+        sqlx::query(begin).execute(&mut *transaction.connection).await.map_err(db)?;
+        if let Held::Postgres(lock) = held
+            && let Err(error) = lock.enter(&mut transaction).await
+        {
+            return Err(transaction.abandon(error).await);
+        }
         Ok(transaction)
     }
 
@@ -50,15 +60,15 @@ impl Drop for WriteTransaction {
 }
 
 impl Deref for WriteTransaction {
-    type Target = SqliteConnection;
+    type Target = AnyConnection;
 
-    fn deref(&self) -> &SqliteConnection {
+    fn deref(&self) -> &AnyConnection {
         &self.connection
     }
 }
 
 impl DerefMut for WriteTransaction {
-    fn deref_mut(&mut self) -> &mut SqliteConnection {
+    fn deref_mut(&mut self) -> &mut AnyConnection {
         &mut self.connection
     }
 }

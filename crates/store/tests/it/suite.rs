@@ -10,8 +10,36 @@ use attune_store::change::Write;
 use attune_store::event::NewEvent;
 use attune_store::job::{Filter, Input, JobChange, NewJob, Order, Request, State, Stop};
 use attune_store::metric::{Filter as MetricFilter, NewPoint};
-use attune_store::{Error, Store, UtcMs};
+use attune_store::{Database, Error, Store, UtcMs};
 use serde_json::json;
+
+/// Hands the name of every case to a macro, which makes a test of each.
+macro_rules! cases {
+    ($make:ident) => {
+        $make!(
+            a_job_is_created_read_and_listed,
+            the_same_request_makes_one_job,
+            a_thousand_creates_with_one_request_id_make_one_job,
+            events_have_no_gaps_under_concurrency,
+            a_change_compares_the_version_and_final_states_stay,
+            a_change_that_fails_half_way_leaves_nothing,
+            only_the_current_epoch_writes,
+            unfinished_work_comes_back_whole,
+            a_retried_attempts_metrics_replace_the_lost_ones,
+            metrics_are_paged_and_filtered,
+            projects_do_not_see_each_other,
+            an_artifact_becomes_visible_with_lineage_tags_and_events,
+            tags_move_and_leave_a_trail,
+            deletion_spares_what_is_needed,
+            old_checkpoints_go_unless_somebody_needs_them,
+            lineage_is_followed_both_ways,
+            artifacts_are_paged_and_filtered,
+            page_tokens_are_checked,
+            counters_only_grow,
+        );
+    };
+}
+pub(crate) use cases;
 
 pub(crate) fn project() -> Project {
     Project::default()
@@ -708,4 +736,18 @@ pub(crate) async fn counters_only_grow(store: Arc<Store>) {
         assert_eq!(result.is_ok(), good, "{value}: {result:?}");
     }
     assert_eq!(store.unfinished().await.unwrap().counters["cohort"], 9);
+}
+
+pub(crate) async fn everything_is_there_after_reopening(database: &Database) {
+    let store = Store::open(database).await.unwrap();
+    let job = new_job("j-1");
+    store.create_job(&job, &[], Some(&request("r", 1))).await.unwrap();
+    store.close().await;
+    drop(store);
+
+    let store = Store::open(database).await.unwrap();
+    assert_eq!(store.job(&job.project, &job.job).await.unwrap().spec, job.spec);
+    let again = store.create_job(&new_job("j-2"), &[], Some(&request("r", 1))).await.unwrap();
+    assert!(!again.is_new);
+    assert_eq!(store.last_event(&job.project).await.unwrap(), Seq(1));
 }

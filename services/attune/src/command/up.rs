@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use attune_scheduler::{Database, Leader};
 use attune_telemetry::{Logging, TaskGroup};
 
 use crate::print::Failure;
@@ -35,16 +36,21 @@ pub(crate) struct Up {
 /// Runs a scheduler alone until it is interrupted; workers connect to it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:
-  attune scheduler --database ./attune.db --artifacts s3://bucket/attune")]
+  attune scheduler --database ./attune.db --artifacts s3://bucket/attune
+  attune scheduler --database postgres://attune@db/attune?sslmode=verify-full --artifacts s3://bucket/attune")]
 pub(crate) struct Scheduler {
     #[command(flatten)]
     arguments: SchedulerArguments,
-    /// The SQLite database; made when it is not there.
-    #[arg(long, value_name = "FILE")]
-    database: PathBuf,
+    /// The database: a file of SQLite, made when it is not there, or the URL of a database of PostgreSQL. A password is better given
+    /// by PGPASSWORD or PGPASSFILE, which other users of the machine cannot see.
+    #[arg(long, value_name = "FILE|URL", env = "ATTUNE_DATABASE", hide_env_values = true)]
+    database: Database,
     /// Where artifacts are kept: a folder or s3://bucket/prefix.
     #[arg(long, value_name = "FOLDER|URL")]
     artifacts: String,
+    /// Waits while another scheduler has the database, and takes over when that one is gone. It listens from then on.
+    #[arg(long)]
+    standby: bool,
 }
 
 /// Runs a worker until it is interrupted; its attempts then stop at a checkpoint.
@@ -105,12 +111,19 @@ fn home() -> Result<PathBuf, Failure> {
 pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
     log()?;
     block_on(async {
-        let listener = arguments.arguments.bind().await?;
         let config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone());
+        let artifacts = config.artifacts.clone();
+        let leader = if arguments.standby {
+            Leader::wait(config, stack::asked_to_end()).await.map(|leader| leader.map(Box::new))
+        } else {
+            Leader::take(config).await.map(|leader| Some(Box::new(leader)))
+        };
+        let Some(leader) = leader.map_err(|error| Failure::caused(&error))? else { return Ok(()) };
+        let listener = arguments.arguments.bind().await?;
         if let Ok(address) = listener.local_addr() {
-            tracing::info!(target: "attune", url = format!("http://{address}"), artifacts = config.artifacts, "listening");
+            tracing::info!(target: "attune", url = format!("http://{address}"), artifacts, "listening");
         }
-        let served = attune_scheduler::serve(config, listener, stack::asked_to_end()).await;
+        let served = leader.serve(listener, stack::asked_to_end()).await;
         served.map_err(|error| Failure::caused(&error))
     })
 }

@@ -294,6 +294,8 @@ impl Desk {
                 self.tell_due();
                 Ok(Ok(job))
             }
+            // Whoever leads now goes on from the database; so would this one, and be refused again.
+            Err(error @ attune_store::Error::Replaced { .. }) => Err(error.into()),
             Err(error) => {
                 tracing::error!(%error, "a change could not be stored; the scheduler starts anew from the database");
                 self.reload().await?;
