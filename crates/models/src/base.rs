@@ -7,7 +7,7 @@ use std::path::Path;
 use attune_architecture::{Architecture, Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
 use attune_points::{TensorName, Weight};
 use attune_spec::job::Precision;
-use attune_tensor::kernels::{Kept, Kernels};
+use attune_tensor::kernels::{DeviceCopy, Kernels};
 use attune_tensor::{FrozenWeight, Rng};
 use candle_core::{DType, Device, Tensor};
 
@@ -19,7 +19,7 @@ use crate::pass::{Activations, Arena};
 #[derive(Debug)]
 pub struct Base {
     /// Copies of the matrices on a device; they go before the matrices do.
-    kept: Vec<Kept>,
+    kept: Vec<DeviceCopy>,
     architecture: Architecture,
     /// The head's name and the embedding's, if the model keeps one matrix for both.
     tie: Option<(SiteId, SiteId)>,

@@ -34,7 +34,7 @@ pub struct BlockCache(Option<[Mat; 2]>);
 
 /// Where a pass finds the keys and values of its documents.
 #[derive(Debug, Clone)]
-pub(crate) struct Kept {
+pub(crate) struct CachedRows {
     /// The rows of each document's, those that the pass adds at the end.
     pub(crate) rows: Vec<Range<usize>>,
     /// The rows of the buffers.
@@ -89,14 +89,14 @@ impl Cache {
     }
 
     /// Counts new rows of documents, for which there is room, and says where these lie then.
-    pub(crate) fn extend(&mut self, by: &[(usize, usize)]) -> Kept {
+    pub(crate) fn extend(&mut self, by: &[(usize, usize)]) -> CachedRows {
         let rows = by.iter().map(|&(document, rows)| {
             let span = &mut self.spans[document];
             span.rows += rows;
             debug_assert!(span.rows <= span.room, "rows beyond the room that was made");
             span.start..span.start + span.rows
         });
-        Kept { rows: rows.collect(), room: self.room }
+        CachedRows { rows: rows.collect(), room: self.room }
     }
 }
 
@@ -107,7 +107,7 @@ fn like(mat: &Mat, rows: usize, arena: &Arena) -> Mat {
 
 impl BlockCache {
     /// Takes the keys and values of a pass's rows in, and gives those of all rows.
-    pub(crate) fn extend(&mut self, k: &Mat, v: &Mat, kept: &Kept, cx: &PassCx<'_>) -> [MatRef<'_>; 2] {
+    pub(crate) fn extend(&mut self, k: &Mat, v: &Mat, kept: &CachedRows, cx: &PassCx<'_>) -> [MatRef<'_>; 2] {
         let all = self.0.get_or_insert_with(|| [k, v].map(|mat| like(mat, kept.room, &cx.arena)));
         for (all, new) in all.iter_mut().zip([k, v]) {
             for (doc, rows) in cx.docs.iter().zip(&kept.rows) {
@@ -127,7 +127,7 @@ mod tests {
     /// Writes `rows` rows, each its own number, to document `at`.
     fn write(cache: &mut Cache, arena: &Arena, at: usize, rows: usize) {
         cache.reserve(&[(at, cache.rows(at) + rows)], arena);
-        let Kept { rows: of_docs, room } = cache.extend(&[(at, rows)]);
+        let CachedRows { rows: of_docs, room } = cache.extend(&[(at, rows)]);
         let block = &mut cache.blocks[0].0;
         let [mat, _] = block.get_or_insert_with(|| [0; 2].map(|_| arena.mat(room, 1, Activations::F32)));
         let (Mat::F32(mat), end) = (mat, of_docs[0].end) else { panic!("made in 32 bits") };

@@ -27,14 +27,14 @@ pub(crate) struct RowMasks<'a> {
 
 /// Which values of some rows are kept: a bit each.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct DropoutBits {
     bits: Vec<u32>,
     width: usize,
     /// What a kept value is multiplied with.
     factor: f32,
 }
 
-impl Kept {
+impl DropoutBits {
     /// The same of all these rows, which are of one width and factor; none of no rows.
     pub(crate) fn join(rows: impl IntoIterator<Item = Self>) -> Option<Self> {
         rows.into_iter().reduce(|mut all, rows| {
@@ -66,11 +66,11 @@ impl RowMasks<'_> {
     }
 
     /// Which values of the rows at hand are kept at a site, where each is dropped with probability `p`.
-    pub(crate) fn kept(&self, site: &SiteId, width: usize, p: f64) -> Kept {
+    pub(crate) fn kept(&self, site: &SiteId, width: usize, p: f64) -> DropoutBits {
         // A word below the threshold drops the value.
         let threshold = (p * 4_294_967_296.0) as u32;
         let bits = rng::bits(self.n_rows(), width, threshold, self.streams("dropout", site));
-        Kept { bits, width, factor: (1.0 / (1.0 - p)) as f32 }
+        DropoutBits { bits, width, factor: (1.0 / (1.0 - p)) as f32 }
     }
 }
 

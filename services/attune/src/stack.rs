@@ -29,6 +29,9 @@ pub(crate) struct SchedulerArguments {
     /// Folder under which job files may name paths of the server's machine; none may without it.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) data_root: Option<PathBuf>,
+    /// Days that the events of a job are kept after its end, but for the last ones; for ever if left out.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep_events_days: Option<u32>,
     /// Milliseconds that a lease lasts without a heartbeat.
     #[arg(long, value_name = "MS", hide = true)]
     lease_ttl_ms: Option<u64>,
@@ -44,6 +47,7 @@ impl SchedulerArguments {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             allow_unauthenticated_network: false,
             data_root: None,
+            keep_events_days: None,
             lease_ttl_ms: None,
             backoff_ms: None,
         }
@@ -51,7 +55,9 @@ impl SchedulerArguments {
 
     /// The configuration of a scheduler with this database and these artifacts.
     pub(crate) fn config(&self, database: Database, artifacts: String) -> attune_scheduler::Config {
-        let mut timings = Timings::default();
+        let day = Duration::from_secs(24 * 60 * 60);
+        let events_kept = self.keep_events_days.map(|days| day * days);
+        let mut timings = Timings { events_kept, ..Timings::default() };
         if let Some(ttl) = self.lease_ttl_ms.map(Duration::from_millis) {
             timings.lease_ttl = ttl;
             timings.heartbeat_interval = ttl / 4;

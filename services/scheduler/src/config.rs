@@ -42,10 +42,17 @@ pub struct Timings {
     pub lane_wait: Duration,
     /// How long running calls may go on when the scheduler is asked to end.
     pub shutdown_grace: Duration,
+    /// How often the scheduler looks for what nobody needs any more.
+    pub housekeeping: Duration,
+    /// How long a blob that nothing refers to stays where a push may have left it half way, and may go on.
+    pub orphan_grace: Duration,
+    /// How long the events of a job are kept after its end, but for the last ones; for ever if absent.
+    pub events_kept: Option<Duration>,
 }
 
 impl Default for Timings {
-    /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 2 s to gather lanes, 10 s to end.
+    /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 2 s to gather lanes, 10 s to end; a look for what
+    /// nobody needs every hour, a day for pushes, and events for ever.
     fn default() -> Self {
         let backoff = Backoff::default();
         Self {
@@ -57,6 +64,9 @@ impl Default for Timings {
             backoff_cap: backoff.cap,
             lane_wait: Settings::default().lane_wait,
             shutdown_grace: Duration::from_secs(10),
+            housekeeping: Duration::from_secs(60 * 60),
+            orphan_grace: Duration::from_secs(24 * 60 * 60),
+            events_kept: None,
         }
     }
 }

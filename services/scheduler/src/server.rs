@@ -134,6 +134,12 @@ async fn run(
         Ok::<_, std::convert::Infallible>(())
     });
 
+    let keeping = Box::pin(sweep::keep_house(Arc::clone(&context), config.timings));
+    inner.spawn(Task::new("housekeeping").abort_on_cancel(), async move {
+        keeping.await;
+        Ok::<_, std::convert::Infallible>(())
+    });
+
     let making = Box::pin(stages::follow(Arc::clone(&context), due));
     inner.spawn(Task::new("stages").abort_on_cancel(), async move {
         making.await;

@@ -1,4 +1,4 @@
-//! Bytes that nothing refers to any more, and checkpoints that a job needs no more.
+//! Bytes that nothing refers to any more, checkpoints that a job needs no more, and events of jobs that ended long ago.
 //!
 //! Rows go first, in a transaction; bytes follow, behind a gate that keeps pushes from making them visible again
 //! meanwhile. A scheduler that dies in between leaves bytes that nobody sees.
@@ -9,22 +9,31 @@ use attune_artifacts::Kind;
 use attune_scheduler_core::JobKey;
 use attune_spec::id::{Digest, Project};
 use attune_spec::job::JobSpec;
+use attune_store::UtcMs;
 use attune_store::artifact::{Artifact, Filter};
 use tokio::sync::mpsc;
 
 use crate::clock::Clock;
+use crate::config::Timings;
 use crate::context::Context;
 use crate::log;
 use crate::rows::JobDocument;
 
-/// Checkpoints that are looked at once.
+/// Checkpoints, blobs or events that are looked at once.
 const ROWS: u32 = 1000;
+/// Events that are kept of every job, however old: how it ended.
+const EVENTS_KEPT: u32 = 8;
 
 /// Deletes the manifests of artifacts whose rows are gone, and blobs that were theirs alone. What cannot be deleted now
 /// stays, unseen.
 pub(crate) async fn bytes(context: &Context, project: &Project, artifacts: &[Digest], blobs: &[Digest]) {
     // Pushes that have looked at their blobs are through, and those that have not will miss what is deleted here.
     let _alone = context.sweep.write().await;
+    // Pushes to another scheduler do not wait at this gate.
+    if let Err(error) = context.store.may_write().await {
+        tracing::warn!(%error, "what nobody sees was not deleted");
+        return;
+    }
     for digest in artifacts {
         let is_gone =
             matches!(context.store.artifact(project, *digest).await, Err(attune_store::Error::NotFound { .. }));
@@ -51,6 +60,41 @@ pub(crate) async fn checkpoints(context: Arc<Context>, mut jobs: mpsc::Receiver<
             tracing::warn!(%error, %key, "old checkpoints were not deleted");
         }
     }
+}
+
+/// Looks now and then for what nobody needs any more: blobs of pushes that did not end, events of jobs that ended long ago.
+pub(crate) async fn keep_house(context: Arc<Context>, timings: Timings) {
+    loop {
+        tokio::time::sleep(timings.housekeeping).await;
+        if let Err(error) = tidy(&context, &timings).await {
+            tracing::warn!(%error, "housekeeping was cut short");
+        }
+    }
+}
+
+async fn tidy(context: &Context, timings: &Timings) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let ago = |time: std::time::Duration| {
+        UtcMs(Clock::utc().0.saturating_sub(i64::try_from(time.as_millis()).unwrap_or(i64::MAX)))
+    };
+    for project in context.store.projects().await? {
+        // A push may find a blob that an older one left, and then relies on it: it looks once more behind the gate, and sends what is
+        // gone.
+        let old = context.blobs.blobs_since(&project, ago(timings.orphan_grace).0).await?;
+        let old: Vec<Digest> = old.into_iter().map(|blob| blob.digest).collect();
+        for some in old.chunks(ROWS as usize) {
+            let orphans = context.store.unreferenced(&project, some).await?;
+            if !orphans.is_empty() {
+                tracing::info!(%project, count = orphans.len(), "deleting blobs that nothing refers to");
+                bytes(context, &project, &[], &orphans).await;
+            }
+        }
+        let Some(kept) = timings.events_kept else { continue };
+        while context.store.forget_events(&project, ago(kept), EVENTS_KEPT, ROWS).await? == u64::from(ROWS) {
+            // Others write in between.
+            tokio::task::yield_now().await;
+        }
+    }
+    Ok(())
 }
 
 async fn prune(context: &Context, key: &JobKey) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {

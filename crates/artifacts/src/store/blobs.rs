@@ -250,16 +250,25 @@ impl BlobStore {
     /// # Errors
     /// What the store answered.
     pub async fn blobs(&self, project: &Project) -> Result<Vec<BlobRef>> {
-        self.list(project, "blobs").await
+        self.list(project, "blobs", i64::MAX).await
     }
 
-    pub(super) async fn list(&self, project: &Project, kind: &str) -> Result<Vec<BlobRef>> {
+    /// The blobs of a project that were there at `time_ms` already, in UTC milliseconds by the store's own clock.
+    ///
+    /// # Errors
+    /// What the store answered.
+    pub async fn blobs_since(&self, project: &Project, time_ms: i64) -> Result<Vec<BlobRef>> {
+        self.list(project, "blobs", time_ms).await
+    }
+
+    pub(super) async fn list(&self, project: &Project, kind: &str, until_ms: i64) -> Result<Vec<BlobRef>> {
         let prefix = Path::from(format!("projects/{project}/{kind}"));
         let objects = self.inner.objects.list(Some(&prefix));
         let found: Vec<_> = objects
             .try_filter_map(async |meta| {
                 // Anything else under this prefix was not put there by this room and is left alone.
                 let digest = meta.location.filename().and_then(|hex| format!("blake3:{hex}").parse().ok());
+                let digest = digest.filter(|_| meta.last_modified.timestamp_millis() <= until_ms);
                 Ok(digest.map(|digest| BlobRef { digest, size_bytes: meta.size }))
             })
             .try_collect()

@@ -99,7 +99,7 @@ impl BlobStore {
     /// # Errors
     /// What the store answered.
     pub async fn manifests(&self, project: &Project) -> Result<Vec<Digest>> {
-        Ok(self.list(project, "manifests").await?.into_iter().map(|found| found.digest).collect())
+        Ok(self.list(project, "manifests", i64::MAX).await?.into_iter().map(|found| found.digest).collect())
     }
 
     /// Deletes a manifest object; one that is not there counts as deleted. Its row in the control plane goes first.

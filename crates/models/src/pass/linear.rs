@@ -18,7 +18,7 @@ use attune_tensor::reading;
 use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::{Device, Tensor};
 
-use crate::dropout::{Kept, RowMasks};
+use crate::dropout::{DropoutBits, RowMasks};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::local;
 use crate::pass::parts::{Added, Given, PassCx, Sinks, wants};
@@ -34,7 +34,7 @@ pub(crate) struct Thin(Vec<ThinRows>);
 #[derive(Debug)]
 struct ThinRows {
     h_tr: Mat,
-    kept: Option<Kept>,
+    kept: Option<DropoutBits>,
 }
 
 /// A low-rank component at work, on the rows of parts that follow each other and have the same tensors: their products are
@@ -281,7 +281,8 @@ impl<'a> PassCx<'a> {
     fn thin(&self, site: &Site, factors: &Factors<'_, '_>, x_ti: MatRef<'_>) -> Result<ThinRows> {
         let rows = &factors.rows;
         let x = x_ti.sub_rows(rows.start, rows.end);
-        let kept = Kept::join(factors.placed.iter().filter_map(|placed| self.kept(site, placed, factors, x.cols())));
+        let kept =
+            DropoutBits::join(factors.placed.iter().filter_map(|placed| self.kept(site, placed, factors, x.cols())));
         let masked = kept.as_ref().map(|kept| self.masked(kept, x));
         let x = masked.as_ref().map_or(x, Mat::view);
         let down = factors.down.1.view();
@@ -292,7 +293,7 @@ impl<'a> PassCx<'a> {
     }
 
     /// `mask ∘ x`.
-    fn masked(&self, kept: &Kept, x: MatRef<'_>) -> Mat {
+    fn masked(&self, kept: &DropoutBits, x: MatRef<'_>) -> Mat {
         let mut masked = self.arena.rows(x.rows(), x.cols());
         self.kernels.convert(x, masked.view_mut().into());
         self.kernels.multiply(View::new(&kept.factors(), x.rows(), x.cols()).into(), masked.view_mut());
@@ -300,7 +301,7 @@ impl<'a> PassCx<'a> {
     }
 
     /// Which of the values that a component reads are kept; `None` if it drops nothing.
-    fn kept(&self, site: &Site, placed: &Added<'_>, factors: &Factors<'_, '_>, width: usize) -> Option<Kept> {
+    fn kept(&self, site: &Site, placed: &Added<'_>, factors: &Factors<'_, '_>, width: usize) -> Option<DropoutBits> {
         let part = &self.parts[placed.part];
         let key = self.dropout(placed).filter(|_| factors.dropout > 0.0)?;
         let masks = RowMasks { key, layout: part.layout, rows: placed.ids.some() };
@@ -383,7 +384,7 @@ impl<'a> PassCx<'a> {
     }
 
     /// `dx += mask ∘ (g down)` for a component that is not summed within the product.
-    fn add_back(&self, factors: &Factors<'_, '_>, kept: Option<&Kept>, g_tr: &Mat, dx: ViewMut<'_, f32>) {
+    fn add_back(&self, factors: &Factors<'_, '_>, kept: Option<&DropoutBits>, g_tr: &Mat, dx: ViewMut<'_, f32>) {
         let rows = &factors.rows;
         let down = factors.down.1.view();
         let of = Gemm::new(Operand::plain(g_tr.view()), Operand::plain(down));

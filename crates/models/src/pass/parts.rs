@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::attention::RowPlan;
 use crate::base::Base;
-use crate::cache::Kept;
+use crate::cache::CachedRows;
 use crate::dropout::Dropout;
 use crate::pass::arena::{Activations, Arena, Mat, Rows};
 use crate::pass::prefix;
@@ -54,7 +54,7 @@ pub struct PassCx<'a> {
     /// The factor on the losses of each part's components.
     pub(crate) beside: Vec<f64>,
     /// Where the keys and values of each document lie, if its rows follow others that went through before.
-    pub(crate) kept: Option<Kept>,
+    pub(crate) kept: Option<CachedRows>,
     /// Cosines and sines of each row's angles, `[T, W/2]`; none where positions are not turned.
     pub(crate) angles: Option<(Rows<f32>, Rows<f32>)>,
     pub(crate) arena: Arena,
@@ -156,7 +156,7 @@ impl Ids<'_> {
 
 impl<'a> PassCx<'a> {
     /// What the blocks see of a pass over whole documents or, with `kept`, over the rows that follow those in a cache.
-    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], kept: Option<Kept>, arena: &Arena) -> Self {
+    pub(crate) fn new(base: &'a Base, parts: &'a [Part<'a>], kept: Option<CachedRows>, arena: &Arena) -> Self {
         let (mut rows, mut docs, mut taken, mut end) = (Vec::with_capacity(parts.len()), Vec::new(), Vec::new(), 0);
         for part in parts {
             let start = end;

@@ -7,7 +7,7 @@ use serde_json::json;
 use sqlx::AnyConnection;
 
 use super::artifacts::{blobs_of, event, is_referenced, remove};
-use super::{Store, apply};
+use super::{Store, apply, row};
 use crate::artifact::Pruned;
 use crate::error::{Result, db};
 use crate::time::UtcMs;
@@ -28,6 +28,50 @@ impl Store {
         let mut transaction = self.begin().await?;
         match prune(&mut transaction, project, job, old, now).await {
             Ok(pruned) => transaction.commit().await.map(|()| pruned),
+            Err(refusal) => Err(transaction.abandon(refusal).await),
+        }
+    }
+
+    /// The projects that have anything, sorted.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable), [`Error::Corrupt`](crate::Error::Corrupt).
+    pub async fn projects(&self) -> Result<Vec<Project>> {
+        let found = sqlx::query("SELECT project FROM event_heads ORDER BY project").fetch_all(&self.readers).await;
+        found.map_err(db)?.iter().map(|found| row::parsed(found, "project")).collect()
+    }
+
+    /// Whether this store may still write: an error if another scheduler leads by now.
+    ///
+    /// # Errors
+    /// [`Error::Replaced`](crate::Error::Replaced), [`Error::Unavailable`](crate::Error::Unavailable).
+    pub async fn may_write(&self) -> Result<()> {
+        self.begin().await?.commit().await
+    }
+
+    /// Deletes at most `rows` events of jobs that ended before `before`, the oldest first: all but the last `kept` of each job, which
+    /// tell how it ended. Gives how many. The numbers of others stay what they are, and no number is given twice.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable).
+    pub async fn forget_events(&self, project: &Project, before: UtcMs, kept: u32, rows: u32) -> Result<u64> {
+        let mut transaction = self.begin().await?;
+        let done = sqlx::query(
+            "DELETE FROM events WHERE project = $1 AND seq IN ( \
+             SELECT e.seq FROM events e JOIN jobs j ON j.project = e.project AND j.job = e.job \
+             WHERE e.project = $1 AND j.finished_ms < $2 AND e.seq < ( \
+             SELECT MIN(l.seq) FROM (SELECT seq FROM events WHERE project = $1 AND job = e.job \
+             ORDER BY seq DESC LIMIT $3) l) ORDER BY e.seq LIMIT $4)",
+        )
+        .bind(project.as_str())
+        .bind(before.0)
+        .bind(i64::from(kept.max(1)))
+        .bind(i64::from(rows))
+        .execute(&mut *transaction)
+        .await
+        .map_err(db);
+        match done {
+            Ok(done) => transaction.commit().await.map(|()| done.rows_affected()),
             Err(refusal) => Err(transaction.abandon(refusal).await),
         }
     }

@@ -96,6 +96,7 @@ async fn who_lost_the_lock_without_noticing_writes_nothing() {
     second.create_job(&suite::new_job("j-3"), &[], None).await.unwrap();
     let project = suite::project();
     assert_eq!(second.last_event(&project).await.unwrap().0, 3);
+    assert!(matches!(first.may_write().await, Err(Error::Replaced { .. })));
     // It may still look.
     assert_eq!(first.last_event(&project).await.unwrap().0, 3);
 }

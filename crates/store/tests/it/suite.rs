@@ -36,6 +36,7 @@ macro_rules! cases {
             artifacts_are_paged_and_filtered,
             page_tokens_are_checked,
             counters_only_grow,
+            events_of_old_jobs_are_forgotten_but_for_their_end,
         );
     };
 }
@@ -736,6 +737,44 @@ pub(crate) async fn counters_only_grow(store: Arc<Store>) {
         assert_eq!(result.is_ok(), good, "{value}: {result:?}");
     }
     assert_eq!(store.unfinished().await.unwrap().counters["cohort"], 9);
+}
+
+pub(crate) async fn events_of_old_jobs_are_forgotten_but_for_their_end(store: Arc<Store>) {
+    for job in ["j-1", "j-2", "j-3"] {
+        store.create_job(&new_job(job), &[], None).await.unwrap();
+        for _ in 0..3 {
+            store.apply(&[Write::Event(event(job, "job.progress"))]).await.unwrap();
+        }
+    }
+    // One has ended, one ends later, one goes on.
+    finish(&store, "j-1").await;
+    finish(&store, "j-2").await;
+    let finished = |job: &'static str| {
+        let store = Arc::clone(&store);
+        async move { store.job(&project(), &id(job)).await.unwrap().finished.unwrap() }
+    };
+    let last = store.last_event(&project()).await.unwrap();
+    assert_eq!(store.projects().await.unwrap(), [project()]);
+    let before = UtcMs(finished("j-1").await.0 + 1);
+    // As many at a time as are asked for, and never what is left of a job's end.
+    let of = |job: &'static str| {
+        let store = Arc::clone(&store);
+        async move { store.events(&project(), Some(&id(job)), Seq(0), 100).await.unwrap() }
+    };
+    let (of_one, of_three) = (of("j-1").await, of("j-3").await);
+    assert_eq!(store.forget_events(&project(), before, 1, 2).await.unwrap(), 2);
+    let more = store.forget_events(&project(), before, 1, 100).await.unwrap();
+    let is_both = finished("j-2").await < before;
+    let expected = if is_both { 2 * (of_one.len() - 1) } else { of_one.len() - 1 };
+    assert_eq!(more as usize + 2, expected);
+    assert_eq!(store.forget_events(&project(), before, 1, 100).await.unwrap(), 0);
+    assert_eq!(of("j-1").await, of_one[of_one.len() - 1..]);
+    assert_eq!(of("j-3").await, of_three, "it goes on");
+    // Numbers go on.
+    assert_eq!(store.last_event(&project()).await.unwrap(), last);
+    let next = store.apply(&[Write::Event(event("j-3", "job.progress"))]).await.unwrap();
+    assert_eq!(next.events[0].seq, Seq(last.0 + 1));
+    store.may_write().await.unwrap();
 }
 
 pub(crate) async fn everything_is_there_after_reopening(database: &Database) {

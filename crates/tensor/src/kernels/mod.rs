@@ -137,17 +137,17 @@ pub struct Attention<'a> {
 }
 
 /// A copy of a matrix in a device's own memory, which lasts as long as this guard. The matrix must not change or move before.
-pub struct Kept {
+pub struct DeviceCopy {
     _guard: Box<dyn Send + Sync>,
 }
 
-impl fmt::Debug for Kept {
+impl fmt::Debug for DeviceCopy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Kept")
+        f.write_str("DeviceCopy")
     }
 }
 
-impl Kept {
+impl DeviceCopy {
     /// The copy lasts until `guard` is dropped.
     pub fn new(guard: impl Send + Sync + 'static) -> Self {
         Self { _guard: Box::new(guard) }
@@ -188,7 +188,7 @@ pub trait Kernels: Send + Sync + fmt::Debug {
     }
 
     /// Brings a matrix near that many calls will read; `None` if it is there, or if it cannot be brought (a [`Fault`]).
-    fn keep(&self, _x: MatRef<'_>) -> Option<Kept> {
+    fn keep(&self, _x: MatRef<'_>) -> Option<DeviceCopy> {
         None
     }
 

@@ -148,6 +148,60 @@ async fn what_is_needed_is_not_deleted_and_what_is_not_goes_with_its_bytes() {
     assert_eq!(client.missing(&[blob]).await.unwrap(), [blob]);
 }
 
+/// Pushes that break off leave blobs, which go; what artifacts refer to stays, while pushes and deletions go on beside the sweeps.
+#[tokio::test]
+async fn what_broken_pushes_leave_is_deleted_and_nothing_else() {
+    let server = Server::start_with(|config| {
+        config.timings.housekeeping = std::time::Duration::from_millis(5);
+        config.timings.orphan_grace = std::time::Duration::ZERO;
+    });
+    let client = server.client().await;
+    // Blobs arrive, and then the push leaves another one out.
+    let (manifest, memory) = bundle(Kind::Report, &[("a", b"left"), ("b", b"missing")], Causes::default());
+    let left = hash::bytes(b"left");
+    let header = v1::PushHeader { manifest: manifest.bytes().clone(), ..Default::default() };
+    let header = v1::PushArtifactRequest { part: Some(v1::push_artifact_request::Part::Header(header)) };
+    let chunk = v1::BlobChunk { digest: left.to_string(), offset_bytes: 0, data: memory.0[&left].clone() };
+    let chunk = v1::PushArtifactRequest { part: Some(v1::push_artifact_request::Part::Chunk(chunk)) };
+    // The project is known from its first event on.
+    push(&client, &bundle(Kind::Report, &[("x", b"first")], Causes::default()), None, &[]).await.unwrap();
+    client.artifacts().push_artifact(futures::stream::iter([header, chunk])).await.unwrap_err();
+    let gone = async {
+        while client.missing(&[left]).await.unwrap().is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(crate::server::LIMIT, gone).await.expect("the blob goes");
+
+    // Artifacts that share blobs come and go beside it. A push whose blobs were swept from under it is made again.
+    let shared: Vec<u8> = b"shared".repeat(1000);
+    let rounds = (0..4u8).map(|who| {
+        let (client, shared) = (client.clone(), shared.clone());
+        async move {
+            for round in 0..12u8 {
+                let own = [who, round];
+                let made = bundle(Kind::Report, &[("own", &own), ("shared", &shared)], Causes::default());
+                while let Err(refused) = push(&client, &made, None, &[]).await {
+                    assert_eq!(Class::of(&refused), Class::Invalid, "{refused:?}");
+                    assert!(refused.message().contains("send them first"), "{refused:?}");
+                }
+                if round % 2 == 0 {
+                    let digest = made.0.digest().to_string();
+                    let request = v1::DeleteArtifactRequest { project: String::new(), digest };
+                    client.artifacts().delete_artifact(request).await.unwrap();
+                }
+            }
+        }
+    });
+    futures::future::join_all(rounds).await;
+    let list = client.artifacts().list_artifacts(v1::ListArtifactsRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.artifacts.len(), 4 * 6 + 1);
+    for artifact in list.artifacts {
+        let (_, mut parts) = client.pull(&artifact.digest, &[]).await.unwrap();
+        while parts.message().await.unwrap().is_some() {}
+    }
+}
+
 #[tokio::test]
 async fn projects_do_not_see_each_other() {
     let server = Server::start();

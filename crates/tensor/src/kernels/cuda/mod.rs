@@ -203,7 +203,7 @@ impl Kernels for Cuda {
         }
     }
 
-    fn keep(&self, x: MatRef<'_>) -> Option<super::Kept> {
+    fn keep(&self, x: MatRef<'_>) -> Option<super::DeviceCopy> {
         if self.fault.get().is_some() {
             return None;
         }

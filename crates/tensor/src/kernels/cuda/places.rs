@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use cudarc::driver::sys::CUdeviceptr;
 
 use super::device::{Device, Fault};
-use crate::kernels::Kept;
+use crate::kernels::DeviceCopy;
 use crate::store::{Memory, Owner, bytes};
 use crate::view::MatRef;
 
@@ -65,7 +65,7 @@ impl Places {
     }
 
     /// A copy of a matrix on the device, for as long as the guard lives; none if there is one, or nothing to copy.
-    pub(super) fn keep(this: &Arc<Self>, x: MatRef<'_>) -> Result<Option<Kept>, Fault> {
+    pub(super) fn keep(this: &Arc<Self>, x: MatRef<'_>) -> Result<Option<DeviceCopy>, Fault> {
         let bytes = match x {
             MatRef::F32(view) => bytes(view.data()),
             MatRef::Bf16(view) => bytes(view.data()),
@@ -78,7 +78,7 @@ impl Places {
         let copy = device.copy_of(bytes)?;
         drop(device);
         this.enter(start, Region { bytes: bytes.len(), copy: Some(copy) });
-        Ok(Some(Kept::new(Guard { places: Arc::clone(this), start })))
+        Ok(Some(DeviceCopy::new(Guard { places: Arc::clone(this), start })))
     }
 }
 
