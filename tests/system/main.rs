@@ -1,6 +1,7 @@
 //! The whole system: real processes, real clients, real kills.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
+#![allow(clippy::print_stderr, reason = "who skips a test says why")]
 
 mod failover;
 mod grids;
