@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use attune_scheduler_core::{Cause, Commit, Device, Devices, Holding, Input, Look, Outcome, Request, Session, State};
 use attune_spec::id::{CohortId, Digest, JobId, Project, Step, WorkerId};
+use attune_store::Database;
 use attune_store::artifact::{Maker, NewArtifact};
 use attune_store::job::{NewJob, Stage};
 use serde_json::json;
@@ -43,8 +44,9 @@ struct History {
 }
 
 impl History {
-    async fn begin(folder: &tempfile::TempDir, seed: u64) -> Self {
+    async fn begin(folder: &tempfile::TempDir, database: Option<Database>, seed: u64) -> Self {
         let mut config = Config::in_folder(folder.path());
+        config.database = database.unwrap_or(config.database);
         config.timings.lease_ttl = Duration::from_millis(40);
         config.timings.stop_limit = Duration::from_millis(60);
         config.timings.backoff_base = Duration::from_millis(10);
@@ -241,20 +243,48 @@ impl History {
     }
 }
 
+/// A history of some length; the states that its jobs were in.
+async fn live(seed: u64, database: Option<Database>, seen: &mut BTreeSet<&'static str>) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut history = History::begin(&folder, database, seed).await;
+    history.register(0).await;
+    for _ in 0..70 {
+        history.happen().await;
+        history.check(seen).await;
+    }
+    // And it does go on.
+    history.desk.reload().await.unwrap();
+    history.check(seen).await;
+    history.desk.store.close().await;
+}
+
+/// The same over PostgreSQL, where a server is named (`tests/services/postgres.sh` starts one).
+#[tokio::test]
+#[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
+async fn whatever_happens_over_postgresql_a_restart_knows_the_same() {
+    use sqlx::{Connection as _, Executor as _};
+
+    let Ok(server) = std::env::var("ATTUNE_TEST_POSTGRES") else {
+        eprintln!("skipped: ATTUNE_TEST_POSTGRES names no server");
+        return;
+    };
+    let (head, query) = server.split_once('?').unwrap_or((&server, ""));
+    let (place, _) = head.rsplit_once('/').unwrap();
+    let mut seen = BTreeSet::new();
+    for seed in 0..3 {
+        let name = format!("history_{}_{seed}", std::process::id());
+        let mut connection = sqlx::PgConnection::connect(&server).await.unwrap();
+        connection.execute(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}"))).await.unwrap();
+        live(seed, Some(format!("{place}/{name}?{query}").parse().unwrap()), &mut seen).await;
+    }
+    assert!(seen.len() > 5, "{seen:?}");
+}
+
 #[tokio::test]
 async fn whatever_happens_a_restart_knows_the_same() {
     let mut seen = BTreeSet::new();
     for seed in 0..12 {
-        let folder = tempfile::tempdir().unwrap();
-        let mut history = History::begin(&folder, seed).await;
-        history.register(0).await;
-        for _ in 0..70 {
-            history.happen().await;
-            history.check(&mut seen).await;
-        }
-        // And it does go on.
-        history.desk.reload().await.unwrap();
-        history.check(&mut seen).await;
+        live(seed, None, &mut seen).await;
     }
     let all: BTreeSet<_> = State::ALL.into_iter().map(State::code).collect();
     assert_eq!(seen, all, "states that no history reached");
