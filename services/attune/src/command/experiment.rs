@@ -279,7 +279,8 @@ impl Grid {
             tokens: report["tokens"].as_u64().unwrap_or_default(),
             tokens_per_second: facts.tokens_per_second,
             peak_memory_bytes: facts.peak_memory_bytes,
-            seconds: (ms(ended.end_time.as_ref()) - ms(ended.start_time.as_ref())) / 1e3,
+            // A job that is a recipe has no start of its own: its stages have.
+            seconds: (ms(ended.end_time.as_ref()) - ms(ended.start_time.as_ref().or(ended.create_time.as_ref()))) / 1e3,
             code_version: causes.code_version,
             kernel_profile: causes.kernel_profile,
         })

@@ -35,7 +35,7 @@ pub(crate) struct Record {
     pub(crate) tokens_per_second: f64,
     /// The most memory that its process had.
     pub(crate) peak_memory_bytes: u64,
-    /// From the start of its last attempt to its end.
+    /// From the start of its last attempt to its end; of a recipe, which has stages, from its making.
     pub(crate) seconds: f64,
     /// The code that ran it.
     pub(crate) code_version: String,
