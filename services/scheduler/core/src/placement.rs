@@ -9,11 +9,12 @@
 //! Among workers that will do, one that ran the job before is taken first (it has the inputs on its disk), then the one
 //! with the fewest free devices of the kind, so that large holes stay for large shares.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::num::NonZeroU32;
 
 use attune_spec::id::{Digest, WorkerId};
 
+use crate::seats::{self, Seats};
 use crate::{Device, Devices, JobKey, Memory, Resources};
 
 /// A job that waits for a gang.
@@ -84,98 +85,109 @@ pub enum Blocked {
     Gathering,
 }
 
-/// Walks the queue, first job first, and returns the gangs that can be granted now.
+/// Walks the queue, first job first, and returns the gangs that can be granted now. It walks no further than there are seats that
+/// somebody could have.
 pub fn place<'a>(
     queue: impl IntoIterator<Item = Ask<'a>>,
-    seats: &[Seat<'_>],
+    seats: &'a [Seat<'a>],
     max_lanes: NonZeroU32,
 ) -> Vec<Placement> {
-    let mut free: Vec<Devices> = seats.iter().map(|seat| seat.free).collect();
-    let mut kept = vec![false; seats.len()];
+    let mut fleet = Seats::new(seats);
+    let mut queue = Queue { rest: queue.into_iter(), seen: Vec::new(), is_settled: Vec::new() };
     let mut placements = Vec::new();
-    let is_idle = |kept: &[bool], free: &[Devices]| {
-        (0..seats.len()).any(|seat_idx| !kept[seat_idx] && free[seat_idx] != Devices::default())
-    };
-    if !is_idle(&kept, &free) {
-        return placements;
-    }
-    let queue: Vec<Ask<'a>> = queue.into_iter().collect();
-    let mut is_settled = vec![false; queue.len()];
-    for at in 0..queue.len() {
-        if is_settled[at] {
+    // What found no gang and kept no worker will not later in this walk either: seats only get fewer.
+    let mut hopeless: HashSet<&Resources> = HashSet::new();
+    let mut at = 0;
+    while fleet.is_idle() {
+        let Some(ask) = queue.get(at) else { break };
+        at += 1;
+        if queue.is_settled[at - 1] || hopeless.contains(ask.resources) {
             continue;
         }
-        if !is_idle(&kept, &free) {
-            break;
-        }
-        let ask = &queue[at];
-        let free_of = |idx: usize, kind| if kept[idx] { 0 } else { free[idx].of(kind) };
-        let gang = gang(ask, seats, free_of);
+        let gang = fleet.gang(&ask);
         let memory = |(device, gang): &(Device, Vec<usize>)| {
             gang.iter().filter_map(|&idx| seats[idx].memory.get(device).copied()).min()
         };
         let limit = gang.as_ref().and_then(memory).unwrap_or(u64::MAX);
-        let (lanes, is_full) = lanes(&queue, &is_settled, at, max_lanes, limit);
-        lanes.iter().for_each(|&lane| is_settled[lane] = true);
+        let (lanes, is_full) = queue.lanes(at - 1, max_lanes, limit);
+        lanes.iter().for_each(|&lane| queue.is_settled[lane] = true);
         // They wait for no more once one of them has waited long enough, or no more of them can be placed together.
-        let is_gathered = is_full || lanes.iter().any(|&lane| !queue[lane].gathers);
+        let is_gathered = is_full || lanes.iter().any(|&lane| !queue.seen[lane].gathers);
+        let is_found = gang.is_some();
         if let Some((device, gang)) = gang.filter(|_| is_gathered) {
             for &idx in &gang {
-                free[idx] = free[idx].without(device, ask.resources.n_devices.get());
+                fleet.take(idx, device, ask.resources.n_devices.get());
             }
             let workers = gang.into_iter().map(|idx| seats[idx].worker.clone()).collect();
-            let keys = lanes.into_iter().map(|lane| queue[lane].key.clone()).collect();
+            let keys = lanes.into_iter().map(|lane| queue.seen[lane].key.clone()).collect();
             placements.push(Placement { keys, device, workers });
-        } else {
-            keep(ask, seats, &free, &mut kept);
+        } else if !fleet.keep(&ask) && !is_found {
+            hopeless.insert(ask.resources);
         }
     }
     placements
 }
 
-/// The first job that is not settled with those behind it that may share its process and fit `limit` bytes with it, and
-/// whether there is no place for another. The first is placed even where it alone is expected to take more.
-fn lanes(
-    queue: &[Ask<'_>],
-    is_settled: &[bool],
-    first: usize,
-    max_lanes: NonZeroU32,
-    limit: u64,
-) -> (Vec<usize>, bool) {
-    let (mut lanes, mut memory, mut is_full) = (vec![first], queue[first].memory, false);
-    let others = (first + 1..queue.len()).filter(|&at| !is_settled[at] && queue[first].fits(&queue[at]));
-    for at in others.take_while(|_| max_lanes.get() > 1) {
-        let together = memory.with(queue[at].memory);
-        if together.total() > limit {
-            is_full = true;
-            continue;
+/// A queue that is read as far as it is looked at.
+struct Queue<'a, I> {
+    rest: I,
+    seen: Vec<Ask<'a>>,
+    is_settled: Vec<bool>,
+}
+
+impl<'a, I: Iterator<Item = Ask<'a>>> Queue<'a, I> {
+    fn get(&mut self, at: usize) -> Option<Ask<'a>> {
+        while self.seen.len() <= at {
+            self.seen.push(self.rest.next()?);
+            self.is_settled.push(false);
         }
-        memory = together;
-        lanes.push(at);
-        if lanes.len() == max_lanes.get() as usize {
-            break;
-        }
+        Some(self.seen[at])
     }
-    is_full |= lanes.len() == max_lanes.get() as usize;
-    (lanes, is_full)
+
+    /// A job that is not settled with those behind it that may share its process and fit `limit` bytes with it, and
+    /// whether there is no place for another. The first is placed even where it alone is expected to take more.
+    fn lanes(&mut self, first: usize, max_lanes: NonZeroU32, limit: u64) -> (Vec<usize>, bool) {
+        let ask = self.seen[first];
+        let (mut lanes, mut memory, mut is_full) = (vec![first], ask.memory, false);
+        let mut at = first;
+        // Who shares with nobody looks no further.
+        while lanes.len() < max_lanes.get() as usize && ask.share.is_some() {
+            at += 1;
+            let Some(other) = self.get(at) else { break };
+            if self.is_settled[at] || !ask.fits(&other) {
+                continue;
+            }
+            let together = memory.with(other.memory);
+            if together.total() > limit {
+                is_full = true;
+                continue;
+            }
+            memory = together;
+            lanes.push(at);
+        }
+        is_full |= lanes.len() == max_lanes.get() as usize;
+        (lanes, is_full)
+    }
 }
 
 /// Why the job at the end of `ahead` is not granted, or nothing when it would be.
 pub fn blocked<'a>(
     ahead: impl IntoIterator<Item = Ask<'a>>,
     ask: Ask<'a>,
-    seats: &[Seat<'_>],
+    seats: &'a [Seat<'a>],
     max_lanes: NonZeroU32,
 ) -> Option<Blocked> {
     let needed = ask.resources.n_workers.get() as usize;
-    let most = ask.resources.device.kinds().iter().map(|kind| able(&ask, seats, *kind).count()).max().unwrap_or(0);
+    let Resources { n_devices, device, labels, .. } = ask.resources;
+    let able = |kind: &Device| seats::able(seats, (*kind, n_devices.get(), labels)).count();
+    let most = device.kinds().iter().map(able).max().unwrap_or(0);
     if seats.is_empty() {
         Some(Blocked::NoWorkers)
     } else if most == 0 {
         Some(Blocked::NoSuchWorker)
     } else if most < needed {
         Some(Blocked::TooFewWorkers)
-    } else if gang(&ask, seats, |idx, kind| seats[idx].free.of(kind)).is_none() {
+    } else if Seats::new(seats).gang(&ask).is_none() {
         Some(Blocked::Occupied)
     } else {
         let queue: Vec<Ask<'a>> = ahead.into_iter().chain([ask]).collect();
@@ -186,44 +198,6 @@ pub fn blocked<'a>(
         let waits = |other: &Ask<'_>| other.fits(&ask) && !other.gathers;
         let is_gathering = ask.gathers && !queue.iter().any(waits);
         Some(if is_gathering { Blocked::Gathering } else { Blocked::Behind })
-    }
-}
-
-/// The seats that could hold a share of the job if they were empty.
-fn able<'s>(ask: &Ask<'s>, seats: &'s [Seat<'s>], kind: Device) -> impl Iterator<Item = usize> + use<'s> {
-    let resources = ask.resources;
-    (0..seats.len()).filter(move |&idx| {
-        let labels = seats[idx].labels;
-        seats[idx].devices.of(kind) >= resources.n_devices.get()
-            && resources.labels.iter().all(|(name, value)| labels.get(name) == Some(value))
-    })
-}
-
-/// The best gang of the first kind that has one, given what is free.
-fn gang(ask: &Ask<'_>, seats: &[Seat<'_>], free: impl Fn(usize, Device) -> u32) -> Option<(Device, Vec<usize>)> {
-    let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
-    ask.resources.device.kinds().iter().find_map(|&kind| {
-        let mut fit: Vec<usize> = able(ask, seats, kind).filter(|&idx| free(idx, kind) >= n_devices).collect();
-        fit.sort_by_key(|&idx| (!ask.prefer.contains(seats[idx].worker), free(idx, kind), seats[idx].worker));
-        fit.truncate(n_workers);
-        (fit.len() == n_workers).then_some((kind, fit))
-    })
-}
-
-/// Keeps the workers that this job will get first; none when the fleet cannot hold it at all.
-fn keep(ask: &Ask<'_>, seats: &[Seat<'_>], free: &[Devices], kept: &mut [bool]) {
-    let n_workers = ask.resources.n_workers.get() as usize;
-    for &kind in ask.resources.device.kinds() {
-        let mut fit: Vec<usize> = able(ask, seats, kind).filter(|&idx| !kept[idx]).collect();
-        if fit.len() < n_workers {
-            continue;
-        }
-        // The freest ones: they only get freer while they are kept, so the choice stays.
-        fit.sort_by_key(|&idx| (std::cmp::Reverse(free[idx].of(kind)), seats[idx].worker));
-        for &idx in &fit[..n_workers] {
-            kept[idx] = true;
-        }
-        return;
     }
 }
 
@@ -314,6 +288,72 @@ mod tests {
         place(asks.iter().map(ask), &seats(&rows), MAX_LANES).iter().map(text).collect::<Vec<_>>().join(" ")
     }
 
+    /// The definition: all seats are looked at for each job.
+    fn by_definition(queue: &[Ask<'_>], seats: &[Seat<'_>]) -> Vec<Placement> {
+        let able = |ask: &Ask<'_>, kind: Device| -> Vec<usize> {
+            let labels = &ask.resources.labels;
+            let fits = |seat: &Seat<'_>| {
+                seat.devices.of(kind) >= ask.resources.n_devices.get()
+                    && labels.iter().all(|(name, value)| seat.labels.get(name) == Some(value))
+            };
+            (0..seats.len()).filter(|&idx| fits(&seats[idx])).collect()
+        };
+        let mut free: Vec<Devices> = seats.iter().map(|seat| seat.free).collect();
+        let mut kept = vec![false; seats.len()];
+        let mut is_settled = vec![false; queue.len()];
+        let mut placements = Vec::new();
+        for at in 0..queue.len() {
+            let ask = &queue[at];
+            if is_settled[at] {
+                continue;
+            }
+            let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
+            let gang = ask.resources.device.kinds().iter().find_map(|&kind| {
+                let of = |idx: usize| if kept[idx] { 0 } else { free[idx].of(kind) };
+                let mut fit: Vec<usize> = able(ask, kind).into_iter().filter(|&idx| of(idx) >= n_devices).collect();
+                fit.sort_by_key(|&idx| (!ask.prefer.contains(seats[idx].worker), of(idx), seats[idx].worker));
+                fit.truncate(n_workers);
+                (fit.len() == n_workers).then_some((kind, fit))
+            });
+            let memory = |(device, gang): &(Device, Vec<usize>)| {
+                gang.iter().filter_map(|&idx| seats[idx].memory.get(device).copied()).min()
+            };
+            let limit = gang.as_ref().and_then(memory).unwrap_or(u64::MAX);
+            let (mut lanes, mut together, mut is_full) = (vec![at], ask.memory, false);
+            for other in (at + 1..queue.len()).filter(|&other| !is_settled[other] && ask.fits(&queue[other])) {
+                if lanes.len() == MAX_LANES.get() as usize {
+                    break;
+                }
+                let more = together.with(queue[other].memory);
+                if more.total() > limit {
+                    is_full = true;
+                } else {
+                    together = more;
+                    lanes.push(other);
+                }
+            }
+            is_full |= lanes.len() == MAX_LANES.get() as usize;
+            lanes.iter().for_each(|&lane| is_settled[lane] = true);
+            let is_gathered = is_full || lanes.iter().any(|&lane| !queue[lane].gathers);
+            if let Some((device, gang)) = gang.filter(|_| is_gathered) {
+                gang.iter().for_each(|&idx| free[idx] = free[idx].without(device, n_devices));
+                let workers = gang.iter().map(|&idx| seats[idx].worker.clone()).collect();
+                let keys = lanes.iter().map(|&lane| queue[lane].key.clone()).collect();
+                placements.push(Placement { keys, device, workers });
+                continue;
+            }
+            for &kind in ask.resources.device.kinds() {
+                let mut fit: Vec<usize> = able(ask, kind).into_iter().filter(|&idx| !kept[idx]).collect();
+                if fit.len() >= n_workers {
+                    fit.sort_by_key(|&idx| (std::cmp::Reverse(free[idx].of(kind)), seats[idx].worker));
+                    fit[..n_workers].iter().for_each(|&idx| kept[idx] = true);
+                    break;
+                }
+            }
+        }
+        placements
+    }
+
     #[test]
     fn placements() {
         let table = [
@@ -395,15 +435,16 @@ mod tests {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
         #[test]
         fn gangs_are_whole_and_one_look_is_enough(
-            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3, 0_usize..4, 0_u64..9), 0..9),
+            queue in proptest::collection::vec((1_u32..4, 1_u32..4, 0_usize..3, 0_usize..3, 0_usize..4, 0_u64..9, 0_usize..9), 0..9),
             fleet in proptest::collection::vec((0_u32..5, 0_u32..5, 0_u32..3, 0_u32..3, 0_usize..2), 0..7),
         ) {
             let (kinds, zones) = (["any", "cpu", "cuda"], ["", "us", "eu"]);
-            let written = |(n, ask): (usize, &(u32, u32, usize, usize, usize, u64))| {
-                let (workers, devices, kind, zone, share, bytes) = *ask;
+            let written = |(n, ask): (usize, &(u32, u32, usize, usize, usize, u64, usize))| {
+                let (workers, devices, kind, zone, share, bytes, before) = *ask;
+                let prefer = if before < 4 { format!("w{before}") } else { String::new() };
                 let share = ["", ":k", ":k~", ":l~"][share];
                 let bytes = if share.is_empty() { String::new() } else { format!(":{bytes}") };
-                format!("j{n}:{workers}x{devices}:{}::{}{share}{bytes}", kinds[kind], zones[zone])
+                format!("j{n}:{workers}x{devices}:{}:{prefer}:{}{share}{bytes}", kinds[kind], zones[zone])
             };
             let seat = |(n, &(cpu, n_cpu, cuda, n_cuda, zone)): (usize, &(u32, u32, u32, u32, usize))| {
                 format!("w{n}:{}/{n_cpu}:{}/{n_cuda}:{}:109", cpu.min(n_cpu), cuda.min(n_cuda), zones[1 + zone])
@@ -413,6 +454,8 @@ mod tests {
             let queue = || asks.iter().map(ask);
             let placements = place(queue(), &seats(&rows), MAX_LANES);
 
+            let all: Vec<Ask<'_>> = queue().collect();
+            proptest::prop_assert_eq!(&placements, &by_definition(&all, &seats(&rows)));
             // The order in which workers are listed decides nothing.
             let reversed: Vec<Row> = rows.iter().rev().cloned().collect();
             proptest::prop_assert_eq!(&placements, &place(queue(), &seats(&reversed), MAX_LANES));

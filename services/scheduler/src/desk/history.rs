@@ -260,7 +260,6 @@ async fn live(seed: u64, database: Option<Database>, seen: &mut BTreeSet<&'stati
 
 /// The same over PostgreSQL, where a server is named (`tests/services/postgres.sh` starts one).
 #[tokio::test]
-#[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
 async fn whatever_happens_over_postgresql_a_restart_knows_the_same() {
     use sqlx::{Connection as _, Executor as _};
 
