@@ -13,10 +13,12 @@ mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
+mod cartridge;
 mod chain_of_lora;
 mod clover;
 mod compacter;
 mod connected_adapter;
+mod context_aware_prompt;
 mod deft;
 mod delora;
 mod dora;
@@ -101,10 +103,12 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
+        entry::<cartridge::Cartridge>(),
         entry::<chain_of_lora::ChainOfLora>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
         entry::<connected_adapter::ConnectedAdapter>(),
+        entry::<context_aware_prompt::ContextAwarePrompt>(),
         entry::<deft::Deft>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
@@ -191,6 +195,9 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("BEFT"), claims: |_| true, read: beft::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
+    FromPeft { peft_type: Some("CARTRIDGE"), claims: |_| true, read: cartridge::from_peft },
+    // Rows without their bounds.
+    FromPeft { peft_type: Some("CPT"), claims: |_| true, read: prompt_tuning::from_peft },
     FromPeft { peft_type: Some("DEFT"), claims: |_| true, read: deft::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },

@@ -5,6 +5,7 @@
 
 mod budgets;
 mod calibrated;
+mod contexts;
 mod golden;
 mod own;
 mod starts;
@@ -48,6 +49,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
+    ("cartridge", &[("length", 4)]),
     ("chain-of-lora", &[("rank", 2), ("links", 3)]),
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
@@ -89,7 +91,11 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
 ];
 
 /// Parameters that are lists and without which a method has nothing to do.
-static LISTS: &[(&str, &str, &[u32])] = &[("trainable-tokens", "tokens", &[5, 30, 2])];
+static LISTS: &[(&str, &str, &[u32])] = &[
+    ("context-aware-prompt", "tokens", &[5, 30, 2, 7, 11]),
+    ("context-aware-prompt", "types", &[1, 2, 3, 4, 6]),
+    ("trainable-tokens", "tokens", &[5, 30, 2]),
+];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
 fn exact(card: &Card) -> Option<(&'static str, Value)> {
@@ -144,6 +150,7 @@ fn main() {
     trials.extend(calibrated::trials());
     trials.extend(budgets::trials());
     trials.extend(golden::trials());
+    trials.extend(contexts::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
 

@@ -224,6 +224,19 @@ impl<'a> PassCx<'a> {
         Ok(())
     }
 
+    /// Shows keys and values at an attention to whoever wants to see them.
+    ///
+    /// # Errors
+    /// Whatever they make of them raises.
+    pub(crate) fn show_keys(&self, site: &SiteId, k: MatRef<'_>, v: MatRef<'_>) -> Result<()> {
+        let Some(tap) = self.tap.filter(|tap| tap.wants(site)) else { return Ok(()) };
+        for (part, rows) in self.parts_of(Given::All) {
+            let [k, v] = [k, v].map(|x| x.sub_rows(rows.start, rows.end));
+            self.meter.time(Work::Attention, || tap.keys_values(site, part, k, v, self.kernels))?;
+        }
+        Ok(())
+    }
+
     /// Keeps a part's gradient of a tensor until the end of the pass, when all of them are waited for at once.
     pub(crate) fn put_late(&self, part: usize, id: TensorId, sum: Rows<f32>) {
         self.late.borrow_mut().push(Late { part, id, sum });

@@ -7,7 +7,7 @@ mod parts;
 mod products;
 mod prompts;
 mod searches;
-mod steps;
+pub(crate) mod steps;
 mod tuners;
 mod turns;
 mod wider;
