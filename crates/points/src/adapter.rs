@@ -75,6 +75,12 @@ pub trait Adapter: Send + Sync {
     /// How the component takes part in the computation at `at`.
     fn port(&self, at: &Attachment) -> Port<'_>;
 
+    /// Which rows of a batch it acts on, ascending and disjoint: others pass linears and blocks as if it were not there, bit for bit. All of
+    /// them if `None`, as for most. Ports that put something before documents, or at a table, do not heed it.
+    fn acts_on(&self, _layout: &Layout) -> Option<Vec<Range<u32>>> {
+        None
+    }
+
     /// A loss on the tensors of the component at `at` themselves, a number, in differentiable operations only. Its gradient is
     /// added to that of the mean loss once an optimiser step. None for most.
     ///

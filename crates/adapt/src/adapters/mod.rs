@@ -5,6 +5,7 @@ mod adalora;
 mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
+mod alora;
 mod bbtv2;
 mod bdlora;
 mod beft;
@@ -57,6 +58,7 @@ mod prefix_tuning;
 mod prompt_tuning;
 mod psoft;
 mod pvera;
+mod qalora;
 mod randlora;
 mod road;
 mod roselora;
@@ -95,6 +97,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adamss::Adamss>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
+        entry::<alora::Alora>(),
         entry::<bbtv2::Bbtv2>(),
         entry::<bdlora::Bdlora>(),
         entry::<beft::Beft>(),
@@ -147,6 +150,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
         entry::<pvera::Pvera>(),
+        entry::<qalora::Qalora>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<roselora::Roselora>(),
@@ -214,6 +218,8 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: bdlora::is_bdlora, read: bdlora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: monteclora::is_monteclora, read: monteclora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: qalora::is_qalora, read: qalora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: alora::is_alora, read: alora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("MULTITASK_PROMPT_TUNING"), claims: |_| true, read: multitask_prompt_tuning::from_peft },

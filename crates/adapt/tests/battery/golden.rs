@@ -44,6 +44,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_adamss", "llama"),
     ("llama_adaption", "llama"),
     ("llama_all_linear", "llama"),
+    ("llama_alora", "llama"),
     ("llama_bdlora", "llama"),
     ("llama_beft", "llama"),
     ("llama_boft", "llama"),
@@ -73,6 +74,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_prompt", "llama"),
     ("llama_psoft", "llama"),
     ("llama_pvera", "llama"),
+    ("llama_qalora", "llama"),
     ("llama_randlora", "llama"),
     ("llama_road_2", "llama"),
     ("llama_shira", "llama"),
@@ -89,6 +91,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_adamss", "qwen2"),
     ("qwen2_adamss_one", "qwen2"),
     ("qwen2_all_linear", "qwen2"),
+    ("qwen2_alora", "qwen2"),
     ("qwen2_bdlora", "qwen2"),
     ("qwen2_beft", "qwen2"),
     ("qwen2_boft", "qwen2"),
@@ -112,6 +115,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_peanut", "qwen2"),
     ("qwen2_poly", "qwen2"),
     ("qwen2_psoft", "qwen2"),
+    ("qwen2_qalora", "qwen2"),
     ("qwen2_road_1", "qwen2"),
     ("qwen2_road_4", "qwen2"),
     ("qwen2_shira", "qwen2"),
@@ -233,6 +237,7 @@ pub(crate) const KEYS: &[&str] = &[
     "n_splits",
     "poly_type",
     "num_frozen_tokens",
+    "alora_invocation_tokens",
 ];
 
 /// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.
@@ -545,7 +550,9 @@ pub(crate) fn written_back(setup: &Setup, reference: &Path) -> Result<(), Failed
         Ok(serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json"))?)?)
     };
     let (ours, theirs) = (config(folder.path())?, config(reference)?);
-    for key in KEYS {
+    // What PEFT says of every LoRA, and we where it is so.
+    let asked = ["use_qalora", "qalora_group_size"].into_iter().filter(|key| !ours[*key].is_null());
+    for key in KEYS.iter().copied().chain(asked) {
         assert_eq!(ours[key], theirs[key], "{key}");
     }
     let (ours, mut theirs) = (tensors(folder.path())?, tensors(reference)?);

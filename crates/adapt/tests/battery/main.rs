@@ -18,7 +18,7 @@ use attune_architecture::{Site, targets};
 use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
-use attune_points::{Grads, Stats, TensorName};
+use attune_points::{Grads, Row, Stats, TensorName};
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Merges, MethodRef, expression};
 use attune_tensor::Rng;
@@ -45,6 +45,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("adalora", &[("rank", 4), ("target_rank", 2)]),
     ("adamss", &[("rank", 7), ("subspaces", 3), ("subspace_rank", 2)]),
+    ("alora", &[("rank", 2), ("alpha", 4)]),
     ("bbtv2", &[("length", 4), ("dimensions", 6), ("population", 6)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
@@ -77,6 +78,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("poly", &[("rank", 3)]),
     ("psoft", &[("rank", 4)]),
     ("pvera", &[("rank", 6)]),
+    ("qalora", &[("rank", 2), ("group_size", 4)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
     ("roselora", &[("rank", 2), ("alpha", 2)]),
@@ -130,6 +132,10 @@ fn method(card: &Card) -> Value {
     }
     for (_, name, values) in LISTS.iter().filter(|(name, _, _)| *name == card.name) {
         method[*name] = json!(values);
+    }
+    if let ("alora", Some(Row::Token(token))) = (card.name, batch().rows().get(8)) {
+        // Invoked by what a document has.
+        method["tokens"] = json!([token]);
     }
     method
 }

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 52] = [
+const KINDS: [(&str, &[(&str, &str)]); 54] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -61,6 +61,8 @@ const KINDS: [(&str, &[(&str, &str)]); 52] = [
             ("tune.batch_tokens", "256"),
         ],
     ),
+    ("lora from a letter on", &[("tune.adapter", "{method: alora, text: a, rank: 4, alpha: 8, dropout: 0.1}")]),
+    ("grouped inputs", &[("tune.adapter", "{method: qalora, rank: 2, group_size: 4, dropout: 0.1}")]),
     ("connected", &[("tune.adapter", "{method: connected-adapter, width: 5, side: 3, insertion: both}")]),
     (
         "two slots",
