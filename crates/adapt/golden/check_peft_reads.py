@@ -21,6 +21,8 @@ import reference as ref  # noqa: E402
 # Without a GPU PEFT takes BOFT for one of a single factor; this makes its own code run here.
 import turns  # noqa: E402, F401
 import wider  # noqa: E402
+# So does this for QA-LoRA on linears that are not quantised.
+import variants  # noqa: E402, F401
 
 # An AdaMSS of a single subspace groups nothing, for which PEFT would want scikit-learn.
 wider.grouped_by_number()

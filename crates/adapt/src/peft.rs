@@ -7,7 +7,7 @@ use std::path::Path;
 use attune_architecture::{Architecture, Place as At};
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
-use attune_points::adapter::{Adapter, Attachment, PeftTensors, Port};
+use attune_points::adapter::{Adapter, Attachment, Peft, PeftTensors, Port};
 use attune_points::{Locals, Params, TensorName, TensorSpec};
 use attune_spec::Fault;
 use attune_spec::id::Digest;
@@ -118,23 +118,20 @@ impl Folder {
         let mismatch = |message: String| Error::Mismatch { file: self.path.join(WEIGHTS_FILE), message };
         let mut left: BTreeSet<&String> = self.tensors.keys().collect();
         let mut params = Params::new();
+        if let Some(Peft { tensors: PeftTensors::Joined(name), .. }) = adapter.peft() {
+            left.remove(&name.to_owned());
+            self.joined(name, adapter, attachments, &mut params)?;
+        }
         for place in places(adapter, attachments) {
             let spelt = &place.spelt;
             let tensor = self.tensors.get(spelt).ok_or_else(|| mismatch(format!("has no tensor {spelt:?}")))?;
-            let shape = place.whole();
+            let shape = &place.spec.shape;
             if tensor.dims() != shape {
-                let found = tensor.dims();
-                return Err(mismatch(format!(
-                    "tensor {spelt:?} has shape {found:?}; the base and adapter_config.json make it {shape:?}"
-                )));
+                return Err(mismatch(misshapen(spelt, tensor, shape)));
             }
             left.remove(spelt);
-            let own = match place.columns {
-                None => tensor.clone(),
-                Some((start, _)) => tensor.narrow(1, start, place.spec.shape[1])?.contiguous()?,
-            };
-            match params.get(&place.name).filter(|first| !same_bits(first, &own)) {
-                None => params.insert_declared(place.spec, place.site, own),
+            match params.get(&place.name).filter(|first| !same_bits(first, tensor)) {
+                None => params.insert_declared(place.spec, place.site, tensor.clone()),
                 Some(_) => {
                     let message = format!("tensor {spelt:?} is another one than those of the sites that share it");
                     return Err(mismatch(message));
@@ -166,6 +163,50 @@ impl Folder {
             Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),
         }
     }
+
+    /// The parameters that make the keys and values which stand side by side in one tensor.
+    fn joined(
+        &self,
+        name: &str,
+        adapter: &dyn Adapter,
+        attachments: &[Attachment],
+        params: &mut Params,
+    ) -> Result<(), Error> {
+        let mismatch = |message: String| Error::Mismatch { file: self.path.join(WEIGHTS_FILE), message };
+        let whole = self.tensors.get(name).ok_or_else(|| mismatch(format!("has no tensor {name:?}")))?;
+        let mut maps = Vec::with_capacity(attachments.len());
+        for at in attachments {
+            // Values are as wide as keys.
+            let numbers: usize = at.tensors.iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
+            match adapter.port(at) {
+                Port::Attention(map) => maps.push((at, map, numbers / (2 * map.length().max(1)))),
+                _ => return Err(mismatch(format!("has keys and values for {}, which is no attention", at.site))),
+            }
+        }
+        let expected = [maps.first().map_or(0, |(_, map, _)| map.length()), maps.iter().map(|(.., k)| 2 * k).sum()];
+        if whole.dims() != expected {
+            return Err(mismatch(misshapen(name, whole, &expected)));
+        }
+        let mut start = 0;
+        for (at, map, k) in maps {
+            let columns = |start| whole.narrow(1, start, k)?.contiguous();
+            let made_of = map.tensors(&columns(start)?, &columns(start + k)?)?;
+            start += 2 * k;
+            let made_of = made_of.ok_or_else(|| mismatch(format!("has what {} makes of something else", at.site)))?;
+            for (local, tensor) in made_of {
+                let spec = at.tensors.iter().find(|spec| spec.local == local && tensor.dims() == spec.shape);
+                let spec =
+                    spec.ok_or_else(|| mismatch(format!("has keys and values that are not those of {}", at.site)))?;
+                params.insert_declared(spec, at.site.as_str(), tensor);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn misshapen(spelt: &str, tensor: &Tensor, shape: &[usize]) -> String {
+    let found = tensor.dims();
+    format!("tensor {spelt:?} has shape {found:?}; the base and adapter_config.json make it {shape:?}")
 }
 
 fn same_bits(a: &Tensor, b: &Tensor) -> bool {
@@ -182,21 +223,9 @@ struct Place<'a> {
     site: &'a str,
     /// The name in the file.
     spelt: String,
-    /// Its first column in a tensor of that name that holds several side by side, and how many columns that has.
-    columns: Option<(usize, usize)>,
 }
 
-impl Place<'_> {
-    /// The shape in the file.
-    fn whole(&self) -> Vec<usize> {
-        match self.columns {
-            None => self.spec.shape.clone(),
-            Some((_, all)) => vec![self.spec.shape[0], all],
-        }
-    }
-}
-
-/// Where each tensor is; those that several sites share once.
+/// Where each tensor is that stands there by itself; those that several sites share once.
 fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place<'a>> {
     let Some(peft) = adapter.peft() else { return Vec::new() };
     let mut places: Vec<Place<'_>> = Vec::new();
@@ -207,17 +236,16 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
             if !repeated && places.iter().any(|place| place.name == name) {
                 continue;
             }
-            let (spelt, columns) = match &peft.tensors {
+            let spelt = match &peft.tensors {
                 PeftTensors::Repeated(spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
                     let suffix = suffix.map_or(spec.local, |(_, suffix)| suffix);
-                    (format!("{PREFIX}{}.{suffix}", at.site), None)
+                    format!("{PREFIX}{}.{suffix}", at.site)
                 }
-                PeftTensors::Joined { name, .. } => ((*name).to_owned(), Some((0, 0))),
-                PeftTensors::Prompt(name) => ((*name).to_owned(), None),
+                PeftTensors::Prompt(name) => (*name).to_owned(),
                 PeftTensors::Whole(names) => {
                     let name = names.iter().find(|(local, _)| *local == spec.local);
-                    (name.map_or(spec.local, |(_, name)| name).to_owned(), None)
+                    name.map_or(spec.local, |(_, name)| name).to_owned()
                 }
                 PeftTensors::Each(spellings) | PeftTensors::LastLayers(_, spellings) => {
                     let suffix = spellings.iter().find(|(local, _)| *local == spec.local);
@@ -225,29 +253,16 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
                     if suffix.starts_with(ROOT) {
                         // Those that are several groups' end in a dot, and the group follows.
                         let group = if suffix.ends_with('.') { name.owner() } else { "" };
-                        let spelt = format!("{suffix}{group}");
-                        places.push(Place { name, spec, site: at.site.as_str(), spelt, columns: None });
-                        continue;
+                        format!("{suffix}{group}")
+                    } else {
+                        let dot = if name.owner().is_empty() { "" } else { "." };
+                        format!("{PREFIX}{}{dot}{suffix}", name.owner())
                     }
-                    let dot = if name.owner().is_empty() { "" } else { "." };
-                    (format!("{PREFIX}{}{dot}{suffix}", name.owner()), None)
                 }
+                // Those of all attentions are one tensor.
                 _ => continue,
             };
-            places.push(Place { name, spec, site: at.site.as_str(), spelt, columns });
-        }
-    }
-    if let PeftTensors::Joined { locals, .. } = &peft.tensors {
-        // Attachments are in forward order already; their tensors in that of the file.
-        let order = |place: &Place<'_>| locals.iter().position(|local| *local == place.name.local());
-        for of_site in places.chunk_by_mut(|a, b| a.name.owner() == b.name.owner()) {
-            of_site.sort_by_key(order);
-        }
-        let all = places.iter().map(|place| place.spec.shape[1]).sum();
-        let mut start = 0;
-        for place in &mut places {
-            place.columns = Some((start, all));
-            start += place.spec.shape[1];
+            places.push(Place { name, spec, site: at.site.as_str(), spelt });
         }
     }
     places
@@ -279,7 +294,7 @@ pub fn write(
     let mut config: BTreeMap<String, Value> = peft.config.into_iter().collect();
     config.insert("base_model_name_or_path".to_owned(), base_name.into());
     match &peft.tensors {
-        PeftTensors::Joined { .. } => {
+        PeftTensors::Joined(_) => {
             let (heads, width) = (architecture.kv_heads, architecture.kv_width());
             let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
             config.extend(sizes.map(|(key, size)| (key.to_owned(), size.into())));
@@ -327,7 +342,7 @@ pub fn write(
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
     let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-    if let PeftTensors::Prompt(name) | PeftTensors::Joined { name, .. } = peft.tensors {
+    if let PeftTensors::Prompt(name) | PeftTensors::Joined(name) = peft.tensors {
         wholes.insert(name.to_owned(), made_rows(adapter, attachments, params)?);
     } else {
         for place in places(adapter, attachments) {

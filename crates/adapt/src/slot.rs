@@ -19,7 +19,7 @@ pub struct Fresh {
 
 /// The starting parameters of a component at its attachments: by `init` if it is given, else by the component's own.
 /// Each site's numbers depend on `rng` and the site's name only. `weight` gives the base weight of a site, and
-/// `stats` what `init` asked for.
+/// `stats` what either asked for.
 ///
 /// # Errors
 /// Whatever the initialisation raises; [`Error::Refused`] if it makes other tensors than were declared, or takes something out
@@ -37,7 +37,7 @@ pub fn fresh<'w>(
         let mut stream = rng.named(at.site.as_str());
         match init {
             Some(init) => init.init(adapter, at, &*base, stats, &mut stream),
-            None => adapter.init(at, &*base, &mut stream),
+            None => adapter.init_by(at, &*base, stats, &mut stream),
         }
     };
     let together = if init.is_none() { adapter.init_together(attachments, &weight, rng)? } else { None };
@@ -71,19 +71,19 @@ pub fn fresh<'w>(
     }
 }
 
-/// Tensors in the place of those that [`fresh`] made by `init` in an earlier attempt of the same run: their values come from its
-/// checkpoint.
+/// Tensors in the place of those that [`fresh`] made, by `init` if it is given, in an earlier attempt of the same run: their values come
+/// from its checkpoint.
 ///
 /// # Errors
 /// Whatever making a tensor raises.
-pub fn blank(init: &dyn Init, attachments: &[Attachment]) -> Result<Fresh> {
+pub fn blank(init: Option<&dyn Init>, attachments: &[Attachment]) -> Result<Fresh> {
     let mut fresh = Fresh::default();
     for at in attachments {
         let zeros =
             |spec: &TensorSpec| Ok((spec.local, Tensor::zeros(spec.shape.as_slice(), DType::F32, &Device::Cpu)?));
         let tensors = Locals::new(at.site.as_str(), at.tensors.iter().map(zeros).collect::<Result<Vec<_>>>()?);
         insert(&mut fresh.own, at, &tensors)?;
-        if init.takes_out() {
+        if init.is_some_and(Init::takes_out) {
             insert(&mut fresh.beside, at, &tensors)?;
         }
     }

@@ -1,5 +1,6 @@
 //! What a block's graph sees: its weights, whichever set holds them, and the components at its sites.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -107,6 +108,14 @@ impl<'a> GraphCx<'a> {
         Ok(y_to)
     }
 
+    /// The rows that the component of a bank acts on.
+    fn acts_on<'b>(&self, binding: &'b Binding) -> Cow<'b, Rows> {
+        match self.stack.slot(binding.slot) {
+            Some(slot) => slot.acts_on(&binding.rows, self.layout),
+            None => binding.rows.on(self.layout),
+        }
+    }
+
     /// What is attached at `site`, in order.
     pub(crate) fn attached(&self, site: &SiteId) -> impl Iterator<Item = (&'a Binding, &'a Attachment, Port<'a>)> {
         let (theta, stack) = (self.theta, self.stack);
@@ -143,7 +152,7 @@ impl<'a> GraphCx<'a> {
             Matrix::Frozen(w_oi) => w_oi.rows(0..w_oi.shape().0, self.dtype)?,
         };
         let ids = self.ids(x_ti.dim(0)?);
-        let bound: Vec<_> = maps.iter().map(|(binding, _, _)| binding.rows.on(self.layout)).collect();
+        let bound: Vec<_> = maps.iter().map(|(binding, _, _)| self.acts_on(binding)).collect();
         // Rows that every one of the components binds alike have one weight.
         let sets: Vec<Vec<Option<u32>>> =
             (ids.iter()).map(|&id| bound.iter().map(|rows| set_of(rows, id)).collect()).collect();
@@ -344,12 +353,13 @@ impl<'a> GraphCx<'a> {
             let cx = RowCx { site: &site.id, output, dropout, layout: self.layout, rows };
             run(x, y, &self.locals(binding.slot, set, at)?, &cx)
         };
-        if let Rows::All(set) = binding.rows {
+        let bound = self.acts_on(binding);
+        if let Rows::All(set) = *bound {
             return on(self.rows, x, y, set);
         }
         let ids = self.ids(x.dim(0)?);
         let mut parts = Vec::new();
-        for (run, set) in runs(&binding.rows.on(self.layout), &ids) {
+        for (run, set) in runs(&bound, &ids) {
             let y = y.narrow(0, run.start, run.len())?;
             parts.push(match set {
                 None => y,
@@ -372,7 +382,10 @@ impl<'a> GraphCx<'a> {
 pub(crate) fn set_of(rows: &Rows, row: u32) -> Option<u32> {
     match rows {
         Rows::All(set) => Some(*set),
-        Rows::Segments(segments) => segments.iter().find(|(range, _)| range.contains(&row)).map(|(_, set)| *set),
+        Rows::Segments(segments) => {
+            let at = segments.partition_point(|(range, _)| range.end <= row);
+            segments.get(at).filter(|(range, _)| range.contains(&row)).map(|(_, set)| *set)
+        }
         Rows::Domains(_) => None,
     }
 }

@@ -186,7 +186,9 @@ impl Model {
             let mut layout = Layout::new();
             for &(at, text) in texts {
                 let rows = before.iter().copied().chain(text.iter().map(|&token| Row::Token(token)));
-                layout.push(Source::default(), rows.skip(cache.rows(at)).map(|row| (row, NO_LABEL)));
+                let known = cache.rows(at);
+                layout.push(Source::default(), rows.skip(known).map(|row| (row, NO_LABEL)));
+                layout.follow(&text[..known.saturating_sub(before.len())]);
             }
             let of: Vec<usize> = texts.iter().map(|(at, _)| *at).collect();
             let part = self.part(&Pass { theta, layout: &layout, dropout: None });

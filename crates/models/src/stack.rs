@@ -1,11 +1,13 @@
 //! The components of a job at the sites of a model: slot by slot, what is attached where.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use attune_architecture::SiteId;
 use attune_points::adapter::{Adapter, Attachment};
-use attune_points::{Locals, Params, Result, TensorName};
+use attune_points::{Layout, Locals, Params, Result, Rows, TensorName};
 use candle_core::Tensor;
 
 /// One slot: a component and its attachments.
@@ -29,6 +31,23 @@ impl Slot {
     /// Its attachments, by site.
     pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
         self.attachments.values()
+    }
+
+    /// Those of the rows that it is bound to which the component acts on: never by domains.
+    pub(crate) fn acts_on<'b>(&self, bound: &'b Rows, layout: &Layout) -> Cow<'b, Rows> {
+        let bound = bound.on(layout);
+        let Some(acts) = self.adapter.acts_on(layout) else { return bound };
+        let both = |own: &Range<u32>, acts: &Range<u32>| own.start.max(acts.start)..own.end.min(acts.end);
+        let segments = match &*bound {
+            Rows::All(set) => acts.into_iter().map(|rows| (rows, *set)).collect(),
+            Rows::Segments(segments) => {
+                let each = segments.iter().flat_map(|(own, set)| acts.iter().map(move |acts| (both(own, acts), *set)));
+                each.filter(|(rows, _)| !rows.is_empty()).collect()
+            }
+            // Resolved above.
+            Rows::Domains(_) => Vec::new(),
+        };
+        Cow::Owned(Rows::Segments(segments))
     }
 
     /// What is attached at `site`.

@@ -12,6 +12,7 @@ use crate::engine::StepRule;
 use crate::error::{Error, Result};
 use crate::layout::{Doc, Layout};
 use crate::params::{Locals, TensorSpec};
+use crate::stats::Stats;
 use crate::weight::Weight;
 
 /// What an adapter puts at one site.
@@ -52,8 +53,33 @@ pub trait Adapter: Send + Sync {
         Ok(None)
     }
 
+    /// A text, as tokens, whose keys and values at its attentions it wants to know before it starts. None for most.
+    fn reads(&self) -> Option<&[u32]> {
+        None
+    }
+
+    /// Starting values as in [`Adapter::init`], where it is known what attentions made of the text that it [reads](Adapter::reads).
+    ///
+    /// # Errors
+    /// As for [`Adapter::init`]; a text that `stats` does not have.
+    fn init_by(
+        &self,
+        at: &Attachment,
+        weight: &dyn Weight,
+        _stats: &Stats,
+        rng: &mut Rng,
+    ) -> Result<(Locals, BaseEdit)> {
+        self.init(at, weight, rng)
+    }
+
     /// How the component takes part in the computation at `at`.
     fn port(&self, at: &Attachment) -> Port<'_>;
+
+    /// Which rows of a batch it acts on, ascending and disjoint: others pass linears and blocks as if it were not there, bit for bit. All of
+    /// them if `None`, as for most. Ports that put something before documents, or at a table, do not heed it.
+    fn acts_on(&self, _layout: &Layout) -> Option<Vec<Range<u32>>> {
+        None
+    }
 
     /// A loss on the tensors of the component at `at` themselves, a number, in differentiable operations only. Its gradient is
     /// added to that of the mean loss once an optimiser step. None for most.
@@ -214,6 +240,15 @@ pub trait AttentionMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, tensors: &Locals) -> Result<(Tensor, Tensor)>;
+
+    /// The way back: the tensors, by their local names, of which [`AttentionMap::graph`] makes these keys and values, `[P, K W]`. None
+    /// where it makes them of something else.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn tensors(&self, _keys_pk: &Tensor, _values_pk: &Tensor) -> Result<Option<Vec<(&'static str, Tensor)>>> {
+        Ok(None)
+    }
 }
 
 /// Rows that an attention's own linears make keys and values of, for every document to look at apart from its own: what is found
@@ -431,13 +466,9 @@ pub enum PeftTensors {
     /// The same, where what several sites share is repeated after the path of each of them.
     Repeated(Vec<(&'static str, &'static str)>),
     /// The keys and values before those of documents as the component makes them, whatever it makes them of: those of all layers, each
-    /// of P rows, side by side in one tensor of P rows, layer after layer, and in a layer these one after the other. Such adapters have no target modules: they say how many layers, heads and numbers there are.
-    Joined {
-        /// The one tensor's name.
-        name: &'static str,
-        /// The local names.
-        locals: &'static [&'static str],
-    },
+    /// of P rows, side by side in one tensor of P rows of this name, layer after layer, and in a layer keys before values. Such adapters have
+    /// no target modules: they say how many layers, heads and numbers there are.
+    Joined(&'static str),
     /// Each by itself as above, at the attentions of the last layers: the configuration has one name for all of these, and how many
     /// there are under this key.
     LastLayers(&'static str, Vec<(&'static str, &'static str)>),

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
@@ -90,6 +91,8 @@ pub struct Doc {
     pub domain: u16,
     /// Documents of one pair or group share this number; unique within a batch.
     pub group: u32,
+    /// The tokens that went through the model before its rows, in earlier passes: none of a document that is whole.
+    pub earlier: Arc<[u32]>,
 }
 
 impl Doc {
@@ -205,7 +208,15 @@ impl Layout {
         }
         let Source { example, view, lane, domain, group } = source;
         let group = group.unwrap_or(self.docs.len() as u32);
-        self.docs.push(Doc { rows: start..self.rows.len() as u32, example, view, lane, domain, group });
+        let rows = start..self.rows.len() as u32;
+        self.docs.push(Doc { rows, example, view, lane, domain, group, earlier: Arc::default() });
+    }
+
+    /// Says of the last document that these tokens went through the model before its rows, in earlier passes.
+    pub fn follow(&mut self, earlier: &[u32]) {
+        if let Some(doc) = self.docs.last_mut() {
+            doc.earlier = earlier.into();
+        }
     }
 
     /// The documents of several batches in one, one after the other, with the columns that all of them have. Groups stay apart.

@@ -132,6 +132,15 @@ pub struct Fisher {
     pub examples: u64,
 }
 
+/// What an attention made of a text that went through the model alone.
+#[derive(Debug, Clone)]
+pub struct KeysValues {
+    /// Keys `[T, k]` in f32, as queries are compared with them: turned by their positions where these are.
+    pub keys_tk: Tensor,
+    /// Values `[T, k]` in f32.
+    pub values_tk: Tensor,
+}
+
 /// One statistic.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -150,6 +159,8 @@ pub enum Stat {
 #[derive(Debug, Clone, Default)]
 pub struct Stats {
     found: BTreeMap<(StatsRequest, SiteId), Stat>,
+    /// By the tokens of texts, attention by attention.
+    texts: BTreeMap<Vec<u32>, BTreeMap<SiteId, KeysValues>>,
 }
 
 impl Stats {
@@ -163,14 +174,31 @@ impl Stats {
         self.found.insert((request, site), stat);
     }
 
-    /// All statistics, request by request, in the order of the sites.
+    /// Adds what an attention made of a text.
+    pub fn insert_text(&mut self, tokens: &[u32], site: SiteId, made: KeysValues) {
+        self.texts.entry(tokens.to_vec()).or_default().insert(site, made);
+    }
+
+    /// What an attention made of a text.
+    ///
+    /// # Errors
+    /// [`Error::NotMeasured`] with the site.
+    pub fn of_text(&self, tokens: &[u32], site: &SiteId) -> Result<&KeysValues> {
+        let found = self.texts.get(tokens).and_then(|sites| sites.get(site));
+        found.ok_or_else(|| {
+            let what = format!("what an attention makes of a text of {} tokens", tokens.len());
+            Error::NotMeasured { what, site: site.clone() }
+        })
+    }
+
+    /// All statistics of data, request by request, in the order of the sites.
     pub fn iter(&self) -> impl Iterator<Item = (&StatsRequest, &SiteId, &Stat)> {
         self.found.iter().map(|((request, site), stat)| (request, site, stat))
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.found.is_empty()
+        self.found.is_empty() && self.texts.is_empty()
     }
 
     /// What was measured at a site; none if nobody asked for it.

@@ -1,4 +1,4 @@
-//! Who looks at what linears read, and at the stream between layers, while a model runs.
+//! Who looks at what linears read, at the stream between layers and at keys and values, while a model runs.
 
 use attune_architecture::SiteId;
 use attune_tensor::kernels::Kernels;
@@ -25,4 +25,20 @@ pub trait Tap: Sync {
         x_ti: MatRef<'_>,
         kernels: &dyn Kernels,
     ) -> Result<()>;
+
+    /// The keys and values `[T, k]` of a part's rows at an attention, under the block's own site, in the type of the activations; keys as
+    /// queries are compared with them: normed, and turned by their positions where these are. Most do not look at them.
+    ///
+    /// # Errors
+    /// Whatever it makes of them raises.
+    fn keys_values(
+        &self,
+        _site: &SiteId,
+        _part: usize,
+        _k: MatRef<'_>,
+        _v: MatRef<'_>,
+        _kernels: &dyn Kernels,
+    ) -> Result<()> {
+        Ok(())
+    }
 }

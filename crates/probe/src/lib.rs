@@ -1,4 +1,5 @@
-//! What a model does on data before anything trains: inputs of its linears, gradients of its weights and their squares.
+//! What a model does before anything trains: on data, inputs of its linears, gradients of its weights and their squares; keys and values of
+//! texts.
 //!
 //! The one invariant: a statistic is measured once, by one pass over the data for all that is wanted, and its bits depend on the
 //! model, the data and the sites alone: not on ranks, threads, or how many micro-batches go through the model together.
@@ -6,7 +7,7 @@
 //! Deliberately absent: models, data and objectives (they come through [`Model`] and as layouts), and what anybody does with
 //! what is found.
 //!
-//! Reading order: [`wanted`] (who wants what where), [`measure`] (the pass), `inputs` and `gradients` (its sums), [`file`].
+//! Reading order: [`wanted`] (who wants what where), [`measure`] (the pass), `inputs` and `gradients` (its sums), `texts`, [`file`].
 
 pub mod error;
 
@@ -15,6 +16,7 @@ pub mod wanted;
 mod gradients;
 mod inputs;
 pub mod measure;
+mod texts;
 
 pub mod file;
 

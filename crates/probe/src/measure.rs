@@ -10,6 +10,7 @@ use attune_points::{GradSink, Layout, Result, Stats, StatsRequest, Tap, TensorId
 
 use crate::gradients::{Gradients, Squares};
 use crate::inputs::Inputs;
+use crate::texts;
 use crate::wanted::{Selection, Wanted, selection};
 
 /// A model with its parameters and an objective, as the pass uses it. Nothing is dropped.
@@ -122,7 +123,8 @@ impl Measuring {
 }
 
 /// Measures all that is wanted on micro-batches as they come, none of whose examples goes on in another; it takes no more of them
-/// than it needs, and says what it saw. Inputs of up to `rows_per_pass` rows are looked at together, which changes no bit.
+/// than it needs, and says what it saw; texts that are wanted go through the model alone. Inputs of up to `rows_per_pass` rows are looked
+/// at together, which changes no bit.
 ///
 /// Beside what a pass of the model takes it holds its sums ([`Wanted::bytes`]), and, one site at a time, the rows of a micro-batch
 /// and their part of the sum. The result is as large as the sums; one of both at a time is there twice.
@@ -165,6 +167,11 @@ pub fn measure(
         }
     }
     let mut stats = Stats::none();
+    for (tokens, sites) in wanted.texts() {
+        texts::read(model, tokens, sites, &mut stats)?;
+        seen.rows += tokens.len() as u64;
+        seen.documents += 1;
+    }
     for mut measuring in all.into_values() {
         measuring.flush(model)?;
         let Measuring { requests, inputs, gradients, squares, counts, .. } = measuring;

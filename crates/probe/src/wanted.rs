@@ -10,6 +10,10 @@ use attune_points::{Error, Result, StatsRequest};
 #[derive(Debug, Clone, Default)]
 pub struct Wanted {
     requests: BTreeMap<StatsRequest, BTreeMap<SiteId, Site>>,
+    /// Attentions by the texts of which their keys and values are wanted.
+    texts: BTreeMap<Vec<u32>, BTreeSet<SiteId>>,
+    /// Bytes of these.
+    of_texts: u64,
 }
 
 impl Wanted {
@@ -29,9 +33,32 @@ impl Wanted {
         Ok(())
     }
 
+    /// Adds a text, as tokens, of which a component wants the keys and values at its attentions, each `width` numbers wide.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a text without tokens, or a site that is no attention.
+    pub fn add_text(&mut self, tokens: &[u32], sites: &[Site], width: usize) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::Refused("a text without tokens has no keys and values".to_owned()));
+        }
+        if let Some(other) = sites.iter().find(|site| site.place != Place::Attention) {
+            let message = format!("keys and values are of attentions; {} is a {}", other.id, other.kind.name());
+            return Err(Error::Refused(message));
+        }
+        let at = self.texts.entry(tokens.to_vec()).or_default();
+        let new = sites.iter().filter(|site| at.insert(site.id.clone())).count();
+        self.of_texts += (8 * new * tokens.len() * width) as u64;
+        Ok(())
+    }
+
     /// Whether nobody wants anything.
     pub fn is_empty(&self) -> bool {
-        self.requests.is_empty()
+        self.requests.is_empty() && self.texts.is_empty()
+    }
+
+    /// Each text with its attentions.
+    pub fn texts(&self) -> impl Iterator<Item = (&[u32], &BTreeSet<SiteId>)> {
+        self.texts.iter().map(|(tokens, sites)| (tokens.as_slice(), sites))
     }
 
     /// Each request with its sites.
@@ -41,9 +68,10 @@ impl Wanted {
 
     /// Bytes that the sums of all of it take while they are made: four for each number of a covariance, of which sites that read
     /// the same rows share one (eight for those of one half), and four for each of a gradient, eight where those of single
-    /// examples are squared; the result takes as many.
+    /// examples are squared, and four for each of keys and values of texts; the result takes as many.
     pub fn bytes(&self) -> u64 {
-        self.requests.iter().map(|(request, sites)| bytes(request.what, sites)).sum()
+        let sums = self.requests.iter().map(|(request, sites)| bytes(request.what, sites));
+        sums.sum::<u64>() + self.of_texts
     }
 }
 

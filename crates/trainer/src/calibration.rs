@@ -47,7 +47,7 @@ impl Calibration<'_> {
     /// # Errors
     /// The fault of a slot that wants what cannot be measured; whatever the data or a pass raise.
     pub(crate) fn of(&self, stack: &[Slotted], resumed: bool) -> std::result::Result<Stats, Error> {
-        let mut wanted = Wanted::default();
+        let (mut wanted, mut reader) = (Wanted::default(), None);
         for (planned, slot) in self.plan.stack.iter().zip(stack) {
             let Slotted::Begun(begun) = slot else { continue };
             if resumed && planned.train {
@@ -58,6 +58,12 @@ impl Calibration<'_> {
                     return Err(Error::Faults(vec![Fault::new(path, message)]));
                 }
                 wanted.add(&request, begun.sites()).map_err(|error| cannot_start(error, path))?;
+            }
+            if let Some(tokens) = begun.reads() {
+                let width = self.base.architecture().kv_width();
+                let added = wanted.add_text(tokens, begun.sites(), width);
+                added.map_err(|error| cannot_start(error, begun.path().clone()))?;
+                reader = Some(begun.path());
             }
         }
         if wanted.is_empty() {
@@ -71,7 +77,13 @@ impl Calibration<'_> {
         let places = self.plan.stack.iter().zip(stack).filter(|(_, slot)| matches!(slot, Slotted::Read(_)));
         let beside_all: Vec<bool> = places.map(|(planned, _)| planned.domains.is_empty()).collect();
         theta.bindings.retain(|binding| beside_all[usize::from(binding.slot)]);
-        let packing = Packing { before: model.rows_before(&theta).into(), ..self.packing.clone() };
+        let before = model.rows_before(&theta);
+        if let Some(path) = reader.filter(|_| !before.is_empty()) {
+            let message = "starts from a text, which would stand after the rows that another adapter puts before documents; its keys and \
+                           values stand before these";
+            return Err(Error::Faults(vec![Fault::new(path.clone(), message)]));
+        }
+        let packing = Packing { before: before.into(), ..self.packing.clone() };
         let mut on = On { model, theta, objective: self.objective, keep: self.keep };
         // A run through the data is the end of it.
         let mut loader = setup::loader_of(self.plan, self.domains.to_vec(), packing, Length::Epochs(1.0))?;

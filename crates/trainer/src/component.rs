@@ -84,6 +84,16 @@ impl Begun {
         init.chain(budget).collect()
     }
 
+    /// The text that its own start wants to be read, as tokens.
+    pub(crate) fn reads(&self) -> Option<&[u32]> {
+        self.at.adapter.reads().filter(|_| self.init.is_none())
+    }
+
+    /// Where it starts.
+    pub(crate) fn path(&self) -> &FieldPath {
+        &self.path
+    }
+
     /// Where it is measured.
     pub(crate) fn sites(&self) -> &[Site] {
         &self.at.sites
@@ -126,13 +136,11 @@ impl Begun {
 
     /// The same in a later attempt of a run, whose checkpoint has the values. What they are of an initialisation is not computed again.
     pub(crate) fn resume(self, name: &str, seed: u64, base: &Base) -> Result<Component, Error> {
-        match &self.init {
-            None => self.start(name, seed, base, &Stats::none()),
-            Some(init) => {
-                let fresh = slot::blank(&**init, &self.at.attachments)?;
-                Ok(self.at.with_fresh(fresh))
-            }
+        if self.init.is_none() && self.reads().is_none() {
+            return self.start(name, seed, base, &Stats::none());
         }
+        let fresh = slot::blank(self.init.as_deref(), &self.at.attachments)?;
+        Ok(self.at.with_fresh(fresh))
     }
 }
 

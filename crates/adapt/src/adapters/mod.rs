@@ -5,6 +5,7 @@ mod adalora;
 mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
+mod alora;
 mod bbtv2;
 mod bdlora;
 mod beft;
@@ -13,10 +14,12 @@ mod bone;
 mod bottleneck;
 mod c3a;
 mod capaboost;
+mod cartridge;
 mod chain_of_lora;
 mod clover;
 mod compacter;
 mod connected_adapter;
+mod context_aware_prompt;
 mod deft;
 mod delora;
 mod dora;
@@ -55,6 +58,7 @@ mod prefix_tuning;
 mod prompt_tuning;
 mod psoft;
 mod pvera;
+mod qalora;
 mod randlora;
 mod road;
 mod roselora;
@@ -93,6 +97,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adamss::Adamss>(),
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
+        entry::<alora::Alora>(),
         entry::<bbtv2::Bbtv2>(),
         entry::<bdlora::Bdlora>(),
         entry::<beft::Beft>(),
@@ -101,10 +106,12 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<bottleneck::Bottleneck>(),
         entry::<c3a::C3a>(),
         entry::<capaboost::Capaboost>(),
+        entry::<cartridge::Cartridge>(),
         entry::<chain_of_lora::ChainOfLora>(),
         entry::<clover::Clover>(),
         entry::<compacter::Compacter>(),
         entry::<connected_adapter::ConnectedAdapter>(),
+        entry::<context_aware_prompt::ContextAwarePrompt>(),
         entry::<deft::Deft>(),
         entry::<delora::Delora>(),
         entry::<dora::Dora>(),
@@ -143,6 +150,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<prompt_tuning::PromptTuning>(),
         entry::<psoft::Psoft>(),
         entry::<pvera::Pvera>(),
+        entry::<qalora::Qalora>(),
         entry::<randlora::Randlora>(),
         entry::<road::Road>(),
         entry::<roselora::Roselora>(),
@@ -191,6 +199,9 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("BEFT"), claims: |_| true, read: beft::from_peft },
     FromPeft { peft_type: Some("BOFT"), claims: |_| true, read: boft::from_peft },
     FromPeft { peft_type: Some("C3A"), claims: |_| true, read: c3a::from_peft },
+    FromPeft { peft_type: Some("CARTRIDGE"), claims: |_| true, read: cartridge::from_peft },
+    // Rows without their bounds.
+    FromPeft { peft_type: Some("CPT"), claims: |_| true, read: prompt_tuning::from_peft },
     FromPeft { peft_type: Some("DEFT"), claims: |_| true, read: deft::from_peft },
     FromPeft { peft_type: Some("DELORA"), claims: |_| true, read: delora::from_peft },
     FromPeft { peft_type: Some("FOURIERFT"), claims: |_| true, read: fourierft::from_peft },
@@ -207,6 +218,8 @@ pub(crate) static FROM_PEFT: &[FromPeft] = &[
     FromPeft { peft_type: Some("LORA"), claims: dora::is_dora, read: dora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: bdlora::is_bdlora, read: bdlora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: monteclora::is_monteclora, read: monteclora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: qalora::is_qalora, read: qalora::from_peft },
+    FromPeft { peft_type: Some("LORA"), claims: alora::is_alora, read: alora::from_peft },
     FromPeft { peft_type: Some("LORA"), claims: |_| true, read: lora::from_peft },
     FromPeft { peft_type: Some("MISS"), claims: |_| true, read: bone::from_peft },
     FromPeft { peft_type: Some("MULTITASK_PROMPT_TUNING"), claims: |_| true, read: multitask_prompt_tuning::from_peft },

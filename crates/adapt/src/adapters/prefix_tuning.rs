@@ -183,7 +183,7 @@ impl Adapter for PrefixTuning {
             config["encoder_hidden_size"] = self.config.hidden.into();
         }
         let config = config.as_object().cloned().unwrap_or_default();
-        Some(Peft { config, tensors: PeftTensors::Joined { name: "prompt_embeddings", locals: &[KEYS, VALUES] } })
+        Some(Peft { config, tensors: PeftTensors::Joined("prompt_embeddings") })
     }
 }
 
@@ -201,6 +201,10 @@ impl AttentionMap for PrefixTuning {
             Ok(ops::linear(&h_ph, tensors.get(weight)?, Some(tensors.get(bias)?))?)
         };
         Ok((made(OUTER[0])?, made(OUTER[1])?))
+    }
+
+    fn tensors(&self, keys: &Tensor, values: &Tensor) -> attune_points::Result<Option<Vec<(&'static str, Tensor)>>> {
+        Ok((self.config.hidden == 0).then(|| vec![(KEYS, keys.clone()), (VALUES, values.clone())]))
     }
 }
 

@@ -44,6 +44,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_adamss", "llama"),
     ("llama_adaption", "llama"),
     ("llama_all_linear", "llama"),
+    ("llama_alora", "llama"),
     ("llama_bdlora", "llama"),
     ("llama_beft", "llama"),
     ("llama_boft", "llama"),
@@ -73,6 +74,7 @@ const CASES: &[(&str, &str)] = &[
     ("llama_prompt", "llama"),
     ("llama_psoft", "llama"),
     ("llama_pvera", "llama"),
+    ("llama_qalora", "llama"),
     ("llama_randlora", "llama"),
     ("llama_road_2", "llama"),
     ("llama_shira", "llama"),
@@ -89,6 +91,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_adamss", "qwen2"),
     ("qwen2_adamss_one", "qwen2"),
     ("qwen2_all_linear", "qwen2"),
+    ("qwen2_alora", "qwen2"),
     ("qwen2_bdlora", "qwen2"),
     ("qwen2_beft", "qwen2"),
     ("qwen2_boft", "qwen2"),
@@ -112,6 +115,7 @@ const CASES: &[(&str, &str)] = &[
     ("qwen2_peanut", "qwen2"),
     ("qwen2_poly", "qwen2"),
     ("qwen2_psoft", "qwen2"),
+    ("qwen2_qalora", "qwen2"),
     ("qwen2_road_1", "qwen2"),
     ("qwen2_road_4", "qwen2"),
     ("qwen2_shira", "qwen2"),
@@ -122,7 +126,7 @@ const CASES: &[(&str, &str)] = &[
 ];
 
 /// What configurations say about what is computed; each method has some of them.
-const KEYS: &[&str] = &[
+pub(crate) const KEYS: &[&str] = &[
     "r",
     "alpha",
     "lora_alpha",
@@ -232,6 +236,8 @@ const KEYS: &[&str] = &[
     "n_skills",
     "n_splits",
     "poly_type",
+    "num_frozen_tokens",
+    "alora_invocation_tokens",
 ];
 
 /// Cases whose rows a network makes, which PEFT leaves out of the adapter: its tensors stand beside it.
@@ -239,7 +245,7 @@ const ENCODERS: &[(&str, &str)] =
     &[("gpt2_p_tuning_lstm", "gpt2"), ("llama_p_tuning", "llama"), ("llama_prefix_made", "llama")];
 
 /// Both sides compute in f32; the bound that outputs and (relative) gradients have to keep.
-const TOLERANCE: f64 = 1e-4;
+pub(crate) const TOLERANCE: f64 = 1e-4;
 
 pub(crate) fn trials() -> Vec<Trial> {
     let trial = |(case, base): &(&'static str, &'static str), run: fn(&str, &str) -> Result<(), Failed>| {
@@ -251,16 +257,16 @@ pub(crate) fn trials() -> Vec<Trial> {
     cases.chain(encoders).chain([trial(&("bert_prompt", "bert"), vectors)]).collect()
 }
 
-type Tensors = BTreeMap<String, Tensor>;
+pub(crate) type Tensors = BTreeMap<String, Tensor>;
 
-fn open(path: PathBuf) -> Result<Option<Tensors>, Failed> {
+pub(crate) fn open(path: PathBuf) -> Result<Option<Tensors>, Failed> {
     if !path.is_file() {
         return Ok(None);
     }
     Ok(Some(candle_core::safetensors::load(path, &Device::Cpu)?.into_iter().collect()))
 }
 
-fn layout(golden: &Tensors) -> Result<Layout, Failed> {
+pub(crate) fn layout(golden: &Tensors) -> Result<Layout, Failed> {
     let ints = |name: &str| -> Result<Vec<i64>, Failed> { Ok(golden[name].to_dtype(DType::I64)?.to_vec1()?) };
     let (ids, labels) = (ints("input_ids")?, ints("labels")?);
     let mut layout = Layout::new();
@@ -518,7 +524,7 @@ fn own_name(name: &str) -> Option<&str> {
     name.strip_prefix("base_model.").filter(|local| !local.contains('.'))
 }
 
-fn tensors(folder: &Path) -> Result<Tensors, Failed> {
+pub(crate) fn tensors(folder: &Path) -> Result<Tensors, Failed> {
     open(folder.join("adapter_model.safetensors"))?.ok_or_else(|| "no tensors".into())
 }
 
@@ -537,14 +543,16 @@ fn without_copies(mut all: Tensors, ours: &Tensors) -> Tensors {
 }
 
 /// The adapter as we write it says of its base and itself what PEFT's own file says, and holds the same tensors.
-fn written_back(setup: &Setup, reference: &Path) -> Result<(), Failed> {
+pub(crate) fn written_back(setup: &Setup, reference: &Path) -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     write(setup, &setup.params(), folder.path())?;
     let config = |folder: &Path| -> Result<serde_json::Value, Failed> {
         Ok(serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json"))?)?)
     };
     let (ours, theirs) = (config(folder.path())?, config(reference)?);
-    for key in KEYS {
+    // What PEFT says of every LoRA, and we where it is so.
+    let asked = ["use_qalora", "qalora_group_size"].into_iter().filter(|key| !ours[*key].is_null());
+    for key in KEYS.iter().copied().chain(asked) {
         assert_eq!(ours[key], theirs[key], "{key}");
     }
     let (ours, mut theirs) = (tensors(folder.path())?, tensors(reference)?);

@@ -5,6 +5,7 @@
 
 mod budgets;
 mod calibrated;
+mod contexts;
 mod golden;
 mod own;
 mod starts;
@@ -17,7 +18,7 @@ use attune_architecture::{Site, targets};
 use attune_models::{Base, Model, Pass};
 use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
-use attune_points::{Grads, Stats, TensorName};
+use attune_points::{Grads, Row, Stats, TensorName};
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Merges, MethodRef, expression};
 use attune_tensor::Rng;
@@ -44,10 +45,12 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("abba", &[("rank_1", 2), ("rank_2", 3), ("scale", 1)]),
     ("adalora", &[("rank", 4), ("target_rank", 2)]),
     ("adamss", &[("rank", 7), ("subspaces", 3), ("subspace_rank", 2)]),
+    ("alora", &[("rank", 2), ("alpha", 4)]),
     ("bbtv2", &[("length", 4), ("dimensions", 6), ("population", 6)]),
     ("bone", &[("rank", 5)]),
     ("bottleneck", &[("reduction", 4)]),
     ("c3a", &[("block_size", 4)]),
+    ("cartridge", &[("length", 4)]),
     ("chain-of-lora", &[("rank", 2), ("links", 3)]),
     ("clover", &[("block", 4)]),
     ("compacter", &[("reduction", 4), ("factors", 2)]),
@@ -75,6 +78,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("poly", &[("rank", 3)]),
     ("psoft", &[("rank", 4)]),
     ("pvera", &[("rank", 6)]),
+    ("qalora", &[("rank", 2), ("group_size", 4)]),
     ("randlora", &[("rank", 7), ("alpha", 7)]),
     ("road", &[("group_size", 4)]),
     ("roselora", &[("rank", 2), ("alpha", 2)]),
@@ -89,7 +93,11 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
 ];
 
 /// Parameters that are lists and without which a method has nothing to do.
-static LISTS: &[(&str, &str, &[u32])] = &[("trainable-tokens", "tokens", &[5, 30, 2])];
+static LISTS: &[(&str, &str, &[u32])] = &[
+    ("context-aware-prompt", "tokens", &[5, 30, 2, 7, 11]),
+    ("context-aware-prompt", "types", &[1, 2, 3, 4, 6]),
+    ("trainable-tokens", "tokens", &[5, 30, 2]),
+];
 
 /// Parameters under which a method's gradient is that of the objective, where it leaves a term out by default or has one more.
 fn exact(card: &Card) -> Option<(&'static str, Value)> {
@@ -125,6 +133,10 @@ fn method(card: &Card) -> Value {
     for (_, name, values) in LISTS.iter().filter(|(name, _, _)| *name == card.name) {
         method[*name] = json!(values);
     }
+    if let ("alora", Some(Row::Token(token))) = (card.name, batch().rows().get(8)) {
+        // Invoked by what a document has.
+        method["tokens"] = json!([token]);
+    }
     method
 }
 
@@ -144,6 +156,7 @@ fn main() {
     trials.extend(calibrated::trials());
     trials.extend(budgets::trials());
     trials.extend(golden::trials());
+    trials.extend(contexts::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
 

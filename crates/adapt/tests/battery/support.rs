@@ -14,10 +14,10 @@ use attune_points::{
 use attune_probe::{Wanted, measure};
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, MethodRef, SiteKind};
+use attune_spec::method::{BuildCx, Card, MethodRef, SiteKind, Words};
 use attune_tensor::Rng;
 use candle_core::{DType, Device, Tensor};
-use serde_json::json;
+use serde_json::{Value, json};
 
 pub(crate) const CONFIG: &str = r#"{
     "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -81,14 +81,12 @@ impl Setup {
         let model = Model::new(base, stack);
         let model = if dtype == DType::F64 { model.in_f64() } else { model };
         let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
-        let params = slot::fresh(
-            &*setup.adapter,
-            None,
-            &setup.attachments,
-            |at| setup.weight(at),
-            &Stats::none(),
-            &Rng::new(7, "init"),
-        );
+        let stats = match setup.adapter.reads() {
+            None => Stats::none(),
+            Some(tokens) => of_text(&setup.model, tokens, &sites),
+        };
+        let params =
+            slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &stats, &Rng::new(7, "init"));
         let params = params.unwrap().own;
         let params =
             params.map(|_, tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor.clone()) });
@@ -215,6 +213,31 @@ pub(crate) fn stats(model: &Model, asked: &[StatsRequest], sites: &[Site], data:
     asked.iter().for_each(|request| wanted.add(request, sites).unwrap());
     let mut data = data.iter().map(|layout| Arc::new(layout.clone()));
     measure(&mut Bare(model), &wanted, 64, &mut || Ok(data.next())).unwrap().0
+}
+
+/// What attentions of a model without components make of a text.
+pub(crate) fn of_text(model: &Model, tokens: &[u32], sites: &[Site]) -> Stats {
+    let mut wanted = Wanted::default();
+    wanted.add_text(tokens, sites, model.base().architecture().kv_width()).unwrap();
+    measure(&mut Bare(model), &wanted, 64, &mut || Ok(None)).unwrap().0
+}
+
+/// The tokens of every text.
+#[derive(Debug)]
+struct Told(Vec<u32>);
+
+impl Words for Told {
+    fn tokens(&self, _: &str) -> Result<Vec<u32>, String> {
+        Ok(self.0.clone())
+    }
+}
+
+/// A component that is told the tokens of its text.
+pub(crate) fn build_told(method: Value, tokens: &[u32]) -> Result<Box<dyn Adapter>, String> {
+    let method: MethodRef = serde_json::from_value(method).map_err(|error| error.to_string())?;
+    let told = Told(tokens.to_vec());
+    let cx = BuildCx { steps: Step(1), domains: &[], words: Some(&told) };
+    ADAPTERS.build(&method, &"tune.adapter".into(), &cx).map_err(|faults| faults[0].to_string())
 }
 
 struct Bare<'a>(&'a Model);

@@ -293,6 +293,7 @@ impl Block for Attention {
         let entered = self.enter(&x[0], cx)?;
         let x_td = entered.as_ref().unwrap_or(&x[0]);
         let Asked { q, k, v, raw_q, raw_k, thin } = self.ask(x_td, cx)?;
+        cx.show_keys(&site(&self.sites, Place::Attention)?.id, k.view(), v.view())?;
         let (mut o, lse) = self.find(&q, k.view(), v.view(), cx)?;
         let own = self.look_aside(&q, &mut o, cx)?;
         let Joined { y, sum, thin: thin_o, given } = self.join(x_td, &o, cx, run)?;

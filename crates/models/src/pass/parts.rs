@@ -22,7 +22,7 @@ use crate::pass::arena::{Activations, Arena, Mat, Rows};
 use crate::pass::prefix;
 use crate::pass::times::{Meter, Work};
 use crate::regions;
-use crate::stack::Stack;
+use crate::stack::{Slot, Stack};
 
 /// Where the gradients of each part go; none in a pass without gradients.
 pub type Sinks<'s> = [&'s mut dyn GradSink];
@@ -224,9 +224,27 @@ impl<'a> PassCx<'a> {
         Ok(())
     }
 
+    /// Shows keys and values at an attention to whoever wants to see them.
+    ///
+    /// # Errors
+    /// Whatever they make of them raises.
+    pub(crate) fn show_keys(&self, site: &SiteId, k: MatRef<'_>, v: MatRef<'_>) -> Result<()> {
+        let Some(tap) = self.tap.filter(|tap| tap.wants(site)) else { return Ok(()) };
+        for (part, rows) in self.parts_of(Given::All) {
+            let [k, v] = [k, v].map(|x| x.sub_rows(rows.start, rows.end));
+            self.meter.time(Work::Attention, || tap.keys_values(site, part, k, v, self.kernels))?;
+        }
+        Ok(())
+    }
+
     /// Keeps a part's gradient of a tensor until the end of the pass, when all of them are waited for at once.
     pub(crate) fn put_late(&self, part: usize, id: TensorId, sum: Rows<f32>) {
-        self.late.borrow_mut().push(Late { part, id, sum });
+        let mut late = self.late.borrow_mut();
+        // A component on some rows of many documents has a sum of each: they are one at once.
+        match late.iter_mut().rev().find(|before| before.part == part && before.id == id) {
+            Some(before) => self.kernels.add(sum.view().into(), before.sum.view_mut()),
+            None => late.push(Late { part, id, sum }),
+        }
     }
 
     /// Puts what was kept, in order; nothing is left.
@@ -302,15 +320,16 @@ impl<'a> PassCx<'a> {
         for (index, rows) in self.parts_of(given) {
             let part = &self.parts[index];
             for (order, binding) in part.theta.bindings.iter().enumerate() {
-                let Some((at, port)) = component(part, binding, site) else { continue };
+                let Some((owner, at, port)) = component(part, binding, site) else { continue };
                 let (slot, start) = (binding.slot, rows.start);
-                if let Bound::All(set) = binding.rows {
+                let bound = owner.acts_on(&binding.rows, part.layout);
+                if let Bound::All(set) = *bound {
                     let ids = given.ids(index).map_or(Ids::All, Ids::Borrowed);
                     placed.push(Placed { part: index, rows: rows.clone(), ids, order, slot, set, at, port });
                     continue;
                 }
                 let ids = given.ids(index).map_or_else(|| (0..rows.len() as u32).collect(), <[u32]>::to_vec);
-                for (run, set) in crate::context::runs(&binding.rows.on(part.layout), &ids) {
+                for (run, set) in crate::context::runs(&bound, &ids) {
                     let Some(set) = set else { continue };
                     let rows = start + run.start..start + run.end;
                     let ids = Ids::Some(ids[run].to_vec());
@@ -403,12 +422,12 @@ impl<'a> PassCx<'a> {
     }
 }
 
-/// What a binding of a part attaches at `site`.
-fn component<'a>(part: &Part<'a>, binding: &Binding, site: &SiteId) -> Option<(&'a Attachment, Port<'a>)> {
+/// What a binding of a part attaches at `site`, and the slot whose it is.
+fn component<'a>(part: &Part<'a>, binding: &Binding, site: &SiteId) -> Option<(&'a Slot, &'a Attachment, Port<'a>)> {
     let bank = part.theta.banks.get(binding.slot as usize).filter(|bank| bank.kind == BankKind::Adapter);
     let slot = bank.and_then(|_| part.stack.slot(binding.slot))?;
     let at = slot.at(site)?;
-    Some((at, slot.adapter().port(at)))
+    Some((slot, at, slot.adapter().port(at)))
 }
 
 impl Part<'_> {
@@ -446,9 +465,9 @@ pub(crate) fn wanted(base: &Base, part: &Part<'_>, sites: &[Site], sink: &dyn Gr
         let kept = SiteId::new(base.tensor_name(site.id.as_str(), "weight").owner());
         for binding in &part.theta.bindings {
             let slot = binding.slot;
-            let own = component(part, binding, &site.id).map(|(at, _)| at);
-            let table = component(part, binding, &kept).filter(|(_, port)| matches!(port, Port::Table(_)));
-            let at = own.or_else(|| table.map(|(at, _)| at));
+            let own = component(part, binding, &site.id).map(|(_, at, _)| at);
+            let table = component(part, binding, &kept).filter(|(.., port)| matches!(port, Port::Table(_)));
+            let at = own.or_else(|| table.map(|(_, at, _)| at));
             for (at, spec) in at.into_iter().flat_map(|at| at.tensors.iter().map(move |spec| (at, spec))) {
                 for set in sets(&binding.rows) {
                     ask(TensorId { owner: Owner::Bank { slot, set }, name: spec.name(at.site.as_str()) });

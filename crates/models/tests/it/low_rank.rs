@@ -1,10 +1,12 @@
 //! The plainest components: one that adds to the rows of a linear, one that makes another weight of a linear's, one at its ends.
 
+use std::ops::Range;
+
 use attune_architecture::{Architecture, Site, SiteKind};
 use attune_points::adapter::{
     Adapter, Attachment, BaseEdit, EndMap, FusedRows, Merged, Peft, Port, RowCx, RowMap, WeightMap,
 };
-use attune_points::{Locals, Result, TensorSpec, Weight};
+use attune_points::{Layout, Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_tensor::{Rng, ops};
 use candle_core::{DType, Tensor};
@@ -66,6 +68,35 @@ impl RowMap for LowRank {
     fn fused(&self) -> Option<FusedRows> {
         let (rank, dropout) = (self.rank as f64, self.dropout);
         self.fused.then_some(FusedRows::LowRank { down: "down", up: "up", scale: rank / 2.0, dropout })
+    }
+}
+
+/// The same on rows from the third of a document on.
+pub(crate) struct Later(pub(crate) LowRank);
+
+impl Adapter for Later {
+    fn attach(&self, of: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        self.0.attach(of, sites)
+    }
+
+    fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        self.0.init(at, weight, rng)
+    }
+
+    fn port(&self, at: &Attachment) -> Port<'_> {
+        self.0.port(at)
+    }
+
+    fn acts_on(&self, layout: &Layout) -> Option<Vec<Range<u32>>> {
+        Some(layout.docs().iter().map(|doc| (doc.rows.start + 2).min(doc.rows.end)..doc.rows.end).collect())
+    }
+
+    fn merge(&self, _: &Attachment, _: &Locals, _: &dyn Weight) -> Result<Merged> {
+        Ok(Merged::No("it acts on some rows"))
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
     }
 }
 

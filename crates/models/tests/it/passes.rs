@@ -13,7 +13,7 @@ use attune_points::{Bank, BankKind, Binding, GradSink, Grads, Layout, Params, Ro
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 
-use crate::low_rank::{Gated, LowRank, Rescaled, Turned};
+use crate::low_rank::{Gated, Later, LowRank, Rescaled, Turned};
 use crate::support::{CrossEntropy, difference, largest};
 use crate::whole::{Bottleneck, Mixer, Prefix};
 
@@ -152,6 +152,10 @@ pub(crate) fn low_rank(rank: usize, dropout: f64, fused: bool) -> Arc<dyn Adapte
     Arc::new(LowRank { rank, dropout, fused })
 }
 
+pub(crate) fn later(rank: usize, dropout: f64, fused: bool) -> Arc<dyn Adapter> {
+    Arc::new(Later(LowRank { rank, dropout, fused }))
+}
+
 pub(crate) fn bottleneck(rank: usize, dropout: f64) -> Arc<dyn Adapter> {
     Arc::new(Bottleneck { rank, dropout })
 }
@@ -205,6 +209,8 @@ fn gradients_by_graphs(config: &str) {
         vec![low_rank(4, 0.4, false)],
         vec![low_rank(2, 0.0, true), low_rank(5, 0.0, true)],
         vec![low_rank(2, 0.3, false), low_rank(5, 0.3, true)],
+        vec![later(3, 0.3, true)],
+        vec![later(2, 0.3, false), low_rank(3, 0.0, true), later(4, 0.0, true)],
         vec![rescaled(2)],
         vec![rescaled(2), low_rank(3, 0.3, true), rescaled(3)],
         vec![turned(true)],
@@ -253,7 +259,7 @@ fn a_part_of_a_mixture_has_the_same_bits_alone_beside_others_recomputed_and_on_a
 
 fn same_bits(config: &str) {
     let mut components = vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), gated(2)];
-    components.extend([turned(true), turned(false)]);
+    components.extend([turned(true), turned(false), later(2, 0.2, true), later(3, 0.0, false)]);
     components.extend([bottleneck(2, 0.2), bottleneck(3, 0.0), mixer(), bottleneck(2, 0.0)]);
     let slots = components.len();
     let model = model(config, DType::F32, components);
@@ -333,6 +339,24 @@ fn rows_without_a_set_are_the_bases() {
     let loss =
         |theta: &Theta| model.score(&Pass { theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap().loss_sum;
     assert_eq!(loss(&theta), loss(&plain));
+}
+
+#[test]
+fn rows_that_a_component_does_not_act_on_are_the_bases_to_the_last_bit() {
+    for (config, fused) in [TINY, MIXTURE].into_iter().flat_map(|config| [(config, true), (config, false)]) {
+        let model = model(config, DType::F32, vec![later(3, 0.0, fused)]);
+        let (layout, theta) = (documents(&[0, 1, 2]), Theta::single([bank(vec![set(&model, 0, 1)])]));
+        let logits = |theta: &Theta| {
+            let logits = model.logits(&Pass { theta, layout: &layout, dropout: None }).unwrap();
+            logits.to_vec2::<f32>().unwrap()
+        };
+        let (with, without) = (logits(&theta), logits(&theta.adapters_off()));
+        for doc in layout.docs() {
+            for (place, row) in doc.rows.clone().enumerate() {
+                assert_eq!(with[row as usize] == without[row as usize], place < 2, "row {place} of {doc:?}");
+            }
+        }
+    }
 }
 
 /// More rows than a chunk of logits, as in use; wide enough that the thin rows of components, which the forecast leaves out,

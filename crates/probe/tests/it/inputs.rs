@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
-use attune_architecture::{Architecture, Site, SiteId};
+use attune_architecture::{Architecture, Place, Site, SiteId};
 use attune_models::{Base, Model, Pass, Slot, Stack};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::layout::NO_LABEL;
@@ -245,4 +245,34 @@ fn what_cannot_be_measured_is_refused_with_its_site() {
     assert!(refused(&StatsRequest { examples: 0, ..of }, "lm_head").contains("expected 1 example or more"));
     let gradient = StatsRequest { what: What::Gradient, examples: 1, domains: None };
     assert!(Wanted::default().add(&gradient, &[site("lm_head")]).is_ok());
+}
+
+/// Keys of a text are those of a document that begins with it, and what reads no keys has none.
+#[test]
+fn a_text_is_read_at_attentions_and_nowhere_else() {
+    let base = base(LLAMA, DType::F32);
+    let is_attention = |site: &Site| site.place == Place::Attention;
+    let sites: Vec<Site> = base.architecture().sites().into_iter().filter(is_attention).collect();
+    let read = |tokens: &[u32]| {
+        let mut wanted = Wanted::default();
+        wanted.add_text(tokens, &sites, base.architecture().kv_width()).unwrap();
+        assert_eq!(wanted.bytes(), (2 * 8 * tokens.len() * 12) as u64);
+        let (stats, seen) = measure(&mut Plain::new(&base), &wanted, 64, &mut || Ok(None)).unwrap();
+        assert_eq!((seen.documents, seen.rows), (1, tokens.len() as u64));
+        stats
+    };
+    let (short, long) = (read(&[3, 1, 4]), read(&[3, 1, 4, 1, 5]));
+    for site in &sites {
+        let (short, long) =
+            (short.of_text(&[3, 1, 4], &site.id).unwrap(), long.of_text(&[3, 1, 4, 1, 5], &site.id).unwrap());
+        for (short, long) in [(&short.keys_tk, &long.keys_tk), (&short.values_tk, &long.values_tk)] {
+            assert_eq!(values(short), values(&long.narrow(0, 0, 3).unwrap()));
+        }
+    }
+    let unread = short.of_text(&[3, 1], &sites[0].id).unwrap_err().to_string();
+    assert!(unread.contains("a text of 2 tokens was not measured"), "{unread}");
+    let mut wanted = Wanted::default();
+    let refused = wanted.add_text(&[3], &linears(&base)[..1], 12).unwrap_err().to_string();
+    assert!(refused.contains("are of attentions"), "{refused}");
+    assert!(wanted.add_text(&[], &sites, 12).is_err());
 }

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 50] = [
+const KINDS: [(&str, &[(&str, &str)]); 54] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
@@ -50,6 +50,19 @@ const KINDS: [(&str, &[(&str, &str)]); 50] = [
     ),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
     ("prefix", &[("tune.adapter", "{method: prefix-tuning, length: 3}")]),
+    ("cartridge", &[("tune.adapter", "{method: cartridge, length: 4, sinks: 1, start: text, text: 'Who? I am Ada.'}")]),
+    (
+        "demonstrations",
+        &[
+            (
+                "tune.adapter",
+                "{method: context-aware-prompt, tokens: [52, 12, 29, 7], types: [1, 2, 3, 4], decay: 0.5}",
+            ),
+            ("tune.batch_tokens", "256"),
+        ],
+    ),
+    ("lora from a letter on", &[("tune.adapter", "{method: alora, text: a, rank: 4, alpha: 8, dropout: 0.1}")]),
+    ("grouped inputs", &[("tune.adapter", "{method: qalora, rank: 2, group_size: 4, dropout: 0.1}")]),
     ("connected", &[("tune.adapter", "{method: connected-adapter, width: 5, side: 3, insertion: both}")]),
     (
         "two slots",

@@ -144,3 +144,49 @@ fn rows_without_room_are_refused_by_the_field_that_has_to_change() {
     let elsewhere = failure("{method: prompt-tuning, length: 4, targets: norm}");
     assert!(elsewhere.contains("names only sites that this method does not adapt"), "{elsewhere}");
 }
+
+/// A cartridge of a text is that text before every document: the loss of the base on data that has it there. What is read of it is kept
+/// with a run, and an adapter that puts rows before documents leaves no place for it.
+#[test]
+fn a_cartridge_of_a_text_is_that_text_before_every_document() {
+    let small = Small::with_weights();
+    let data = |name: &str, before: &str| {
+        let rows: String =
+            (0..6).map(|i| format!("{{\"prompt\": \"{before}{i} and\", \"completion\": \" {i}.\"}}\n")).collect();
+        std::fs::write(small.path(name), rows).unwrap();
+    };
+    data("plain.jsonl", "");
+    data("told.jsonl", "Who? I");
+    let losses = |source: &str, adapter: &str, steps: &str| {
+        let domains = format!("[{{name: sums, source: ./{source}.jsonl}}]");
+        let changes = [
+            ("tune.adapter", adapter),
+            ("tune.from_scratch", "false"),
+            ("tune.steps", steps),
+            ("data.domains", domains.as_str()),
+            ("data.validation", domains.as_str()),
+            ROOM,
+        ];
+        metric(&small.finish(small.plan(&changes), 1).0, "eval/sums/loss")
+    };
+    let cartridge = |length: u32| format!("{{method: cartridge, length: {length}, start: text, text: 'Who? I am'}}");
+    let found = losses("plain", &cartridge(6), "30");
+    let (expected, without) = (losses("told", "{method: lora}", "1")[0], losses("plain", "{method: lora}", "1")[0]);
+    assert!((found[0] - expected).abs() < 1e-5, "{} against {expected}", found[0]);
+    assert!((found[0] - without).abs() > 1e-3, "the text changes nothing");
+    assert!(found[1] < found[0], "it learns: {found:?}");
+    let refused = |changes: &[(&str, &str)]| {
+        let (request, _work) = small.request(small.plan(changes), 1, None);
+        run(&request, &Outside::default()).unwrap_err().to_string()
+    };
+    let (long, weights) = (cartridge(10), ("tune.from_scratch", "false"));
+    let said = refused(&[("tune.adapter", long.as_str()), weights]);
+    assert!(said.contains("has 9 tokens; expected at least 10"), "{said}");
+    let prompt = [("tune.adapter", "{method: prompt-tuning, length: 4}"), weights, ("tune.steps", "1"), ROOM];
+    let (request, work) = small.request(small.plan(&prompt), 1, None);
+    run(&request, &Outside::default()).unwrap();
+    std::fs::rename(work.path().join("adapter"), small.path("prompt")).unwrap();
+    let stack = format!("[{{name: a, from: ./prompt, train: false}}, {}]", cartridge(6));
+    let said = refused(&[("tune.adapter", "null"), ("tune.stack", stack.as_str()), weights, ROOM]);
+    assert!(said.contains("tune.stack[1]") && said.contains("puts before documents"), "{said}");
+}

@@ -6,8 +6,9 @@ mod drawn;
 mod parts;
 mod products;
 mod prompts;
+mod reach;
 mod searches;
-mod steps;
+pub(crate) mod steps;
 mod tuners;
 mod turns;
 mod wider;
@@ -59,6 +60,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(connected::OWN)
         .chain(drawn::OWN)
         .chain(parts::OWN)
+        .chain(reach::OWN)
         .chain(searches::OWN)
         .chain(steps::OWN)
         .chain(tuners::OWN)

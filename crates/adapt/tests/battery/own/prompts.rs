@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use attune_models::{Base, Pass};
-use attune_points::TensorName;
 use attune_points::adapter::Port;
+use attune_points::{Layout, Row, TensorName};
 use attune_spec::job::Targets;
 use attune_spec::method::SiteKind;
 use candle_core::{DType, Tensor};
@@ -15,12 +15,55 @@ use super::{Own, PLAIN};
 use crate::support::{self, Setup, batch, difference};
 use crate::{build, fail};
 
-pub(super) const OWN: [(&str, Own); 4] = [
+pub(super) const OWN: [(&str, Own); 5] = [
+    ("cartridge::started_from_a_text_it_is_the_base_with_the_text_before_documents", text_before),
     ("multitask_prompt_tuning::one_number_scales_a_column_of_its_rows", scaled_together),
     ("adaption_prompt::a_number_at_each_site_shuts_it_off", shut),
     ("prompt_tuning::documents_know_of_its_rows_by_attention_alone", by_attention),
     ("p_tuning::one_number_moves_all_of_its_rows", moved_together),
 ];
+
+/// A text of five tokens.
+const TEXT: [u32; 5] = [8, 30, 2, 8, 19];
+
+/// Documents with a text before each.
+fn behind(text: &[u32], layout: &Layout) -> Layout {
+    layout.begun_with(&text.iter().map(|token| Row::Token(*token)).collect::<Vec<_>>())
+}
+
+/// How far what a component answers on documents is from what the base does with a text before them.
+fn off_text(setup: &Setup, text: &[u32]) -> Result<f64, Failed> {
+    let (told, off) = (behind(text, &batch()), setup.theta.adapters_off());
+    let logits = setup.model.logits(&Pass { theta: &off, layout: &told, dropout: None })?;
+    let own = told.docs().iter().flat_map(|doc| doc.rows.clone().skip(text.len())).collect::<Vec<u32>>();
+    let logits = logits.index_select(&Tensor::new(own, logits.device())?, 0)?;
+    Ok(difference(&setup.logits(&batch())?, &logits))
+}
+
+/// Random keys and values are no text, nor is a change of weights.
+fn text_before() -> Result<(), Failed> {
+    let of = |method: Value, targets: &str, applies: SiteKind| -> Result<Setup, Failed> {
+        let base = Base::random(support::architecture(), 5, DType::F32)?;
+        let adapter = support::build_told(method, &TEXT).map_err(fail)?;
+        Ok(Setup::on(base, adapter, &Targets::from(targets), &[applies], DType::F32))
+    };
+    for (length, sinks) in [(5, 1), (5, 0), (3, 2)] {
+        let method = json!({"method": "cartridge", "length": length, "sinks": sinks, "start": "text", "text": "told"});
+        let cartridge = of(method, "all", SiteKind::Attention)?;
+        let off = off_text(&cartridge, &TEXT[..length])?;
+        // Both sides compute in f32; those of the goldens' bound are logits of this size.
+        assert!(off < 1e-4, "{length} keys, {sinks} of them sinks: off by {off}");
+        let trains = cartridge.theta.trained().filter(|(id, _)| id.name.local().starts_with("sink")).count();
+        assert_eq!(trains, 0, "sinks train");
+    }
+    let random = of(json!({"method": "prefix-tuning", "length": 5}), "all", SiteKind::Attention)?;
+    let plain = of(json!({"method": PLAIN}), "all-linear", SiteKind::Linear)?;
+    for other in [random, plain] {
+        let off = off_text(&other, &TEXT)?;
+        assert!(off > 0.1, "off by {off}");
+    }
+    Ok(())
+}
 
 fn setup(base: Base, method: Value) -> Result<Setup, Failed> {
     let (targets, applies) = match method["method"] == PLAIN {

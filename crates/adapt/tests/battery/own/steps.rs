@@ -2,23 +2,26 @@
 
 use std::sync::Arc;
 
-use attune_models::Pass;
+use attune_models::{Base, Pass};
 use attune_points::adapter::{Merged, Trained};
-use attune_points::engine::{self, Batch, Engine, LossReport, Renewed, Source, Tensors};
+use attune_points::engine::{self, Batch, Engine, LossReport, Renewed, Source, StepReport, Tensors};
 use attune_points::objective::Objective;
 use attune_points::{Error, GradSink, Grads, Layout, Params, Result, TensorId, TensorName, Theta};
 use attune_spec::id::Step;
+use attune_spec::job::Targets;
+use attune_spec::method::SiteKind;
 use attune_tensor::{Rng, linalg};
 use candle_core::{DType, Device, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN};
-use crate::support::{CrossEntropy, Setup, batch, difference, largest};
+use crate::support::{self, CrossEntropy, Setup, batch, difference, largest};
 use crate::{build, fail};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("chain_of_lora::what_a_link_has_learned_stays_while_the_next_learns", links),
+    ("context_aware_prompt::no_token_moves_further_than_its_bound", within_bounds),
     ("elastic_lora::a_part_of_its_rank_does_most_of_what_the_whole_does", parts_of_a_rank),
     ("poet::rounds_go_further_and_singular_values_stay", rounds),
     ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
@@ -31,10 +34,10 @@ pub(super) const OWN: &[(&str, Own)] = &[
 const UP: &str = "model.layers.1.mlp.up_proj";
 
 /// Steps of a model on one batch, down the slope.
-struct Slope {
-    setup: Setup,
-    layout: Arc<Layout>,
-    lr: f64,
+pub(crate) struct Slope {
+    pub(crate) setup: Setup,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) lr: f64,
 }
 
 impl Slope {
@@ -43,22 +46,31 @@ impl Slope {
         Ok(Self { setup, layout: Arc::new(batch()), lr })
     }
 
-    /// Trains for this many steps, by the component's own steps if it has any, and looks on after each.
+    /// Trains for this many steps and looks on after each.
     fn run(
         &mut self,
         steps: u64,
         mut look: impl FnMut(u64, &Self) -> std::result::Result<(), Failed>,
+    ) -> std::result::Result<(), Failed> {
+        self.steps(steps, |step, _, slope| look(step, slope))
+    }
+
+    /// The same by the component's own steps if it has any, with what each reports.
+    pub(crate) fn steps(
+        &mut self,
+        steps: u64,
+        mut look: impl FnMut(u64, &StepReport, &Self) -> std::result::Result<(), Failed>,
     ) -> std::result::Result<(), Failed> {
         let adapter = Arc::clone(&self.setup.adapter);
         let attachments = self.setup.attachments.clone();
         let of = Trained { slot: 0, attachments: attachments.iter().collect(), steps: Step(steps) };
         let mut rule = adapter.step_rule(&of);
         for step in 0..steps {
-            match &mut rule {
+            let report = match &mut rule {
                 Some(rule) => rule.step(Step(step), self)?,
                 None => engine::usual_step(self)?,
             };
-            look(step, self)?;
+            look(step, &report, self)?;
         }
         Ok(())
     }
@@ -343,5 +355,48 @@ fn links() -> std::result::Result<(), Failed> {
     let plain = halves(json!({"method": PLAIN, "rank": 2, "alpha": 8}))?;
     assert!(own[0] == 0.0 && own[1] > 1e-3, "links change by {own:?}");
     assert!(plain.iter().all(|by| *by > 1e-3), "ranks change by {plain:?}");
+    Ok(())
+}
+
+/// The tokens of two demonstrations, and what each is of.
+const SHOWN: [[u32; 8]; 2] = [[5, 30, 2, 7, 5, 11, 2, 9], [1, 2, 3, 4, 5, 6, 7, 8]];
+
+/// How far each row of what trains goes from where it starts, in units of what demonstrations may at most.
+fn furthest(method: Value, targets: &str, applies: SiteKind) -> std::result::Result<Vec<f64>, Failed> {
+    let base = Base::random(support::architecture(), 5, DType::F32)?;
+    let setup = Setup::on(base, build(method).map_err(fail)?, &Targets::from(targets), &[applies], DType::F32);
+    let layout = Arc::new(setup.begun(&batch()));
+    let starts: Vec<(TensorId, Tensor)> = setup.theta.trained().map(|(id, start)| (id, start.clone())).collect();
+    let mut slope = Slope { setup, layout, lr: 20.0 };
+    let mut most = vec![0.0; starts[0].1.dim(0)?];
+    slope.run(8, |_, slope| {
+        let (id, start) = &starts[0];
+        let moved = (slope.setup.theta.get(id).ok_or("no value")? - start)?;
+        let lengths: Vec<f32> = moved.sqr()?.sum(1)?.sqrt()?.to_vec1()?;
+        most.iter_mut().zip(lengths).for_each(|(most, length)| *most = f64::max(*most, f64::from(length)));
+        Ok(())
+    })?;
+    Ok(most.into_iter().map(|length| length / (24.0f64 / 2048.0).sqrt()).collect())
+}
+
+/// What stands around inputs and labels has a bound of its own, and labels do not move.
+fn within_bounds() -> std::result::Result<(), Failed> {
+    let [tokens, types] = SHOWN;
+    let method =
+        json!({"method": "context-aware-prompt", "tokens": tokens, "types": types, "bound": 0.5, "format_bound": 0.25});
+    let moved = furthest(method, "all", SiteKind::Embedding)?;
+    for (moved, of) in moved.iter().zip(types) {
+        let bound = [0.0, 0.25, 0.5, 0.25][of as usize % 4];
+        assert!(*moved <= bound * (1.0 + 1e-5), "{moved} of {bound}");
+    }
+    // At least one of them would have gone further.
+    assert!(moved.iter().any(|moved| (moved - 0.5).abs() < 1e-4), "{moved:?}");
+    for (method, targets, applies) in [
+        (json!({"method": "prompt-tuning", "length": 8}), "all", SiteKind::Embedding),
+        (json!({"method": PLAIN, "rank": 2}), UP, SiteKind::Linear),
+    ] {
+        let moved = furthest(method, targets, applies)?;
+        assert!(moved.iter().any(|moved| *moved > 1.0), "{moved:?}");
+    }
     Ok(())
 }
