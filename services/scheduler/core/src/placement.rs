@@ -431,6 +431,9 @@ mod tests {
         }
     }
 
+    /// Workers, devices, kind, zone, key to share by, bytes and the worker that it ran on before.
+    type Drawn = (u32, u32, usize, usize, usize, u64, usize);
+
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
         #[test]
@@ -439,7 +442,7 @@ mod tests {
             fleet in proptest::collection::vec((0_u32..5, 0_u32..5, 0_u32..3, 0_u32..3, 0_usize..2), 0..7),
         ) {
             let (kinds, zones) = (["any", "cpu", "cuda"], ["", "us", "eu"]);
-            let written = |(n, ask): (usize, &(u32, u32, usize, usize, usize, u64, usize))| {
+            let written = |(n, ask): (usize, &Drawn)| {
                 let (workers, devices, kind, zone, share, bytes, before) = *ask;
                 let prefer = if before < 4 { format!("w{before}") } else { String::new() };
                 let share = ["", ":k", ":k~", ":l~"][share];
