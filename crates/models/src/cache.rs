@@ -18,6 +18,8 @@ pub(crate) struct Cache {
     /// Rows of the buffers: of all spans together.
     room: usize,
     blocks: Vec<BlockCache>,
+    /// Those of the base by itself for the same documents, where components read what it gives.
+    alone: Option<Box<Cache>>,
 }
 
 /// Where a document lies.
@@ -45,7 +47,18 @@ impl Cache {
     /// An empty cache of this many blocks for this many documents.
     pub(crate) fn new(blocks: usize, documents: usize) -> Self {
         let blocks = std::iter::repeat_with(BlockCache::default).take(blocks).collect();
-        Self { spans: vec![Span::default(); documents], room: 0, blocks }
+        Self { spans: vec![Span::default(); documents], room: 0, blocks, alone: None }
+    }
+
+    /// The same with one of the base by itself beside it.
+    pub(crate) fn with_alone(self) -> Self {
+        let alone = Some(Box::new(Self::new(self.blocks.len(), self.spans.len())));
+        Self { alone, ..self }
+    }
+
+    /// That of the base by itself, which goes on by the same rows.
+    pub(crate) fn alone(&mut self) -> Option<&mut Self> {
+        self.alone.as_deref_mut()
     }
 
     /// How many rows of a document it holds.
@@ -56,6 +69,9 @@ impl Cache {
     /// Forgets a document.
     pub(crate) fn clear(&mut self, document: usize) {
         self.spans[document].rows = 0;
+        if let Some(alone) = &mut self.alone {
+            alone.clear(document);
+        }
     }
 
     /// The caches of the blocks.
@@ -65,6 +81,9 @@ impl Cache {
 
     /// Makes room for documents to have so many rows.
     pub(crate) fn reserve(&mut self, needs: &[(usize, usize)], arena: &Arena) {
+        if let Some(alone) = &mut self.alone {
+            alone.reserve(needs, arena);
+        }
         if needs.iter().all(|&(document, rows)| rows <= self.spans[document].room) {
             return;
         }

@@ -7,7 +7,7 @@ use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use attune_architecture::{NormKind, Site, SiteId};
-use attune_points::adapter::{Attachment, EndMap, Port, RowCx, RowMap, WeightMap};
+use attune_points::adapter::{Attachment, BlendMap, Blended, EndMap, Port, RowCx, RowMap, WeightMap};
 use attune_points::error::Context as _;
 use attune_points::{BankKind, Binding, Error, Layout, Locals, Owner, Result, Row, Rows, TensorId, Theta};
 use attune_tensor::{FrozenWeight, frozen, ops};
@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::dropout::{Dropout, RowMasks};
-use crate::pass::{places, sequence};
+use crate::pass::{alone, places, sequence};
 use crate::stack::{self, Stack};
 
 /// Tensors whose gradient is asked for in the pass at hand, as leaves of the local graph.
@@ -35,6 +35,8 @@ pub struct GraphCx<'a> {
     pub(crate) tracked: &'a Tracked,
     /// Where the losses of components go, if anybody wants their gradients.
     pub(crate) heard: Option<&'a RefCell<Vec<Tensor>>>,
+    /// What the base gives by itself on all rows, where a component reads it.
+    pub(crate) alone: Option<&'a Tensor>,
     pub(crate) dtype: DType,
 }
 
@@ -95,9 +97,21 @@ impl<'a> GraphCx<'a> {
                 y_to = self.turned(site, (binding, at, map), y_to)?;
             }
         }
-        for (binding, at, port) in self.attached(&site.id) {
+        let attached: Vec<_> = self.attached(&site.id).collect();
+        let last_blend = attached.iter().rposition(|(_, _, port)| matches!(port, Port::Blend(_)));
+        // What components would add, until it is blended.
+        let mut added = Vec::new();
+        for (i, (binding, at, port)) in attached.into_iter().enumerate() {
             y_to = match port {
+                Port::Delta(map) if last_blend > Some(i) => {
+                    let none = y_to.zeros_like()?;
+                    added.push(self.by_runs(site, (binding, at), x_ti, none, |x_ti, none, tensors, cx| {
+                        Ok((none + map.graph(x_ti, tensors, cx)?)?)
+                    })?);
+                    y_to
+                }
                 Port::Delta(map) => self.add(site, (binding, at, map), x_ti, y_to)?,
+                Port::Blend(map) => self.blend(site, (binding, at, map), x_ti, &std::mem::take(&mut added), y_to)?,
                 Port::Weight(_) | Port::Input(_) | Port::Output(_) | Port::Table(_) => y_to,
                 _ => {
                     let message = format!("the component at {} has a port that no linear offers", site.id);
@@ -204,6 +218,28 @@ impl<'a> GraphCx<'a> {
                 heard.borrow_mut().extend(map.loss(x_ti, tensors, cx)?);
             }
             Ok((y_to + map.graph(x_ti, tensors, cx)?)?)
+        })
+    }
+
+    /// Adds what the component of one bank makes of `added`, what those before it would add.
+    fn blend(
+        &self,
+        site: &Site,
+        (binding, at, map): (&Binding, &Attachment, &dyn BlendMap),
+        x_ti: &Tensor,
+        added: &[Tensor],
+        y_to: Tensor,
+    ) -> Result<Tensor> {
+        // Side by side with what the operator reads, so that they are cut along with it.
+        let beside: Vec<&Tensor> = std::iter::once(x_ti).chain(added).collect();
+        let (beside, input, output) = (Tensor::cat(&beside, 1)?, x_ti.dim(1)?, y_to.dim(1)?);
+        self.by_runs(site, (binding, at), &beside, y_to, |beside, y_to, tensors, cx| {
+            let cut = |start: usize, width: usize| beside.narrow(1, start, width)?.contiguous();
+            let of_one = |n: usize| cut(input + n * output, output);
+            let added = (0..added.len()).map(of_one).collect::<candle_core::Result<Vec<_>>>()?;
+            let (x_ti, base_td) = (cut(0, input)?, alone::read(map, self.alone, cx.rows)?);
+            let of = Blended { x_ti: &x_ti, added: &added, base_td: base_td.as_ref() };
+            Ok((y_to + map.graph(&of, tensors, cx)?)?)
         })
     }
 

@@ -56,7 +56,7 @@ pub fn generate_all(
         return Err(Error::Refused(message.to_owned()));
     }
     let before = model.rows_before(theta);
-    let mut cache = model.cache(requests.len());
+    let mut cache = model.cache(theta, requests.len());
     let mut texts: Vec<Text<'_>> = requests.iter().map(Text::new).collect();
     loop {
         let open: Vec<(usize, &[u32])> = texts

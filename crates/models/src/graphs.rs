@@ -13,6 +13,7 @@ use crate::attention::RowPlan;
 use crate::context::{GraphCx, Tracked};
 use crate::loss::Backward;
 use crate::model::{Model, Pass};
+use crate::pass::alone;
 use crate::pass::parts::{self, Part};
 use crate::regions;
 use crate::routing::Routing;
@@ -28,8 +29,8 @@ impl Model {
         top: impl FnOnce(&GraphCx<'_>, &Tensor, Backward<'_>) -> Result<(T, Option<Tensor>)>,
     ) -> Result<T> {
         let plan = self.part(pass).plan(self.base.architecture(), self.dtype())?;
-        let none = Tracked::new();
-        let cx = self.context(pass, &plan, &none);
+        let (none, alone) = (Tracked::new(), self.alone(pass)?);
+        let cx = self.context(pass, &plan, &none, alone.as_ref());
         let wanted: Vec<Vec<TensorId>> =
             self.trunk.iter().map(|block| self.wanted(block.sites(), pass.theta, sink)).collect();
         let lowest = wanted.iter().position(|ids| !ids.is_empty());
@@ -134,10 +135,29 @@ impl Model {
     /// Does `f` on the blocks' graphs, without leaves.
     pub(crate) fn by_graph<T>(&self, pass: &Pass<'_>, f: impl FnOnce(&GraphCx<'_>) -> Result<T>) -> Result<T> {
         let plan = self.part(pass).plan(self.base.architecture(), self.dtype())?;
-        f(&self.context(pass, &plan, &Tracked::new()))
+        f(&self.context(pass, &plan, &Tracked::new(), self.alone(pass)?.as_ref()))
     }
 
-    fn context<'a>(&'a self, pass: &Pass<'a>, plan: &'a RowPlan, tracked: &'a Tracked) -> GraphCx<'a> {
+    /// What the base gives by itself on the rows of a pass, if a component reads it.
+    fn alone(&self, pass: &Pass<'_>) -> Result<Option<Tensor>> {
+        if !alone::is_read(&self.stack, pass.theta) {
+            return Ok(None);
+        }
+        alone::check(pass.layout)?;
+        let bare = Pass { theta: &pass.theta.adapters_off(), layout: pass.layout, dropout: None };
+        let plan = self.part(&bare).plan(self.base.architecture(), self.dtype())?;
+        let none = Tracked::new();
+        let cx = self.context(&bare, &plan, &none, None);
+        Ok(Some(self.head.norm(&self.walk(&cx, None, None)?[0], &cx)?.detach()))
+    }
+
+    fn context<'a>(
+        &'a self,
+        pass: &Pass<'a>,
+        plan: &'a RowPlan,
+        tracked: &'a Tracked,
+        alone: Option<&'a Tensor>,
+    ) -> GraphCx<'a> {
         let Pass { theta, layout, dropout } = *pass;
         GraphCx {
             base: &self.base,
@@ -149,6 +169,7 @@ impl Model {
             rows: None,
             tracked,
             heard: None,
+            alone,
             dtype: self.dtype(),
         }
     }

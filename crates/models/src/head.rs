@@ -52,7 +52,8 @@ impl Head {
         pool(&self.norm(h_td, cx)?, cx.layout, pooling)
     }
 
-    fn norm(&self, h_td: &Tensor, cx: &GraphCx<'_>) -> Result<Tensor> {
+    /// Hidden rows behind the last norm.
+    pub(crate) fn norm(&self, h_td: &Tensor, cx: &GraphCx<'_>) -> Result<Tensor> {
         match self.at(Place::FinalNorm) {
             Some(norm) => cx.norm(norm, h_td),
             None => Ok(h_td.clone()),

@@ -13,7 +13,7 @@ use crate::dropout::Dropout;
 use crate::graphs::Saved;
 use crate::head;
 use crate::model::{How, Model, Pass};
-use crate::pass::{Times, outputs, sequence};
+use crate::pass::{Times, alone, outputs, sequence};
 use crate::routing::Routing;
 
 impl Model {
@@ -161,8 +161,9 @@ impl Model {
     }
 
     /// An empty cache for this many texts.
-    pub(crate) fn cache(&self, texts: usize) -> Cache {
-        Cache::new(self.trunk.len(), texts)
+    pub(crate) fn cache(&self, theta: &Theta, texts: usize) -> Cache {
+        let cache = Cache::new(self.trunk.len(), texts);
+        if alone::is_read(&self.stack, theta) { cache.with_alone() } else { cache }
     }
 
     /// Makes room in the cache for each of `texts`, by its number, with the rows before it.
@@ -342,7 +343,7 @@ mod tests {
         let layout = Layout::single(&text);
         let whole = model.logits(&Pass { theta, layout: &layout, dropout: None }).unwrap();
         let whole: Vec<Vec<f64>> = whole.to_dtype(DType::F64).unwrap().to_vec2().unwrap();
-        let mut cache = model.cache(1);
+        let mut cache = model.cache(theta, 1);
         let ends = (5..30).chain([50, 97]).chain(98..=125);
         ends.map(|end| (next(model, theta, &[(0, &text[..end])], &mut cache).remove(0), whole[end - 1].clone()))
             .collect()
@@ -378,7 +379,7 @@ mod tests {
         for (config, fused) in FAMILIES.into_iter().flat_map(|config| [(config, true), (config, false)]) {
             let (model, theta) = tuned(config, DType::F32, fused);
             let whole: Vec<Vec<u32>> = [7, 1, 70, 3].into_iter().zip(1..).map(|(n, seed)| text(seed, n + 50)).collect();
-            let (mut shared, mut alone) = (model.cache(4), [0; 4].map(|_| model.cache(1)));
+            let (mut shared, mut alone) = (model.cache(&theta, 4), [0; 4].map(|_| model.cache(&theta, 1)));
             for turn in 0..50 {
                 // Texts end and begin again while others go on.
                 let mut open: Vec<usize> = (0..4).filter(|at| turn < 20 + 10 * at).collect();

@@ -153,6 +153,9 @@ pub enum Port<'a> {
     /// Other rows in place of those that a block adds to the stream, made of them and of what the branches before it in the stack
     /// would add to them. These take part by it alone.
     Mixture(&'a dyn MixtureMap),
+    /// Rows added at a linear operator, made of those that it reads and of what the components before it in the stack would add
+    /// there. These take part by it alone.
+    Blend(&'a dyn BlendMap),
     /// Further keys and values at an attention.
     Attention(&'a dyn AttentionMap),
     /// Rows that an attention looks at beside its documents.
@@ -225,6 +228,46 @@ pub trait MixtureMap: Send + Sync {
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, x_td: &Tensor, y_td: &Tensor, added: &[Tensor], tensors: &Locals, cx: &RowCx<'_>)
     -> Result<Tensor>;
+}
+
+/// What a blend is made of.
+pub struct Blended<'a> {
+    /// The rows that the operator reads, `[T, i]`.
+    pub x_ti: &'a Tensor,
+    /// What each of the components would add to the rows that the operator gives, `[T, o]` each, in the order of the stack.
+    pub added: &'a [Tensor],
+    /// The rows that the base gives by itself, `[T, D]`, after its last norm and without any component; none, unless
+    /// [`BlendMap::reads_base`] says that they are read. No gradient goes through them.
+    pub base_td: Option<&'a Tensor>,
+}
+
+/// A map from what components would add to the rows of a linear operator to what is added. A loss that one of them has of its own
+/// is not heard.
+pub trait BlendMap: Send + Sync {
+    /// How many components it blends, the same at each of its sites.
+    fn blends(&self) -> usize;
+
+    /// Whether it reads the rows that the base gives by itself. Where it does, a pass of the base alone goes before each pass that it
+    /// takes part in.
+    fn reads_base(&self) -> bool {
+        false
+    }
+
+    /// The tensors at `at` in place of those that it starts with, made of what each of the components that it blends is when it is
+    /// merged into the operator's weight. None for most.
+    ///
+    /// # Errors
+    /// Components that it cannot be made of.
+    fn made_of(&self, _at: &Attachment, _blended: &[Merged]) -> Result<Option<Locals>> {
+        Ok(None)
+    }
+
+    /// The rows `[T, o]` that are added in place of what the components would add, in differentiable operations only and valid in f64.
+    /// Each row of the result depends on its own row of all alone.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn graph(&self, of: &Blended<'_>, tensors: &Locals, cx: &RowCx<'_>) -> Result<Tensor>;
 }
 
 /// Keys and values that every row of an attention sees before those of its own document.

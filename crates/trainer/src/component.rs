@@ -8,7 +8,7 @@ use attune_adapt::slot::{self, Fresh};
 use attune_adapt::{ADAPTERS, BUDGETS, INITS, budgets, peft};
 use attune_architecture::{Site, SiteId, targets};
 use attune_models::{Base, Slot, Stack, stack};
-use attune_points::adapter::{Adapter, Attachment, Port};
+use attune_points::adapter::{Adapter, Attachment, Merged, Port};
 use attune_points::budget::Budget;
 use attune_points::init::Init;
 use attune_points::{Bank, BankKind, Binding, Params, Rows, Stats, StatsRequest, Theta, Weight};
@@ -164,6 +164,35 @@ impl Component {
     }
 }
 
+/// What a component makes of those that it blends, in place of what it starts with: `before` are the slots before it, with their banks.
+///
+/// # Errors
+/// A fault at `path` if it cannot be made of them.
+pub(crate) fn made_of_blended(
+    component: &mut Component,
+    (before, banks): (&[Slot], &[Bank]),
+    base: &Base,
+    path: &FieldPath,
+) -> Result<(), Error> {
+    let Component { slot, params, .. } = component;
+    for at in slot.attachments() {
+        let Port::Blend(map) = slot.adapter().port(at) else { continue };
+        let merged = |number: usize| -> attune_points::Result<Option<Merged>> {
+            let (other, bank) = (&before[number], &banks[number]);
+            let Some((at, set)) = other.at(&at.site).zip(bank.sets.first()) else { return Ok(None) };
+            let Some(site) = base.architecture().site(at.site.as_str()) else { return Ok(None) };
+            other.adapter().merge(at, &stack::locals(at, set)?, &base.weight(&site)).map(Some)
+        };
+        let blended = blended_at(&at.site, before).into_iter().filter_map(|number| merged(number).transpose());
+        let made = blended.collect::<attune_points::Result<Vec<_>>>().and_then(|blended| map.made_of(at, &blended));
+        let Some(made) = made.map_err(|error| cannot_start(error, path.clone()))? else { continue };
+        for spec in &at.tensors {
+            params.insert(spec.name(at.site.as_str()), made.get(spec.local)?.clone());
+        }
+    }
+    Ok(())
+}
+
 /// A component at its sites, without tensors.
 struct Attached {
     adapter: Arc<dyn Adapter>,
@@ -217,26 +246,51 @@ impl Attached {
     }
 }
 
-/// Whether a slot that mixes others has some to mix, at all of its sites, among those before it.
+/// The slots whose rows one that blends others at a linear would blend, by their numbers: those before it that add to it and that none
+/// has blended yet.
+fn blended_at(site: &SiteId, before: &[Slot]) -> Vec<usize> {
+    let mut blended = Vec::new();
+    for (number, slot) in before.iter().enumerate() {
+        match slot.at(site).map(|at| slot.adapter().port(at)) {
+            Some(Port::Delta(_)) => blended.push(number),
+            Some(Port::Blend(_)) => blended.clear(),
+            _ => {}
+        }
+    }
+    blended
+}
+
+/// Whether a slot that mixes others has some to mix, at all of its sites, among those before it; if it blends them, as many as it says.
 ///
 /// # Errors
 /// A fault at `path`.
 pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) -> Result<(), Error> {
-    let is_mixture = |at: &&Attachment| matches!(slot.adapter().port(at), Port::Mixture(_));
     let is_branch = |other: &Slot, site: &SiteId| {
         other.at(site).is_some_and(|at| matches!(other.adapter().port(at), Port::Branch(_)))
     };
-    let mut mixtures = slot.attachments().filter(is_mixture).map(|at| &at.site);
-    match mixtures.find(|site| !before.iter().any(|other| is_branch(other, site))) {
-        None => Ok(()),
-        Some(site) => {
-            let message = format!(
-                "mixes what adapters before it add to a block, and none of them adds to {site}: expected those that it was, or is \
-                 to be, trained on"
-            );
-            Err(Error::Faults(vec![Fault::new(path.clone(), message)]))
+    let fault = |message: String| Err(Error::Faults(vec![Fault::new(path.clone(), message)]));
+    for at in slot.attachments() {
+        let site = &at.site;
+        match slot.adapter().port(at) {
+            Port::Mixture(_) if !before.iter().any(|other| is_branch(other, site)) => {
+                return fault(format!(
+                    "mixes what adapters before it add to a block, and none of them adds to {site}: expected those that it was, or \
+                     is to be, trained on"
+                ));
+            }
+            Port::Blend(map) => {
+                let (found, expected) = (blended_at(site, before).len(), map.blends());
+                if found != expected {
+                    return fault(format!(
+                        "blends what {expected} adapters before it add to a linear, and {found} of them add to {site}: expected \
+                         as many at each of its targets"
+                    ));
+                }
+            }
+            _ => {}
         }
     }
+    Ok(())
 }
 
 /// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of. Weights that a component

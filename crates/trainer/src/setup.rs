@@ -202,7 +202,8 @@ pub(crate) fn prepare(
     let mut taken_out = Vec::new();
     for (index, (planned, begun)) in plan.stack.iter().zip(begun).enumerate() {
         let path = tune.field("stack").index(index);
-        let made = match begun {
+        let is_fresh = matches!(begun, Slotted::Begun(_));
+        let mut made = match begun {
             Slotted::Read(component) => component,
             // What trains is in the checkpoint.
             Slotted::Begun(begun) if request.resume.is_some() && planned.train => {
@@ -217,6 +218,10 @@ pub(crate) fn prepare(
             }
             Slotted::Begun(begun) => begun.start(planned.name.as_str(), plan.seed, &base, &stats)?,
         };
+        component::has_what_it_mixes(&made.slot, &slots, &path)?;
+        if is_fresh {
+            component::made_of_blended(&mut made, (&slots, &banks), &base, &path)?;
+        }
         if planned.train {
             let owner = Owner::Bank { slot: index as u16, set: 0 };
             for at in made.slot.attachments() {
@@ -232,7 +237,6 @@ pub(crate) fn prepare(
             sets: vec![Arc::new(made.params)],
             train: planned.train,
         });
-        component::has_what_it_mixes(&made.slot, &slots, &path)?;
         taken_out.extend(made.beside.map(|params| (index as u16, made.slot.clone(), params)));
         slots.push(made.slot);
     }

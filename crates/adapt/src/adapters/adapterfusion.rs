@@ -38,7 +38,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::parts::starts::{self, Start};
-use crate::parts::{blocks, own};
+use crate::parts::{blocks, mixing, own};
 
 const QUERY: &str = "query";
 const QUERY_BIAS: &str = "query_bias";
@@ -178,10 +178,7 @@ impl MixtureMap for Adapterfusion {
         }
         let s_tn = self.shares(y_td, added, tensors)?;
         // The values' map is linear: it is applied to the mixture instead of to each.
-        let mut mixed_td = added[0].broadcast_mul(&s_tn.narrow(1, 0, 1)?)?;
-        for (n, z_td) in added.iter().enumerate().skip(1) {
-            mixed_td = (mixed_td + z_td.broadcast_mul(&s_tn.narrow(1, n, 1)?)?)?;
-        }
+        let mixed_td = mixing::mixed(&s_tn, added)?;
         Ok((y_td + ops::linear(&mixed_td, tensors.get(VALUE)?, None)?)?)
     }
 }

@@ -6,6 +6,7 @@ mod adamss;
 mod adapterfusion;
 mod adaption_prompt;
 mod alora;
+mod arrow;
 mod bbtv2;
 mod bdlora;
 mod beft;
@@ -77,6 +78,7 @@ mod vblora;
 mod vectorfit;
 mod vera;
 mod waveft;
+mod xlora;
 
 use std::collections::BTreeMap;
 
@@ -98,6 +100,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<adapterfusion::Adapterfusion>(),
         entry::<adaption_prompt::AdaptionPrompt>(),
         entry::<alora::Alora>(),
+        entry::<arrow::Arrow>(),
         entry::<bbtv2::Bbtv2>(),
         entry::<bdlora::Bdlora>(),
         entry::<beft::Beft>(),
@@ -169,6 +172,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<vectorfit::Vectorfit>(),
         entry::<vera::Vera>(),
         entry::<waveft::Waveft>(),
+        entry::<xlora::Xlora>(),
     ],
 );
 

@@ -14,6 +14,7 @@ pub(crate) mod gates;
 pub(crate) mod hadamard;
 pub(crate) mod keys;
 pub(crate) mod linears;
+pub(crate) mod mixing;
 pub(crate) mod orthogonal;
 pub(crate) mod own;
 pub(crate) mod prompt;

@@ -3,6 +3,7 @@
 //! A method that joins the list is tested here without further ado. What it has and plain LoRA lacks is a trial of `own`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod blends;
 mod budgets;
 mod calibrated;
 mod contexts;
@@ -90,6 +91,7 @@ static SMALL: &[(&str, &[(&str, u32)])] = &[
     ("vblora", &[("rank", 3), ("vectors", 7), ("length", 4)]),
     ("vera", &[("rank", 6)]),
     ("waveft", &[("frequencies", 50), ("scaling", 2)]),
+    ("xlora", &[("depth", 3), ("size", 5)]),
 ];
 
 /// Parameters that are lists and without which a method has nothing to do.
@@ -157,6 +159,7 @@ fn main() {
     trials.extend(budgets::trials());
     trials.extend(golden::trials());
     trials.extend(contexts::trials());
+    trials.extend(blends::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use attune_adapt::{ADAPTERS, slot};
 use attune_architecture::{Architecture, Site, targets};
 use attune_models::{Base, Model, Pass, Slot, Stack};
-use attune_points::adapter::{Adapter, Attachment, Port};
+use attune_points::adapter::{Adapter, Attachment, Merged, Port};
 use attune_points::layout::{LabelCounts, NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
 use attune_points::{
@@ -64,14 +64,19 @@ impl Setup {
         let attachments = adapter.attach(base.architecture(), &sites).unwrap();
         let adapter: Arc<dyn Adapter> = adapter.into();
         let mut slots = vec![Slot::new(Arc::clone(&adapter), attachments.iter().cloned())];
-        // What mixes others has two to mix, frozen ones.
+        // What mixes others has some to mix, frozen ones.
+        let others = match adapter.port(&attachments[0]) {
+            Port::Mixture(_) => Some((json!({"method": "bottleneck", "reduction": 4}), 2)),
+            Port::Blend(map) => Some((json!({"method": "lora", "rank": 2}), map.blends())),
+            _ => None,
+        };
         let mut mixed = Vec::new();
-        if matches!(adapter.port(&attachments[0]), Port::Mixture(_)) {
-            for seed in 1..=2 {
-                let (slot, bank) = bottleneck(&base, &sites, seed, dtype);
-                slots.push(slot);
-                mixed.push(bank);
-            }
+        for (method, seed) in
+            others.iter().flat_map(|(method, count)| (1..=*count as u64).map(move |seed| (method, seed)))
+        {
+            let (slot, bank) = frozen(method, &base, &sites, seed, dtype);
+            slots.push(slot);
+            mixed.push(bank);
         }
         let stack = Stack::new(slots);
         let kind = match adapter.port(&attachments[0]) {
@@ -87,7 +92,14 @@ impl Setup {
         };
         let params =
             slot::fresh(&*setup.adapter, None, &setup.attachments, |at| setup.weight(at), &stats, &Rng::new(7, "init"));
-        let params = params.unwrap().own;
+        let mut params = params.unwrap().own;
+        for at in &setup.attachments {
+            let Port::Blend(map) = setup.adapter.port(at) else { continue };
+            let Some(made) = map.made_of(at, &setup.merged(&mixed, at)).unwrap() else { continue };
+            at.tensors.iter().for_each(|spec| {
+                params.insert(spec.name(at.site.as_str()), made.get(spec.local).unwrap().clone());
+            });
+        }
         let params =
             params.map(|_, tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor.clone()) });
         let params = params.unwrap();
@@ -108,6 +120,17 @@ impl Setup {
             _ => base.weight(&site).dense(DType::F32)?,
         };
         Ok(Box::new(Owned { dense, bias }))
+    }
+
+    /// What those that it mixes, of these banks, are when they are merged into the weight at `at`.
+    fn merged(&self, mixed: &[Bank], at: &Attachment) -> Vec<Merged> {
+        let others = self.model.stack().slots()[1..].iter().zip(mixed);
+        let merged = |(slot, bank): (&Slot, &Bank)| {
+            let own = slot.at(&at.site).unwrap();
+            let locals = attune_models::stack::locals(own, &bank.sets[0]).unwrap();
+            slot.adapter().merge(own, &locals, &*self.weight(own).unwrap()).unwrap()
+        };
+        others.map(merged).collect()
     }
 
     /// A batch with the rows that the component puts before its documents.
@@ -158,16 +181,16 @@ impl Setup {
     }
 }
 
-/// A frozen bottleneck at these blocks, away from its start.
-fn bottleneck(base: &Base, sites: &[Site], seed: u64, dtype: DType) -> (Slot, Bank) {
-    let method: MethodRef = serde_json::from_value(json!({"method": "bottleneck", "reduction": 4})).unwrap();
+/// A frozen component at these sites, away from its start.
+fn frozen(method: &Value, base: &Base, sites: &[Site], seed: u64, dtype: DType) -> (Slot, Bank) {
+    let method: MethodRef = serde_json::from_value(method.clone()).unwrap();
     let cx = BuildCx { steps: Step(1), domains: &[], words: None };
     let adapter: Arc<dyn Adapter> = ADAPTERS.build(&method, &"tune.adapter".into(), &cx).unwrap().into();
     let attachments = adapter.attach(base.architecture(), sites).unwrap();
     let mut params = Params::new();
     for at in &attachments {
         for spec in &at.tensors {
-            let mut rng = Rng::new(seed, "bottleneck").named(at.site.as_str()).named(spec.local);
+            let mut rng = Rng::new(seed, &method.method).named(at.site.as_str()).named(spec.local);
             params.insert(spec.name(at.site.as_str()), rng.normal_tensor(spec.shape.as_slice(), 0.3, dtype).unwrap());
         }
     }

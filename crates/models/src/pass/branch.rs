@@ -1,8 +1,8 @@
 //! Components that put other rows in the place of those that a block adds to the stream, by their graphs on each part's rows.
 
 use attune_architecture::Site;
-use attune_points::adapter::{BranchMap, DropoutMask, MixtureMap, Port, RowCx};
-use attune_points::{Error, Locals, Result, TensorId};
+use attune_points::adapter::{BranchMap, MixtureMap, Port};
+use attune_points::{Error, Result, TensorId};
 use attune_tensor::autograd;
 use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::{Tensor, Var};
@@ -59,22 +59,6 @@ impl<'a> PassCx<'a> {
         self.placed(&block.id, Given::All).iter().any(is_one)
     }
 
-    /// Runs the graph of a component with its tensors, leaves in `tracked` among them, on the rows of `ids`.
-    fn with_tensors<P: Copy>(
-        &self,
-        block: &Site,
-        placed: &Placed<'_, P>,
-        ids: &Ids<'_>,
-        tracked: &[(TensorId, Var)],
-        graph: impl FnOnce(P, &Locals, &RowCx<'_>) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let masks = local::masks(self.parts, placed);
-        let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
-        let tensors = local::locals(self.parts, placed, tracked)?;
-        let cx = RowCx { rows: ids.some(), ..local::row_cx(self.parts, block, placed, dropout) };
-        graph(placed.port, &tensors, &cx)
-    }
-
     /// The rows that a stage makes of `x_td` and `y_td`.
     fn staged(
         &self,
@@ -85,13 +69,15 @@ impl<'a> PassCx<'a> {
         tracked: &[(TensorId, Var)],
     ) -> Result<Tensor> {
         let one = |branch: &Branch<'_>| {
-            self.with_tensors(block, branch, ids, tracked, |map, tensors, cx| map.graph(x_td, y_td, tensors, cx))
+            local::with_tensors(self.parts, block, branch, ids, tracked, |map, tensors, cx| {
+                map.graph(x_td, y_td, tensors, cx)
+            })
         };
         match stage {
             Stage::One(branch) => one(branch),
             Stage::Mixed(branches, mixture) => {
                 let added = branches.iter().map(|branch| Ok((one(branch)? - y_td)?)).collect::<Result<Vec<_>>>()?;
-                self.with_tensors(block, mixture, ids, tracked, |map, tensors, cx| {
+                local::with_tensors(self.parts, block, mixture, ids, tracked, |map, tensors, cx| {
                     map.graph(x_td, y_td, &added, tensors, cx)
                 })
             }

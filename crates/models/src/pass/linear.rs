@@ -63,7 +63,7 @@ impl<'a> PassCx<'a> {
         accumulate: bool,
     ) -> Result<Thin> {
         self.show(&site.id, x_ti, given)?;
-        let placed = self.added(&site.id, given)?;
+        let (placed, blends) = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let thin = self.meter.time(Work::Adapter, || {
             factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()
@@ -116,7 +116,8 @@ impl<'a> PassCx<'a> {
                 self.kernels.gemm(y_to.reborrow().into_sub_rows(rows.start, rows.end), &of);
             }
             let by_graph: Vec<&Added<'_>> = placed.iter().filter(|placed| placed.port.fused().is_none()).collect();
-            local::add_components(self, site, &by_graph, x_ti, y_to.reborrow())
+            local::add_components(self, site, &by_graph, x_ti, y_to.reborrow())?;
+            self.blend(site, &blends, x_ti, y_to.reborrow())
         })?;
         Ok(Thin(thin))
     }
@@ -126,7 +127,7 @@ impl<'a> PassCx<'a> {
     /// # Errors
     /// As for [`PassCx::linear`].
     pub(crate) fn thin_only(&self, site: &Site, x_ti: MatRef<'_>, given: Given<'_>) -> Result<Thin> {
-        let placed = self.added(&site.id, given)?;
+        let (placed, _) = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         self.meter.time(Work::Adapter, || {
             Ok(Thin(factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()?))
@@ -148,7 +149,7 @@ impl<'a> PassCx<'a> {
         mut dx_ti: Option<(ViewMut<'_, f32>, bool)>,
         sinks: &mut Sinks<'_>,
     ) -> Result<()> {
-        let placed = self.added(&site.id, given)?;
+        let (placed, blends) = self.added(&site.id, given)?;
         let factors = self.factors(&placed)?;
         let mut back = Vec::with_capacity(factors.len());
         for (factors, thin) in factors.iter().zip(&thin.0) {
@@ -210,9 +211,11 @@ impl<'a> PassCx<'a> {
             }
         }
         let by_graph: Vec<&Added<'_>> = placed.iter().filter(|placed| placed.port.fused().is_none()).collect();
-        let dx = dx_ti.as_mut().map(|(dx, _)| dx.reborrow());
-        self.meter.time(Work::Adapter, || local::components_vjp(self, site, &by_graph, x_ti, dy_to, dx, sinks))?;
-        Ok(())
+        self.meter.time(Work::Adapter, || {
+            let mut dx = dx_ti.map(|(dx, _)| dx);
+            local::components_vjp(self, site, &by_graph, x_ti, dy_to, dx.as_mut().map(ViewMut::reborrow), sinks)?;
+            self.blend_vjp(site, &blends, x_ti, dy_to, dx, sinks)
+        })
     }
 
     /// `y += left right` for terms of their own.

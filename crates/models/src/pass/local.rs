@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use crate::attention::RowPlan;
 use crate::context::{GraphCx, Tracked};
 use crate::dropout::RowMasks;
+use crate::pass::alone;
 use crate::pass::arena::Rows;
 use crate::pass::parts::{Added, Given, Ids, Part, PassCx, Placed, Sinks, wanted, wants};
 use crate::regions;
@@ -91,6 +92,22 @@ pub(crate) fn row_cx<'r, P>(
     RowCx { site: &site.id, output, dropout, layout, rows: placed.ids.some() }
 }
 
+/// Runs the graph of a component with its tensors, leaves in `tracked` among them, on the rows of `ids`.
+pub(crate) fn with_tensors<P: Copy>(
+    parts: &[Part<'_>],
+    site: &Site,
+    placed: &Placed<'_, P>,
+    ids: &Ids<'_>,
+    tracked: &[(TensorId, Var)],
+    graph: impl FnOnce(P, &Locals, &RowCx<'_>) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let masks = masks(parts, placed);
+    let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
+    let tensors = locals(parts, placed, tracked)?;
+    let cx = RowCx { rows: ids.some(), ..row_cx(parts, site, placed, dropout) };
+    graph(placed.port, &tensors, &cx)
+}
+
 /// `y += delta(x)` on the rows of components. They know nothing of each other, so their graphs go side by side; what they give is
 /// added in their order.
 pub(crate) fn add_components(
@@ -104,11 +121,8 @@ pub(crate) fn add_components(
     let pieces: Vec<(&Added<'_>, Together<'_>)> =
         placed.iter().flat_map(|placed| together(cx, placed).into_iter().map(move |piece| (*placed, piece))).collect();
     let delta = |(placed, Together { rows, ids }): &(&Added<'_>, Together<'_>)| {
-        let masks = masks(parts, placed);
-        let dropout = masks.as_ref().map(|masks| masks as &dyn DropoutMask);
         let x = tensor(x_ti.sub_rows(rows.start, rows.end))?;
-        let of_rows = RowCx { rows: ids.some(), ..row_cx(parts, site, placed, dropout) };
-        placed.port.graph(&x, &locals(parts, placed, &[])?, &of_rows)
+        with_tensors(parts, site, placed, ids, &[], |map, tensors, cx| map.graph(&x, tensors, cx))
     };
     let deltas: Vec<Result<Tensor>> = pieces.par_iter().map(delta).collect();
     for ((_, Together { rows, .. }), delta) in pieces.iter().zip(deltas) {
@@ -181,20 +195,30 @@ pub(crate) fn components_vjp(
     };
     let found: Vec<Result<Back>> = asked.par_iter().map(back).collect();
     for ((placed, _), found) in asked.iter().zip(found) {
-        let (gradients, dx) = found?;
-        for (id, gradient) in gradients {
-            gradient.map(|gradient| regions::put(&mut *sinks[placed.part], &id, &gradient)).transpose()?;
-        }
-        if let (Some(to), Some(dx)) = (&mut dx_ti, dx) {
-            write(&dx, to.reborrow().into_sub_rows(placed.rows.start, placed.rows.end), true)?;
-        }
+        put_back(placed, found?, dx_ti.as_mut().map(ViewMut::reborrow), sinks)?;
     }
     Ok(())
 }
 
+/// Puts the gradients of a component where they belong: those by its tensors into its part's sink, and the one by what it read to `dx`.
+pub(crate) fn put_back<P>(
+    placed: &Placed<'_, P>,
+    (gradients, dx): Back,
+    dx_ti: Option<ViewMut<'_, f32>>,
+    sinks: &mut Sinks<'_>,
+) -> Result<()> {
+    for (id, gradient) in gradients {
+        gradient.map(|gradient| regions::put(&mut *sinks[placed.part], &id, &gradient)).transpose()?;
+    }
+    match (dx_ti, dx) {
+        (Some(to), Some(dx)) => write(&dx, to.into_sub_rows(placed.rows.start, placed.rows.end), true),
+        _ => Ok(()),
+    }
+}
+
 /// What the graph of a block sees of one part.
-fn graph_cx<'a>(cx: &PassCx<'a>, part: usize, plan: &'a RowPlan, tracked: &'a Tracked) -> GraphCx<'a> {
-    let part = &cx.parts[part];
+fn graph_cx<'g, 'a: 'g>(cx: &'g PassCx<'a>, part: usize, plan: &'g RowPlan, tracked: &'g Tracked) -> GraphCx<'g> {
+    let (part, alone) = (&cx.parts[part], alone::of(&cx.alone, part));
     GraphCx {
         base: cx.base,
         stack: part.stack,
@@ -205,6 +229,7 @@ fn graph_cx<'a>(cx: &PassCx<'a>, part: usize, plan: &'a RowPlan, tracked: &'a Tr
         rows: None,
         tracked,
         heard: None,
+        alone,
         dtype: DType::F32,
     }
 }

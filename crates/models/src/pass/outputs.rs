@@ -20,7 +20,7 @@ fn forward<T>(
     top: impl FnOnce(&Rows<f32>, &PassCx<'_>) -> Result<T>,
 ) -> Result<T> {
     let parts = [part];
-    let cx = PassCx::new(machine.base, &parts, None, machine.arena);
+    let cx = PassCx::over(machine, &parts)?;
     let h_td = up(machine.trunk, &cx, |_, block, x| block.forward(x, &cx, Run::Output), |_| Ok(()))?;
     top(&h_td, &cx)
 }
@@ -72,7 +72,7 @@ pub(crate) fn embed_grad(
 }
 
 /// Hidden rows after the last norm, in 32 bits whatever the type of the activations: they are an output.
-fn normed(head: &Head, h_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Tensor> {
+pub(crate) fn normed(head: &Head, h_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Tensor> {
     match head.at(Place::FinalNorm) {
         Some(norm) => local::tensor(cx.norm_rows(norm, h_td)?.view().into()),
         None => local::tensor(h_td.view().into()),
@@ -82,7 +82,7 @@ fn normed(head: &Head, h_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Tensor> {
 /// Hidden rows before each block above the first, and after the last.
 pub(crate) fn hidden(machine: &Machine<'_>, part: Part<'_>) -> Result<Vec<Tensor>> {
     let (parts, mut hidden) = ([part], Vec::new());
-    let cx = PassCx::new(machine.base, &parts, None, machine.arena);
+    let cx = PassCx::over(machine, &parts)?;
     let last = up(
         machine.trunk,
         &cx,
@@ -101,7 +101,7 @@ pub(crate) fn hidden(machine: &Machine<'_>, part: Part<'_>) -> Result<Vec<Tensor
 pub(crate) fn routing(machine: &Machine<'_>, part: Part<'_>) -> Result<Vec<Routing>> {
     let Some(experts) = machine.base.architecture().experts else { return Ok(Vec::new()) };
     let (parts, mut routing) = ([part], Vec::new());
-    let cx = PassCx::new(machine.base, &parts, None, machine.arena);
+    let cx = PassCx::over(machine, &parts)?;
     up(
         machine.trunk,
         &cx,
@@ -121,7 +121,11 @@ pub(crate) fn decode(machine: &Machine<'_>, part: Part<'_>, of: &[usize], cache:
     let lengths = part.layout.docs().iter().map(attune_points::Doc::n_rows);
     let new: Vec<(usize, usize)> = of.iter().copied().zip(lengths).collect();
     let parts = [part];
-    let cx = PassCx::new(machine.base, &parts, Some(cache.extend(&new)), machine.arena);
+    let mut cx = PassCx::new(machine.base, &parts, Some(cache.extend(&new)), machine.arena);
+    if let Some(alone) = cache.alone() {
+        cx.go_on_alone(machine, &part, &new, alone)?;
+    }
+    let cx = cx;
     let blocks = cache.blocks();
     let h_td =
         up(machine.trunk, &cx, |index, block, x| Ok((block.decode(x, &mut blocks[index], &cx)?, None)), |_| Ok(()))?;

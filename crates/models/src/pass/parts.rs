@@ -7,8 +7,8 @@ use std::sync::Arc;
 use attune_architecture::{Architecture, Place, Site, SiteId};
 use attune_points::adapter::{Attachment, Port, RowMap};
 use attune_points::{
-    BankKind, Binding, Error, GradSink, Layout, Owner, Region, Result, Rows as Bound, Tap, TensorId, TensorName,
-    TensorSpec, Theta,
+    BankKind, Binding, GradSink, Layout, Owner, Region, Result, Rows as Bound, Tap, TensorId, TensorName, TensorSpec,
+    Theta,
 };
 use attune_tensor::kernels::Kernels;
 use attune_tensor::view::{MatRef, View, ViewMut};
@@ -62,6 +62,8 @@ pub struct PassCx<'a> {
     pub(crate) meter: Meter,
     /// Who looks at what linears read.
     pub(crate) tap: Option<&'a dyn Tap>,
+    /// What the base gives by itself on the rows of each part; empty, or none, where nobody reads it.
+    pub(crate) alone: Vec<Option<Tensor>>,
     /// Gradients that a device may still be working at.
     late: RefCell<Vec<Late>>,
 }
@@ -183,6 +185,7 @@ impl<'a> PassCx<'a> {
             dtype,
             meter: Meter::default(),
             tap: None,
+            alone: Vec::new(),
             late: RefCell::default(),
         };
         cx.angles = angles(&cx);
@@ -338,22 +341,6 @@ impl<'a> PassCx<'a> {
             }
         }
         placed
-    }
-
-    /// Those of them that add to the rows of a linear.
-    ///
-    /// # Errors
-    /// A component whose port no linear offers.
-    pub(crate) fn added<'g>(&self, site: &SiteId, given: Given<'g>) -> Result<Vec<Added<'g>>>
-    where
-        'a: 'g,
-    {
-        let added = self.placed(site, given).into_iter().filter_map(|placed| match placed.port {
-            Port::Delta(map) => Some(Ok(placed.with(map))),
-            Port::Weight(_) | Port::Input(_) | Port::Output(_) | Port::Table(_) => None,
-            _ => Some(Err(Error::Refused(format!("the component at {site} has a port that no linear offers")))),
-        });
-        added.collect()
     }
 
     /// A tensor that stands in for the base's in all parts (a trained weight), with its id in each part that has one; `None`

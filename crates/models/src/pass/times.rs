@@ -83,6 +83,13 @@ pub(crate) struct Meter {
     whole: Cell<bool>,
 }
 
+impl From<Times> for Meter {
+    /// One that goes on from these times.
+    fn from(times: Times) -> Self {
+        Self { times: Cell::new(times), whole: Cell::default() }
+    }
+}
+
 impl Meter {
     /// Does `f` and counts its time as `work`.
     pub(crate) fn time<R>(&self, work: Work, f: impl FnOnce() -> R) -> R {

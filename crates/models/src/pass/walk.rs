@@ -100,7 +100,7 @@ pub(crate) fn up(
 /// The losses of the parts, without gradients, and where the time went.
 pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<LossReport>, Times)> {
     let parts: Vec<Part<'_>> = tasks.iter().map(|task| task.part).collect();
-    let cx = PassCx::new(machine.base, &parts, None, machine.arena);
+    let cx = PassCx::over(machine, &parts)?;
     let h_td = up(machine.trunk, &cx, |_, block, x| block.forward(x, &cx, Run::Output), |_| Ok(()))?;
     let reports = head::losses(machine.head, &h_td, tasks, &cx, None)?;
     cx.finish()?;
@@ -110,7 +110,7 @@ pub(crate) fn score(machine: &Machine<'_>, tasks: &[Task<'_>]) -> Result<(Vec<Lo
 /// Shows a tap what the linears below the head read, and goes no higher than the last block that it wants to see; with where the
 /// time went.
 pub(crate) fn look(machine: &Machine<'_>, parts: &[Part<'_>], tap: &dyn Tap) -> Result<Times> {
-    let mut cx = PassCx::new(machine.base, parts, None, machine.arena);
+    let mut cx = PassCx::over(machine, parts)?;
     cx.tap = Some(tap);
     let is_wanted = |block: &dyn Block| block.sites().iter().any(|site| tap.wants(&site.id));
     let Some(last) = machine.trunk.iter().rposition(|block| is_wanted(&**block)) else { return Ok(Times::default()) };
@@ -142,7 +142,7 @@ pub(crate) fn reverse<T>(
     sinks: &mut [&mut dyn GradSink],
     top: impl FnOnce(&Rows<f32>, &PassCx<'_>, head::Backward<'_, '_>) -> Result<T>,
 ) -> Result<(T, Times)> {
-    let mut cx = PassCx::new(machine.base, parts, None, machine.arena);
+    let mut cx = PassCx::over(machine, parts)?;
     cx.beside = scales.iter().zip(parts).map(|(scale, part)| scale * part.layout.counts().tokens as f64).collect();
     let cx = cx;
     let mut lowest = machine.trunk.len();

@@ -11,8 +11,8 @@ use attune_spec::job::Precision;
 use candle_core::DType;
 
 use crate::passes::{
-    MIXTURE, TINY, TOLERANCE, bank, bottleneck, documents, low_rank, mixer, model, prefix, rescaled, set, turned,
-    weights,
+    MIXTURE, TINY, TOLERANCE, bank, blender, bottleneck, documents, low_rank, mixer, model, prefix, rescaled, set,
+    turned, weights,
 };
 use crate::sides::carrier;
 use crate::support::{difference, golden, largest};
@@ -46,6 +46,7 @@ fn components() -> Vec<Vec<Arc<dyn Adapter>>> {
         vec![prefix(3), bottleneck(2, 0.2)],
         vec![carrier(3), bottleneck(2, 0.2)],
         vec![bottleneck(2, 0.0), bottleneck(3, 0.0), mixer()],
+        vec![low_rank(2, 0.0, true), low_rank(3, 0.0, true), blender(true), prefix(2)],
     ]
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use attune_architecture::{Architecture, Site, SiteKind};
 use attune_points::adapter::{
-    Adapter, Attachment, BaseEdit, EndMap, FusedRows, Merged, Peft, Port, RowCx, RowMap, WeightMap,
+    Adapter, Attachment, BaseEdit, BlendMap, Blended, EndMap, FusedRows, Merged, Peft, Port, RowCx, RowMap, WeightMap,
 };
 use attune_points::{Layout, Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
@@ -271,5 +271,69 @@ impl RowMap for Gated {
             loss = (loss + gates_t1.narrow(0, rows.start, rows.len())?.mean_all()?.sqr()?)?;
         }
         Ok(Some(loss))
+    }
+}
+
+/// `y += Σ_n s_n silu(gate_o ∘ z_n)` with `s_tn = softmax_n(x_ti route_niᵀ)`, where `z_n` is what the `n`th of two others would add; with
+/// what the base gives by itself, `s_tn = softmax_n(x_ti route_niᵀ + h_td top_ndᵀ)`.
+pub(crate) struct Blender {
+    /// Whether it reads what the base gives by itself.
+    pub(crate) reads_base: bool,
+}
+
+impl Adapter for Blender {
+    fn attach(&self, of: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
+        let attachments = sites.iter().filter_map(|site| {
+            let SiteKind::Linear { output, input, .. } = site.kind else { return None };
+            let mut tensors = vec![TensorSpec::trained("gate", [output]), TensorSpec::trained("route", [2, input])];
+            if self.reads_base {
+                tensors.push(TensorSpec::trained("top", [2, of.hidden]));
+            }
+            Some(Attachment { site: site.id.clone(), tensors })
+        });
+        Ok(attachments.collect())
+    }
+
+    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
+            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
+        };
+        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
+        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+    }
+
+    fn port(&self, _: &Attachment) -> Port<'_> {
+        Port::Blend(self)
+    }
+
+    fn merge(&self, _: &Attachment, _: &Locals, _: &dyn Weight) -> Result<Merged> {
+        Ok(Merged::No("it is not linear"))
+    }
+
+    fn peft(&self) -> Option<Peft> {
+        None
+    }
+}
+
+impl BlendMap for Blender {
+    fn blends(&self) -> usize {
+        2
+    }
+
+    fn reads_base(&self) -> bool {
+        self.reads_base
+    }
+
+    fn graph(&self, of: &Blended<'_>, tensors: &Locals, _: &RowCx<'_>) -> Result<Tensor> {
+        let mut scores_tn = ops::linear(of.x_ti, tensors.get("route")?, None)?;
+        if let Some(h_td) = of.base_td {
+            scores_tn = (scores_tn + ops::linear(h_td, tensors.get("top")?, None)?)?;
+        }
+        let s_tn = ops::softmax(&scores_tn)?;
+        let one = |n: usize| -> Result<Tensor> {
+            let z_to = ops::silu(&of.added[n].broadcast_mul(tensors.get("gate")?)?)?;
+            Ok(z_to.broadcast_mul(&s_tn.narrow(1, n, 1)?)?)
+        };
+        Ok((one(0)? + one(1)?)?)
     }
 }

@@ -13,7 +13,7 @@ use attune_points::{Bank, BankKind, Binding, GradSink, Grads, Layout, Params, Ro
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 
-use crate::low_rank::{Gated, Later, LowRank, Rescaled, Turned};
+use crate::low_rank::{Blender, Gated, Later, LowRank, Rescaled, Turned};
 use crate::support::{CrossEntropy, difference, largest};
 use crate::whole::{Bottleneck, Mixer, Prefix};
 
@@ -164,6 +164,10 @@ pub(crate) fn mixer() -> Arc<dyn Adapter> {
     Arc::new(Mixer)
 }
 
+pub(crate) fn blender(reads_base: bool) -> Arc<dyn Adapter> {
+    Arc::new(Blender { reads_base })
+}
+
 pub(crate) fn gated(rank: usize) -> Arc<dyn Adapter> {
     Arc::new(Gated { rank })
 }
@@ -221,6 +225,8 @@ fn gradients_by_graphs(config: &str) {
         vec![prefix(5)],
         vec![prefix(2), bottleneck(3, 0.3), bottleneck(2, 0.0), mixer(), bottleneck(2, 0.0)],
         vec![prefix(2), bottleneck(2, 0.0), low_rank(3, 0.3, true), bottleneck(3, 0.3), prefix(3)],
+        vec![prefix(2), low_rank(2, 0.3, true), low_rank(3, 0.0, false), blender(false), low_rank(2, 0.0, true)],
+        vec![prefix(2), low_rank(2, 0.0, true), low_rank(3, 0.3, true), blender(true), rescaled(2)],
     ] {
         let n = components.len();
         let (fast, graphs) =
@@ -261,6 +267,9 @@ fn same_bits(config: &str) {
     let mut components = vec![low_rank(4, 0.2, true), low_rank(3, 0.0, false), rescaled(2), prefix(3), gated(2)];
     components.extend([turned(true), turned(false), later(2, 0.2, true), later(3, 0.0, false)]);
     components.extend([bottleneck(2, 0.2), bottleneck(3, 0.0), mixer(), bottleneck(2, 0.0)]);
+    // Two that are blended without the base, and two with it, among others.
+    components.splice(..0, [low_rank(2, 0.0, true), low_rank(2, 0.3, false), blender(false)]);
+    components.splice(..0, [low_rank(2, 0.2, true), low_rank(3, 0.0, true), blender(true)]);
     let slots = components.len();
     let model = model(config, DType::F32, components);
     let thetas: Vec<Theta> =
@@ -327,6 +336,28 @@ fn what_is_not_on_all_rows_of_what_mixes_it_is_refused() {
     theta.bindings[0].rows = Rows::Segments(vec![(layout.docs()[0].rows.clone(), 0)]);
     let error = model.score(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap_err();
     assert!(error.to_string().contains("mixes others that are not on all of its rows"), "{error}");
+}
+
+#[test]
+fn what_is_not_on_all_rows_of_what_blends_it_is_refused() {
+    let model = model(TINY, DType::F32, vec![low_rank(2, 0.0, true), low_rank(2, 0.0, true), blender(false)]);
+    let layout = documents(&[0, 1]);
+    let mut theta = Theta::single((0..3).map(|slot| bank(vec![set(&model, slot, 1)])));
+    theta.bindings[0].rows = Rows::Segments(vec![(layout.docs()[0].rows.clone(), 0)]);
+    let error = model.score(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap_err();
+    assert!(error.to_string().contains("blends others that are not on all of its rows"), "{error}");
+}
+
+/// The base by itself has no rows for those that are put before documents.
+#[test]
+fn what_the_base_gives_by_itself_is_refused_beside_rows_before_documents() {
+    let components = || vec![low_rank(2, 0.0, true), low_rank(2, 0.0, true), blender(true)];
+    for model in [model(TINY, DType::F32, components()), model(TINY, DType::F32, components()).by_graphs()] {
+        let theta = Theta::single((0..3).map(|slot| bank(vec![set(&model, slot, 1)])));
+        let layout = documents(&[0]).begun_with(&[Row::Virtual { slot: 3, index: 0 }]);
+        let error = model.score(&Pass { theta: &theta, layout: &layout, dropout: None }, &CrossEntropy).unwrap_err();
+        assert!(error.to_string().contains("reads what the base gives by itself, beside one"), "{error}");
+    }
 }
 
 #[test]

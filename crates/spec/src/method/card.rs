@@ -159,7 +159,7 @@ pub struct Card {
     /// The sites of a slot that names none: an entry as in `targets`; empty for points without sites.
     pub targets: &'static str,
     /// Trainable parameters per site as an expression over the method's parameters, the site's input width `i` and output
-    /// width `o`, the width `k` of the model's keys, and whether it has a bias (`b`), leads out of an MLP (`down`) or of that or an
+    /// width `o`, the widths `d` of the model's stream and `k` of its keys, and whether it has a bias (`b`), leads out of an MLP (`down`) or of that or an
     /// attention (`out`), is a `table` or an attention as a whole (`attention`), as 0 or 1; empty for points without parameters.
     pub parameters: &'static str,
     /// Trainable parameters that all its sites share, as such an expression; empty for none.

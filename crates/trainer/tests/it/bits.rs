@@ -407,35 +407,89 @@ fn merged_speaks_as_adapted(small: &Small, plan: &Plan) {
     assert!((adapted - merged).abs() < 1e-4, "{adapted} with the adapter, {merged} merged");
 }
 
-/// Two bottlenecks, each trained on one domain, are mixed for both: the same bytes resumed and on several ranks.
+/// Two adapters, each trained on one domain, are mixed for both: the same bytes resumed and on several ranks.
 #[test]
 fn adapters_that_were_trained_one_by_one_are_mixed() {
+    let lora = "{method: lora, rank: 3, alpha: 6, targets: [q_proj, v_proj, up_proj]}";
+    let at = "targets: [q_proj, v_proj, up_proj]";
+    for (each, mixed) in [
+        ("{method: bottleneck, reduction: 2, targets: mlp}", "{method: adapterfusion}".to_owned()),
+        (lora, format!("{{method: arrow, top_k: 1, {at}}}, {{name: further, method: lora, rank: 2}}")),
+        (lora, format!("{{method: xlora, depth: 2, size: 12, dropout: 0.1, {at}}}")),
+    ] {
+        mixes(each, &mixed);
+    }
+}
+
+fn mixes(each: &str, mixed: &str) {
     let small = Small::new();
     for (name, kept) in [("greeter", "greetings"), ("adder", "sums")] {
         let domains = format!("[{{name: {kept}, source: ./{kept}.jsonl}}]");
-        let plan = small.plan(&[
-            ("tune.adapter", "{method: bottleneck, reduction: 2, targets: mlp}"),
-            ("data.domains", &domains),
-            ("tune.steps", "15"),
-        ]);
+        let plan = small.plan(&[("tune.adapter", each), ("data.domains", &domains), ("tune.steps", "15")]);
         let (request, work) = small.request(plan, 1, None);
         run(&request, &Outside::default()).unwrap();
         std::fs::rename(work.path().join("adapter"), small.path(name)).unwrap();
     }
-    let stack =
-        "[{name: a, from: ./greeter, train: false}, {name: b, from: ./adder, train: false}, {method: adapterfusion}]";
-    let plan = small.plan(&[("tune.adapter", "null"), ("tune.stack", stack), ("tune.steps", "6")]);
+    let stack = |mixed: &str| {
+        format!("[{{name: a, from: ./greeter, train: false}}, {{name: b, from: ./adder, train: false}}, {mixed}]")
+    };
+    let plan = small.plan(&[("tune.adapter", "null"), ("tune.stack", &stack(mixed)), ("tune.steps", "6")]);
     let (events, whole) = small.finish(plan.clone(), 1);
     let losses = metric(&events, "train/loss");
-    assert!(losses.last() < losses.first(), "{losses:?}");
-    assert_eq!(small.finish(plan.clone(), 2).1, whole);
+    assert!(losses.last() < losses.first(), "{mixed}: {losses:?}");
+    assert_eq!(small.finish(plan.clone(), 2).1, whole, "{mixed}");
     let (request, _work) = small.request(plan.clone(), 1, None);
     let outside = Outside::stopping_after(2);
     assert_eq!(run(&request, &outside).unwrap(), End::Stopped(Step(2)));
-    let (request, _work) = small.request(plan, 1, Some(&checkpoint(&outside)));
+    let (request, work) = small.request(plan, 1, Some(&checkpoint(&outside)));
     let outside = Outside::default();
     run(&request, &outside).unwrap();
-    assert_eq!(files(&outside.events.into_inner().unwrap()), whole);
+    assert_eq!(files(&outside.events.into_inner().unwrap()), whole, "{mixed}");
+
+    // What was left is a start that says what the end said.
+    let after = *metric(&events, "eval/sums/loss").last().unwrap();
+    let mut again = "{from: ./adapter}".to_owned();
+    std::fs::rename(work.path().join("adapter"), small.path("adapter")).unwrap();
+    if work.path().join("adapter-further").is_dir() {
+        std::fs::rename(work.path().join("adapter-further"), small.path("further")).unwrap();
+        again.push_str(", {name: further, from: ./further}");
+    }
+    let plan = small.plan(&[("tune.adapter", "null"), ("tune.stack", &stack(&again)), ("tune.steps", "1")]);
+    let before = metric(&small.finish(plan, 1).0, "eval/sums/loss")[0];
+    assert!((before - after).abs() < 1e-6, "{mixed}: {before} against {after}");
+}
+
+/// What has nothing to train makes its adapter, and changes nothing.
+#[test]
+fn a_mixture_without_anything_to_train_is_made_and_measured() {
+    let small = Small::new();
+    let lora = [("tune.adapter", "{method: lora, rank: 3, targets: [q_proj]}"), ("tune.steps", "8")];
+    let (request, work) = small.request(small.plan(&lora), 1, None);
+    run(&request, &Outside::default()).unwrap();
+    std::fs::rename(work.path().join("adapter"), small.path("one")).unwrap();
+    let plan = |method: &str| {
+        let others = "{name: a, from: ./one, train: false}, {name: b, from: ./one, train: false}";
+        let stack = format!("[{others}, {method}]");
+        small.plan(&[("tune.adapter", "null"), ("tune.stack", &stack), ("tune.steps", "2")])
+    };
+    let (events, files) = small.finish(plan("{method: arrow, targets: [q_proj]}"), 2);
+    let losses = metric(&events, "eval/sums/loss");
+    assert_eq!(losses.first(), losses.last());
+    assert!(files.contains_key("Result/adapter_model.safetensors"), "{:?}", files.keys());
+    for (method, told) in [
+        (
+            "{method: xlora, adapters: 3, targets: [q_proj]}",
+            "`tune.stack[2]` blends what 3 adapters before it add to a linear, and 2 of them add to model.layers.0",
+        ),
+        (
+            "{method: arrow, targets: [q_proj, k_proj]}",
+            "`tune.stack[2]` blends what 2 adapters before it add to a linear, and 0 of them add to model.layers.0.self_attn.k_proj",
+        ),
+    ] {
+        let (request, _work) = small.request(plan(method), 1, None);
+        let error = run(&request, &Outside::default()).unwrap_err().to_string();
+        assert!(error.contains(told), "{method}: {error}");
+    }
 }
 
 /// Slots that train side by side are an adapter each, and what cannot be beside another says so.

@@ -1,6 +1,7 @@
 //! What a method has and plain LoRA lacks: each trial runs on both, passes on the method and fails on LoRA.
 
 mod banks;
+mod blends;
 mod connected;
 mod drawn;
 mod parts;
@@ -57,6 +58,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         .chain(products::OWN.iter())
         .chain(turns::OWN)
         .chain(banks::OWN)
+        .chain(blends::OWN)
         .chain(connected::OWN)
         .chain(drawn::OWN)
         .chain(parts::OWN)
