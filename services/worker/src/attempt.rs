@@ -215,7 +215,9 @@ impl Lane {
         if self.is_uploading || self.is_over || self.ended.is_some() {
             return None;
         }
-        let item = self.queue.pop_front()?;
+        // A result is told with how the run went, which is known when it has finished.
+        let is_finished = matches!(self.terminal, Some(Terminal::Finished));
+        let item = self.queue.pop_front_if(|item| is_finished || matches!(item, Item::Checkpoint { .. }))?;
         self.uploader.memory(peak_memory_bytes());
         self.is_uploading = true;
         Some(self.uploader.store(item))
