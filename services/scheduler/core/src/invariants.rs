@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use attune_spec::id::{CohortId, WorkerId};
 
+use crate::queue::Queue;
 use crate::timers::Timer;
 use crate::{Answer, Change, Core, Effects, Input, Job, JobKey, RestoreError, State, Stop, placement};
 
@@ -88,7 +89,7 @@ pub fn no_job_lost(core: &Core) -> Result<(), Broken> {
                 let moves = !job.pending.is_empty() || core.due.contains(key);
                 moves && job.awaited().into_iter().all(is_open)
             }
-            State::Queued => core.queue.contains(&job.place()),
+            State::Queued => core.queue.contains(job),
             State::Starting | State::Running => is_leased(),
             State::Stopping(_) => is_leased() && has(Timer::Stop(key.clone())),
             State::Backoff => has(Timer::Backoff(key.clone())),
@@ -171,7 +172,7 @@ pub fn lanes_fit(core: &Core) -> Result<(), Broken> {
 pub fn queue_is_served(core: &Core) -> Result<(), Broken> {
     let seats = core.seats();
     let queue = core.queue.iter().filter_map(|place| core.ask(&place.key));
-    let placements = placement::place(queue, &seats, core.settings.max_lanes);
+    let placements = placement::place(queue, core.queue.n_wishes(), &seats, core.settings.max_lanes);
     holds("queue_is_served", placements.is_empty(), || format!("nobody granted {placements:?}"))
 }
 
@@ -181,7 +182,7 @@ pub fn queue_is_served(core: &Core) -> Result<(), Broken> {
 /// When it does not hold.
 pub fn indexes_agree(core: &Core) -> Result<(), Broken> {
     const NAME: &str = "indexes_agree";
-    let queue: BTreeSet<_> = core.jobs().filter(|job| job.state == State::Queued).map(Job::place).collect();
+    let queue: Queue = core.jobs().filter(|job| job.state == State::Queued).collect();
     holds(NAME, queue == core.queue, || "the queue".to_owned())?;
     let mut dependants: BTreeMap<JobKey, BTreeSet<JobKey>> = BTreeMap::new();
     for job in core.jobs().filter(|job| job.state == State::Waiting) {

@@ -60,6 +60,7 @@ mod backoff;
 mod lease;
 mod machine;
 mod plant;
+mod queue;
 mod seats;
 mod step;
 mod timers;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use attune_spec::id::{CohortId, Digest, WorkerId};
 
-use crate::job::Place;
 use crate::placement::{self, Ask, Blocked, Seat};
 use crate::plant::Plant;
+use crate::queue::Queue;
 use crate::step::Draft;
 use crate::timers::{Timer, Timers};
 use crate::{
@@ -75,7 +75,7 @@ pub struct Core {
     // Told by the workers.
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
     // Derived from the above.
-    pub(crate) queue: BTreeSet<Place>,
+    pub(crate) queue: Queue,
     pub(crate) dependants: BTreeMap<JobKey, BTreeSet<JobKey>>,
     pub(crate) due: BTreeSet<JobKey>,
     pub(crate) leases: BTreeMap<(WorkerId, CohortId), crate::lease::Lease>,
@@ -94,7 +94,7 @@ impl Core {
             jobs: BTreeMap::new(),
             cohorts: BTreeMap::new(),
             workers: BTreeMap::new(),
-            queue: BTreeSet::new(),
+            queue: Queue::default(),
             dependants: BTreeMap::new(),
             due: BTreeSet::new(),
             leases: BTreeMap::new(),
@@ -131,7 +131,7 @@ impl Core {
         for job in self.jobs.values() {
             match job.state {
                 State::Queued => {
-                    self.queue.insert(job.place());
+                    self.queue.insert(job);
                 }
                 State::Waiting => {
                     // What was seen before the restart is forgotten; looking twice does no harm.
@@ -250,7 +250,7 @@ impl Core {
     /// Why a queued job is not granted; nothing for a job that is not queued.
     pub fn blocked(&self, key: &JobKey) -> Option<Blocked> {
         let place = self.jobs.get(key).filter(|job| job.state == State::Queued)?.place();
-        let ahead = self.queue.range(..&place).filter_map(|place| self.ask(&place.key));
+        let ahead = self.queue.ahead(..&place).filter_map(|place| self.ask(&place.key));
         placement::blocked(ahead, self.ask(key)?, &self.seats(), self.settings.max_lanes)
     }
 

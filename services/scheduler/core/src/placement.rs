@@ -85,20 +85,21 @@ pub enum Blocked {
     Gathering,
 }
 
-/// Walks the queue, first job first, and returns the gangs that can be granted now. It walks no further than there are seats that
-/// somebody could have.
+/// Walks the queue, first job first, and returns the gangs that can be granted now. Its jobs ask for at most `n_wishes` different
+/// things: it walks no further once each was looked for in vain, or no seat is left that somebody could have.
 pub fn place<'a>(
     queue: impl IntoIterator<Item = Ask<'a>>,
+    n_wishes: usize,
     seats: &'a [Seat<'a>],
     max_lanes: NonZeroU32,
 ) -> Vec<Placement> {
     let mut fleet = Seats::new(seats);
-    let mut queue = Queue { rest: queue.into_iter(), seen: Vec::new(), is_settled: Vec::new() };
+    let mut queue = Walk { rest: queue.into_iter(), seen: Vec::new(), is_settled: Vec::new() };
     let mut placements = Vec::new();
     // What found no gang and kept no worker will not later in this walk either: seats only get fewer.
     let mut hopeless: HashSet<&Resources> = HashSet::new();
     let mut at = 0;
-    while fleet.is_idle() {
+    while fleet.is_idle() && hopeless.len() < n_wishes {
         let Some(ask) = queue.get(at) else { break };
         at += 1;
         if queue.is_settled[at - 1] || hopeless.contains(ask.resources) {
@@ -129,13 +130,13 @@ pub fn place<'a>(
 }
 
 /// A queue that is read as far as it is looked at.
-struct Queue<'a, I> {
+struct Walk<'a, I> {
     rest: I,
     seen: Vec<Ask<'a>>,
     is_settled: Vec<bool>,
 }
 
-impl<'a, I: Iterator<Item = Ask<'a>>> Queue<'a, I> {
+impl<'a, I: Iterator<Item = Ask<'a>>> Walk<'a, I> {
     fn get(&mut self, at: usize) -> Option<Ask<'a>> {
         while self.seen.len() <= at {
             self.seen.push(self.rest.next()?);
@@ -191,7 +192,7 @@ pub fn blocked<'a>(
         Some(Blocked::Occupied)
     } else {
         let queue: Vec<Ask<'a>> = ahead.into_iter().chain([ask]).collect();
-        let placed = place(queue.iter().copied(), seats, max_lanes);
+        let placed = place(queue.iter().copied(), usize::MAX, seats, max_lanes);
         if placed.iter().any(|placement| placement.keys.contains(ask.key)) {
             return None;
         }
@@ -212,6 +213,10 @@ mod tests {
 
     fn ask((key, resources, prefer, share, gathers, memory): &Asked) -> Ask<'_> {
         Ask { key, resources, prefer, share: share.as_ref(), gathers: *gathers, memory: *memory }
+    }
+
+    fn n_wishes(asks: &[Asked]) -> usize {
+        asks.iter().map(|ask| &ask.1).collect::<BTreeSet<_>>().len()
     }
 
     const MAX_LANES: NonZeroU32 = NonZeroU32::new(3).unwrap();
@@ -285,7 +290,11 @@ mod tests {
             let jobs: Vec<&str> = p.keys.iter().map(|key| key.job.as_str()).collect();
             format!("{}={}@{}", jobs.join("+"), p.device, workers.join("+"))
         };
-        place(asks.iter().map(ask), &seats(&rows), MAX_LANES).iter().map(text).collect::<Vec<_>>().join(" ")
+        place(asks.iter().map(ask), n_wishes(&asks), &seats(&rows), MAX_LANES)
+            .iter()
+            .map(text)
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     /// The definition: all seats are looked at for each job.
@@ -455,13 +464,13 @@ mod tests {
             let asks = asks(&queue.iter().enumerate().map(written).collect::<Vec<_>>().join(" "));
             let mut rows = rows(&fleet.iter().enumerate().map(seat).collect::<Vec<_>>().join(" "));
             let queue = || asks.iter().map(ask);
-            let placements = place(queue(), &seats(&rows), MAX_LANES);
+            let placements = place(queue(), n_wishes(&asks), &seats(&rows), MAX_LANES);
 
             let all: Vec<Ask<'_>> = queue().collect();
             proptest::prop_assert_eq!(&placements, &by_definition(&all, &seats(&rows)));
             // The order in which workers are listed decides nothing.
             let reversed: Vec<Row> = rows.iter().rev().cloned().collect();
-            proptest::prop_assert_eq!(&placements, &place(queue(), &seats(&reversed), MAX_LANES));
+            proptest::prop_assert_eq!(&placements, &place(queue(), usize::MAX, &seats(&reversed), MAX_LANES));
             for Placement { keys, device, workers } in &placements {
                 let lanes: Vec<&Asked> = asks.iter().filter(|(asked, ..)| keys.contains(asked)).collect();
                 let (_, resources, _, share, ..) = lanes[0];
@@ -482,7 +491,7 @@ mod tests {
                 }
             }
             let rest = queue().filter(|ask| placements.iter().all(|placement| !placement.keys.contains(ask.key)));
-            proptest::prop_assert_eq!(place(rest, &seats(&rows), MAX_LANES), Vec::new());
+            proptest::prop_assert_eq!(place(rest, n_wishes(&asks), &seats(&rows), MAX_LANES), Vec::new());
         }
     }
 }

@@ -80,7 +80,7 @@ impl FromStr for Wanted {
 }
 
 /// The gang that a job asks for. It is granted whole or not at all.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Resources {
     /// Number of distinct workers.
     pub n_workers: NonZeroU32,

@@ -15,7 +15,7 @@ impl Core {
         }
         let seats = self.seats();
         let queue = self.queue.iter().filter_map(|place| self.ask(&place.key));
-        for placement in placement::place(queue, &seats, self.settings.max_lanes) {
+        for placement in placement::place(queue, self.queue.n_wishes(), &seats, self.settings.max_lanes) {
             self.grant_one(placement, draft);
         }
     }

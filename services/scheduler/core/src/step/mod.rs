@@ -164,7 +164,7 @@ impl Core {
                 }
             }
             State::Queued => {
-                self.queue.remove(&self.jobs[key].place());
+                self.queue.remove(&self.jobs[key]);
                 self.timers.clear(&Timer::Gather(key.clone()));
                 // It may have kept workers from the jobs behind it.
                 draft.has_room |= to == State::Cancelled && !self.has(Plant::KeptForgotten);
@@ -189,7 +189,7 @@ impl Core {
         let job = &self.jobs[key];
         match to {
             State::Queued => {
-                self.queue.insert(job.place());
+                self.queue.insert(job);
                 self.gather(&job.clone());
                 draft.has_room = true;
             }

@@ -39,7 +39,7 @@ impl Core {
             (job.state, job.reason) = (State::Waiting, Reason::StagesPending);
             self.due.insert(key.clone());
         } else if job.pending.is_empty() {
-            self.queue.insert(job.place());
+            self.queue.insert(&job);
             self.gather(&job);
             draft.has_room = true;
         } else {
