@@ -136,19 +136,18 @@ impl Client {
     /// # Errors
     /// [`ConnectError`]; that of the last one if none answers.
     pub async fn connect(urls: &str, options: Options) -> Result<Self, ConnectError> {
-        let client = Self::lazy(urls, options)?;
+        let mut client = Self::lazy(urls, options)?;
         let mut outcome = Ok(());
-        for url in urls.split(',') {
-            let connected = endpoint(url.trim(), &client.options)?.connect().await;
-            match connected {
-                Ok(channel) if client.servers.channels.len() == 1 => {
-                    let servers = Servers { channels: vec![channel], at: AtomicUsize::new(0) };
-                    return Ok(Self { servers: Arc::new(servers), ..client });
+        for (at, url) in urls.split(',').map(str::trim).enumerate() {
+            match endpoint(url, &client.options)?.connect().await {
+                Ok(channel) => {
+                    let mut channels = client.servers.channels.clone();
+                    channels[at] = channel;
+                    client.servers = Arc::new(Servers { channels, at: AtomicUsize::new(at) });
+                    return Ok(client);
                 }
-                Ok(_) => return Ok(client),
                 Err(error) => {
-                    outcome = Err(ConnectError::Unreachable { url: url.trim().to_owned(), reason: deepest(&error) });
-                    client.turn();
+                    outcome = Err(ConnectError::Unreachable { url: url.to_owned(), reason: deepest(&error) });
                 }
             }
         }

@@ -4,7 +4,8 @@
 const BEYOND: f64 = 0.1;
 
 /// Whether `a` is at least as small as `b` in both, and smaller in one.
-pub fn beats(a: [f64; 2], b: [f64; 2]) -> bool {
+#[cfg(test)]
+pub(crate) fn beats(a: [f64; 2], b: [f64; 2]) -> bool {
     a[0] <= b[0] && a[1] <= b[1] && a != b
 }
 

@@ -58,11 +58,6 @@ impl Space {
         features
     }
 
-    /// How many numbers [`features`](Self::features) gives.
-    pub fn width(&self) -> usize {
-        self.axes.iter().map(|axis| if axis.ordered || axis.values <= 2 { 1 } else { axis.values }).sum()
-    }
-
     /// The places that differ in one axis.
     pub fn neighbours<'s>(&'s self, place: &'s [usize]) -> impl Iterator<Item = Place> + 's {
         self.axes.iter().enumerate().flat_map(move |(at, axis)| {
@@ -126,7 +121,7 @@ mod tests {
     #[test]
     fn features_keep_what_is_alike_together() {
         let space = space();
-        assert_eq!((space.places(), space.width()), (30, 5));
+        assert_eq!(space.places(), 30);
         assert_eq!(space.features(&[1, 1, 2]), [0.25, 1.0, 0.0, 0.0, 1.0]);
         let all: BTreeSet<Place> = space.all().collect();
         assert_eq!((all.len(), all.first().unwrap(), all.last().unwrap()), (30, &vec![0, 0, 0], &vec![4, 1, 2]));

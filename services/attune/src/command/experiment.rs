@@ -146,55 +146,88 @@ impl Grid {
             return self.run_all(&asked, &runner, out).await;
         };
         // Whatever has a result is not run again, so one that was cut off goes on where it was.
+        let mut progress = Progress::default();
         loop {
-            let Round { seen, missing } = self.round(&**search)?;
-            let left: Vec<Asked> = if missing.is_empty() { self.left_to_run_again(&seen)? } else { missing };
+            self.advance(&**search, &mut progress)?;
+            let again = if progress.waiting.is_empty() { self.left_to_run_again(&progress.seen)? } else { Vec::new() };
+            let left: Vec<&Asked> = progress.waiting.iter().map(|(_, asked)| asked).chain(&again).collect();
             if left.is_empty() {
                 return Ok(());
             }
-            self.run_all(&left.iter().collect::<Vec<_>>(), &runner, out).await?;
+            self.run_all(&left, &runner, out).await?;
+            if progress.waiting.is_empty() {
+                // Nothing follows from what was run once more.
+                return Ok(());
+            }
         }
     }
 
-    /// What a search has seen by the results that are there, and the jobs whose results it waits for.
-    fn round(&self, search: &dyn Search) -> Result<Round, Failure> {
+    /// Goes on with a search as far as results are there: to jobs whose results it waits for, or to its end.
+    fn advance(&self, search: &dyn Search, progress: &mut Progress) -> Result<(), Failure> {
         let records = record::read(&self.results())?;
         let latest = |spec: &Digest| records.iter().rev().find(|record| record.spec == *spec);
         let space = self.matrix.space();
-        let (mut seen, mut tried): (Vec<Seen>, Vec<Tried>) = (Vec::new(), Vec::new());
         loop {
-            let mut unfit = None;
+            if progress.waiting.iter().any(|(_, asked)| latest(&asked.spec).is_none()) {
+                return Ok(());
+            }
+            for (place, asked) in std::mem::take(&mut progress.waiting) {
+                let Some(record) = latest(&asked.spec) else { continue };
+                progress.tried.push(Tried { outcome: searched::outcome(record), place: place.clone() });
+                progress.seen.push(self.seen(place, &asked, record, &latest)?);
+            }
+            // What is valid is checked once, and kept for when it is asked for.
+            let (mut valid, mut unfit) = (BTreeMap::new(), None);
             let mut fits = |place: &Place| match self.ask(self.matrix.cell(place)) {
-                Ok(_) => true,
+                Ok(asked) => {
+                    valid.insert(place.clone(), asked);
+                    true
+                }
                 Err(failure) => {
                     unfit.get_or_insert(failure);
                     false
                 }
             };
-            let next = search.next(&space, &tried, &mut fits);
-            if let (true, true, Some(failure)) = (next.is_empty(), tried.is_empty(), unfit) {
+            let next = search.next(&space, &progress.tried, &mut fits);
+            if let (true, true, Some(failure)) = (next.is_empty(), progress.tried.is_empty(), unfit) {
                 // No job of the space is valid: this is why one of them is not.
                 return Err(failure);
             }
-            let mut missing = Vec::new();
-            let is_done = next.is_empty();
-            for place in next {
-                let asked = self.ask(self.matrix.cell(&place))?;
-                let Some(record) = latest(&asked.spec) else {
-                    missing.push(asked);
-                    continue;
-                };
-                tried.push(Tried { outcome: searched::outcome(record), place: place.clone() });
-                let then = match self.matrix.then(&asked.cell) {
-                    Some(then) => latest(&self.ask(then)?.spec).cloned(),
-                    None => None,
-                };
-                seen.push(Seen { place, cell: asked.cell, record: record.clone(), then });
-            }
-            if is_done || !missing.is_empty() {
-                return Ok(Round { seen, missing });
+            progress.waiting = next.into_iter().filter_map(|place| valid.remove_entry(&place)).collect();
+            if progress.waiting.is_empty() {
+                return Ok(());
             }
         }
+    }
+
+    /// What came of a job, and of the same run once more, if it was.
+    fn seen<'r>(
+        &self,
+        place: Place,
+        asked: &Asked,
+        record: &Record,
+        latest: &impl Fn(&Digest) -> Option<&'r Record>,
+    ) -> Result<Seen, Failure> {
+        let then = match self.matrix.then(&asked.cell) {
+            Some(then) => latest(&self.ask(then)?.spec).cloned(),
+            None => None,
+        };
+        Ok(Seen { place, cell: asked.cell.clone(), record: record.clone(), then })
+    }
+
+    /// All jobs of a search with results, those among them of which others are still waited for.
+    fn seen_so_far(&self, search: &dyn Search) -> Result<Vec<Seen>, Failure> {
+        let mut progress = Progress::default();
+        self.advance(search, &mut progress)?;
+        let Progress { mut seen, waiting, .. } = progress;
+        let records = record::read(&self.results())?;
+        let latest = |spec: &Digest| records.iter().rev().find(|record| record.spec == *spec);
+        for (place, asked) in waiting {
+            if let Some(record) = latest(&asked.spec) {
+                seen.push(self.seen(place, &asked, record, &latest)?);
+            }
+        }
+        Ok(seen)
     }
 
     /// The jobs that no other one beats, where they are to be run once more and were not.
@@ -290,7 +323,7 @@ impl Grid {
     fn report(&self, out: &mut Out) -> Result<(), Failure> {
         let (results, jobs, table, panels) = match &self.search {
             Some(search) => {
-                let Round { seen, .. } = self.round(&**search)?;
+                let seen = self.seen_so_far(&**search)?;
                 let table = searched::markdown(&self.matrix, &seen);
                 (seen.len(), search.evaluations(), table, searched::panels(&self.matrix, &seen))
             }
@@ -323,11 +356,14 @@ impl Grid {
 }
 
 /// How far a search is.
-struct Round {
+#[derive(Default)]
+struct Progress {
     /// The jobs with results, in the order in which it asked for them.
     seen: Vec<Seen>,
-    /// Jobs whose results it waits for.
-    missing: Vec<Asked>,
+    /// The same as the search takes them.
+    tried: Vec<Tried>,
+    /// Jobs whose results it waits for, all together.
+    waiting: Vec<(Place, Asked)>,
 }
 
 /// First and last loss of each validation set of a report.
