@@ -30,6 +30,8 @@ CASES = {
     "eva": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=False)}),
     "eva_supervised": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=True)}),
     "eva_whiten": ("eva", {"eva_config": peft.EvaConfig(rho=1.0, use_label_mask=True, whiten=True)}),
+    # Linears that read the same rows have equal shares, between which PEFT decides by their order: one of each.
+    "eva_rho": ("eva", {"eva_config": peft.EvaConfig(rho=2.0, use_label_mask=False), "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}),
     "corda_ipm": ("corda", {"corda_config": peft.tuners.lora.config.CordaConfig(corda_method="ipm")}),
     "corda_kpm": ("corda", {"corda_config": peft.tuners.lora.config.CordaConfig(corda_method="kpm")}),
     "lora_ga": ("lora_ga", {"lora_ga_config": peft.tuners.lora.config.LoraGAConfig()}),
@@ -57,7 +59,8 @@ def write(name):
             module.p = 0.0
     documents = [ref.document(length, base.config.vocab_size, seed) for seed, length in enumerate([14, 9, 20, 11, 17])]
     options = options | {"fan_in_fan_out": folder == "gpt2"}
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=how, task_type="CAUSAL_LM", **options)
+    options = {"target_modules": "all-linear"} | options
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=how, task_type="CAUSAL_LM", **options)
     if how == "eva":
         model = peft.get_peft_model(base, config, low_cpu_mem_usage=False)
         length = max(len(d.ids) for d in documents)
@@ -88,6 +91,8 @@ def write(name):
     tensors = ref.inputs(documents)
     # Whitened directions that several linears share are made shorter once for each of them: one that shares its inputs with nobody.
     sites = SITES[folder][1:2] if name == "eva_whiten" else SITES[folder]
+    if name == "eva_rho":
+        sites = [n for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
     for site in sites:
         of = model.base_model.model.get_submodule(site)
         tensors[f"{site}.lora_A"] = of.lora_A["default"].weight

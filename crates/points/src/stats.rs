@@ -174,6 +174,14 @@ impl Stats {
         self.found.insert((request, site), stat);
     }
 
+    /// Adds all of others.
+    pub fn extend(&mut self, others: Self) {
+        self.found.extend(others.found);
+        for (tokens, sites) in others.texts {
+            self.texts.entry(tokens).or_default().extend(sites);
+        }
+    }
+
     /// Adds what an attention made of a text.
     pub fn insert_text(&mut self, tokens: &[u32], site: SiteId, made: KeysValues) {
         self.texts.entry(tokens.to_vec()).or_default().insert(site, made);

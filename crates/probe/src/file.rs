@@ -16,6 +16,7 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::wanted::Wanted;
 
 const FORMAT: &str = "attune-statistics-1";
 
@@ -24,7 +25,8 @@ const FORMAT: &str = "attune-statistics-1";
 pub struct Origin {
     /// The model: base, and what was on it.
     pub base: Digest,
-    /// The data: what there is, in which order it comes, and how it is packed.
+    /// The data: what there is, how it becomes tokens, and what is learned of it. Which examples came first is the choice of who
+    /// measured.
     pub data: Digest,
 }
 
@@ -122,26 +124,36 @@ fn tensors(stat: &Stat) -> Vec<&Tensor> {
 /// [`Error`] naming the file.
 pub fn save(path: &Path, stats: &Stats, origin: Origin) -> Result<(), Error> {
     let wrong = |message: String| Error::Content { path: path.to_owned(), message };
-    let (mut entries, mut names) = (Vec::new(), BTreeMap::new());
-    let mut written = Vec::new();
+    // By what they are, and what they hold: sites that read the same rows share a tensor, wherever each came from.
+    let (mut by_id, mut by_content) = (BTreeMap::<String, String>::new(), BTreeMap::new());
+    let (mut entries, mut written) = (Vec::new(), Vec::new());
     for (request, site, stat) in stats.iter() {
         let mut own = Vec::new();
         for tensor in tensors(stat) {
-            let next = format!("{}.{site}", written.len());
-            let name = names.entry(format!("{:?}", tensor.id())).or_insert_with(|| {
-                written.push((next.clone(), tensor));
-                next
-            });
-            own.push(name.clone());
+            let id = format!("{:?}", tensor.id());
+            let name = match by_id.get(&id) {
+                Some(name) => name.clone(),
+                None => {
+                    let (dtype, data) = bytes(tensor)?;
+                    let next = format!("{}.{site}", written.len());
+                    let shape = tensor.dims().to_vec();
+                    let name: &mut String = by_content.entry((dtype, shape, data)).or_insert_with(|| {
+                        written.push((next.clone(), dtype));
+                        next
+                    });
+                    by_id.insert(id, name.clone());
+                    name.clone()
+                }
+            };
+            own.push(name);
         }
         entries.push(Entry::of(request, site, stat, own));
     }
-    let bytes = written.iter().map(|(_, tensor)| bytes(tensor)).collect::<Result<Vec<_>, _>>()?;
-    let views = written.iter().zip(&bytes).map(|((name, tensor), (dtype, data))| safetensors::Tensor {
-        name: name.clone(),
-        dtype: *dtype,
-        shape: tensor.dims().to_vec(),
-        data,
+    let held: BTreeMap<&str, _> =
+        by_content.iter().map(|((_, shape, data), name)| (name.as_str(), (shape, data))).collect();
+    let views = written.iter().map(|(name, dtype)| {
+        let (shape, data) = held[name.as_str()];
+        safetensors::Tensor { name: name.clone(), dtype: *dtype, shape: shape.clone(), data }
     });
     let text = serde_json::to_string(&entries).map_err(|error| wrong(error.to_string()))?;
     let metadata = [
@@ -165,11 +177,11 @@ fn bytes(tensor: &Tensor) -> Result<(Dtype, Vec<u8>), Error> {
     })
 }
 
-/// Reads statistics that have to be of this origin.
+/// Reads what is wanted of statistics that have to be of this origin.
 ///
 /// # Errors
 /// [`Error`] naming the file, and the base or the data if it is of others.
-pub fn load(path: &Path, origin: Origin) -> Result<Stats, Error> {
+pub fn load(path: &Path, origin: Origin, wanted: &Wanted) -> Result<Stats, Error> {
     let wrong = |message: String| Error::Content { path: path.to_owned(), message };
     let file = std::fs::File::open(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
     drop(file);
@@ -189,6 +201,11 @@ pub fn load(path: &Path, origin: Origin) -> Result<Stats, Error> {
     let mut read: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut stats = Stats::none();
     for entry in entries {
+        let unknown = || wrong(format!("has a {:?} of {}, which this build does not know", entry.kind, entry.site));
+        let (request, site) = (entry.request().ok_or_else(unknown)?, SiteId::from(entry.site.as_str()));
+        if !wanted.has(&request, &site) {
+            continue;
+        }
         let mut own = Vec::new();
         for name in &entry.tensors {
             if let Some(tensor) = read.get(name) {
@@ -201,12 +218,10 @@ pub fn load(path: &Path, origin: Origin) -> Result<Stats, Error> {
             own.push(tensor.clone());
             read.insert(name.clone(), tensor);
         }
-        let unknown = || wrong(format!("has a {:?} of {}, which this build does not know", entry.kind, entry.site));
-        let request = entry.request().ok_or_else(unknown)?;
         let stat = stat(&request, &entry, &own).ok_or_else(|| {
             wrong(format!("its {} of {} is not whole, or its tensors have other shapes", entry.kind, entry.site))
         })?;
-        stats.insert(request, SiteId::from(entry.site.as_str()), stat);
+        stats.insert(request, site, stat);
     }
     Ok(stats)
 }
@@ -239,6 +254,7 @@ fn stat(request: &StatsRequest, entry: &Entry, own: &[Tensor]) -> Option<Stat> {
 
 #[cfg(test)]
 mod tests {
+    use attune_architecture::{Place, Site, SiteKind};
     use candle_core::Device;
 
     use super::*;
@@ -269,6 +285,24 @@ mod tests {
         stats
     }
 
+    /// All that [`some`] has is wanted, and at `c` what it does not have.
+    fn all() -> Wanted {
+        let kind = SiteKind::Linear { output: 2, input: 3, bias: false, transposed: false };
+        let at = |id: &str| Site {
+            id: id.into(),
+            kind: kind.clone(),
+            layer: Some(0),
+            expert: None,
+            place: Place::Attention,
+            role: "linear",
+        };
+        let mut wanted = Wanted::default();
+        for (request, site, _) in some().iter() {
+            wanted.add(request, &[at(site.as_str()), at("c")]).unwrap();
+        }
+        wanted
+    }
+
     /// All of it, as text with every bit.
     fn everything(stats: &Stats) -> Vec<String> {
         let each = stats.iter().map(|(request, site, stat)| {
@@ -283,7 +317,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("statistics.safetensors");
         save(&path, &some(), origin(1)).unwrap();
-        let read = load(&path, origin(1)).unwrap();
+        let read = load(&path, origin(1), &all()).unwrap();
         assert_eq!(everything(&read), everything(&some()));
         let names: Vec<String> = Mapped::open(&path).unwrap().names().map(str::to_owned).collect();
         assert_eq!(names.len(), 4, "{names:?}: sums of rows are one tensor here, too");
@@ -293,21 +327,35 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_wanted_stays_in_the_file_and_what_is_not_there_stays_wanted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("statistics.safetensors");
+        save(&path, &some(), origin(1)).unwrap();
+        assert!(load(&path, origin(1), &Wanted::default()).unwrap().is_empty());
+        let read = load(&path, origin(1), &all()).unwrap();
+        let lacking = all().beside(&read);
+        let sites: BTreeSet<&str> = lacking.iter().flat_map(|(_, sites)| sites.keys().map(SiteId::as_str)).collect();
+        assert_eq!(sites, BTreeSet::from(["c"]));
+        assert_eq!(lacking.iter().count(), all().iter().count());
+        assert!(!lacking.iter().any(|(request, _)| lacking.has(request, &"b".into())));
+    }
+
+    #[test]
     fn a_file_of_something_else_is_refused_with_what_it_is_of() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("statistics.safetensors");
         save(&path, &some(), origin(1)).unwrap();
-        let error = load(&path, origin(9)).unwrap_err().to_string();
+        let error = load(&path, origin(9), &all()).unwrap_err().to_string();
         assert!(
             error.contains("is of base \"blake3:0101") && error.contains("expected that of blake3:0909"),
             "{error}"
         );
-        let missing = load(&folder.path().join("none"), origin(1)).unwrap_err();
+        let missing = load(&folder.path().join("none"), origin(1), &all()).unwrap_err();
         assert!(matches!(missing, Error::Io { .. }), "{missing}");
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 5]).unwrap();
-        assert!(load(&path, origin(1)).is_err(), "cut off");
+        assert!(load(&path, origin(1), &all()).is_err(), "cut off");
         std::fs::write(&path, b"no tensors").unwrap();
-        assert!(load(&path, origin(1)).is_err(), "something else");
+        assert!(load(&path, origin(1), &all()).is_err(), "something else");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use attune_architecture::{Place, Site, SiteId, SiteKind};
 use attune_points::stats::What;
-use attune_points::{Error, Result, StatsRequest};
+use attune_points::{Error, Result, Stats, StatsRequest};
 
 /// The union of what some components want.
 #[derive(Debug, Clone, Default)]
@@ -49,6 +49,20 @@ impl Wanted {
         let new = sites.iter().filter(|site| at.insert(site.id.clone())).count();
         self.of_texts += (8 * new * tokens.len() * width) as u64;
         Ok(())
+    }
+
+    /// What of it some statistics lack, texts and all.
+    pub fn beside(mut self, stats: &Stats) -> Self {
+        for (request, sites) in &mut self.requests {
+            sites.retain(|site, _| stats.get(request, site).is_none());
+        }
+        self.requests.retain(|_, sites| !sites.is_empty());
+        self
+    }
+
+    /// Whether it is wanted at a site.
+    pub fn has(&self, request: &StatsRequest, site: &SiteId) -> bool {
+        self.requests.get(request).is_some_and(|sites| sites.contains_key(site))
     }
 
     /// Whether nobody wants anything.

@@ -26,6 +26,8 @@ const ADAPTER: &str = "adapter";
 const MODEL: &str = "model";
 /// The role of a model with the adapter merged in.
 const MERGED: &str = "merged";
+/// The role of what was measured of the base.
+const STATISTICS: &str = "statistics";
 
 /// A job that is a part of another.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,13 +57,15 @@ impl StageSpec {
             slot.train && method.is_some_and(|method| method.trains_base)
         };
         let slots = self.job.tune.slots();
-        let merged = self.job.outputs.merged.then(|| MERGED.to_owned());
+        let outputs = &self.job.outputs;
+        let merged = outputs.merged.then(|| MERGED.to_owned());
+        let beside = merged.into_iter().chain(outputs.statistics.then(|| STATISTICS.to_owned()));
         if slots.iter().any(|(_, slot)| trains_base(slot)) {
-            return std::iter::once(MODEL.to_owned()).chain(merged).collect();
+            return std::iter::once(MODEL.to_owned()).chain(beside).collect();
         }
         let trained = slots.iter().filter(|(_, slot)| slot.train);
         let further = trained.skip(1).filter_map(|(_, slot)| Some(format!("{ADAPTER}-{}", slot.called()?)));
-        std::iter::once(ADAPTER.to_owned()).chain(further).chain(merged).collect()
+        std::iter::once(ADAPTER.to_owned()).chain(further).chain(beside).collect()
     }
 }
 

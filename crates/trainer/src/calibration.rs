@@ -6,9 +6,11 @@
 //! job.
 
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use attune_architecture::Site;
+use attune_artifacts::canonical;
 use attune_data::Packing;
 use attune_data::loader::Domain;
 use attune_models::pass::Stopwatch;
@@ -18,20 +20,33 @@ use attune_points::layout::{LabelCounts, REFERENCE};
 use attune_points::objective::{Level, Objective};
 use attune_points::stats::{Counted, What};
 use attune_points::{Bank, GradSink, Layout, Owner, Result, Stats, StatsRequest, Tap, TensorId, Theta};
+use attune_probe::file::Origin;
 use attune_probe::{Wanted, measure};
-use attune_spec::Fault;
-use attune_spec::id::Step;
+use attune_spec::id::{Digest, Step};
 use attune_spec::job::Plan;
-use attune_spec::job::plan::{Length, ROWS_PER_PASS};
+use attune_spec::job::plan::{Input, Length, ROWS_PER_PASS};
+use attune_spec::{Fault, FieldPath};
+use serde_json::json;
 
 use crate::component::cannot_start;
 use crate::control::Control;
 use crate::error::Error;
-use crate::protocol::{Event, Phase};
+use crate::pin::{self, Pins};
+use crate::protocol::{Event, Phase, Request};
 use crate::setup::{self, Slotted};
+
+/// The name of the file in the folder of statistics.
+const FILE: &str = "statistics.safetensors";
+
+/// Where statistics that are kept lie in a run's folder.
+pub(crate) fn kept(work: &Path) -> PathBuf {
+    work.join("statistics")
+}
 
 /// What is measured on.
 pub(crate) struct Calibration<'a> {
+    pub(crate) request: &'a Request,
+    pub(crate) pinned: &'a mut Pins,
     pub(crate) plan: &'a Plan,
     pub(crate) control: &'a dyn Control,
     pub(crate) base: &'a Arc<Base>,
@@ -42,12 +57,15 @@ pub(crate) struct Calibration<'a> {
 }
 
 impl Calibration<'_> {
-    /// What the slots of a stack want. Of a run that goes on, what trains wants nothing: it comes from the checkpoint.
+    /// What the slots of a stack want: from the statistics that the job names, the rest measured. Of a run that goes on, what trains
+    /// wants nothing: it comes from the checkpoint; unless the job keeps what was measured, which is then measured again, to the
+    /// same bits.
     ///
     /// # Errors
-    /// The fault of a slot that wants what cannot be measured; whatever the data or a pass raise.
-    pub(crate) fn of(&self, stack: &[Slotted], resumed: bool) -> std::result::Result<Stats, Error> {
+    /// The fault of a slot that wants what cannot be measured; statistics of something else; whatever the data or a pass raise.
+    pub(crate) fn of(mut self, stack: &[Slotted]) -> std::result::Result<Stats, Error> {
         let (mut wanted, mut reader) = (Wanted::default(), None);
+        let resumed = self.request.resume.is_some() && !self.plan.keep_statistics;
         for (planned, slot) in self.plan.stack.iter().zip(stack) {
             let Slotted::Begun(begun) = slot else { continue };
             if resumed && planned.train {
@@ -66,9 +84,82 @@ impl Calibration<'_> {
                 reader = Some(begun.path());
             }
         }
+        if self.plan.keep_statistics && wanted.iter().next().is_none() {
+            let message = "is true, but no component of the job measures the base on data before it starts; expected one that does, as \
+                           `init: {method: eva}`";
+            return Err(Error::Faults(vec![Fault::new("outputs.statistics", message)]));
+        }
         if wanted.is_empty() {
             return Ok(Stats::none());
         }
+        let mut stats = self.from_elsewhere(&wanted)?;
+        let lacking = wanted.beside(&stats);
+        if !lacking.is_empty() {
+            stats.extend(self.measured(stack, &lacking, reader)?);
+        }
+        if self.plan.keep_statistics {
+            let (folder, origin) = (kept(&self.request.work), self.origin()?);
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+            let path = folder.join(FILE);
+            attune_probe::file::save(&path, &stats, origin)
+                .map_err(|error| Error::Input { input: "outputs.statistics".to_owned(), message: error.to_string() })?;
+        }
+        Ok(stats)
+    }
+
+    /// What of it the statistics hold that the job names.
+    fn from_elsewhere(&mut self, wanted: &Wanted) -> std::result::Result<Stats, Error> {
+        let Some(input) = &self.plan.statistics else { return Ok(Stats::none()) };
+        let place = setup::folder(self.request, input, self.pinned)?;
+        let file = if place.is_dir() { place.join(FILE) } else { place };
+        let read = attune_probe::file::load(&file, self.origin()?, wanted);
+        let stats = read.map_err(|error| {
+            let message = match error {
+                // Where it was put on this machine means nothing to whoever wrote the job.
+                attune_probe::Error::Content { message, .. } => message,
+                error => error.to_string(),
+            };
+            Error::Faults(vec![Fault::new("tune.statistics", message)])
+        })?;
+        let message = format!("{} statistics were measured by another job", stats.iter().count());
+        self.control.emit(Event::Note { topic: "calibration".to_owned(), message });
+        Ok(stats)
+    }
+
+    /// What the job's statistics are of.
+    fn origin(&mut self) -> std::result::Result<Origin, Error> {
+        let plan = self.plan;
+        let mut content = |input: &Input| content(self.request, input, self.pinned);
+        // Components that are there before anything starts change what is measured; those that start only then do not.
+        let beside = plan.stack.iter().filter(|slot| slot.domains.is_empty()).filter_map(|slot| slot.from.as_ref());
+        let base = json!({
+            "base": content(&plan.base)?,
+            "seed": plan.from_scratch.then_some(plan.seed),
+            "surgery": plan.surgery,
+            "stack": beside.map(&mut content).collect::<std::result::Result<Vec<_>, _>>()?,
+        });
+        let mut domains = Vec::new();
+        for domain in &plan.domains {
+            domains.push(json!([domain.name, content(&domain.input)?, domain.weight, domain.form]));
+        }
+        let data = json!({
+            "domains": domains,
+            "max_length": plan.max_length,
+            "too_long": plan.too_long,
+            "on_bad_row": plan.on_bad_row,
+            "template": plan.template,
+            "objective": plan.objective,
+        });
+        Ok(Origin { base: canonical::digest(&base), data: canonical::digest(&data) })
+    }
+
+    /// Measures on the first of the data. The slot that wants a text is at `reader`.
+    fn measured(
+        &self,
+        stack: &[Slotted],
+        wanted: &Wanted,
+        reader: Option<&FieldPath>,
+    ) -> std::result::Result<Stats, Error> {
         self.control.emit(Event::Starting { phase: Phase::Calibration });
         let watch = Stopwatch::start();
         let (slots, banks) = self.read(stack);
@@ -96,7 +187,7 @@ impl Calibration<'_> {
             let (_, layout) = waiting.pop_front().unwrap_or_default();
             Ok((layout.n_rows() > 0).then_some(layout))
         };
-        let (stats, seen) = measure(&mut on, &wanted, ROWS_PER_PASS as usize, &mut next)?;
+        let (stats, seen) = measure(&mut on, wanted, ROWS_PER_PASS as usize, &mut next)?;
         let seconds = watch.elapsed().as_secs_f64();
         let mebibytes = wanted.bytes().div_ceil(1 << 20);
         let message = format!(
@@ -139,6 +230,16 @@ impl Calibration<'_> {
             Some((component.slot.clone(), bank))
         });
         there.unzip()
+    }
+}
+
+/// The name of an input's content.
+fn content(request: &Request, input: &Input, pinned: &mut Pins) -> std::result::Result<Digest, Error> {
+    match input {
+        Input::Artifact(digest) => Ok(*digest),
+        // What was read of it is known already.
+        Input::Path(place) | Input::Url(place) if pinned.contains_key(place) => Ok(pinned[place]),
+        Input::Path(_) | Input::Url(_) => pin::content(&setup::folder(request, input, pinned)?),
     }
 }
 

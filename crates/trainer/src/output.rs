@@ -15,6 +15,7 @@ use attune_spec::job::plan::Input;
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
+use crate::calibration;
 use crate::checkpoint::{Measured, State};
 use crate::component::SharesOfSlots;
 use crate::engine::params;
@@ -83,6 +84,10 @@ pub(crate) fn write(
         let folder = request.work.join("merged");
         model(prepared, theta, dtype, &folder)?;
         outputs.push(Output { role: OutputRole::Merged, kind: OutputKind::Model, folder });
+    }
+    if request.plan.keep_statistics {
+        let folder = calibration::kept(&request.work);
+        outputs.push(Output { role: OutputRole::Statistics, kind: OutputKind::Statistics, folder });
     }
     let folder = request.work.join("report");
     std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;

@@ -109,6 +109,8 @@ pub enum OutputKind {
     Model,
     /// What was measured.
     Report,
+    /// Statistics of the base.
+    Statistics,
 }
 
 /// Which of a run's results an output is.
@@ -123,6 +125,8 @@ pub enum OutputRole {
     Merged,
     /// The report.
     Report,
+    /// What was measured of the base before anything trained.
+    Statistics,
 }
 
 /// One thing that was measured.

@@ -183,6 +183,8 @@ pub(crate) fn prepare(
     }
     let keep = keep(plan, &base, request.ranks, rows_beside);
     let calibration = Calibration {
+        request,
+        pinned: &mut pinned,
         plan,
         control,
         base: &base,
@@ -191,7 +193,7 @@ pub(crate) fn prepare(
         packing: packing.clone(),
         keep,
     };
-    let stats = calibration.of(&begun, request.resume.is_some())?;
+    let stats = calibration.of(&begun)?;
 
     let mut shares = match &request.resume {
         Some(folder) => checkpoint::load_shares(folder)?,
@@ -438,7 +440,7 @@ fn begin(
 }
 
 /// Where an input lies.
-fn folder(request: &Request, input: &Input, pinned: &mut Pins) -> Result<PathBuf, Error> {
+pub(crate) fn folder(request: &Request, input: &Input, pinned: &mut Pins) -> Result<PathBuf, Error> {
     match input {
         Input::Artifact(digest) => {
             let missing = || Error::Input { input: digest.to_string(), message: "was not handed over".to_owned() };

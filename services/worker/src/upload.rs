@@ -144,6 +144,7 @@ impl Uploader {
                     OutputKind::Adapter => Kind::Adapter,
                     OutputKind::Model => Kind::Model,
                     OutputKind::Report => Kind::Report,
+                    OutputKind::Statistics => Kind::Statistics,
                 };
                 (folder, kind, Commit::OutputRole(output_role(role, kind)))
             }
@@ -189,6 +190,7 @@ fn output_role(role: &OutputRole, kind: Kind) -> String {
     match role {
         OutputRole::Merged => "merged".to_owned(),
         OutputRole::Report => "report".to_owned(),
+        OutputRole::Statistics => "statistics".to_owned(),
         OutputRole::Result if kind == Kind::Model => "model".to_owned(),
         OutputRole::Result => "adapter".to_owned(),
         OutputRole::Further(slot) => format!("adapter-{slot}"),

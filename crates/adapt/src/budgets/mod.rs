@@ -1,5 +1,6 @@
 //! The point `Budget`: how are ranks shared among the sites of what trains?
 
+mod explained_variance;
 mod sensitivity_lora;
 
 use std::collections::BTreeMap;
@@ -11,8 +12,10 @@ use serde_json::{Value, json};
 use crate::ADAPTERS;
 
 /// All budgets.
-pub static BUDGETS: Registry<dyn Budget> =
-    Registry::new(Point::Budget, &[entry::<sensitivity_lora::SensitivityLora>()]);
+pub static BUDGETS: Registry<dyn Budget> = Registry::new(
+    Point::Budget,
+    &[entry::<explained_variance::ExplainedVariance>(), entry::<sensitivity_lora::SensitivityLora>()],
+);
 
 /// The rank of an adapter's sites by its parameters, all of which are given; none if it has no such parameter.
 pub fn rank(of: &MethodRef) -> Option<u32> {

@@ -20,8 +20,8 @@
 //! B = 0, so the component starts as the identity. With r = i, A is a rotation of all inputs.
 //!
 //! # Departures
-//! Every linear keeps its rank: shares of ranks by explained variance (PEFT's `rho` above 1) are a budget, which a start does not
-//! decide. The covariance is exact where PEFT's is an incremental one of low rank, which ends when directions settle (`tau`). A row
+//! Every linear keeps its rank: shares of ranks by explained variance (PEFT's `rho` above 1) are a budget of their own
+//! (`tune.budget`). The covariance is exact where PEFT's is an incremental one of low rank, which ends when directions settle (`tau`). A row
 //! counts if the token after it is learned, where PEFT counts rows that are such tokens themselves (`use_label_mask`). PEFT whitens
 //! directions that several linears share once for each of them; here they are whitened once. Else it agrees with PEFT's
 //! `init_lora_weights: eva` of `rho` 1, up to the sign of directions.

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use attune_adapt::INITS;
+use attune_adapt::{BUDGETS, INITS};
 use attune_models::{Base, Pass};
+use attune_points::adapter::Attachment;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::stats::{Covariance, Stat};
-use attune_points::{Grads, Layout, Row, Stats, TensorName};
+use attune_points::{Grads, Layout, Row, Stats, TensorName, Weight};
 use attune_spec::id::Step;
 use attune_spec::job::Precision;
 use attune_spec::method::{BuildCx, MethodRef};
@@ -389,6 +390,7 @@ fn golden() -> Result<(), Failed> {
         ("eva", json!({"method": "eva", "rows": "tokens"})),
         ("eva_supervised", json!({"method": "eva"})),
         ("eva_whiten", json!({"method": "eva", "whiten": true})),
+        ("eva_rho", json!({"method": "eva", "rows": "tokens"})),
         ("corda_ipm", json!({"method": "corda"})),
         ("corda_kpm", json!({"method": "corda", "mode": "kpm"})),
         ("lora_ga", json!({"method": "lora-ga"})),
@@ -419,11 +421,26 @@ fn golden() -> Result<(), Failed> {
         }
         let base = if name.starts_with("gpt2") { "gpt2" } else { "llama" };
         let base = Base::open(&here.join("../models/golden").join(base), Precision::F32)?;
-        let method = (json!({"method": "lora", "rank": 4, "alpha": 8}), "all-linear");
-        let started = Started::with(base, method, start, &data)?;
         let sites: Vec<String> =
             expected.keys().filter_map(|name| name.strip_suffix(".lora_A").map(str::to_owned)).collect();
-        assert_eq!(sites.len(), if name == "eva_whiten" { 1 } else { 3 });
+        let expected_ranks: BTreeMap<&String, usize> =
+            sites.iter().map(|site| (site, expected[&format!("{site}.lora_A")].dims()[0])).collect();
+        let method = json!({"method": "lora", "rank": 4, "alpha": 8, "rank_pattern": expected_ranks});
+        let started = Started::with(base, (method, "all-linear"), start, &data)?;
+        assert_eq!(
+            sites.len(),
+            if name == "eva_whiten" {
+                1
+            } else if name == "eva_rho" {
+                8
+            } else {
+                3
+            }
+        );
+        if name == "eva_rho" {
+            let budget = json!({"method": "explained-variance", "rows": "tokens"});
+            assert_eq!(shared(&started, budget, &sites)?, expected_ranks.values().copied().collect::<Vec<_>>());
+        }
         for site in sites {
             let (a_ri, b_or) = (factor(&started, &site, "lora_A")?, factor(&started, &site, "lora_B")?);
             let of = |local: &str| -> Result<Tensor, Failed> {
@@ -446,6 +463,23 @@ fn golden() -> Result<(), Failed> {
         }
     }
     Ok(())
+}
+
+/// The ranks that a budget gives some sites.
+fn shared(started: &Started, budget: Value, sites: &[String]) -> Result<Vec<usize>, Failed> {
+    let method: MethodRef = serde_json::from_value(budget)?;
+    let cx = BuildCx { steps: Step(1), domains: &[], words: None };
+    let budget = BUDGETS.build(&method, &"budget".into(), &cx).map_err(fail)?;
+    let mut at: Vec<_> = started.attachments.to_vec();
+    at.retain(|at| sites.iter().any(|site| *site == at.site.as_str()));
+    at.sort_by(|a, b| a.site.cmp(&b.site));
+    let all = started.model.base().architecture().sites();
+    let weight = |at: &Attachment| {
+        let site = all.iter().find(|site| site.id == at.site).expect("a site of the base");
+        Ok(Box::new(started.model.base().weight(site)) as Box<dyn Weight + '_>)
+    };
+    let shares = budget.share(4, &at, &weight, &started.stats)?;
+    Ok(shares.into_iter().map(|share| share.rank as usize).collect())
 }
 
 /// Data in `spanned` of 24 directions, and what `kore` makes of a linear that reads it.

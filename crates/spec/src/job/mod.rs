@@ -125,6 +125,7 @@ impl JobSpec {
         for (path, slot) in self.tune.slots() {
             found.extend(slot.from.as_ref().map(|from| (path.field("from"), from)));
         }
+        found.extend(self.tune.statistics.as_ref().map(|statistics| ("tune.statistics".into(), statistics)));
         found
     }
 
@@ -147,6 +148,9 @@ impl JobSpec {
             if let Some(from) = &mut slot.from {
                 *from = replace(from)?;
             }
+        }
+        if let Some(statistics) = &mut self.tune.statistics {
+            *statistics = replace(statistics)?;
         }
         if let Some(recipe) = &mut self.recipe {
             params::replace(&mut recipe.params, &mut replace)?;

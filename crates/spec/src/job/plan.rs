@@ -166,6 +166,12 @@ pub struct Plan {
     pub seed: u64,
     /// Whether a plain model folder is made as well.
     pub merged: bool,
+    /// Statistics of the base that are there already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub statistics: Option<Input>,
+    /// Whether what is measured of the base is kept.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_statistics: bool,
 }
 
 /// The largest number of logical shards that is chosen by itself.
@@ -256,6 +262,7 @@ impl Plan {
                 method,
             });
         }
+        let statistics = spec.tune.statistics.as_ref().map(|statistics| input("tune.statistics".into(), statistics));
         if !faults.is_empty() {
             return Err(faults);
         }
@@ -301,6 +308,8 @@ impl Plan {
             logical_shards: logical_shards(spec, catalogue),
             seed: tune.seed,
             merged: spec.outputs.merged,
+            statistics,
+            keep_statistics: spec.outputs.statistics,
         })
     }
 
@@ -323,6 +332,6 @@ impl Plan {
         let domains = self.domains.iter().map(|domain| &domain.input);
         let validation = self.validation.iter().map(|set| &set.input);
         let slots = self.stack.iter().filter_map(|slot| slot.from.as_ref());
-        std::iter::once(&self.base).chain(domains).chain(validation).chain(slots)
+        std::iter::once(&self.base).chain(domains).chain(validation).chain(slots).chain(&self.statistics)
     }
 }

@@ -75,4 +75,7 @@ pub struct Outputs {
     /// A tag that moves to the merged model.
     #[schemars(with = "Option<String>")]
     pub merged_tag: Option<Tag>,
+    /// Whether what the components measured of the base before they started is kept, for other jobs' `tune.statistics`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub statistics: bool,
 }

@@ -214,6 +214,11 @@ pub struct TuneSpec {
     /// Another model that is made of the base first, and trains in its place.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub surgery: Option<MethodRef>,
+    /// Statistics that another job kept (`outputs.statistics`): what components want to know of the base before they start is
+    /// taken from there, and only what is not there is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub statistics: Option<Reference>,
     /// How the ranks of what trains are shared among its sites; each has the same when it is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget: Option<MethodRef>,
@@ -270,6 +275,7 @@ impl Default for TuneSpec {
             adapter: None,
             from_scratch: false,
             surgery: None,
+            statistics: None,
             budget: None,
             objective: MethodRef::named("sft"),
             rewards: Vec::new(),

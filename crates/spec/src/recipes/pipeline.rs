@@ -148,7 +148,7 @@ fn stage_of(job: &JobSpec, stage: &Stage, is_result: bool) -> Result<JobSpec, Ve
         kind: Default::default(),
         recipe: None,
         // What the whole is called is for the whole to say.
-        outputs: Outputs { merged, ..Outputs::default() },
+        outputs: Outputs { merged, statistics: job.outputs.statistics && is_result, ..Outputs::default() },
         ..job.clone()
     };
     let mut value = json!(common);

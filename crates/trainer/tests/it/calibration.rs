@@ -6,7 +6,7 @@ use attune_spec::id::Step;
 use attune_trainer::protocol::{Event, Phase};
 use attune_trainer::run::{End, run};
 
-use crate::support::{Outside, Small, metric};
+use crate::support::{Outside, Small, files, metric};
 
 const EVA: (&str, &str) = ("tune.adapter", "{method: lora, rank: 4, init: {method: eva, examples: 6}}");
 const ADAPTER: &str = "Result/adapter_model.safetensors";
@@ -94,6 +94,75 @@ fn adapters_that_the_stack_reads_are_there_when_it_is_measured() {
     let (alone, above) =
         (on(&format!("[{fresh}]")), on(&format!("[{{name: facts, from: ./before, train: false}}, {fresh}]")));
     assert!(alone == start(&small, &[]) && alone != above);
+}
+
+const KEPT: &str = "Statistics/statistics.safetensors";
+
+/// Statistics that one job keeps serve another, which measures what is not there and ends with the bits that it would have had.
+#[test]
+fn statistics_are_kept_and_read_by_other_jobs() {
+    let small = Small::new();
+    let three = [EVA, ("tune.steps", "3")];
+    let (_, without) = small.finish(small.plan(&three), 1);
+    assert!(!without.contains_key(KEPT));
+    let keeping = |more: &[(&str, &str)]| small.plan(&[&three[..], &[("outputs.statistics", "true")], more].concat());
+    let (_, first) = small.finish(keeping(&[]), 2);
+    assert!(first[ADAPTER] == without[ADAPTER], "keeping changes nothing");
+    std::fs::write(small.path("kept.safetensors"), &first[KEPT]).unwrap();
+    let reading = ("tune.statistics", "./kept.safetensors");
+
+    let (events, second) = small.finish(small.plan(&[&three[..], &[reading]].concat()), 1);
+    assert!(!calibrates(&events) && second[ADAPTER] == without[ADAPTER]);
+    assert_eq!(note(&events).as_deref(), Some("14 statistics were measured by another job"));
+
+    // Fewer sites need less of it; what more of them need is measured.
+    let some = "{method: lora, rank: 4, targets: [q_proj], init: {method: eva, examples: 6}}";
+    let (_, few) = small.finish(keeping(&[("tune.adapter", some)]), 1);
+    assert!(few[KEPT].len() < first[KEPT].len());
+    std::fs::write(small.path("kept.safetensors"), &few[KEPT]).unwrap();
+    let (events, third) = small.finish(keeping(&[reading]), 1);
+    assert!(calibrates(&events) && third[ADAPTER] == without[ADAPTER]);
+    assert!(third[KEPT] == first[KEPT], "what was read is kept as well");
+}
+
+/// A run that goes on with a checkpoint keeps what the undisturbed run keeps.
+#[test]
+fn a_run_that_goes_on_keeps_the_same_statistics() {
+    let small = Small::new();
+    let plan = small.plan(&[EVA, ("tune.steps", "4"), ("outputs.statistics", "true")]);
+    let (_, undisturbed) = small.finish(plan.clone(), 1);
+    let (request, _first) = small.request(plan.clone(), 1, None);
+    let outside = Outside::stopping_after(2);
+    assert_eq!(run(&request, &outside).unwrap(), End::Stopped(Step(2)));
+    let checkpoint = outside.events.into_inner().unwrap().into_iter().find_map(|event| match event {
+        Event::Checkpoint { folder, .. } => Some(folder),
+        _ => None,
+    });
+    let (request, _second) = small.request(plan, 1, checkpoint.as_deref());
+    let outside = Outside::default();
+    run(&request, &outside).unwrap();
+    assert!(files(&outside.events.into_inner().unwrap()) == undisturbed);
+}
+
+#[test]
+fn statistics_of_something_else_are_refused() {
+    let small = Small::new();
+    let (_, made) = small.finish(small.plan(&[EVA, ("tune.steps", "1"), ("outputs.statistics", "true")]), 1);
+    std::fs::write(small.path("kept.safetensors"), &made[KEPT]).unwrap();
+    let refused = |changes: &[(&str, &str)]| {
+        let plan = small.plan(&[&[EVA], changes].concat());
+        run(&small.request(plan, 1, None).0, &Outside::default()).unwrap_err().to_string()
+    };
+    let reading = ("tune.statistics", "./kept.safetensors");
+    // Another seed makes another base here.
+    let base = refused(&[reading, ("tune.seed", "8")]);
+    assert!(base.contains("`tune.statistics` is of base \"blake3:"), "{base}");
+    let data = refused(&[reading, ("data.max_length", "31")]);
+    assert!(data.contains("`tune.statistics` is of data \"blake3:"), "{data}");
+    let other = refused(&[("tune.statistics", "./sums.jsonl")]);
+    assert!(other.contains("`tune.statistics` "), "{other}");
+    let nothing = refused(&[("tune.adapter", "{method: lora, rank: 4}"), ("outputs.statistics", "true")]);
+    assert!(nothing.contains("`outputs.statistics` is true, but no component of the job measures"), "{nothing}");
 }
 
 /// Gradients of an objective that compares with a reference are to be had; of one that looks at whole steps they are not.

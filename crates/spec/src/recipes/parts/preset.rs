@@ -57,7 +57,7 @@ pub(crate) fn expand(job: &JobSpec, made: &[Made]) -> Result<Vec<StageSpec>, Vec
         kind: Default::default(),
         recipe: None,
         // What the whole is called is for the whole to say.
-        outputs: Outputs { merged: job.outputs.merged, ..Outputs::default() },
+        outputs: Outputs { tag: None, merged_tag: None, ..job.outputs.clone() },
         ..job.clone()
     });
     let own: Vec<&SlotSpec> = job.tune.stack.iter().chain(&job.tune.adapter).collect();
