@@ -1,48 +1,13 @@
 //! Jobs as they are stored: the specification, the state, and what a change of it must say.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 
 use attune_spec::id::{Digest, Epoch, JobId, Name, Project, Seq};
 use serde_json::Value;
 
 use crate::event::NewEvent;
 use crate::time::UtcMs;
-
-macro_rules! words {
-    ($(#[$doc:meta])* $type:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal),* $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum $type { $($(#[$vdoc])* $variant),* }
-
-        impl $type {
-            /// All values, in the order of a job's life.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-
-            /// The stored form.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text),* }
-            }
-        }
-
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-
-        impl FromStr for $type {
-            type Err = String;
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($text => Ok(Self::$variant),)*
-                    _ => Err(format!("{text:?} is not one of {}", [$($text),*].join(", "))),
-                }
-            }
-        }
-    };
-}
+use crate::words::words;
 
 words!(
     /// The state of a job.

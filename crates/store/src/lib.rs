@@ -10,6 +10,7 @@
 
 pub mod artifact;
 pub mod attempt;
+pub mod audit;
 pub mod change;
 pub mod database;
 pub mod error;
@@ -17,10 +18,12 @@ pub mod event;
 pub mod job;
 pub mod metric;
 pub mod time;
+pub mod token;
 
 mod sql;
+mod words;
 
 pub use database::Database;
 pub use error::{Error, Result};
-pub use sql::Store;
+pub use sql::{HeldJob, Store};
 pub use time::UtcMs;

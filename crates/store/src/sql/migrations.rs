@@ -17,13 +17,17 @@ pub(super) const SQLITE: Steps<'_> = Steps {
     steps: &[
         include_str!("../../../../migrations/sqlite/0001_control_plane.sql"),
         include_str!("../../../../migrations/sqlite/0002_stages.sql"),
+        include_str!("../../../../migrations/sqlite/0003_access.sql"),
     ],
 };
 
 /// PostgreSQL's.
 pub(super) const POSTGRES: Steps<'_> = Steps {
     table: "CREATE TABLE IF NOT EXISTS schema_steps (step BIGINT NOT NULL PRIMARY KEY, sql TEXT NOT NULL)",
-    steps: &[include_str!("../../../../migrations/postgres/0001_control_plane.sql")],
+    steps: &[
+        include_str!("../../../../migrations/postgres/0001_control_plane.sql"),
+        include_str!("../../../../migrations/postgres/0002_access.sql"),
+    ],
 };
 
 /// Runs the steps that the database lacks.

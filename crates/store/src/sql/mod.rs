@@ -5,6 +5,7 @@
 
 mod apply;
 mod artifacts;
+mod audit;
 mod jobs;
 mod migrations;
 mod postgres;
@@ -13,7 +14,9 @@ mod query;
 mod reads;
 mod row;
 mod sqlite;
+mod tokens;
 mod transaction;
+mod workers;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +26,7 @@ use sqlx::{Any, AnyPool, Transaction};
 use crate::database::Database;
 use crate::error::{Result, db};
 use transaction::WriteTransaction;
+pub use workers::HeldJob;
 
 /// Reads are short; more connections than cores do not help.
 const READERS: u32 = 4;

@@ -39,7 +39,7 @@ pub(super) fn time(row: &AnyRow, column: &str) -> Result<UtcMs> {
     row.try_get(column).map(UtcMs).map_err(db)
 }
 
-fn time_optional(row: &AnyRow, column: &str) -> Result<Option<UtcMs>> {
+pub(super) fn time_optional(row: &AnyRow, column: &str) -> Result<Option<UtcMs>> {
     row.try_get::<Option<i64>, _>(column).map(|time| time.map(UtcMs)).map_err(db)
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::print_stderr, reason = "who skips a test says why")]
 
+mod access;
 mod postgres;
 mod sqlite;
 mod suite;

@@ -37,20 +37,31 @@ macro_rules! cases {
             page_tokens_are_checked,
             counters_only_grow,
             events_of_old_jobs_are_forgotten_but_for_their_end,
+            a_token_is_found_until_it_ends_and_its_secret_nowhere,
+            tokens_are_listed_by_project,
+            a_worker_id_is_its_first_owners,
+            what_a_worker_holds_is_what_its_owner_may_read,
+            the_audit_log_is_read_backwards_and_forgotten_in_time,
         );
     };
 }
 pub(crate) use cases;
 
+pub(crate) use crate::access::{
+    a_token_is_found_until_it_ends_and_its_secret_nowhere, a_worker_id_is_its_first_owners,
+    the_audit_log_is_read_backwards_and_forgotten_in_time, tokens_are_listed_by_project,
+    what_a_worker_holds_is_what_its_owner_may_read,
+};
+
 pub(crate) fn project() -> Project {
     Project::default()
 }
 
-fn id(text: &str) -> JobId {
+pub(crate) fn id(text: &str) -> JobId {
     JobId::new(text).unwrap()
 }
 
-fn digest(n: u8) -> Digest {
+pub(crate) fn digest(n: u8) -> Digest {
     Digest::from_bytes([n; 32])
 }
 
@@ -118,17 +129,17 @@ fn write(change: JobChange) -> Write {
     Write::Job(Box::new(change))
 }
 
-async fn start(store: &Store, job: &str, epoch: u64) {
+pub(crate) async fn start(store: &Store, job: &str, epoch: u64) {
     let version = store.job(&project(), &id(job)).await.unwrap().version;
     store.apply(&[write(change(job, version, State::Starting, epoch))]).await.unwrap();
 }
 
-async fn finish(store: &Store, job: &str) {
+pub(crate) async fn finish(store: &Store, job: &str) {
     let stored = store.job(&project(), &id(job)).await.unwrap();
     store.apply(&[write(change(job, stored.version, State::Succeeded, stored.epoch.0))]).await.unwrap();
 }
 
-fn artifact(n: u8, causes: &[u8]) -> NewArtifact {
+pub(crate) fn artifact(n: u8, causes: &[u8]) -> NewArtifact {
     NewArtifact {
         project: project(),
         digest: digest(n),
