@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use prost::Message as _;
 
 const ROOT: &str = "../../proto";
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "attune/v1/artifacts.proto",
+    "attune/v1/fleet.proto",
     "attune/v1/jobs.proto",
     "attune/v1/methods.proto",
     "attune/v1/spec.proto",

@@ -11,4 +11,5 @@ mod main_job;
 mod postgres;
 mod recipes;
 mod support;
+mod turns;
 mod wrong_input;

@@ -290,7 +290,7 @@ mod tests {
         let kind = SiteKind::Linear { output: 2, input: 3, bias: false, transposed: false };
         let at = |id: &str| Site {
             id: id.into(),
-            kind: kind.clone(),
+            kind,
             layer: Some(0),
             expert: None,
             place: Place::Attention,

@@ -15,8 +15,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status, Streaming};
 
 use crate::v1::{
-    self, artifact_service_client::ArtifactServiceClient, job_service_client::JobServiceClient,
-    method_service_client::MethodServiceClient, worker_service_client::WorkerServiceClient,
+    self, artifact_service_client::ArtifactServiceClient, fleet_service_client::FleetServiceClient,
+    job_service_client::JobServiceClient, method_service_client::MethodServiceClient,
+    worker_service_client::WorkerServiceClient,
 };
 use crate::{CHUNK_BYTES_MAX, Class, MESSAGE_BYTES_MAX, Retry};
 
@@ -186,6 +187,11 @@ impl Client {
         ArtifactServiceClient::new(self.channel())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// The fleet and its projects.
+    pub fn fleet(&self) -> FleetServiceClient<Channel> {
+        FleetServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Methods.

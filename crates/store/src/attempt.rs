@@ -56,4 +56,6 @@ pub struct Unfinished {
     pub attempts: Vec<Attempt>,
     /// Counters by name, such as the next cohort number.
     pub counters: std::collections::BTreeMap<String, u64>,
+    /// What was said of projects and workers: what kind of thing, of whom, and what.
+    pub rules: Vec<(String, String, serde_json::Value)>,
 }

@@ -74,6 +74,15 @@ pub enum Write {
         /// When.
         now: UtcMs,
     },
+    /// Says something of a project or a worker, in place of what was said before; nothing takes it back.
+    Rule {
+        /// What kind of thing is said.
+        kind: &'static str,
+        /// Of whom.
+        name: String,
+        /// What.
+        value: Option<Value>,
+    },
     /// Raises a counter; a smaller value than the stored one is a conflict.
     Counter {
         /// Its name.

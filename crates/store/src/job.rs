@@ -107,8 +107,21 @@ pub struct NewJob {
     pub retry_of: Option<JobId>,
     /// What it is a stage of.
     pub stage: Option<Stage>,
+    /// How long it may run, all attempts together, in milliseconds.
+    pub run_limit_ms: Option<u64>,
+    /// By when it is to be done.
+    pub deadline: Option<UtcMs>,
     /// When.
     pub now: UtcMs,
+}
+
+/// A limit of time that a job set itself, and that has passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overdue {
+    /// It has run for too long.
+    RunTime,
+    /// It was to be done by then.
+    Deadline,
 }
 
 /// A stored job.

@@ -92,7 +92,7 @@ impl Calibration<'_> {
         if wanted.is_empty() {
             return Ok(Stats::none());
         }
-        let mut stats = self.from_elsewhere(&wanted)?;
+        let mut stats = self.read_elsewhere(&wanted)?;
         let lacking = wanted.beside(&stats);
         if !lacking.is_empty() {
             stats.extend(self.measured(stack, &lacking, reader)?);
@@ -108,7 +108,7 @@ impl Calibration<'_> {
     }
 
     /// What of it the statistics hold that the job names.
-    fn from_elsewhere(&mut self, wanted: &Wanted) -> std::result::Result<Stats, Error> {
+    fn read_elsewhere(&mut self, wanted: &Wanted) -> std::result::Result<Stats, Error> {
         let Some(input) = &self.plan.statistics else { return Ok(Stats::none()) };
         let place = setup::folder(self.request, input, self.pinned)?;
         let file = if place.is_dir() { place.join(FILE) } else { place };

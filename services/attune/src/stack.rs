@@ -32,6 +32,9 @@ pub(crate) struct SchedulerArguments {
     /// Days that the events of a job are kept after its end, but for the last ones; for ever if left out.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep_events_days: Option<u32>,
+    /// Leaves running jobs alone when more urgent ones wait for their devices.
+    #[arg(long)]
+    no_preemption: bool,
     /// Milliseconds that a lease lasts without a heartbeat.
     #[arg(long, value_name = "MS", hide = true)]
     lease_ttl_ms: Option<u64>,
@@ -48,6 +51,7 @@ impl SchedulerArguments {
             allow_unauthenticated_network: false,
             data_root: None,
             keep_events_days: None,
+            no_preemption: false,
             lease_ttl_ms: None,
             backoff_ms: None,
         }
@@ -66,7 +70,7 @@ impl SchedulerArguments {
             timings.backoff_base = wait;
             timings.backoff_cap = wait * 2;
         }
-        let limits = attune_scheduler::Limits::default();
+        let limits = attune_scheduler::Limits { preempts: !self.no_preemption, ..attune_scheduler::Limits::default() };
         attune_scheduler::Config { database, artifacts, data_root: self.data_root.clone(), timings, limits }
     }
 

@@ -13,6 +13,7 @@ use attune_spec::id::{Digest, JobId, Project};
 use attune_spec::job::{JobKind, JobSpec, Plan, Reference, plan};
 use attune_spec::method::Catalogue;
 use attune_spec::{Fault, FieldPath, stages};
+use attune_store::UtcMs;
 use attune_store::job::{Input, NewJob, Stage, State};
 use serde_json::json;
 use tonic::Status;
@@ -74,6 +75,11 @@ pub(crate) async fn admit(context: &Context, project: &Project, spec: JobSpec) -
         if known.is_err() {
             known.clone_from(&meaning);
         }
+    }
+    if let Ok(Some(deadline)) = spec.limits.deadline_ms()
+        && deadline <= Clock::utc().0
+    {
+        faults.push(Fault::new("limits.deadline", "has passed; expected a time to come"));
     }
     for (index, job) in spec.after.iter().enumerate() {
         match context.store.job(project, job).await {
@@ -240,7 +246,11 @@ async fn resolve(
     };
     let wanted = kind_at(path);
     if row.kind != wanted.as_str() {
-        return Ok(Err(format!("is \"{reference}\", an artifact of kind {}; expected a {wanted}", row.kind)));
+        return Ok(Err(format!(
+            "is \"{reference}\", an artifact of kind {}; expected {}",
+            row.kind,
+            with_article(wanted)
+        )));
     }
     Ok(Ok(plan::Input::Artifact(digest)))
 }
@@ -250,7 +260,17 @@ fn kind_at(path: &FieldPath) -> Kind {
     match path.as_str().rsplit('.').next() {
         Some("base") => Kind::Model,
         Some("source") => Kind::Dataset,
+        Some("statistics") => Kind::Statistics,
         _ => Kind::Adapter,
+    }
+}
+
+/// A kind with its article.
+fn with_article(kind: Kind) -> String {
+    match kind {
+        Kind::Adapter => format!("an {kind}"),
+        Kind::Statistics => kind.to_string(),
+        _ => format!("a {kind}"),
     }
 }
 
@@ -328,7 +348,7 @@ pub(crate) fn request(admitted: &Admitted, stage: Option<&Stage>) -> attune_sche
                 attune_spec::job::Device::Cpu => core::Wanted::Only(core::Device::Cpu),
                 attune_spec::job::Device::Cuda => core::Wanted::Only(core::Device::Cuda),
             },
-            labels: BTreeMap::new(),
+            labels: spec.resources.labels.clone(),
         },
         max_attempts: at_least_one(spec.limits.max_attempts),
         after: spec.after.iter().cloned().collect(),
@@ -368,6 +388,8 @@ pub(crate) fn new_job(
         core: json!(null),
         retry_of,
         stage,
+        run_limit_ms: spec.limits.run_seconds.map(|seconds| seconds.saturating_mul(1000)),
+        deadline: spec.limits.deadline_ms().ok().flatten().map(UtcMs),
         now: Clock::utc(),
     })
 }

@@ -84,6 +84,8 @@ pub struct Limits {
     pub lost_workers: u32,
     /// The most jobs that share a process.
     pub lanes: NonZeroU32,
+    /// Whether jobs of a lower priority are preempted for those of a higher one.
+    pub preempts: bool,
     /// Finished jobs that are kept in memory, so that late messages about them are understood.
     pub finished_jobs: usize,
 }
@@ -96,6 +98,7 @@ impl Default for Limits {
             waiting_messages: 1024,
             lost_workers: Settings::default().quarantine_after,
             lanes: Settings::default().max_lanes,
+            preempts: Settings::default().preempts,
             finished_jobs: 1000,
         }
     }
@@ -122,6 +125,7 @@ impl Config {
             quarantine_after: self.limits.lost_workers,
             max_lanes: self.limits.lanes,
             lane_wait: self.timings.lane_wait,
+            preempts: self.limits.preempts,
         }
     }
 }

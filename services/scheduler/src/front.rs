@@ -1,7 +1,9 @@
 //! How everybody else speaks with the desk: a letter, and an answer.
 
+use std::collections::BTreeMap;
+
 use attune_scheduler_core::placement::Blocked;
-use attune_scheduler_core::{Answer, Input, JobKey, Request};
+use attune_scheduler_core::{Answer, Input, JobKey, Policy, Request, Usage, Worker};
 use attune_spec::id::{Digest, Project};
 use attune_store::artifact::Deleted;
 use attune_store::change::Write;
@@ -24,6 +26,28 @@ pub(crate) struct Submission {
     pub(crate) id: Option<attune_store::job::Request>,
 }
 
+/// A worker as the core sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    /// The worker.
+    pub(crate) worker: Worker,
+    /// Whether somebody keeps new work from it.
+    pub(crate) is_cordoned: bool,
+    /// The jobs that it runs.
+    pub(crate) jobs: Vec<JobKey>,
+}
+
+/// Where a project stands.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Standing {
+    /// What it may have.
+    pub(crate) policy: Policy,
+    /// What it occupies.
+    pub(crate) usage: Usage,
+    /// Its jobs that have neither ended nor run.
+    pub(crate) n_queued: u32,
+}
+
 /// What the desk is asked.
 #[derive(Debug)]
 pub(crate) enum Ask {
@@ -41,6 +65,10 @@ pub(crate) enum Ask {
     Delete { project: Project, digest: Digest },
     /// Why a queued job is not granted.
     Blocked(JobKey),
+    /// The workers.
+    Workers,
+    /// What projects have and may have.
+    Projects,
     /// The jobs whose stages are to be looked at.
     Due,
 }
@@ -58,6 +86,10 @@ pub(crate) enum Reply {
     Deleted(Deleted),
     /// Why a queued job is not granted.
     Blocked(Option<Blocked>),
+    /// The workers, by name.
+    Workers(Vec<Seen>),
+    /// The projects that have something or may not have all, by name.
+    Projects(BTreeMap<Project, Standing>),
     /// The jobs whose stages are to be looked at.
     Due(Vec<JobKey>),
 }
@@ -136,6 +168,22 @@ impl Front {
     pub(crate) async fn due(&self) -> Result<Vec<JobKey>, Status> {
         match self.ask(Ask::Due).await? {
             Reply::Due(keys) => Ok(keys),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The workers, by name.
+    pub(crate) async fn workers(&self) -> Result<Vec<Seen>, Status> {
+        match self.ask(Ask::Workers).await? {
+            Reply::Workers(workers) => Ok(workers),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The projects that have something or may not have all.
+    pub(crate) async fn projects(&self) -> Result<BTreeMap<Project, Standing>, Status> {
+        match self.ask(Ask::Projects).await? {
+            Reply::Projects(projects) => Ok(projects),
             other => Err(unexpected(&other)),
         }
     }

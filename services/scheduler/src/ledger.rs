@@ -137,6 +137,8 @@ impl Ledger {
                         out.to_prune.push(key.clone());
                     }
                 }
+                Change::Policy(project, policy) => out.writes.push(rows::write_policy(project, policy.as_ref())),
+                Change::Cordon(worker, on) => out.writes.push(rows::write_cordon(worker, *on)),
                 // Written with the row of its job.
                 Change::Event(_) => {}
             }
@@ -354,7 +356,12 @@ fn new_attempt(event: &Event, changes: &[Change], now: UtcMs) -> attempt::Attemp
     let runs_it = |cohort: &&Cohort| cohort.attempts.iter().any(|a| a.key == event.key && a.epoch == event.epoch);
     let cohort = changes.iter().find_map(|change| match change {
         Change::Cohort(cohort) | Change::CohortEnded(cohort) => Some(cohort).filter(runs_it),
-        Change::Job(_) | Change::Counters(_) | Change::Event(_) | Change::Commit(_) => None,
+        Change::Job(_)
+        | Change::Counters(_)
+        | Change::Event(_)
+        | Change::Commit(_)
+        | Change::Policy(..)
+        | Change::Cordon(..) => None,
     });
     attempt::Attempt {
         project: event.key.project.clone(),

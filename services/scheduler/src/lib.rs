@@ -19,6 +19,7 @@ mod clock;
 mod context;
 mod front;
 mod hub;
+mod limits;
 mod links;
 
 mod ledger;

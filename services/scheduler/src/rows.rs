@@ -8,11 +8,72 @@ use std::num::NonZeroU32;
 use attune_scheduler_core as core;
 use attune_scheduler_core::JobKey;
 use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, Step, WorkerId};
+use attune_store::change::Write;
 use attune_store::job::{State, Stop};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::Error;
+
+/// The kinds of rules.
+const POLICY: &str = "policy";
+const CORDON: &str = "cordon";
+
+/// What a project may have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct PolicyDocument {
+    weight: NonZeroU32,
+    #[serde(default)]
+    max_cpu: Option<u32>,
+    #[serde(default)]
+    max_cuda: Option<u32>,
+    #[serde(default)]
+    max_queued: Option<u32>,
+    #[serde(default)]
+    max_bytes: Option<u64>,
+}
+
+/// What is stored of what a project may have.
+pub(crate) fn write_policy(project: &Project, policy: Option<&core::Policy>) -> Write {
+    let document = |policy: &core::Policy| {
+        let core::Policy { weight, max_cpu, max_cuda, max_queued, max_bytes } = *policy;
+        json!(PolicyDocument { weight, max_cpu, max_cuda, max_queued, max_bytes })
+    };
+    Write::Rule { kind: POLICY, name: project.to_string(), value: policy.map(document) }
+}
+
+/// What is stored of a worker that new work is kept from.
+pub(crate) fn write_cordon(worker: &WorkerId, on: bool) -> Write {
+    Write::Rule { kind: CORDON, name: worker.to_string(), value: on.then(|| json!(true)) }
+}
+
+fn unknown(row: &str, error: &dyn std::error::Error) -> Error {
+    Error::Restore(format!("{row} cannot be read: {error}"))
+}
+
+/// What people have said.
+///
+/// # Errors
+/// A rule that this version does not know.
+pub(crate) fn rules(stored: &[(String, String, Value)]) -> Result<core::Rules, Error> {
+    let mut rules = core::Rules::default();
+    for (kind, name, value) in stored {
+        let row = || format!("the {kind} of {name:?}");
+        match kind.as_str() {
+            POLICY => {
+                let project = name.parse().map_err(|error| unknown(&row(), &error))?;
+                let document = PolicyDocument::deserialize(value).map_err(|error| unknown(&row(), &error))?;
+                let PolicyDocument { weight, max_cpu, max_cuda, max_queued, max_bytes } = document;
+                rules.policies.insert(project, core::Policy { weight, max_cpu, max_cuda, max_queued, max_bytes });
+            }
+            CORDON => {
+                rules.cordoned.insert(name.parse().map_err(|error| unknown(&row(), &error))?);
+            }
+            _ => return Err(Error::Restore(format!("{} is a kind of rule that this version does not know", row()))),
+        }
+    }
+    Ok(rules)
+}
 
 /// What the core keeps of a job, and what the shell counts beside it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

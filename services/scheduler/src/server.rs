@@ -7,6 +7,7 @@ use std::time::Duration;
 use attune_artifacts::BlobStore;
 use attune_proto::MESSAGE_BYTES_MAX;
 use attune_proto::v1::artifact_service_server::ArtifactServiceServer;
+use attune_proto::v1::fleet_service_server::FleetServiceServer;
 use attune_proto::v1::job_service_server::JobServiceServer;
 use attune_proto::v1::method_service_server::MethodServiceServer;
 use attune_proto::v1::worker_service_server::WorkerServiceServer;
@@ -24,8 +25,8 @@ use crate::desk::Desk;
 use crate::error::Error;
 use crate::front::Front;
 use crate::hub::Hub;
-use crate::services::{artifacts::Artifacts, jobs::Jobs, methods::Methods, workers::Workers};
-use crate::{stages, sweep};
+use crate::services::{artifacts::Artifacts, fleet::FleetDesk, jobs::Jobs, methods::Methods, workers::Workers};
+use crate::{limits, stages, sweep};
 
 /// How often a quiet connection is asked whether it still stands, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(10);
@@ -140,6 +141,12 @@ async fn run(
         Ok::<_, std::convert::Infallible>(())
     });
 
+    let limiting = Box::pin(limits::keep(Arc::clone(&context)));
+    inner.spawn(Task::new("limits").abort_on_cancel(), async move {
+        limiting.await;
+        Ok::<_, std::convert::Infallible>(())
+    });
+
     let making = Box::pin(stages::follow(Arc::clone(&context), due));
     inner.spawn(Task::new("stages").abort_on_cancel(), async move {
         making.await;
@@ -201,6 +208,7 @@ async fn route(context: &Arc<Context>) -> Result<tonic::transport::server::Route
     health.set_serving::<WorkerServiceServer<Workers>>().await;
     health.set_serving::<ArtifactServiceServer<Artifacts>>().await;
     health.set_serving::<MethodServiceServer<Methods>>().await;
+    health.set_serving::<FleetServiceServer<FleetDesk>>().await;
     Ok(Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
@@ -210,5 +218,6 @@ async fn route(context: &Arc<Context>) -> Result<tonic::transport::server::Route
         .add_service(service!(JobServiceServer, Jobs { context: Arc::clone(context) }))
         .add_service(service!(WorkerServiceServer, Workers { context: Arc::clone(context) }))
         .add_service(service!(ArtifactServiceServer, Artifacts { context: Arc::clone(context) }))
+        .add_service(service!(FleetServiceServer, FleetDesk { context: Arc::clone(context) }))
         .add_service(service!(MethodServiceServer, Methods)))
 }

@@ -56,6 +56,7 @@ pub(crate) fn refusal(refusal: &Refusal) -> Status {
         RefusalKind::Exists => Class::AlreadyExists,
         RefusalKind::Precondition => Class::IllegalState,
         RefusalKind::AttemptOver => Class::StaleEpoch,
+        RefusalKind::OverQuota => Class::QuotaExceeded,
         RefusalKind::Superseded | RefusalKind::Unregistered => Class::Conflict,
     };
     class.status(refusal.to_string())

@@ -59,6 +59,7 @@ pub(crate) fn roles(plan: &Plan) -> Vec<(String, &Input)> {
     roles.extend(plan.validation.iter().map(|set| (format!("validation.{}", set.name), &set.input)));
     let from = plan.stack.iter().filter_map(|slot| slot.from.as_ref().map(|from| (&slot.name, from)));
     roles.extend(from.map(|(name, from)| (format!("slot.{name}"), from)));
+    roles.extend(plan.statistics.iter().map(|statistics| ("statistics".to_owned(), statistics)));
     roles
 }
 

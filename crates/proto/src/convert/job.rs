@@ -146,6 +146,7 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         evaluate: Some(evaluate(&spec.evaluate)),
         logical_shards: spec.logical_shards,
         seed: spec.seed,
+        statistics: spec.statistics.as_ref().map(ToString::to_string),
     }
 }
 
@@ -168,11 +169,17 @@ fn resources(spec: &Resources) -> v1::ResourceSpec {
             Device::Cuda => v1::DeviceKind::Cuda,
         } as i32,
         share_base: spec.share_base,
+        labels: spec.labels.clone(),
     }
 }
 
 fn limits(spec: &Limits) -> v1::LimitSpec {
-    v1::LimitSpec { max_attempts: Some(spec.max_attempts), stall_seconds: Some(spec.stall_seconds) }
+    v1::LimitSpec {
+        max_attempts: Some(spec.max_attempts),
+        stall_seconds: Some(spec.stall_seconds),
+        run_seconds: spec.run_seconds,
+        deadline: spec.deadline.clone(),
+    }
 }
 
 fn outputs(spec: &Outputs) -> v1::OutputSpec {
@@ -180,6 +187,7 @@ fn outputs(spec: &Outputs) -> v1::OutputSpec {
         tag: spec.tag.as_ref().map(ToString::to_string),
         merged: spec.merged,
         merged_tag: spec.merged_tag.as_ref().map(ToString::to_string),
+        statistics: spec.statistics,
     }
 }
 
@@ -236,11 +244,14 @@ impl Reader {
             "limits": message.limits.as_ref().map(|spec| given! {
                 "max_attempts": spec.max_attempts,
                 "stall_seconds": spec.stall_seconds,
+                "run_seconds": spec.run_seconds,
+                "deadline": spec.deadline.as_ref(),
             }),
             "outputs": message.outputs.as_ref().map(|spec| given! {
                 "tag": spec.tag.as_ref(),
                 "merged": Some(spec.merged),
                 "merged_tag": spec.merged_tag.as_ref(),
+                "statistics": Some(spec.statistics),
             }),
             "data": message.data.as_ref().map(|spec| self.data(spec)),
             "tune": message.tune.as_ref().map(|spec| self.tune(spec)),
@@ -271,6 +282,7 @@ impl Reader {
             "devices_per_worker": spec.devices_per_worker,
             "device": self.word::<v1::DeviceKind>(spec.device, "resources.device"),
             "share_base": Some(spec.share_base),
+            "labels": Some(&spec.labels),
         }
     }
 
@@ -379,6 +391,7 @@ impl Reader {
             "evaluate": spec.evaluate.as_ref().map(|spec| given! { "every_steps": spec.every_steps }),
             "logical_shards": spec.logical_shards,
             "seed": Some(spec.seed),
+            "statistics": spec.statistics.as_ref(),
         };
         let length = spec.length.as_ref().map(|length| match length {
             Length::Steps(steps) => ("steps", json!(steps)),
@@ -427,11 +440,12 @@ tune:
   matmul: high
   checkpoint: {every_steps: 5, keep: 2}
   evaluate: {every_steps: 10}
+  statistics: "measured:latest"
   logical_shards: 4
   seed: 18446744073709551615
-resources: {devices_per_worker: 2, device: cpu}
-limits: {max_attempts: 7, stall_seconds: 60}
-outputs: {tag: "debian-helper:latest", merged: true, merged_tag: "debian-helper-merged"}
+resources: {devices_per_worker: 2, device: cpu, labels: {zone: eu}}
+limits: {max_attempts: 7, stall_seconds: 60, run_seconds: 3600, deadline: "2031-01-01T00:00:00Z"}
+outputs: {tag: "debian-helper:latest", merged: true, merged_tag: "debian-helper-merged", statistics: true}
 "#;
 
     const SHORT: &str = r#"

@@ -101,6 +101,9 @@ pub(super) fn relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Fault> {
     let mut faults: Vec<Fault> = of_stages
         .map(|(path, reference)| Fault::new(path, format!("is {reference}, which only a stage of a recipe can name")))
         .collect();
+    if let Err(message) = spec.limits.deadline_ms() {
+        faults.push(Fault::new("limits.deadline", message));
+    }
     match (spec.kind, &spec.recipe) {
         (JobKind::Tune, None) => faults.extend(stage_relations(spec, catalogue)),
         (JobKind::Tune, Some(_)) => faults.push(Fault::new("kind", "is tune, but `recipe` is given; expected recipe")),

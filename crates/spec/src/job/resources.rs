@@ -1,5 +1,7 @@
 //! `resources:`, `limits:` and `outputs:` — where to run, when to give up, what to keep.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -35,11 +37,15 @@ pub struct Resources {
     /// precision with the same products, on the same kind of device: they hold the base in memory once. What it learns is bit for bit what it
     /// learns alone. The job then waits a moment in the queue for others.
     pub share_base: bool,
+    /// Labels that each of its workers has to have, with these values.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Default for Resources {
     fn default() -> Self {
-        Self { workers: 1, devices_per_worker: 1, device: Device::Any, share_base: false }
+        Self { workers: 1, devices_per_worker: 1, device: Device::Any, share_base: false, labels: BTreeMap::new() }
     }
 }
 
@@ -54,11 +60,32 @@ pub struct Limits {
     /// Seconds without a finished step after which an attempt counts as hung and is killed.
     #[schemars(range(min = 1, max = 604_800))]
     pub stall_seconds: u64,
+    /// Seconds that the job may run, all attempts together; it is then cancelled, and its last checkpoint stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub run_seconds: Option<u64>,
+    /// The time by which it has to be done, in RFC 3339 (`2026-12-31T18:00:00Z`); what has not ended by then is cancelled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<String>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_attempts: 3, stall_seconds: 600 }
+        Self { max_attempts: 3, stall_seconds: 600, run_seconds: None, deadline: None }
+    }
+}
+
+impl Limits {
+    /// The deadline in milliseconds since 1970, if there is one.
+    ///
+    /// # Errors
+    /// What is wrong with its text.
+    pub fn deadline_ms(&self) -> Result<Option<i64>, String> {
+        let Some(text) = &self.deadline else { return Ok(None) };
+        match text.parse::<jiff::Timestamp>() {
+            Ok(time) => Ok(Some(time.as_millisecond())),
+            Err(_) => Err(format!("is {text:?}; expected a time with its offset, as 2026-12-31T18:00:00Z")),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Carries out a change: every write in one transaction, every comparison inside it.
 
 use attune_spec::id::{Epoch, JobId, Project, Seq};
+use serde_json::Value;
 use sqlx::{AnyConnection, Row as _};
 
 use super::{Store, artifacts, row};
@@ -78,8 +79,23 @@ pub(super) async fn carry_out(connection: &mut AnyConnection, write: &Write, app
             artifacts::move_tag(connection, project, tag, *digest, job.as_ref(), *now, applied).await?;
         }
         Write::Counter { name, value } => raise_counter(connection, name, *value).await?,
+        Write::Rule { kind, name, value } => put_rule(connection, kind, name, value.as_ref()).await?,
     }
     Ok(())
+}
+
+async fn put_rule(connection: &mut AnyConnection, kind: &str, name: &str, value: Option<&Value>) -> Result<()> {
+    let query = match value {
+        None => sqlx::query("DELETE FROM rules WHERE kind = $1 AND name = $2").bind(kind).bind(name),
+        Some(value) => sqlx::query(
+            "INSERT INTO rules (kind, name, value) VALUES ($1, $2, $3) \
+             ON CONFLICT (kind, name) DO UPDATE SET value = excluded.value",
+        )
+        .bind(kind)
+        .bind(name)
+        .bind(value.to_string()),
+    };
+    query.execute(connection).await.map_err(db).map(drop)
 }
 
 /// Gives the event the next number of its project and stores it.

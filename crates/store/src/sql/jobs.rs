@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use attune_spec::id::{JobId, Project};
 use serde_json::{Value, json};
+use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, Row as _};
 
 use super::query::Query;
@@ -12,7 +13,8 @@ use crate::attempt::{Attempt, Unfinished};
 use crate::change::{Applied, Write};
 use crate::error::{Error, Result, db};
 use crate::event::NewEvent;
-use crate::job::{Created, Filter, Job, NewJob, Order, Page, Request};
+use crate::job::{Created, Filter, Job, NewJob, Order, Overdue, Page, Request};
+use crate::time::UtcMs;
 
 /// A job's row with the number of the newest event about it.
 macro_rules! select_jobs {
@@ -162,7 +164,42 @@ impl Store {
             .iter()
             .map(|row| Ok((row.try_get("name").map_err(db)?, row::unsigned(row, "value")?)))
             .collect::<Result<_>>()?;
-        Ok(Unfinished { jobs, cohorts, attempts, counters })
+        let rules = sqlx::query("SELECT kind, name, value FROM rules ORDER BY kind, name")
+            .fetch_all(&mut *view)
+            .await
+            .map_err(db)?
+            .iter()
+            .map(|row| {
+                let (kind, name) = (row.try_get("kind").map_err(db)?, row.try_get("name").map_err(db)?);
+                Ok((kind, name, row::json(row, "value")?))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Unfinished { jobs, cohorts, attempts, counters, rules })
+    }
+
+    /// Jobs that have not ended although a limit of time that they set themselves has passed.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Corrupt`].
+    pub async fn overdue(&self, now: UtcMs) -> Result<Vec<(Project, JobId, Overdue)>> {
+        let rows = sqlx::query(
+            "SELECT project, job, deadline_ms FROM jobs WHERE finished_ms IS NULL \
+             AND (run_limit_ms IS NOT NULL OR deadline_ms IS NOT NULL) \
+             AND (deadline_ms <= $1 OR run_limit_ms <= \
+                  (SELECT COALESCE(SUM(COALESCE(a.ended_ms, $1) - a.started_ms), 0) FROM attempts a \
+                   WHERE a.project = jobs.project AND a.job = jobs.job)) ORDER BY project, job",
+        )
+        .bind(now.0)
+        .fetch_all(&mut *self.readers.acquire().await.map_err(db)?)
+        .await
+        .map_err(db)?;
+        let overdue = |row: &AnyRow| {
+            let deadline: Option<i64> = row.try_get("deadline_ms").map_err(db)?;
+            let limit =
+                if deadline.is_some_and(|deadline| deadline <= now.0) { Overdue::Deadline } else { Overdue::RunTime };
+            Ok((row::parsed(row, "project")?, row::parsed(row, "job")?, limit))
+        };
+        rows.iter().map(overdue).collect()
     }
 }
 
@@ -267,8 +304,8 @@ async fn insert(connection: &mut AnyConnection, job: &NewJob) -> Result<()> {
     let (project, id) = row::key(&job.project, &job.job);
     let done = sqlx::query(
         "INSERT INTO jobs (project, job, version, name, kind, spec, resolved, state, reason, message, epoch, attempts, \
-         priority, core, retry_of, created_ms, updated_ms, parent, stage) \
-         VALUES ($1, $2, $14, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, $12, $13, $13, $15, $16) \
+         priority, core, retry_of, created_ms, updated_ms, parent, stage, run_limit_ms, deadline_ms) \
+         VALUES ($1, $2, $14, $3, $4, $5, $6, $7, $8, $9, 0, 0, $10, $11, $12, $13, $13, $15, $16, $17, $18) \
          ON CONFLICT DO NOTHING",
     )
     .bind(&project)
@@ -287,6 +324,8 @@ async fn insert(connection: &mut AnyConnection, job: &NewJob) -> Result<()> {
     .bind(row::signed(job.version)?)
     .bind(job.stage.as_ref().map(|stage| stage.parent.as_str()))
     .bind(job.stage.as_ref().map(|stage| stage.name.as_str()))
+    .bind(job.run_limit_ms.map(row::signed).transpose()?)
+    .bind(job.deadline.map(|deadline| deadline.0))
     .execute(&mut *connection)
     .await
     .map_err(db)?;

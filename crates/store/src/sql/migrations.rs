@@ -18,6 +18,7 @@ pub(super) const SQLITE: Steps<'_> = Steps {
         include_str!("../../../../migrations/sqlite/0001_control_plane.sql"),
         include_str!("../../../../migrations/sqlite/0002_stages.sql"),
         include_str!("../../../../migrations/sqlite/0003_access.sql"),
+        include_str!("../../../../migrations/sqlite/0004_rules.sql"),
     ],
 };
 
@@ -27,6 +28,7 @@ pub(super) const POSTGRES: Steps<'_> = Steps {
     steps: &[
         include_str!("../../../../migrations/postgres/0001_control_plane.sql"),
         include_str!("../../../../migrations/postgres/0002_access.sql"),
+        include_str!("../../../../migrations/postgres/0003_rules.sql"),
     ],
 };
 

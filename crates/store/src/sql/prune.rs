@@ -76,6 +76,22 @@ impl Store {
         }
     }
 
+    /// Bytes of a project's artifacts; a file that several have counts once.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn kept_bytes(&self, project: &Project) -> Result<u64> {
+        let row = sqlx::query(
+            "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) AS bytes \
+             FROM (SELECT DISTINCT blob, size_bytes FROM artifact_files WHERE project = $1) AS kept",
+        )
+        .bind(project.as_str())
+        .fetch_one(&mut *self.readers.acquire().await.map_err(db)?)
+        .await
+        .map_err(db)?;
+        row::unsigned(&row, "bytes")
+    }
+
     /// Those of `blobs` that no artifact of the project refers to.
     ///
     /// # Errors

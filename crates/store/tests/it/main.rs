@@ -5,5 +5,6 @@
 
 mod access;
 mod postgres;
+mod rules;
 mod sqlite;
 mod suite;

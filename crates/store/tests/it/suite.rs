@@ -42,6 +42,9 @@ macro_rules! cases {
             a_worker_id_is_its_first_owners,
             what_a_worker_holds_is_what_its_owner_may_read,
             the_audit_log_is_read_backwards_and_forgotten_in_time,
+            what_is_said_of_projects_and_workers_comes_back,
+            jobs_whose_time_is_over_are_found,
+            files_that_several_artifacts_have_are_kept_once,
         );
     };
 }
@@ -51,6 +54,11 @@ pub(crate) use crate::access::{
     a_token_is_found_until_it_ends_and_its_secret_nowhere, a_worker_id_is_its_first_owners,
     the_audit_log_is_read_backwards_and_forgotten_in_time, tokens_are_listed_by_project,
     what_a_worker_holds_is_what_its_owner_may_read,
+};
+
+pub(crate) use crate::rules::{
+    files_that_several_artifacts_have_are_kept_once, jobs_whose_time_is_over_are_found,
+    what_is_said_of_projects_and_workers_comes_back,
 };
 
 pub(crate) fn project() -> Project {
@@ -91,6 +99,8 @@ pub(crate) fn new_job(job: &str) -> NewJob {
         core: json!({"order": 1}),
         retry_of: None,
         stage: None,
+        run_limit_ms: None,
+        deadline: None,
         now: UtcMs(1000),
     }
 }

@@ -10,9 +10,11 @@ mod experiment;
 mod generate;
 mod jobs;
 mod methods;
+mod projects;
 mod submit;
 mod up;
 mod validate;
+mod workers;
 
 use clap::{Parser, Subcommand};
 
@@ -54,6 +56,10 @@ enum Command {
     #[command(subcommand)]
     Artifacts(artifacts::Command),
     #[command(subcommand)]
+    Workers(workers::Command),
+    #[command(subcommand)]
+    Projects(projects::Command),
+    #[command(subcommand)]
     Methods(methods::Command),
     Validate(validate::Arguments),
     #[command(subcommand)]
@@ -81,6 +87,8 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Submit(arguments) => submit::run(&arguments, server, out),
         Command::Jobs(command) => jobs::run(&command, server, out),
         Command::Artifacts(command) => artifacts::run(&command, server, out),
+        Command::Workers(command) => workers::run(&command, server, out),
+        Command::Projects(command) => projects::run(&command, server, out),
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Methods(command) => methods::run(&command, out),
         Command::Validate(arguments) => validate::run(&arguments, out),

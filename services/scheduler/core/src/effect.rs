@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use attune_spec::id::{CohortId, Digest, Epoch, JobId, WorkerId};
+use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, WorkerId};
 
 use crate::{
-    Attempt, Checkpoint, Cohort, Commit, Counters, Job, JobKey, Reason, Refusal, Session, Share, State, Stop, Timestamp,
+    Attempt, Checkpoint, Cohort, Commit, Counters, Job, JobKey, Policy, Reason, Refusal, Session, Share, State, Stop,
+    Timestamp,
 };
 
 /// The result of a step.
@@ -48,6 +49,10 @@ pub enum Change {
     CohortEnded(Cohort),
     /// Write the counters.
     Counters(Counters),
+    /// Write what a project may have; nothing if it may have all.
+    Policy(Project, Option<Policy>),
+    /// Write whether a worker gets anything new.
+    Cordon(WorkerId, bool),
     /// Append this to the project's event log.
     Event(Event),
     /// Make this artifact visible.

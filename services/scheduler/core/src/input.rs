@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use attune_spec::id::{CohortId, Digest, Epoch, JobId, Step, WorkerId};
+use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, Step, WorkerId};
 
-use crate::{Cause, Device, Devices, Holding, JobKey, Request, Session, State};
+use crate::{Cause, Device, Devices, Holding, JobKey, Policy, Request, Session, State};
 
 /// What an attempt commits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,6 +39,15 @@ pub enum Look {
     Broken(Cause),
 }
 
+/// A limit of time that a job sets itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Limit {
+    /// How long it may run, all attempts together.
+    RunTime,
+    /// By when it is to be done.
+    Deadline,
+}
+
 /// One thing that happened. The shell makes an input of every request, message and timer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Input {
@@ -56,6 +65,29 @@ pub enum Input {
     Cancel {
         /// The job.
         key: JobKey,
+    },
+    /// A limit of time that the job sets itself has passed, by clocks that the shell has: it ends as if it were cancelled.
+    Expire {
+        /// The job.
+        key: JobKey,
+        /// The limit.
+        limit: Limit,
+    },
+    /// Somebody says what a project may have from now on; without a policy, all.
+    SetPolicy {
+        /// The project.
+        project: Project,
+        /// What it may have.
+        policy: Option<Policy>,
+    },
+    /// Somebody says whether a worker gets anything new; that outlives the worker's connections and this scheduler.
+    Cordon {
+        /// The worker.
+        worker: WorkerId,
+        /// Whether it gets nothing new from now on.
+        on: bool,
+        /// Whether its jobs are preempted as well.
+        drains: bool,
     },
     /// A person stops a starting or running job until further notice.
     Pause {

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use attune_spec::id::{CohortId, WorkerId};
 
+use crate::project::Accounts;
 use crate::queue::Queue;
 use crate::timers::Timer;
 use crate::{Answer, Change, Core, Effects, Input, Job, JobKey, RestoreError, State, Stop, placement};
@@ -28,6 +29,7 @@ pub fn all(core: &Core) -> Result<(), Broken> {
     gang_whole(core)?;
     stages_belong(core)?;
     lanes_fit(core)?;
+    accounts_balance(core)?;
     queue_is_served(core)?;
     indexes_agree(core)
 }
@@ -165,14 +167,35 @@ pub fn lanes_fit(core: &Core) -> Result<(), Broken> {
     Ok(())
 }
 
+/// What is counted of projects is what their jobs and cohorts say.
+///
+/// # Errors
+/// When it does not hold.
+pub fn accounts_balance(core: &Core) -> Result<(), Broken> {
+    const NAME: &str = "accounts_balance";
+    let (mut accounts, mut priorities) = (Accounts::default(), BTreeMap::<i32, u32>::new());
+    for job in core.jobs().filter(|job| job.counts_as_queued()) {
+        accounts.change(&job.key.project, |account| account.n_queued += 1);
+    }
+    for cohort in core.cohorts() {
+        if let Some((project, usage)) = core.usage_of(cohort) {
+            accounts.change(&project, |account| account.usage.add(&usage));
+        }
+        for job in cohort.attempts.iter().filter_map(|attempt| core.job(&attempt.key)) {
+            *priorities.entry(job.request.priority).or_default() += 1;
+        }
+    }
+    holds(NAME, accounts == core.accounts, || format!("{:?} instead of {accounts:?}", core.accounts))?;
+    holds(NAME, priorities == core.live_priorities, || format!("{:?}", core.live_priorities))
+}
+
 /// No queued job could be granted: whatever makes room for one is followed by a look at the queue.
 ///
 /// # Errors
 /// When it does not hold.
 pub fn queue_is_served(core: &Core) -> Result<(), Broken> {
     let seats = core.seats();
-    let queue = core.queue.iter().filter_map(|place| core.ask(&place.key));
-    let placements = placement::place(queue, core.queue.n_wishes(), &seats, core.settings.max_lanes);
+    let placements = placement::place(core.lines(), &seats, core.settings.max_lanes, None).placements;
     holds("queue_is_served", placements.is_empty(), || format!("nobody granted {placements:?}"))
 }
 

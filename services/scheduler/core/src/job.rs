@@ -133,6 +133,11 @@ impl Job {
         self.request.share.as_ref().filter(|_| !self.solo)
     }
 
+    /// Whether it is one of the jobs that its project has which have neither ended nor run; a stage is part of another.
+    pub(crate) fn counts_as_queued(&self) -> bool {
+        !self.state.is_final() && !self.state.is_live() && self.request.parent.is_none()
+    }
+
     /// The key of the job that it is a stage of.
     pub fn parent(&self) -> Option<JobKey> {
         self.request.parent.clone().map(|parent| JobKey::new(self.key.project.clone(), parent))

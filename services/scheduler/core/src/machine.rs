@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use attune_spec::id::{CohortId, Digest, WorkerId};
+use attune_spec::id::{CohortId, Digest, Project, WorkerId};
 
-use crate::placement::{self, Ask, Blocked, Seat};
+use crate::placement::{self, Ask, Blocked, Seat, Tenant};
 use crate::plant::Plant;
+use crate::project::{Accounts, Policy, Usage};
 use crate::queue::Queue;
 use crate::step::Draft;
 use crate::timers::{Timer, Timers};
@@ -32,10 +33,12 @@ pub struct Settings {
     pub max_lanes: NonZeroU32,
     /// How long a job that may share a process waits in the queue for others to share it with.
     pub lane_wait: Duration,
+    /// Whether jobs of a lower priority are preempted for those of a higher one.
+    pub preempts: bool,
 }
 
 impl Default for Settings {
-    /// Leases of 10 s, 45 s to stop (workers kill after 30 s), three lost workers, eight lanes that gather for 2 s.
+    /// Leases of 10 s, 45 s to stop (workers kill after 30 s), three lost workers, eight lanes that gather for 2 s, preemption.
     fn default() -> Self {
         Self {
             ttl: Duration::from_secs(10),
@@ -44,6 +47,7 @@ impl Default for Settings {
             quarantine_after: 3,
             max_lanes: NonZeroU32::MIN.saturating_add(7),
             lane_wait: Duration::from_secs(2),
+            preempts: true,
         }
     }
 }
@@ -63,6 +67,15 @@ impl Default for Counters {
     }
 }
 
+/// What people have said, other than of jobs; stored by the shell.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Rules {
+    /// What projects may have.
+    pub policies: BTreeMap<Project, Policy>,
+    /// Workers that get nothing new.
+    pub cordoned: BTreeSet<WorkerId>,
+}
+
 /// The scheduler's whole state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Core {
@@ -72,10 +85,15 @@ pub struct Core {
     pub(crate) counters: Counters,
     pub(crate) jobs: BTreeMap<JobKey, Job>,
     pub(crate) cohorts: BTreeMap<CohortId, Cohort>,
+    pub(crate) policies: BTreeMap<Project, Policy>,
+    pub(crate) cordoned: BTreeSet<WorkerId>,
     // Told by the workers.
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
     // Derived from the above.
     pub(crate) queue: Queue,
+    pub(crate) accounts: Accounts,
+    /// How many attempts of each priority are live.
+    pub(crate) live_priorities: BTreeMap<i32, u32>,
     pub(crate) dependants: BTreeMap<JobKey, BTreeSet<JobKey>>,
     pub(crate) due: BTreeSet<JobKey>,
     pub(crate) leases: BTreeMap<(WorkerId, CohortId), crate::lease::Lease>,
@@ -93,8 +111,12 @@ impl Core {
             counters: Counters::default(),
             jobs: BTreeMap::new(),
             cohorts: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            cordoned: BTreeSet::new(),
             workers: BTreeMap::new(),
             queue: Queue::default(),
+            accounts: Accounts::default(),
+            live_priorities: BTreeMap::new(),
             dependants: BTreeMap::new(),
             due: BTreeSet::new(),
             leases: BTreeMap::new(),
@@ -106,7 +128,8 @@ impl Core {
 
     /// The scheduler that stored these rows, started again.
     ///
-    /// `jobs` holds every job whose state is not final (others may be left out), `cohorts` every cohort that is not over.
+    /// `jobs` holds every job whose state is not final (others may be left out), `cohorts` every cohort that is not over, `rules` what
+    /// people have said of projects and workers.
     /// Every deadline starts anew: each lease has its whole length in which its worker may come back.
     ///
     /// # Errors
@@ -115,11 +138,13 @@ impl Core {
         settings: Settings,
         jobs: impl IntoIterator<Item = Job>,
         cohorts: impl IntoIterator<Item = Cohort>,
+        rules: Rules,
         counters: Counters,
         now: Timestamp,
     ) -> Result<Self, RestoreError> {
         let mut core = Self::new(settings, now);
         core.counters = counters;
+        Rules { policies: core.policies, cordoned: core.cordoned } = rules;
         core.jobs = jobs.into_iter().map(|job| (job.key.clone(), job)).collect();
         core.cohorts = cohorts.into_iter().map(|cohort| (cohort.id, cohort)).collect();
         core.build_indexes();
@@ -129,6 +154,9 @@ impl Core {
 
     fn build_indexes(&mut self) {
         for job in self.jobs.values() {
+            if job.counts_as_queued() {
+                self.accounts.change(&job.key.project, |account| account.n_queued += 1);
+            }
             match job.state {
                 State::Queued => {
                     self.queue.insert(job);
@@ -158,6 +186,11 @@ impl Core {
             }
         }
         for cohort in self.cohorts.keys().copied().collect::<Vec<_>>() {
+            self.count_cohort(cohort);
+            for attempt in &self.cohorts[&cohort].attempts {
+                let priority = self.jobs.get(&attempt.key).map_or(0, |job| job.request.priority);
+                *self.live_priorities.entry(priority).or_default() += 1;
+            }
             // An attempt that got beyond its start was on its workers; of one that starts nobody knows.
             let arrived = |attempt: &Attempt| self.jobs.get(&attempt.key).is_some_and(|j| j.state != State::Starting);
             let arrived = self.cohorts[&cohort].attempts.iter().any(arrived);
@@ -242,16 +275,54 @@ impl Core {
         self.workers.values()
     }
 
-    /// The keys of the queued jobs, first one first.
+    /// The keys of the queued jobs, by priority and age. Among jobs of equal priority it is the shares of their projects that decide.
     pub fn queue(&self) -> impl Iterator<Item = &JobKey> {
-        self.queue.iter().map(|place| &place.key)
+        self.queue.in_order().into_iter().map(|place| &place.key)
+    }
+
+    /// What people have said that each project may have; of others nothing.
+    pub fn policies(&self) -> &BTreeMap<Project, Policy> {
+        &self.policies
+    }
+
+    /// What a project may have.
+    pub fn policy(&self, project: &Project) -> Policy {
+        self.policies.get(project).copied().unwrap_or_default()
+    }
+
+    /// What a project has, and how many of its jobs have neither ended nor run.
+    pub fn usage(&self, project: &Project) -> (Usage, u32) {
+        self.accounts.of(project).map(|account| (account.usage, account.n_queued)).unwrap_or_default()
+    }
+
+    /// The projects that have something or may not have all.
+    pub fn projects(&self) -> BTreeSet<&Project> {
+        self.accounts.projects().chain(self.policies.keys()).collect()
+    }
+
+    /// The workers that get nothing new because somebody said so.
+    pub fn cordoned(&self) -> &BTreeSet<WorkerId> {
+        &self.cordoned
     }
 
     /// Why a queued job is not granted; nothing for a job that is not queued.
     pub fn blocked(&self, key: &JobKey) -> Option<Blocked> {
-        let place = self.jobs.get(key).filter(|job| job.state == State::Queued)?.place();
-        let ahead = self.queue.ahead(..&place).filter_map(|place| self.ask(&place.key));
-        placement::blocked(ahead, self.ask(key)?, &self.seats(), self.settings.max_lanes)
+        self.jobs.get(key).filter(|job| job.state == State::Queued)?;
+        let tenant = self.tenant(&key.project, 0);
+        let (ask, seats) = (self.ask(key)?, self.seats());
+        placement::blocked(self.lines(), &ask, tenant, &seats, self.settings.max_lanes)
+    }
+
+    /// The queue as it is walked.
+    pub(crate) fn lines(&self) -> impl Iterator<Item = (Tenant, impl Iterator<Item = Ask<'_>>)> {
+        self.queue.lines().map(|(project, places, n_wishes)| {
+            (self.tenant(project, n_wishes), places.iter().filter_map(|place| self.ask(&place.key)))
+        })
+    }
+
+    pub(crate) fn tenant(&self, project: &Project, n_wishes: usize) -> Tenant {
+        let policy = if self.has(Plant::QuotaIgnored) { Policy::default() } else { self.policy(project) };
+        Tenant { policy, usage: self.usage(project).0, n_wishes }
     }
 
     pub(crate) fn ask<'a>(&'a self, key: &'a JobKey) -> Option<Ask<'a>> {
@@ -259,7 +330,17 @@ impl Core {
         let gathers = self.timers.get(&Timer::Gather(key.clone())).is_some();
         let memory = if self.has(Plant::MemoryIgnored) { Memory::default() } else { job.request.memory };
         let Request { resources, .. } = &job.request;
-        Some(Ask { key, resources, prefer: &job.workers, share: self.share_key(job), gathers, memory })
+        let priority = job.request.priority;
+        Some(Ask {
+            key,
+            priority,
+            order: job.order,
+            resources,
+            prefer: &job.workers,
+            share: self.share_key(job),
+            gathers,
+            memory,
+        })
     }
 
     fn share_key<'a>(&self, job: &'a Job) -> Option<&'a Digest> {
@@ -268,7 +349,7 @@ impl Core {
     }
 
     pub(crate) fn seats(&self) -> Vec<Seat<'_>> {
-        let takes_work = |worker: &&Worker| worker.connected && !worker.draining;
+        let takes_work = |worker: &&Worker| worker.connected && !worker.draining && !self.cordoned.contains(&worker.id);
         let seat = |worker| {
             let Worker { id, devices, memory, labels, .. }: &Worker = worker;
             Seat { worker: id, devices: *devices, free: worker.free(), memory, labels }

@@ -16,7 +16,7 @@ use crate::testing::Store;
 use crate::timers::Timer;
 use crate::{
     Answer, Attempt, Cause, Change, Commit, Core, Device, Devices, Holding, Input, JobKey, Outcome, Request, Resources,
-    Session, Settings, State, Timestamp, Wanted, invariants,
+    Rules, Session, Settings, State, Timestamp, Wanted, invariants,
 };
 
 /// Workers, and what is asked of them.
@@ -123,6 +123,7 @@ impl Small {
                     }
                     book.0 = commit.epoch;
                 }
+                Change::Policy(..) | Change::Cordon(..) => {}
                 Change::Job(job) => {
                     let book = after.books.entry(job.key.clone()).or_default();
                     if book.1.is_some() {
@@ -226,7 +227,8 @@ impl Model for Small {
             Act::Restart => {
                 let unfinished = before.core.jobs().filter(|job| !job.state.is_final()).cloned();
                 let cohorts = before.core.cohorts().cloned();
-                let restored = Core::restore(settings(), unfinished, cohorts, before.core.counters, NOW);
+                let rules = Rules::default();
+                let restored = Core::restore(settings(), unfinished, cohorts, rules, before.core.counters, NOW);
                 match restored {
                     Ok(core) => after.core = Core { plant: self.plant, ..core },
                     Err(error) => after.broken = Some(error.to_string()),

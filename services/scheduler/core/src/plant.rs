@@ -49,11 +49,15 @@ pub(crate) enum Plant {
     MemoryIgnored,
     /// One job's end ends all that share its process.
     LanesEndTogether,
+    /// Projects have whatever there is.
+    QuotaIgnored,
+    /// A job is preempted for one that is not more urgent.
+    EqualsPreempted,
 }
 
 #[cfg(test)]
 impl Plant {
-    pub(crate) const ALL: [Self; 23] = [
+    pub(crate) const ALL: [Self; 25] = [
         Self::EpochUnchecked,
         Self::CommitAfterEnd,
         Self::EpochReused,
@@ -77,5 +81,7 @@ impl Plant {
         Self::KeyUnchecked,
         Self::MemoryIgnored,
         Self::LanesEndTogether,
+        Self::QuotaIgnored,
+        Self::EqualsPreempted,
     ];
 }

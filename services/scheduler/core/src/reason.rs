@@ -38,6 +38,10 @@ pub enum Reason {
     CancelAsked,
     /// The job that it is a stage of failed or was cancelled.
     ParentEnded,
+    /// It has run for as long as it may.
+    TimeLimit,
+    /// The time by which it was to be done has passed.
+    DeadlinePassed,
     /// An attempt failed, or a stage could not be made.
     Failure(Cause),
     /// As many attempts failed, without a new checkpoint, as the job allows; the last one for this cause.
@@ -52,7 +56,7 @@ pub enum Reason {
     Finished,
 }
 
-const PLAIN: [Reason; 18] = [
+const PLAIN: [Reason; 20] = [
     Reason::DependencyPending,
     Reason::StagesPending,
     Reason::Submitted,
@@ -68,6 +72,8 @@ const PLAIN: [Reason; 18] = [
     Reason::PauseAsked,
     Reason::CancelAsked,
     Reason::ParentEnded,
+    Reason::TimeLimit,
+    Reason::DeadlinePassed,
     Reason::DependencyFailed,
     Reason::StageFailed,
     Reason::Finished,
@@ -92,6 +98,8 @@ impl Reason {
             Self::PauseAsked => "pause_asked",
             Self::CancelAsked => "cancel_asked",
             Self::ParentEnded => "parent_ended",
+            Self::TimeLimit => "time_limit",
+            Self::DeadlinePassed => "deadline_passed",
             Self::Failure(_) => "failure",
             Self::AttemptsExhausted(_) => "attempts_exhausted",
             Self::Quarantined(_) => "quarantined",
@@ -119,6 +127,8 @@ impl Reason {
             Self::PauseAsked => "paused on request",
             Self::CancelAsked => "cancelled on request",
             Self::ParentEnded => "the job that it is a stage of failed or was cancelled",
+            Self::TimeLimit => "it has run for as long as `limits.run_seconds` allows",
+            Self::DeadlinePassed => "the time by which it was to be done has passed",
             Self::DependencyFailed => "a job that it comes after failed or was cancelled",
             Self::StageFailed => "one of its stages failed or was cancelled",
             Self::Finished => "done",
@@ -152,6 +162,8 @@ impl Reason {
             | Self::PauseAsked
             | Self::CancelAsked
             | Self::ParentEnded
+            | Self::TimeLimit
+            | Self::DeadlinePassed
             | Self::DependencyFailed
             | Self::StageFailed
             | Self::Finished => None,

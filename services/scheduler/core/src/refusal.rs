@@ -1,8 +1,8 @@
 //! Why an input changed nothing.
 
-use attune_spec::id::{CohortId, Epoch, JobId, Step, WorkerId};
+use attune_spec::id::{CohortId, Epoch, JobId, Project, Step, WorkerId};
 
-use crate::{JobKey, Session, State};
+use crate::{Device, JobKey, Session, State};
 
 /// Why an input was refused. A refused input has changed nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error)]
@@ -27,6 +27,28 @@ pub enum Refusal {
         key: JobKey,
         /// The missing one.
         dependency: JobId,
+    },
+    /// Its project has as many waiting jobs as it may.
+    #[error(
+        "project {project} has {max} jobs that wait, which is as many as it may have; wait until some have run, or cancel some"
+    )]
+    QueueFull {
+        /// The project.
+        project: Project,
+        /// How many it may have.
+        max: u32,
+    },
+    /// It asks for more than its project may ever have.
+    #[error("job {key} asks for {asked} devices of the kind {device}; its project may have {max} at a time")]
+    BeyondQuota {
+        /// The job.
+        key: JobKey,
+        /// The kind of device.
+        device: Device,
+        /// How many it asks for.
+        asked: u32,
+        /// How many its project may have.
+        max: u32,
     },
     /// The arrow asked for does not exist.
     #[error("job {key} is {state}; {wanted}")]
@@ -159,6 +181,8 @@ pub enum RefusalKind {
     Superseded,
     /// The worker registers again.
     Unregistered,
+    /// Its project may have no more.
+    OverQuota,
 }
 
 impl Refusal {
@@ -170,6 +194,7 @@ impl Refusal {
             Self::UnknownDependency { .. } | Self::WrongState { .. } | Self::NoProgress { .. } => {
                 RefusalKind::Precondition
             }
+            Self::QueueFull { .. } | Self::BeyondQuota { .. } => RefusalKind::OverQuota,
             Self::StaleEpoch { .. }
             | Self::UnknownEpoch { .. }
             | Self::AttemptOver { .. }

@@ -148,6 +148,21 @@ impl Devices {
         }
     }
 
+    /// These and others.
+    #[must_use]
+    pub const fn and(self, more: Self) -> Self {
+        Self { n_cpu: self.n_cpu.saturating_add(more.n_cpu), n_cuda: self.n_cuda.saturating_add(more.n_cuda) }
+    }
+
+    /// These and `n` devices of `kind`.
+    #[must_use]
+    pub const fn with(self, kind: Device, n: u32) -> Self {
+        match kind {
+            Device::Cpu => self.and(Self { n_cpu: n, n_cuda: 0 }),
+            Device::Cuda => self.and(Self { n_cpu: 0, n_cuda: n }),
+        }
+    }
+
     /// What is left when `n` devices of `kind` are taken away; never less than none.
     #[must_use]
     pub const fn without(self, kind: Device, n: u32) -> Self {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use attune_spec::id::WorkerId;
 
 use crate::placement::{Ask, Seat};
-use crate::{Device, Devices};
+use crate::{Device, Devices, Resources};
 
 /// What jobs ask of a seat.
 type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
@@ -19,6 +19,8 @@ type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
 struct Open<'s> {
     by_free: BTreeMap<u32, BTreeMap<&'s WorkerId, usize>>,
     len: usize,
+    /// The same with those that somebody keeps.
+    n_able: usize,
 }
 
 impl<'s> Open<'s> {
@@ -75,17 +77,20 @@ impl<'s> Seats<'s> {
         let (seats, free, kept) = (self.seats, &self.free, &self.kept);
         self.open.entry(wish).or_insert_with(|| {
             let mut open = Open::default();
-            for idx in able(seats, wish).filter(|&idx| !kept[idx]) {
-                open.insert(free[idx].of(wish.0), seats[idx].worker, idx);
+            for idx in able(seats, wish) {
+                open.n_able += 1;
+                if !kept[idx] {
+                    open.insert(free[idx].of(wish.0), seats[idx].worker, idx);
+                }
             }
             open
         })
     }
 
-    /// The best gang of the first kind that has one: where the job ran before, then the tightest holes.
-    pub(crate) fn gang(&mut self, ask: &Ask<'s>) -> Option<(Device, Vec<usize>)> {
+    /// The best gang of the first of these kinds that has one: where the job ran before, then the tightest holes.
+    pub(crate) fn gang(&mut self, ask: &Ask<'s>, kinds: &[Device]) -> Option<(Device, Vec<usize>)> {
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
-        ask.resources.device.kinds().iter().find_map(|&kind| {
+        kinds.iter().find_map(|&kind| {
             let before = ask.prefer.iter().filter_map(|worker| self.by_worker.get(worker).copied());
             let before: BTreeSet<(u32, &WorkerId, usize)> =
                 before.map(|idx| (self.free[idx].of(kind), self.seats[idx].worker, idx)).collect();
@@ -98,10 +103,16 @@ impl<'s> Seats<'s> {
         })
     }
 
+    /// Whether an empty fleet could hold this job on devices of a kind.
+    pub(crate) fn could_hold(&mut self, ask: &Ask<'s>, kind: Device) -> bool {
+        let Resources { n_workers, n_devices, labels, .. } = ask.resources;
+        self.open((kind, n_devices.get(), labels)).n_able >= n_workers.get() as usize
+    }
+
     /// Keeps the workers that this job will get first; none when the fleet cannot hold it at all. Says whether it kept any.
-    pub(crate) fn keep(&mut self, ask: &Ask<'s>) -> bool {
+    pub(crate) fn keep(&mut self, ask: &Ask<'s>, kinds: &[Device]) -> bool {
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
-        for &kind in ask.resources.device.kinds() {
+        for &kind in kinds {
             let open = self.open((kind, n_devices, &ask.resources.labels));
             if open.len < n_workers {
                 continue;

@@ -112,7 +112,7 @@ impl State {
             Reason::Started => self == Self::Running,
             Reason::PreemptAsked | Reason::WorkerDraining => self == Self::Stopping(Stop::Preempt),
             Reason::PauseAsked => matches!(self, Self::Stopping(Stop::Pause) | Self::Paused),
-            Reason::CancelAsked | Reason::ParentEnded => {
+            Reason::CancelAsked | Reason::ParentEnded | Reason::TimeLimit | Reason::DeadlinePassed => {
                 matches!(self, Self::Stopping(Stop::Cancel) | Self::Cancelled)
             }
             Reason::Failure(_) => matches!(self, Self::Backoff | Self::Failed),

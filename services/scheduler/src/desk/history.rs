@@ -133,6 +133,8 @@ impl History {
             core: json!(null),
             retry_of: None,
             stage: parent.clone().map(|parent| Stage { parent, name: "one".parse().unwrap() }),
+            run_limit_ms: None,
+            deadline: None,
             now: Clock::utc(),
         };
         let after = after.filter(|_| !is_staged).map(id).into_iter().collect();

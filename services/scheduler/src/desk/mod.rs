@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attune_proto::v1;
-use attune_scheduler_core::{Action, Answer, Cause, Core, Counters, Input, JobKey, Outcome, Settings};
-use attune_spec::id::CohortId;
+use attune_scheduler_core::{Action, Answer, Cause, Core, Counters, Input, JobKey, Outcome, Settings, Worker};
+use attune_spec::id::{CohortId, Project};
 use attune_store::Store;
 use attune_store::change::Write;
 use attune_telemetry::Stop;
@@ -22,7 +22,7 @@ use tonic::Status;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::Error;
-use crate::front::{Ask, Letter, Reply, Submission};
+use crate::front::{Ask, Letter, Reply, Seen, Standing, Submission};
 use crate::hub::Hub;
 use crate::ledger::{self, Extra, Ledger, NEXT_COHORT, NEXT_ORDER, Output, Transaction};
 use crate::links::Links;
@@ -143,12 +143,37 @@ impl Desk {
                 (deleted.map(|(deleted, _)| Reply::Deleted(deleted)).map_err(status::store), vec![])
             }
             Ask::Blocked(key) => (Ok(Reply::Blocked(self.core.blocked(&key))), vec![]),
+            Ask::Workers => (Ok(Reply::Workers(self.workers())), vec![]),
+            Ask::Projects => (Ok(Reply::Projects(self.projects())), vec![]),
             Ask::Due => (Ok(Reply::Due(self.core.due().cloned().collect())), vec![]),
         };
         // Whoever asked may have gone; what was asked is done all the same.
         let _ = reply.send(answer);
         self.act(actions).await;
         Ok(())
+    }
+
+    /// The workers, by name; those that are away and have new work kept from them among them.
+    fn workers(&self) -> Vec<Seen> {
+        let jobs = |worker: &Worker| {
+            let cohorts = worker.occupied.keys().filter_map(|cohort| self.core.cohort(*cohort));
+            cohorts.flat_map(|cohort| cohort.attempts.iter().map(|attempt| attempt.key.clone())).collect()
+        };
+        let seen = |worker: &Worker| Seen {
+            is_cordoned: self.core.cordoned().contains(&worker.id),
+            jobs: jobs(worker),
+            worker: worker.clone(),
+        };
+        self.core.workers().map(seen).collect()
+    }
+
+    /// The projects that have something or may not have all.
+    fn projects(&self) -> BTreeMap<Project, Standing> {
+        let standing = |project: &Project| {
+            let (usage, n_queued) = self.core.usage(project);
+            (project.clone(), Standing { policy: self.core.policy(project), usage, n_queued })
+        };
+        self.core.projects().into_iter().map(standing).collect()
     }
 
     /// One step: what became of it and what is to be done, once all of it is stored.
@@ -393,6 +418,7 @@ async fn restore(store: &Store, settings: Settings, clock: Clock) -> Result<(Cor
         next_order: counter(NEXT_ORDER).unwrap_or(first.next_order),
     };
     let ledger = Ledger::restore(&unfinished)?;
-    let core = Core::restore(settings, jobs, cohorts, counters, clock.now())?;
+    let rules = rows::rules(&unfinished.rules)?;
+    let core = Core::restore(settings, jobs, cohorts, rules, counters, clock.now())?;
     Ok((core, ledger))
 }

@@ -113,6 +113,7 @@ fn waits_for(blocked: Blocked) -> &'static str {
         Blocked::NoWorkers => "no worker is connected that takes new work",
         Blocked::NoSuchWorker => "no worker has as many devices of the kind that it asks for",
         Blocked::TooFewWorkers => "fewer workers than it asks for have such devices",
+        Blocked::OverQuota => "with it the project would have more devices than it may at a time",
         Blocked::Occupied => "other jobs occupy the devices",
         Blocked::Behind => "free devices are kept for a job that goes first",
         Blocked::Gathering => "it waits a moment for other jobs to share a process with",

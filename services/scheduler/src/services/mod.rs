@@ -1,6 +1,7 @@
-//! The four services of the contract: decode, ask, answer.
+//! The services of the contract: decode, ask, answer.
 
 pub(crate) mod artifacts;
+pub(crate) mod fleet;
 pub(crate) mod jobs;
 pub(crate) mod methods;
 pub(crate) mod pull;

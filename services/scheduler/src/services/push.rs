@@ -63,6 +63,7 @@ pub(crate) async fn push(
             return Err(Class::StaleEpoch.status(message));
         }
     }
+    within_quota(context, &header).await?;
     blobs(context, &header, &mut chunks).await?;
     let Header { project, manifest, .. } = &header;
     let (project, digest) = (project.clone(), manifest.digest());
@@ -150,6 +151,31 @@ fn read_attempt(told: v1::AttemptCommit, project: &Project, kind: Option<Kind>) 
         told,
     });
     faults.finish(attempt)
+}
+
+/// Whether the project may keep these bytes as well. Checkpoints and results of attempts are kept in any case: what was trained is not
+/// lost for it, and the next push or job is refused.
+async fn within_quota(context: &Context, header: &Header) -> Result<(), Status> {
+    if header.attempt.is_some() {
+        return Ok(());
+    }
+    let Some(max) = context.front.projects().await?.get(&header.project).and_then(|standing| standing.policy.max_bytes)
+    else {
+        return Ok(());
+    };
+    let kept = context.store.kept_bytes(&header.project).await.map_err(status::store)?;
+    let blobs = header.manifest.blobs();
+    let digests: Vec<_> = blobs.iter().map(|blob| blob.digest).collect();
+    let new = context.store.unreferenced(&header.project, &digests).await.map_err(status::store)?;
+    let more: u64 = blobs.iter().filter(|blob| new.contains(&blob.digest)).map(|blob| blob.size_bytes).sum();
+    if kept.saturating_add(more) <= max {
+        return Ok(());
+    }
+    let message = format!(
+        "project {} keeps {kept} bytes of artifacts and may keep {max}; these are {more} more: delete some, or ask for more",
+        header.project
+    );
+    Err(Class::QuotaExceeded.status(message))
 }
 
 /// Stores every blob that comes.

@@ -10,6 +10,7 @@ mod fixtures;
 mod fleet;
 mod jobs;
 mod life;
+mod projects;
 mod recipes;
 mod restart;
 mod server;

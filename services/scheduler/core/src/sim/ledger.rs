@@ -1,13 +1,13 @@
 //! What an observer knows who sees only what is stored and sent: it shares no code with the core's own checks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use attune_spec::id::{CohortId, Digest, Epoch, Step, WorkerId};
+use attune_spec::id::{CohortId, Digest, Epoch, Project, Step, WorkerId};
 
 use super::agent::DEVICE_BYTES;
 use crate::{
     Action, Answer, Attempt, Cause, Change, Cohort, Commit, Effects, Event, EventKind, Input, JobKey, Memory, Outcome,
-    Reason, State,
+    Policy, Reason, State,
 };
 
 #[derive(Debug, Default)]
@@ -23,6 +23,7 @@ pub(crate) struct History {
     /// Whether it was spared the charge for the death of a process that it shared: once at most.
     spared: bool,
     share: Option<Digest>,
+    priority: i32,
     memory: Memory,
     best: Step,
     newest: Option<(Epoch, Step, Digest)>,
@@ -37,6 +38,10 @@ pub(crate) struct Ledger {
     pub(crate) vouched_ms: BTreeMap<(WorkerId, CohortId), u64>,
     /// When each worker was last heard of.
     pub(crate) heard_ms: BTreeMap<WorkerId, u64>,
+    /// What projects may have.
+    pub(crate) policies: BTreeMap<Project, Policy>,
+    /// Workers that get nothing new.
+    pub(crate) cordoned: BTreeSet<WorkerId>,
     /// Devices of each worker.
     pub(crate) devices: BTreeMap<WorkerId, crate::Devices>,
     /// When the scheduler was last started.
@@ -58,7 +63,8 @@ impl Ledger {
             && effects.answer == Answer::Done
         {
             let (max_attempts, share, memory) = (request.max_attempts.get(), request.share, request.memory);
-            self.jobs.insert(key.clone(), History { max_attempts, share, memory, ..History::default() });
+            let priority = request.priority;
+            self.jobs.insert(key.clone(), History { max_attempts, share, priority, memory, ..History::default() });
         }
         for change in &effects.changes {
             if let Change::Commit(commit) = change {
@@ -84,6 +90,13 @@ impl Ledger {
             match change {
                 Change::Cohort(cohort) => self.cohort(cohort, now_ms)?,
                 Change::CohortEnded(cohort) => drop(self.cohorts.remove(&cohort.id)),
+                Change::Policy(project, policy) => {
+                    self.policies.insert(project.clone(), policy.unwrap_or_default());
+                }
+                Change::Cordon(worker, on) => {
+                    self.cordoned.remove(worker);
+                    self.cordoned.extend(on.then(|| worker.clone()));
+                }
                 Change::Job(_) | Change::Counters(_) | Change::Event(_) | Change::Commit(_) => {}
             }
         }
@@ -100,6 +113,9 @@ impl Ledger {
     }
 
     fn event(&mut self, event: &Event, input: &Input, now_ms: u64) -> Result<(), String> {
+        if let EventKind::Moved { reason: Reason::PreemptAsked, .. } = event.kind {
+            self.check_preemption(&event.key, input)?;
+        }
         let cohort = self.jobs.get(&event.key).and_then(|history| self.cohorts.get(&history.cohort));
         let is_shared = cohort.is_some_and(|cohort| cohort.attempts.len() > 1);
         let history = self.history(&event.key)?;
@@ -180,6 +196,10 @@ impl Ledger {
         if self.cohorts.insert(cohort.id, cohort.clone()).is_some() {
             return Ok(());
         }
+        if let Some(share) = cohort.shares.iter().find(|share| self.cordoned.contains(&share.worker)) {
+            return Err(format!("cohort {} is on {}, which is cordoned", cohort.id, share.worker));
+        }
+        self.check_quota(cohort)?;
         for share in &cohort.shares {
             self.vouched_ms.insert((share.worker.clone(), cohort.id), now_ms);
         }
@@ -206,6 +226,33 @@ impl Ledger {
             history.leader = cohort.shares.first().map(|share| share.worker.clone());
         }
         Ok(())
+    }
+
+    /// A grant takes a project to what it may have and no further.
+    fn check_quota(&self, granted: &Cohort) -> Result<(), String> {
+        let project = |cohort: &Cohort| cohort.attempts.first().map(|attempt| attempt.key.project.clone());
+        let Some(own) = project(granted) else { return Ok(()) };
+        let Some(policy) = self.policies.get(&own) else { return Ok(()) };
+        for kind in [crate::Device::Cpu, crate::Device::Cuda] {
+            let cohorts = self.cohorts.values().filter(|cohort| project(cohort).as_ref() == Some(&own));
+            let used: u32 =
+                cohorts.flat_map(|cohort| &cohort.shares).filter(|s| s.device == kind).map(|s| s.n_devices).sum();
+            let takes = granted.shares.iter().any(|share| share.device == kind);
+            if takes && policy.max_of(kind).is_some_and(|max| used > max) {
+                return Err(format!("{own} has {used} of {kind} with cohort {}, and may not", granted.id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nobody makes way but on request, or for somebody more urgent.
+    fn check_preemption(&self, key: &JobKey, input: &Input) -> Result<(), String> {
+        if matches!(input, Input::Preempt { key: asked } if asked == key) {
+            return Ok(());
+        }
+        let own = self.jobs.get(key).map_or(0, |history| history.priority);
+        let waits = |history: &History| history.ended.is_none() && !history.is_live && history.priority > own;
+        if self.jobs.values().any(waits) { Ok(()) } else { Err(format!("{key} made way for nobody more urgent")) }
     }
 
     fn check_devices(&self) -> Result<(), String> {

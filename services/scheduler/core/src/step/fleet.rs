@@ -150,7 +150,7 @@ impl Core {
         Ok(Answer::Done)
     }
 
-    fn preempt_all(&mut self, worker: &WorkerId, draft: &mut Draft) {
+    pub(super) fn preempt_all(&mut self, worker: &WorkerId, draft: &mut Draft) {
         for cohort in self.leased_to(worker) {
             for attempt in self.cohorts[&cohort].attempts.clone() {
                 if matches!(self.jobs[&attempt.key].state, State::Starting | State::Running) {

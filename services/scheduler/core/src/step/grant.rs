@@ -2,7 +2,7 @@
 
 use attune_spec::id::{CohortId, WorkerId};
 
-use crate::placement::{self, Placement};
+use crate::placement::{self, Placed, Placement};
 use crate::plant::Plant;
 use crate::step::Draft;
 use crate::{Action, Attempt, Cohort, Core, Granted, JobKey, Occupied, Offer, Reason, Share, State};
@@ -13,10 +13,19 @@ impl Core {
         if self.queue.is_empty() {
             return;
         }
-        let seats = self.seats();
-        let queue = self.queue.iter().filter_map(|place| self.ask(&place.key));
-        for placement in placement::place(queue, self.queue.n_wishes(), &seats, self.settings.max_lanes) {
-            self.grant_one(placement, draft);
+        loop {
+            let least = self.live_priorities.keys().next().copied().filter(|_| self.settings.preempts);
+            let seats = self.seats();
+            let Placed { placements, waiting } = placement::place(self.lines(), &seats, self.settings.max_lanes, least);
+            let waiting: Vec<JobKey> = waiting.into_iter().cloned().collect();
+            // What a project gets changes who goes next, and so what is kept for whom.
+            let may_change = !placements.is_empty() && self.queue.lines().nth(1).is_some();
+            for placement in placements {
+                self.grant_one(placement, draft);
+            }
+            if !may_change {
+                return self.make_way(&waiting, draft);
+            }
         }
     }
 
@@ -42,6 +51,7 @@ impl Core {
         }
         let attempts = attempts.into_iter().map(|granted| granted.attempt).collect();
         self.cohorts.insert(id, Cohort { id, attempts, shares });
+        self.count_cohort(id);
         draft.cohorts.insert(id, None);
         self.open_leases(id, false);
     }
@@ -57,8 +67,10 @@ impl Core {
         job.cohort = Some(cohort);
         job.outputs.clear();
         job.workers = workers.iter().cloned().collect();
+        let priority = job.request.priority;
         let attempt = Attempt { key: key.clone(), epoch: job.epoch };
         let checkpoint = job.checkpoint.filter(|_| !starts_over);
+        *self.live_priorities.entry(priority).or_default() += 1;
         self.move_to(key, State::Starting, Reason::Granted, draft);
         Granted { attempt, checkpoint }
     }

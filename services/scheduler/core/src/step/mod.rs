@@ -5,7 +5,9 @@ mod commit;
 mod expiry;
 mod fleet;
 mod grant;
+mod preempt;
 mod request;
+mod rules;
 mod stages;
 
 use std::collections::BTreeMap;
@@ -16,7 +18,7 @@ use crate::plant::Plant;
 use crate::timers::Timer;
 use crate::{
     Action, Answer, Attempt, Change, Cohort, Committed, Core, Counters, Effects, Event, EventKind, Input, Job, JobKey,
-    Reason, Refusal, State, invariants,
+    Limit, Reason, Refusal, State, invariants,
 };
 
 /// What a step has done so far.
@@ -26,6 +28,8 @@ pub(crate) struct Draft {
     before: BTreeMap<JobKey, Option<Job>>,
     /// The cohorts that were touched; the last form of those that are over.
     cohorts: BTreeMap<CohortId, Option<Cohort>>,
+    /// What was said of projects and workers.
+    rules: Vec<Change>,
     log: Vec<Event>,
     committed: Option<Committed>,
     actions: Vec<Action>,
@@ -40,6 +44,7 @@ impl Draft {
             counters,
             before: BTreeMap::new(),
             cohorts: BTreeMap::new(),
+            rules: Vec::new(),
             log: Vec::new(),
             committed: None,
             actions: Vec::new(),
@@ -58,7 +63,11 @@ impl Core {
     pub(crate) fn dispatch(&mut self, input: Input, draft: &mut Draft) -> Result<Answer, Refusal> {
         match input {
             Input::Submit { key, request, finished } => self.submit(key, request, &finished, draft),
-            Input::Cancel { key } => self.cancel(&key, draft),
+            Input::Cancel { key } => self.cancel(&key, Reason::CancelAsked, draft),
+            Input::Expire { key, limit: Limit::RunTime } => self.cancel(&key, Reason::TimeLimit, draft),
+            Input::Expire { key, limit: Limit::Deadline } => self.cancel(&key, Reason::DeadlinePassed, draft),
+            Input::SetPolicy { project, policy } => Ok(self.set_policy(project, policy, draft)),
+            Input::Cordon { worker, on, drains } => self.cordon(&worker, on, drains, draft),
             Input::Pause { key } => self.pause(&key, draft),
             Input::Resume { key } => self.resume(&key, draft),
             Input::Retry { key } => self.retry(&key, draft),
@@ -89,8 +98,8 @@ impl Core {
 
     /// Makes rows, events and actions of a draft.
     pub(crate) fn finish(&mut self, draft: Draft, answer: Answer) -> Effects {
-        let Draft { counters, before, cohorts, log, committed, actions, ended: _, has_room: _ } = draft;
-        let mut changes = Vec::new();
+        let Draft { counters, before, cohorts, rules, log, committed, actions, ended: _, has_room: _ } = draft;
+        let mut changes = rules;
         if self.counters != counters {
             changes.push(Change::Counters(self.counters));
         }
@@ -148,8 +157,14 @@ impl Core {
         assert!(to.allows(reason), "legal_reason: {key} cannot be {to} because of {reason}");
         self.leave(key, from, to, draft);
         let job = self.edit(key, draft);
+        let counted = job.counts_as_queued();
         (job.state, job.reason) = (to, reason);
-        let epoch = job.epoch;
+        let (epoch, counts) = (job.epoch, job.counts_as_queued());
+        if counted != counts {
+            self.accounts.change(&key.project, |account| {
+                account.n_queued = account.n_queued + u32::from(counts) - u32::from(counted);
+            });
+        }
         self.enter(key, from, to, draft);
         draft.log.push(Event { key: key.clone(), epoch, kind: EventKind::Moved { from, to, reason } });
     }
@@ -216,9 +231,19 @@ impl Core {
 
     /// Takes an attempt out of its cohort; the last one ends it.
     fn leave_cohort(&mut self, key: &JobKey, draft: &mut Draft) {
+        // It has less now: that may let others of its project go, or change whose turn it is, before the devices are free.
+        let limited = self.policies.contains_key(&key.project) || self.queue.lines().nth(1).is_some();
+        draft.has_room |= limited;
         let job = self.edit(key, draft);
-        let attempt = Attempt { key: key.clone(), epoch: job.epoch };
+        let (attempt, priority) = (Attempt { key: key.clone(), epoch: job.epoch }, job.request.priority);
         let id = job.cohort.take().expect("one_live_epoch: a live job has a cohort");
+        self.uncount_cohort(id);
+        if let Some(count) = self.live_priorities.get_mut(&priority) {
+            *count -= 1;
+            if *count == 0 {
+                self.live_priorities.remove(&priority);
+            }
+        }
         let cohort = self.cohorts.get_mut(&id).expect("one_live_epoch: the cohort of a live job exists");
         let last = cohort.clone();
         cohort.attempts.retain(|member| member.key != *key);
@@ -228,6 +253,8 @@ impl Core {
         if is_over {
             self.cohorts.remove(&id);
             self.close_leases(id, workers.iter().cloned());
+        } else {
+            self.count_cohort(id);
         }
         for worker in workers {
             let Some(known) = self.workers.get_mut(&worker) else { continue };

@@ -20,6 +20,7 @@ impl Core {
             return if is_same { Ok(Answer::Repeated) } else { Err(Refusal::JobExists { key }) };
         }
         self.takes_stage(&key, &request)?;
+        self.within_quota(&key, &request)?;
         let order = self.counters.next_order;
         let mut job = new_job(key.clone(), request, order);
         let mut is_hopeless = false;
@@ -52,6 +53,9 @@ impl Core {
         let kind = EventKind::Submitted { to: job.state, reason: job.reason };
         draft.log.push(Event { key: key.clone(), epoch: job.epoch, kind });
         draft.before.insert(key.clone(), None);
+        if job.counts_as_queued() {
+            self.accounts.change(&key.project, |account| account.n_queued += 1);
+        }
         self.jobs.insert(key.clone(), job);
         self.add_stage(&key, draft);
         if is_hopeless {
@@ -69,16 +73,17 @@ impl Core {
         Ok(Answer::Done)
     }
 
-    pub(super) fn cancel(&mut self, key: &JobKey, draft: &mut Draft) -> Result<Answer, Refusal> {
+    /// Ends a job without success, for this reason.
+    pub(super) fn cancel(&mut self, key: &JobKey, reason: Reason, draft: &mut Draft) -> Result<Answer, Refusal> {
         match self.known(key)?.state {
             State::Cancelled | State::Stopping(Stop::Cancel) => Ok(Answer::Repeated),
             state @ (State::Succeeded | State::Failed) => Err(wrong(key, state, "a final state never changes")),
             State::Starting | State::Running | State::Stopping(Stop::Pause | Stop::Preempt) => {
-                self.ask_to_stop(key, Stop::Cancel, Reason::CancelAsked, draft);
+                self.ask_to_stop(key, Stop::Cancel, reason, draft);
                 Ok(Answer::Done)
             }
             State::Waiting | State::Queued | State::Backoff | State::Paused => {
-                self.move_to(key, State::Cancelled, Reason::CancelAsked, draft);
+                self.move_to(key, State::Cancelled, reason, draft);
                 Ok(Answer::Done)
             }
         }
@@ -136,9 +141,7 @@ impl Core {
                 Err(Refusal::NoProgress { key: key.clone() })
             }
             State::Starting | State::Running => {
-                let job = self.edit(key, draft);
-                job.preempted_at = Some(job.progress);
-                self.ask_to_stop(key, Stop::Preempt, Reason::PreemptAsked, draft);
+                self.yield_devices(key, draft);
                 Ok(Answer::Done)
             }
             state => Err(wrong(key, state, "only a job that starts or runs can be preempted")),

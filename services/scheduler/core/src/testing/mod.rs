@@ -8,6 +8,7 @@ mod dependencies;
 mod fleet;
 mod gangs;
 mod lanes;
+mod projects;
 mod restarts;
 mod retries;
 mod stages;
@@ -26,6 +27,7 @@ pub(crate) fn job_of(input: &Input) -> Option<&JobKey> {
         | Input::Resume { key }
         | Input::Retry { key }
         | Input::Preempt { key }
+        | Input::Expire { key, .. }
         | Input::Forget { key }
         | Input::Looked { key, .. }
         | Input::AttemptRunning { key, .. }
@@ -37,6 +39,8 @@ pub(crate) fn job_of(input: &Input) -> Option<&JobKey> {
         | Input::Disconnect { .. }
         | Input::CohortGone { .. }
         | Input::CohortCrashed { .. }
+        | Input::SetPolicy { .. }
+        | Input::Cordon { .. }
         | Input::Tick => None,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use attune_spec::id::{CohortId, Epoch};
 
 use super::desk::{Desk, checkpoint, failed, finished, running, worker};
-use crate::{Action, Cause, Core, Input, Outcome, Request, Settings, Timestamp};
+use crate::{Action, Cause, Core, Input, Outcome, Request, Rules, Settings, Timestamp};
 
 /// F3, F8: running attempts go on, and nobody is expired before a whole lease has passed.
 #[test]
@@ -96,7 +96,8 @@ fn rows_that_do_not_fit_are_refused() {
     let (desk, key) = Desk::running();
     let rows = || (desk.store.jobs.values().cloned(), desk.store.cohorts.values().cloned(), desk.store.counters);
     let restore = |(jobs, cohorts): (Vec<_>, Vec<_>), counters| {
-        let error = Core::restore(Settings::default(), jobs, cohorts, counters, Timestamp::default()).unwrap_err();
+        let error = Core::restore(Settings::default(), jobs, cohorts, Rules::default(), counters, Timestamp::default());
+        let error = error.unwrap_err();
         (error.invariant, error.to_string())
     };
     let (jobs, cohorts, counters) = rows();

@@ -6,7 +6,8 @@ use attune_spec::id::{CohortId, JobId};
 
 use crate::timers::Timer;
 use crate::{
-    Change, Cohort, Committed, Core, Counters, Event, EventKind, Job, JobKey, RestoreError, Settings, State, Timestamp,
+    Change, Cohort, Committed, Core, Counters, Event, EventKind, Job, JobKey, RestoreError, Rules, Settings, State,
+    Timestamp,
 };
 
 /// The rows, and a log.
@@ -15,6 +16,7 @@ pub(crate) struct Store {
     pub(crate) jobs: BTreeMap<JobKey, Job>,
     pub(crate) cohorts: BTreeMap<CohortId, Cohort>,
     pub(crate) counters: Counters,
+    pub(crate) rules: Rules,
     pub(crate) log: Vec<Event>,
     pub(crate) commits: Vec<Committed>,
 }
@@ -41,6 +43,18 @@ impl Store {
                         return Err(format!("counters went back from {:?} to {counters:?}", self.counters));
                     }
                     self.counters = *counters;
+                }
+                Change::Policy(project, Some(policy)) => {
+                    self.rules.policies.insert(project.clone(), *policy);
+                }
+                Change::Policy(project, None) => {
+                    self.rules.policies.remove(project);
+                }
+                Change::Cordon(worker, true) => {
+                    self.rules.cordoned.insert(worker.clone());
+                }
+                Change::Cordon(worker, false) => {
+                    self.rules.cordoned.remove(worker);
                 }
                 Change::Event(event) => self.append(event)?,
                 Change::Commit(commit) => {
@@ -96,7 +110,8 @@ impl Store {
     /// A scheduler that starts from the rows, with nothing but what it needs.
     pub(crate) fn restore(&self, settings: Settings, now: Timestamp) -> Result<Core, RestoreError> {
         let unfinished = self.jobs.values().filter(|job| !job.state.is_final()).cloned();
-        Core::restore(settings, unfinished, self.cohorts.values().cloned(), self.counters, now)
+        let cohorts = self.cohorts.values().cloned();
+        Core::restore(settings, unfinished, cohorts, self.rules.clone(), self.counters, now)
     }
 
     /// Whether a scheduler that started now from the rows would know what this one knows.
@@ -111,6 +126,12 @@ impl Store {
         }
         if core.cohorts != restored.cohorts || core.counters != restored.counters {
             return differs("a cohort or counter");
+        }
+        if core.policies != restored.policies || core.cordoned != restored.cordoned {
+            return differs("what was said of projects or workers");
+        }
+        if core.accounts != restored.accounts || core.live_priorities != restored.live_priorities {
+            return differs("what is counted of projects");
         }
         if core.queue != restored.queue || core.dependants != restored.dependants {
             return differs("the queue");

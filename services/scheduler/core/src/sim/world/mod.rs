@@ -1,10 +1,12 @@
 //! The simulated world: a scheduler that crashes, a network that loses, and workers that die.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod people;
+
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use attune_spec::id::{Digest, JobId, Project, WorkerId};
+use attune_spec::id::{Project, WorkerId};
 
 use super::agent::{Agent, Alarm, Knobs, Out, digest_of};
 use super::ledger::Ledger;
@@ -13,8 +15,8 @@ use super::tally::Tally;
 use crate::plant::Plant;
 use crate::testing::{Store, checked_step};
 use crate::{
-    Action, Answer, Backoff, Cohort, Commit, Core, Device, Devices, Effects, Input, Job, JobKey, Memory, Outcome,
-    Request, Resources, Session, Settings, State, Timestamp, Wanted,
+    Action, Answer, Backoff, Cohort, Commit, Core, Devices, Effects, Input, Job, Outcome, Session, Settings, State,
+    Timestamp,
 };
 
 pub(crate) const SETTINGS: Settings = Settings {
@@ -24,6 +26,7 @@ pub(crate) const SETTINGS: Settings = Settings {
     quarantine_after: 3,
     max_lanes: NonZeroU32::new(3).unwrap(),
     lane_wait: Duration::from_millis(700),
+    preempts: true,
 };
 
 /// Something that is about to happen.
@@ -244,8 +247,14 @@ impl World {
             return Ok(());
         }
         let now = Timestamp::from_millis(self.now_ms + self.clock_offset_ms);
-        if self.is_calm && matches!(input, Input::Drain { .. }) {
-            // A wish of earlier that was held up: the fleet of the end is whole.
+        let takes_away = match input {
+            Input::Drain { .. } => true,
+            Input::Cordon { on, .. } => on,
+            Input::SetPolicy { policy, .. } => policy.is_some(),
+            _ => false,
+        };
+        if self.is_calm && takes_away {
+            // A wish of earlier that was held up: the fleet of the end is whole, and everybody may have it.
             return Ok(());
         }
         let Some(core) = &mut self.core else { return Ok(()) };
@@ -400,85 +409,6 @@ impl World {
         Ok(())
     }
 
-    /// A person does something, sometimes twice.
-    fn person(&mut self) -> Result<(), String> {
-        if self.n_jobs < self.max_jobs || !self.is_calm {
-            // Some submit several at once.
-            let wait_ms = if self.rng.chance(400) { 10 } else { self.rng.between(50, 2000) };
-            self.after(wait_ms, Next::Person);
-        }
-        let submits = self.n_jobs < self.max_jobs && (self.is_calm || self.rng.chance(400));
-        let input = if submits { Some(self.new_job()) } else { self.wish() };
-        let Some(input) = input else { return Ok(()) };
-        self.feed(input.clone(), None)?;
-        if self.rng.chance(200) {
-            self.feed(input, None)?;
-        }
-        Ok(())
-    }
-
-    fn new_job(&mut self) -> Input {
-        let nature = *self.rng.pick(b"jjjjjjjjbfp").unwrap_or(&b'j') as char;
-        let project = Project::new(*self.rng.pick(&["red", "blue"]).unwrap_or(&"red")).unwrap();
-        let key = JobKey::new(project, JobId::new(format!("{nature}{}", self.n_jobs)).unwrap());
-        self.n_jobs += 1;
-        let n_agents = self.agents.len() as u64;
-        let count = |n: u64| NonZeroU32::new(n as u32).unwrap();
-        let device = match self.rng.below(4) {
-            0 => Wanted::Any,
-            1 => Wanted::Only(Device::Cuda),
-            _ => Wanted::Only(Device::Cpu),
-        };
-        // Every job fits the whole fleet, so that all of them can end.
-        let is_card = device == Wanted::Only(Device::Cuda);
-        let resources = Resources {
-            n_workers: count(if is_card || self.rng.chance(700) { 1 } else { self.rng.between(1, n_agents) }),
-            n_devices: count(if is_card { self.rng.between(1, 2) } else { self.rng.between(1, 4) }),
-            device,
-            labels: BTreeMap::new(),
-        };
-        // Two kinds of jobs may share a process with their like; the others ask for whatever they want.
-        let share = self.rng.chance(500).then(|| Digest::from_bytes([self.rng.below(2) as u8; 32]));
-        let device = Wanted::Only(Device::Cpu);
-        let resources = if share.is_some() { Resources { device, ..Resources::default() } } else { resources };
-        // Two of the large ones are about what a device holds.
-        let own = if self.rng.chance(300) { self.rng.between(35, 45) } else { 5 };
-        let known: Vec<JobId> =
-            self.store.jobs.keys().filter(|k| k.project == key.project).map(|k| k.job.clone()).collect();
-        let n_after = if self.rng.chance(300) { self.rng.between(1, 2) } else { 0 };
-        let after: BTreeSet<JobId> = (0..n_after).filter_map(|_| self.rng.pick(&known).cloned()).collect();
-        let request = Request {
-            priority: self.rng.below(3) as i32,
-            resources,
-            max_attempts: count(self.rng.between(2, 6)),
-            after: after.clone(),
-            share,
-            memory: Memory { base: 10, own, pass: 5, full_pass: 8 },
-            ..Request::default()
-        };
-        let finished = self.store.finished(&key, after);
-        Input::Submit { key, request, finished }
-    }
-
-    fn wish(&mut self) -> Option<Input> {
-        let keys: Vec<JobKey> = self.store.jobs.keys().cloned().collect();
-        let key = self.rng.pick(&keys)?.clone();
-        Some(match self.rng.below(16) {
-            0 => Input::Cancel { key },
-            1..=3 => Input::Pause { key },
-            4..=7 => Input::Resume { key },
-            8..=9 => Input::Retry { key },
-            10..=13 => Input::Preempt { key },
-            14 => Input::Forget { key },
-            // The fleet of the end is whole.
-            15 if self.is_calm => return None,
-            _ => {
-                let n_agents = self.agents.len() as u64;
-                Input::Drain { worker: self.agents[self.rng.below(n_agents) as usize].id.clone() }
-            }
-        })
-    }
-
     /// Something breaks.
     fn fault(&mut self) -> Result<(), String> {
         if self.is_calm {
@@ -571,6 +501,12 @@ impl World {
             self.thaw(agent)?;
             // Also those that were drained.
             self.kill_agent(agent, 500, true);
+        }
+        for project in ["red", "blue"].map(|name| Project::new(name).unwrap()) {
+            self.feed(Input::SetPolicy { project, policy: None }, None)?;
+        }
+        for worker in self.store.rules.cordoned.clone() {
+            self.feed(Input::Cordon { worker, on: false, drains: false }, None)?;
         }
         self.after(1000, Next::Resume);
         self.after(50, Next::Person);

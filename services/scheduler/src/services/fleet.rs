@@ -1,0 +1,170 @@
+//! The fleet: its workers, and what projects may have of it.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use attune_proto::convert::id::field;
+use attune_proto::v1;
+use attune_proto::v1::fleet_service_server::FleetService;
+use attune_scheduler_core::{Answer, Device, Input, Policy};
+use attune_spec::Fault;
+use attune_spec::id::{Project, WorkerId};
+use tonic::{Request, Response, Status};
+
+use super::{invalid, page_size, project};
+use crate::context::Context;
+use crate::front::{Seen, Standing};
+use crate::status;
+
+/// Workers or projects of a page.
+const PAGE_ROWS: u32 = 1000;
+const PAGE_ROWS_MAX: u32 = 10_000;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub(crate) struct FleetDesk {
+    pub(crate) context: Arc<Context>,
+}
+
+impl FleetDesk {
+    /// A step that people ask for.
+    async fn step(&self, input: Input) -> Result<(), Status> {
+        match self.context.front.step(input).await? {
+            Answer::Done | Answer::Repeated => Ok(()),
+            Answer::Refused(refusal) => Err(status::refusal(&refusal)),
+        }
+    }
+
+    async fn cordon(&self, worker: &str, on: bool, drains: bool) -> Result<(), Status> {
+        let worker: WorkerId = field("worker_id", worker).map_err(invalid)?;
+        match self.context.front.step(Input::Cordon { worker: worker.clone(), on, drains }).await? {
+            Answer::Done | Answer::Repeated => Ok(()),
+            Answer::Refused(_) => Err(attune_proto::Class::NotFound
+                .status(format!("no worker {worker} is known; `ListWorkers` names those that are"))),
+        }
+    }
+
+    async fn standing(&self, project: &Project) -> Result<v1::ProjectUsage, Status> {
+        let standing = self.context.front.projects().await?.get(project).copied().unwrap_or_default();
+        self.shown(project, standing).await
+    }
+
+    async fn shown(&self, project: &Project, standing: Standing) -> Result<v1::ProjectUsage, Status> {
+        let Standing { policy, usage, n_queued } = standing;
+        let Policy { weight, max_cpu, max_cuda, max_queued, max_bytes } = policy;
+        Ok(v1::ProjectUsage {
+            project: project.to_string(),
+            policy: Some(v1::ProjectPolicy { weight: Some(weight.get()), max_cpu, max_cuda, max_queued, max_bytes }),
+            cpu: usage.devices().n_cpu,
+            cuda: usage.devices().n_cuda,
+            queued: n_queued,
+            bytes: self.context.store.kept_bytes(project).await.map_err(status::store)?,
+        })
+    }
+}
+
+/// Some of what is sorted by name, from behind the one that the token names, and the token of what comes after.
+fn page<T>(all: Vec<T>, rows: u32, token: &str, name: impl Fn(&T) -> &str) -> (Vec<T>, String) {
+    let mut rest = all.into_iter().filter(|item| name(item) > token);
+    let page: Vec<T> = rest.by_ref().take(rows as usize).collect();
+    let next = rest.next().and_then(|_| page.last()).map(|last| name(last).to_owned());
+    (page, next.unwrap_or_default())
+}
+
+fn worker(seen: Seen) -> v1::Worker {
+    let Seen { worker, is_cordoned, jobs } = seen;
+    let free = worker.free();
+    let device = |(kind, device): (v1::DeviceKind, Device)| v1::DeviceCount {
+        kind: kind as i32,
+        total: worker.devices.of(device),
+        free: free.of(device),
+    };
+    let kinds = [(v1::DeviceKind::Cpu, Device::Cpu), (v1::DeviceKind::Cuda, Device::Cuda)];
+    v1::Worker {
+        worker_id: worker.id.to_string(),
+        connected: worker.connected,
+        draining: worker.draining,
+        cordoned: is_cordoned,
+        devices: kinds.into_iter().map(device).filter(|device| device.total > 0).collect(),
+        labels: worker.labels.clone(),
+        jobs: jobs.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn policy(message: Option<v1::ProjectPolicy>) -> Result<Policy, Status> {
+    let missing = || invalid(Fault::new("policy", "is missing; expected all that the project may have"));
+    let v1::ProjectPolicy { weight, max_cpu, max_cuda, max_queued, max_bytes } = message.ok_or_else(missing)?;
+    let weight = NonZeroU32::new(weight.unwrap_or(1))
+        .ok_or_else(|| invalid(Fault::new("policy.weight", "is 0; expected 1 or more")))?;
+    Ok(Policy { weight, max_cpu, max_cuda, max_queued, max_bytes })
+}
+
+#[tonic::async_trait]
+impl FleetService for FleetDesk {
+    async fn list_workers(
+        &self,
+        request: Request<v1::ListWorkersRequest>,
+    ) -> Result<Response<v1::ListWorkersResponse>, Status> {
+        let v1::ListWorkersRequest { page_size: asked, page_token } = request.into_inner();
+        let rows = page_size(asked, PAGE_ROWS, PAGE_ROWS_MAX)?;
+        let all = self.context.front.workers().await?;
+        let (page, next_page_token) = page(all, rows, &page_token, |seen| seen.worker.id.as_str());
+        Ok(Response::new(v1::ListWorkersResponse { workers: page.into_iter().map(worker).collect(), next_page_token }))
+    }
+
+    async fn cordon_worker(
+        &self,
+        request: Request<v1::CordonWorkerRequest>,
+    ) -> Result<Response<v1::CordonWorkerResponse>, Status> {
+        let v1::CordonWorkerRequest { worker_id, drain } = request.into_inner();
+        self.cordon(&worker_id, true, drain).await?;
+        Ok(Response::new(v1::CordonWorkerResponse {}))
+    }
+
+    async fn uncordon_worker(
+        &self,
+        request: Request<v1::UncordonWorkerRequest>,
+    ) -> Result<Response<v1::UncordonWorkerResponse>, Status> {
+        self.cordon(&request.into_inner().worker_id, false, false).await?;
+        Ok(Response::new(v1::UncordonWorkerResponse {}))
+    }
+
+    async fn list_projects(
+        &self,
+        request: Request<v1::ListProjectsRequest>,
+    ) -> Result<Response<v1::ListProjectsResponse>, Status> {
+        let v1::ListProjectsRequest { page_size: asked, page_token } = request.into_inner();
+        let rows = page_size(asked, PAGE_ROWS, PAGE_ROWS_MAX)?;
+        let mut projects = self.context.front.projects().await?;
+        // Those whose jobs have all ended keep artifacts.
+        for project in self.context.store.projects().await.map_err(status::store)? {
+            projects.entry(project).or_default();
+        }
+        let all = projects.into_iter().collect();
+        let (page, next_page_token) = page(all, rows, &page_token, |(project, _)| project.as_str());
+        let mut shown = Vec::with_capacity(page.len());
+        for (project, standing) in page {
+            shown.push(self.shown(&project, standing).await?);
+        }
+        Ok(Response::new(v1::ListProjectsResponse { projects: shown, next_page_token }))
+    }
+
+    async fn get_project(
+        &self,
+        request: Request<v1::GetProjectRequest>,
+    ) -> Result<Response<v1::GetProjectResponse>, Status> {
+        let project = project(&request.into_inner().project)?;
+        Ok(Response::new(v1::GetProjectResponse { project: Some(self.standing(&project).await?) }))
+    }
+
+    async fn set_project_policy(
+        &self,
+        request: Request<v1::SetProjectPolicyRequest>,
+    ) -> Result<Response<v1::SetProjectPolicyResponse>, Status> {
+        let v1::SetProjectPolicyRequest { project: name, policy: asked } = request.into_inner();
+        let (project, policy) = (project(&name)?, policy(asked)?);
+        let policy = Some(policy).filter(|policy| *policy != Policy::default());
+        self.step(Input::SetPolicy { project: project.clone(), policy }).await?;
+        Ok(Response::new(v1::SetProjectPolicyResponse { project: Some(self.standing(&project).await?) }))
+    }
+}
