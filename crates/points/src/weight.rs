@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
+use attune_tensor::FrozenWeight;
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
+use crate::quantization::Quantization;
 
-/// A weight of the base model, usually a matrix `w_oi` (the scale of a norm is a vector, `o` by 1): dense, memory-mapped or (later) quantised. Readers ask for what they need; nobody
-/// keeps a widened copy of a whole model.
+/// A weight of the base model, usually a matrix `w_oi` (the scale of a norm is a vector, `o` by 1): dense, memory-mapped or quantised. Readers ask for what they need and get what
+/// the model computes with, of a quantised one the widened numbers; nobody keeps a widened copy of a whole model.
 pub trait Weight: Send + Sync {
     /// Output and input width, `(o, i)`.
     fn shape(&self) -> (usize, usize);
@@ -32,6 +34,32 @@ pub trait Weight: Send + Sync {
     /// A storage that cannot be read.
     fn bias(&self, _dtype: DType) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// What it was before it was quantised, if it is held in few bits and that can still be read.
+    fn unquantized(&self) -> Option<Unquantized<'_>> {
+        None
+    }
+}
+
+/// A weight before it was quantised.
+pub struct Unquantized<'a> {
+    /// What made few bits of it.
+    pub by: &'a dyn Quantization,
+    /// The numbers that it had, in the type that products are computed in.
+    pub weight: Box<dyn Weight + 'a>,
+    /// That type.
+    pub dtype: DType,
+}
+
+impl Unquantized<'_> {
+    /// The weight less `taken_oi`, in 32 bits, held in few bits.
+    ///
+    /// # Errors
+    /// As for [`Quantization::quantize`]; another shape.
+    pub fn without(&self, taken_oi: &Tensor) -> Result<FrozenWeight> {
+        let rest = (self.weight.dense(self.dtype)?.to_dtype(DType::F32)? - taken_oi)?;
+        Ok(FrozenWeight::quantized(self.by.quantize(&rest, self.dtype)?, self.dtype)?)
     }
 }
 

@@ -138,6 +138,22 @@ impl MappedTensor {
         }
     }
 
+    /// Lets go of the memory that reading it took: the system reads it again from the file where it is looked at once more. For who
+    /// has made something smaller of it and goes on to the next.
+    pub fn forget(&self) {
+        #[cfg(unix)]
+        {
+            // Whole pages within it; what else lies on the first and the last is somebody else's.
+            const PAGE: usize = 4096;
+            let (start, end) = (self.bytes.start.next_multiple_of(PAGE), self.bytes.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: the map is of a file, read-only and shared: pages that are dropped are read again, with the same bytes.
+                // Failing would cost memory and nothing else.
+                let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
+    }
+
     /// All of it, in memory.
     ///
     /// # Errors
@@ -268,6 +284,17 @@ mod tests {
         let x = Rng::new(1, "x").normal_tensor((3, 6), 1.0, DType::F32).unwrap();
         let y = linear(&x, &FrozenWeight::mapped(mapped).unwrap()).unwrap();
         assert_same_bits("product", &y, &linear(&x, &FrozenWeight::dense(&w).unwrap()).unwrap());
+    }
+
+    #[test]
+    fn what_was_let_go_of_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let w = Rng::new(1, "w").normal_tensor((70, 100), 1.0, DType::F32).unwrap();
+        let mapped = Mapped::open(&file(folder.path(), &[("w", w.clone())])).unwrap().get("w").unwrap().unwrap();
+        for _ in 0..2 {
+            assert_same_bits("read", &mapped.to_tensor(DType::F32).unwrap(), &w);
+            mapped.forget();
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .chain(attune_objective::REWARDS.documents())
         .chain(attune_data::MIXINGS.documents())
         .chain(attune_models::SURGERIES.documents())
+        .chain(attune_models::QUANTIZATIONS.documents())
         .chain(crate::STEP_RULES.documents())
         .chain(attune_optim::OPTIMIZERS.documents())
         .chain(attune_optim::SCHEDULES.documents())
