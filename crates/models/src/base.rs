@@ -157,28 +157,28 @@ impl Base {
         Ok(true)
     }
 
-    /// The same base with other numbers in few bits: of each of these weights what it was before it was quantised, less what is given for
-    /// it, `[o, i]` in 32 bits, is quantised anew. Everything else is shared with this one.
+    /// The same base with other numbers in few bits: of each of these weights what it was before it was quantised, less the product of
+    /// the factors `left_or` and `right_ri` times a number, is quantised anew. Everything else is shared with this one.
     ///
     /// # Errors
     /// A weight that is not held in few bits, or whose numbers before that cannot be read.
-    pub fn requantized<'t>(
+    pub fn requantized(
         &self,
-        less: impl IntoIterator<Item = (TensorName, &'t dyn Fn() -> attune_points::Result<Tensor>)>,
+        less: impl IntoIterator<Item = (TensorName, (Tensor, Tensor, f64))>,
     ) -> attune_points::Result<Self> {
         let mut made = Self::empty(self.architecture.clone());
         made.matrices.clone_from(&self.matrices);
         made.vectors.clone_from(&self.vectors);
         made.sources.clone_from(&self.sources);
         made.few.clone_from(&self.few);
-        for (name, less) in less {
+        for (name, (left_or, right_ri, factor)) in less {
             let Some(before) = self.unquantized(&name) else {
                 return Err(attune_points::Error::Refused(format!("{name} is not held in few bits")));
             };
-            let matrix = before.without(&less()?).map_err(|error| named(error, &name))?;
+            let matrix = before.without(&left_or, &right_ri, factor).map_err(|error| named(error, &name))?;
             made.matrices.insert(name, matrix);
         }
-        Ok(made)
+        made.on(self.arena.kernels())
     }
 
     /// A matrix before it was quantised.

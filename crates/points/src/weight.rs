@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use attune_tensor::FrozenWeight;
+use attune_tensor::{FrozenWeight, ops};
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
@@ -53,12 +53,14 @@ pub struct Unquantized<'a> {
 }
 
 impl Unquantized<'_> {
-    /// The weight less `taken_oi`, in 32 bits, held in few bits.
+    /// What is held in few bits of the weight less `factor left_or right_ri`, two factors of 32 bits. The same bits whenever it is
+    /// made.
     ///
     /// # Errors
-    /// As for [`Quantization::quantize`]; another shape.
-    pub fn without(&self, taken_oi: &Tensor) -> Result<FrozenWeight> {
-        let rest = (self.weight.dense(self.dtype)?.to_dtype(DType::F32)? - taken_oi)?;
+    /// As for [`Quantization::quantize`]; factors of another shape.
+    pub fn without(&self, left_or: &Tensor, right_ri: &Tensor, factor: f64) -> Result<FrozenWeight> {
+        let product = (ops::linear(left_or, &right_ri.t()?, None)? * factor)?;
+        let rest = (self.weight.dense(self.dtype)?.to_dtype(DType::F32)? - product)?;
         Ok(FrozenWeight::quantized(self.by.quantize(&rest, self.dtype)?, self.dtype)?)
     }
 }

@@ -348,7 +348,8 @@ fn quantization(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) 
     if !outputs.merged {
         return;
     }
-    let owner = starts.into_iter().find(|(_, init)| catalogue.owns_base(init));
+    let makes_up = |init: &MethodRef| catalogue.get(&init.method).is_some_and(|init| init.needs_quantization);
+    let owner = starts.into_iter().find(|(_, init)| makes_up(init));
     match (outputs.merged_into, owner) {
         (None, _) => {
             let message = "is missing: `tune.quantization` holds the base in few bits, into which nothing is merged; expected \
