@@ -6,6 +6,8 @@ bitsandbytes 0.50.2.
 Usage: loftq.py [rounds ...]
 """
 
+import sys
+
 import bitsandbytes
 import torch
 from peft.utils.loftq_utils import loftq_init
@@ -13,6 +15,9 @@ from peft.utils.loftq_utils import loftq_init
 import writing
 from starts import SITES
 from writing import HERE, ref
+
+sys.path.insert(0, str(ref.MODELS))
+from nf4 import widen  # noqa: E402
 
 CASES = {"1": 1, "3": 3}
 
@@ -44,5 +49,6 @@ def write(name):
 if __name__ == "__main__":
     torch.Tensor.to = stay(torch.Tensor.to)
     bitsandbytes.nn.Params4bit.to = stay(bitsandbytes.nn.Params4bit.to)
+    bitsandbytes.functional.dequantize_4bit = widen
     torch.cuda.empty_cache = lambda: None
     writing.main(CASES, write)

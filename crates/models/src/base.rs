@@ -14,11 +14,11 @@ use attune_spec::id::Step;
 use attune_spec::job::Precision;
 use attune_spec::method::{BuildCx, MethodRef};
 use attune_tensor::kernels::{DeviceCopy, Kernels};
-use attune_tensor::{FrozenWeight, Rng};
+use attune_tensor::{FrozenWeight, Mapped, Rng};
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::Error;
-use crate::folder;
+use crate::folder::{self, Found};
 use crate::pass::{Activations, Arena};
 use crate::quantizations::QUANTIZATIONS;
 
@@ -151,10 +151,42 @@ impl Base {
     /// Holds a matrix in few bits, if it is one that is held so; whether it is.
     fn quantize(&mut self, name: TensorName, info: &TensorInfo, source: Source) -> Result<bool, Error> {
         let Some(few) = self.few.as_ref().filter(|_| info.place.quantizes()) else { return Ok(false) };
-        let quantized = few.by.quantize(&source, few.dtype).map_err(|error| named(error, &name))?;
+        // Of a transpose the whole is turned once.
+        let turned = if source.transposed { Some(source.dense(few.dtype)?) } else { None };
+        let whole = turned.as_ref().map_or(&source as &dyn Weight, |turned| turned);
+        let quantized = few.by.quantize(whole, few.dtype).map_err(|error| named(error, &name))?;
         self.matrices.insert(name.clone(), FrozenWeight::quantized(quantized, few.dtype)?);
         self.sources.insert(name, source);
         Ok(true)
+    }
+
+    /// Takes a matrix that a folder holds in few bits already.
+    fn stored(&mut self, name: TensorName, info: &TensorInfo, file: &Mapped, stored: &str) -> Result<(), Error> {
+        let format = |message: String| Error::Format { path: file.path().to_owned(), message };
+        let Some(few) = &self.few else {
+            let state = format!("{stored}.quant_state.");
+            let kind = file.names().find_map(|name| name.strip_prefix(&state)).unwrap_or_default();
+            let message = format!(
+                "tensor {stored:?} is held in few bits ({kind}); expected `tune.quantization` to say so, or a folder with f32, bf16 or \
+                 f16 weights"
+            );
+            return Err(format(message));
+        };
+        let &[output, input] = info.shape.as_slice() else { return Err(format(format!("{stored:?} is no matrix"))) };
+        let part = |further: &str| file.stored(&format!("{stored}{further}"));
+        let quantized = few.by.stored((output, input), &part).map_err(|error| match error {
+            attune_points::Error::Refused(message) => format(format!("tensor {stored:?} {message}")),
+            other => other.into(),
+        })?;
+        self.matrices.insert(name, FrozenWeight::quantized(quantized, few.dtype)?);
+        Ok(())
+    }
+
+    /// Whether linears are held in few bits of which nobody has what they were before.
+    pub fn is_few_only(&self) -> bool {
+        self.few.is_some() && self.matrices.iter().any(|(name, matrix)| {
+            matrix.as_quantized().is_some() && !self.sources.contains_key(name)
+        })
     }
 
     /// The same base with other numbers in few bits: of each of these weights what it was before it was quantised, less the product of
@@ -216,18 +248,28 @@ impl Base {
     /// Reads the folder's tensors; those at `fresh` places may be missing.
     fn read(&mut self, folder: &Path, precision: Precision, fresh: &[Place], seed: u64) -> Result<(), Error> {
         let dtype = dtype(precision);
-        for (info, tensor) in folder::tensors(folder, &self.architecture, fresh)? {
+        let found = folder::tensors(folder, &self.architecture, fresh)?;
+        // What whoever made the folder left as it was stays so.
+        let is_few = found.iter().any(|(_, found)| matches!(found, Found::Few(..)));
+        for (info, found) in found {
             let name = TensorName::from_path(&info.name);
             let matrix = info.shape.len() == 2;
-            let Some(tensor) = tensor else {
-                self.random_tensor(&info, seed, if matrix { dtype } else { DType::F32 })?;
-                continue;
+            let tensor = match found {
+                Found::Numbers(tensor) => tensor,
+                Found::Few(file, stored) => {
+                    self.stored(name, &info, &file, &stored)?;
+                    continue;
+                }
+                Found::Nothing => {
+                    self.random_tensor(&info, seed, if matrix { dtype } else { DType::F32 })?;
+                    continue;
+                }
             };
             if !matrix {
                 self.vectors.insert(name, tensor.to_tensor(DType::F32)?);
                 continue;
             }
-            if self.few.is_some() {
+            if self.few.is_some() && !is_few {
                 let source = Source { matrix: FrozenWeight::mapped(tensor.clone())?, transposed: info.transposed };
                 if self.quantize(name.clone(), &info, source)? {
                     tensor.forget();

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use attune_tensor::Quantized;
+use attune_tensor::mapped::Stored;
 use candle_core::DType;
 
 use crate::error::Result;
@@ -18,4 +19,15 @@ pub trait Quantization: Send + Sync + fmt::Debug {
     /// # Errors
     /// Numbers that are not finite; whatever reading them raises.
     fn quantize(&self, weight: &dyn Weight, dtype: DType) -> Result<Arc<dyn Quantized>>;
+
+    /// The matrix of this shape that a model folder of Hugging Face's holds in few bits already; `part` gives what the folder has
+    /// under the weight's name and a further one, such as `.absmax`, and under the weight's name itself by an empty text.
+    ///
+    /// # Errors
+    /// Another format, or other parameters than this one's, with those that would do; parts that are missing or do not fit.
+    fn stored<'f>(
+        &self,
+        shape: (usize, usize),
+        part: &dyn Fn(&str) -> Option<Stored<'f>>,
+    ) -> Result<Arc<dyn Quantized>>;
 }

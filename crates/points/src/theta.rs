@@ -217,5 +217,7 @@ mod tests {
         assert_eq!((theta.held().count(), theta.trained().count()), (2, 1));
         let slots = |theta: &Theta| theta.bindings.iter().map(|binding| binding.slot).collect::<Vec<_>>();
         assert_eq!((slots(&theta), slots(&theta.untrained())), (vec![0, 1, 2], vec![1]));
+        theta.requantized.insert(0, 1);
+        assert_eq!((theta.held().count(), theta.trained().count()), (3, 1), "what the base is less is held as well");
     }
 }

@@ -70,6 +70,13 @@ impl Mapped {
         self.entries.keys().map(String::as_str)
     }
 
+    /// A tensor of any type by name, as the bytes that it is stored in; `None` if the file has none of that name.
+    pub fn stored(&self, name: &str) -> Option<Stored<'_>> {
+        let entry = self.entries.get(name)?;
+        let bytes = self.map.get(entry.bytes.clone())?;
+        Some(Stored { dtype: format!("{:?}", entry.dtype), shape: &entry.shape, bytes })
+    }
+
     /// A tensor of floats by name; `None` if the file has none of that name.
     ///
     /// # Errors
@@ -102,6 +109,17 @@ impl Mapped {
     fn unread(&self, name: &str, dtype: Dtype) -> Error {
         Error::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: format!("{dtype:?}") }
     }
+}
+
+/// A tensor as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored<'a> {
+    /// Its type, as safetensors calls it.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: &'a [usize],
+    /// Its numbers, little-endian, at any address.
+    pub bytes: &'a [u8],
 }
 
 /// A tensor in a mapped file. Cheap to clone; the file stays mapped as long as one of its tensors lives.
@@ -322,5 +340,9 @@ mod tests {
         let path = file(folder.path(), &[("q", Tensor::new(&[1u8, 2], &Device::Cpu).unwrap())]);
         let error = Mapped::open(&path).unwrap().get("q").unwrap_err();
         assert!(error.to_string().contains("tensor \"q\" is stored as U8; expected F32"), "{error}");
+        let mapped = Mapped::open(&path).unwrap();
+        let stored = mapped.stored("q").unwrap();
+        assert_eq!((stored.dtype.as_str(), stored.shape, stored.bytes), ("U8", &[2][..], &[1u8, 2][..]));
+        assert_eq!(mapped.stored("r"), None);
     }
 }

@@ -17,7 +17,7 @@ use attune_points::engine::Job;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
-use attune_spec::job::{Activations, Form, Matmul, Plan, Precision};
+use attune_spec::job::{Activations, Form, Matmul, MergedInto, Plan, Precision};
 use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
@@ -115,6 +115,10 @@ pub(crate) fn prepare(
         }
         None => bases.open(&base_folder, plan, request.card)?,
     };
+    if base.is_few_only() && plan.merged_into == Some(MergedInto::Base) {
+        let message = "is base, but the base's folder holds its linears in few bits only; expected dequantized";
+        return Err(Error::Faults(vec![Fault::new("outputs.merged_into", message)]));
+    }
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;
     let encoder = Encoder::new(tokenizer.clone(), plan.template.as_deref(), plan.max_length, plan.too_long)?;

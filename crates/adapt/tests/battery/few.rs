@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use attune_adapt::ADAPTERS;
 use attune_models::{Base, Model, Pass, Stack};
-use attune_points::adapter::Port;
+use attune_points::adapter::{Attachment, Port};
 use attune_points::{Grads, TensorName};
 use attune_spec::job::{Precision, Targets};
 use attune_spec::method::{Card, MethodRef};
@@ -50,7 +50,7 @@ fn widened(base: &Base) -> Result<Base, Failed> {
 }
 
 /// Outputs and gradients have the bits that they have on a base of those numbers, whatever the component reads and makes of weights.
-/// Only one whose tensors stand in for the base's own is for bases of whole numbers, and its card says so.
+/// Only one whose tensors stand in for such weights is for bases of whole numbers, and its card says so.
 fn beside(card: &'static Card) -> Result<(), Failed> {
     let document = ADAPTERS.documents().find(|document| document.name == card.name).ok_or("no document")?;
     let few = Base::random(architecture(), 5, DType::F32)?.quantized(&format())?;
@@ -62,7 +62,8 @@ fn beside(card: &'static Card) -> Result<(), Failed> {
         Ok(setup)
     };
     let few = made(few)?;
-    let stands_in = few.attachments.iter().any(|at| matches!(few.adapter.port(at), Port::Weights));
+    let held = |at: &Attachment| few.model.base().architecture().site(at.site.as_str()).is_some_and(|site| site.place.quantizes());
+    let stands_in = few.attachments.iter().any(|at| matches!(few.adapter.port(at), Port::Weights) && held(at));
     assert_eq!(document.on_quantized(), Some(!stands_in), "what its card says of few bits");
     if stands_in {
         return Ok(());

@@ -7,7 +7,7 @@
 use std::sync::LazyLock;
 
 /// Numbers of a block.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 
 /// The values of all code words, ascending. Their sums and products are made in 32 bits, as elsewhere, so that they have the same
 /// bits.
@@ -63,6 +63,16 @@ impl Dynamic {
         Self { codes, scales }
     }
 
+    /// Numbers that somebody else has made, with blocks of the same length and code words of the same values.
+    pub(super) fn stored(codes: Vec<u8>, scales: Vec<f32>) -> Option<Self> {
+        (scales.len() == codes.len().div_ceil(BLOCK)).then_some(Self { codes, scales })
+    }
+
+    /// Whether these are the values of the code words.
+    pub(super) fn has_values(values: &[f32]) -> bool {
+        values.len() == VALUES.len() && values.iter().zip(VALUES.iter()).all(|(a, b)| (a - b).abs() <= 1e-7)
+    }
+
     /// The number at a place.
     pub(super) fn at(&self, place: usize) -> f32 {
         VALUES[usize::from(self.codes[place])] * self.scales[place / BLOCK]
@@ -81,6 +91,16 @@ impl Dynamic {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_those_of_bitsandbytes() {
+        let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/nf4/matrices.safetensors");
+        let map = attune_tensor::Mapped::open(&file).unwrap().get("dynamic_map").unwrap().unwrap();
+        let map = map.to_tensor(candle_core::DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let off: Vec<(usize, f32, f32)> =
+            (0..256).filter(|i| map[*i] != VALUES[*i]).map(|i| (i, map[i], VALUES[i])).collect();
+        assert!(off.is_empty(), "{off:?}");
+    }
 
     #[test]
     fn values_ascend_from_almost_minus_one_to_one() {

@@ -34,12 +34,13 @@ use attune_points::{Error, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::Quantized;
+use attune_tensor::mapped::Stored;
 use candle_core::DType;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::dynamic::Dynamic;
+use super::dynamic::{self, Dynamic};
 
 /// Numbers of a block.
 const BLOCK: usize = 64;
@@ -127,6 +128,73 @@ impl Quantization for Nf4 {
         held.scales = if self.config.double_quant { Scales::twice(&scales) } else { Scales::Wide(scales) };
         Ok(Arc::new(held))
     }
+
+    fn stored<'f>(
+        &self,
+        shape: (usize, usize),
+        part: &dyn Fn(&str) -> Option<Stored<'f>>,
+    ) -> attune_points::Result<Arc<dyn Quantized>> {
+        let refused = |message: String| Error::Refused(message);
+        let Some(state) = part(STATE) else {
+            return Err(refused("is held in another format of few bits than `tune.quantization` says".to_owned()));
+        };
+        let state: State = serde_json::from_slice(state.bytes)
+            .map_err(|error| refused(format!("is described in {STATE} by what cannot be read: {error}")))?;
+        let double_quant = state.nested_blocksize.is_some();
+        if double_quant != self.config.double_quant {
+            let message = format!("has scales {}; expected `tune.quantization.double_quant: {double_quant}`", match double_quant {
+                true => "in eight bits",
+                false => "in 32 bits",
+            });
+            return Err(refused(message));
+        }
+        if state.blocksize != BLOCK || state.nested_blocksize.is_some_and(|nested| nested != dynamic::BLOCK) {
+            let message = format!("is held in blocks of {} numbers; expected {BLOCK}, as usual", state.blocksize);
+            return Err(refused(message));
+        }
+        let (numbers, is) = (shape.0 * shape.1, [shape.0, shape.1]);
+        if state.shape != is {
+            return Err(refused(format!("has shape {:?}; config.json makes it {is:?}", state.shape)));
+        }
+        let of = |name: &str, dtype: &str, length: usize| {
+            let found = part(name).filter(|found| found.dtype == dtype && found.shape.iter().product::<usize>() == length);
+            found.ok_or_else(|| refused(format!("has no {length} numbers of {dtype} as {name:?}")))
+        };
+        let floats = |name: &str, length: usize| -> attune_points::Result<Vec<f32>> {
+            let found = of(name, "F32", length)?;
+            Ok(found.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        };
+        let values = floats(".quant_map", VALUES.len())?;
+        if values.iter().zip(VALUES).any(|(a, b)| (a - b).abs() > 1e-6) {
+            return Err(refused("is of other values than those of its format".to_owned()));
+        }
+        let blocks = numbers.div_ceil(BLOCK);
+        let scales = if double_quant {
+            if !Dynamic::has_values(&floats(".nested_quant_map", 256)?) {
+                return Err(refused("has scales of other values than those of its format".to_owned()));
+            }
+            let codes = of(".absmax", "U8", blocks)?.bytes.to_vec();
+            let scales = floats(".nested_absmax", blocks.div_ceil(dynamic::BLOCK))?;
+            let rest = Dynamic::stored(codes, scales).ok_or_else(|| refused("has scales of another number".to_owned()))?;
+            Scales::Narrow { mean: state.nested_offset.unwrap_or_default(), rest }
+        } else {
+            Scales::Wide(floats(".absmax", blocks)?)
+        };
+        let codes = of("", "U8", numbers.div_ceil(2))?.bytes.to_vec();
+        Ok(Arc::new(Held { shape, codes, scales }))
+    }
+}
+
+/// The part of a stored matrix that describes it.
+const STATE: &str = ".quant_state.bitsandbytes__nf4";
+
+/// That description, as bitsandbytes writes it.
+#[derive(Debug, Deserialize)]
+struct State {
+    blocksize: usize,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_offset: Option<f32>,
 }
 
 const fn gcd(a: usize, b: usize) -> usize {
@@ -245,22 +313,32 @@ mod tests {
         of.rows(0..of.shape().0, DType::F32).unwrap()
     }
 
+    /// The numbers of a case whose weight is not kept.
+    fn many(shape: &[usize]) -> Tensor {
+        let number = |k: i64| ((k * 7919 + k / 64 * 104_729) % 2001 - 1000) * (1 + k / 64 % 17);
+        let count: usize = shape.iter().product();
+        let values: Vec<f32> = (0..count as i64).map(|k| number(k) as f32 / 16384.0).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap()
+    }
+
     /// What bitsandbytes makes of the same numbers, bit for bit; with scales in eight bits up to the mean's rounding.
     #[test]
     fn numbers_are_those_of_bitsandbytes() {
         let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/nf4/matrices.safetensors");
         let golden = Mapped::open(&file).unwrap();
-        let cases: Vec<&str> = golden.names().filter_map(|name| name.strip_suffix(".weight")).collect();
-        assert!(cases.len() >= 5, "{cases:?}");
+        let cases: Vec<&str> = golden.names().filter_map(|name| name.strip_suffix(".double")).collect();
+        assert!(cases.len() >= 6, "{cases:?}");
         for case in cases {
-            let read = |name: &str| golden.get(&format!("{case}.{name}")).unwrap().unwrap();
-            let (weight, dtype) = (read("weight"), read("weight").dtype());
-            let weight = weight.to_tensor(dtype).unwrap();
-            let expected = read("plain").to_tensor(DType::F32).unwrap();
-            assert_same_bits(case, &whole(&quantized(&weight, false, dtype)), &expected);
-            let (found, expected) =
-                (whole(&quantized(&weight, true, dtype)), read("double").to_tensor(DType::F32).unwrap());
-            let off = ((found - &expected).unwrap().abs().unwrap() / 1.0).unwrap().flatten_all().unwrap();
+            let read = |name: &str| golden.get(&format!("{case}.{name}")).unwrap();
+            let double = read("double").unwrap();
+            let dtype = double.dtype();
+            let weight = read("weight").map_or_else(|| many(double.shape()), |weight| weight.to_tensor(dtype).unwrap());
+            if let Some(expected) = read("plain") {
+                let expected = expected.to_tensor(DType::F32).unwrap();
+                assert_same_bits(case, &whole(&quantized(&weight, false, dtype)), &expected);
+            }
+            let (found, expected) = (whole(&quantized(&weight, true, dtype)), double.to_tensor(DType::F32).unwrap());
+            let off = (found - &expected).unwrap().abs().unwrap().flatten_all().unwrap();
             let (off, size) = (off.to_vec1::<f32>().unwrap(), expected.flatten_all().unwrap().to_vec1::<f32>().unwrap());
             let ulp = if dtype == DType::BF16 { 1.0 / 128.0 } else { 1e-6 };
             for (off, size) in off.iter().zip(size) {
