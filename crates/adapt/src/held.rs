@@ -65,7 +65,8 @@ pub fn read_less(folder: &Path, attachments: &[Attachment]) -> Result<Option<Par
             let name = spec.name(at.site.as_str());
             let tensor = mapped.get(&name.to_string())?.ok_or_else(|| mismatch(format!("has no tensor {name}")))?;
             if tensor.shape() != spec.shape {
-                let message = format!("tensor {name} has shape {:?}; the adapter makes it {:?}", tensor.shape(), spec.shape);
+                let message =
+                    format!("tensor {name} has shape {:?}; the adapter makes it {:?}", tensor.shape(), spec.shape);
                 return Err(mismatch(message));
             }
             params.insert_declared(spec, at.site.as_str(), tensor.to_tensor(DType::F32)?);

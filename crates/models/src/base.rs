@@ -184,9 +184,11 @@ impl Base {
 
     /// Whether linears are held in few bits of which nobody has what they were before.
     pub fn is_few_only(&self) -> bool {
-        self.few.is_some() && self.matrices.iter().any(|(name, matrix)| {
-            matrix.as_quantized().is_some() && !self.sources.contains_key(name)
-        })
+        self.few.is_some()
+            && self
+                .matrices
+                .iter()
+                .any(|(name, matrix)| matrix.as_quantized().is_some() && !self.sources.contains_key(name))
     }
 
     /// The same base with other numbers in few bits: of each of these weights what it was before it was quantised, less the product of
@@ -450,7 +452,8 @@ const fn dtype(precision: Precision) -> DType {
 
 /// The format that a job names.
 fn quantization(format: &MethodRef) -> Result<Arc<dyn Quantization>, Error> {
-    let (path, cx) = (FieldPath::from("tune").field("quantization"), BuildCx { steps: Step(0), domains: &[], words: None });
+    let (path, cx) =
+        (FieldPath::from("tune").field("quantization"), BuildCx { steps: Step(0), domains: &[], words: None });
     Ok(QUANTIZATIONS.build(format, &path, &cx).map_err(Error::Refused)?.into())
 }
 

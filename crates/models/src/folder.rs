@@ -68,7 +68,8 @@ pub(crate) fn tensors(
 fn few<'f>(files: &'f [Mapped], names: &[String]) -> Option<(&'f Mapped, String)> {
     let held = |file: &&Mapped, name: &str| {
         let state = format!("{name}.quant_state.");
-        file.stored(name).is_some_and(|stored| stored.dtype == "U8") && file.names().any(|other| other.starts_with(&state))
+        file.stored(name).is_some_and(|stored| stored.dtype == "U8")
+            && file.names().any(|other| other.starts_with(&state))
     };
     names.iter().find_map(|name| Some((files.iter().find(|file| held(file, name))?, name.clone())))
 }

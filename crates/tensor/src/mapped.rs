@@ -167,7 +167,8 @@ impl MappedTensor {
             if start < end {
                 // SAFETY: the map is of a file, read-only and shared: pages that are dropped are read again, with the same bytes.
                 // Failing would cost memory and nothing else.
-                let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+                let _ =
+                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
     }

@@ -308,10 +308,7 @@ pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) 
 ///
 /// # Errors
 /// [`Error`] naming the folder, file or tensor that does not fit the base.
-pub fn frozen<'f>(
-    mut base: Base,
-    folders: impl IntoIterator<Item = &'f Path>,
-) -> Result<(Base, Stack, Theta), Error> {
+pub fn frozen<'f>(mut base: Base, folders: impl IntoIterator<Item = &'f Path>) -> Result<(Base, Stack, Theta), Error> {
     let cx = BuildCx { steps: Step(0), domains: &[], words: None };
     let (mut slots, mut banks) = (Vec::new(), Vec::new());
     let mut made = Params::new();

@@ -10,8 +10,8 @@ use attune_artifacts::formats::card::Card;
 use attune_models::{Base, Slot, export, stack};
 use attune_points::adapter::{Merged, Port};
 use attune_points::{BankKind, TensorName, Theta, Weight};
-use attune_spec::job::{MergedInto, Precision};
 use attune_spec::job::plan::Input;
+use attune_spec::job::{MergedInto, Precision};
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use attune_data::{ChatTemplate, Message, Tokenizer};
-use attune_models::generate::generate;
 use attune_models::Model;
+use attune_models::generate::generate;
 use attune_points::Theta;
 use attune_points::generate::{Finish, Sampling};
 use attune_spec::job::Precision;

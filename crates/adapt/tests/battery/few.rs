@@ -62,7 +62,9 @@ fn beside(card: &'static Card) -> Result<(), Failed> {
         Ok(setup)
     };
     let few = made(few)?;
-    let held = |at: &Attachment| few.model.base().architecture().site(at.site.as_str()).is_some_and(|site| site.place.quantizes());
+    let held = |at: &Attachment| {
+        few.model.base().architecture().site(at.site.as_str()).is_some_and(|site| site.place.quantizes())
+    };
     let stands_in = few.attachments.iter().any(|at| matches!(few.adapter.port(at), Port::Weights) && held(at));
     assert_eq!(document.on_quantized(), Some(!stands_in), "what its card says of few bits");
     if stands_in {
@@ -137,7 +139,6 @@ fn nearer() -> Result<(), Failed> {
         let started = started(few()?, lora(), json!({"method": "loftq", "iterations": iterations}))?;
         assert_eq!(started.fresh.requantized.is_empty(), iterations == 1, "one round leaves the base as it is");
         let (left, nearer) = (distance(&started, &exact()?)?, off(&started)?);
-        println!("{iterations} rounds: {left} of {lost} is left, outputs off by {nearer} of {far}");
         assert!(left < 0.9 * lost && left <= last, "{iterations} rounds leave {left} of {lost}, fewer {last}");
         assert!(nearer < 0.9 * far, "{iterations} rounds: outputs are off by {nearer}, without by {far}");
         last = left;

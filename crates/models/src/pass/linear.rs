@@ -94,13 +94,7 @@ impl<'a> PassCx<'a> {
             let x = x_ti.sub_rows(rows.start, rows.end);
             self.with_both(site, of, |weight, bias| {
                 let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
-                let of = Gemm {
-                    a: Operand::plain(x),
-                    b: weight.turned(),
-                    low_rank: &within,
-                    bias,
-                    accumulate,
-                };
+                let of = Gemm { a: Operand::plain(x), b: weight.turned(), low_rank: &within, bias, accumulate };
                 self.meter.time(Work::Gemm, || self.kernels.gemm(y, &of));
             })?;
         }

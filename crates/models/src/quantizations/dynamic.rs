@@ -22,7 +22,7 @@ fn values() -> [f32; 256] {
         let step = (1.0f32 - 0.1) / steps as f32;
         // From the nearer end.
         let at = |n: usize| {
-            if n < (steps + 1) / 2 { step.mul_add(n as f32, 0.1) } else { (-step).mul_add((steps - n) as f32, 1.0) }
+            if n < steps.div_ceil(2) { step.mul_add(n as f32, 0.1) } else { (-step).mul_add((steps - n) as f32, 1.0) }
         };
         let power = 10f64.powi(i - (EXPONENTS - 1)) as f32;
         for n in 0..steps {

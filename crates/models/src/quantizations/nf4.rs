@@ -107,7 +107,8 @@ impl Method for Nf4 {
 impl Quantization for Nf4 {
     fn quantize(&self, weight: &dyn Weight, dtype: DType) -> attune_points::Result<Arc<dyn Quantized>> {
         let shape @ (output, input) = weight.shape();
-        let mut held = Held { shape, codes: Vec::with_capacity((output * input).div_ceil(2)), scales: Scales::Wide(Vec::new()) };
+        let mut held =
+            Held { shape, codes: Vec::with_capacity((output * input).div_ceil(2)), scales: Scales::Wide(Vec::new()) };
         let mut scales = Vec::with_capacity((output * input).div_ceil(BLOCK));
         // Whole rows, as many as are whole blocks, so that a block lies in one slab.
         let together = BLOCK / gcd(BLOCK, input.max(1));
@@ -142,10 +143,13 @@ impl Quantization for Nf4 {
             .map_err(|error| refused(format!("is described in {STATE} by what cannot be read: {error}")))?;
         let double_quant = state.nested_blocksize.is_some();
         if double_quant != self.config.double_quant {
-            let message = format!("has scales {}; expected `tune.quantization.double_quant: {double_quant}`", match double_quant {
-                true => "in eight bits",
-                false => "in 32 bits",
-            });
+            let message = format!(
+                "has scales {}; expected `tune.quantization.double_quant: {double_quant}`",
+                match double_quant {
+                    true => "in eight bits",
+                    false => "in 32 bits",
+                }
+            );
             return Err(refused(message));
         }
         if state.blocksize != BLOCK || state.nested_blocksize.is_some_and(|nested| nested != dynamic::BLOCK) {
@@ -157,7 +161,8 @@ impl Quantization for Nf4 {
             return Err(refused(format!("has shape {:?}; config.json makes it {is:?}", state.shape)));
         }
         let of = |name: &str, dtype: &str, length: usize| {
-            let found = part(name).filter(|found| found.dtype == dtype && found.shape.iter().product::<usize>() == length);
+            let found =
+                part(name).filter(|found| found.dtype == dtype && found.shape.iter().product::<usize>() == length);
             found.ok_or_else(|| refused(format!("has no {length} numbers of {dtype} as {name:?}")))
         };
         let floats = |name: &str, length: usize| -> attune_points::Result<Vec<f32>> {
@@ -175,7 +180,8 @@ impl Quantization for Nf4 {
             }
             let codes = of(".absmax", "U8", blocks)?.bytes.to_vec();
             let scales = floats(".nested_absmax", blocks.div_ceil(dynamic::BLOCK))?;
-            let rest = Dynamic::stored(codes, scales).ok_or_else(|| refused("has scales of another number".to_owned()))?;
+            let rest =
+                Dynamic::stored(codes, scales).ok_or_else(|| refused("has scales of another number".to_owned()))?;
             Scales::Narrow { mean: state.nested_offset.unwrap_or_default(), rest }
         } else {
             Scales::Wide(floats(".absmax", blocks)?)
@@ -203,7 +209,15 @@ const fn gcd(a: usize, b: usize) -> usize {
 
 /// The scale and the code words of a block, the first of two in the upper half of a byte. A scale is not finite where a number is not.
 fn block(values: &[f32]) -> (f32, [u8; BLOCK / 2]) {
-    let most = |most: f32, x: &f32| if x.is_nan() { f32::NAN } else if most.is_nan() { most } else { most.max(x.abs()) };
+    let most = |most: f32, x: &f32| {
+        if x.is_nan() {
+            f32::NAN
+        } else if most.is_nan() {
+            most
+        } else {
+            most.max(x.abs())
+        }
+    };
     let scale = values.iter().fold(0.0, most);
     let (inverse, full) = (1.0 / scale.max(1e-38), values.len() == BLOCK);
     let mut codes = [0u8; BLOCK / 2];
@@ -280,7 +294,7 @@ impl Quantized for Held {
             });
             let code = |at: usize| {
                 let byte = self.codes[at / 2];
-                values[usize::from(if at % 2 == 0 { byte >> 4 } else { byte & 15 })]
+                values[usize::from(if at.is_multiple_of(2) { byte >> 4 } else { byte & 15 })]
             };
             let (odd, some) = some.split_at_mut(at % 2);
             odd.iter_mut().for_each(|to| *to = code(at));
@@ -339,7 +353,8 @@ mod tests {
             }
             let (found, expected) = (whole(&quantized(&weight, true, dtype)), double.to_tensor(DType::F32).unwrap());
             let off = (found - &expected).unwrap().abs().unwrap().flatten_all().unwrap();
-            let (off, size) = (off.to_vec1::<f32>().unwrap(), expected.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            let (off, size) =
+                (off.to_vec1::<f32>().unwrap(), expected.flatten_all().unwrap().to_vec1::<f32>().unwrap());
             let ulp = if dtype == DType::BF16 { 1.0 / 128.0 } else { 1e-6 };
             for (off, size) in off.iter().zip(size) {
                 assert!(*off <= ulp * size.abs().max(1e-6), "{case}: {off} of {size}");
@@ -350,7 +365,9 @@ mod tests {
     /// Half a byte a weight and the scales, as the card says; pieces are those of the whole, wherever they begin.
     #[test]
     fn it_takes_what_its_card_says_and_gives_any_piece() {
-        for (output, input, double_quant) in [(6, 64, false), (5, 21, false), (7, 33, true), (300, 70, true), (1, 1, false)] {
+        for (output, input, double_quant) in
+            [(6, 64, false), (5, 21, false), (7, 33, true), (300, 70, true), (1, 1, false)]
+        {
             let weight = Rng::new(3, "w").normal_tensor((output, input), 1.0, DType::F32).unwrap();
             let few = Nf4 { config: Config { double_quant } }.quantize(&weight, DType::F32).unwrap();
             let names = [("o", output.into()), ("i", input.into()), ("double_quant", double_quant.into())];

@@ -16,7 +16,11 @@ const KINDS: [(&str, &[(&str, &str)]); 57] = [
     ("few bits", &[FEW[0], FEW[1], ("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     (
         "another weight of few bits",
-        &[FEW[0], ("tune.quantization", "{method: nf4, double_quant: true}"), ("tune.adapter", "{method: dora, rank: 2}")],
+        &[
+            FEW[0],
+            ("tune.quantization", "{method: nf4, double_quant: true}"),
+            ("tune.adapter", "{method: dora, rank: 2}"),
+        ],
     ),
     (
         "loftq",

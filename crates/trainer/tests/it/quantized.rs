@@ -93,7 +93,8 @@ fn an_adapter_does_not_stand_beside_other_weights_than_its_own() {
         let message = failure(&small, changes);
         let expected = "`tune.stack[0].from` was trained on a base of {\"double_quant\":false,\"method\":\"nf4\"} with products in \
                         f32; expected `tune.quantization` and `tune.precision` to say so";
-        let other = expected.replace("{\"double_quant\":false,\"method\":\"nf4\"}", "{\"method\":\"nf4\",\"double_quant\":false}");
+        let other = expected
+            .replace("{\"double_quant\":false,\"method\":\"nf4\"}", "{\"method\":\"nf4\",\"double_quant\":false}");
         assert!(message.contains(expected) || message.contains(&other), "{message}");
     }
     let both = few::open_for(&small.path("base"), &[small.path("adapter"), small.path("other")], Precision::F32);

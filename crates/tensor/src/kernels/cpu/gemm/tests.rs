@@ -261,9 +261,8 @@ fn the_number_of_threads_changes_no_bit() {
 /// A right factor in few bits: every order, both types, and each unit that is multiplied at a time.
 #[test]
 fn few_bits_multiply_as_their_numbers_do() {
-    let pools: Vec<_> = [1, 3]
-        .map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads can be started"))
-        .into();
+    let pools: Vec<_> =
+        [1, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads can be started")).into();
     for (i, [m, n, k]) in LARGE.into_iter().chain([[5, 40, 7], [0, 3, 4], [33, 70, 0]]).enumerate() {
         for order in 0..8u64 {
             let (transposed, narrow, left) = (order & 1 == 1, order & 2 == 2, order & 4 == 4);
@@ -274,8 +273,11 @@ fn few_bits_multiply_as_their_numbers_do() {
             let mut short = vec![bf16::ZERO; n * k];
             few.widen(0..shape.0, 0..shape.1, &mut wide);
             few.widen_narrow(0..shape.0, 0..shape.1, &mut short);
-            let dense: MatRef<'_> =
-                if narrow { View::new(&short, shape.0, shape.1).into() } else { View::new(&wide, shape.0, shape.1).into() };
+            let dense: MatRef<'_> = if narrow {
+                View::new(&short, shape.0, shape.1).into()
+            } else {
+                View::new(&wide, shape.0, shape.1).into()
+            };
             let a = factor((m, k), left, 2, narrow, i as u64 + 3);
             let bias = Stored::new((1, n), 0, false, 9).wide;
             each_isa(|cpu| {
