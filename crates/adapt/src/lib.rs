@@ -13,6 +13,7 @@ pub mod budgets;
 pub mod inits;
 mod parts;
 
+pub mod held;
 pub mod joined;
 pub mod peft;
 pub mod slot;

@@ -15,6 +15,8 @@ pub struct Fresh {
     /// Those of the same component, frozen, that stays beside it at the same sites, so that both together start as nothing;
     /// nowhere, if it is empty.
     pub beside: Params,
+    /// Those of the same component, less whose change the weights of its sites are quantised anew; nowhere, if it is empty.
+    pub requantized: Params,
 }
 
 /// The starting parameters of a component at its attachments: by `init` if it is given, else by the component's own.
@@ -22,8 +24,8 @@ pub struct Fresh {
 /// `stats` what either asked for.
 ///
 /// # Errors
-/// Whatever the initialisation raises; [`Error::Refused`] if it makes other tensors than were declared, or takes something out
-/// of the base at some sites and not at others.
+/// Whatever the initialisation raises; [`Error::Refused`] if it makes other tensors than were declared, or changes the base at some
+/// sites and not at others, or unsaid.
 pub fn fresh<'w>(
     adapter: &dyn Adapter,
     init: Option<&dyn Init>,
@@ -53,6 +55,7 @@ pub fn fresh<'w>(
         match edit {
             BaseEdit::None => {}
             BaseEdit::Beside(tensors) => insert(&mut fresh.beside, at, &tensors)?,
+            BaseEdit::Requantized(tensors) => insert(&mut fresh.requantized, at, &tensors)?,
             other => {
                 let message =
                     format!("the initialisation at {} asks for {other:?}, which this engine does not", at.site);
@@ -60,15 +63,20 @@ pub fn fresh<'w>(
             }
         }
     }
-    let takes_out = init.is_some_and(Init::takes_out);
-    match fresh.beside.len() {
-        n if n == if takes_out { fresh.own.len() } else { 0 } => Ok(fresh),
-        0 => Err(Error::Refused("the initialisation takes nothing out of the base, which it said it would".to_owned())),
-        _ if takes_out => {
-            Err(Error::Refused("the initialisation takes something out of the base at some sites only".to_owned()))
-        }
-        _ => Err(Error::Refused("the initialisation takes something out of the base unsaid".to_owned())),
+    let changes = [
+        ("takes something out of the base", init.is_some_and(Init::takes_out), fresh.beside.len()),
+        ("quantises weights of the base anew", init.is_some_and(Init::requantizes), fresh.requantized.len()),
+    ];
+    for (what, said, found) in changes {
+        let how = match found {
+            n if n == if said { fresh.own.len() } else { 0 } => continue,
+            0 => "nowhere, though it said so",
+            _ if said => "at some sites only",
+            _ => "unsaid",
+        };
+        return Err(Error::Refused(format!("the initialisation {what} {how}")));
     }
+    Ok(fresh)
 }
 
 /// Tensors in the place of those that [`fresh`] made, by `init` if it is given, in an earlier attempt of the same run: their values come
@@ -85,6 +93,9 @@ pub fn blank(init: Option<&dyn Init>, attachments: &[Attachment]) -> Result<Fres
         insert(&mut fresh.own, at, &tensors)?;
         if init.is_some_and(Init::takes_out) {
             insert(&mut fresh.beside, at, &tensors)?;
+        }
+        if init.is_some_and(Init::requantizes) {
+            insert(&mut fresh.requantized, at, &tensors)?;
         }
     }
     Ok(fresh)

@@ -255,11 +255,20 @@ fn refuse_unsupported(row: &FamilyRow, fields: &mut Fields<'_>) {
             fields.fault(name, format!("is {given}; expected null, which is what is supported"));
         }
     }
-    if fields.get("quantization_config").is_some() {
-        fields.fault(
-            "quantization_config",
-            "describes quantised weights; expected a folder with f32, bf16 or f16 weights",
-        );
+    // Which four bits, their files say.
+    if let Some(config) = fields.get("quantization_config") {
+        let by = config.get("quant_method").and_then(serde_json::Value::as_str);
+        let is_read = by == Some("bitsandbytes")
+            && config.get("load_in_4bit") == Some(&true.into())
+            && config.get("bnb_4bit_quant_storage").is_none_or(|storage| storage == "uint8");
+        if !is_read {
+            let message = format!(
+                "describes quantised weights{}; expected a folder with f32, bf16 or f16 weights, which `tune.quantization` holds in \
+                 few bits where they are trained beside, or with those of bitsandbytes in 4 bits in bytes",
+                by.map(|by| format!(" of {by}")).unwrap_or_default()
+            );
+            fields.fault("quantization_config", message);
+        }
     }
     if fields.number("partial_rotary_factor", 0.0, 1.0).is_some_and(|factor| factor != 1.0) {
         fields.fault("partial_rotary_factor", "is not 1; expected heads that are turned as a whole");

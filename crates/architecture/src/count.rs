@@ -41,6 +41,18 @@ impl Architecture {
         self.parameters() * element_bytes
     }
 
+    /// The same where linears of blocks are held in few bits: `few` is the bytes that one takes by its output and input width,
+    /// everything else takes `element_bytes` a number.
+    pub fn quantized_weight_bytes(&self, element_bytes: u64, few: impl Fn(usize, usize) -> f64) -> u64 {
+        let of_layer = self.layer_sites().filter(|site| site.place.quantizes()).filter_map(|site| match site.kind {
+            SiteKind::Linear { output, input, .. } => Some((output * input, few(output, input))),
+            SiteKind::Embedding { .. } | SiteKind::Norm { .. } | SiteKind::Block { .. } => None,
+        });
+        let (numbers, bytes) = of_layer.fold((0, 0.0), |sum, (numbers, bytes)| (sum.0 + numbers, sum.1 + bytes));
+        let layers = self.layers as u64;
+        self.weight_bytes(element_bytes) - layers * numbers as u64 * element_bytes + (layers as f64 * bytes) as u64
+    }
+
     /// Bytes that a pass keeps per row for its reverse, with activations of `element_bytes`: the input of each block in 32
     /// bits and, unless blocks are run again, queries, keys, values, what attention gives, and what stands between the
     /// linears of an MLP.

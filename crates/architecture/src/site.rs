@@ -209,6 +209,38 @@ pub enum Place {
     Classifier,
 }
 
+impl Place {
+    /// Whether the matrix there may be held in few bits: of the linears of attentions and MLPs, those of experts among them. Tables,
+    /// heads and routers stay as they are, for little would be won and much lost.
+    pub const fn quantizes(self) -> bool {
+        match self {
+            Self::Query
+            | Self::Key
+            | Self::Value
+            | Self::QueryKeyValue
+            | Self::Output
+            | Self::Gate
+            | Self::Up
+            | Self::Down => true,
+            Self::Embedding
+            | Self::Positions
+            | Self::TokenTypes
+            | Self::EmbeddingNorm
+            | Self::Attention
+            | Self::AttentionNorm
+            | Self::QueryNorm
+            | Self::KeyNorm
+            | Self::Mlp
+            | Self::MlpNorm
+            | Self::Router
+            | Self::FinalNorm
+            | Self::Head
+            | Self::Pooler
+            | Self::Classifier => false,
+        }
+    }
+}
+
 /// A place in a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Site {

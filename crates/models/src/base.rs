@@ -3,17 +3,53 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use attune_architecture::{Architecture, Place, Site, SiteId, SiteKind, TensorInfo, TensorPart};
+use attune_points::quantization::Quantization;
+use attune_points::weight::Unquantized;
 use attune_points::{TensorName, Weight};
+use attune_spec::FieldPath;
+use attune_spec::id::Step;
 use attune_spec::job::Precision;
+use attune_spec::method::{BuildCx, MethodRef};
 use attune_tensor::kernels::{DeviceCopy, Kernels};
-use attune_tensor::{FrozenWeight, Rng};
+use attune_tensor::{FrozenWeight, Mapped, Rng};
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::Error;
-use crate::folder;
+use crate::folder::{self, Found};
 use crate::pass::{Activations, Arena};
+use crate::quantizations::QUANTIZATIONS;
+
+/// In how few bits linears of blocks are held, and which type products with them are in.
+#[derive(Debug, Clone)]
+struct Few {
+    by: Arc<dyn Quantization>,
+    dtype: DType,
+}
+
+/// A matrix before it was quantised: where it can be read, and whether it is the transpose there.
+#[derive(Debug, Clone)]
+struct Source {
+    matrix: FrozenWeight,
+    transposed: bool,
+}
+
+impl Weight for Source {
+    fn shape(&self) -> (usize, usize) {
+        let (o, i) = self.matrix.shape();
+        if self.transposed { (i, o) } else { (o, i) }
+    }
+
+    fn rows(&self, rows: Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
+        if !self.transposed {
+            return Ok(self.matrix.rows(rows, dtype)?);
+        }
+        let whole = self.matrix.rows(0..self.matrix.shape().0, dtype)?.t()?;
+        Ok(whole.narrow(0, rows.start, rows.len())?.contiguous()?)
+    }
+}
 
 /// A model's architecture and frozen weights.
 #[derive(Debug)]
@@ -25,6 +61,9 @@ pub struct Base {
     tie: Option<(SiteId, SiteId)>,
     matrices: BTreeMap<TensorName, FrozenWeight>,
     vectors: BTreeMap<TensorName, Tensor>,
+    few: Option<Few>,
+    /// What was quantised.
+    sources: BTreeMap<TensorName, Source>,
     /// The buffers of passes over it.
     arena: Arena,
 }
@@ -33,8 +72,16 @@ impl Base {
     /// A base of this structure without its tensors.
     pub(crate) fn empty(architecture: Architecture) -> Self {
         let tie = architecture.tie();
-        let (matrices, vectors, arena) = (BTreeMap::new(), BTreeMap::new(), Arena::default());
-        Self { kept: Vec::new(), architecture, tie, matrices, vectors, arena }
+        Self {
+            kept: Vec::new(),
+            architecture,
+            tie,
+            matrices: BTreeMap::new(),
+            vectors: BTreeMap::new(),
+            few: None,
+            sources: BTreeMap::new(),
+            arena: Arena::default(),
+        }
     }
 
     /// The same base on the device of these kernels: passes over it work there, and the matrices lie there too.
@@ -45,7 +92,8 @@ impl Base {
         self.kept.clear();
         self.arena = Arena::new(kernels);
         for matrix in self.matrices.values() {
-            self.kept.extend(kernels.keep(matrix.read()?.mat()));
+            // What is held in few bits is widened for each product.
+            self.kept.extend(matrix.read()?.mat().and_then(|mat| kernels.keep(mat)));
         }
         kernels.fault()?;
         Ok(self)
@@ -66,6 +114,117 @@ impl Base {
         let mut base = Self::empty(folder::architecture(folder)?);
         base.read(folder, precision, &[], 0)?;
         Ok(base)
+    }
+
+    /// The same with the linears of its blocks in few bits: each is quantised as it is read, and the file's memory let go of. Products
+    /// with them are in `precision`.
+    ///
+    /// # Errors
+    /// As for [`Base::open`]; a method or parameters that are no format, as a fault of `tune.quantization`.
+    pub fn open_quantized(folder: &Path, precision: Precision, format: &MethodRef) -> Result<Self, Error> {
+        let mut base = Self::empty(folder::architecture(folder)?);
+        base.few = Some(Few { by: quantization(format)?, dtype: dtype(precision) });
+        base.read(folder, precision, &[], 0)?;
+        Ok(base)
+    }
+
+    /// The same base with the linears of its blocks in few bits.
+    ///
+    /// # Errors
+    /// As for [`Base::open_quantized`].
+    pub fn quantized(mut self, format: &MethodRef) -> Result<Self, Error> {
+        let dtype = match self.activations() {
+            Activations::F32 => DType::F32,
+            Activations::Bf16 => DType::BF16,
+        };
+        self.few = Some(Few { by: quantization(format)?, dtype });
+        for info in self.architecture.tensors() {
+            let name = TensorName::from_path(&info.name);
+            if let Some(matrix) = self.matrices.get(&name).filter(|_| info.place.quantizes()) {
+                let source = Source { matrix: matrix.clone(), transposed: false };
+                self.quantize(name, &info, source)?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Holds a matrix in few bits, if it is one that is held so; whether it is.
+    fn quantize(&mut self, name: TensorName, info: &TensorInfo, source: Source) -> Result<bool, Error> {
+        let Some(few) = self.few.as_ref().filter(|_| info.place.quantizes()) else { return Ok(false) };
+        // Of a transpose the whole is turned once.
+        let turned = if source.transposed { Some(source.dense(few.dtype)?) } else { None };
+        let whole = turned.as_ref().map_or(&source as &dyn Weight, |turned| turned);
+        let quantized = few.by.quantize(whole, few.dtype).map_err(|error| named(error, &name))?;
+        self.matrices.insert(name.clone(), FrozenWeight::quantized(quantized, few.dtype)?);
+        self.sources.insert(name, source);
+        Ok(true)
+    }
+
+    /// Takes a matrix that a folder holds in few bits already.
+    fn stored(&mut self, name: TensorName, info: &TensorInfo, file: &Mapped, stored: &str) -> Result<(), Error> {
+        let format = |message: String| Error::Format { path: file.path().to_owned(), message };
+        let Some(few) = &self.few else {
+            let state = format!("{stored}.quant_state.");
+            let kind = file.names().find_map(|name| name.strip_prefix(&state)).unwrap_or_default();
+            let message = format!(
+                "tensor {stored:?} is held in few bits ({kind}); expected `tune.quantization` to say so, or a folder with f32, bf16 or \
+                 f16 weights"
+            );
+            return Err(format(message));
+        };
+        let &[output, input] = info.shape.as_slice() else { return Err(format(format!("{stored:?} is no matrix"))) };
+        let part = |further: &str| file.stored(&format!("{stored}{further}"));
+        let quantized = few.by.stored((output, input), &part).map_err(|error| match error {
+            attune_points::Error::Refused(message) => format(format!("tensor {stored:?} {message}")),
+            other => other.into(),
+        })?;
+        self.matrices.insert(name, FrozenWeight::quantized(quantized, few.dtype)?);
+        Ok(())
+    }
+
+    /// Whether linears are held in few bits of which nobody has what they were before.
+    pub fn is_few_only(&self) -> bool {
+        self.few.is_some()
+            && self
+                .matrices
+                .iter()
+                .any(|(name, matrix)| matrix.as_quantized().is_some() && !self.sources.contains_key(name))
+    }
+
+    /// The same base with other numbers in few bits: of each of these weights what it was before it was quantised, less the product of
+    /// the factors `left_or` and `right_ri` times a number, is quantised anew. Everything else is shared with this one.
+    ///
+    /// # Errors
+    /// A weight that is not held in few bits, or whose numbers before that cannot be read.
+    pub fn requantized(
+        &self,
+        less: impl IntoIterator<Item = (TensorName, (Tensor, Tensor, f64))>,
+    ) -> attune_points::Result<Self> {
+        let mut made = Self::empty(self.architecture.clone());
+        made.matrices.clone_from(&self.matrices);
+        made.vectors.clone_from(&self.vectors);
+        made.sources.clone_from(&self.sources);
+        made.few.clone_from(&self.few);
+        for (name, (left_or, right_ri, factor)) in less {
+            let Some(before) = self.unquantized(&name) else {
+                return Err(attune_points::Error::Refused(format!("{name} is not held in few bits")));
+            };
+            let matrix = before.without(&left_or, &right_ri, factor).map_err(|error| named(error, &name))?;
+            made.matrices.insert(name, matrix);
+        }
+        made.on(self.arena.kernels())
+    }
+
+    /// A matrix before it was quantised.
+    fn unquantized(&self, name: &TensorName) -> Option<Unquantized<'_>> {
+        let (few, source) = (self.few.as_ref()?, self.sources.get(name)?);
+        Some(Unquantized { by: &*few.by, weight: Box::new(source.clone()), dtype: few.dtype })
+    }
+
+    /// Bytes of its tensors, in memory or in mapped files.
+    pub fn bytes(&self) -> usize {
+        let vectors = self.vectors.values().map(|vector| vector.elem_count() * vector.dtype().size_in_bytes());
+        self.matrices.values().map(FrozenWeight::bytes).sum::<usize>() + vectors.sum::<usize>()
     }
 
     /// The same trunk under an architecture that [`Architecture::with_head`] or [`Architecture::bidirectional`] made of the
@@ -90,20 +249,34 @@ impl Base {
 
     /// Reads the folder's tensors; those at `fresh` places may be missing.
     fn read(&mut self, folder: &Path, precision: Precision, fresh: &[Place], seed: u64) -> Result<(), Error> {
-        let dtype = match precision {
-            Precision::Bf16 => DType::BF16,
-            Precision::F32 => DType::F32,
-        };
-        for (info, tensor) in folder::tensors(folder, &self.architecture, fresh)? {
+        let dtype = dtype(precision);
+        let found = folder::tensors(folder, &self.architecture, fresh)?;
+        // What whoever made the folder left as it was stays so.
+        let is_few = found.iter().any(|(_, found)| matches!(found, Found::Few(..)));
+        for (info, found) in found {
             let name = TensorName::from_path(&info.name);
             let matrix = info.shape.len() == 2;
-            let Some(tensor) = tensor else {
-                self.random_tensor(&info, seed, if matrix { dtype } else { DType::F32 })?;
-                continue;
+            let tensor = match found {
+                Found::Numbers(tensor) => tensor,
+                Found::Few(file, stored) => {
+                    self.stored(name, &info, &file, &stored)?;
+                    continue;
+                }
+                Found::Nothing => {
+                    self.random_tensor(&info, seed, if matrix { dtype } else { DType::F32 })?;
+                    continue;
+                }
             };
             if !matrix {
                 self.vectors.insert(name, tensor.to_tensor(DType::F32)?);
                 continue;
+            }
+            if self.few.is_some() && !is_few {
+                let source = Source { matrix: FrozenWeight::mapped(tensor.clone())?, transposed: info.transposed };
+                if self.quantize(name.clone(), &info, source)? {
+                    tensor.forget();
+                    continue;
+                }
             }
             let weight = if info.transposed {
                 FrozenWeight::dense(&tensor.to_tensor(dtype)?.t()?)?
@@ -262,6 +435,28 @@ impl Base {
     }
 }
 
+/// What was wrong with a tensor, with its name.
+fn named(error: attune_points::Error, name: &TensorName) -> attune_points::Error {
+    match error {
+        attune_points::Error::Refused(message) => attune_points::Error::Refused(format!("{name}: {message}")),
+        other => other,
+    }
+}
+
+const fn dtype(precision: Precision) -> DType {
+    match precision {
+        Precision::Bf16 => DType::BF16,
+        Precision::F32 => DType::F32,
+    }
+}
+
+/// The format that a job names.
+fn quantization(format: &MethodRef) -> Result<Arc<dyn Quantization>, Error> {
+    let (path, cx) =
+        (FieldPath::from("tune").field("quantization"), BuildCx { steps: Step(0), domains: &[], words: None });
+    Ok(QUANTIZATIONS.build(format, &path, &cx).map_err(Error::Refused)?.into())
+}
+
 /// The frozen weight (and bias) of one site.
 pub struct SiteWeight<'a> {
     base: &'a Base,
@@ -296,5 +491,9 @@ impl Weight for SiteWeight<'_> {
         }
         let name = self.base.tensor_name(self.site.id.as_str(), "bias");
         Ok(Some(self.base.vector(&name)?.to_dtype(dtype)?))
+    }
+
+    fn unquantized(&self) -> Option<Unquantized<'_>> {
+        self.base.unquantized(&self.base.tensor_name(self.site.id.as_str(), "weight"))
     }
 }

@@ -88,6 +88,8 @@ fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path
     if let Some(config) = config.as_object_mut() {
         let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
         config.insert(key.to_owned(), name.into());
+        // All numbers are whole now.
+        config.remove("quantization_config");
         let read = Architecture::from_json(text).ok();
         if read.as_ref().is_some_and(|read| read.family != architecture.family) {
             architecture.write_config(config);

@@ -18,19 +18,35 @@ pub(crate) fn architecture(folder: &Path) -> Result<Architecture, Error> {
     Architecture::from_json(&text).map_err(|source| Error::Architecture { folder: folder.to_owned(), source })
 }
 
+/// What a folder holds of a tensor.
+pub(crate) enum Found {
+    /// Its numbers.
+    Numbers(MappedTensor),
+    /// A matrix in few bits: the file that has its parts, and the name that they begin with.
+    Few(Mapped, String),
+    /// Nothing, where that may be.
+    Nothing,
+}
+
 /// The mapped tensors of a folder, checked against what the architecture needs. Tensors beyond that (a tied head's copy, old
 /// buffers of masks and rotary angles) are left alone. Those at `fresh` places may be missing.
 pub(crate) fn tensors(
     folder: &Path,
     architecture: &Architecture,
     fresh: &[Place],
-) -> Result<Vec<(TensorInfo, Option<MappedTensor>)>, Error> {
+) -> Result<Vec<(TensorInfo, Found)>, Error> {
     let files = files(folder)?.into_iter().map(|file| Mapped::open(&file)).collect::<Result<Vec<_>, _>>()?;
     let mut found = Vec::new();
     for needed in architecture.tensors() {
+        if needed.place.quantizes()
+            && let Some((file, name)) = few(&files, &architecture.spellings(&needed.name))
+        {
+            found.push((needed, Found::Few(file.clone(), name)));
+            continue;
+        }
         let Some((file, tensor)) = find(&files, &architecture.spellings(&needed.name))? else {
             if fresh.contains(&needed.place) {
-                found.push((needed, None));
+                found.push((needed, Found::Nothing));
                 continue;
             }
             return Err(Error::MissingTensor { folder: folder.to_owned(), name: needed.name });
@@ -43,9 +59,19 @@ pub(crate) fn tensors(
                 found: tensor.shape().to_vec(),
             });
         }
-        found.push((needed, Some(tensor)));
+        found.push((needed, Found::Numbers(tensor)));
     }
     Ok(found)
+}
+
+/// The file that holds a matrix in few bits under one of `names`, which is a matrix of bytes with parts beside it.
+fn few<'f>(files: &'f [Mapped], names: &[String]) -> Option<(&'f Mapped, String)> {
+    let held = |file: &&Mapped, name: &str| {
+        let state = format!("{name}.quant_state.");
+        file.stored(name).is_some_and(|stored| stored.dtype == "U8")
+            && file.names().any(|other| other.starts_with(&state))
+    };
+    names.iter().find_map(|name| Some((files.iter().find(|file| held(file, name))?, name.clone())))
 }
 
 /// The tensor that one of the files holds under the first of `names` that any has.

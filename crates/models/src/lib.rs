@@ -5,11 +5,11 @@
 //! block that anybody wants a gradient from. Logits of a whole batch never exist. Frozen weights get no gradient unless a
 //! sink asks for it.
 //!
-//! Deliberately absent: methods of other points than surgery (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
+//! Deliberately absent: methods of other points than surgery and quantisation (they arrive as `dyn Adapter` and `dyn Objective`), data, files other than a model's own.
 //!
 //! Reading order: [`base`] (frozen weights), [`stack`] (components at sites), [`context`] (what a block's graph sees; `tables`),
 //! [`pass`] (views of rows, several parts at once), [`block`], [`model`] (`graphs`, its oracle; `outputs`), [`generate`],
-//! [`surgery`] (another model made of a base) and its methods in [`surgeries`], [`export`].
+//! [`surgery`] (another model made of a base) and its methods in [`surgeries`], [`quantizations`] (linears in few bits), [`export`].
 
 pub mod error;
 
@@ -35,6 +35,7 @@ mod regions;
 pub mod scope;
 mod tables;
 
+pub mod quantizations;
 pub mod surgeries;
 pub mod surgery;
 
@@ -46,6 +47,7 @@ pub use base::Base;
 pub use error::Error;
 pub use generate::Request;
 pub use model::{Model, Pass, Together, grad_together, score_together};
+pub use quantizations::QUANTIZATIONS;
 pub use routing::{Auxiliary, LoadBalance, Routing};
 pub use stack::{Slot, Stack};
 pub use surgeries::SURGERIES;

@@ -133,6 +133,9 @@ pub enum BaseEdit {
     /// The component starts as something, which is taken out of the base: the same component with these tensors stays beside
     /// it, frozen, so that both together start as nothing. The base is as it was, and other jobs may share it.
     Beside(Locals),
+    /// The weight, which is held in few bits, is quantised anew: of what it was before, less what the same component with these
+    /// tensors adds to it. The base is the job's own then.
+    Requantized(Locals),
 }
 
 /// Where a component takes part. More ports (router, head) join with their first users.

@@ -20,6 +20,11 @@ pub trait Init: Send + Sync {
         false
     }
 
+    /// Whether it has weights of the base quantised anew, at all of its sites ([`BaseEdit::Requantized`]).
+    fn requantizes(&self) -> bool {
+        false
+    }
+
     /// Starting values of the tensors of `of` at `at`, and what has to happen to the base weight for them. `stats` has what
     /// [`Init::calibrate`] asked for. Randomness comes from `rng` alone, which is keyed by the site.
     ///

@@ -27,6 +27,7 @@ pub mod init;
 pub mod mixing;
 pub mod objective;
 pub mod optimizer;
+pub mod quantization;
 pub mod reward;
 pub mod schedule;
 pub mod surgery;

@@ -74,6 +74,9 @@ pub struct Theta {
     pub bindings: Vec<Binding>,
     /// For banks whose component starts as something: the bank of what was taken out of the base for that.
     pub beside: BTreeMap<u16, u16>,
+    /// For banks whose component had weights of the base quantised anew: the bank of what these were less. It is bound to no row and has no
+    /// slot.
+    pub requantized: BTreeMap<u16, u16>,
     /// What is added to the embeddings of the batch's rows, `[T, hidden]`; its id is [`TensorId::input_embeddings`].
     pub input: Option<Tensor>,
 }
@@ -120,10 +123,13 @@ impl Theta {
         self.held().filter(move |(id, _)| trains(id))
     }
 
-    /// The ids of all tensors in trained banks and in those beside them, fixed ones among them: what a run made or changes.
+    /// The ids of all tensors in trained banks, in those beside them, and in those of what the base is less for them, fixed ones among
+    /// them: what a run made or changes.
     pub fn held(&self) -> impl Iterator<Item = (TensorId, &Tensor)> {
-        let is_held =
-            |slot: usize, bank: &Bank| bank.train || self.beside.values().any(|beside| *beside as usize == slot);
+        let is_held = |slot: usize, bank: &Bank| {
+            let further = self.beside.values().chain(self.requantized.values());
+            bank.train || further.into_iter().any(|other| *other as usize == slot)
+        };
         self.banks.iter().enumerate().filter(move |(slot, bank)| is_held(*slot, bank)).flat_map(|(slot, bank)| {
             bank.sets.iter().enumerate().flat_map(move |(set, params)| {
                 let owner = Owner::Bank { slot: slot as u16, set: set as u32 };
@@ -211,5 +217,7 @@ mod tests {
         assert_eq!((theta.held().count(), theta.trained().count()), (2, 1));
         let slots = |theta: &Theta| theta.bindings.iter().map(|binding| binding.slot).collect::<Vec<_>>();
         assert_eq!((slots(&theta), slots(&theta.untrained())), (vec![0, 1, 2], vec![1]));
+        theta.requantized.insert(0, 1);
+        assert_eq!((theta.held().count(), theta.trained().count()), (3, 1), "what the base is less is held as well");
     }
 }

@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
+use attune_tensor::{FrozenWeight, ops};
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
+use crate::quantization::Quantization;
 
-/// A weight of the base model, usually a matrix `w_oi` (the scale of a norm is a vector, `o` by 1): dense, memory-mapped or (later) quantised. Readers ask for what they need; nobody
-/// keeps a widened copy of a whole model.
+/// A weight of the base model, usually a matrix `w_oi` (the scale of a norm is a vector, `o` by 1): dense, memory-mapped or quantised. Readers ask for what they need and get what
+/// the model computes with, of a quantised one the widened numbers; nobody keeps a widened copy of a whole model.
 pub trait Weight: Send + Sync {
     /// Output and input width, `(o, i)`.
     fn shape(&self) -> (usize, usize);
@@ -32,6 +34,34 @@ pub trait Weight: Send + Sync {
     /// A storage that cannot be read.
     fn bias(&self, _dtype: DType) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// What it was before it was quantised, if it is held in few bits and that can still be read.
+    fn unquantized(&self) -> Option<Unquantized<'_>> {
+        None
+    }
+}
+
+/// A weight before it was quantised.
+pub struct Unquantized<'a> {
+    /// What made few bits of it.
+    pub by: &'a dyn Quantization,
+    /// The numbers that it had, in the type that products are computed in.
+    pub weight: Box<dyn Weight + 'a>,
+    /// That type.
+    pub dtype: DType,
+}
+
+impl Unquantized<'_> {
+    /// What is held in few bits of the weight less `factor left_or right_ri`, two factors of 32 bits. The same bits whenever it is
+    /// made.
+    ///
+    /// # Errors
+    /// As for [`Quantization::quantize`]; factors of another shape.
+    pub fn without(&self, left_or: &Tensor, right_ri: &Tensor, factor: f64) -> Result<FrozenWeight> {
+        let product = (ops::linear(left_or, &right_ri.t()?, None)? * factor)?;
+        let rest = (self.weight.dense(self.dtype)?.to_dtype(DType::F32)? - product)?;
+        Ok(FrozenWeight::quantized(self.by.quantize(&rest, self.dtype)?, self.dtype)?)
     }
 }
 

@@ -89,6 +89,7 @@ words! {
     v1::OnBadRow => "ON_BAD_ROW_",
     v1::Activations => "ACTIVATIONS_",
     v1::Matmul => "MATMUL_",
+    v1::MergedInto => "MERGED_INTO_",
     v1::Precision => "PRECISION_",
     v1::RefusalReason => "REFUSAL_REASON_",
     v1::RowForm => "ROW_FORM_",

@@ -1,5 +1,5 @@
-//! Frozen weights: matrices that no gradient is ever computed for, kept as they are stored. Products in f32 read them there;
-//! those in f64, which tests make, widen them block by block.
+//! Frozen weights: matrices that no gradient is ever computed for, kept as they are stored: in memory, in a mapped file, or in few
+//! bits. Products in f32 read them there; those in f64, which tests make, widen them block by block.
 //!
 //! # Update
 //! ```text
@@ -12,11 +12,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
+use rayon::prelude::*;
 
-use crate::kernels::Operand;
+use crate::kernels::{Operand, Right};
 use crate::mapped::MappedTensor;
 use crate::products::product;
+use crate::quantized::{Quantized, QuantizedRef};
 use crate::reading::{self, TensorReading};
 use crate::view::{MatRef, View};
 
@@ -31,6 +33,11 @@ pub struct FrozenWeight(Arc<Stored>);
 enum Stored {
     Dense(Tensor),
     Mapped(MappedTensor),
+    Quantized {
+        of: Arc<dyn Quantized>,
+        /// Whether its numbers are rounded to bf16.
+        narrow: bool,
+    },
 }
 
 impl FrozenWeight {
@@ -54,20 +61,55 @@ impl FrozenWeight {
         Ok(Self(Arc::new(Stored::Mapped(w_oi))))
     }
 
+    /// A matrix in few bits whose numbers are of `dtype`: f32, or bf16 if products are to be in it.
+    ///
+    /// # Errors
+    /// Another type.
+    pub fn quantized(of: Arc<dyn Quantized>, dtype: DType) -> Result<Self> {
+        let narrow = match dtype {
+            DType::F32 => false,
+            DType::BF16 => true,
+            other => bail!("a quantised weight of {other:?}; expected numbers of f32 or bf16"),
+        };
+        Ok(Self(Arc::new(Stored::Quantized { of, narrow })))
+    }
+
     /// Output and input width, `(o, i)`.
     pub fn shape(&self) -> (usize, usize) {
         let dims = match &*self.0 {
             Stored::Dense(tensor) => tensor.dims(),
             Stored::Mapped(tensor) => tensor.shape(),
+            Stored::Quantized { of, .. } => return of.shape(),
         };
         (dims[0], dims[1])
     }
 
-    /// The type that it is stored in.
+    /// The type of its numbers: that which they are stored in, or which they are widened to.
     pub fn dtype(&self) -> DType {
         match &*self.0 {
             Stored::Dense(tensor) => tensor.dtype(),
             Stored::Mapped(tensor) => tensor.dtype(),
+            Stored::Quantized { narrow: true, .. } => DType::BF16,
+            Stored::Quantized { narrow: false, .. } => DType::F32,
+        }
+    }
+
+    /// The matrix in few bits, if it is held so.
+    pub fn as_quantized(&self) -> Option<QuantizedRef<'_>> {
+        match &*self.0 {
+            Stored::Quantized { of, narrow } => Some(QuantizedRef::new(&**of, *narrow)),
+            Stored::Dense(_) | Stored::Mapped(_) => None,
+        }
+    }
+
+    /// Bytes that it takes of memory, or of a mapped file.
+    pub fn bytes(&self) -> usize {
+        match &*self.0 {
+            Stored::Quantized { of, .. } => of.bytes(),
+            Stored::Dense(_) | Stored::Mapped(_) => {
+                let (o, i) = self.shape();
+                o * i * self.dtype().size_in_bytes()
+            }
         }
     }
 
@@ -79,6 +121,7 @@ impl FrozenWeight {
         match &*self.0 {
             Stored::Dense(tensor) => tensor.narrow(0, rows.start, rows.len())?.to_dtype(dtype),
             Stored::Mapped(tensor) => tensor.rows(rows, dtype),
+            Stored::Quantized { of, narrow } => widened(QuantizedRef::new(&**of, *narrow), rows)?.to_dtype(dtype),
         }
     }
 
@@ -90,11 +133,20 @@ impl FrozenWeight {
         match &*self.0 {
             Stored::Dense(tensor) => tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(dtype),
             Stored::Mapped(tensor) => tensor.select(ids, dtype),
+            Stored::Quantized { of, narrow } => {
+                let of = QuantizedRef::new(&**of, *narrow);
+                let rows = ids.iter().map(|id| widened(of, *id as usize..*id as usize + 1));
+                let rows = rows.collect::<Result<Vec<_>>>()?;
+                if rows.is_empty() {
+                    return Tensor::zeros((0, of.cols()), dtype, &Device::Cpu);
+                }
+                Tensor::cat(&rows, 0)?.to_dtype(dtype)
+            }
         }
     }
 
-    /// The matrix as it is stored, to be read in place. What is neither f32 nor bf16, or lies unaligned in its file, is
-    /// converted to f32 first, at each call.
+    /// The matrix as a product reads it: in place, or as it is held in few bits. What is neither f32 nor bf16, or lies unaligned in
+    /// its file, is converted to f32 first, at each call.
     ///
     /// # Errors
     /// Whatever converting raises.
@@ -109,6 +161,7 @@ impl FrozenWeight {
                 None => Reading::Copied(self.rows(0..rows, DType::F32)?.flatten_all()?.to_vec1()?),
             },
             Stored::Dense(_) => Reading::Copied(self.rows(0..rows, DType::F32)?.flatten_all()?.to_vec1()?),
+            Stored::Quantized { of, narrow } => Reading::Quantized(QuantizedRef::new(&**of, *narrow)),
         };
         Ok(FrozenReading { read, rows, cols })
     }
@@ -117,7 +170,7 @@ impl FrozenWeight {
     fn in_place(&self, dtype: DType) -> Option<&Tensor> {
         match &*self.0 {
             Stored::Dense(tensor) if tensor.dtype() == dtype => Some(tensor),
-            Stored::Dense(_) | Stored::Mapped(_) => None,
+            Stored::Dense(_) | Stored::Mapped(_) | Stored::Quantized { .. } => None,
         }
     }
 
@@ -140,17 +193,39 @@ enum Reading<'a> {
     Tensor(TensorReading<'a>),
     Mapped(MatRef<'a>),
     Copied(Vec<f32>),
+    Quantized(QuantizedRef<'a>),
 }
 
 impl FrozenReading<'_> {
-    /// The matrix `w_oi`.
-    pub fn mat(&self) -> MatRef<'_> {
+    /// The matrix `w_oi` as it lies; none if it is held in few bits.
+    pub fn mat(&self) -> Option<MatRef<'_>> {
         match &self.read {
-            Reading::Tensor(reading) => reading.mat(),
-            Reading::Mapped(view) => *view,
-            Reading::Copied(values) => MatRef::F32(View::new(values, self.rows, self.cols)),
+            Reading::Tensor(reading) => Some(reading.mat()),
+            Reading::Mapped(view) => Some(*view),
+            Reading::Copied(values) => Some(MatRef::F32(View::new(values, self.rows, self.cols))),
+            Reading::Quantized(_) => None,
         }
     }
+
+    /// The matrix `w_oi` as the right factor of a product.
+    pub fn right(&self) -> Right<'_> {
+        match (&self.read, self.mat()) {
+            (Reading::Quantized(mat), _) => Right::Quantized { mat: *mat, transposed: false },
+            (_, Some(mat)) => Operand::plain(mat).into(),
+            (_, None) => unreachable!("what is not held in few bits lies somewhere"),
+        }
+    }
+}
+
+/// Some rows of a matrix in few bits.
+fn widened(of: QuantizedRef<'_>, rows: Range<usize>) -> Result<Tensor> {
+    if rows.start > rows.end || rows.end > of.rows() {
+        bail!("rows {rows:?} of a weight of {}", of.rows());
+    }
+    let mut values = vec![0.0f32; rows.len() * of.cols()];
+    let by_row = values.par_chunks_mut(of.cols().max(1)).zip(rows.clone());
+    by_row.for_each(|(to, row)| of.widen(row..row + 1, 0..of.cols(), to));
+    Tensor::from_vec(values, (rows.len(), of.cols()), &Device::Cpu)
 }
 
 /// `y [.., O] = x [.., I] Wᵀ` with a backward link to `x` alone. `x` is f32 or f64; `W` may be stored in another float type.
@@ -189,7 +264,7 @@ impl CustomOp1 for FrozenLinear {
                 let Some((start, end)) = layout.contiguous_offsets() else { bail!("rows that are not in order") };
                 let reading = self.weight.read()?;
                 let x_ti = View::new(&values[start..end], t, self.weight.shape().1);
-                CpuStorage::F32(product(t, o, Operand::plain(x_ti), Operand::transposed(reading.mat())))
+                CpuStorage::F32(product(t, o, Operand::plain(x_ti), reading.right().turned()))
             }
             _ => match self.weight.in_place(x.dtype()) {
                 Some(w_oi) => times_transposed(x, layout, w_oi)?,
@@ -204,7 +279,7 @@ impl CustomOp1 for FrozenLinear {
             let ((t, _), (_, i)) = (dy_to.dims2()?, self.weight.shape());
             let (dy_to, w_oi) = (dy_to.contiguous()?, self.weight.read()?);
             let dy = reading::read(&dy_to)?;
-            let dx = product(t, i, Operand::plain(dy.mat()), Operand::plain(w_oi.mat()));
+            let dx = product(t, i, Operand::plain(dy.mat()), w_oi.right());
             return Tensor::from_vec(dx, (t, i), x.device()).map(Some);
         }
         if let Some(w_oi) = self.weight.in_place(x.dtype()) {
@@ -253,10 +328,9 @@ fn times_transposed(x: &CpuStorage, layout: &Layout, w_oi: &Tensor) -> Result<Cp
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
     use crate::autograd;
+    use crate::quantized::tests::Bytes;
     use crate::rng::Rng;
     use crate::testing::{assert_close, assert_same_bits, check_gradients};
 
@@ -319,5 +393,43 @@ mod tests {
         let message = linear(&normal("x", &[2, 4], DType::F32), &weight).unwrap_err().to_string();
         assert!(message.contains("a frozen linear [3, 5] on [2, 4]; expected a last axis of 5"), "{message}");
         assert!(FrozenWeight::dense(&normal("w", &[3], DType::F32)).is_err());
+    }
+
+    /// A weight in few bits multiplies as the dense one of its numbers does, bit for bit, forward and back and in every type.
+    #[test]
+    fn few_bits_are_their_numbers() {
+        for (shape, dtype) in [((70, 300), DType::F32), ((70, 300), DType::BF16), ((3, 5), DType::F32)] {
+            let few = FrozenWeight::quantized(Arc::new(Bytes::new(shape, 5)), dtype).unwrap();
+            let w = few.rows(0..shape.0, dtype).unwrap();
+            let dense = FrozenWeight::dense(&w).unwrap();
+            assert_eq!((few.shape(), few.dtype()), (shape, dtype));
+            assert!(few.bytes() < dense.bytes());
+            for kind in [DType::F32, DType::F64] {
+                let x = autograd::leaf(&normal("x", &[9, shape.1], kind)).unwrap();
+                let dy = normal("dy", &[9, shape.0], kind);
+                let both = |weight| {
+                    let y = linear(&x, weight).unwrap();
+                    let dx = autograd::pull(&[&x], &[(&y, &dy)]).unwrap().remove(0).unwrap();
+                    (y.detach(), dx)
+                };
+                let (found, expected) = (both(&few), both(&dense));
+                if kind == DType::F32 {
+                    assert_same_bits("forward", &found.0, &expected.0);
+                    assert_same_bits("back", &found.1, &expected.1);
+                } else {
+                    assert_close("forward", &found.0, &expected.0, shape.1);
+                    assert_close("back", &found.1, &expected.1, shape.0);
+                }
+            }
+            let ids = [2, 0, 2];
+            assert_same_bits(
+                "select",
+                &few.select(&ids, DType::F32).unwrap(),
+                &dense.select(&ids, DType::F32).unwrap(),
+            );
+            assert!(few.rows(0..shape.0 + 1, dtype).is_err() && few.select(&[shape.0 as u32], dtype).is_err());
+            assert_eq!(few.select(&[], dtype).unwrap().dims(), [0, shape.1]);
+        }
+        assert!(FrozenWeight::quantized(Arc::new(Bytes::new((2, 2), 1)), DType::F64).is_err());
     }
 }

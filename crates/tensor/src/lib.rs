@@ -18,6 +18,7 @@ pub mod frozen;
 pub mod linalg;
 pub mod ops;
 mod products;
+pub mod quantized;
 
 pub mod mapped;
 
@@ -31,4 +32,5 @@ pub mod testing;
 pub use error::Error;
 pub use frozen::FrozenWeight;
 pub use mapped::{Mapped, MappedTensor};
+pub use quantized::Quantized;
 pub use rng::Rng;

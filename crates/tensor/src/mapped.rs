@@ -70,6 +70,13 @@ impl Mapped {
         self.entries.keys().map(String::as_str)
     }
 
+    /// A tensor of any type by name, as the bytes that it is stored in; `None` if the file has none of that name.
+    pub fn stored(&self, name: &str) -> Option<Stored<'_>> {
+        let entry = self.entries.get(name)?;
+        let bytes = self.map.get(entry.bytes.clone())?;
+        Some(Stored { dtype: format!("{:?}", entry.dtype), shape: &entry.shape, bytes })
+    }
+
     /// A tensor of floats by name; `None` if the file has none of that name.
     ///
     /// # Errors
@@ -104,6 +111,17 @@ impl Mapped {
     }
 }
 
+/// A tensor as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored<'a> {
+    /// Its type, as safetensors calls it.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: &'a [usize],
+    /// Its numbers, little-endian, at any address.
+    pub bytes: &'a [u8],
+}
+
 /// A tensor in a mapped file. Cheap to clone; the file stays mapped as long as one of its tensors lives.
 #[derive(Debug, Clone)]
 pub struct MappedTensor {
@@ -135,6 +153,23 @@ impl MappedTensor {
                 Some(MatRef::Bf16(View::new(bits.reinterpret_cast(), rows, cols)))
             }
             _ => None,
+        }
+    }
+
+    /// Lets go of the memory that reading it took: the system reads it again from the file where it is looked at once more. For who
+    /// has made something smaller of it and goes on to the next.
+    pub fn forget(&self) {
+        #[cfg(unix)]
+        {
+            // Whole pages within it; what else lies on the first and the last is somebody else's.
+            const PAGE: usize = 4096;
+            let (start, end) = (self.bytes.start.next_multiple_of(PAGE), self.bytes.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: the map is of a file, read-only and shared: pages that are dropped are read again, with the same bytes.
+                // Failing would cost memory and nothing else.
+                let _ =
+                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            }
         }
     }
 
@@ -271,6 +306,17 @@ mod tests {
     }
 
     #[test]
+    fn what_was_let_go_of_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let w = Rng::new(1, "w").normal_tensor((70, 100), 1.0, DType::F32).unwrap();
+        let mapped = Mapped::open(&file(folder.path(), &[("w", w.clone())])).unwrap().get("w").unwrap().unwrap();
+        for _ in 0..2 {
+            assert_same_bits("read", &mapped.to_tensor(DType::F32).unwrap(), &w);
+            mapped.forget();
+        }
+    }
+
+    #[test]
     fn damaged_files_are_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let x = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
@@ -295,5 +341,9 @@ mod tests {
         let path = file(folder.path(), &[("q", Tensor::new(&[1u8, 2], &Device::Cpu).unwrap())]);
         let error = Mapped::open(&path).unwrap().get("q").unwrap_err();
         assert!(error.to_string().contains("tensor \"q\" is stored as U8; expected F32"), "{error}");
+        let mapped = Mapped::open(&path).unwrap();
+        let stored = mapped.stored("q").unwrap();
+        assert_eq!((stored.dtype.as_str(), stored.shape, stored.bytes), ("U8", &[2][..], &[1u8, 2][..]));
+        assert_eq!(mapped.stored("r"), None);
     }
 }

@@ -7,12 +7,12 @@
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 
-use crate::kernels::{self, Gemm, Kernels as _, Operand};
+use crate::kernels::{self, Gemm, Kernels as _, Operand, Right};
 use crate::reading;
 use crate::view::{View, ViewMut};
 
 /// A product of matrices in f32, row after row.
-pub(crate) fn product(rows: usize, cols: usize, a: Operand<'_>, b: Operand<'_>) -> Vec<f32> {
+pub(crate) fn product<'a>(rows: usize, cols: usize, a: Operand<'a>, b: impl Into<Right<'a>>) -> Vec<f32> {
     let mut to = vec![0.0; rows * cols];
     if !to.is_empty() {
         kernels::cpu().gemm(ViewMut::new(&mut to, rows, cols), &Gemm::new(a, b));

@@ -177,7 +177,7 @@ fn write_logits(paths: &Paths) -> Result<(), Failure> {
     let documents = value["documents"].as_array().ok_or("no documents")?;
     let base = Base::open(&paths.base, attune_spec::job::Precision::F32)?;
     let adapter = paths.out.join("tuned/adapter");
-    let (stack, theta) = component::frozen(&base, [adapter.as_path()])?;
+    let (base, stack, theta) = component::frozen(base, [adapter.as_path()])?;
     let model = Model::new(base, stack);
     let (mut ids, mut lengths, mut logits) = (Vec::new(), Vec::new(), Vec::new());
     for document in documents.iter().take(4) {

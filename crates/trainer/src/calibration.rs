@@ -135,6 +135,7 @@ impl Calibration<'_> {
         let base = json!({
             "base": content(&plan.base)?,
             "seed": plan.from_scratch.then_some(plan.seed),
+            "quantization": plan.quantization,
             "surgery": plan.surgery,
             "stack": beside.map(&mut content).collect::<std::result::Result<Vec<_>, _>>()?,
         });

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use attune_data::loader;
-use attune_points::{TensorId, Theta};
+use attune_points::{Owner, Params, TensorId, TensorName, Theta};
 use attune_spec::id::{Digest, Step, Tokens};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -113,6 +113,19 @@ pub(crate) fn load_shares(folder: &Path) -> Result<SharesOfSlots, Error> {
     Ok(read_state(folder)?.shares)
 }
 
+/// Reads the values of some tensors alone, in place of those that are there: the base itself depends on them.
+pub(crate) fn load_some(folder: &Path, slot: u16, params: &mut Params) -> Result<(), Error> {
+    let mut values = read(&folder.join(VALUES_FILE))?;
+    let names: Vec<(TensorName, Vec<usize>)> =
+        params.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
+    for (name, shape) in names {
+        let id = TensorId { owner: Owner::Bank { slot, set: 0 }, name };
+        let tensor = take(folder, VALUES_FILE, &mut values, &key(&id), &shape)?;
+        params.insert(id.name, tensor);
+    }
+    Ok(())
+}
+
 /// Reads the step rule's state.
 pub(crate) fn load_rule(folder: &Path) -> Result<BTreeMap<String, Tensor>, Error> {
     read(&folder.join(RULE_FILE))
@@ -148,9 +161,9 @@ pub(crate) fn wrong(folder: &Path, message: String) -> Error {
 
 fn key(id: &TensorId) -> String {
     match id.owner {
-        attune_points::Owner::Base => format!("base/{}", id.name),
-        attune_points::Owner::Input => format!("input/{}", id.name),
-        attune_points::Owner::Bank { slot, set } => format!("{slot}/{set}/{}", id.name),
+        Owner::Base => format!("base/{}", id.name),
+        Owner::Input => format!("input/{}", id.name),
+        Owner::Bank { slot, set } => format!("{slot}/{set}/{}", id.name),
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use attune_adapt::held::{self, Held};
 use attune_adapt::slot::{self, Fresh};
 use attune_adapt::{ADAPTERS, BUDGETS, INITS, budgets, peft};
 use attune_architecture::{Site, SiteId, targets};
@@ -22,6 +23,7 @@ use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::few;
 
 /// The ranks of a slot's sites where a budget has shared them out.
 pub(crate) type Shares = BTreeMap<String, Share>;
@@ -44,6 +46,10 @@ pub(crate) struct Component {
     pub(crate) params: Params,
     /// What was taken out of the base for it.
     pub(crate) beside: Option<Params>,
+    /// What weights of the base are less which were quantised anew for it.
+    pub(crate) requantized: Option<Params>,
+    /// How the base was held that it was trained on, if it says so.
+    pub(crate) held: Option<Held>,
     pub(crate) kind: BankKind,
 }
 
@@ -160,7 +166,8 @@ impl Component {
         let read = peft::read(folder)?;
         let at = Attached::new(&read.method, &read.targets, None, base, path, cx)?;
         let params = read.params(&*at.adapter, &at.attachments)?;
-        Ok(at.with(params))
+        let (held, requantized) = (held::read(folder)?, held::read_less(folder, &at.attachments)?);
+        Ok(Self { held, requantized, ..at.with(params) })
     }
 }
 
@@ -235,14 +242,16 @@ impl Attached {
         Ok(Box::new(base.weight(site)))
     }
 
-    fn with_fresh(self, Fresh { own, beside }: Fresh) -> Component {
-        Component { beside: (!beside.is_empty()).then_some(beside), ..self.with(own) }
+    fn with_fresh(self, Fresh { own, beside, requantized }: Fresh) -> Component {
+        let some = |params: Params| (!params.is_empty()).then_some(params);
+        Component { beside: some(beside), requantized: some(requantized), ..self.with(own) }
     }
 
     fn with(self, params: Params) -> Component {
         let weights = self.attachments.iter().any(|at| matches!(self.adapter.port(at), Port::Weights));
         let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
-        Component { slot: Slot::new(self.adapter, self.attachments), params, beside: None, kind }
+        let slot = Slot::new(self.adapter, self.attachments);
+        Component { slot, params, beside: None, requantized: None, held: None, kind }
     }
 }
 
@@ -295,18 +304,22 @@ pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) 
 
 /// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of. Weights that a component
 /// makes are made once, as texts go through the model token by token; they take as much memory as those of its sites in 32 bits.
+/// Weights that an adapter's start quantised anew are so in the base that comes back.
 ///
 /// # Errors
 /// [`Error`] naming the folder, file or tensor that does not fit the base.
-pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> Result<(Stack, Theta), Error> {
+pub fn frozen<'f>(mut base: Base, folders: impl IntoIterator<Item = &'f Path>) -> Result<(Base, Stack, Theta), Error> {
     let cx = BuildCx { steps: Step(0), domains: &[], words: None };
     let (mut slots, mut banks) = (Vec::new(), Vec::new());
     let mut made = Params::new();
     for (index, folder) in folders.into_iter().enumerate() {
         let path = FieldPath::from("adapter").index(index);
-        let Component { slot, params, kind, .. } = Component::read(folder, base, &path, &cx)?;
+        let Component { slot, params, kind, requantized, .. } = Component::read(folder, &base, &path, &cx)?;
         has_what_it_mixes(&slot, &slots, &path)?;
-        make_weights(base, &slot, &params, &mut made)?;
+        if let Some(less) = requantized {
+            base = few::requantized(&base, &slot, &less)?;
+        }
+        make_weights(&base, &slot, &params, &mut made)?;
         let name = format!("adapter-{index}");
         banks.push(Bank { slot: name.into(), kind, sets: vec![Arc::new(params)], train: false });
         slots.push(slot);
@@ -322,7 +335,7 @@ pub fn frozen<'f>(base: &Base, folders: impl IntoIterator<Item = &'f Path>) -> R
         theta.banks.push(Bank { slot: "made".into(), kind, sets: vec![Arc::new(made)], train: false });
         theta.bindings.push(Binding { slot, rows: Rows::All(0) });
     }
-    Ok((Stack::new(slots), theta))
+    Ok((base, Stack::new(slots), theta))
 }
 
 /// The weights that a slot makes of the base's, or of what slots before it made.

@@ -40,6 +40,7 @@ mod copies;
 mod engine;
 mod evaluate;
 mod experts;
+pub mod few;
 mod fit;
 mod guard;
 mod meeting;

@@ -12,6 +12,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .chain(attune_objective::REWARDS.documents())
         .chain(attune_data::MIXINGS.documents())
         .chain(attune_models::SURGERIES.documents())
+        .chain(attune_models::QUANTIZATIONS.documents())
         .chain(crate::STEP_RULES.documents())
         .chain(attune_optim::OPTIMIZERS.documents())
         .chain(attune_optim::SCHEDULES.documents())
@@ -28,7 +29,7 @@ mod tests {
     use std::fmt::Write as _;
     use std::path::{Path, PathBuf};
 
-    use attune_spec::method::{Merges, Point};
+    use attune_spec::method::{Merges, Point, SiteKind};
 
     use super::*;
 
@@ -66,15 +67,26 @@ mod tests {
              ## Adapters\n\nEvery adapter passes the battery in `crates/adapt/tests/battery`: it starts as the base or its card says \
              why not, its gradients agree with central differences in 64 bits, it is read as it was written bit by bit, merged it is \
              what it was beside the base, its formula counts its tensors, and its start depends on seed and site alone. Where PEFT has \
-             the method, outputs, gradients, merged weights and files are compared with PEFT's. The last column is what the method has \
-             and LoRA with as many parameters lacks, tested on both. In formulas `i` and `o` are the widths of a linear's input and \
+             the method, outputs, gradients, merged weights and files are compared with PEFT's. All but those whose tensors stand in for the base's own \
+             work where linears of the base are held in few bits (`tune.quantization`), with the bits that they have on a base of those \
+             numbers. The last column is what the method has and LoRA with as many parameters lacks, tested on both. In formulas `i` and `o` are the widths of a linear's input and \
              output (`i` that of a block's rows), `k` that of all keys, `b` 1 with a bias, `down` 1 at linears that lead out of an \
-             MLP, `out` 1 at those and at linears out of an attention.\n\n| method | paper | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|\n",
+             MLP, `out` 1 at those and at linears out of an attention.\n\n| method | paper | sites | base in few bits | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|---|---|\n",
         );
         let paper = |document: &MethodDocument| {
             document.paper.as_ref().map_or_else(String::new, |paper| format!("{} ({})", paper.title, paper.year))
         };
         let code = |text: &str| if text.is_empty() { String::new() } else { format!("`{}`", text.replace('|', "\\|")) };
+        let sites = |document: &MethodDocument| {
+            let names = document.applies.iter().map(|kind| match kind {
+                SiteKind::Linear => "linear",
+                SiteKind::Embedding => "embedding",
+                SiteKind::Norm => "norm",
+                SiteKind::Attention => "attention",
+                SiteKind::Mlp => "MLP",
+            });
+            names.collect::<Vec<_>>().join(", ")
+        };
         let (adapters, others): (Vec<_>, Vec<_>) =
             documents().into_iter().partition(|document| document.point == Point::Adapter);
         for document in &adapters {
@@ -83,11 +95,13 @@ mod tests {
                 Merges::Factors => "as factors",
                 _ => "as a weight",
             };
+            let few = if document.on_quantized() == Some(true) { "yes" } else { "no" };
             let _ = writeln!(
                 page,
-                "| `{}` | {} | {} | {} | {merges} | {} | {} |",
+                "| `{}` | {} | {} | {few} | {} | {} | {merges} | {} | {} |",
                 document.name,
                 paper(document),
+                sites(document),
                 code(&document.parameters),
                 code(&document.shared),
                 code(document.peft_type.as_deref().unwrap_or_default()),

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use attune_adapt::joined::joined;
-use attune_adapt::peft;
+use attune_adapt::{held, peft};
 use attune_artifacts::formats::card::Card;
-use attune_models::{Slot, export, stack};
+use attune_models::{Base, Slot, export, stack};
 use attune_points::adapter::{Merged, Port};
 use attune_points::{BankKind, TensorName, Theta, Weight};
-use attune_spec::job::Precision;
 use attune_spec::job::plan::Input;
+use attune_spec::job::{MergedInto, Precision};
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
@@ -21,6 +21,7 @@ use crate::component::SharesOfSlots;
 use crate::engine::params;
 use crate::error::Error;
 use crate::experts;
+use crate::few;
 use crate::pin;
 use crate::protocol::{OutputKind, OutputRole, Request};
 use crate::setup::Prepared;
@@ -61,7 +62,7 @@ pub(crate) fn write(
     let whole_model = prepared.trained_slots.iter().any(|at| slots[*at].adapter().peft().is_none());
     if whole_model {
         let folder = request.work.join("model");
-        model(prepared, theta, dtype, &folder)?;
+        model(prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
         outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Model, folder });
     } else {
         let base_name = match &request.plan.base {
@@ -82,7 +83,16 @@ pub(crate) fn write(
     }
     if request.plan.merged && !whole_model {
         let folder = request.work.join("merged");
-        model(prepared, theta, dtype, &folder)?;
+        match request.plan.merged_into {
+            // Read once more: the run had it in few bits only.
+            Some(MergedInto::Base) => {
+                let base = Base::open(&prepared.base_folder, request.plan.precision)?;
+                model(prepared, &base, theta, dtype, &folder)?;
+            }
+            Some(MergedInto::Dequantized) | None => {
+                model(prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
+            }
+        }
         outputs.push(Output { role: OutputRole::Merged, kind: OutputKind::Model, folder });
     }
     if request.plan.keep_statistics {
@@ -141,6 +151,10 @@ fn adapter(
             peft::write(folder, adapter, attachments, &whole.params, architecture, base_name, &card)?;
         }
     }
+    if let Some(held) = few::of(&request.plan) {
+        let less = theta.requantized.get(&(at as u16)).and_then(|less| params(theta, usize::from(*less)));
+        held::write(folder, &held, less)?;
+    }
     Ok(())
 }
 
@@ -152,6 +166,7 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
         ("tokens", state.tokens.to_string()),
         ("seed", request.plan.seed.to_string()),
     ];
+    facts.extend(few::of(&request.plan).map(|held| ("base held as", few::spelt(&held))));
     let ends = (state.validation.first(), state.validation.last());
     if let (Some(before), Some(after)) = ends {
         for (set, loss) in &after.loss {
@@ -169,18 +184,18 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
     card.render()
 }
 
-/// Writes a plain model folder with every component merged in, in the order of the stack.
-fn model(prepared: &Prepared, theta: &Theta, dtype: DType, folder: &Path) -> Result<(), Error> {
+/// Writes a plain model folder with every component merged into `base`, in the order of the stack.
+fn model(prepared: &Prepared, base: &Base, theta: &Theta, dtype: DType, folder: &Path) -> Result<(), Error> {
     let model = &prepared.shared.model;
     let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
     for stage in [Stage::Weight, Stage::Ends, Stage::Beside] {
         for (index, slot) in model.stack().slots().iter().enumerate().filter(|(at, _)| !prepared.shared.turns.has(*at))
         {
-            merge_slot(prepared, theta, index, slot, stage, &mut replaced)?;
+            merge_slot(base, theta, index, slot, stage, &mut replaced)?;
         }
     }
     // A model from scratch has no weights but those: all of them are written, trained or not.
-    export::write(model.base(), &replaced, dtype, &prepared.base_folder, folder)?;
+    export::write(base, &replaced, dtype, &prepared.base_folder, folder)?;
     Ok(())
 }
 
@@ -224,14 +239,13 @@ impl Weight for Made {
 }
 
 fn merge_slot(
-    prepared: &Prepared,
+    base: &Base,
     theta: &Theta,
     index: usize,
     slot: &Slot,
     stage: Stage,
     replaced: &mut BTreeMap<TensorName, Tensor>,
 ) -> Result<(), Error> {
-    let base = prepared.shared.model.base();
     let Some(own) = params(theta, index) else { return Ok(()) };
     if theta.banks.get(index).is_some_and(|bank| bank.kind == BankKind::Weights) {
         if stage == Stage::Weight {

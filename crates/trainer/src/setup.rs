@@ -17,7 +17,7 @@ use attune_points::engine::Job;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
-use attune_spec::job::{Activations, Form, Matmul, Plan, Precision};
+use attune_spec::job::{Activations, Form, Matmul, MergedInto, Plan, Precision};
 use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
@@ -29,6 +29,7 @@ use crate::component::{self, Begun, Component, SharesOfSlots};
 use crate::control::Control;
 use crate::engine::Shared;
 use crate::error::Error;
+use crate::few;
 use crate::fit::{fits, has_room, of_objective, remarks};
 use crate::pin::{self, Pins};
 use crate::protocol::{Event, Phase, Request};
@@ -54,8 +55,8 @@ pub(crate) struct Prepared {
     pub(crate) shares: SharesOfSlots,
 }
 
-/// A base by its folder, its precision, its products and the device that it lies on.
-type Opened = (PathBuf, Precision, Matmul, Option<u32>);
+/// A base by its folder, its precision, the format of its linears, its products and the device that it lies on.
+type Opened = (PathBuf, Precision, Option<String>, Matmul, Option<u32>);
 
 /// The bases that the lanes of a process share: each is opened once.
 #[derive(Debug, Default)]
@@ -68,11 +69,13 @@ impl Bases {
     fn open(&self, folder: &Path, plan: &Plan, card: Option<u32>) -> Result<Arc<Base>, Error> {
         // Lanes that start together wait here for the first, which opens it.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (folder.to_owned(), plan.precision, plan.matmul, card);
+        let format = plan.quantization.as_ref().map(|format| serde_json::to_string(format).unwrap_or_default());
+        let key = (folder.to_owned(), plan.precision, format, plan.matmul, card);
         if let Some(base) = open.get(&key) {
             return Ok(Arc::clone(base));
         }
-        let base = Arc::new(Base::open(folder, plan.precision)?.on(card::kernels(card, plan.matmul)?)?);
+        let base = few::open(folder, plan.precision, plan.quantization.as_ref())?;
+        let base = Arc::new(base.on(card::kernels(card, plan.matmul)?)?);
         open.insert(key, Arc::clone(&base));
         Ok(base)
     }
@@ -98,7 +101,7 @@ pub(crate) fn prepare(
         control.emit(Event::Note { topic: "device".to_owned(), message });
     }
     let base_folder = folder(request, &plan.base, &mut pinned)?;
-    let base = match &plan.surgery {
+    let mut base = match &plan.surgery {
         Some(surgery) => {
             let base = opened(plan, &base_folder)?;
             let made = surgery::operate(&base, surgery, plan.seed).map_err(|error| match error {
@@ -112,6 +115,10 @@ pub(crate) fn prepare(
         }
         None => bases.open(&base_folder, plan, request.card)?,
     };
+    if base.is_few_only() && plan.merged_into == Some(MergedInto::Base) {
+        let message = "is base, but the base's folder holds its linears in few bits only; expected dequantized";
+        return Err(Error::Faults(vec![Fault::new("outputs.merged_into", message)]));
+    }
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;
     let encoder = Encoder::new(tokenizer.clone(), plan.template.as_deref(), plan.max_length, plan.too_long)?;
@@ -181,6 +188,14 @@ pub(crate) fn prepare(
     for (index, planned) in plan.stack.iter().enumerate() {
         begun.push(begin(request, planned, &base, &tune.field("stack").index(index), &cx, &mut pinned)?);
     }
+    let held = few::of(plan);
+    for (index, begun) in begun.iter().enumerate() {
+        let Slotted::Read(read) = begun else { continue };
+        few::fits(read.held.as_ref(), held.as_ref(), &tune.field("stack").index(index))?;
+        if let Some(less) = &read.requantized {
+            base = Arc::new(few::requantized(&base, &read.slot, less)?);
+        }
+    }
     let keep = keep(plan, &base, request.ranks, rows_beside);
     let calibration = Calibration {
         request,
@@ -202,6 +217,8 @@ pub(crate) fn prepare(
     let (mut slots, mut banks, mut specs) = (Vec::new(), Vec::new(), BTreeMap::new());
     // What was taken out of the base, by the slot that it was taken out for.
     let mut taken_out = Vec::new();
+    // What the base is less where weights were quantised anew, in the same way; and whether the base is so already.
+    let mut less = Vec::new();
     for (index, (planned, begun)) in plan.stack.iter().zip(begun).enumerate() {
         let path = tune.field("stack").index(index);
         let is_fresh = matches!(begun, Slotted::Begun(_));
@@ -240,6 +257,13 @@ pub(crate) fn prepare(
             train: planned.train,
         });
         taken_out.extend(made.beside.map(|params| (index as u16, made.slot.clone(), params)));
+        if let Some(params) = made.requantized {
+            let is_new = is_fresh && request.resume.is_none();
+            if is_new {
+                base = Arc::new(few::requantized(&base, &made.slot, &params)?);
+            }
+            less.push((index as u16, params, is_new || !is_fresh));
+        }
         slots.push(made.slot);
     }
     let mut beside = BTreeMap::new();
@@ -250,6 +274,16 @@ pub(crate) fn prepare(
         slots.push(slot);
     }
     let mut theta = Theta { beside, ..Theta::single(banks) };
+    for (index, mut params, is_done) in less {
+        let bank = theta.banks.len() as u16;
+        if let (Some(folder), false) = (&request.resume, is_done) {
+            checkpoint::load_some(folder, bank, &mut params)?;
+            base = Arc::new(few::requantized(&base, &slots[usize::from(index)], &params)?);
+        }
+        theta.requantized.insert(index, bank);
+        let slot = format!("{}-less", plan.stack[usize::from(index)].name).into();
+        theta.banks.push(Bank { slot, kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: false });
+    }
     let turns = Turns::of(plan);
     turns.bind(&mut theta, None);
     let narrow = base.activations() == attune_models::pass::Activations::Bf16;
@@ -305,7 +339,10 @@ pub(crate) fn prepare(
 
 /// A base of the job's own.
 fn opened(plan: &Plan, folder: &Path) -> Result<Base, Error> {
-    Ok(if plan.from_scratch { Base::from_scratch(folder, plan.seed)? } else { Base::open(folder, plan.precision)? })
+    if plan.from_scratch {
+        return Ok(Base::from_scratch(folder, plan.seed)?);
+    }
+    few::open(folder, plan.precision, plan.quantization.as_ref())
 }
 
 /// The rows that the components of the stack put before every document.

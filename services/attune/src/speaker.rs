@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use attune_data::{ChatTemplate, Message, Tokenizer};
+use attune_models::Model;
 use attune_models::generate::generate;
-use attune_models::{Base, Model};
 use attune_points::Theta;
 use attune_points::generate::{Finish, Sampling};
 use attune_spec::job::Precision;
@@ -31,13 +31,13 @@ pub(crate) struct Answer {
 }
 
 impl Speaker {
-    /// Opens a base and the adapters on it, the first one innermost.
+    /// Opens a base and the adapters on it, the first one innermost: in few bits, if the adapters were trained on it so.
     pub(crate) fn open(base: &Path, adapters: &[PathBuf], precision: Precision) -> Result<Self, Failure> {
         let tokenizer = Tokenizer::open(base)?;
         let template = tokenizer.chat_template()?;
-        let weights = Base::open(base, precision)?;
+        let weights = attune_trainer::few::open_for(base, adapters, precision)?;
         let folders = adapters.iter().map(PathBuf::as_path);
-        let (stack, theta) = attune_trainer::component::frozen(&weights, folders)?;
+        let (weights, stack, theta) = attune_trainer::component::frozen(weights, folders)?;
         Ok(Self { model: Model::new(weights, stack), theta, tokenizer, template })
     }
 

@@ -325,7 +325,10 @@ async fn config_of(context: &Context, project: &Project, digest: &Digest) -> Res
 
 /// What jobs that share a process must have in common, beside their project and resources; nothing for a job that runs alone.
 fn share_key(spec: &JobSpec, plan: &Plan) -> Option<Digest> {
-    let key = json!({"base": plan.base, "precision": plan.precision, "matmul": spec.tune.matmul});
+    let mut key = json!({"base": plan.base, "precision": plan.precision, "matmul": spec.tune.matmul});
+    if let Some(format) = &plan.quantization {
+        key["quantization"] = json!(format);
+    }
     spec.resources.share_base.then(|| canonical::digest(&key))
 }
 

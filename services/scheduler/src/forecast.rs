@@ -27,12 +27,25 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
     let copies = of_step(plan, |document| &document.copies)? as u64;
     let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(1) };
     Some(Memory {
-        base: PROCESS_BYTES + architecture.weight_bytes(bytes),
+        base: PROCESS_BYTES + weights(admitted)?,
         // What components have measured is gone when they train.
         own: (trainable(admitted)? * TRAINED_BYTES).max(statistics(admitted)?),
         pass: pass(rows),
         full_pass: pass(rows.max(ROWS_PER_PASS.into())),
     })
+}
+
+/// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.
+fn weights(admitted: &Admitted) -> Option<u64> {
+    let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
+    let (catalogue, bytes) = (Catalogue::embedded(), element_bytes(plan));
+    let Some(format) = &plan.quantization else { return Some(architecture.weight_bytes(bytes)) };
+    let few = |output, input| catalogue.stored_bytes(format, output, input);
+    few(1, 1)?;
+    let all = architecture.quantized_weight_bytes(bytes, |output, input| few(output, input).unwrap_or(0.0));
+    let anew = plan.stack.iter().any(|slot| slot.init.as_ref().is_some_and(|init| catalogue.owns_base(init)));
+    let whole = architecture.quantized_weight_bytes(bytes, |_, _| 0.0);
+    Some(if anew { 2 * all - whole } else { all })
 }
 
 /// Bytes of a number of the base.

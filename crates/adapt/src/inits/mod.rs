@@ -5,6 +5,7 @@ mod eva;
 mod gaussian;
 mod kaiming;
 mod kore;
+mod loftq;
 mod lora_ga;
 mod mica;
 mod olora;
@@ -23,6 +24,7 @@ pub static INITS: Registry<dyn Init> = Registry::new(
         entry::<gaussian::Gaussian>(),
         entry::<kaiming::Kaiming>(),
         entry::<kore::Kore>(),
+        entry::<loftq::Loftq>(),
         entry::<lora_ga::LoraGa>(),
         entry::<mica::Mica>(),
         entry::<olora::Olora>(),

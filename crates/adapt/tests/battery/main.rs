@@ -7,6 +7,7 @@ mod blends;
 mod budgets;
 mod calibrated;
 mod contexts;
+mod few;
 mod golden;
 mod own;
 mod starts;
@@ -155,6 +156,7 @@ fn main() {
     trials.push(Trial::test("adapter::lora::a_rank_beyond_the_width_is_refused_with_the_site", too_wide));
     trials.extend(own::trials());
     trials.extend(starts::trials());
+    trials.extend(few::trials());
     trials.extend(calibrated::trials());
     trials.extend(budgets::trials());
     trials.extend(golden::trials());

@@ -71,9 +71,10 @@ fn each_fault_names_its_field() {
         (json!({"rms_norm_eps": -1}), "rms_norm_eps", "is -1; expected a number in 0 ..= 1"),
         (json!({"tie_word_embeddings": 1}), "tie_word_embeddings", "is 1; expected true or false"),
         (
-            json!({"quantization_config": {"bits": 4}}),
+            json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
             "quantization_config",
-            "describes quantised weights; expected a folder with f32, bf16 or f16 weights",
+            "describes quantised weights of bitsandbytes; expected a folder with f32, bf16 or f16 weights, which \
+             `tune.quantization` holds in few bits where they are trained beside, or with those of bitsandbytes in 4 bits in bytes",
         ),
         (
             json!({"rope_scaling": {"rope_type": "longrope"}}),

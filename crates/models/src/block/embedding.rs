@@ -48,7 +48,9 @@ impl Embedding {
                     }
                     None => {
                         let frozen = cx.base.matrix(&cx.base.tensor_name(id.as_str(), "weight"))?;
-                        cx.kernels.gather(frozen.read().context(at)?.mat(), ids, to.into(), i > 0);
+                        let reading = frozen.read().context(at)?;
+                        let few = || Error::Refused(format!("{id} is held in few bits, which no table is"));
+                        cx.kernels.gather(reading.mat().ok_or_else(few)?, ids, to.into(), i > 0);
                     }
                 }
                 if *place == Place::Embedding {

@@ -8,7 +8,7 @@ use attune_architecture::Site;
 use attune_points::adapter::EndMap;
 use attune_points::{Result, TensorId};
 use attune_tensor::autograd;
-use attune_tensor::kernels::{Gemm, Operand};
+use attune_tensor::kernels::{Gemm, Operand, Right};
 use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::{Tensor, Var};
 use rayon::prelude::*;
@@ -117,7 +117,7 @@ impl PassCx<'_> {
             let mut dread = needed.then(|| self.arena.rows(xs[at].rows(), xs[at].cols()));
             let product = dread.as_mut().map(|dread| {
                 let dread = dread.view_mut();
-                move |weight: Operand<'_>| {
+                move |weight: Right<'_>| {
                     let of = Gemm::new(Operand::plain(dgiven), weight);
                     self.meter.time(Work::Gemm, || self.kernels.gemm(dread, &of));
                 }
@@ -144,8 +144,7 @@ impl PassCx<'_> {
     fn product(&self, site: &Site, of: &Weighed<'_>, x_ti: MatRef<'_>, width: usize) -> Result<Rows<f32>> {
         let mut y = self.arena.rows(x_ti.rows(), width);
         self.with_both(site, of, |weight, bias| {
-            let b = Operand { transposed: !weight.transposed, ..weight };
-            let of = Gemm { bias, ..Gemm::new(Operand::plain(x_ti), b) };
+            let of = Gemm { bias, ..Gemm::new(Operand::plain(x_ti), weight.turned()) };
             self.meter.time(Work::Gemm, || self.kernels.gemm(y.view_mut(), &of));
         })?;
         Ok(y)

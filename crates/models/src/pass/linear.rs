@@ -13,7 +13,7 @@ use attune_architecture::Site;
 use attune_points::adapter::FusedRows;
 use attune_points::error::Context as _;
 use attune_points::{Error, Result, TensorId};
-use attune_tensor::kernels::{Gemm, LowRank, Operand};
+use attune_tensor::kernels::{Gemm, LowRank, Operand, Right};
 use attune_tensor::reading;
 use attune_tensor::view::{MatRef, View, ViewMut};
 use candle_core::{Device, Tensor};
@@ -94,13 +94,7 @@ impl<'a> PassCx<'a> {
             let x = x_ti.sub_rows(rows.start, rows.end);
             self.with_both(site, of, |weight, bias| {
                 let y = y_to.reborrow().into_sub_rows(rows.start, rows.end);
-                let of = Gemm {
-                    a: Operand::plain(x),
-                    b: Operand { transposed: !weight.transposed, ..weight },
-                    low_rank: &within,
-                    bias,
-                    accumulate,
-                };
+                let of = Gemm { a: Operand::plain(x), b: weight.turned(), low_rank: &within, bias, accumulate };
                 self.meter.time(Work::Gemm, || self.kernels.gemm(y, &of));
             })?;
         }
@@ -193,7 +187,7 @@ impl<'a> PassCx<'a> {
                 dx_ti.as_mut().map(|(dx, accumulate)| (dx.reborrow().into_sub_rows(rows.start, rows.end), *accumulate));
             let product = dx.map(|(dx, accumulate)| {
                 let (a, terms) = (Operand::plain(dy), cut(&terms, &rows));
-                move |b: Operand<'_>| {
+                move |b: Right<'_>| {
                     let of = Gemm { a, b, low_rank: &terms, bias: None, accumulate };
                     self.meter.time(Work::Gemm, || self.kernels.gemm(dx, &of));
                 }

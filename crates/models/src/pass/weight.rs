@@ -8,7 +8,7 @@ use attune_architecture::{Site, SiteId, SiteKind};
 use attune_points::adapter::{Port, WeightMap};
 use attune_points::error::Context as _;
 use attune_points::{Error, Region, Result, TensorId, TensorName};
-use attune_tensor::kernels::{Gemm, Operand};
+use attune_tensor::kernels::{Gemm, Operand, Right};
 use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use attune_tensor::{autograd, reading};
 use candle_core::{DType, Device, Tensor, Var};
@@ -100,7 +100,7 @@ impl<'a> PassCx<'a> {
     }
 
     /// Reads the weight of some rows, as `w_oi`.
-    pub(crate) fn with_weight(&self, site: &Site, of: &Weighed<'_>, then: impl FnOnce(Operand<'_>)) -> Result<()> {
+    pub(crate) fn with_weight(&self, site: &Site, of: &Weighed<'_>, then: impl FnOnce(Right<'_>)) -> Result<()> {
         if of.is_made() {
             return self.with_tensor(site, &self.made(site, of, &[])?.w_oi, then);
         }
@@ -109,7 +109,7 @@ impl<'a> PassCx<'a> {
             None => {
                 let frozen = self.base.matrix(&self.base.tensor_name(site.id.as_str(), "weight"))?;
                 let reading = frozen.read().context(|| format!("linear {}", site.id))?;
-                then(Operand::plain(reading.mat()));
+                then(reading.right());
                 Ok(())
             }
         }
@@ -120,7 +120,7 @@ impl<'a> PassCx<'a> {
         &self,
         site: &Site,
         of: &Weighed<'_>,
-        then: impl FnOnce(Operand<'_>, Option<&[f32]>),
+        then: impl FnOnce(Right<'_>, Option<&[f32]>),
     ) -> Result<()> {
         if of.is_made() {
             let made = self.made(site, of, &[])?;
@@ -135,15 +135,15 @@ impl<'a> PassCx<'a> {
     }
 
     /// Reads a weight that is not the base's.
-    fn with_tensor(&self, site: &Site, tensor: &Tensor, then: impl FnOnce(Operand<'_>)) -> Result<()> {
+    fn with_tensor(&self, site: &Site, tensor: &Tensor, then: impl FnOnce(Right<'_>)) -> Result<()> {
         let reading = reading::read(tensor).context(|| format!("linear {}", site.id))?;
         // In a pass of bf16 a weight of 32 bits is rounded like the frozen ones; its master value is not.
         match self.dtype {
-            Activations::F32 => then(Operand::plain(reading.mat())),
+            Activations::F32 => then(Operand::plain(reading.mat()).into()),
             Activations::Bf16 => {
                 let mut narrow = self.arena.mat(reading.mat().rows(), reading.mat().cols(), self.dtype);
                 self.kernels.convert(reading.mat(), narrow.view_mut());
-                then(Operand::plain(narrow.view()));
+                then(Operand::plain(narrow.view()).into());
             }
         }
         Ok(())
@@ -191,7 +191,7 @@ impl<'a> PassCx<'a> {
         of: &Weighed<'_>,
         given: Given<'_>,
         (x_ti, dy_to): (MatRef<'_>, MatRef<'_>),
-        product: Option<impl FnOnce(Operand<'_>)>,
+        product: Option<impl FnOnce(Right<'_>)>,
         sinks: &mut Sinks<'_>,
     ) -> Result<()> {
         let within = |(part, rows): (usize, Range<usize>)| {

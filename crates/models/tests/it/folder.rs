@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
-use attune_models::Base;
+use attune_models::{Base, Model, Pass, Stack};
+use attune_points::{Layout, Theta};
 use attune_spec::job::Precision;
+use attune_spec::method::MethodRef;
 use candle_core::{DType, Device, Tensor};
 
-use crate::support::golden;
+use crate::support::{Golden, golden};
 
 /// A copy of a golden folder with something done to it.
 fn broken(case: &str, damage: impl FnOnce(&Path)) -> String {
@@ -77,6 +79,66 @@ fn another_model_type_is_refused_by_name() {
         std::fs::write(file, text).unwrap();
     });
     assert!(message.contains("mamba") && message.contains("llama"), "{message}");
+}
+
+fn nf4(double_quant: bool) -> MethodRef {
+    serde_json::from_value(serde_json::json!({"method": "nf4", "double_quant": double_quant})).unwrap()
+}
+
+/// A folder that transformers saved in four bits has its logits, and so has the folder that it was made of, quantised here.
+#[test]
+fn a_folder_in_four_bits_has_the_logits_of_transformers() {
+    for (case, double_quant) in [("llama_nf4", false), ("llama_nf4_double", true)] {
+        let format = nf4(double_quant);
+        let expected = Golden::open(case, "expected.safetensors").unwrap();
+        let ids: Vec<u32> = expected.ints("input_ids").into_iter().map(|id| id as u32).collect();
+        let layout = Layout::single(&ids);
+        let theta = Theta::default();
+        let stored = Base::open_quantized(&golden(case), Precision::F32, &format).unwrap();
+        let own = Base::open_quantized(&golden("llama"), Precision::F32, &format).unwrap();
+        assert!(stored.is_few_only() && !own.is_few_only());
+        assert_eq!(stored.bytes(), own.bytes());
+        assert!(own.bytes() < Base::open(&golden("llama"), Precision::F32).unwrap().bytes() / 2);
+        for base in [stored, own] {
+            let model = Model::new(base, Stack::default());
+            let found = model.logits(&Pass { theta: &theta, layout: &layout, dropout: None }).unwrap();
+            let off = crate::support::difference(&found, expected.tensor("logits"));
+            assert!(off < 1e-4, "{case}: off by {off}");
+        }
+    }
+}
+
+#[test]
+fn a_folder_in_four_bits_is_read_as_it_says_and_not_otherwise() {
+    let open = |case: &str, format: Option<&MethodRef>| {
+        let opened = match format {
+            Some(format) => Base::open_quantized(&golden(case), Precision::F32, format),
+            None => Base::open(&golden(case), Precision::F32),
+        };
+        opened.map(|_| ()).unwrap_err().to_string()
+    };
+    let message = open("llama_nf4", None);
+    assert!(
+        message.contains("is held in few bits (bitsandbytes__nf4); expected `tune.quantization` to say so"),
+        "{message}"
+    );
+    let message = open("llama_nf4", Some(&nf4(true)));
+    assert!(message.contains("has scales in 32 bits; expected `tune.quantization.double_quant: false`"), "{message}");
+    let message = open("llama_nf4_double", Some(&nf4(false)));
+    assert!(message.contains("has scales in eight bits; expected `tune.quantization.double_quant: true`"), "{message}");
+    let message = open("llama", Some(&serde_json::from_value(serde_json::json!({"method": "nf5"})).unwrap()));
+    assert!(message.contains("`tune.quantization.method` is \"nf5\""), "{message}");
+    // What is written of it has whole numbers, and says so.
+    let base = Base::open_quantized(&golden("llama_nf4"), Precision::F32, &nf4(false)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let none = std::collections::BTreeMap::new();
+    attune_models::export::write(&base, &none, DType::F32, &golden("llama_nf4"), folder.path()).unwrap();
+    let again = Base::open(folder.path(), Precision::F32).unwrap();
+    let name = attune_points::TensorName::from_path("model.layers.1.mlp.up_proj.weight");
+    let (a, b) = (base.tensor(&name, DType::F32).unwrap(), again.tensor(&name, DType::F32).unwrap());
+    assert_eq!(crate::support::difference(&a, &b), 0.0);
+    let config = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
+    assert!(!config.contains("quantization_config"), "{config}");
 }
 
 #[test]

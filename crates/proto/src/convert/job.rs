@@ -5,7 +5,7 @@
 
 use attune_spec::job::{
     Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, Matmul,
-    OnBadRow, Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec,
+    MergedInto, OnBadRow, Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec,
     ValidationSpec, read_value,
 };
 use attune_spec::method::{Catalogue, MethodRef};
@@ -133,6 +133,7 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
             Precision::F32 => v1::Precision::F32,
             Precision::Bf16 => v1::Precision::Bf16,
         } as i32,
+        quantization: spec.quantization.as_ref().and_then(|format| method(format, &path.field("quantization"), faults)),
         matmul: match spec.matmul {
             Matmul::Highest => v1::Matmul::Highest,
             Matmul::High => v1::Matmul::High,
@@ -187,6 +188,11 @@ fn outputs(spec: &Outputs) -> v1::OutputSpec {
         tag: spec.tag.as_ref().map(ToString::to_string),
         merged: spec.merged,
         merged_tag: spec.merged_tag.as_ref().map(ToString::to_string),
+        merged_into: match spec.merged_into {
+            None => v1::MergedInto::Unspecified,
+            Some(MergedInto::Base) => v1::MergedInto::Base,
+            Some(MergedInto::Dequantized) => v1::MergedInto::Dequantized,
+        } as i32,
         statistics: spec.statistics,
     }
 }
@@ -251,6 +257,7 @@ impl Reader {
                 "tag": spec.tag.as_ref(),
                 "merged": Some(spec.merged),
                 "merged_tag": spec.merged_tag.as_ref(),
+                "merged_into": self.word::<v1::MergedInto>(spec.merged_into, "outputs.merged_into"),
                 "statistics": Some(spec.statistics),
             }),
             "data": message.data.as_ref().map(|spec| self.data(spec)),
@@ -382,6 +389,7 @@ impl Reader {
             "accumulation": spec.accumulation,
             "max_grad_norm": spec.max_grad_norm.map(|norm| if norm == 0.0 { Value::Null } else { json!(norm) }),
             "precision": self.word::<v1::Precision>(spec.precision, "tune.precision"),
+            "quantization": spec.quantization.as_ref().map(|m| self.method(m, &path.field("quantization"))),
             "matmul": self.word::<v1::Matmul>(spec.matmul, "tune.matmul"),
             "activations": self.word::<v1::Activations>(spec.activations, "tune.activations"),
             "checkpoint": spec.checkpoint.as_ref().map(|spec| given! {

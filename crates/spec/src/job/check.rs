@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::plan::{logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Device, JobKind, JobSpec, Precision, Reference, VERSION};
+use super::{Device, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 use crate::stages;
@@ -38,6 +38,7 @@ pub(super) fn methods(value: &Value, catalogue: &Catalogue) -> Vec<Fault> {
     let tune = FieldPath::from("tune");
     for (field, point) in [
         ("surgery", Point::Surgery),
+        ("quantization", Point::Quantization),
         ("budget", Point::Budget),
         ("objective", Point::Objective),
         ("step", Point::StepRule),
@@ -128,6 +129,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     share(spec, catalogue, &mut faults);
     surgery(spec, catalogue, &mut faults);
     budget(spec, catalogue, &mut faults);
+    quantization(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
         if let Some(method) = method.filter(|method| method.merges == Merges::No) {
@@ -296,6 +298,76 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         if method.is_some_and(|method| method.trains_base) {
             refuse(&format!("`{path}` trains the weights of the base"));
         }
+        if slot.init.as_ref().is_some_and(|init| catalogue.owns_base(init)) {
+            refuse(&format!("`{}` quantises the base anew", path.field("init")));
+        }
+    }
+}
+
+/// Weights in few bits are read and never change, and what is merged has whole numbers: of which base, is said.
+fn quantization(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    let (tune, outputs, into) = (&spec.tune, &spec.outputs, FieldPath::from("outputs").field("merged_into"));
+    if outputs.merged_into.is_some() && !outputs.merged {
+        faults.push(Fault::new(into.clone(), "is given, but `outputs.merged` is false"));
+    }
+    let starts = tune.slots().into_iter().filter_map(|(path, slot)| Some((path.field("init"), slot.init.as_ref()?)));
+    if tune.quantization.is_none() {
+        for (path, init) in starts {
+            if catalogue.get(&init.method).is_some_and(|init| init.needs_quantization) {
+                let message = format!(
+                    "is {}, which makes up for what few bits lose, but the base has whole numbers; expected `tune.quantization`",
+                    init.method
+                );
+                faults.push(Fault::new(path, message));
+            }
+        }
+        if outputs.merged_into.is_some() {
+            let message = "is given, but `tune.quantization` is not: there is one base to merge into";
+            faults.push(Fault::new(into, message));
+        }
+        return;
+    }
+    let path = FieldPath::from("tune").field("quantization");
+    let mut refuse = |why: String| faults.push(Fault::new(path.clone(), format!("is given, but {why}")));
+    if tune.from_scratch {
+        refuse("`tune.from_scratch` makes a base at random: expected a base that was trained".to_owned());
+    }
+    if let Some(surgery) = &tune.surgery {
+        refuse(format!(
+            "`tune.surgery` is {}, which makes another model of whole numbers: leave one of them out",
+            surgery.method
+        ));
+    }
+    for (path, slot) in tune.slots() {
+        let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
+        if let Some(method) = method.filter(|method| method.on_quantized() == Some(false)) {
+            refuse(format!(
+                "`{path}` is {}, which trains the weights of the base, and weights in few bits do not train: leave it out, or \
+                 train an adapter beside them, such as lora",
+                method.name
+            ));
+        }
+    }
+    if !outputs.merged {
+        return;
+    }
+    let makes_up = |init: &MethodRef| catalogue.get(&init.method).is_some_and(|init| init.needs_quantization);
+    let owner = starts.into_iter().find(|(_, init)| makes_up(init));
+    match (outputs.merged_into, owner) {
+        (None, _) => {
+            let message = "is missing: `tune.quantization` holds the base in few bits, into which nothing is merged; expected \
+                           base (the weights of its folder) or dequantized (those that the adapter is trained beside)";
+            faults.push(Fault::new(into, message));
+        }
+        (Some(MergedInto::Base), Some((path, init))) => {
+            let message = format!(
+                "is base, but `{path}` is {}, whose adapter makes up for what the few bits lose: on the weights of the folder \
+                 it would be counted twice; expected dequantized",
+                init.method
+            );
+            faults.push(Fault::new(into, message));
+        }
+        (Some(_), _) => {}
     }
 }
 

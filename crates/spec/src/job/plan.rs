@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{Form, OnBadRow, TooLong};
 use super::reference::Reference;
+use super::resources::MergedInto;
 use super::targets::Targets;
 use super::tune::{Activations, Matmul, Precision};
 use super::{JobKind, JobSpec, VERSION};
@@ -151,6 +152,9 @@ pub struct Plan {
     pub max_grad_norm: Option<f64>,
     /// The number format of the frozen base.
     pub precision: Precision,
+    /// In how few bits linears of the base are held; whole numbers if it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<MethodRef>,
     /// How exactly matrices of 32 bits are multiplied.
     #[serde(default, skip_serializing_if = "Matmul::is_highest")]
     pub matmul: Matmul,
@@ -166,6 +170,9 @@ pub struct Plan {
     pub seed: u64,
     /// Whether a plain model folder is made as well.
     pub merged: bool,
+    /// Into which weights, where linears of the base are held in few bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merged_into: Option<MergedInto>,
     /// Statistics of the base that are there already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub statistics: Option<Input>,
@@ -301,6 +308,7 @@ impl Plan {
             length,
             max_grad_norm: tune.max_grad_norm,
             precision: tune.precision,
+            quantization: tune.quantization.as_ref().map(|format| catalogue.resolve(format)),
             matmul: tune.matmul,
             activations: tune.activations,
             checkpoint_every: tune.checkpoint.every_steps,
@@ -308,6 +316,7 @@ impl Plan {
             logical_shards: logical_shards(spec, catalogue),
             seed: tune.seed,
             merged: spec.outputs.merged,
+            merged_into: spec.outputs.merged_into,
             statistics,
             keep_statistics: spec.outputs.statistics,
         })

@@ -89,6 +89,17 @@ impl Limits {
     }
 }
 
+/// The weights that an adapter is merged into which was trained on a base in few bits. The merged model has whole numbers: rounded to
+/// few bits again it would lose much of what was learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MergedInto {
+    /// Those of the base's folder.
+    Base,
+    /// Those that the adapter was trained beside: what was held in few bits, widened. The merged model computes what the job did.
+    Dequantized,
+}
+
 /// What to keep.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -99,6 +110,9 @@ pub struct Outputs {
     pub tag: Option<Tag>,
     /// Whether a plain model folder with the adapter merged in is made as well.
     pub merged: bool,
+    /// Into which weights, where `tune.quantization` holds those of the base in few bits; has to be said there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merged_into: Option<MergedInto>,
     /// A tag that moves to the merged model.
     #[schemars(with = "Option<String>")]
     pub merged_tag: Option<Tag>,

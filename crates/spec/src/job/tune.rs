@@ -252,6 +252,10 @@ pub struct TuneSpec {
     pub max_grad_norm: Option<f64>,
     /// The number format of the frozen base.
     pub precision: Precision,
+    /// In how few bits the linears of the frozen base's blocks are held; products with them are in `precision`. All of them have
+    /// whole numbers when it is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<MethodRef>,
     /// How exactly matrices of 32 bits are multiplied.
     pub matmul: Matmul,
     /// What a forward pass keeps for the reverse one.
@@ -288,6 +292,7 @@ impl Default for TuneSpec {
             epochs: None,
             tokens: None,
             max_grad_norm: Some(1.0),
+            quantization: None,
             matmul: Matmul::default(),
             precision: Precision::F32,
             activations: Activations::Auto,

@@ -20,6 +20,8 @@ pub enum Point {
     Mixing,
     /// One architecture and its weights to another.
     Surgery,
+    /// In how few bits are the frozen matrices of the base held?
+    Quantization,
     /// How does one optimiser step use the engine?
     StepRule,
     /// Gradients to update.
@@ -34,7 +36,7 @@ pub enum Point {
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Adapter,
         Self::Init,
         Self::Budget,
@@ -42,6 +44,7 @@ impl Point {
         Self::Reward,
         Self::Mixing,
         Self::Surgery,
+        Self::Quantization,
         Self::StepRule,
         Self::Optimizer,
         Self::Schedule,
@@ -59,6 +62,7 @@ impl Point {
             Self::Reward => "reward",
             Self::Mixing => "mixing",
             Self::Surgery => "surgery",
+            Self::Quantization => "quantization",
             Self::StepRule => "step_rule",
             Self::Optimizer => "optimizer",
             Self::Schedule => "schedule",
@@ -77,6 +81,7 @@ impl Point {
             Self::Reward => "how good is an answer that the model gave by itself?",
             Self::Mixing => "which domain does the next document come from?",
             Self::Surgery => "which model is made of the base before it trains?",
+            Self::Quantization => "in how few bits are the frozen matrices of the base held?",
             Self::StepRule => "how does one optimiser step use the engine?",
             Self::Optimizer => "how do gradients change the parameters?",
             Self::Schedule => "how does the learning rate run over time?",
@@ -184,6 +189,13 @@ pub struct Card {
     /// What it makes of a model's sizes, `inner`, `experts`, `experts_per_token` and `experts_balance`: expressions over its
     /// parameters and the sizes before; those that it does not name stay. Empty for points that leave a model as it is.
     pub becomes: &'static [(&'static str, &'static str)],
+    /// Bytes that a linear's weight takes in a format of few bits, as an expression over its parameters and the weight's widths, `i` and
+    /// `o`; empty for points that are no format.
+    pub stored_bytes: &'static str,
+    /// Whether it is for bases that are held in few bits, and no others.
+    pub needs_quantization: bool,
+    /// When a job with it has a base of its own, quantised anew, as a condition on its parameters; empty for never.
+    pub own_base: &'static str,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
@@ -217,6 +229,9 @@ impl Card {
             answer_tokens: "",
             rows_before: "",
             becomes: &[],
+            stored_bytes: "",
+            needs_quantization: false,
+            own_base: "",
             moves: None,
             merges: Merges::NotApplicable,
             trains_base: false,

@@ -112,6 +112,21 @@ impl Catalogue {
             .map_or(0, |rows| rows as u32)
     }
 
+    /// Whether a job that names this method has a base of its own, quantised anew.
+    pub fn owns_base(&self, named: &MethodRef) -> bool {
+        let document = self.get(&named.method).filter(|document| !document.own_base.is_empty());
+        let params = self.resolve(named).params;
+        document.is_some_and(|document| expression::holds(&document.own_base, &params).unwrap_or(true))
+    }
+
+    /// Bytes that a linear's weight of `output` by `input` numbers takes in a format of few bits.
+    pub fn stored_bytes(&self, format: &MethodRef, output: usize, input: usize) -> Option<f64> {
+        let document = self.get(&format.method).filter(|document| !document.stored_bytes.is_empty())?;
+        let mut names = self.resolve(format).params;
+        names.extend([("o".to_owned(), output.into()), ("i".to_owned(), input.into())]);
+        expression::number(&document.stored_bytes, &names).ok()
+    }
+
     /// `named` with its canonical name and every default written out: what goes into a plan.
     pub fn resolve(&self, named: &MethodRef) -> MethodRef {
         let Some(document) = self.get(&named.method) else { return named.clone() };
@@ -186,6 +201,9 @@ mod tests {
             answer_tokens: String::new(),
             rows_before: String::new(),
             becomes: BTreeMap::new(),
+            stored_bytes: String::new(),
+            needs_quantization: false,
+            own_base: String::new(),
             moves: None,
             merges: Merges::Factors,
             trains_base: false,

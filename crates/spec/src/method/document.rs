@@ -78,6 +78,15 @@ pub struct MethodDocument {
     /// What it makes of a model's sizes, by their names, as expressions; those that it does not name stay.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub becomes: BTreeMap<String, String>,
+    /// Bytes that a linear's weight takes in a format of few bits, as an expression; empty for points that are no format.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stored_bytes: String,
+    /// Whether it is for bases that are held in few bits, and no others.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub needs_quantization: bool,
+    /// When a job with it has a base of its own, quantised anew, as a condition; empty for never.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub own_base: String,
     /// Why a model with it does not start as the base, if it does not.
     pub moves: Option<String>,
     /// Whether it can be merged.
@@ -120,6 +129,9 @@ impl MethodDocument {
             answer_tokens: card.answer_tokens.to_owned(),
             rows_before: card.rows_before.to_owned(),
             becomes: card.becomes.iter().map(|(size, text)| (own(size), own(text))).collect(),
+            stored_bytes: card.stored_bytes.to_owned(),
+            needs_quantization: card.needs_quantization,
+            own_base: card.own_base.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
             trains_base: card.trains_base,
@@ -138,4 +150,28 @@ impl MethodDocument {
             schema,
         }
     }
+
+    /// Whether it works where linears of the base are held in few bits; nothing, if the question does not apply to its point. Such
+    /// weights are read and multiplied with, by their widened numbers, and never change: who trains them, or makes another model of
+    /// them, has to have a base of whole numbers.
+    pub fn on_quantized(&self) -> Option<bool> {
+        match self.point {
+            Point::Adapter => Some(!self.trains_base),
+            Point::Init | Point::Budget | Point::Quantization => Some(true),
+            Point::Surgery => Some(false),
+            Point::Objective
+            | Point::Reward
+            | Point::Mixing
+            | Point::StepRule
+            | Point::Optimizer
+            | Point::Schedule
+            | Point::Recipe
+            | Point::Search => None,
+        }
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_false(value: &bool) -> bool {
+    !*value
 }

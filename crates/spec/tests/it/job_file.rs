@@ -165,6 +165,10 @@ fn a_base_is_shared_only_as_it_is() {
         (("tune.adapter", json!({"method": "full"})), "`tune.adapter` trains the weights of the base"),
         (("tune.from_scratch", json!(true)), "`tune.from_scratch` makes a base of the job's own"),
         (("tune.surgery", json!({"method": "dynamic-dino"})), "`tune.surgery` makes another model of it"),
+        (
+            ("tune.adapter.init", json!({"method": "loftq", "iterations": 2})),
+            "`tune.adapter.init` quantises the base anew",
+        ),
     ] {
         let faults = faults(&[share.clone(), changed]);
         let wanted = format!("`resources.share_base` is true, but {expected}");
@@ -210,6 +214,70 @@ fn a_surgery_is_for_what_keeps_its_model() {
         found[0].starts_with("`tune.surgery.method` is \"adamw\", which is a method of point optimizer"),
         "{found:?}"
     );
+}
+
+#[test]
+fn a_base_in_few_bits_is_for_what_does_not_train_it() {
+    let few = ("tune.quantization", json!({"method": "nf4", "double_quant": true}));
+    let loftq = |iterations: u32| ("tune.adapter.init", json!({"method": "loftq", "iterations": iterations}));
+    assert_eq!(faults(std::slice::from_ref(&few)), [""; 0]);
+    assert_eq!(faults(&[few.clone(), ("tune.adapter.init", json!({"method": "pissa"}))]), [""; 0]);
+    let shared = ("resources.share_base", json!(true));
+    assert_eq!(faults(&[few.clone(), loftq(1), shared.clone()]), [""; 0], "one round leaves the base as it is");
+    assert_eq!(faults(&[few.clone(), loftq(2), shared]).len(), 1);
+    for (changes, expected) in [
+        (
+            vec![few.clone(), ("tune.adapter", json!({"method": "full"}))],
+            "`tune.quantization` is given, but `tune.adapter` is full, which trains the weights of the base, and weights in few bits \
+             do not train: leave it out, or train an adapter beside them, such as lora",
+        ),
+        (
+            vec![few.clone(), ("tune.from_scratch", json!(true))],
+            "`tune.quantization` is given, but `tune.from_scratch` makes a base at random: expected a base that was trained",
+        ),
+        (
+            vec![few.clone(), ("tune.surgery", json!({"method": "dynamic-dino"}))],
+            "`tune.quantization` is given, but `tune.surgery` is dynamic-dino, which makes another model of whole numbers: leave one \
+             of them out",
+        ),
+        (
+            vec![("tune.quantization", json!({"method": "nf5"}))],
+            "`tune.quantization.method` is \"nf5\", which no method of point quantization is called; known are nf4; did you mean \
+             \"nf4\"?",
+        ),
+        (
+            vec![("tune.quantization", json!({"method": "nf4", "double": true}))],
+            "`tune.quantization.double` is not a known field",
+        ),
+        (
+            vec![loftq(1)],
+            "`tune.adapter.init` is loftq, which makes up for what few bits lose, but the base has whole numbers; expected \
+             `tune.quantization`",
+        ),
+        (
+            vec![few.clone(), ("outputs.merged", json!(true))],
+            "`outputs.merged_into` is missing: `tune.quantization` holds the base in few bits, into which nothing is merged; expected \
+             base (the weights of its folder) or dequantized (those that the adapter is trained beside)",
+        ),
+        (
+            vec![few.clone(), ("outputs.merged_into", json!("base"))],
+            "`outputs.merged_into` is given, but `outputs.merged` is false",
+        ),
+        (
+            vec![("outputs.merged", json!(true)), ("outputs.merged_into", json!("base"))],
+            "`outputs.merged_into` is given, but `tune.quantization` is not: there is one base to merge into",
+        ),
+        (
+            vec![few.clone(), loftq(1), ("outputs.merged", json!(true)), ("outputs.merged_into", json!("base"))],
+            "`outputs.merged_into` is base, but `tune.adapter.init` is loftq, whose adapter makes up for what the few bits lose: on \
+             the weights of the folder it would be counted twice; expected dequantized",
+        ),
+    ] {
+        let found = faults(&changes);
+        assert!(found.iter().any(|fault| fault.starts_with(expected)), "{changes:?}: {found:#?}");
+    }
+    let merged = [few, ("outputs.merged", json!(true)), ("outputs.merged_into", json!("dequantized"))];
+    assert_eq!(faults(&merged), [""; 0]);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::quantized::QuantizedRef;
 use crate::store::Memory;
 use crate::view::{MatMut, MatRef, View, ViewMut};
 
@@ -46,6 +47,55 @@ impl<'a> Operand<'a> {
     }
 }
 
+/// The right factor of a product: a matrix or its transpose, as it lies or in few bits.
+#[derive(Debug, Clone, Copy)]
+pub enum Right<'a> {
+    /// Numbers as they lie.
+    Dense(Operand<'a>),
+    /// Numbers in few bits, which are widened while they are laid out. They count as numbers of their type: the product has the
+    /// bits of one with the widened matrix.
+    Quantized {
+        /// The matrix.
+        mat: QuantizedRef<'a>,
+        /// Whether its transpose is meant.
+        transposed: bool,
+    },
+}
+
+impl Right<'_> {
+    /// Rows and columns of the factor.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Dense(operand) => operand.shape(),
+            Self::Quantized { mat, transposed: true } => (mat.cols(), mat.rows()),
+            Self::Quantized { mat, transposed: false } => (mat.rows(), mat.cols()),
+        }
+    }
+
+    /// Whether its numbers are of bf16.
+    pub const fn is_narrow(&self) -> bool {
+        match self {
+            Self::Dense(operand) => matches!(operand.mat, MatRef::Bf16(_)),
+            Self::Quantized { mat, .. } => mat.is_narrow(),
+        }
+    }
+
+    /// Its transpose.
+    #[must_use]
+    pub const fn turned(self) -> Self {
+        match self {
+            Self::Dense(operand) => Self::Dense(Operand { transposed: !operand.transposed, ..operand }),
+            Self::Quantized { mat, transposed } => Self::Quantized { mat, transposed: !transposed },
+        }
+    }
+}
+
+impl<'a> From<Operand<'a>> for Right<'a> {
+    fn from(operand: Operand<'a>) -> Self {
+        Self::Dense(operand)
+    }
+}
+
 /// A second, thin product that is added to some rows of a first one: an adapter's.
 #[derive(Debug, Clone)]
 pub struct LowRank<'a> {
@@ -64,7 +114,7 @@ pub struct Gemm<'a> {
     /// `[m, k]`.
     pub a: Operand<'a>,
     /// `[k, n]`.
-    pub b: Operand<'a>,
+    pub b: Right<'a>,
     /// Terms on disjoint, ascending rows; summed within the accumulation of the product.
     pub low_rank: &'a [LowRank<'a>],
     /// Added to every row.
@@ -75,8 +125,8 @@ pub struct Gemm<'a> {
 
 impl<'a> Gemm<'a> {
     /// A plain product that overwrites.
-    pub const fn new(a: Operand<'a>, b: Operand<'a>) -> Self {
-        Self { a, b, low_rank: &[], bias: None, accumulate: false }
+    pub fn new(a: Operand<'a>, b: impl Into<Right<'a>>) -> Self {
+        Self { a, b: b.into(), low_rank: &[], bias: None, accumulate: false }
     }
 }
 

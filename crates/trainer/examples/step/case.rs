@@ -8,6 +8,7 @@ use attune_models::pass::walk::Keep;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
 use attune_spec::job::{Matmul, Precision};
+use attune_spec::method::MethodRef;
 use attune_trainer::card;
 use serde::Deserialize;
 
@@ -25,6 +26,9 @@ pub(crate) struct Case {
     batch: PathBuf,
     /// `f32` or `bf16`.
     precision: String,
+    /// In how few bits linears of the base are held, as in a job file; whole numbers without.
+    #[serde(default)]
+    quantization: Option<MethodRef>,
     /// `highest` or `high`.
     #[serde(default)]
     matmul: Matmul,
@@ -73,7 +77,12 @@ impl Case {
 
     /// The base where it was asked for.
     pub(crate) fn open(&self) -> Result<Base, Failure> {
-        Ok(Base::open(&self.base, self.precision()?)?.on(card::kernels(self.device, self.matmul)?)?)
+        let precision = self.precision()?;
+        let base = match &self.quantization {
+            Some(format) => Base::open_quantized(&self.base, precision, format)?,
+            None => Base::open(&self.base, precision)?,
+        };
+        Ok(base.on(card::kernels(self.device, self.matmul)?)?)
     }
 
     /// Bytes of the device's memory that are in use, by whomever; none on the processor.

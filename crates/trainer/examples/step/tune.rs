@@ -54,9 +54,12 @@ impl Tune {
     pub(crate) fn open(case: &Case) -> Result<Self, Failure> {
         let cx = BuildCx { steps: Step((case.warmup + case.steps) as u64), domains: &[], words: None };
         let base = case.open()?;
-        let (stack, mut theta) = match &case.adapter {
-            Some(folder) => component::frozen(&base, [folder.as_path()])?,
-            None => all_weights(&base, &cx)?,
+        let (base, stack, mut theta) = match &case.adapter {
+            Some(folder) => component::frozen(base, [folder.as_path()])?,
+            None => {
+                let (stack, theta) = all_weights(&base, &cx)?;
+                (base, stack, theta)
+            }
         };
         for bank in &mut theta.banks {
             bank.train = true;

@@ -10,9 +10,22 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 54] = [
+const KINDS: [(&str, &[(&str, &str)]); 57] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
+    ("few bits", &[FEW[0], FEW[1], ("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
+    (
+        "another weight of few bits",
+        &[
+            FEW[0],
+            ("tune.quantization", "{method: nf4, double_quant: true}"),
+            ("tune.adapter", "{method: dora, rank: 2}"),
+        ],
+    ),
+    (
+        "loftq",
+        &[FEW[0], FEW[1], ("tune.adapter", "{method: lora, rank: 4, alpha: 8, init: {method: loftq, iterations: 3}}")],
+    ),
     ("eva", &[("tune.adapter", "{method: lora, rank: 4, dropout: 0.1, init: {method: eva, examples: 9}}")]),
     (
         "corda",
@@ -117,6 +130,9 @@ const KINDS: [(&str, &[(&str, &str)]); 54] = [
     ("smart", &[("tune.step", SMART)]),
 ];
 
+/// The base's own weights, in few bits.
+const FEW: [(&str, &str); 2] = [("tune.from_scratch", "false"), ("tune.quantization", "{method: nf4}")];
+
 /// Rows before documents that take their room.
 const PROMPT: &[(&str, &str)] =
     &[("tune.adapter", "{method: prompt-tuning, length: 3, start: text, text: Who}"), ("tune.batch_tokens", "256")];
@@ -214,7 +230,7 @@ fn a_run_goes_through_its_phases_and_learns() {
 
 #[test]
 fn a_stopped_run_goes_on_to_the_same_bytes() {
-    let small = Small::new();
+    let small = Small::with_weights();
     for (name, changes) in KINDS {
         let plan = small.plan(&[changes, &[("tune.evaluate.every_steps", "4")]].concat());
         let (_, whole) = small.finish(plan.clone(), 1);
@@ -242,7 +258,7 @@ fn checkpoint(outside: &Outside) -> PathBuf {
 
 #[test]
 fn more_ranks_give_the_same_bytes() {
-    let small = Small::new();
+    let small = Small::with_weights();
     for (name, changes) in KINDS {
         let plan = small.plan(&[changes, &[("tune.steps", "5")]].concat());
         let (_, one) = small.finish(plan.clone(), 1);

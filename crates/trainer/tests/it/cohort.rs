@@ -132,6 +132,22 @@ fn lanes_of_every_port_leave_the_bytes_of_the_runs_alone() {
     }
 }
 
+/// Lanes over one base in few bits, and one whose start quantises it anew for itself alone.
+#[test]
+fn lanes_of_few_bits_leave_the_bytes_of_the_runs_alone() {
+    let small = Small::with_weights();
+    let few = ("tune.quantization", "{method: nf4, double_quant: true}");
+    let own = "{method: lora, rank: 2, init: {method: loftq, iterations: 2}}";
+    let lanes: [&[(&str, &str)]; 3] =
+        [&[few], &[few, ("tune.adapter", "{method: dora, rank: 2}")], &[few, ("tune.adapter", own)]];
+    let ends = together(&small, lanes.map(|changes| plan(&small, changes)).to_vec(), &outsides(3));
+    for ((end, files), changes) in ends.into_iter().zip(lanes) {
+        end.expect("the lane ends");
+        let (_, alone) = small.finish(plan(&small, changes), 1);
+        assert!(files.as_ref() == Some(&alone), "{changes:?}");
+    }
+}
+
 #[test]
 fn lanes_leave_the_bytes_of_the_runs_alone() {
     let small = Small::with_weights();

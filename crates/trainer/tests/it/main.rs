@@ -11,6 +11,7 @@ mod faults;
 mod outputs;
 mod peft_steps;
 mod prompts;
+mod quantized;
 mod reference;
 mod searches;
 mod support;

@@ -93,6 +93,12 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
         Merges::No => facts.push(("Merges", "not: it has to stay beside the base".to_owned())),
         Merges::NotApplicable => {}
     }
+    match method.on_quantized().filter(|_| method.point == Point::Adapter || method.needs_quantization) {
+        Some(_) if method.needs_quantization => facts.push(("Base", "in few bits (`tune.quantization`)".to_owned())),
+        Some(true) => facts.push(("Base", "of whole numbers, or in few bits (`tune.quantization`)".to_owned())),
+        Some(false) => facts.push(("Base", "of whole numbers".to_owned())),
+        None => {}
+    }
     if let Some(peft_type) = &method.peft_type {
         facts.push(("PEFT", format!("kept in PEFT's layout as {peft_type}")));
     }
@@ -203,6 +209,7 @@ fn example(method: &MethodDocument) -> String {
         }
         Point::Reward => format!("  tune:\n    rewards: [{{{named}}}]\n"),
         Point::Surgery => format!("  tune:\n    surgery: {{{named}}}\n"),
+        Point::Quantization => format!("  tune:\n    quantization: {{{named}}}\n"),
         Point::StepRule => format!("  tune:\n    step: {{{named}}}\n"),
         Point::Optimizer => format!("  tune:\n    optimizer: {{{named}}}\n"),
         Point::Schedule => format!("  tune:\n    schedule: {{{named}}}\n"),

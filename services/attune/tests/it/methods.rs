@@ -30,6 +30,7 @@ fn a_method_reads_like_an_entry_of_a_manual() {
       Cost        rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a") trained
                   parameters at a site of input width i and output width o
       Merges      into the base's weight, as a low-rank change
+      Base        of whole numbers, or in few bits (`tune.quantization`)
       PEFT        kept in PEFT's layout as LORA
       Paper       LoRA: Low-Rank Adaptation of Large Language Models. Edward J. Hu, Yelong Shen,
                   Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen

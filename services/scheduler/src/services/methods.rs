@@ -45,6 +45,8 @@ fn card(document: &MethodDocument) -> v1::Method {
         shared: document.shared.clone(),
         moves: document.moves.clone().unwrap_or_default(),
         becomes: document.becomes.clone().into_iter().collect(),
+        on_quantized: document.on_quantized(),
+        needs_quantization: document.needs_quantization,
         merges: match document.merges {
             Merges::Factors => v1::MergeForm::Factors,
             Merges::Weight => v1::MergeForm::Weight,

@@ -180,6 +180,30 @@ async fn what_a_method_costs_is_in_the_forecast() {
     assert_eq!(lora_ga.memory_bytes - thin.memory_bytes, 2 * 4 * (4 * 64 + 3 * 128) - trained);
 }
 
+/// Linears of blocks in four bits take half a byte a number and four a block of 64; embeddings and norms what they took. Where a
+/// start quantises them anew the job has them twice.
+#[tokio::test]
+async fn few_bits_are_in_the_forecast() {
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let ask = async |quantization: Option<serde_json::Value>, init: Option<serde_json::Value>| {
+        let mut job = job();
+        job["tune"]["adapter"] = json!({"method": "lora", "rank": 1});
+        job["tune"]["adapter"].as_object_mut().unwrap().extend(init.map(|init| ("init".to_owned(), init)));
+        job["tune"].as_object_mut().unwrap().extend(quantization.map(|format| ("quantization".to_owned(), format)));
+        let request = v1::CreateJobRequest { spec: Some(message(&job)), validate_only: true, ..Default::default() };
+        client.jobs().create_job(request).await.unwrap().into_inner().forecast.unwrap().memory_bytes
+    };
+    let nf4 = json!({"method": "nf4"});
+    let whole = ask(None, None).await;
+    let few = ask(Some(nf4.clone()), None).await;
+    let linears = 2 * (4 * (64 / 2 + 4) + 3 * (128 / 2 + 2 * 4));
+    assert_eq!(whole - few, 2 * 4 * (4 * 64 + 3 * 128) - linears);
+    assert_eq!(ask(Some(nf4.clone()), Some(json!({"method": "loftq"}))).await, few);
+    assert_eq!(ask(Some(nf4), Some(json!({"method": "loftq", "iterations": 2}))).await, few + linears);
+}
+
 /// A surgery's sites, parameters and cost are those of the model that it makes.
 #[tokio::test]
 async fn a_job_with_a_surgery_is_judged_by_the_model_that_it_makes() {

@@ -5,11 +5,12 @@ use std::ffi::c_void;
 
 use cudarc::cublas::result::gemm_ex;
 use cudarc::cublas::sys::{cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType};
+use half::bf16;
 
 use super::device::Fault;
 use super::work::{Grid, Rows, Work, args};
-use crate::kernels::{Gemm, Matmul, Operand};
-use crate::view::ViewMut;
+use crate::kernels::{Gemm, Matmul, Operand, Right};
+use crate::view::{View, ViewMut};
 
 /// A factor on the device.
 struct Factor {
@@ -54,7 +55,24 @@ pub(super) fn gemm(work: &mut Work<'_>, matmul: Matmul, c_mn: ViewMut<'_, f32>, 
         return Ok(());
     }
     let c = work.view_mut(c_mn, of.accumulate)?;
-    multiply(work, matmul, c, (m, n, k), [&of.a, &of.b], of.accumulate)?;
+    match of.b {
+        Right::Dense(b) => multiply(work, matmul, c, (m, n, k), [&of.a, &b], of.accumulate)?,
+        Right::Quantized { mat, transposed } => {
+            // Widened here and brought over; the driver has read it when the product has been asked for.
+            let (rows, cols) = (mat.rows(), mat.cols());
+            if mat.is_narrow() {
+                let mut wide = vec![bf16::ZERO; rows * cols];
+                mat.widen_narrow(0..rows, 0..cols, &mut wide);
+                let b = Operand { mat: View::new(&wide, rows, cols).into(), transposed };
+                multiply(work, matmul, c, (m, n, k), [&of.a, &b], of.accumulate)?;
+            } else {
+                let mut wide = vec![0.0f32; rows * cols];
+                mat.widen(0..rows, 0..cols, &mut wide);
+                let b = Operand { mat: View::new(&wide, rows, cols).into(), transposed };
+                multiply(work, matmul, c, (m, n, k), [&of.a, &b], of.accumulate)?;
+            }
+        }
+    }
     for term in of.low_rank {
         let (rows, r) = (term.rows.len(), term.left.cols());
         assert_eq!(

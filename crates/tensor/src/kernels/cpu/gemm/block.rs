@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::ptr;
 
+use super::columns::Piece;
 use super::micro::{self, Stretch, Tile};
 use super::pack::{APART, Factor};
 use super::scratch::{Buffer, Scratch};
@@ -50,7 +51,7 @@ impl Body for Block<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { of, rows, cols, scratch } = self;
-        let [left, right, thin_left, thin_right] = scratch.parts();
+        let [left, right, thin_left, thin_right, widened] = scratch.parts();
         #[cfg(target_arch = "x86_64")]
         let tiles = match of.units {
             Units::Tiles(amx) | Units::Parts(amx) => Some(amx.configure()),
@@ -72,7 +73,10 @@ impl Body for Block<'_, '_> {
             let last = at + 1 == stretches;
             let panels = match unpacked(s, of, &cols, &ks) {
                 Some(panels) => panels,
-                None => pack_columns(s, &of.b, &cols, ks.clone(), of.units, !of.a.along, right),
+                None => {
+                    let Piece { of: b, outer, ks } = of.b.piece(cols.clone(), ks.clone(), widened);
+                    pack_columns(s, &b, &outer, ks, of.units, !of.a.along, right)
+                }
             };
             let mut row = rows.start;
             while row < rows.end {

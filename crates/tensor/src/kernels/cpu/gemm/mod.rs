@@ -17,10 +17,11 @@ use super::{Cpu, Isa, Proof};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::simd::amx::Amx;
 use crate::kernels::simd::{Body, Simd};
-use crate::kernels::{Gemm, LowRank, Matmul};
+use crate::kernels::{Gemm, LowRank, Matmul, Right};
 use crate::view::{MatRef, ViewMut};
 
 mod block;
+mod columns;
 mod micro;
 mod pack;
 mod scratch;
@@ -32,6 +33,7 @@ mod tests;
 mod tiles;
 
 use block::Block;
+use columns::Columns;
 use pack::Factor;
 
 /// Multiply-adds below which the pool costs more than it brings.
@@ -51,8 +53,8 @@ const COLS: usize = 256;
 struct Product<'a> {
     /// Its rows are the rows of register tiles.
     a: Factor<'a>,
-    /// Its rows are the columns of register tiles.
-    b: Factor<'a>,
+    /// The columns of register tiles.
+    b: Columns<'a>,
     low_rank: &'a [LowRank<'a>],
     bias: Option<&'a [f32]>,
     accumulate: bool,
@@ -134,7 +136,7 @@ pub(super) fn gemm(cpu: &Cpu, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
 }
 
 fn multiplies_pairs(cpu: &Cpu, of: &Gemm<'_>) -> bool {
-    let both = matches!((of.a.mat, of.b.mat), (MatRef::Bf16(_), MatRef::Bf16(_)));
+    let both = matches!(of.a.mat, MatRef::Bf16(_)) && of.b.is_narrow();
     both && matches!(cpu.isa(), Isa::Avx512Bf16 | Isa::Amx)
 }
 
@@ -175,13 +177,17 @@ fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: boo
     if m == 0 || n == 0 {
         return None;
     }
-    let (a, b) = (Factor::left(of.a), Factor::right(of.b));
+    let a = Factor::left(of.a);
     // Thin results of a transposed left factor: its columns lie side by side as panels want them.
-    let turned = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
+    let turns = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
+    let (a, b, turned) = match of.b {
+        Right::Dense(b) if turns => (Factor::right(b), Columns::Dense(a), true),
+        Right::Dense(b) => (a, Columns::Dense(Factor::right(b)), false),
+        Right::Quantized { mat, transposed } => (a, Columns::Quantized { mat, along: transposed }, false),
+    };
     let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
-    let (a, b) = if turned { (b, a) } else { (a, b) };
     // Thin results are as fast in numbers. How many rows there are must not matter.
-    let wide = matches!((of.a.mat, of.b.mat), (MatRef::F32(_), MatRef::F32(_))) && n > THIN;
+    let wide = matches!(of.a.mat, MatRef::F32(_)) && !of.b.is_narrow() && n > THIN;
     let units = match cpu.proof {
         #[cfg(target_arch = "x86_64")]
         Proof::Amx(_, tiles) if wide && cpu.matmul == Matmul::High => Units::Parts(tiles),

@@ -17,6 +17,7 @@ pub(super) struct Scratch {
     right: Buffer,
     thin_left: Buffer,
     thin_right: Buffer,
+    widened: Buffer,
 }
 
 /// One of them.
@@ -35,9 +36,9 @@ impl Buffer {
 }
 
 impl Scratch {
-    /// Buffers for rows of the left factor, columns of the right one, and both of a thin term.
-    pub(super) fn parts(&mut self) -> [&mut Buffer; 4] {
-        [&mut self.left, &mut self.right, &mut self.thin_left, &mut self.thin_right]
+    /// Buffers for rows of the left factor, columns of the right one, both of a thin term, and what is held in few bits.
+    pub(super) fn parts(&mut self) -> [&mut Buffer; 5] {
+        [&mut self.left, &mut self.right, &mut self.thin_left, &mut self.thin_right, &mut self.widened]
     }
 }
 

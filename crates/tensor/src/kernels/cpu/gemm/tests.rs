@@ -4,7 +4,9 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::{Cpu, Isa, gemm, product};
-use crate::kernels::{Gemm, LowRank, Matmul, Operand};
+use crate::kernels::{Gemm, LowRank, Matmul, Operand, Right};
+use crate::quantized::QuantizedRef;
+use crate::quantized::tests::Bytes;
 use crate::view::{MatRef, View, ViewMut};
 
 /// Numbers in both types; the rows of both lie further apart than they are long.
@@ -251,6 +253,48 @@ fn the_number_of_threads_changes_no_bit() {
                 assert!(results.iter().all(|result| bits(result) == bits(&results[0])), "{shape:?}, order {order}");
                 let row = case.m / 2;
                 assert_eq!(bits(&results[0][row * case.n..][..case.n]), bits(&case.rows(cpu, row..row + 1, false)));
+            });
+        }
+    }
+}
+
+/// A right factor in few bits: every order, both types, and each unit that is multiplied at a time.
+#[test]
+fn few_bits_multiply_as_their_numbers_do() {
+    let pools: Vec<_> =
+        [1, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads can be started")).into();
+    for (i, [m, n, k]) in LARGE.into_iter().chain([[5, 40, 7], [0, 3, 4], [33, 70, 0]]).enumerate() {
+        for order in 0..8u64 {
+            let (transposed, narrow, left) = (order & 1 == 1, order & 2 == 2, order & 4 == 4);
+            let shape = if transposed { (n, k) } else { (k, n) };
+            let few = Bytes::new(shape, i as u64 + 7);
+            let few = QuantizedRef::new(&few, narrow);
+            let mut wide = vec![0.0f32; n * k];
+            let mut short = vec![bf16::ZERO; n * k];
+            few.widen(0..shape.0, 0..shape.1, &mut wide);
+            few.widen_narrow(0..shape.0, 0..shape.1, &mut short);
+            let dense: MatRef<'_> = if narrow {
+                View::new(&short, shape.0, shape.1).into()
+            } else {
+                View::new(&wide, shape.0, shape.1).into()
+            };
+            let a = factor((m, k), left, 2, narrow, i as u64 + 3);
+            let bias = Stored::new((1, n), 0, false, 9).wide;
+            each_isa(|cpu| {
+                if cpu.isa() == Isa::Portable && order % 5 != 0 {
+                    return;
+                }
+                let run = |b: Right<'_>| {
+                    let mut c = vec![0.5f32; m * n];
+                    let of = Gemm { bias: Some(&bias), accumulate: true, ..Gemm::new(operand(&a), b) };
+                    gemm(cpu, ViewMut::new(&mut c, m, n), &of);
+                    bits(&c)
+                };
+                let expected = run(Operand { mat: dense, transposed }.into());
+                for pool in &pools {
+                    let found = pool.install(|| run(Right::Quantized { mat: few, transposed }));
+                    assert!(found == expected, "[{m}, {n}, {k}], order {order}, {:?}", cpu.isa());
+                }
             });
         }
     }

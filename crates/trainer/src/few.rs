@@ -1,0 +1,101 @@
+//! A base whose linears are held in few bits, and adapters that were trained on one.
+
+use std::path::{Path, PathBuf};
+
+use attune_adapt::held::{self, Held};
+use attune_models::{Base, Slot, stack};
+use attune_points::Params;
+use attune_points::adapter::Merged;
+use attune_spec::job::{Plan, Precision};
+use attune_spec::method::MethodRef;
+use attune_spec::{Fault, FieldPath};
+
+use crate::error::Error;
+
+/// How a job holds its base, if in few bits.
+pub(crate) fn of(plan: &Plan) -> Option<Held> {
+    let quantization = plan.quantization.clone()?;
+    Some(Held { precision: plan.precision, quantization })
+}
+
+/// A base as it is held, or in `precision`.
+pub(crate) fn open(folder: &Path, precision: Precision, quantization: Option<&MethodRef>) -> Result<Base, Error> {
+    Ok(match quantization {
+        Some(format) => Base::open_quantized(folder, precision, format)?,
+        None => Base::open(folder, precision)?,
+    })
+}
+
+/// The base that adapters were trained on: as their folders say that it was held, else in `precision`.
+///
+/// # Errors
+/// [`Error`] naming the folder or file at fault; adapters that say different things.
+pub fn open_for(base: &Path, adapters: &[PathBuf], precision: Precision) -> Result<Base, Error> {
+    let mut said: Option<(&Path, Held)> = None;
+    for folder in adapters {
+        let Some(held) = held::read(folder)? else { continue };
+        match &said {
+            Some((first, other)) if *other != held => {
+                let message = format!(
+                    "was trained on a base of {}, and {} on one of {}: no base is both",
+                    spelt(&held),
+                    first.display(),
+                    spelt(other)
+                );
+                return Err(Error::Input { input: folder.display().to_string(), message });
+            }
+            Some(_) => {}
+            None => said = Some((folder, held)),
+        }
+    }
+    match said {
+        Some((_, held)) => open(base, held.precision, Some(&held.quantization)),
+        None => open(base, precision, None),
+    }
+}
+
+/// Whether a job holds its base as that of an adapter was which it starts from: else the adapter would stand beside other weights
+/// than those that it was made for.
+///
+/// # Errors
+/// A fault at `path`.
+pub(crate) fn fits(adapter: Option<&Held>, base: Option<&Held>, path: &FieldPath) -> Result<(), Error> {
+    match adapter {
+        Some(held) if base != Some(held) => {
+            let message = format!(
+                "was trained on a base of {}; expected `tune.quantization` and `tune.precision` to say so (for another base merge it \
+                 first: `outputs.merged_into` of the job that made it)",
+                spelt(held)
+            );
+            Err(Error::Faults(vec![Fault::new(path.field("from"), message)]))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The format of a base in a few words.
+pub(crate) fn spelt(held: &Held) -> String {
+    let format = serde_json::to_string(&held.quantization).unwrap_or_default();
+    let precision = serde_json::to_string(&held.precision).unwrap_or_default();
+    format!("{format} with products in {}", precision.trim_matches('"'))
+}
+
+/// The base with weights of a component's sites quantised anew, less what the component with the parameters `less` adds to them.
+///
+/// # Errors
+/// A component that adds something else than a product of two factors; weights that are not held in few bits.
+pub(crate) fn requantized(base: &Base, slot: &Slot, less: &Params) -> Result<Base, Error> {
+    let mut products = Vec::new();
+    for at in slot.attachments() {
+        let site = base.architecture().site(at.site.as_str());
+        let refused = |message: String| Error::from(attune_points::Error::Refused(message));
+        let site = site.ok_or_else(|| refused(format!("the base has no {}", at.site)))?;
+        match slot.adapter().merge(at, &stack::locals(at, less)?, &base.weight(&site))? {
+            Merged::Factors { left, right, scale } => {
+                products.push((base.tensor_name(at.site.as_str(), "weight"), (left, right, scale)));
+            }
+            _ => return Err(refused(format!("the component at {} is no product of two factors", at.site))),
+        }
+    }
+    Ok(base.requantized(products)?)
+}
