@@ -5,6 +5,7 @@
 
 mod failover;
 mod grids;
+mod guarded;
 mod kills;
 mod lanes;
 mod main_job;

@@ -137,8 +137,11 @@ fn every_rpc_has_its_own_request_and_response() {
         }
     }
     services.sort();
-    assert_eq!(services, ["ArtifactService", "JobService", "MethodService", "WorkerService"]);
-    assert_eq!(seen.len(), 10 + 1 + 9 + 2);
+    assert_eq!(
+        services,
+        ["ArtifactService", "AuditService", "JobService", "MethodService", "TokenService", "WorkerService"]
+    );
+    assert_eq!(seen.len(), 10 + 1 + 9 + 2 + 4 + 1);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use attune_scheduler::{Database, Timings};
+use attune_proto::Secret;
+use attune_scheduler::{Auth, Database, Timings, Tokens};
 use attune_telemetry::{Stop, Task, TaskGroup};
 use attune_worker::Program;
 use tokio::net::TcpListener;
@@ -23,6 +24,14 @@ pub(crate) struct SchedulerArguments {
     /// Where it listens.
     #[arg(long, value_name = "ADDRESS", default_value = crate::remote::DEFAULT_ADDRESS)]
     pub(crate) listen: SocketAddr,
+    /// Whether callers are asked who they are. `tokens`: every call carries an API token, the first of which is written to
+    /// --admin-token-file. `none`: whoever reaches the address may do everything.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = AuthMode::None)]
+    pub(crate) auth: AuthMode,
+    /// File of the first admin's token: read if it is there; made if not, and if there is no valid token of an admin. By default
+    /// `admin.token` beside the database, if that is a file.
+    #[arg(long, value_name = "FILE", env = "ATTUNE_ADMIN_TOKEN_FILE")]
+    pub(crate) admin_token_file: Option<PathBuf>,
     /// Allows an address that other machines can reach, although nobody is asked who they are.
     #[arg(long)]
     pub(crate) allow_unauthenticated_network: bool,
@@ -32,6 +41,9 @@ pub(crate) struct SchedulerArguments {
     /// Days that the events of a job are kept after its end, but for the last ones; for ever if left out.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep_events_days: Option<u32>,
+    /// Days that the audit log is kept; for ever if left out.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep_audit_days: Option<u32>,
     /// Milliseconds that a lease lasts without a heartbeat.
     #[arg(long, value_name = "MS", hide = true)]
     lease_ttl_ms: Option<u64>,
@@ -40,14 +52,26 @@ pub(crate) struct SchedulerArguments {
     backoff_ms: Option<u64>,
 }
 
+/// Whether callers are asked who they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum AuthMode {
+    /// Nobody is.
+    None,
+    /// By API tokens.
+    Tokens,
+}
+
 impl SchedulerArguments {
     /// Those of a scheduler for this process alone, on a free port.
     pub(crate) fn private() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            auth: AuthMode::None,
+            admin_token_file: None,
             allow_unauthenticated_network: false,
             data_root: None,
             keep_events_days: None,
+            keep_audit_days: None,
             lease_ttl_ms: None,
             backoff_ms: None,
         }
@@ -57,7 +81,8 @@ impl SchedulerArguments {
     pub(crate) fn config(&self, database: Database, artifacts: String) -> attune_scheduler::Config {
         let day = Duration::from_secs(24 * 60 * 60);
         let events_kept = self.keep_events_days.map(|days| day * days);
-        let mut timings = Timings { events_kept, ..Timings::default() };
+        let audit_kept = self.keep_audit_days.map(|days| day * days);
+        let mut timings = Timings { events_kept, audit_kept, ..Timings::default() };
         if let Some(ttl) = self.lease_ttl_ms.map(Duration::from_millis) {
             timings.lease_ttl = ttl;
             timings.heartbeat_interval = ttl / 4;
@@ -67,17 +92,29 @@ impl SchedulerArguments {
             timings.backoff_cap = wait * 2;
         }
         let limits = attune_scheduler::Limits::default();
-        attune_scheduler::Config { database, artifacts, data_root: self.data_root.clone(), timings, limits }
+        let auth = match self.auth {
+            AuthMode::None => Auth::Open,
+            AuthMode::Tokens => {
+                let beside = match &database {
+                    Database::Sqlite(file) => Some(file.with_file_name("admin.token")),
+                    Database::Postgres(_) => None,
+                };
+                let admin_file = self.admin_token_file.clone().or(beside);
+                Auth::Tokens(Tokens { admin_file, local_worker: None })
+            }
+        };
+        attune_scheduler::Config { database, artifacts, data_root: self.data_root.clone(), timings, limits, auth }
     }
 
     /// Takes the address. Refuses one that others can reach unless that was asked for in so many words.
     pub(crate) async fn bind(&self) -> Result<TcpListener, Failure> {
-        if !self.listen.ip().is_loopback() && !self.allow_unauthenticated_network {
+        let is_open = self.auth == AuthMode::None && !self.allow_unauthenticated_network;
+        if !self.listen.ip().is_loopback() && is_open {
             let message = format!(
                 "{} can be reached from other machines, and this server does not ask who calls: anybody could run jobs on it",
                 self.listen
             );
-            let hint = "listen on 127.0.0.1, or add --allow-unauthenticated-network inside a network that you trust";
+            let hint = "ask callers for tokens with --auth tokens, or add --allow-unauthenticated-network inside a network that you trust";
             return Err(Failure::usage(message).with_hint(hint));
         }
         TcpListener::bind(self.listen)
@@ -128,7 +165,13 @@ impl Stack {
         let listener = arguments.bind().await?;
         let address = listener.local_addr().map_err(|error| Failure::failed(error.to_string()))?;
         let url = format!("http://{address}");
-        let config = arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string());
+        let mut config =
+            arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string());
+        let mut own: Option<Secret> = None;
+        if let Auth::Tokens(tokens) = config.auth {
+            let (tokens, secret) = tokens.with_local_worker();
+            (config.auth, own) = (Auth::Tokens(tokens), Some(secret));
+        }
         let stack = Self { url, scheduler: TaskGroup::new(), workers: TaskGroup::new() };
         let stop = stack.scheduler.stop();
         let serving =
@@ -137,6 +180,7 @@ impl Stack {
         for number in 1..=workers {
             let name = format!("worker-{number}");
             let mut config = worker(&stack.url, &folder.join("workers").join(number.to_string()), &name, devices)?;
+            config.connection.token.clone_from(&own);
             // Workers of one machine would offer the same devices.
             config.cards = if number == 1 { cards } else { Some(0) };
             let stop = stack.workers.stop();

@@ -62,6 +62,9 @@ pub(crate) enum Heard {
 /// components go side by side anyhow.
 const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
+/// What proves to the scheduler who the agent is. A process that trains speaks to nobody, and is not told.
+const SECRETS: [&str; 4] = ["ATTUNE_TOKEN", "ATTUNE_TOKEN_FILE", "ATTUNE_CERT", "ATTUNE_KEY"];
+
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -77,7 +80,11 @@ impl Child {
     /// Starts `program` in `folder`.
     pub(crate) fn start(program: &Program, folder: &Path) -> std::io::Result<Self> {
         let (name, one) = CANDLE_THREADS;
-        let mut process = Command::new(&program.path)
+        let mut process = Command::new(&program.path);
+        for name in SECRETS {
+            process.env_remove(name);
+        }
+        let mut process = process
             .args(&program.arguments)
             .env(name, std::env::var_os(name).unwrap_or_else(|| one.into()))
             .envs(program.variables.iter().map(|(name, value)| (name, value)))

@@ -113,7 +113,12 @@ impl From<tonic::Status> for Failure {
             1 => "the request has 1 fault".to_owned(),
             count => format!("the request has {count} faults"),
         };
-        Self { status: Class::of(&status).row().exit_status, message, hint: None, faults }
+        let class = Class::of(&status);
+        let hint = (class == Class::Unauthenticated).then(|| {
+            "give a token that is valid, by the variable ATTUNE_TOKEN or by --token-file FILE; an admin makes one with `attune tokens create`"
+                .to_owned()
+        });
+        Self { status: class.row().exit_status, message, hint, faults }
     }
 }
 
