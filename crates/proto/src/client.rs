@@ -16,6 +16,7 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Request, Status, Streaming};
+use tonic_types::StatusExt as _;
 
 use crate::v1::{
     self, artifact_service_client::ArtifactServiceClient, audit_service_client::AuditServiceClient,
@@ -297,7 +298,9 @@ impl Client {
                     if status.code() == tonic::Code::Unavailable {
                         self.turn();
                     }
-                    tokio::time::sleep(wait).await;
+                    // A server that is asked too often says when to come again.
+                    let told = status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
+                    tokio::time::sleep(wait.max(told.min(self.options.call_timeout))).await;
                 }
                 other => return other.map(tonic::Response::into_inner),
             }

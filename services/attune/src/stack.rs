@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_proto::Secret;
-use attune_scheduler::{Auth, Database, Timings, Tokens};
+use attune_scheduler::{Auth, Database, Oidc, Timings, Tokens};
 use attune_telemetry::{Stop, Task, TaskGroup};
 use attune_worker::Program;
 use tokio::net::TcpListener;
 
 use crate::print::Failure;
+use crate::remote::read;
 
 /// Time for workers to let their attempts stop at a checkpoint when the process is asked to end.
 const WORKER_GRACE: Duration = Duration::from_secs(30);
@@ -32,6 +33,18 @@ pub(crate) struct SchedulerArguments {
     /// `admin.token` beside the database, if that is a file.
     #[arg(long, value_name = "FILE", env = "ATTUNE_ADMIN_TOKEN_FILE")]
     pub(crate) admin_token_file: Option<PathBuf>,
+    /// Issuer of JSON web tokens that are believed beside API tokens, as its tokens name it.
+    #[arg(long, value_name = "URL", env = "ATTUNE_OIDC_ISSUER", requires_all = ["oidc_audience", "oidc_roles"])]
+    pub(crate) oidc_issuer: Option<String>,
+    /// Whom its tokens must be for.
+    #[arg(long, value_name = "TEXT", env = "ATTUNE_OIDC_AUDIENCE", requires = "oidc_issuer")]
+    pub(crate) oidc_audience: Option<String>,
+    /// Its keys: a file or the URL of a set of JSON web keys. By default where it says itself, below ISSUER/.well-known.
+    #[arg(long, value_name = "FILE|URL", env = "ATTUNE_OIDC_KEYS", requires = "oidc_issuer")]
+    pub(crate) oidc_keys: Option<String>,
+    /// File of rules that say which claims make which role.
+    #[arg(long, value_name = "FILE", env = "ATTUNE_OIDC_ROLES", requires = "oidc_issuer")]
+    pub(crate) oidc_roles: Option<PathBuf>,
     /// Allows an address that other machines can reach, although nobody is asked who they are.
     #[arg(long)]
     pub(crate) allow_unauthenticated_network: bool,
@@ -68,6 +81,10 @@ impl SchedulerArguments {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             auth: AuthMode::None,
             admin_token_file: None,
+            oidc_issuer: None,
+            oidc_audience: None,
+            oidc_keys: None,
+            oidc_roles: None,
             allow_unauthenticated_network: false,
             data_root: None,
             keep_events_days: None,
@@ -78,7 +95,7 @@ impl SchedulerArguments {
     }
 
     /// The configuration of a scheduler with this database and these artifacts.
-    pub(crate) fn config(&self, database: Database, artifacts: String) -> attune_scheduler::Config {
+    pub(crate) fn config(&self, database: Database, artifacts: String) -> Result<attune_scheduler::Config, Failure> {
         let day = Duration::from_secs(24 * 60 * 60);
         let events_kept = self.keep_events_days.map(|days| day * days);
         let audit_kept = self.keep_audit_days.map(|days| day * days);
@@ -93,6 +110,10 @@ impl SchedulerArguments {
         }
         let limits = attune_scheduler::Limits::default();
         let auth = match self.auth {
+            AuthMode::None if self.oidc_issuer.is_some() => {
+                let message = "an issuer of tokens is named, and nobody is asked for one";
+                return Err(Failure::usage(message).with_hint("add --auth tokens"));
+            }
             AuthMode::None => Auth::Open,
             AuthMode::Tokens => {
                 let beside = match &database {
@@ -100,10 +121,21 @@ impl SchedulerArguments {
                     Database::Postgres(_) => None,
                 };
                 let admin_file = self.admin_token_file.clone().or(beside);
-                Auth::Tokens(Tokens { admin_file, local_worker: None })
+                Auth::Tokens(Tokens { admin_file, local_worker: None, oidc: self.oidc()? })
             }
         };
-        attune_scheduler::Config { database, artifacts, data_root: self.data_root.clone(), timings, limits, auth }
+        let data_root = self.data_root.clone();
+        Ok(attune_scheduler::Config { database, artifacts, data_root, timings, limits, auth, tls: None })
+    }
+
+    /// The identity provider, if there is one.
+    fn oidc(&self) -> Result<Option<Oidc>, Failure> {
+        let (Some(issuer), Some(audience), Some(roles)) = (&self.oidc_issuer, &self.oidc_audience, &self.oidc_roles)
+        else {
+            return Ok(None);
+        };
+        let oidc = Oidc::new(issuer, audience, self.oidc_keys.as_deref(), &read(roles)?);
+        oidc.map(Some).map_err(|why| Failure::usage(format!("the identity provider cannot be believed: {why}")))
     }
 
     /// Takes the address. Refuses one that others can reach unless that was asked for in so many words.
@@ -166,7 +198,7 @@ impl Stack {
         let address = listener.local_addr().map_err(|error| Failure::failed(error.to_string()))?;
         let url = format!("http://{address}");
         let mut config =
-            arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string());
+            arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string())?;
         let mut own: Option<Secret> = None;
         if let Auth::Tokens(tokens) = config.auth {
             let (tokens, secret) = tokens.with_local_worker();

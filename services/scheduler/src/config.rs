@@ -8,6 +8,8 @@ use attune_proto::Secret;
 use attune_scheduler_core::{Backoff, Settings};
 use attune_store::Database;
 
+use crate::guard::Oidc;
+
 /// Where a scheduler keeps things and how patient it is.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -56,6 +58,8 @@ pub struct Tokens {
     pub admin_file: Option<PathBuf>,
     /// The token of workers of this process; it is stored nowhere.
     pub local_worker: Option<Secret>,
+    /// An identity provider whose tokens are believed as well.
+    pub oidc: Option<Oidc>,
 }
 
 impl Tokens {

@@ -49,4 +49,5 @@ mod server;
 pub use attune_store::Database;
 pub use config::{Auth, CallLimits, Config, Limits, Timings, Tls, Tokens};
 pub use error::Error;
+pub use guard::{Oidc, new_token};
 pub use server::{Leader, serve};

@@ -141,6 +141,7 @@ async fn run(
     let stop = inner.stop();
     inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(letters, stop.clone()));
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
+    context.guard.open().await?;
     let sweeping = sweep::checkpoints(Arc::clone(&context), to_prune);
     inner.spawn(Task::new("sweep").abort_on_cancel(), async move {
         sweeping.await;

@@ -62,8 +62,17 @@ pub(crate) enum Heard {
 /// components go side by side anyhow.
 const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
-/// What proves to the scheduler who the agent is. A process that trains speaks to nobody, and is not told.
-const SECRETS: [&str; 4] = ["ATTUNE_TOKEN", "ATTUNE_TOKEN_FILE", "ATTUNE_CERT", "ATTUNE_KEY"];
+/// What proves who the agent is, or a scheduler in the same process. A process that trains speaks to nobody, and is not told.
+const SECRETS: [&str; 8] = [
+    "ATTUNE_ADMIN_TOKEN_FILE",
+    "ATTUNE_CERT",
+    "ATTUNE_DATABASE",
+    "ATTUNE_KEY",
+    "ATTUNE_TLS_KEY",
+    "ATTUNE_TOKEN",
+    "ATTUNE_TOKEN_FILE",
+    "PGPASSWORD",
+];
 
 /// A running process.
 #[derive(Debug)]

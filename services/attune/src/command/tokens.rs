@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Revoke(Revoke),
     /// Says who the server takes the caller for.
     Whoami,
+    /// Makes a token that no server knows, to be put into the file of a scheduler's --admin-token-file before it starts.
+    Generate,
 }
 
 /// Which token is given out.
@@ -61,9 +63,13 @@ fn role(text: &str) -> Result<v1::TokenRole, String> {
 }
 
 pub(super) fn run(command: &Command, server: &Server, out: &mut Out) -> Result<(), Failure> {
+    if let Command::Generate = command {
+        return out.line(attune_scheduler::new_token().expose());
+    }
     block_on(async {
         let client = server.connect().await?;
         match command {
+            Command::Generate => Ok(()),
             Command::Create(arguments) => create(&client, arguments, out).await,
             Command::List => list(&client, server, out).await,
             Command::Revoke(arguments) => revoke(&client, arguments, out).await,

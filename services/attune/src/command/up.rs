@@ -133,7 +133,7 @@ fn home() -> Result<PathBuf, Failure> {
 pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
     log()?;
     block_on(async {
-        let mut config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone());
+        let mut config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone())?;
         config.tls = arguments.tls()?;
         let scheme = if config.tls.is_some() { "https" } else { "http" };
         let artifacts = config.artifacts.clone();

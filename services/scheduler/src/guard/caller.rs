@@ -78,6 +78,20 @@ impl Caller {
         Self::new(who, token.project, token.expires, peer)
     }
 
+    /// Whoever an identity provider vouches for.
+    pub(super) fn vouched(
+        subject: &str,
+        name: &str,
+        role: Role,
+        scope: Option<Project>,
+        expires: UtcMs,
+        peer: &str,
+    ) -> Self {
+        let id = format!("oidc/{subject}");
+        let who = Who::Known { owner: id.clone(), id, name: name.to_owned(), role, is_token: false };
+        Self::new(who, scope, Some(expires), peer)
+    }
+
     /// Whether it may make a call.
     pub(super) fn may(&self, rule: &Rule) -> bool {
         match &self.0.who {
@@ -167,7 +181,7 @@ impl Caller {
     }
 
     /// Notes which thing the call is about, of a text that anybody may have written as much as an id can be.
-    pub(crate) fn concerns(&self, target: impl ToString) {
+    pub(crate) fn concerns(&self, target: &impl ToString) {
         self.noted().target = target.to_string().chars().take(TARGET_CHARS).collect();
     }
 

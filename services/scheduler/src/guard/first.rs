@@ -1,13 +1,13 @@
 //! The first token: without one nobody could give out others.
 
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use attune_proto::Secret;
 use attune_spec::id::Name;
 use attune_store::Store;
 use attune_store::token::{Role, Token};
+use tokio::io::AsyncWriteExt as _;
 
 use super::token::{self, Minted, mint};
 use crate::clock::Clock;
@@ -17,7 +17,7 @@ use crate::error::Error;
 /// file and no such token, one is made and written there, for its owner's eyes alone.
 pub(crate) async fn first_admin(store: &Store, file: Option<&Path>) -> Result<(), Error> {
     let given = match file {
-        Some(file) => read(file)?.map(|given| (file, given)),
+        Some(file) => read(file).await?.map(|given| (file, given)),
         None => None,
     };
     if let Some((file, given)) = given {
@@ -39,7 +39,7 @@ pub(crate) async fn first_admin(store: &Store, file: Option<&Path>) -> Result<()
         return Err(Error::Auth(message.to_owned()));
     };
     let Minted { id, hash, whole } = mint();
-    write(file, &whole).map_err(|source| Error::AdminFile { path: file.to_owned(), source })?;
+    write(file, &whole).await.map_err(|source| Error::AdminFile { path: file.to_owned(), source })?;
     store.create_token(&admin(id.clone(), hash)).await?;
     tracing::info!(token = id, file = %file.display(), "the first admin's token was written to a file");
     Ok(())
@@ -60,8 +60,8 @@ fn admin(id: String, hash: attune_spec::id::Digest) -> Token {
     }
 }
 
-fn read(file: &Path) -> Result<Option<String>, Error> {
-    match std::fs::read_to_string(file) {
+async fn read(file: &Path) -> Result<Option<String>, Error> {
+    match tokio::fs::read_to_string(file).await {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::AdminFile { path: file.to_owned(), source }),
@@ -69,10 +69,10 @@ fn read(file: &Path) -> Result<Option<String>, Error> {
 }
 
 /// Writes a new file that nobody else can read; one that is there already is left alone.
-fn write(file: &Path, whole: &Secret) -> std::io::Result<()> {
-    let mut made = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file)?;
-    writeln!(made, "{}", whole.expose())?;
-    made.sync_all()
+async fn write(file: &Path, whole: &Secret) -> std::io::Result<()> {
+    let mut made = tokio::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file).await?;
+    made.write_all(format!("{}\n", whole.expose()).as_bytes()).await?;
+    made.sync_all().await
 }
 
 #[cfg(test)]

@@ -11,9 +11,13 @@ mod body;
 mod caller;
 mod first;
 mod held;
+mod keys;
 mod layer;
+mod oidc;
 mod pace;
+mod roles;
 mod rules;
+mod signature;
 mod token;
 
 use std::collections::BTreeMap;
@@ -35,7 +39,9 @@ use crate::status;
 pub(crate) use caller::{Caller, received};
 pub(crate) use first::first_admin;
 pub(crate) use layer::GuardLayer;
+pub use oidc::Oidc;
 pub(crate) use pace::Pace;
+pub use token::new_token;
 pub(crate) use token::{Minted, mint};
 
 /// How exactly the last use of a token is known.
@@ -53,6 +59,8 @@ pub(crate) struct Guard {
     tasks: TaskGroup,
     /// The hash of the secret that workers of this process have.
     local: Option<blake3::Hash>,
+    /// Whoever else vouches for callers.
+    provider: Option<oidc::Provider>,
     /// Counts tokens that were revoked.
     ended: watch::Sender<u64>,
     /// How often each credential calls.
@@ -69,21 +77,35 @@ pub(crate) struct Guard {
 impl Guard {
     pub(crate) fn new(store: Store, config: &Config, tasks: TaskGroup) -> Self {
         let limits = config.limits.calls;
-        let local = match &config.auth {
-            Auth::Open => None,
-            Auth::Tokens(tokens) => tokens.local_worker.as_ref().map(token::whole_hash),
+        let (local, provider) = match &config.auth {
+            Auth::Open => (None, None),
+            Auth::Tokens(tokens) => {
+                let local = tokens.local_worker.as_ref().map(token::whole_hash);
+                (local, tokens.oidc.clone().map(oidc::Provider::new))
+            }
         };
         Self {
             store,
             auth: config.auth.clone(),
             tasks,
             local,
+            provider,
             ended: watch::Sender::new(0),
             calls: Pace::new(f64::from(limits.calls_per_second), f64::from(limits.calls_at_once)),
             failures: Pace::new(f64::from(limits.failures_per_second), f64::from(limits.failures_at_once)),
             refusals: Pace::new(REFUSALS.0, REFUSALS.1),
             call_limit: config.timings.call_limit,
             noted: Mutex::default(),
+        }
+    }
+
+    /// Gets what must be there before anybody can prove who they are.
+    pub(crate) async fn open(&self) -> Result<(), crate::error::Error> {
+        match &self.provider {
+            Some(provider) => provider.open().await.map_err(|why| {
+                crate::error::Error::Auth(format!("the keys of the identity provider cannot be read: {why}"))
+            }),
+            None => Ok(()),
         }
     }
 
@@ -103,6 +125,12 @@ impl Guard {
         // Comparisons of this type take the same time wherever the difference is.
         if self.local.is_some_and(|local| local == hash) {
             return Ok(Caller::local(peer));
+        }
+        if let Some(provider) = self.provider.as_ref().filter(|_| shown.contains('.')) {
+            return match provider.believe(shown, peer).await {
+                Some(caller) => Ok(caller),
+                None => Err(self.failures.take(peer).map_or_else(too_many, |()| nobody())),
+            };
         }
         // What is no token is looked for all the same: that takes as long as one that is not known.
         let (id, secret) = token::parts(shown).unwrap_or((token::NOBODY, shown));
@@ -165,14 +193,12 @@ impl Guard {
             ended.mark_unchanged();
             let now = Clock::utc();
             let left = caller.expires().map(|expires| expires.0.saturating_sub(now.0));
-            let Some(id) = caller.token().filter(|_| left.is_none_or(|left| left > 0)) else {
-                if left.is_some_and(|left| left <= 0) {
-                    return;
-                }
-                return std::future::pending().await;
-            };
+            if left.is_some_and(|left| left <= 0) {
+                return;
+            }
             // A database that cannot be read now says nothing about the token.
-            if let Ok(found) = self.store.token(id).await
+            if let Some(id) = caller.token()
+                && let Ok(found) = self.store.token(id).await
                 && found.is_none_or(|found| !found.is_valid(now))
             {
                 return;

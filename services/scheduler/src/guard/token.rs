@@ -39,6 +39,11 @@ pub(crate) fn mint() -> Minted {
     Minted { id: id.to_owned(), hash: hash(secret), whole: Secret::new(format!("{PREFIX}{id}_{secret}")) }
 }
 
+/// A new token that no server knows yet, for the file from which a scheduler takes its first admin's.
+pub fn new_token() -> Secret {
+    mint().whole
+}
+
 /// The two parts of a token.
 pub(crate) fn parts(text: &str) -> Option<(&str, &str)> {
     let (id, secret) = text.strip_prefix(PREFIX)?.split_once('_')?;

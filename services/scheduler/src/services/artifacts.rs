@@ -244,7 +244,7 @@ impl ArtifactService for Artifacts {
         let (caller, request) = received(request)?;
         let project = caller.project(&request.project)?;
         let digest = field::<Digest>("digest", &request.digest).map_err(invalid)?;
-        caller.concerns(digest);
+        caller.concerns(&digest);
         match self.context.store.artifact(&project, digest).await {
             Ok(_) => {}
             Err(attune_store::Error::NotFound { .. }) => {

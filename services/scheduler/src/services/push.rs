@@ -59,7 +59,7 @@ pub(crate) async fn push(
         return Err(invalid(Fault::new("header", "is missing; expected it in the first message")));
     };
     let header = read(caller, first)?;
-    caller.concerns(header.manifest.digest());
+    caller.concerns(&header.manifest.digest());
     let attempt = header.attempt.as_ref();
     let attempt = attempt.map(|attempt| (&attempt.key.job, attempt.epoch, &attempt.worker));
     caller.may_push(&context.store, &header.project, attempt, !header.tags.is_empty()).await?;

@@ -59,7 +59,7 @@ impl Server {
         Self::start_with(|config| {
             let artifacts = std::path::Path::new(&config.artifacts);
             let admin_file = Some(artifacts.with_file_name("admin.token"));
-            config.auth = Auth::Tokens(Tokens { admin_file, local_worker: None });
+            config.auth = Auth::Tokens(Tokens { admin_file, ..Tokens::default() });
             change(config);
         })
     }
