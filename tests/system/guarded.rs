@@ -16,13 +16,22 @@ struct Guarded {
 }
 
 impl Guarded {
+    /// A scheduler alone.
     async fn start() -> Self {
+        Self::start_as(|command, folder| {
+            command.arg("scheduler").arg("--database").arg(folder.join("attune.db"));
+            command.arg("--artifacts").arg(folder.join("artifacts"));
+        })
+        .await
+    }
+
+    async fn start_as(program: impl FnOnce(&mut std::process::Command, &Path)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let path = |name: &str| folder.path().join(name);
         let mut command = attune();
-        command.args(["scheduler", "--auth", "tokens", "--listen", &address.to_string()]);
-        command.arg("--database").arg(path("attune.db")).arg("--artifacts").arg(path("artifacts"));
+        program(&mut command, folder.path());
+        command.args(["--auth", "tokens", "--listen", &address.to_string()]);
         let scheduler = Process::start(command.env("ATTUNE_LOG", "debug"), &path("scheduler.log"));
         let guarded = Self { url: format!("http://{address}"), _scheduler: scheduler, folder };
         let deadline = Instant::now() + PATIENCE;
@@ -171,4 +180,23 @@ async fn a_token_that_is_none_is_not_repeated() {
     assert!(output.status.code() == Some(2) && !said.contains("canary"), "{said}");
     let help = attune().args(["jobs", "list", "--help"]).env("ATTUNE_TOKEN", "s3cret-canary").output().unwrap();
     assert!(!String::from_utf8_lossy(&help.stdout).contains("canary"));
+}
+
+/// `attune up` gives its own workers what they need, and asks everybody else.
+#[tokio::test]
+async fn one_machine_may_ask_who_calls_too() {
+    let up = Guarded::start_as(|command, folder| {
+        command.args(["up", "--data-dir"]).arg(folder);
+    })
+    .await;
+    world(&up.path("world"));
+    let set: Vec<&str> = SMALL.into_iter().chain(["tune.steps=2"]).flat_map(|set| ["--set", set]).collect();
+    let (is_well, output) = up.run("admin", &[&["submit", "world/text.yaml", "--watch"], &set[..]].concat());
+    assert!(is_well, "{output:?}\n{}", up.log("scheduler.log"));
+    let stranger = attune().args(["jobs", "list"]).env("ATTUNE_SERVER", &up.url).output().unwrap();
+    assert_eq!(stranger.status.code(), Some(1));
+    // The admin's token is lost: another one is put into its place.
+    let made = attune().args(["tokens", "generate"]).output().unwrap();
+    let made = String::from_utf8(made.stdout).unwrap();
+    assert!(made.starts_with("attune_") && made.trim().len() == 76, "{made}");
 }

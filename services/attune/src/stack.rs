@@ -139,7 +139,7 @@ impl SchedulerArguments {
     }
 
     /// Takes the address. Refuses one that others can reach unless that was asked for in so many words.
-    pub(crate) async fn bind(&self) -> Result<TcpListener, Failure> {
+    pub(crate) async fn bind(&self, is_encrypted: bool) -> Result<TcpListener, Failure> {
         let is_open = self.auth == AuthMode::None && !self.allow_unauthenticated_network;
         if !self.listen.ip().is_loopback() && is_open {
             let message = format!(
@@ -148,6 +148,9 @@ impl SchedulerArguments {
             );
             let hint = "ask callers for tokens with --auth tokens, or add --allow-unauthenticated-network inside a network that you trust";
             return Err(Failure::usage(message).with_hint(hint));
+        }
+        if !self.listen.ip().is_loopback() && !is_encrypted && self.auth == AuthMode::Tokens {
+            tracing::warn!(target: "attune", address = %self.listen, "tokens go through the network in the clear; `attune scheduler` encrypts connections with --tls-cert and --tls-key");
         }
         TcpListener::bind(self.listen)
             .await
@@ -194,7 +197,7 @@ impl Stack {
         cards: Option<u32>,
     ) -> Result<Self, Failure> {
         std::fs::create_dir_all(folder).map_err(|error| Failure::file(folder, &error))?;
-        let listener = arguments.bind().await?;
+        let listener = arguments.bind(false).await?;
         let address = listener.local_addr().map_err(|error| Failure::failed(error.to_string()))?;
         let url = format!("http://{address}");
         let mut config =

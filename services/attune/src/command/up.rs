@@ -10,7 +10,7 @@ use attune_telemetry::{Logging, TaskGroup};
 
 use crate::print::Failure;
 use crate::remote::{Server, block_on, read};
-use crate::stack::{self, AuthMode, SchedulerArguments, Stack};
+use crate::stack::{self, SchedulerArguments, Stack};
 
 /// Runs a scheduler and workers on this machine until it is interrupted.
 #[derive(Debug, clap::Args)]
@@ -143,11 +143,8 @@ pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
             Leader::take(config).await.map(|leader| Some(Box::new(leader)))
         };
         let Some(leader) = leader.map_err(|error| Failure::caused(&error))? else { return Ok(()) };
-        let listener = arguments.arguments.bind().await?;
+        let listener = arguments.arguments.bind(scheme == "https").await?;
         if let Ok(address) = listener.local_addr() {
-            if scheme == "http" && arguments.arguments.auth == AuthMode::Tokens && !address.ip().is_loopback() {
-                tracing::warn!(target: "attune", %address, "tokens go through the network in the clear; give --tls-cert and --tls-key");
-            }
             tracing::info!(target: "attune", url = format!("{scheme}://{address}"), artifacts, "listening");
         }
         let served = leader.serve(listener, stack::asked_to_end()).await;

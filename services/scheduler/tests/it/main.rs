@@ -14,6 +14,7 @@ mod jobs;
 mod life;
 mod limits;
 mod matrix;
+mod provider;
 mod recipes;
 mod restart;
 mod server;
