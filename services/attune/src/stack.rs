@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_proto::Secret;
-use attune_scheduler::{Auth, Database, Oidc, Timings, Tokens};
+use attune_scheduler::{Auth, CallLimits, Database, Oidc, Timings, Tokens};
 use attune_telemetry::{Stop, Task, TaskGroup};
 use attune_worker::Program;
 use tokio::net::TcpListener;
@@ -57,6 +57,13 @@ pub(crate) struct SchedulerArguments {
     /// Days that the audit log is kept; for ever if left out.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep_audit_days: Option<u32>,
+    /// Calls that one credential may make a second in the long run, and five times as many at once; needs --auth tokens.
+    #[arg(long, value_name = "N", default_value_t = CallLimits::default().calls_per_second)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    calls_per_second: u32,
+    /// Largest artifact that is taken, in GiB.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    max_artifact_gib: u64,
     /// Milliseconds that a lease lasts without a heartbeat.
     #[arg(long, value_name = "MS", hide = true)]
     lease_ttl_ms: Option<u64>,
@@ -89,6 +96,8 @@ impl SchedulerArguments {
             data_root: None,
             keep_events_days: None,
             keep_audit_days: None,
+            calls_per_second: CallLimits::default().calls_per_second,
+            max_artifact_gib: 1024,
             lease_ttl_ms: None,
             backoff_ms: None,
         }
@@ -108,7 +117,13 @@ impl SchedulerArguments {
             timings.backoff_base = wait;
             timings.backoff_cap = wait * 2;
         }
-        let limits = attune_scheduler::Limits::default();
+        let calls = CallLimits {
+            calls_per_second: self.calls_per_second,
+            calls_at_once: self.calls_per_second.saturating_mul(5),
+            ..CallLimits::default()
+        };
+        let artifact_bytes = self.max_artifact_gib << 30;
+        let limits = attune_scheduler::Limits { calls, artifact_bytes, ..attune_scheduler::Limits::default() };
         let auth = match self.auth {
             AuthMode::None if self.oidc_issuer.is_some() => {
                 let message = "an issuer of tokens is named, and nobody is asked for one";

@@ -165,6 +165,8 @@ pub struct Limits {
     pub lanes: NonZeroU32,
     /// Finished jobs that are kept in memory, so that late messages about them are understood.
     pub finished_jobs: usize,
+    /// Bytes of one artifact.
+    pub artifact_bytes: u64,
     /// Connections that may stand at once.
     pub connections: usize,
     /// How often one caller may call.
@@ -180,6 +182,7 @@ impl Default for Limits {
             lost_workers: Settings::default().quarantine_after,
             lanes: Settings::default().max_lanes,
             finished_jobs: 1000,
+            artifact_bytes: 1 << 40,
             connections: 20_000,
             calls: CallLimits::default(),
         }

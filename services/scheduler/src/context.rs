@@ -40,6 +40,8 @@ pub(crate) struct Context {
     pub(crate) sweep: Arc<RwLock<()>>,
     /// How many messages may wait for one worker.
     pub(crate) waiting_messages: usize,
+    /// The most bytes of one artifact.
+    pub(crate) artifact_bytes_max: u64,
     /// How long the first message of a connection may take to come.
     pub(crate) greeting_limit: Duration,
     /// How long the next part of a push may take to come.
@@ -68,6 +70,7 @@ impl Context {
             data_root,
             backoff: config.settings().backoff,
             sweep: Arc::default(),
+            artifact_bytes_max: config.limits.artifact_bytes,
             greeting_limit: config.timings.greeting_limit,
             call_limit: config.timings.call_limit,
             waiting_messages: config.limits.waiting_messages.max(1),

@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use attune_proto::Class;
+use attune_telemetry::Task;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tonic::body::Body;
 use tonic::codegen::http::{HeaderMap, Request, Response, header};
@@ -66,28 +68,48 @@ where
                 Err(refused) => return Ok(refused.into_http()),
             };
             request.extensions_mut().insert(caller.clone());
-            let answering = inner.call(request);
-            let answer = match rule.lasts {
-                true if guard.is_open() => answering.await?,
-                true => tokio::select! {
-                    answer = answering => answer?,
-                    // What was begun is not finished, as if the caller had gone.
-                    () = Arc::clone(&guard).gone(caller.clone()) => nobody().into_http(),
-                },
-                false => match timeout(guard.call_limit, answering).await {
-                    Ok(answer) => answer?,
-                    Err(_) => Class::DeadlineExceeded.status("the call took too long").into_http(),
-                },
-            };
-            let code = code(answer.headers());
-            let is_refused = code == Code::PermissionDenied || caller.about().is_foreign;
-            if rule.is_recorded || is_refused {
-                guard.record(&caller, short(rule), code).await;
+            let answering = answer(Arc::clone(&guard), rule, caller, inner.call(request));
+            if !rule.is_recorded {
+                return answering.await;
             }
-            Ok(if rule.lasts && !guard.is_open() { cut(answer, guard, caller) } else { answer })
+            // What changes something is written down, also if whoever asked does not wait for the answer.
+            let (send, wait) = oneshot::channel();
+            guard.tasks.spawn(Task::new("make a change that was asked for"), async move {
+                // Whoever asked may have gone.
+                let _ = send.send(answering.await);
+                Ok::<_, std::convert::Infallible>(())
+            });
+            wait.await.unwrap_or_else(|_| Ok(crate::status::shuts_down().into_http()))
         }
         .boxed()
     }
+}
+
+/// The answer to a call that may be made, written down if it changed something or was refused.
+async fn answer<E>(
+    guard: Arc<Guard>,
+    rule: &'static Rule,
+    caller: Caller,
+    answering: impl Future<Output = Result<Response<Body>, E>>,
+) -> Result<Response<Body>, E> {
+    let answer = match rule.lasts {
+        true if guard.is_open() => answering.await?,
+        true => tokio::select! {
+            answer = answering => answer?,
+            // What was begun is not finished, as if the caller had gone.
+            () = Arc::clone(&guard).gone(caller.clone()) => nobody().into_http(),
+        },
+        false => match timeout(guard.call_limit, answering).await {
+            Ok(answer) => answer?,
+            Err(_) => Class::DeadlineExceeded.status("the call took too long").into_http(),
+        },
+    };
+    let code = code(answer.headers());
+    let is_refused = code == Code::PermissionDenied || caller.about().is_foreign;
+    if rule.is_recorded || is_refused {
+        guard.record(&caller, short(rule), code).await;
+    }
+    Ok(if rule.lasts && !guard.is_open() { cut(answer, guard, caller) } else { answer })
 }
 
 /// The row and the caller of a call that may be made.

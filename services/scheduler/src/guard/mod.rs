@@ -29,7 +29,7 @@ use attune_store::audit::Record;
 use attune_store::token::Role;
 use attune_store::{Store, UtcMs};
 use attune_telemetry::{Task, TaskGroup};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tonic::Status;
 
 use crate::clock::Clock;
@@ -248,10 +248,18 @@ impl Guard {
         .await;
     }
 
+    /// Stores a record, also if whoever waits for it goes.
     async fn write(&self, record: Record) {
-        if let Err(error) = self.store.append_audit(&record).await {
-            tracing::error!(%error, ?record, "a record of the audit log was not stored");
-        }
+        let store = self.store.clone();
+        let (done, wait) = oneshot::channel::<()>();
+        self.tasks.spawn(Task::new("write a call down"), async move {
+            if let Err(error) = store.append_audit(&record).await {
+                tracing::error!(%error, ?record, "a record of the audit log was not stored");
+            }
+            drop(done);
+            Ok::<_, std::convert::Infallible>(())
+        });
+        let _ = wait.await;
     }
 
     /// Makes a worker id the caller's, or says that it is another's.

@@ -63,6 +63,10 @@ pub(crate) async fn push(
     let attempt = header.attempt.as_ref();
     let attempt = attempt.map(|attempt| (&attempt.key.job, attempt.epoch, &attempt.worker));
     caller.may_push(&context.store, &header.project, attempt, !header.tags.is_empty()).await?;
+    let (size, max) = (header.manifest.size_bytes(), context.artifact_bytes_max);
+    if size > max {
+        return Err(Class::TooLarge.status(format!("the artifact has {size} bytes; this server takes {max} at most")));
+    }
     if let Some(attempt) = &header.attempt {
         // Nobody's bytes are taken in vain: the answer that counts comes with the transaction.
         let row = context.store.job(&attempt.key.project, &attempt.key.job).await.map_err(status::store)?;

@@ -307,3 +307,44 @@ async fn a_token_says_whose_it_is_and_when_it_was_used() {
     let refused = anybody.tokens().create_token(request).await.unwrap_err();
     assert!(refused.message().contains("--auth tokens"), "{refused:?}");
 }
+
+/// Whoever hangs up before the answer comes is written down all the same.
+#[tokio::test]
+async fn nobody_escapes_the_audit_log_by_hanging_up() {
+    let server = Server::guarded(|_| {});
+    let admin = server.admin().await;
+    inputs(&admin).await;
+    let (_, secret) = server.token(&admin, Some("default"), TokenRole::Submitter, "anna").await;
+    let anna = server.client_as(Some(secret)).await;
+    let mut jobs = Vec::new();
+    for n in 0..24 {
+        let mut spec = job();
+        spec["name"] = serde_json::json!(format!("job-{n}"));
+        jobs.push(create(&admin, &format!("r{n}"), &spec).await.unwrap().job_id);
+    }
+    for (n, id) in jobs.iter().enumerate() {
+        let request = v1::CancelJobRequest { project: String::new(), job_id: id.clone() };
+        let patience = Duration::from_micros(200 * n as u64);
+        let _ = tokio::time::timeout(patience, anna.jobs().cancel_job(request)).await;
+    }
+    let mut cancelled: Vec<&String> = Vec::new();
+    for id in &jobs {
+        if get(&admin, id).await.unwrap().state() == v1::JobState::Cancelled {
+            cancelled.push(id);
+        }
+    }
+    assert!(!cancelled.is_empty());
+    let written = async {
+        let is_there = |records: &[v1::AuditRecord], id: &str| {
+            records.iter().any(|record| record.target == id && record.name == "anna" && record.outcome == "OK")
+        };
+        loop {
+            let records = audit(&admin).await;
+            if cancelled.iter().all(|id| is_there(&records, id)) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, written).await.expect("every change is written down");
+}

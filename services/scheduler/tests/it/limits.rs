@@ -139,6 +139,30 @@ async fn a_length_without_a_body_is_refused_before_there_is_room_for_it() {
     is_well(&client).await;
 }
 
+/// An artifact that is too large is refused by what it says of itself, and one that says too little by its bytes.
+#[tokio::test]
+async fn an_artifact_has_a_largest_size() {
+    let server = Server::start_with(|config| config.limits.artifact_bytes = 100);
+    let client = server.client().await;
+    let of = |bytes: &[u8]| {
+        let kind = attune_artifacts::Kind::Report;
+        crate::fixtures::bundle(kind, &[("a", bytes)], attune_artifacts::Causes::default())
+    };
+    crate::fixtures::push(&client, &of(&[7; 100]), None, &[]).await.unwrap();
+    let refused = crate::fixtures::push(&client, &of(&[7; 101]), None, &[]).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::TooLarge);
+    assert_eq!(refused.message(), "the artifact has 101 bytes; this server takes 100 at most");
+    let files = vec![attune_artifacts::File {
+        path: "a".to_owned(),
+        size_bytes: 10,
+        digest: attune_artifacts::hash::bytes(&[8; 4000]),
+    }];
+    let lies = attune_artifacts::Manifest::new(attune_artifacts::Kind::Report, files, Default::default()).unwrap();
+    let memory = std::sync::Arc::clone(&of(&[8; 4000]).1);
+    let refused = crate::fixtures::push(&client, &(lies, memory), None, &[]).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::Invalid, "{refused:?}");
+}
+
 /// A12: headers that are too large end the call that has them.
 #[tokio::test]
 async fn large_headers_are_refused() {
