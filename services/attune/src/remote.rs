@@ -70,6 +70,24 @@ pub(crate) fn read(path: &Path) -> Result<String, Failure> {
     std::fs::read_to_string(path).map_err(|error| Failure::file(path, &error))
 }
 
+/// The certificates of a file of PEM.
+pub(crate) fn certificates(path: &Path) -> Result<String, Failure> {
+    pem(path, "-----BEGIN CERTIFICATE-----", "certificate")
+}
+
+/// The private key of a file of PEM.
+pub(crate) fn key(path: &Path) -> Result<Secret, Failure> {
+    pem(path, "PRIVATE KEY-----", "private key").map(Secret::new)
+}
+
+fn pem(path: &Path, mark: &str, what: &str) -> Result<String, Failure> {
+    let text = read(path)?;
+    if text.contains(mark) {
+        return Ok(text);
+    }
+    Err(Failure::usage(format!("{} holds no {what}; expected one as PEM, with a line {mark:?} in it", path.display())))
+}
+
 impl Server {
     /// A server that asks nobody who calls.
     pub(crate) fn at(url: &str) -> Self {
@@ -87,10 +105,10 @@ impl Server {
         let token = token.map(|text| text.parse::<Secret>()).transpose();
         let token = token.map_err(|what| Failure::usage(format!("{from} {what}")))?;
         let identity = match (&self.cert, &self.key) {
-            (Some(cert), Some(key)) => Some((read(cert)?, Secret::new(read(key)?))),
+            (Some(cert), Some(key)) => Some((certificates(cert)?, self::key(key)?)),
             _ => None,
         };
-        let tls = Tls { ca: self.ca.as_deref().map(read).transpose()?, identity };
+        let tls = Tls { ca: self.ca.as_deref().map(certificates).transpose()?, identity };
         Ok(Options { project: self.project.clone().unwrap_or_default(), token, tls, ..Options::default() })
     }
 
@@ -101,7 +119,9 @@ impl Server {
         let client = Client::connect(&self.server, options).await.map_err(|error| {
             let unreachable = matches!(error, attune_proto::client::ConnectError::Unreachable { .. });
             let failure = Failure::failed(error.to_string());
-            if unreachable {
+            if unreachable && self.server.starts_with("https://") {
+                failure.with_hint("is it up, and does --ca FILE name the authority that vouches for it?")
+            } else if unreachable {
                 failure.with_hint("start one with `attune up`, or name another with --server URL")
             } else {
                 Failure { status: crate::print::USAGE, ..failure }

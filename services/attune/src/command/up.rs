@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use attune_proto::Secret;
 use attune_scheduler::{Database, Leader, Tls};
 use attune_telemetry::{Logging, TaskGroup};
 
 use crate::print::Failure;
-use crate::remote::{Server, block_on, read};
+use crate::remote::{self, Server, block_on};
 use crate::stack::{self, SchedulerArguments, Stack};
 
 /// Runs a scheduler and workers on this machine until it is interrupted.
@@ -68,9 +67,9 @@ impl Scheduler {
     fn tls(&self) -> Result<Option<Tls>, Failure> {
         let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else { return Ok(None) };
         Ok(Some(Tls {
-            certificate: read(certificate)?,
-            key: Secret::new(read(key)?),
-            client_ca: self.tls_client_ca.as_deref().map(read).transpose()?,
+            certificate: remote::certificates(certificate)?,
+            key: remote::key(key)?,
+            client_ca: self.tls_client_ca.as_deref().map(remote::certificates).transpose()?,
         }))
     }
 }

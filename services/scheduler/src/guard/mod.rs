@@ -146,7 +146,7 @@ impl Guard {
                 // Whoever proves who it is is not held up by others at its address.
                 self.failures.take(peer).map_err(too_many)?;
                 if let Some(known) = known {
-                    self.refuse_known(&known, peer, rpc).await;
+                    self.refuse_known(&known, peer, rpc);
                 }
                 Err(nobody())
             }
@@ -230,12 +230,13 @@ impl Guard {
         .await;
     }
 
-    /// Writes down that a token was shown with another secret, or after its end.
-    async fn refuse_known(&self, known: &attune_store::token::Token, peer: &str, rpc: &str) {
+    /// Writes down that a token was shown with another secret, or after its end. It is not waited for: the answer takes no longer
+    /// than that to a token that nobody knows.
+    fn refuse_known(&self, known: &attune_store::token::Token, peer: &str, rpc: &str) {
         if self.refusals.take("").is_err() {
             return;
         }
-        self.write(Record {
+        drop(self.begin_to_write(Record {
             time: Clock::utc(),
             caller: known.id.clone(),
             name: known.name.to_string(),
@@ -244,12 +245,16 @@ impl Guard {
             rpc: rpc.to_owned(),
             target: String::new(),
             outcome: code_name(tonic::Code::Unauthenticated),
-        })
-        .await;
+        }));
     }
 
     /// Stores a record, also if whoever waits for it goes.
     async fn write(&self, record: Record) {
+        let _ = self.begin_to_write(record).await;
+    }
+
+    /// Begins to store a record; the answer ends when it is stored.
+    fn begin_to_write(&self, record: Record) -> oneshot::Receiver<()> {
         let store = self.store.clone();
         let (done, wait) = oneshot::channel::<()>();
         self.tasks.spawn(Task::new("write a call down"), async move {
@@ -259,7 +264,7 @@ impl Guard {
             drop(done);
             Ok::<_, std::convert::Infallible>(())
         });
-        let _ = wait.await;
+        wait
     }
 
     /// Makes a worker id the caller's, or says that it is another's.

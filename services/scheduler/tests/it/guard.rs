@@ -245,7 +245,17 @@ async fn what_was_changed_or_refused_is_written_down() {
     revoke(&admin, &id).await;
     list(&viewer).await.unwrap_err();
 
-    let records = audit(&admin).await;
+    // That somebody was refused is written down beside the answer.
+    let written = async {
+        loop {
+            let records = audit(&admin).await;
+            if records.iter().any(|record| record.outcome == "UNAUTHENTICATED") {
+                break records;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let records = tokio::time::timeout(LIMIT, written).await.expect("it is written down");
     let lines: Vec<String> = records
         .iter()
         .rev()
