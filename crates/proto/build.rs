@@ -6,12 +6,14 @@ use std::path::PathBuf;
 use prost::Message as _;
 
 const ROOT: &str = "../../proto";
-const FILES: [&str; 8] = [
+const FILES: [&str; 10] = [
     "attune/v1/artifacts.proto",
+    "attune/v1/audit.proto",
     "attune/v1/fleet.proto",
     "attune/v1/jobs.proto",
     "attune/v1/methods.proto",
     "attune/v1/spec.proto",
+    "attune/v1/tokens.proto",
     "attune/v1/workers.proto",
     "google/rpc/error_details.proto",
     "google/rpc/status.proto",

@@ -3,8 +3,10 @@
 #![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
 #![allow(clippy::print_stderr, reason = "who skips a test says why")]
 
+mod encrypted;
 mod failover;
 mod grids;
+mod guarded;
 mod kills;
 mod lanes;
 mod main_job;

@@ -1,4 +1,4 @@
-//! A thin typed client of the four services: where the server is, for which project one speaks, deadlines, retries of
+//! A thin typed client of the services: where the server is, for which project one speaks, who one is, deadlines, retries of
 //! calls that are safe to retry, and the two streams that carry an artifact's bytes.
 
 use std::future::Future;
@@ -11,15 +11,20 @@ use std::time::Duration;
 use attune_spec::id::{Digest, Project};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, Stream, StreamExt as _};
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Request, Status, Streaming};
+use tonic_types::StatusExt as _;
 
 use crate::v1::{
-    self, artifact_service_client::ArtifactServiceClient, fleet_service_client::FleetServiceClient,
-    job_service_client::JobServiceClient, method_service_client::MethodServiceClient,
+    self, artifact_service_client::ArtifactServiceClient, audit_service_client::AuditServiceClient,
+    fleet_service_client::FleetServiceClient, job_service_client::JobServiceClient,
+    method_service_client::MethodServiceClient, token_service_client::TokenServiceClient,
     worker_service_client::WorkerServiceClient,
 };
-use crate::{CHUNK_BYTES_MAX, Class, MESSAGE_BYTES_MAX, Retry};
+use crate::{CHUNK_BYTES_MAX, Class, MESSAGE_BYTES_MAX, Retry, Secret};
 
 /// Largest number of digests in one question for missing blobs.
 const QUERY_DIGESTS_MAX: usize = 10_000;
@@ -37,6 +42,25 @@ pub struct Options {
     pub retries: u32,
     /// Wait before the first retry; doubles with each.
     pub retry_wait: Duration,
+    /// What is sent with every call to prove who it is that calls.
+    pub token: Option<Secret>,
+    /// Whom to trust, and how to prove who one is, where a server's URL begins with `https://`.
+    pub tls: Tls,
+}
+
+/// What an encrypted connection is made with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// Certificates of the authorities that may vouch for a server, as PEM; those of the system without.
+    pub ca: Option<String>,
+    /// The certificate that this client shows, as PEM with its chain, and its key.
+    pub identity: Option<(String, Secret)>,
+}
+
+impl Tls {
+    fn is_given(&self) -> bool {
+        self.ca.is_some() || self.identity.is_some()
+    }
 }
 
 impl Default for Options {
@@ -47,6 +71,8 @@ impl Default for Options {
             call_timeout: Duration::from_secs(60),
             retries: 4,
             retry_wait: Duration::from_millis(200),
+            token: None,
+            tls: Tls::default(),
         }
     }
 }
@@ -61,11 +87,21 @@ pub enum ConnectError {
         /// What was given.
         url: String,
     },
-    /// The address asks for an encrypted connection.
-    #[error("server {url:?} asks for TLS, which this build does not speak; use http:// on a network that you trust")]
-    Tls {
+    /// Something for encrypted connections is given, and the address asks for one in the clear.
+    #[error(
+        "server {url:?} is reached in the clear, and a certificate is given; expected a URL that begins with https://"
+    )]
+    Clear {
         /// What was given.
         url: String,
+    },
+    /// No encrypted connection can be made with what is given.
+    #[error("no encrypted connection can be made to {url}: {reason}")]
+    Tls {
+        /// The address.
+        url: String,
+        /// What is wrong.
+        reason: String,
     },
     /// Nobody answers there.
     #[error("no server answers at {url}: {reason}")]
@@ -85,6 +121,7 @@ pub enum ConnectError {
 pub struct Client {
     servers: Arc<Servers>,
     options: Arc<Options>,
+    bearer: Bearer,
 }
 
 #[derive(Debug)]
@@ -93,6 +130,33 @@ struct Servers {
     /// Which one is spoken to, counted on with each turn.
     at: AtomicUsize,
 }
+
+/// Puts the credential beside every call.
+#[derive(Debug, Clone)]
+pub struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Bearer {
+    fn new(token: Option<&Secret>) -> Self {
+        Self(token.and_then(|token| {
+            let mut value = MetadataValue::try_from(format!("Bearer {}", token.expose())).ok()?;
+            // Whoever shows the headers of a call does not show this one.
+            value.set_sensitive(true);
+            Some(value)
+        }))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// A connection that says with every call who calls.
+pub type Line = InterceptedService<Channel, Bearer>;
 
 /// The blobs of an artifact that is pushed, by digest.
 pub trait Blobs: Send + Sync {
@@ -129,7 +193,8 @@ impl Client {
     pub fn lazy(urls: &str, options: Options) -> Result<Self, ConnectError> {
         let channels = urls.split(',').map(|url| Ok(endpoint(url.trim(), &options)?.connect_lazy()));
         let servers = Servers { channels: channels.collect::<Result<_, ConnectError>>()?, at: AtomicUsize::new(0) };
-        Ok(Self { servers: Arc::new(servers), options: Arc::new(options) })
+        let bearer = Bearer::new(options.token.as_ref());
+        Ok(Self { servers: Arc::new(servers), options: Arc::new(options), bearer })
     }
 
     /// A client of the servers at `urls`, separated by commas, connected to the first that answers.
@@ -174,34 +239,48 @@ impl Client {
     #[must_use]
     pub fn for_project(&self, project: Project) -> Self {
         let options = Options { project, ..(*self.options).clone() };
-        Self { servers: Arc::clone(&self.servers), options: Arc::new(options) }
+        Self { servers: Arc::clone(&self.servers), options: Arc::new(options), bearer: self.bearer.clone() }
     }
 
     /// Jobs.
-    pub fn jobs(&self) -> JobServiceClient<Channel> {
-        JobServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    pub fn jobs(&self) -> JobServiceClient<Line> {
+        JobServiceClient::with_interceptor(self.channel(), self.bearer.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Artifacts.
-    pub fn artifacts(&self) -> ArtifactServiceClient<Channel> {
-        ArtifactServiceClient::new(self.channel())
+    pub fn artifacts(&self) -> ArtifactServiceClient<Line> {
+        ArtifactServiceClient::with_interceptor(self.channel(), self.bearer.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// The fleet and its projects.
-    pub fn fleet(&self) -> FleetServiceClient<Channel> {
-        FleetServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    pub fn fleet(&self) -> FleetServiceClient<Line> {
+        FleetServiceClient::with_interceptor(self.channel(), self.bearer.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Methods.
-    pub fn methods(&self) -> MethodServiceClient<Channel> {
-        MethodServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    pub fn methods(&self) -> MethodServiceClient<Line> {
+        MethodServiceClient::with_interceptor(self.channel(), self.bearer.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// The workers' stream.
-    pub fn workers(&self) -> WorkerServiceClient<Channel> {
-        WorkerServiceClient::new(self.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    pub fn workers(&self) -> WorkerServiceClient<Line> {
+        WorkerServiceClient::with_interceptor(self.channel(), self.bearer.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Tokens, and who the caller is.
+    pub fn tokens(&self) -> TokenServiceClient<Line> {
+        TokenServiceClient::with_interceptor(self.channel(), self.bearer.clone())
+    }
+
+    /// The audit log.
+    pub fn audit(&self) -> AuditServiceClient<Line> {
+        AuditServiceClient::with_interceptor(self.channel(), self.bearer.clone())
     }
 
     /// A request with this client's deadline for unary calls.
@@ -226,7 +305,9 @@ impl Client {
                     if status.code() == tonic::Code::Unavailable {
                         self.turn();
                     }
-                    tokio::time::sleep(wait).await;
+                    // A server that is asked too often says when to come again.
+                    let told = status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
+                    tokio::time::sleep(wait.max(told.min(self.options.call_timeout))).await;
                 }
                 other => return other.map(tonic::Response::into_inner),
             }
@@ -315,17 +396,33 @@ impl Client {
 fn endpoint(url: &str, options: &Options) -> Result<Endpoint, ConnectError> {
     let bad = || ConnectError::Url { url: url.to_owned() };
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| bad())?;
-    match (endpoint.uri().scheme_str(), endpoint.uri().host()) {
-        (Some("http"), Some(_)) => {}
-        // Without this it would be a connection in the clear under another name.
-        (Some("https"), Some(_)) => return Err(ConnectError::Tls { url: url.to_owned() }),
+    let endpoint = match (endpoint.uri().scheme_str(), endpoint.uri().host()) {
+        // Whoever names an authority means to speak to nobody else.
+        (Some("http"), Some(_)) if options.tls.is_given() => return Err(ConnectError::Clear { url: url.to_owned() }),
+        (Some("http"), Some(_)) => endpoint,
+        (Some("https"), Some(_)) => {
+            let failed = |reason| ConnectError::Tls { url: url.to_owned(), reason };
+            endpoint.tls_config(tls(&options.tls, options.connect_timeout)).map_err(|error| failed(deepest(&error)))?
+        }
         _ => return Err(bad()),
-    }
+    };
     Ok(endpoint
         .connect_timeout(options.connect_timeout)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(Duration::from_secs(15))
         .keep_alive_timeout(Duration::from_secs(20)))
+}
+
+fn tls(given: &Tls, timeout: Duration) -> ClientTlsConfig {
+    let mut config = ClientTlsConfig::new().timeout(timeout);
+    config = match &given.ca {
+        Some(ca) => config.ca_certificate(Certificate::from_pem(ca)),
+        None => config.with_native_roots(),
+    };
+    match &given.identity {
+        Some((certificate, key)) => config.identity(Identity::from_pem(certificate, key.expose())),
+        None => config,
+    }
 }
 
 /// The messages of a push. A blob that cannot be read leaves its error in `broken` and ends the stream early; the server
@@ -421,8 +518,10 @@ mod tests {
         for bad in ["", "not a url", "127.0.0.1:7070", "http://", "ftp://127.0.0.1:7070"] {
             assert!(matches!(Client::lazy(bad, Options::default()), Err(ConnectError::Url { .. })), "{bad}");
         }
-        let error = Client::lazy("https://127.0.0.1:7070", Options::default()).unwrap_err();
-        assert!(matches!(error, ConnectError::Tls { .. }) && error.to_string().contains("does not speak"), "{error}");
+        let tls = Tls { ca: Some("no certificate".to_owned()), identity: None };
+        let options = Options { tls, ..Options::default() };
+        let error = Client::lazy("http://127.0.0.1:7070", options).unwrap_err();
+        assert!(matches!(error, ConnectError::Clear { .. }), "{error}");
         let error = Client::connect("http://127.0.0.1:1", Options::default()).await.unwrap_err();
         assert!(error.to_string().starts_with("no server answers at http://127.0.0.1:1: "), "{error}");
     }

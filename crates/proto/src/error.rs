@@ -4,6 +4,7 @@
 //! class back from `google.rpc.ErrorInfo`, so that two classes with one gRPC code stay apart.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use attune_spec::Fault;
 use tonic::{Code, Status};
@@ -143,6 +144,14 @@ impl Class {
         Status::with_error_details(row.code, cut(message.into(), MESSAGE_BYTES_MAX), details)
     }
 
+    /// A status of this class that says when to come again.
+    pub fn status_after(self, message: impl Into<String>, wait: Duration) -> Status {
+        let row = self.row();
+        let mut details = ErrorDetails::with_error_info(row.reason, DOMAIN, HashMap::new());
+        details.set_retry_info(Some(wait));
+        Status::with_error_details(row.code, cut(message.into(), MESSAGE_BYTES_MAX), details)
+    }
+
     /// The class of a status: by its `ErrorInfo`, else by its code, for statuses that a proxy or the library made.
     pub fn of(status: &Status) -> Self {
         let info = status.get_details_error_info();
@@ -231,6 +240,14 @@ mod tests {
             assert_eq!(status.code(), class.row().code);
             assert_eq!(status.message(), "job \"a\" is not there");
         }
+    }
+
+    #[test]
+    fn a_status_says_when_to_come_again() {
+        let status = Class::QuotaExceeded.status_after("too many calls", Duration::from_millis(1500));
+        assert_eq!(Class::of(&status), Class::QuotaExceeded);
+        let info = status.get_details_retry_info().unwrap();
+        assert_eq!(info.retry_delay, Some(Duration::from_millis(1500)));
     }
 
     #[test]

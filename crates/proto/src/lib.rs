@@ -35,10 +35,12 @@ pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 pub mod client;
 pub mod convert;
 pub mod error;
+pub mod secret;
 pub mod words;
 
 pub use client::Client;
 pub use error::{Class, Retry};
+pub use secret::Secret;
 
 #[cfg(test)]
 mod lint;

@@ -95,6 +95,7 @@ words! {
     v1::RowForm => "ROW_FORM_",
     v1::Severity => "SEVERITY_",
     v1::SiteKind => "SITE_KIND_",
+    v1::TokenRole => "TOKEN_ROLE_",
     v1::TooLong => "TOO_LONG_",
 }
 

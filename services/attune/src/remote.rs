@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use attune_artifacts::Cache;
-use attune_proto::client::Options;
+use attune_proto::client::{Options, Tls};
 use attune_proto::convert::id;
 use attune_proto::words::Word as _;
-use attune_proto::{Client, v1};
+use attune_proto::{Client, Secret, v1};
 use attune_spec::id::{Digest, Project};
 use attune_spec::job::Reference;
 use attune_worker::transfer::Remote;
@@ -25,26 +25,131 @@ pub(crate) struct Server {
     #[arg(long, global = true, value_name = "URL[,URL…]", env = "ATTUNE_SERVER", help_heading = "Global options")]
     #[arg(default_value_t = format!("http://{DEFAULT_ADDRESS}"))]
     pub(crate) server: String,
-    /// The project that jobs and artifacts belong to.
+    /// The project that jobs and artifacts belong to; that of the token, or `default`, if it is left out.
     #[arg(long, global = true, value_name = "NAME", env = "ATTUNE_PROJECT", help_heading = "Global options")]
-    #[arg(default_value_t = Project::default())]
-    pub(crate) project: Project,
+    pub(crate) project: Option<Project>,
+    /// The token that proves who calls. Other users of this machine see it here: --token-file hides it, and so does the variable.
+    #[arg(long, global = true, value_name = "TOKEN", env = "ATTUNE_TOKEN", help_heading = "Global options")]
+    #[arg(hide_env_values = true, value_parser = unseen)]
+    token: Option<Secret>,
+    /// A file that holds the token; read unless a token is given itself.
+    #[arg(long, global = true, value_name = "FILE", env = "ATTUNE_TOKEN_FILE", help_heading = "Global options")]
+    token_file: Option<PathBuf>,
+    /// Certificates of the authorities that may vouch for the server (PEM); those of the system if it is left out.
+    #[arg(long, global = true, value_name = "FILE", env = "ATTUNE_CA", help_heading = "Global options")]
+    ca: Option<PathBuf>,
+    /// The certificate to show to a server that asks for one (PEM, with its chain).
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "ATTUNE_CERT",
+        requires = "key",
+        help_heading = "Global options"
+    )]
+    cert: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "ATTUNE_KEY",
+        requires = "cert",
+        help_heading = "Global options"
+    )]
+    key: Option<PathBuf>,
+}
+
+/// Takes a secret as it is: whatever is wrong with it is said later, without it.
+fn unseen(text: &str) -> Result<Secret, std::convert::Infallible> {
+    Ok(Secret::new(text))
+}
+
+/// The text of a file.
+pub(crate) fn read(path: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path).map_err(|error| Failure::file(path, &error))
+}
+
+/// The certificates of a file of PEM.
+pub(crate) fn certificates(path: &Path) -> Result<String, Failure> {
+    pem(path, "-----BEGIN CERTIFICATE-----", "certificate")
+}
+
+/// The private key of a file of PEM.
+pub(crate) fn key(path: &Path) -> Result<Secret, Failure> {
+    pem(path, "PRIVATE KEY-----", "private key").map(Secret::new)
+}
+
+fn pem(path: &Path, mark: &str, what: &str) -> Result<String, Failure> {
+    let text = read(path)?;
+    if text.contains(mark) {
+        return Ok(text);
+    }
+    Err(Failure::usage(format!("{} holds no {what}; expected one as PEM, with a line {mark:?} in it", path.display())))
 }
 
 impl Server {
+    /// A server that asks nobody who calls.
+    pub(crate) fn at(url: &str) -> Self {
+        let (server, project) = (url.to_owned(), None);
+        Self { server, project, token: None, token_file: None, ca: None, cert: None, key: None }
+    }
+
+    /// How the server is reached, and who calls.
+    pub(crate) fn options(&self) -> Result<Options, Failure> {
+        let (from, token) = match (&self.token, &self.token_file) {
+            (Some(token), _) => ("the token".to_owned(), Some(token.expose().to_owned())),
+            (None, Some(path)) => (path.display().to_string(), Some(read(path)?)),
+            (None, None) => (String::new(), None),
+        };
+        let token = token.map(|text| text.parse::<Secret>()).transpose();
+        let token = token.map_err(|what| Failure::usage(format!("{from} {what}")))?;
+        let identity = match (&self.cert, &self.key) {
+            (Some(cert), Some(key)) => Some((certificates(cert)?, self::key(key)?)),
+            _ => None,
+        };
+        let tls = Tls { ca: self.ca.as_deref().map(certificates).transpose()?, identity };
+        Ok(Options { project: self.project.clone().unwrap_or_default(), token, tls, ..Options::default() })
+    }
+
     /// A client of the server.
     pub(crate) async fn connect(&self) -> Result<Client, Failure> {
-        let options = Options { project: self.project.clone(), ..Options::default() };
-        Client::connect(&self.server, options).await.map_err(|error| {
+        let options = self.options()?;
+        let has_token = options.token.is_some();
+        let client = Client::connect(&self.server, options).await.map_err(|error| {
             let unreachable = matches!(error, attune_proto::client::ConnectError::Unreachable { .. });
             let failure = Failure::failed(error.to_string());
-            if unreachable {
+            if unreachable && self.server.starts_with("https://") {
+                failure.with_hint("is it up, and does --ca FILE name the authority that vouches for it?")
+            } else if unreachable {
                 failure.with_hint("start one with `attune up`, or name another with --server URL")
             } else {
                 Failure { status: crate::print::USAGE, ..failure }
             }
-        })
+        })?;
+        if self.project.is_some() || !has_token {
+            return Ok(client);
+        }
+        // Whose the token is, the server knows.
+        let caller = caller(&client).await?;
+        match caller.project.as_str() {
+            "" => Ok(client),
+            project => {
+                let project = id::project(project).map_err(|fault| Failure::failed(fault.to_string()))?;
+                Ok(client.for_project(project))
+            }
+        }
     }
+}
+
+/// Who the server says that calls.
+pub(crate) async fn caller(client: &Client) -> Result<v1::GetCallerResponse, Failure> {
+    let client = client.clone();
+    let ask = || {
+        let (mut tokens, asked) = (client.tokens(), client.request(v1::GetCallerRequest::default()));
+        async move { tokens.get_caller(asked).await }
+    };
+    Ok(client.retrying(ask).await?)
 }
 
 /// Runs the asynchronous part of a command.

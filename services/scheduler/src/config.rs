@@ -4,8 +4,11 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use attune_proto::Secret;
 use attune_scheduler_core::{Backoff, Settings};
 use attune_store::Database;
+
+use crate::guard::Oidc;
 
 /// Where a scheduler keeps things and how patient it is.
 #[derive(Debug, Clone)]
@@ -20,6 +23,72 @@ pub struct Config {
     pub timings: Timings,
     /// How much is taken.
     pub limits: Limits,
+    /// Whether callers are asked who they are.
+    pub auth: Auth,
+    /// How connections are encrypted; they are in the clear if absent.
+    pub tls: Option<Tls>,
+}
+
+/// How connections are encrypted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// The server's certificate with its chain, as PEM.
+    pub certificate: String,
+    /// Its key, as PEM.
+    pub key: Secret,
+    /// Certificates of the authorities that must vouch for every client, as PEM; clients show none if absent.
+    pub client_ca: Option<String>,
+}
+
+/// Whether callers are asked who they are.
+#[derive(Debug, Clone, Default)]
+pub enum Auth {
+    /// Nobody is: whoever reaches the port may do everything.
+    #[default]
+    Open,
+    /// Every call but those about health carries a token.
+    Tokens(Tokens),
+}
+
+/// How the first tokens come about.
+#[derive(Debug, Clone, Default)]
+pub struct Tokens {
+    /// The file of the first admin's token. One that lies there is taken in; if there is none, and no token that could give out
+    /// others, one is made and written there for its owner's eyes alone.
+    pub admin_file: Option<PathBuf>,
+    /// The token of workers of this process; it is stored nowhere.
+    pub local_worker: Option<Secret>,
+    /// An identity provider whose tokens are believed as well.
+    pub oidc: Option<Oidc>,
+}
+
+impl Tokens {
+    /// The same with a new token for workers of this process.
+    #[must_use]
+    pub fn with_local_worker(self) -> (Self, Secret) {
+        let secret = crate::guard::mint().whole;
+        (Self { local_worker: Some(secret.clone()), ..self }, secret)
+    }
+}
+
+/// How often somebody may call, where callers are asked who they are. What is beyond is answered with a time to come again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CallLimits {
+    /// Calls of one credential a second, in the long run.
+    pub calls_per_second: u32,
+    /// Calls of one credential at once.
+    pub calls_at_once: u32,
+    /// Failed proofs from one address a second, in the long run.
+    pub failures_per_second: u32,
+    /// Failed proofs from one address at once.
+    pub failures_at_once: u32,
+}
+
+impl Default for CallLimits {
+    /// 200 calls a second and 1000 at once; 2 failures a second and 20 at once.
+    fn default() -> Self {
+        Self { calls_per_second: 200, calls_at_once: 1000, failures_per_second: 2, failures_at_once: 20 }
+    }
 }
 
 /// How long things may take.
@@ -48,11 +117,18 @@ pub struct Timings {
     pub orphan_grace: Duration,
     /// How long the events of a job are kept after its end, but for the last ones; for ever if absent.
     pub events_kept: Option<Duration>,
+    /// How long records of the audit log are kept; for ever if absent.
+    pub audit_kept: Option<Duration>,
+    /// How long a new connection may take to say what it wants: its first bytes, its handshake, the registration of a worker.
+    pub greeting_limit: Duration,
+    /// How long a call may take that is one question and one answer, and how long the next part of a push may take to come.
+    pub call_limit: Duration,
 }
 
 impl Default for Timings {
     /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 2 s to gather lanes, 10 s to end; a look for what
-    /// nobody needs every hour, a day for pushes, and events for ever.
+    /// nobody needs every hour, a day for pushes, events and the audit log for ever; 10 s to say what one wants and 2 min for a
+    /// call.
     fn default() -> Self {
         let backoff = Backoff::default();
         Self {
@@ -67,6 +143,9 @@ impl Default for Timings {
             housekeeping: Duration::from_secs(60 * 60),
             orphan_grace: Duration::from_secs(24 * 60 * 60),
             events_kept: None,
+            audit_kept: None,
+            greeting_limit: Duration::from_secs(10),
+            call_limit: Duration::from_secs(120),
         }
     }
 }
@@ -88,6 +167,12 @@ pub struct Limits {
     pub preempts: bool,
     /// Finished jobs that are kept in memory, so that late messages about them are understood.
     pub finished_jobs: usize,
+    /// Bytes of one artifact.
+    pub artifact_bytes: u64,
+    /// Connections that may stand at once.
+    pub connections: usize,
+    /// How often one caller may call.
+    pub calls: CallLimits,
 }
 
 impl Default for Limits {
@@ -100,6 +185,9 @@ impl Default for Limits {
             lanes: Settings::default().max_lanes,
             preempts: Settings::default().preempts,
             finished_jobs: 1000,
+            artifact_bytes: 1 << 40,
+            connections: 20_000,
+            calls: CallLimits::default(),
         }
     }
 }
@@ -113,6 +201,8 @@ impl Config {
             data_root: None,
             timings: Timings::default(),
             limits: Limits::default(),
+            auth: Auth::Open,
+            tls: None,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use attune_artifacts::BlobStore;
 use attune_scheduler_core::{Backoff, Session};
@@ -12,6 +13,7 @@ use tokio::sync::RwLock;
 
 use crate::config::Config;
 use crate::front::Front;
+use crate::guard::Guard;
 use crate::hub::Hub;
 
 /// Shared by all services of a server.
@@ -27,6 +29,8 @@ pub(crate) struct Context {
     pub(crate) hub: Hub,
     /// The tasks of connections.
     pub(crate) tasks: TaskGroup,
+    /// Who may do what.
+    pub(crate) guard: Arc<Guard>,
     /// The folder under which paths may be named, in full.
     pub(crate) data_root: Option<PathBuf>,
     /// The waits after failures.
@@ -36,6 +40,12 @@ pub(crate) struct Context {
     pub(crate) sweep: Arc<RwLock<()>>,
     /// How many messages may wait for one worker.
     pub(crate) waiting_messages: usize,
+    /// The most bytes of one artifact.
+    pub(crate) artifact_bytes_max: u64,
+    /// How long the first message of a connection may take to come.
+    pub(crate) greeting_limit: Duration,
+    /// How long the next part of a push may take to come.
+    pub(crate) call_limit: Duration,
     sessions: AtomicU64,
 }
 
@@ -49,15 +59,20 @@ impl Context {
         hub: Hub,
         tasks: TaskGroup,
     ) -> Self {
+        let guard = Guard::new(store.clone(), config, tasks.clone());
         Self {
             store,
             blobs,
             front,
             hub,
             tasks,
+            guard: Arc::new(guard),
             data_root,
             backoff: config.settings().backoff,
             sweep: Arc::default(),
+            artifact_bytes_max: config.limits.artifact_bytes,
+            greeting_limit: config.timings.greeting_limit,
+            call_limit: config.timings.call_limit,
             waiting_messages: config.limits.waiting_messages.max(1),
             sessions: AtomicU64::new(0),
         }

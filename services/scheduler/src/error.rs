@@ -20,6 +20,20 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// Nobody could give out tokens, or what should do so cannot be used.
+    #[error("{0}")]
+    Auth(String),
+    /// The file of the first admin's token cannot be read or written.
+    #[error("the admin's token cannot be kept in {path:?}")]
+    AdminFile {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// Connections cannot be encrypted with what was given.
+    #[error("no encrypted connection can be made with this certificate and key: {0}")]
+    Tls(String),
     /// The stored rows do not fit together.
     #[error("the control plane's database cannot be understood: {0}")]
     Restore(String),

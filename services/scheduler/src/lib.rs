@@ -1,8 +1,8 @@
 //! The scheduler's shell: who may ask, what is stored, who is told. What is decided is the core's.
 //!
 //! ```text
-//! a call or message -> services (decode, check) -> front -> desk: core step -> one transaction -> answer -> actions
-//!                                                                        -> hub: watchers read the log on
+//! a call or message -> guard: who calls -> services (decode, check) -> front -> desk: core step -> one transaction -> answer -> actions
+//!                                                                                             -> hub: watchers read the log on
 //! ```
 //!
 //! The one invariant: nobody is told of anything that is not stored. The desk is one task; it owns the core, and a core
@@ -15,6 +15,8 @@ mod config;
 mod error;
 
 mod clock;
+
+mod guard;
 
 mod context;
 mod front;
@@ -42,9 +44,11 @@ mod planted;
 
 mod services;
 
+mod incoming;
 mod server;
 
 pub use attune_store::Database;
-pub use config::{Config, Limits, Timings};
+pub use config::{Auth, CallLimits, Config, Limits, Timings, Tls, Tokens};
 pub use error::Error;
+pub use guard::{Oidc, new_token};
 pub use server::{Leader, serve};

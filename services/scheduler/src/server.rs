@@ -7,29 +7,40 @@ use std::time::Duration;
 use attune_artifacts::BlobStore;
 use attune_proto::MESSAGE_BYTES_MAX;
 use attune_proto::v1::artifact_service_server::ArtifactServiceServer;
+use attune_proto::v1::audit_service_server::AuditServiceServer;
 use attune_proto::v1::fleet_service_server::FleetServiceServer;
 use attune_proto::v1::job_service_server::JobServiceServer;
 use attune_proto::v1::method_service_server::MethodServiceServer;
+use attune_proto::v1::token_service_server::TokenServiceServer;
 use attune_proto::v1::worker_service_server::WorkerServiceServer;
 use attune_store::Store;
 use attune_telemetry::{Task, TaskGroup};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::{Router, TcpIncoming};
+use tonic::transport::{self, Certificate, ServerTlsConfig};
+use tower::layer::util::{Identity, Stack};
 
 use crate::clock::Clock;
-use crate::config::Config;
+use crate::config::{Auth, Config, Tls};
 use crate::context::Context;
 use crate::desk::Desk;
 use crate::error::Error;
 use crate::front::Front;
+use crate::guard::{self, GuardLayer};
 use crate::hub::Hub;
-use crate::services::{artifacts::Artifacts, fleet::FleetDesk, jobs::Jobs, methods::Methods, workers::Workers};
+use crate::incoming;
+use crate::services::{
+    artifacts::Artifacts, audit::Audit, fleet::FleetDesk, jobs::Jobs, methods::Methods, tokens::Tokens,
+    workers::Workers,
+};
 use crate::{limits, stages, sweep};
 
 /// How often a quiet connection is asked whether it still stands, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Largest headers of a call, as they are when unpacked.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// How long tasks may take to end that were told to before.
 const LAST_LIMIT: Duration = Duration::from_secs(2);
 /// Jobs that may wait for their old checkpoints to be deleted.
@@ -117,6 +128,9 @@ async fn run(
             Some(found.map_err(|source| Error::DataRoot { path: path.clone(), source })?)
         }
     };
+    if let Auth::Tokens(tokens) = &config.auth {
+        guard::first_admin(&store, tokens.admin_file.as_deref()).await?;
+    }
     let blobs = BlobStore::open(&config.artifacts).await?;
     let (front, letters) = Front::new(config.limits.waiting_requests);
     let (prune, to_prune) = mpsc::channel(WAITING_SWEEPS);
@@ -129,6 +143,7 @@ async fn run(
     let stop = inner.stop();
     inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(letters, stop.clone()));
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
+    context.guard.open().await?;
     let sweeping = sweep::checkpoints(Arc::clone(&context), to_prune);
     inner.spawn(Task::new("sweep").abort_on_cancel(), async move {
         sweeping.await;
@@ -165,8 +180,9 @@ async fn run(
             connections.stop().request();
         }
     };
-    let served =
-        route(&context).await?.serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), end);
+    let accepted = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = incoming::connections(accepted, config.limits.connections, config.timings.greeting_limit);
+    let served = route(&config, &context).await?.serve_with_incoming_shutdown(incoming, end);
     let limited = async {
         connections.stop().requested().await;
         tokio::time::sleep(grace).await;
@@ -189,7 +205,7 @@ async fn run(
 }
 
 /// All services of the port.
-async fn route(context: &Arc<Context>) -> Result<tonic::transport::server::Router, Error> {
+async fn route(config: &Config, context: &Arc<Context>) -> Result<Router<Stack<GuardLayer, Identity>>, Error> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -209,9 +225,27 @@ async fn route(context: &Arc<Context>) -> Result<tonic::transport::server::Route
     health.set_serving::<ArtifactServiceServer<Artifacts>>().await;
     health.set_serving::<MethodServiceServer<Methods>>().await;
     health.set_serving::<FleetServiceServer<FleetDesk>>().await;
-    Ok(Server::builder()
+    health.set_serving::<TokenServiceServer<Tokens>>().await;
+    health.set_serving::<AuditServiceServer<Audit>>().await;
+    let mut server = Server::builder();
+    if let Some(Tls { certificate, key, client_ca }) = &config.tls {
+        let mut tls = ServerTlsConfig::new()
+            .identity(transport::Identity::from_pem(certificate, key.expose()))
+            .timeout(config.timings.greeting_limit);
+        if let Some(ca) = client_ca {
+            tls = tls.client_ca_root(Certificate::from_pem(ca));
+        }
+        let unusable = |error: transport::Error| {
+            let deepest = std::iter::successors(Some(&error as &dyn std::error::Error), |at| at.source()).last();
+            Error::Tls(deepest.map(ToString::to_string).unwrap_or_default())
+        };
+        server = server.tls_config(tls).map_err(unusable)?;
+    }
+    Ok(server
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
+        .layer(GuardLayer(Arc::clone(&context.guard)))
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(failed)?)
         .add_service(reflection().build_v1alpha().map_err(failed)?)
@@ -219,5 +253,7 @@ async fn route(context: &Arc<Context>) -> Result<tonic::transport::server::Route
         .add_service(service!(WorkerServiceServer, Workers { context: Arc::clone(context) }))
         .add_service(service!(ArtifactServiceServer, Artifacts { context: Arc::clone(context) }))
         .add_service(service!(FleetServiceServer, FleetDesk { context: Arc::clone(context) }))
-        .add_service(service!(MethodServiceServer, Methods)))
+        .add_service(service!(MethodServiceServer, Methods))
+        .add_service(service!(TokenServiceServer, Tokens { context: Arc::clone(context) }))
+        .add_service(service!(AuditServiceServer, Audit { context: Arc::clone(context) })))
 }

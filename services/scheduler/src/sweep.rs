@@ -94,6 +94,11 @@ async fn tidy(context: &Context, timings: &Timings) -> Result<(), Box<dyn std::e
             tokio::task::yield_now().await;
         }
     }
+    if let Some(kept) = timings.audit_kept {
+        while context.store.forget_audit(ago(kept), ROWS).await? == u64::from(ROWS) {
+            tokio::task::yield_now().await;
+        }
+    }
     Ok(())
 }
 

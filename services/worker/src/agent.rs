@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attune_artifacts::Cache;
-use attune_proto::client::Options;
 use attune_proto::convert::id::{self, AttemptId};
 use attune_proto::convert::{job, time};
 use attune_proto::v1::{
@@ -54,7 +53,7 @@ const LEAVE_TIME: Duration = Duration::from_secs(5);
 /// waited for.
 pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
     let home = Home::open(&config.work_dir)?;
-    let client = Client::lazy(&config.scheduler, Options::default())?;
+    let client = Client::lazy(&config.scheduler, config.connection.clone())?;
     let node = Arc::new(Node {
         client,
         cache: Cache::open(&home.cache).await?,

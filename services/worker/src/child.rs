@@ -62,6 +62,18 @@ pub(crate) enum Heard {
 /// components go side by side anyhow.
 const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
+/// What proves who the agent is, or a scheduler in the same process. A process that trains speaks to nobody, and is not told.
+const SECRETS: [&str; 8] = [
+    "ATTUNE_ADMIN_TOKEN_FILE",
+    "ATTUNE_CERT",
+    "ATTUNE_DATABASE",
+    "ATTUNE_KEY",
+    "ATTUNE_TLS_KEY",
+    "ATTUNE_TOKEN",
+    "ATTUNE_TOKEN_FILE",
+    "PGPASSWORD",
+];
+
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -77,7 +89,11 @@ impl Child {
     /// Starts `program` in `folder`.
     pub(crate) fn start(program: &Program, folder: &Path) -> std::io::Result<Self> {
         let (name, one) = CANDLE_THREADS;
-        let mut process = Command::new(&program.path)
+        let mut process = Command::new(&program.path);
+        for name in SECRETS {
+            process.env_remove(name);
+        }
+        let mut process = process
             .args(&program.arguments)
             .env(name, std::env::var_os(name).unwrap_or_else(|| one.into()))
             .envs(program.variables.iter().map(|(name, value)| (name, value)))

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use attune_proto::client::Options;
+
 use crate::child::Program;
 
 /// The configuration of an agent.
@@ -11,6 +13,8 @@ use crate::child::Program;
 pub struct Config {
     /// Address of the scheduler, such as `http://127.0.0.1:7070`.
     pub scheduler: String,
+    /// Who the worker is to the scheduler, and how it reaches it.
+    pub connection: Options,
     /// What people call the worker.
     pub name: String,
     /// Folder of its own: cache of inputs, attempts in work, its id.
@@ -34,6 +38,7 @@ impl Config {
     pub fn new(scheduler: impl Into<String>, work_dir: impl Into<PathBuf>, program: Program) -> Self {
         Self {
             scheduler: scheduler.into(),
+            connection: Options::default(),
             name: String::new(),
             work_dir: work_dir.into(),
             devices: 1,

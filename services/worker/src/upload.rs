@@ -202,6 +202,8 @@ fn upload_error(error: &PushError) -> UploadError {
     let cause = match error {
         PushError::Server(status) => match Class::of(status) {
             Class::StaleEpoch | Class::IllegalState | Class::NotFound => v1::FailureCause::LeaseExpired,
+            // The worker may not speak for the attempt any more.
+            Class::PermissionDenied | Class::Unauthenticated => v1::FailureCause::LeaseExpired,
             Class::StorageFull | Class::QuotaExceeded => v1::FailureCause::DiskFull,
             Class::Corrupt => v1::FailureCause::Corrupt,
             Class::Invalid | Class::TooLarge | Class::Internal => v1::FailureCause::Internal,

@@ -67,6 +67,13 @@ impl FromStr for Reference {
             return if path.starts_with('/') { Ok(Self::Path(path.to_owned())) } else { Err(error()) };
         }
         if let Some((scheme, rest)) = text.split_once("://") {
+            let place = rest.split('/').next().unwrap_or_default();
+            // A job's specification is stored and shown; what is wrong with it is told without what may be a secret.
+            if place.contains('@') || rest.contains('?') {
+                let expected =
+                    "a URL without a user, a password or a query: credentials are the worker's, in its environment";
+                return Err(IdError { value: format!("{scheme}://…"), expected, ..error() });
+            }
             return if Self::SCHEMES.contains(&scheme) && !rest.is_empty() {
                 Ok(Self::Url(text.to_owned()))
             } else {
@@ -126,6 +133,18 @@ mod tests {
         ] {
             assert!(text.parse::<Reference>().is_err(), "{text:?} was accepted");
         }
+    }
+
+    #[test]
+    fn a_secret_in_a_url_is_refused_and_not_repeated() {
+        for text in ["s3://key:canary@bucket/rows", "s3://canary@bucket", "s3://bucket/rows?X-Amz-Signature=canary"] {
+            let refused = text.parse::<Reference>().unwrap_err().to_string();
+            assert!(
+                refused.contains("without a user, a password or a query") && !refused.contains("canary"),
+                "{refused}"
+            );
+        }
+        assert!("s3://bucket/a@b".parse::<Reference>().is_ok());
     }
 
     #[test]

@@ -6,7 +6,6 @@ use std::time::Instant;
 use attune_data::Message;
 use attune_points::generate::Sampling;
 use attune_proto::{Client, v1};
-use attune_spec::id::Project;
 use attune_spec::job::Precision;
 use serde_json::{Value, json};
 
@@ -95,7 +94,7 @@ async fn whole(folder: &Path, seed: u64, out: &mut Out) -> Result<(), Failure> {
 
     note("starting a scheduler and a worker");
     let stack = Stack::start(&SchedulerArguments::private(), folder, 1, 1, Some(0)).await?;
-    let server = Server { server: stack.url.clone(), project: Project::default() };
+    let server = Server::at(&stack.url);
     let shown = Box::pin(show(&server, folder, &files, &mut samples, out)).await;
     let ended = stack.end().await;
     let shown = shown?;

@@ -2,6 +2,7 @@
 
 mod artifacts;
 mod attempt;
+mod audit;
 mod completions;
 mod data;
 mod demo;
@@ -12,6 +13,7 @@ mod jobs;
 mod methods;
 mod projects;
 mod submit;
+mod tokens;
 mod up;
 mod validate;
 mod workers;
@@ -67,6 +69,9 @@ enum Command {
     Generate(generate::Arguments),
     #[command(subcommand)]
     Experiment(experiment::Command),
+    #[command(subcommand)]
+    Tokens(tokens::Command),
+    Audit(audit::Arguments),
     Scheduler(up::Scheduler),
     Worker(up::Worker),
     /// Shows versions, processor and memory: what a report of a problem needs.
@@ -83,7 +88,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
     match arguments.command {
         Command::Up(arguments) => up::up(&arguments),
         Command::Scheduler(arguments) => up::scheduler(&arguments),
-        Command::Worker(arguments) => up::worker(&arguments, &server.server),
+        Command::Worker(arguments) => up::worker(&arguments, server),
         Command::Submit(arguments) => submit::run(&arguments, server, out),
         Command::Jobs(command) => jobs::run(&command, server, out),
         Command::Artifacts(command) => artifacts::run(&command, server, out),
@@ -95,6 +100,8 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Data(command) => data::run(&command, out),
         Command::Generate(arguments) => generate::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
+        Command::Tokens(command) => tokens::run(&command, server, out),
+        Command::Audit(arguments) => audit::run(&arguments, server, out),
         Command::Doctor => doctor::run(out),
         Command::Completions(arguments) => completions::run(&arguments, out),
         Command::Attempt => attempt::run(),

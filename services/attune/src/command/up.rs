@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use attune_scheduler::{Database, Leader};
+use attune_scheduler::{Database, Leader, Tls};
 use attune_telemetry::{Logging, TaskGroup};
 
 use crate::print::Failure;
-use crate::remote::block_on;
+use crate::remote::{self, Server, block_on};
 use crate::stack::{self, SchedulerArguments, Stack};
 
 /// Runs a scheduler and workers on this machine until it is interrupted.
@@ -51,6 +51,27 @@ pub(crate) struct Scheduler {
     /// Waits while another scheduler has the database, and takes over when that one is gone. It listens from then on.
     #[arg(long)]
     standby: bool,
+    /// The server's certificate with its chain (PEM): connections are encrypted then, and no other is answered.
+    #[arg(long, value_name = "FILE", env = "ATTUNE_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(long, value_name = "FILE", env = "ATTUNE_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Certificates of the authorities that must vouch for every client (PEM); clients need none without.
+    #[arg(long, value_name = "FILE", env = "ATTUNE_TLS_CLIENT_CA", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+}
+
+impl Scheduler {
+    /// How connections are encrypted.
+    fn tls(&self) -> Result<Option<Tls>, Failure> {
+        let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else { return Ok(None) };
+        Ok(Some(Tls {
+            certificate: remote::certificates(certificate)?,
+            key: remote::key(key)?,
+            client_ca: self.tls_client_ca.as_deref().map(remote::certificates).transpose()?,
+        }))
+    }
 }
 
 /// Runs a worker until it is interrupted; its attempts then stop at a checkpoint.
@@ -111,7 +132,9 @@ fn home() -> Result<PathBuf, Failure> {
 pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
     log()?;
     block_on(async {
-        let config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone());
+        let mut config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone())?;
+        config.tls = arguments.tls()?;
+        let scheme = if config.tls.is_some() { "https" } else { "http" };
         let artifacts = config.artifacts.clone();
         let leader = if arguments.standby {
             Leader::wait(config, stack::asked_to_end()).await.map(|leader| leader.map(Box::new))
@@ -119,20 +142,21 @@ pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
             Leader::take(config).await.map(|leader| Some(Box::new(leader)))
         };
         let Some(leader) = leader.map_err(|error| Failure::caused(&error))? else { return Ok(()) };
-        let listener = arguments.arguments.bind().await?;
+        let listener = arguments.arguments.bind(scheme == "https").await?;
         if let Ok(address) = listener.local_addr() {
-            tracing::info!(target: "attune", url = format!("http://{address}"), artifacts, "listening");
+            tracing::info!(target: "attune", url = format!("{scheme}://{address}"), artifacts, "listening");
         }
         let served = leader.serve(listener, stack::asked_to_end()).await;
         served.map_err(|error| Failure::caused(&error))
     })
 }
 
-pub(super) fn worker(arguments: &Worker, server: &str) -> Result<(), Failure> {
+pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure> {
     log()?;
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
     let name = arguments.name.clone().unwrap_or_else(host);
-    let mut config = stack::worker(server, &arguments.work_dir, &name, arguments.devices)?;
+    let mut config = stack::worker(&server.server, &arguments.work_dir, &name, arguments.devices)?;
+    config.connection = server.options()?;
     config.cards = arguments.cards;
     config.labels = arguments.labels.iter().cloned().collect::<BTreeMap<_, _>>();
     config.grace = Duration::from_secs(arguments.grace);

@@ -113,7 +113,20 @@ impl From<tonic::Status> for Failure {
             1 => "the request has 1 fault".to_owned(),
             count => format!("the request has {count} faults"),
         };
-        Self { status: Class::of(&status).row().exit_status, message, hint: None, faults }
+        let class = Class::of(&status);
+        // What no server has answered was made here, of what became of the connection.
+        if let Some(cause) = std::error::Error::source(&status) {
+            let deepest = std::iter::successors(Some(cause), |at| at.source()).last().map(ToString::to_string);
+            let message = format!("the connection to the server broke: {}", deepest.unwrap_or(message));
+            return Self::failed(message).with_hint(
+                "a server that encrypts its connections is named by https://…; it may ask for a certificate: --cert and --key",
+            );
+        }
+        let hint = (class == Class::Unauthenticated).then(|| {
+            "give a token that is valid, by the variable ATTUNE_TOKEN or by --token-file FILE; an admin makes one with `attune tokens create`"
+                .to_owned()
+        });
+        Self { status: class.row().exit_status, message, hint, faults }
     }
 }
 

@@ -60,3 +60,24 @@ fn a_worker_without_devices_is_wrong_usage() {
         assert!(ran.stderr.contains("'--devices <N>': 0 is not in 1.."), "{}", ran.stderr);
     }
 }
+
+#[test]
+fn an_address_for_others_is_refused_unless_callers_are_asked_who_they_are() {
+    let place = Place::new();
+    let refused = |arguments: &[&str]| {
+        let ran = place.run(arguments);
+        assert_eq!((ran.status, ran.stdout.as_str()), (2, ""), "{}", ran.all());
+        ran.stderr
+    };
+    let said = refused(&["up", "--data-dir", "data", "--listen", "0.0.0.0:0"]);
+    assert!(said.contains("0.0.0.0:0 can be reached from other machines"), "{said}");
+    assert!(said.contains("--auth tokens") && said.contains("--allow-unauthenticated-network"), "{said}");
+    let scheduler = ["scheduler", "--database", "attune.db", "--artifacts", "artifacts"];
+    let said = refused(&[&scheduler[..], &["--listen", "[::]:0"]].concat());
+    assert!(said.contains("--auth tokens"), "{said}");
+    // Half of what encryption needs.
+    let said = refused(&[&scheduler[..], &["--tls-cert", "cert.pem"]].concat());
+    assert!(said.contains("--tls-key"), "{said}");
+    let said = refused(&[&scheduler[..], &["--tls-cert", "cert.pem", "--tls-key", "key.pem"]].concat());
+    assert!(said.contains("cert.pem"), "{said}");
+}

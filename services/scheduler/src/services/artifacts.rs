@@ -16,9 +16,10 @@ use attune_store::change::Write;
 use attune_store::job::Order;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Answers, invalid, known, page_size, page_token, project, pull, push};
+use super::{Answers, invalid, known, page_size, page_token, pull, push};
 use crate::clock::Clock;
 use crate::context::Context;
+use crate::guard::received;
 use crate::{status, sweep, view};
 
 /// Digests that may be asked about at once.
@@ -73,8 +74,9 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::QueryMissingBlobsRequest>,
     ) -> Result<Response<v1::QueryMissingBlobsResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
+        caller.may_look(&self.context.store, &project).await?;
         if request.digests.len() > QUERY_MAX {
             let message = format!("has {} entries; at most {QUERY_MAX} are allowed", request.digests.len());
             return Err(invalid(Fault::new("digests", message)));
@@ -95,7 +97,8 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<Streaming<v1::PushArtifactRequest>>,
     ) -> Result<Response<v1::PushArtifactResponse>, Status> {
-        push::push(&self.context, request.into_inner()).await.map(Response::new)
+        let (caller, incoming) = received(request)?;
+        push::push(&self.context, &caller, incoming).await.map(Response::new)
     }
 
     type PullArtifactStream = Answers<v1::PullArtifactResponse>;
@@ -104,15 +107,16 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::PullArtifactRequest>,
     ) -> Result<Response<Self::PullArtifactStream>, Status> {
-        pull::pull(&self.context, request.into_inner()).await.map(Response::new)
+        let (caller, request) = received(request)?;
+        pull::pull(&self.context, &caller, request).await.map(Response::new)
     }
 
     async fn get_artifact(
         &self,
         request: Request<v1::GetArtifactRequest>,
     ) -> Result<Response<v1::GetArtifactResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         let named = reference("reference", &request.reference).map_err(invalid)?;
         let digest = find(&self.context, &project, &named).await?;
         let artifact = whole(&self.context, &project, digest).await?;
@@ -123,8 +127,8 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::ListArtifactsRequest>,
     ) -> Result<Response<v1::ListArtifactsResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         let mut filter = Filter {
             tag_name: Some(request.tag_name).filter(|name| !name.is_empty()),
             order: match known(request.order_by, "order_by")? {
@@ -155,16 +159,15 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::TagArtifactRequest>,
     ) -> Result<Response<v1::TagArtifactResponse>, Status> {
-        let request = request.into_inner();
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
+        caller.concerns(&request.tag);
         let mut faults = Faults::new();
-        let project = faults.field(attune_proto::convert::id::project(&request.project));
         let tag = faults.field(field::<Tag>("tag", &request.tag));
         let named = faults.field(reference("reference", &request.reference));
         let expected = request.expected_digest.as_deref();
         let expected = expected.and_then(|text| faults.field(field::<Digest>("expected_digest", text)));
-        let (project, tag, named) = faults
-            .finish(project.zip(tag).zip(named).map(|((project, tag), named)| (project, tag, named)))
-            .map_err(|faults| invalid_argument(&faults))?;
+        let (tag, named) = faults.finish(tag.zip(named)).map_err(|faults| invalid_argument(&faults))?;
         let digest = find(&self.context, &project, &named).await?;
         let previous = self.tagged(&project, &tag).await?;
         let write = Write::Tag { project: project.clone(), tag, digest, expected, job: None, now: Clock::utc() };
@@ -178,9 +181,10 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::UntagArtifactRequest>,
     ) -> Result<Response<v1::UntagArtifactResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         let tag = field::<Tag>("tag", &request.tag).map_err(invalid)?;
+        caller.concerns(&tag);
         let previous = self.tagged(&project, &tag).await?;
         match self.context.store.untag(&project, &tag, Clock::utc()).await {
             Ok(_) | Err(attune_store::Error::NotFound { .. }) => {}
@@ -194,8 +198,8 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::GetLineageRequest>,
     ) -> Result<Response<v1::GetLineageResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         let named = reference("reference", &request.reference).map_err(invalid)?;
         let depth = match request.depth {
             0 => DEPTH_MAX,
@@ -237,9 +241,10 @@ impl ArtifactService for Artifacts {
         &self,
         request: Request<v1::DeleteArtifactRequest>,
     ) -> Result<Response<v1::DeleteArtifactResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         let digest = field::<Digest>("digest", &request.digest).map_err(invalid)?;
+        caller.concerns(&digest);
         match self.context.store.artifact(&project, digest).await {
             Ok(_) => {}
             Err(attune_store::Error::NotFound { .. }) => {

@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use attune_proto::Class;
 use attune_proto::convert::id::field;
 use attune_proto::v1;
 use attune_proto::v1::fleet_service_server::FleetService;
@@ -11,9 +12,10 @@ use attune_spec::Fault;
 use attune_spec::id::{Project, WorkerId};
 use tonic::{Request, Response, Status};
 
-use super::{invalid, page_size, project};
+use super::{invalid, page_size};
 use crate::context::Context;
 use crate::front::{Seen, Standing};
+use crate::guard::{Caller, received};
 use crate::status;
 
 /// Workers or projects of a page.
@@ -35,12 +37,15 @@ impl FleetDesk {
         }
     }
 
-    async fn cordon(&self, worker: &str, on: bool, drains: bool) -> Result<(), Status> {
+    async fn cordon(&self, caller: &Caller, worker: &str, on: bool, drains: bool) -> Result<(), Status> {
+        caller.concerns(&worker);
+        for_all_projects(caller)?;
         let worker: WorkerId = field("worker_id", worker).map_err(invalid)?;
         match self.context.front.step(Input::Cordon { worker: worker.clone(), on, drains }).await? {
             Answer::Done | Answer::Repeated => Ok(()),
-            Answer::Refused(_) => Err(attune_proto::Class::NotFound
-                .status(format!("no worker {worker} is known; `ListWorkers` names those that are"))),
+            Answer::Refused(_) => {
+                Err(Class::NotFound.status(format!("no worker {worker} is known; `ListWorkers` names those that are")))
+            }
         }
     }
 
@@ -61,6 +66,22 @@ impl FleetDesk {
             bytes: self.context.store.kept_bytes(project).await.map_err(status::store)?,
         })
     }
+}
+
+/// Refuses whoever has a say in some projects only.
+fn for_all_projects(caller: &Caller) -> Result<(), Status> {
+    match caller.scope() {
+        None => Ok(()),
+        Some(scope) => {
+            let message = format!("this is for admins of all projects; the credential reaches project {scope} alone");
+            Err(Class::PermissionDenied.status(message))
+        }
+    }
+}
+
+/// The project that a list is about; none for all.
+fn only(caller: &Caller, project: &str) -> Result<Option<Project>, Status> {
+    if project.is_empty() && caller.scope().is_none() { Ok(None) } else { caller.project(project).map(Some) }
 }
 
 /// Some of what is sorted by name, from behind the one that the token names, and the token of what comes after.
@@ -105,9 +126,13 @@ impl FleetService for FleetDesk {
         &self,
         request: Request<v1::ListWorkersRequest>,
     ) -> Result<Response<v1::ListWorkersResponse>, Status> {
-        let v1::ListWorkersRequest { page_size: asked, page_token } = request.into_inner();
-        let rows = page_size(asked, PAGE_ROWS, PAGE_ROWS_MAX)?;
-        let all = self.context.front.workers().await?;
+        let (caller, request) = received(request)?;
+        let v1::ListWorkersRequest { project, page_size: asked, page_token } = request;
+        let (rows, only) = (page_size(asked, PAGE_ROWS, PAGE_ROWS_MAX)?, only(&caller, &project)?);
+        let mut all = self.context.front.workers().await?;
+        for seen in &mut all {
+            seen.jobs.retain(|job| only.as_ref().is_none_or(|only| job.project == *only));
+        }
         let (page, next_page_token) = page(all, rows, &page_token, |seen| seen.worker.id.as_str());
         Ok(Response::new(v1::ListWorkersResponse { workers: page.into_iter().map(worker).collect(), next_page_token }))
     }
@@ -116,8 +141,8 @@ impl FleetService for FleetDesk {
         &self,
         request: Request<v1::CordonWorkerRequest>,
     ) -> Result<Response<v1::CordonWorkerResponse>, Status> {
-        let v1::CordonWorkerRequest { worker_id, drain } = request.into_inner();
-        self.cordon(&worker_id, true, drain).await?;
+        let (caller, v1::CordonWorkerRequest { worker_id, drain }) = received(request)?;
+        self.cordon(&caller, &worker_id, true, drain).await?;
         Ok(Response::new(v1::CordonWorkerResponse {}))
     }
 
@@ -125,7 +150,8 @@ impl FleetService for FleetDesk {
         &self,
         request: Request<v1::UncordonWorkerRequest>,
     ) -> Result<Response<v1::UncordonWorkerResponse>, Status> {
-        self.cordon(&request.into_inner().worker_id, false, false).await?;
+        let (caller, v1::UncordonWorkerRequest { worker_id }) = received(request)?;
+        self.cordon(&caller, &worker_id, false, false).await?;
         Ok(Response::new(v1::UncordonWorkerResponse {}))
     }
 
@@ -133,13 +159,15 @@ impl FleetService for FleetDesk {
         &self,
         request: Request<v1::ListProjectsRequest>,
     ) -> Result<Response<v1::ListProjectsResponse>, Status> {
-        let v1::ListProjectsRequest { page_size: asked, page_token } = request.into_inner();
-        let rows = page_size(asked, PAGE_ROWS, PAGE_ROWS_MAX)?;
+        let (caller, request) = received(request)?;
+        let v1::ListProjectsRequest { project, page_size: asked, page_token } = request;
+        let (rows, only) = (page_size(asked, PAGE_ROWS, PAGE_ROWS_MAX)?, only(&caller, &project)?);
         let mut projects = self.context.front.projects().await?;
         // Those whose jobs have all ended keep artifacts.
         for project in self.context.store.projects().await.map_err(status::store)? {
             projects.entry(project).or_default();
         }
+        projects.retain(|project, _| only.as_ref().is_none_or(|only| project == only));
         let all = projects.into_iter().collect();
         let (page, next_page_token) = page(all, rows, &page_token, |(project, _)| project.as_str());
         let mut shown = Vec::with_capacity(page.len());
@@ -153,7 +181,8 @@ impl FleetService for FleetDesk {
         &self,
         request: Request<v1::GetProjectRequest>,
     ) -> Result<Response<v1::GetProjectResponse>, Status> {
-        let project = project(&request.into_inner().project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         Ok(Response::new(v1::GetProjectResponse { project: Some(self.standing(&project).await?) }))
     }
 
@@ -161,8 +190,10 @@ impl FleetService for FleetDesk {
         &self,
         request: Request<v1::SetProjectPolicyRequest>,
     ) -> Result<Response<v1::SetProjectPolicyResponse>, Status> {
-        let v1::SetProjectPolicyRequest { project: name, policy: asked } = request.into_inner();
-        let (project, policy) = (project(&name)?, policy(asked)?);
+        let (caller, v1::SetProjectPolicyRequest { project: name, policy: asked }) = received(request)?;
+        for_all_projects(&caller)?;
+        let (project, policy) = (caller.project(&name)?, policy(asked)?);
+        caller.concerns(&project);
         let policy = Some(policy).filter(|policy| *policy != Policy::default());
         self.step(Input::SetPolicy { project: project.clone(), policy }).await?;
         Ok(Response::new(v1::SetProjectPolicyResponse { project: Some(self.standing(&project).await?) }))

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use attune_artifacts::canonical;
-use attune_proto::convert::Faults;
 use attune_proto::convert::id::field;
-use attune_proto::error::invalid_argument;
 use attune_proto::v1::job_service_server::JobService;
 use attune_proto::v1::{self, JobState};
 use attune_proto::words::state_words;
@@ -19,11 +17,12 @@ use attune_store::metric;
 use serde_json::json;
 use tonic::{Request, Response, Status};
 
-use super::{Answers, invalid, known, page_size, page_token, project, watch};
+use super::{Answers, invalid, known, page_size, page_token, watch};
 use crate::admit::{self, Admitted};
 use crate::clock;
 use crate::context::Context;
 use crate::front::Submission;
+use crate::guard::{Caller, received};
 use crate::{forecast, stages, status, view};
 
 /// Longest request id.
@@ -36,12 +35,11 @@ pub(crate) struct Jobs {
 }
 
 /// The job that a request names.
-fn key(project: &str, job: &str) -> Result<JobKey, Status> {
-    let mut faults = Faults::new();
-    let project = faults.field(attune_proto::convert::id::project(project));
-    let job = faults.field(field::<JobId>("job_id", job));
-    let key = project.zip(job).map(|(project, job)| JobKey::new(project, job));
-    faults.finish(key).map_err(|faults| invalid_argument(&faults))
+fn key(caller: &Caller, project: &str, job: &str) -> Result<JobKey, Status> {
+    let project = caller.project(project)?;
+    let job = field::<JobId>("job_id", job).map_err(invalid)?;
+    caller.concerns(&job);
+    Ok(JobKey::new(project, job))
 }
 
 fn request_id(text: &str) -> Result<String, Status> {
@@ -126,8 +124,8 @@ impl JobService for Jobs {
         &self,
         request: Request<v1::CreateJobRequest>,
     ) -> Result<Response<v1::CreateJobResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         if request.validate_only {
             let spec = admit::read(&project, request.spec.as_ref())?;
             let admitted = admit::admit(&self.context, &project, spec).await?;
@@ -144,18 +142,19 @@ impl JobService for Jobs {
         let admitted = admit::admit(&self.context, &project, spec).await?;
         let forecast = forecast::of(&admitted);
         let job = self.submit(admitted, JobKey::new(project, clock::job_id()), id, None).await?;
+        caller.concerns(&job.job_id);
         Ok(Response::new(v1::CreateJobResponse { job: Some(job), forecast }))
     }
 
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobResponse>, Status> {
-        let request = request.into_inner();
-        let job = self.now(&key(&request.project, &request.job_id)?).await?;
+        let (caller, request) = received(request)?;
+        let job = self.now(&key(&caller, &request.project, &request.job_id)?).await?;
         Ok(Response::new(v1::GetJobResponse { job: Some(job) }))
     }
 
     async fn list_jobs(&self, request: Request<v1::ListJobsRequest>) -> Result<Response<v1::ListJobsResponse>, Status> {
-        let request = request.into_inner();
-        let project = project(&request.project)?;
+        let (caller, request) = received(request)?;
+        let project = caller.project(&request.project)?;
         let mut states = Vec::with_capacity(request.states.len());
         for state in &request.states {
             let state: JobState = known(*state, "states")?;
@@ -186,8 +185,8 @@ impl JobService for Jobs {
         &self,
         request: Request<v1::CancelJobRequest>,
     ) -> Result<Response<v1::CancelJobResponse>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         // Cancelling twice is cancelling once, also when the core has forgotten the job.
         if self.row(&key).await?.state == State::Cancelled {
             return Ok(Response::new(v1::CancelJobResponse { job: Some(self.now(&key).await?) }));
@@ -197,8 +196,8 @@ impl JobService for Jobs {
     }
 
     async fn pause_job(&self, request: Request<v1::PauseJobRequest>) -> Result<Response<v1::PauseJobResponse>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         let job = self.steer(&key, Input::Pause { key: key.clone() }, "a final state never changes").await?;
         Ok(Response::new(v1::PauseJobResponse { job: Some(job) }))
     }
@@ -207,15 +206,15 @@ impl JobService for Jobs {
         &self,
         request: Request<v1::ResumeJobRequest>,
     ) -> Result<Response<v1::ResumeJobResponse>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         let job = self.steer(&key, Input::Resume { key: key.clone() }, "a final state never changes").await?;
         Ok(Response::new(v1::ResumeJobResponse { job: Some(job) }))
     }
 
     async fn retry_job(&self, request: Request<v1::RetryJobRequest>) -> Result<Response<v1::RetryJobResponse>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         let id = request_id(&request.request_id)?;
         let id = attune_store::job::Request { id, body: canonical::digest(&json!({"retry": key.job})) };
         if let Some(job) = self.made_before(&key.project, &id).await? {
@@ -244,8 +243,8 @@ impl JobService for Jobs {
     type WatchJobStream = Answers<v1::WatchJobResponse>;
 
     async fn watch_job(&self, request: Request<v1::WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         self.row(&key).await?;
         Ok(Response::new(watch::job(&self.context, key, request.after_sequence)))
     }
@@ -254,8 +253,8 @@ impl JobService for Jobs {
         &self,
         request: Request<v1::ListMetricsRequest>,
     ) -> Result<Response<v1::ListMetricsResponse>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         self.row(&key).await?;
         let filter = metric::Filter {
             names: request.names,
@@ -280,8 +279,8 @@ impl JobService for Jobs {
         &self,
         request: Request<v1::StreamMetricsRequest>,
     ) -> Result<Response<Self::StreamMetricsStream>, Status> {
-        let request = request.into_inner();
-        let key = key(&request.project, &request.job_id)?;
+        let (caller, request) = received(request)?;
+        let key = key(&caller, &request.project, &request.job_id)?;
         self.row(&key).await?;
         Ok(Response::new(watch::metrics(&self.context, key, request.names, request.after_sequence)))
     }

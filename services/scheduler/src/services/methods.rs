@@ -10,7 +10,8 @@ use attune_spec::{Fault, FieldPath};
 use serde_json::Value;
 use tonic::{Request, Response, Status};
 
-use super::{invalid, known, page_size, page_token, project};
+use super::{invalid, known, page_size, page_token};
+use crate::guard::received;
 
 /// The service.
 #[derive(Debug, Clone, Copy)]
@@ -75,8 +76,8 @@ impl MethodService for Methods {
         &self,
         request: Request<v1::ListMethodsRequest>,
     ) -> Result<Response<v1::ListMethodsResponse>, Status> {
-        let request = request.into_inner();
-        project(&request.project)?;
+        let (caller, request) = received(request)?;
+        caller.project(&request.project)?;
         let rows = page_size(request.page_size, 1000, 1000)? as usize;
         let wanted: ExtensionPoint = known(request.point, "point")?;
         let order: v1::MethodOrder = known(request.order_by, "order_by")?;
@@ -104,8 +105,8 @@ impl MethodService for Methods {
         &self,
         request: Request<v1::GetMethodRequest>,
     ) -> Result<Response<v1::GetMethodResponse>, Status> {
-        let request = request.into_inner();
-        project(&request.project)?;
+        let (caller, request) = received(request)?;
+        caller.project(&request.project)?;
         let catalogue = Catalogue::embedded();
         let document = catalogue.get(&request.method);
         let document = document.ok_or_else(|| Class::NotFound.status(catalogue.unknown(&request.method)))?;

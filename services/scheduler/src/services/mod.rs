@@ -1,19 +1,19 @@
-//! The services of the contract: decode, ask, answer.
+//! The services of the contract: decode, ask, answer. Who calls was looked at before, and says which project a call is about.
 
 pub(crate) mod artifacts;
+pub(crate) mod audit;
 pub(crate) mod fleet;
 pub(crate) mod jobs;
 pub(crate) mod methods;
 pub(crate) mod pull;
 pub(crate) mod push;
 pub(crate) mod reports;
+pub(crate) mod tokens;
 pub(crate) mod watch;
 pub(crate) mod workers;
 
-use attune_proto::convert::id;
 use attune_proto::error::invalid_argument;
 use attune_spec::Fault;
-use attune_spec::id::Project;
 use tonic::Status;
 
 /// The stream of an answer.
@@ -21,11 +21,6 @@ pub(crate) type Answers<T> = tokio_stream::wrappers::ReceiverStream<Result<T, St
 
 /// Answers of a stream that may wait for their reader.
 pub(crate) const WAITING_ANSWERS: usize = 16;
-
-/// The project of a request.
-pub(crate) fn project(text: &str) -> Result<Project, Status> {
-    id::project(text).map_err(invalid)
-}
 
 /// One fault as a status.
 pub(crate) fn invalid(fault: Fault) -> Status {

@@ -17,8 +17,9 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::artifacts::find;
-use super::{Answers, WAITING_ANSWERS, invalid, project};
+use super::{Answers, WAITING_ANSWERS, invalid};
 use crate::context::Context;
+use crate::guard::Caller;
 use crate::{status, view};
 
 type Outgoing = mpsc::Sender<Result<v1::PullArtifactResponse, Status>>;
@@ -26,10 +27,12 @@ type Outgoing = mpsc::Sender<Result<v1::PullArtifactResponse, Status>>;
 /// Starts a pull.
 pub(crate) async fn pull(
     context: &Arc<Context>,
+    caller: &Caller,
     request: v1::PullArtifactRequest,
 ) -> Result<Answers<v1::PullArtifactResponse>, Status> {
-    let project = project(&request.project)?;
+    let project = caller.project(&request.project)?;
     let named = reference("reference", &request.reference).map_err(invalid)?;
+    caller.may_read(&context.store, &project, &named).await?;
     let digest = find(context, &project, &named).await?;
     let row = context.store.artifact(&project, digest).await.map_err(status::store)?;
     let manifest = context.blobs.manifest(&project, &digest).await.map_err(|error| status::artifacts(error, ""))?;

@@ -1,6 +1,8 @@
 //! Bytes come in: a header, then the missing blobs one after another. The artifact becomes visible at the end, in one
 //! transaction, after every digest was found right; under the epoch of the attempt that made it, if one did.
 
+use std::time::Duration;
+
 use attune_artifacts::{BlobRef, Kind, Manifest};
 use attune_proto::Class;
 use attune_proto::convert::Faults;
@@ -20,6 +22,7 @@ use super::artifacts::whole;
 use super::invalid;
 use crate::clock::Clock;
 use crate::context::Context;
+use crate::guard::Caller;
 use crate::ledger::Extra;
 use crate::{status, view};
 
@@ -47,14 +50,23 @@ struct Attempt {
 /// Takes a push to its end.
 pub(crate) async fn push(
     context: &Context,
+    caller: &Caller,
     incoming: Streaming<v1::PushArtifactRequest>,
 ) -> Result<v1::PushArtifactResponse, Status> {
-    let mut chunks = Chunks { incoming, next: None, failed: None };
-    let first = chunks.incoming.message().await?.and_then(|message| message.part);
+    let mut chunks = Chunks { incoming, patience: context.call_limit, next: None, failed: None };
+    let first = chunks.message().await?.and_then(|message| message.part);
     let Some(Part::Header(first)) = first else {
         return Err(invalid(Fault::new("header", "is missing; expected it in the first message")));
     };
-    let header = read(first)?;
+    let header = read(caller, first)?;
+    caller.concerns(&header.manifest.digest());
+    let attempt = header.attempt.as_ref();
+    let attempt = attempt.map(|attempt| (&attempt.key.job, attempt.epoch, &attempt.worker));
+    caller.may_push(&context.store, &header.project, attempt, !header.tags.is_empty()).await?;
+    let (size, max) = (header.manifest.size_bytes(), context.artifact_bytes_max);
+    if size > max {
+        return Err(Class::TooLarge.status(format!("the artifact has {size} bytes; this server takes {max} at most")));
+    }
     if let Some(attempt) = &header.attempt {
         // Nobody's bytes are taken in vain: the answer that counts comes with the transaction.
         let row = context.store.job(&attempt.key.project, &attempt.key.job).await.map_err(status::store)?;
@@ -85,9 +97,9 @@ pub(crate) async fn push(
     Ok(v1::PushArtifactResponse { artifact: Some(artifact), created: !was_visible })
 }
 
-fn read(header: v1::PushHeader) -> Result<Header, Status> {
+fn read(caller: &Caller, header: v1::PushHeader) -> Result<Header, Status> {
+    let project = caller.project(&header.project)?;
     let mut faults = Faults::new();
-    let project = faults.field(attune_proto::convert::id::project(&header.project));
     let mut tags = Vec::with_capacity(header.tags.len());
     for (index, tag) in header.tags.iter().enumerate() {
         tags.extend(faults.field(field::<Tag>(&format!("header.tags[{index}]"), tag)));
@@ -101,13 +113,9 @@ fn read(header: v1::PushHeader) -> Result<Header, Status> {
         }
         Err(error) => return Err(status::artifacts(error, "header.manifest")),
     };
-    let attempt = match (header.attempt, &project, &manifest) {
-        (Some(told), Some(project), manifest) => {
-            faults.take(read_attempt(told, project, manifest.as_ref().map(Manifest::kind)))
-        }
-        _ => None,
-    };
-    let header = project.zip(manifest).map(|(project, manifest)| Header { project, manifest, tags, attempt });
+    let kind = manifest.as_ref().map(Manifest::kind);
+    let attempt = header.attempt.and_then(|told| faults.take(read_attempt(told, &project, kind)));
+    let header = manifest.map(|manifest| Header { project, manifest, tags, attempt });
     faults.finish(header).map_err(|faults| invalid_argument(&faults))
 }
 
@@ -201,14 +209,21 @@ async fn blobs(context: &Context, header: &Header, chunks: &mut Chunks) -> Resul
 /// The chunks of a push, one seen ahead.
 struct Chunks {
     incoming: Streaming<v1::PushArtifactRequest>,
+    /// How long the next message may take to come.
+    patience: Duration,
     next: Option<v1::BlobChunk>,
     failed: Option<Status>,
 }
 
 impl Chunks {
+    async fn message(&mut self) -> Result<Option<v1::PushArtifactRequest>, Status> {
+        let next = tokio::time::timeout(self.patience, self.incoming.message()).await;
+        next.unwrap_or_else(|_| Err(Class::DeadlineExceeded.status("the next part of the push did not come in time")))
+    }
+
     async fn peek(&mut self) -> Result<Option<&v1::BlobChunk>, Status> {
         if self.next.is_none() {
-            self.next = match self.incoming.message().await?.map(|message| message.part) {
+            self.next = match self.message().await?.map(|message| message.part) {
                 None => None,
                 Some(Some(Part::Chunk(chunk))) => Some(chunk),
                 Some(Some(Part::Header(_))) => return Err(invalid(Fault::new("header", "came twice"))),

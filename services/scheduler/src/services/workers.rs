@@ -20,7 +20,9 @@ use tonic::{Request, Response, Status, Streaming};
 use super::Answers;
 use super::reports::Reports;
 use crate::context::Context;
+use crate::guard::{Caller, received};
 use crate::links::{Link, refused};
+use crate::status;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -36,10 +38,11 @@ impl WorkerService for Workers {
         &self,
         request: Request<Streaming<v1::ConnectRequest>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
+        let (caller, incoming) = received(request)?;
         let (outgoing, answers) = mpsc::channel(self.context.waiting_messages);
         let session = self.context.next_session();
         let link = Link { session, outgoing, stop: Stop::new() };
-        let connection = Connection { context: Arc::clone(&self.context), link, incoming: request.into_inner() };
+        let connection = Connection { context: Arc::clone(&self.context), caller, link, incoming };
         self.context.tasks.spawn(Task::new("serve a worker"), async move {
             connection.run().await;
             Ok::<_, std::convert::Infallible>(())
@@ -51,6 +54,7 @@ impl WorkerService for Workers {
 /// One connection of a worker.
 struct Connection {
     context: Arc<Context>,
+    caller: Caller,
     link: Link,
     incoming: Streaming<v1::ConnectRequest>,
 }
@@ -79,6 +83,8 @@ impl Connection {
         let end = tokio::select! {
             end = self.talk(&mut registered) => end,
             () = link.stop.requested() => End::Gone,
+            // Nobody reads: the worker has gone, or its credential is not valid any more.
+            () = link.outgoing.closed() => End::Gone,
             () = stop.requested() => {
                 End::Refused(v1::RefusalReason::Unavailable, "the scheduler shuts down; connect again later".to_owned())
             }
@@ -126,7 +132,8 @@ impl Connection {
     }
 
     async fn register(&mut self) -> Result<WorkerId, End> {
-        let Ok(Some(first)) = self.incoming.message().await else { return Err(End::Gone) };
+        let first = tokio::time::timeout(self.context.greeting_limit, self.incoming.message()).await;
+        let Ok(Ok(Some(first))) = first else { return Err(End::Gone) };
         let Some(Said::Register(register)) = first.message else {
             return Err(invalid("register: is missing; expected it in the first message".to_owned()));
         };
@@ -140,6 +147,7 @@ impl Connection {
         let session = self.link.session;
         let (worker, input) = read(&register, session)
             .map_err(|faults| invalid(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+        self.claim(&worker).await?;
         match self.context.front.register(input, self.link.clone()).await {
             Ok(Answer::Done | Answer::Repeated) => Ok(worker),
             Ok(Answer::Refused(refusal)) => Err(End::Refused(v1::RefusalReason::Superseded, refusal.to_string())),
@@ -148,6 +156,21 @@ impl Connection {
             }
             Err(status) => Err(End::Failed(status)),
         }
+    }
+
+    /// Makes sure that nobody else's credential speaks for the worker.
+    async fn claim(&self, worker: &WorkerId) -> Result<(), End> {
+        let claimed = self.context.guard.claim(&self.caller, worker).await;
+        let (outcome, end) = match claimed {
+            Ok(()) => (tonic::Code::Ok, Ok(())),
+            Err(error @ attune_store::Error::Conflict(_)) => {
+                (tonic::Code::PermissionDenied, Err(End::Refused(v1::RefusalReason::Invalid, error.to_string())))
+            }
+            Err(error) => return Err(End::Failed(status::store(error))),
+        };
+        self.caller.concerns(worker);
+        self.context.guard.record(&self.caller, "WorkerService/Connect", outcome).await;
+        end
     }
 
     /// Everything but reports.

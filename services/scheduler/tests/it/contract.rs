@@ -91,7 +91,7 @@ async fn a_message_that_is_too_large_is_refused_as_such() {
 
 /// Sends and gives back bytes as they are.
 #[derive(Clone, Copy, Default)]
-struct Raw;
+pub(crate) struct Raw;
 
 impl Codec for Raw {
     type Encode = Vec<u8>;

@@ -137,7 +137,7 @@ async fn projects_take_turns() {
     let shown: Vec<_> = listed.iter().map(|project| (project.project.as_str(), project.cpu, project.queued)).collect();
     assert_eq!(shown, [("default", 1, 3), ("few", 1, 0)]);
     // Page by page.
-    let mut asked = v1::ListWorkersRequest { page_size: 1, page_token: String::new() };
+    let mut asked = v1::ListWorkersRequest { page_size: 1, ..Default::default() };
     let mut names = Vec::new();
     loop {
         let page = many.fleet().list_workers(asked.clone()).await.unwrap().into_inner();

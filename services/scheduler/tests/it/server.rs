@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attune_proto::Client;
 use attune_proto::client::Options;
-use attune_proto::v1::ListMethodsRequest;
-use attune_scheduler::{Config, Error, serve};
+use attune_proto::v1::{self, ListMethodsRequest};
+use attune_proto::{Client, Secret};
+use attune_scheduler::{Auth, Config, Error, Tokens, serve};
 use tokio::sync::oneshot;
 
 /// Longest time for anything that a test waits for.
@@ -52,6 +52,66 @@ impl Server {
         let mut server = Self { folder, address, config, stop: None, ended: None, runtime: None };
         server.run(listener);
         server
+    }
+
+    /// A server that asks callers who they are, configured.
+    pub(crate) fn guarded(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_with(|config| {
+            let artifacts = std::path::Path::new(&config.artifacts);
+            let admin_file = Some(artifacts.with_file_name("admin.token"));
+            config.auth = Auth::Tokens(Tokens { admin_file, ..Tokens::default() });
+            change(config);
+        })
+    }
+
+    /// The secret of the first admin of a server that asks.
+    pub(crate) fn admin_secret(&self) -> Secret {
+        let file = self.folder.path().join("admin.token");
+        for _ in 0..400 {
+            if let Ok(text) = std::fs::read_to_string(&file)
+                && let Ok(secret) = text.parse()
+            {
+                return secret;
+            }
+            std::thread::park_timeout(Duration::from_millis(25));
+        }
+        panic!("no token is written to {}", file.display());
+    }
+
+    /// The first admin of a server that asks.
+    pub(crate) async fn admin(&self) -> Client {
+        self.client_as(Some(self.admin_secret())).await
+    }
+
+    /// A client that shows a secret, or none.
+    pub(crate) async fn client_as(&self, token: Option<Secret>) -> Client {
+        let options = Options { token, retries: 0, ..Options::default() };
+        for _ in 0..200 {
+            if let Ok(client) = Client::connect(&self.url(), options.clone()).await {
+                return client;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("no server came up at {}", self.url());
+    }
+
+    /// A new token: its id and its secret. Without a project it reaches all.
+    pub(crate) async fn token(
+        &self,
+        admin: &Client,
+        project: Option<&str>,
+        role: v1::TokenRole,
+        name: &str,
+    ) -> (String, Secret) {
+        let request = v1::CreateTokenRequest {
+            project: project.unwrap_or_default().to_owned(),
+            all_projects: project.is_none(),
+            name: name.to_owned(),
+            role: role as i32,
+            expire_time: None,
+        };
+        let made = admin.tokens().create_token(request).await.unwrap().into_inner();
+        (made.token.unwrap().token_id, made.secret.parse().unwrap())
     }
 
     fn run(&mut self, listener: std::net::TcpListener) {

@@ -1,0 +1,45 @@
+//! An answer that ends when something happens, whoever writes it.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use futures::future::BoxFuture;
+use http_body::Frame;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::Bytes;
+use tonic::codegen::http::HeaderMap;
+
+/// A body until `end` is done, and then the status that it says.
+pub(super) struct Cut {
+    inner: Option<Body>,
+    end: BoxFuture<'static, Status>,
+}
+
+impl Cut {
+    pub(super) fn new(inner: Body, end: BoxFuture<'static, Status>) -> Self {
+        Self { inner: Some(inner), end }
+    }
+}
+
+impl http_body::Body for Cut {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let Some(inner) = &mut self.inner else { return Poll::Ready(None) };
+        match http_body::Body::poll_frame(Pin::new(inner), cx) {
+            Poll::Ready(None) => {
+                self.inner = None;
+                return Poll::Ready(None);
+            }
+            Poll::Ready(frame) => return Poll::Ready(frame),
+            Poll::Pending => {}
+        }
+        let Poll::Ready(status) = self.end.as_mut().poll(cx) else { return Poll::Pending };
+        // Whoever writes the answer learns by it that nobody reads.
+        self.inner = None;
+        let mut trailers = HeaderMap::new();
+        Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
+    }
+}
