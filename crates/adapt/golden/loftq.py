@@ -1,7 +1,6 @@
 """Writes what PEFT's LoftQ makes of the weights of a small model: for each number of rounds `golden/starts/loftq_N.safetensors` with the
 widened base (`quantized.SITE`) and the product of the pair beside it (`change.SITE`), of rank 4 and with no factor, which PEFT leaves
-out. PEFT asks for a GPU and uses it for speed alone: here its tensors stay where they are. Pins in benches/peers/requirements.txt, and
-bitsandbytes 0.50.2.
+out. PEFT asks for a GPU and uses it for speed alone: here its tensors stay where they are. Pins in benches/peers/requirements.txt.
 
 Usage: loftq.py [rounds ...]
 """

@@ -1,5 +1,5 @@
-"""Matrices in four bits as bitsandbytes makes them: `python nf4.py`, with the pinned packages of benches/peers/requirements.txt and
-bitsandbytes 0.50.2. Needs no GPU. Writes nf4/matrices.safetensors: of each case the weight, what it is widened to with plain scales
+"""Matrices in four bits as bitsandbytes makes them: `python nf4.py`, with the pinned packages of benches/peers/requirements.txt.
+Needs no GPU. Writes nf4/matrices.safetensors: of each case the weight, what it is widened to with plain scales
 and with scales in eight bits, and the 256 values of those eight bits. And the folders llama_nf4 and llama_nf4_double, which are
 `llama` as transformers saves it in four bits, with `expected.safetensors`: `input_ids` [T] and `logits` [T, V] of one document."""
 

@@ -179,6 +179,7 @@ impl Base {
             other => other.into(),
         })?;
         self.matrices.insert(name, FrozenWeight::quantized(quantized, few.dtype)?);
+        file.forget(stored);
         Ok(())
     }
 

@@ -77,6 +77,13 @@ impl Mapped {
         Some(Stored { dtype: format!("{:?}", entry.dtype), shape: &entry.shape, bytes })
     }
 
+    /// Lets go of the memory that reading a tensor took: see [`MappedTensor::forget`].
+    pub fn forget(&self, name: &str) {
+        if let Some(entry) = self.entries.get(name) {
+            forget(&self.map, &entry.bytes);
+        }
+    }
+
     /// A tensor of floats by name; `None` if the file has none of that name.
     ///
     /// # Errors
@@ -159,18 +166,7 @@ impl MappedTensor {
     /// Lets go of the memory that reading it took: the system reads it again from the file where it is looked at once more. For who
     /// has made something smaller of it and goes on to the next.
     pub fn forget(&self) {
-        #[cfg(unix)]
-        {
-            // Whole pages within it; what else lies on the first and the last is somebody else's.
-            const PAGE: usize = 4096;
-            let (start, end) = (self.bytes.start.next_multiple_of(PAGE), self.bytes.end / PAGE * PAGE);
-            if start < end {
-                // SAFETY: the map is of a file, read-only and shared: pages that are dropped are read again, with the same bytes.
-                // Failing would cost memory and nothing else.
-                let _ =
-                    unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
-            }
-        }
+        forget(&self.map, &self.bytes);
     }
 
     /// All of it, in memory.
@@ -253,6 +249,23 @@ impl MappedTensor {
     }
 }
 
+/// Lets go of the memory of a part of a map.
+fn forget(map: &Mmap, bytes: &Range<usize>) {
+    #[cfg(unix)]
+    {
+        // Whole pages within it; what else lies on the first and the last is somebody else's.
+        const PAGE: usize = 4096;
+        let (start, end) = (bytes.start.next_multiple_of(PAGE), bytes.end / PAGE * PAGE);
+        if start < end {
+            // SAFETY: the map is of a file, read-only and shared: pages that are dropped are read again, with the same bytes.
+            // Failing would cost memory and nothing else.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = (map, bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
@@ -314,6 +327,11 @@ mod tests {
             assert_same_bits("read", &mapped.to_tensor(DType::F32).unwrap(), &w);
             mapped.forget();
         }
+        let file = Mapped::open(&folder.path().join("x.safetensors")).unwrap();
+        let before = file.stored("w").unwrap().bytes.to_vec();
+        file.forget("w");
+        file.forget("none");
+        assert_eq!(file.stored("w").unwrap().bytes, before);
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! own: no other job shares them, and a copy of them is made.
 //!
 //! # Limits
-//! A weight that few bits lose nothing of starts as with zeros. With r = min(o, i) it starts as the weight before it was quantised.
+//! A weight that few bits lose nothing of starts as with zeros. An objective's reference is the base in few bits, without the pair. With r = min(o, i) it starts as the weight before it was quantised.
 //!
 //! # Departures
 //! Agrees with PEFT's `loftq_init` (`num_bits: 4`) for a factor of 1; PEFT leaves the factor out, which then scales what makes up for the

@@ -60,7 +60,7 @@ fn the_list_is_complete() {
         .map(|entry| entry.file_name().into_string().unwrap())
         .collect();
     found.sort();
-    let mut expected: Vec<&str> = CASES.into_iter().chain(crate::encoders::CASES).collect();
+    let mut expected: Vec<&str> = CASES.into_iter().chain(crate::encoders::CASES).chain(crate::folder::FEW).collect();
     expected.sort_unstable();
     assert_eq!(found, expected);
 }

@@ -445,6 +445,7 @@ tune:
   epochs: 1.5
   max_grad_norm: null
   precision: bf16
+  quantization: {method: nf4, double_quant: true}
   matmul: high
   checkpoint: {every_steps: 5, keep: 2}
   evaluate: {every_steps: 10}
@@ -453,7 +454,7 @@ tune:
   seed: 18446744073709551615
 resources: {devices_per_worker: 2, device: cpu, labels: {zone: eu}}
 limits: {max_attempts: 7, stall_seconds: 60, run_seconds: 3600, deadline: "2031-01-01T00:00:00Z"}
-outputs: {tag: "debian-helper:latest", merged: true, merged_tag: "debian-helper-merged", statistics: true}
+outputs: {tag: "debian-helper:latest", merged: true, merged_into: dequantized, merged_tag: "debian-helper-merged", statistics: true}
 "#;
 
     const SHORT: &str = r#"
