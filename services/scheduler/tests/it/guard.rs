@@ -277,9 +277,26 @@ async fn what_was_changed_or_refused_is_written_down() {
     assert_eq!((one.peer.as_str(), one.project.as_str()), ("127.0.0.1", "default"));
     assert!(one.time.is_some() && one.caller.len() == 16);
     assert!(!format!("{records:?}").contains(&secret.expose()[24..]), "a secret is written down");
-    // It is forgotten in its time.
+    // It is kept for as long as it is to be.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(audit(&admin).await.len() >= records.len());
+}
+
+#[tokio::test]
+async fn records_are_forgotten_in_their_time() {
+    let server = Server::guarded(|config| {
+        config.timings.housekeeping = Duration::from_millis(20);
+        config.timings.audit_kept = Some(Duration::from_secs(3));
+    });
+    let admin = server.admin().await;
+    server.token(&admin, Some("default"), TokenRole::Viewer, "anna").await;
+    assert_eq!(audit(&admin).await.len(), 1);
+    let gone = async {
+        while !audit(&admin).await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, gone).await.expect("it is forgotten");
 }
 
 #[tokio::test]
