@@ -223,6 +223,18 @@ async fn an_admin_of_a_project_rules_over_that_project_alone() {
     assert!(ask(&own).await.is_ok() && ask(&own).await.is_ok());
     let records = anna.audit().list_audit_records(v1::ListAuditRecordsRequest::default()).await.unwrap().into_inner();
     assert!(!records.records.is_empty() && records.records.iter().all(|record| record.project == "a"));
+    // What others do to its tokens, and what its tokens try elsewhere, it may know.
+    let (lost, secret) = server.token(&anna, Some("a"), TokenRole::Viewer, "dora").await;
+    let dora = server.client_as(Some(secret)).await;
+    list(&dora.for_project(Project::new("b").unwrap())).await.unwrap_err();
+    revoke(&root, &lost).await;
+    let records = anna.audit().list_audit_records(v1::ListAuditRecordsRequest::default()).await.unwrap().into_inner();
+    let is_there = |name: &str, rpc: &str, outcome: &str| {
+        records.records.iter().any(|record| (&*record.name, &*record.rpc, &*record.outcome) == (name, rpc, outcome))
+    };
+    assert!(
+        is_there("admin", "TokenService/RevokeToken", "OK") && is_there("dora", "JobService/ListJobs", "NOT_FOUND")
+    );
 }
 
 #[tokio::test]
