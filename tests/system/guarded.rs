@@ -182,6 +182,42 @@ async fn a_token_that_is_none_is_not_repeated() {
     assert!(!String::from_utf8_lossy(&help.stdout).contains("canary"));
 }
 
+/// A worker goes on with the token that has been put into its file, as the same worker.
+#[tokio::test]
+async fn a_token_is_replaced_while_its_worker_runs() {
+    let guarded = Guarded::start().await;
+    world(&guarded.path("world"));
+    guarded.token("gpu", &["worker", "--all-projects"]);
+    let first = guarded.secret("gpu");
+    let mut worker = attune();
+    worker.args(["worker", "--server", &guarded.url]).arg("--work-dir").arg(guarded.path("worker"));
+    worker.env("ATTUNE_TOKEN_FILE", guarded.path("gpu.token"));
+    let _worker = Process::start(&mut worker, &guarded.path("worker.log"));
+    let connections = || {
+        let (_, audit) = guarded.run("admin", &["audit", "--json"]);
+        let audit: serde_json::Value = serde_json::from_slice(&audit.stdout).unwrap();
+        let all = audit.as_array().unwrap().iter().filter(|record| record["rpc"] == "WorkerService/Connect");
+        all.map(|record| (record["target"].clone(), record["caller"].clone())).collect::<Vec<_>>()
+    };
+    let wait = async |count: usize| {
+        let deadline = Instant::now() + PATIENCE;
+        while connections().len() < count {
+            assert!(Instant::now() < deadline, "{}", guarded.log("worker.log"));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    wait(1).await;
+    guarded.token("gpu", &["worker", "--all-projects"]);
+    let id = first.split('_').nth(1).unwrap();
+    assert!(guarded.run("admin", &["tokens", "revoke", id]).0);
+    wait(2).await;
+    let found = connections();
+    assert!(found[0].0 == found[1].0 && found[0].1 != found[1].1 && found[1].1 == id, "{found:?}");
+    let set: Vec<&str> = SMALL.into_iter().chain(["tune.steps=2"]).flat_map(|set| ["--set", set]).collect();
+    let (is_well, output) = guarded.run("admin", &[&["submit", "world/text.yaml", "--watch"], &set[..]].concat());
+    assert!(is_well, "{output:?}\n{}", guarded.log("worker.log"));
+}
+
 /// `attune up` gives its own workers what they need, and asks everybody else.
 #[tokio::test]
 async fn one_machine_may_ask_who_calls_too() {

@@ -4,7 +4,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -131,24 +131,25 @@ struct Servers {
     at: AtomicUsize,
 }
 
-/// Puts the credential beside every call.
-#[derive(Debug, Clone)]
-pub struct Bearer(Option<MetadataValue<Ascii>>);
+/// Puts the credential beside every call. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Bearer(Arc<RwLock<Option<MetadataValue<Ascii>>>>);
 
 impl Bearer {
-    fn new(token: Option<&Secret>) -> Self {
-        Self(token.and_then(|token| {
+    fn show(&self, token: Option<&Secret>) {
+        let value = token.and_then(|token| {
             let mut value = MetadataValue::try_from(format!("Bearer {}", token.expose())).ok()?;
             // Whoever shows the headers of a call does not show this one.
             value.set_sensitive(true);
             Some(value)
-        }))
+        });
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = value;
     }
 }
 
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
-        if let Some(value) = &self.0 {
+        if let Some(value) = &*self.0.read().unwrap_or_else(PoisonError::into_inner) {
             request.metadata_mut().insert("authorization", value.clone());
         }
         Ok(request)
@@ -193,7 +194,8 @@ impl Client {
     pub fn lazy(urls: &str, options: Options) -> Result<Self, ConnectError> {
         let channels = urls.split(',').map(|url| Ok(endpoint(url.trim(), &options)?.connect_lazy()));
         let servers = Servers { channels: channels.collect::<Result<_, ConnectError>>()?, at: AtomicUsize::new(0) };
-        let bearer = Bearer::new(options.token.as_ref());
+        let bearer = Bearer::default();
+        bearer.show(options.token.as_ref());
         Ok(Self { servers: Arc::new(servers), options: Arc::new(options), bearer })
     }
 
@@ -228,6 +230,11 @@ impl Client {
     fn channel(&self) -> Channel {
         let Servers { channels, at } = &*self.servers;
         channels[at.load(Ordering::Relaxed) % channels.len()].clone()
+    }
+
+    /// Proves who calls by another token from now on; so do the clones of this client.
+    pub fn present(&self, token: &Secret) {
+        self.bearer.show(Some(token));
     }
 
     /// The project that this client speaks for.

@@ -112,6 +112,11 @@ impl Server {
         Ok(Options { project: self.project.clone().unwrap_or_default(), token, tls, ..Options::default() })
     }
 
+    /// The file that holds the token, if it is from there.
+    pub(crate) fn token_file(&self) -> Option<&Path> {
+        self.token_file.as_deref().filter(|_| self.token.is_none())
+    }
+
     /// A client of the server.
     pub(crate) async fn connect(&self) -> Result<Client, Failure> {
         let options = self.options()?;

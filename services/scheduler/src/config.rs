@@ -169,7 +169,7 @@ pub struct Limits {
     pub finished_jobs: usize,
     /// Bytes of one artifact.
     pub artifact_bytes: u64,
-    /// Connections that may stand at once.
+    /// Connections that may stand at once, half of them from one address.
     pub connections: usize,
     /// How often one caller may call.
     pub calls: CallLimits,

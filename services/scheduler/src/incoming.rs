@@ -1,44 +1,88 @@
-//! Connections as they come in: so many at once, and none that says nothing.
+//! Connections as they come in: so many at once, in all and from one address, and none that says nothing.
 
+use std::collections::BTreeMap;
 use std::io::{Error, ErrorKind, Result};
+use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
 use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 /// What every client of HTTP/2 says first, in bytes; a handshake of TLS is longer.
 const FIRST_BYTES: usize = 24;
 
-/// Connections of a port: at most `max` at once, each with its first bytes within `patience`.
+/// Connections of a port: at most `max` at once, of which one address has half at most, each with its first bytes within `patience`.
 pub(crate) fn connections(
     incoming: TcpIncoming,
     max: usize,
     patience: Duration,
 ) -> impl Stream<Item = Result<Connection>> {
-    let room = Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS)));
+    let room = Arc::new(Room { max, taken: Mutex::default() });
     incoming.filter_map(move |accepted| {
-        let permit = Arc::clone(&room).try_acquire_owned();
-        let connection = match (accepted, permit) {
-            (Ok(stream), Ok(permit)) => {
-                let deadline = Some(Box::pin(sleep(patience)));
-                Some(Ok(Connection { stream, read: 0, deadline, _permit: permit }))
-            }
-            (Err(error), _) => Some(Err(error)),
-            // There is no room: it is closed, and whoever it was tries again.
-            (Ok(_), Err(_)) => {
-                tracing::warn!(max, "a connection was closed: there are as many as allowed");
-                None
-            }
-        };
-        std::future::ready(connection)
+        let connection = accepted.map(|stream| {
+            let peer = stream.peer_addr().ok()?.ip().to_canonical();
+            let Some(seat) = room.take(peer) else {
+                // It is closed, and whoever it was tries again.
+                tracing::warn!(%peer, max, "a connection was closed: there are as many as allowed");
+                return None;
+            };
+            Some(Connection { stream, read: 0, deadline: Some(Box::pin(sleep(patience))), _seat: seat })
+        });
+        std::future::ready(connection.transpose())
     })
+}
+
+/// How many connections stand.
+#[derive(Debug)]
+struct Room {
+    max: usize,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    all: usize,
+    by_peer: BTreeMap<IpAddr, usize>,
+}
+
+impl Room {
+    /// A seat for a connection from an address, given back when it is dropped.
+    fn take(self: &Arc<Self>, peer: IpAddr) -> Option<Seat> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = taken.by_peer.get(&peer).copied().unwrap_or_default();
+        // Nobody keeps all others out.
+        if taken.all >= self.max || own >= self.max.div_ceil(2) {
+            return None;
+        }
+        taken.all += 1;
+        taken.by_peer.insert(peer, own + 1);
+        Some(Seat { room: Arc::clone(self), peer })
+    }
+}
+
+/// A connection that is counted.
+#[derive(Debug)]
+struct Seat {
+    room: Arc<Room>,
+    peer: IpAddr,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut taken = self.room.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.all -= 1;
+        let left = taken.by_peer.get(&self.peer).copied().unwrap_or_default().saturating_sub(1);
+        match left {
+            0 => taken.by_peer.remove(&self.peer),
+            left => taken.by_peer.insert(self.peer, left),
+        };
+    }
 }
 
 /// A connection that breaks if its first bytes do not come in time. Afterwards pings of the protocol see to it that somebody is there.
@@ -47,7 +91,7 @@ pub(crate) struct Connection {
     stream: TcpStream,
     read: usize,
     deadline: Option<Pin<Box<Sleep>>>,
-    _permit: OwnedSemaphorePermit,
+    _seat: Seat,
 }
 
 impl Connected for Connection {
@@ -102,5 +146,25 @@ impl AsyncWrite for Connection {
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_half_of_the_room_at_most() {
+        let room = Arc::new(Room { max: 5, taken: Mutex::default() });
+        let [one, two] = [[10, 0, 0, 1], [10, 0, 0, 2]].map(IpAddr::from);
+        let mut of_one: Vec<Seat> = (0..5).filter_map(|_| room.take(one)).collect();
+        assert_eq!(of_one.len(), 3);
+        let of_two: Vec<Seat> = (0..5).filter_map(|_| room.take(two)).collect();
+        assert_eq!(of_two.len(), 2);
+        of_one.pop();
+        assert!(room.take(two).is_some(), "there is room again");
+        drop((of_one, of_two));
+        let taken = room.taken.lock().unwrap();
+        assert_eq!((taken.all, taken.by_peer.len()), (0, 0));
     }
 }

@@ -11,7 +11,7 @@ use attune_proto::convert::{job, time};
 use attune_proto::v1::{
     self, attempt_report::Report, connect_request::Message as Say, connect_response::Message as Hear,
 };
-use attune_proto::{Client, WORKER_PROTOCOL_VERSION};
+use attune_proto::{Client, Secret, WORKER_PROTOCOL_VERSION};
 use attune_spec::id::{CohortId, Digest, Step, WorkerId};
 use attune_spec::job::plan::Input;
 use attune_spec::job::{JobSpec, Plan, Reference};
@@ -209,8 +209,16 @@ impl Agent {
 
     fn connect(&self) -> BoxFuture<'static, Result<Line, String>> {
         let (client, at, register) = (self.node.client.clone(), self.try_at, self.registration());
+        let token_file = self.config.token_file.clone();
         async move {
             sleep_until(at).await;
+            if let Some(path) = token_file {
+                match tokio::fs::read_to_string(&path).await.map(|text| text.parse::<Secret>()) {
+                    Ok(Ok(token)) => client.present(&token),
+                    Ok(Err(what)) => tracing::warn!(path = %path.display(), what, "the token is the one read before"),
+                    Err(error) => tracing::warn!(path = %path.display(), %error, "the token is the one read before"),
+                }
+            }
             let (out, queue) = mpsc::channel(OUT_MESSAGES_MAX);
             let opened = Instant::now();
             // The queue is new and empty: there is room.

@@ -15,6 +15,8 @@ pub struct Config {
     pub scheduler: String,
     /// Who the worker is to the scheduler, and how it reaches it.
     pub connection: Options,
+    /// A file that holds the token, which is read with every connection: it may be replaced while the worker runs.
+    pub token_file: Option<PathBuf>,
     /// What people call the worker.
     pub name: String,
     /// Folder of its own: cache of inputs, attempts in work, its id.
@@ -39,6 +41,7 @@ impl Config {
         Self {
             scheduler: scheduler.into(),
             connection: Options::default(),
+            token_file: None,
             name: String::new(),
             work_dir: work_dir.into(),
             devices: 1,

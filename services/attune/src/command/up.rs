@@ -1,7 +1,7 @@
 //! `attune up`, `attune scheduler`, `attune worker`: the services.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_scheduler::{Database, Leader, Tls};
@@ -157,6 +157,7 @@ pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure>
     let name = arguments.name.clone().unwrap_or_else(host);
     let mut config = stack::worker(&server.server, &arguments.work_dir, &name, arguments.devices)?;
     config.connection = server.options()?;
+    config.token_file = server.token_file().map(Path::to_owned);
     config.cards = arguments.cards;
     config.labels = arguments.labels.iter().cloned().collect::<BTreeMap<_, _>>();
     config.grace = Duration::from_secs(arguments.grace);

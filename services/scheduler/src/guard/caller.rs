@@ -175,7 +175,12 @@ impl Caller {
 
     /// The answer about a project that is not the caller's, whether it is there or not.
     pub(crate) fn foreign(&self, project: &Project) -> Status {
-        self.noted().is_foreign = true;
+        {
+            let mut noted = self.noted();
+            noted.is_foreign = true;
+            // It is told to those who gave the credential out, and not to those whose project it was about.
+            noted.project.clone_from(&self.0.scope);
+        }
         let message = format!("project \"{project}\" does not exist, or this credential does not reach it");
         Class::NotFound.status(message)
     }
@@ -183,6 +188,11 @@ impl Caller {
     /// Notes which thing the call is about, of a text that anybody may have written as much as an id can be.
     pub(crate) fn concerns(&self, target: &impl ToString) {
         self.noted().target = target.to_string().chars().take(TARGET_CHARS).collect();
+    }
+
+    /// Notes the project that the call is about where that is not the request's.
+    pub(crate) fn concerns_project(&self, project: Option<&Project>) {
+        self.noted().project = project.cloned();
     }
 
     /// What the call turned out to be about.

@@ -34,7 +34,6 @@ use tonic::Status;
 
 use crate::clock::Clock;
 use crate::config::{Auth, Config};
-use crate::status;
 
 pub(crate) use caller::{Caller, received};
 pub(crate) use first::first_admin;
@@ -134,7 +133,7 @@ impl Guard {
         }
         // What is no token is looked for all the same: that takes as long as one that is not known.
         let (id, secret) = token::parts(shown).unwrap_or((token::NOBODY, shown));
-        let found = self.store.token(id).await.map_err(status::store)?;
+        let found = self.store.token(id).await.map_err(|error| away(&error))?;
         let given = token::hash(secret);
         let is_right = found.as_ref().is_some_and(|found| token::same(found.hash, given));
         match found {
@@ -283,6 +282,12 @@ impl Guard {
 /// The answer to whoever shows no credential, and to whoever shows one that is not valid, whatever is wrong with it.
 fn nobody() -> Status {
     Class::Unauthenticated.status("the call carries no valid credential")
+}
+
+/// The answer while credentials cannot be looked at: what is wrong with the database is no stranger's business.
+fn away(error: &attune_store::Error) -> Status {
+    tracing::error!(%error, "credentials cannot be looked at");
+    Class::Unavailable.status("the server cannot look at credentials now; try again later")
 }
 
 fn too_many(wait: Duration) -> Status {

@@ -138,7 +138,7 @@ impl TokenService for Tokens {
                 .filter(|found| reaches(&caller, found.project.as_ref()))
                 .ok_or_else(|| Class::NotFound.status(format!("token {:?} does not exist", request.token_id)))
         };
-        find().await?;
+        caller.concerns_project(find().await?.project.as_ref());
         self.context.store.revoke_token(&request.token_id, Clock::utc()).await.map_err(status::store)?;
         self.context.guard.has_revoked();
         Ok(Response::new(v1::RevokeTokenResponse { token: Some(view(&find().await?)) }))

@@ -223,6 +223,18 @@ async fn an_admin_of_a_project_rules_over_that_project_alone() {
     assert!(ask(&own).await.is_ok() && ask(&own).await.is_ok());
     let records = anna.audit().list_audit_records(v1::ListAuditRecordsRequest::default()).await.unwrap().into_inner();
     assert!(!records.records.is_empty() && records.records.iter().all(|record| record.project == "a"));
+    // What others do to its tokens, and what its tokens try elsewhere, it may know.
+    let (lost, secret) = server.token(&anna, Some("a"), TokenRole::Viewer, "dora").await;
+    let dora = server.client_as(Some(secret)).await;
+    list(&dora.for_project(Project::new("b").unwrap())).await.unwrap_err();
+    revoke(&root, &lost).await;
+    let records = anna.audit().list_audit_records(v1::ListAuditRecordsRequest::default()).await.unwrap().into_inner();
+    let is_there = |name: &str, rpc: &str, outcome: &str| {
+        records.records.iter().any(|record| (&*record.name, &*record.rpc, &*record.outcome) == (name, rpc, outcome))
+    };
+    assert!(
+        is_there("admin", "TokenService/RevokeToken", "OK") && is_there("dora", "JobService/ListJobs", "NOT_FOUND")
+    );
 }
 
 #[tokio::test]
@@ -277,9 +289,26 @@ async fn what_was_changed_or_refused_is_written_down() {
     assert_eq!((one.peer.as_str(), one.project.as_str()), ("127.0.0.1", "default"));
     assert!(one.time.is_some() && one.caller.len() == 16);
     assert!(!format!("{records:?}").contains(&secret.expose()[24..]), "a secret is written down");
-    // It is forgotten in its time.
+    // It is kept for as long as it is to be.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(audit(&admin).await.len() >= records.len());
+}
+
+#[tokio::test]
+async fn records_are_forgotten_in_their_time() {
+    let server = Server::guarded(|config| {
+        config.timings.housekeeping = Duration::from_millis(20);
+        config.timings.audit_kept = Some(Duration::from_secs(3));
+    });
+    let admin = server.admin().await;
+    server.token(&admin, Some("default"), TokenRole::Viewer, "anna").await;
+    assert_eq!(audit(&admin).await.len(), 1);
+    let gone = async {
+        while !audit(&admin).await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, gone).await.expect("it is forgotten");
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! Every call of the contract, made by everybody: who is answered, who is refused, and in which words.
+//! Every call of the contract, made by everybody: who is answered, who is refused, and in which words (A1, A2, A3, A6; T23).
 
 use std::collections::BTreeSet;
 
