@@ -71,7 +71,8 @@ async fn push(client: &Client, folder: &Path, kind: Kind, tag: &str) -> String {
 
 /// Waits for an event of a job with this state; when it came.
 async fn until(client: &Client, job: &str, state: JobState) -> Instant {
-    let asked = v1::WatchJobRequest { project: client.project().to_string(), job_id: job.to_owned(), after_sequence: 0 };
+    let asked =
+        v1::WatchJobRequest { project: client.project().to_string(), job_id: job.to_owned(), after_sequence: 0 };
     let mut events = client.jobs().watch_job(asked).await.unwrap().into_inner();
     while let Some(answer) = events.message().await.unwrap() {
         let changed = answer.event.and_then(|event| event.event);
@@ -195,7 +196,9 @@ async fn transfers(url: &str, folder: &Path, mebibytes: usize) {
     Remote::new(client.clone()).pull(client.project(), &digest, &mut unpack).await.unwrap();
     unpack.finish().await.unwrap();
     let pulled = speed(begun);
-    println!("\n{mebibytes} MiB, in MB/s: written and synced {written:.0}, read from memory {read_speed:.0}, pushed {pushed:.0}, pulled {pulled:.0}");
+    println!(
+        "\n{mebibytes} MiB, in MB/s: written and synced {written:.0}, read from memory {read_speed:.0}, pushed {pushed:.0}, pulled {pulled:.0}"
+    );
 }
 
 async fn first_step(url: &str, folder: &Path) {
@@ -209,8 +212,9 @@ async fn first_step(url: &str, folder: &Path) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_attune"));
         command.args(["--json", "submit", world.join(file).to_str().unwrap()]).env("ATTUNE_SERVER", url);
         let small = ["tune.batch_tokens=256", "data.max_length=64", "tune.logical_shards=2", "data.validation=[]"];
-        small.iter().for_each(|set| drop(command.args(["--set", set])));
-        more.iter().for_each(|set| drop(command.args(["--set", set])));
+        for set in small.into_iter().chain(more.iter().map(String::as_str)) {
+            command.args(["--set", set]);
+        }
         let output = command.output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let job: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -252,10 +256,9 @@ async fn main() {
     let _scheduler =
         attune(&["scheduler", "--listen", &listen, "--database", &database, "--artifacts", &path("artifacts")]);
     let owner = client(&url).await;
-    for (name, file, content, kind) in [
-        ("base", "config.json", BASE, Kind::Model),
-        ("rows", "rows.jsonl", "{\"text\": \"a\"}\n", Kind::Dataset),
-    ] {
+    for (name, file, content, kind) in
+        [("base", "config.json", BASE, Kind::Model), ("rows", "rows.jsonl", "{\"text\": \"a\"}\n", Kind::Dataset)]
+    {
         let source = folder.path().join(name);
         std::fs::create_dir(&source).unwrap();
         std::fs::write(source.join(file), content).unwrap();
@@ -263,7 +266,7 @@ async fn main() {
     }
     let kind = if database.contains("://") { "PostgreSQL" } else { "SQLite" };
     println!("over {kind}\n\n{:<52} {:>9} {:>9} {:>9}", "milliseconds", "median", "99 %", "longest");
-    first_step(&url, folder.path()).await;
+    Box::pin(first_step(&url, folder.path())).await;
     submissions(&url, n_jobs).await;
     watchers(&url, n_watchers).await;
     transfers(&url, folder.path(), mebibytes).await;
