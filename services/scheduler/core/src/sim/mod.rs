@@ -19,7 +19,7 @@ use world::World;
 use crate::plant::Plant;
 
 /// Seeds of an ordinary run.
-const N_SEEDS: u64 = 300;
+const N_SEEDS: u64 = 1000;
 
 /// Runs one world; a panic is a failure like any other.
 fn run(seed: u64, plant: Option<Plant>, traced: bool) -> (Result<(), String>, World) {

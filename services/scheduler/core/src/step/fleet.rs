@@ -150,14 +150,18 @@ impl Core {
         Ok(Answer::Done)
     }
 
-    pub(super) fn preempt_all(&mut self, worker: &WorkerId, draft: &mut Draft) {
+    /// Asks all jobs of a worker to go on elsewhere, and says how many these were.
+    pub(super) fn preempt_all(&mut self, worker: &WorkerId, draft: &mut Draft) -> usize {
+        let mut n_asked = 0;
         for cohort in self.leased_to(worker) {
             for attempt in self.cohorts[&cohort].attempts.clone() {
                 if matches!(self.jobs[&attempt.key].state, State::Starting | State::Running) {
                     self.ask_to_stop(&attempt.key, Stop::Preempt, Reason::WorkerDraining, draft);
+                    n_asked += 1;
                 }
             }
         }
+        n_asked
     }
 
     pub(super) fn disconnect(&mut self, id: &WorkerId, session: Session, draft: &mut Draft) -> Result<Answer, Refusal> {

@@ -18,8 +18,9 @@ impl Core {
             let seats = self.seats();
             let Placed { placements, waiting } = placement::place(self.lines(), &seats, self.settings.max_lanes, least);
             let waiting: Vec<JobKey> = waiting.into_iter().cloned().collect();
-            // What a project gets changes who goes next, and so what is kept for whom.
-            let may_change = !placements.is_empty() && self.queue.lines().nth(1).is_some();
+            // What a project gets changes who goes next, and what it may still have, and so what is kept for whom.
+            let is_shared = self.queue.lines().nth(1).is_some() || !self.policies.is_empty();
+            let may_change = !placements.is_empty() && is_shared;
             for placement in placements {
                 self.grant_one(placement, draft);
             }

@@ -36,11 +36,8 @@ impl Core {
             draft.rules.push(Change::Cordon(worker.clone(), on));
             draft.has_room = true;
         }
-        let n_before = draft.actions.len();
-        if on && drains {
-            self.preempt_all(worker, draft);
-        }
-        Ok(if is_new || draft.actions.len() > n_before { Answer::Done } else { Answer::Repeated })
+        let n_asked = if on && drains { self.preempt_all(worker, draft) } else { 0 };
+        Ok(if is_new || n_asked > 0 { Answer::Done } else { Answer::Repeated })
     }
 
     /// Whether a project may have one more job, and such a one.

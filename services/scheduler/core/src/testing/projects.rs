@@ -225,3 +225,15 @@ fn a_worker_that_is_told_off_gets_nothing_new_until_it_is_let_in_again() {
     let unknown = desk.refused(Input::Cordon { worker: worker("nobody"), on: true, drains: false });
     assert!(matches!(unknown, Refusal::UnknownWorker { .. }));
 }
+
+#[test]
+fn a_worker_that_does_not_hear_it_is_drained_all_the_same() {
+    let (mut desk, key) = Desk::running();
+    let session = desk.core.worker(&worker("w")).unwrap().session;
+    desk.done(Input::Cordon { worker: worker("w"), on: true, drains: false });
+    desk.done(Input::Disconnect { worker: worker("w"), session });
+    // Nobody can be told now; the next heartbeat is answered with it.
+    desk.done(Input::Cordon { worker: worker("w"), on: true, drains: true });
+    assert_eq!(desk.state(&key), "stopping(preempt) worker_draining");
+    desk.repeated(Input::Cordon { worker: worker("w"), on: true, drains: true });
+}
