@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use attune_spec::id::{CohortId, WorkerId};
 
+use crate::machine::Live;
 use crate::project::Accounts;
 use crate::queue::Queue;
 use crate::timers::Timer;
@@ -173,7 +174,7 @@ pub fn lanes_fit(core: &Core) -> Result<(), Broken> {
 /// When it does not hold.
 pub fn accounts_balance(core: &Core) -> Result<(), Broken> {
     const NAME: &str = "accounts_balance";
-    let (mut accounts, mut priorities) = (Accounts::default(), BTreeMap::<i32, u32>::new());
+    let (mut accounts, mut live) = (Accounts::default(), Live::new());
     for job in core.jobs().filter(|job| job.counts_as_queued()) {
         accounts.change(&job.key.project, |account| account.n_queued += 1);
     }
@@ -182,11 +183,11 @@ pub fn accounts_balance(core: &Core) -> Result<(), Broken> {
             accounts.change(&project, |account| account.usage.add(&usage));
         }
         for job in cohort.attempts.iter().filter_map(|attempt| core.job(&attempt.key)) {
-            *priorities.entry(job.request.priority).or_default() += 1;
+            *live.entry(job.request.priority).or_default().entry(cohort.id).or_default() += 1;
         }
     }
     holds(NAME, accounts == core.accounts, || format!("{:?} instead of {accounts:?}", core.accounts))?;
-    holds(NAME, priorities == core.live_priorities, || format!("{:?}", core.live_priorities))
+    holds(NAME, live == core.live, || format!("{:?}", core.live))
 }
 
 /// No queued job could be granted: whatever makes room for one is followed by a look at the queue.

@@ -67,6 +67,9 @@ impl Default for Counters {
     }
 }
 
+/// Cohorts by the priority of their attempts, with how many each has of it.
+pub(crate) type Live = BTreeMap<i32, BTreeMap<CohortId, u32>>;
+
 /// What people have said, other than of jobs; stored by the shell.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Rules {
@@ -92,8 +95,8 @@ pub struct Core {
     // Derived from the above.
     pub(crate) queue: Queue,
     pub(crate) accounts: Accounts,
-    /// How many attempts of each priority are live.
-    pub(crate) live_priorities: BTreeMap<i32, u32>,
+    /// The cohorts of live attempts by the priority of these, with how many it has of each.
+    pub(crate) live: Live,
     pub(crate) dependants: BTreeMap<JobKey, BTreeSet<JobKey>>,
     pub(crate) due: BTreeSet<JobKey>,
     pub(crate) leases: BTreeMap<(WorkerId, CohortId), crate::lease::Lease>,
@@ -116,7 +119,7 @@ impl Core {
             workers: BTreeMap::new(),
             queue: Queue::default(),
             accounts: Accounts::default(),
-            live_priorities: BTreeMap::new(),
+            live: Live::new(),
             dependants: BTreeMap::new(),
             due: BTreeSet::new(),
             leases: BTreeMap::new(),
@@ -189,7 +192,7 @@ impl Core {
             self.count_cohort(cohort);
             for attempt in &self.cohorts[&cohort].attempts {
                 let priority = self.jobs.get(&attempt.key).map_or(0, |job| job.request.priority);
-                *self.live_priorities.entry(priority).or_default() += 1;
+                *self.live.entry(priority).or_default().entry(cohort).or_default() += 1;
             }
             // An attempt that got beyond its start was on its workers; of one that starts nobody knows.
             let arrived = |attempt: &Attempt| self.jobs.get(&attempt.key).is_some_and(|j| j.state != State::Starting);

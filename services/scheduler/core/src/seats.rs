@@ -133,6 +133,21 @@ impl<'s> Seats<'s> {
         self.change(idx, |seats| seats.free[idx] = seats.free[idx].without(kind, n_devices));
     }
 
+    /// Gives devices of a seat back.
+    pub(crate) fn give(&mut self, idx: usize, kind: Device, n_devices: u32) {
+        self.change(idx, |seats| seats.free[idx] = seats.free[idx].with(kind, n_devices));
+    }
+
+    /// What is free of a seat.
+    pub(crate) fn free(&self, idx: usize) -> Devices {
+        self.free[idx]
+    }
+
+    /// The seat of a worker.
+    pub(crate) fn of(&self, worker: &WorkerId) -> Option<usize> {
+        self.by_worker.get(worker).copied()
+    }
+
     fn change(&mut self, idx: usize, change: impl FnOnce(&mut Self)) {
         let was_idle = self.is_idle_at(idx);
         let before = self.free[idx];
@@ -156,8 +171,10 @@ pub(crate) fn able<'s>(
     seats: &'s [Seat<'s>],
     (kind, n_devices, labels): Wish<'s>,
 ) -> impl Iterator<Item = usize> + use<'s> {
-    (0..seats.len()).filter(move |&idx| {
-        seats[idx].devices.of(kind) >= n_devices
-            && labels.iter().all(|(name, value)| seats[idx].labels.get(name) == Some(value))
-    })
+    (0..seats.len()).filter(move |&idx| is_able(&seats[idx], (kind, n_devices, labels)))
+}
+
+/// Whether a seat could hold a share of such a job if it were empty.
+pub(crate) fn is_able(seat: &Seat<'_>, (kind, n_devices, labels): Wish<'_>) -> bool {
+    seat.devices.of(kind) >= n_devices && labels.iter().all(|(name, value)| seat.labels.get(name) == Some(value))
 }

@@ -121,8 +121,10 @@ pub enum Blocked {
     Gathering,
 }
 
-/// How many jobs are looked for that others may make way for, once nothing is free: the next look finds the next ones.
+/// How many jobs are looked for that others may make way for, once nothing is free, and how many are looked at for that: the next look
+/// finds the next ones.
 const MAX_WAITING: usize = 64;
+const MAX_LOOKED_AT: usize = 512;
 
 /// Walks the queue, given project by project, each in the order of priority and age, and returns the gangs that can be granted now. It
 /// goes no further once no seat is left that somebody could have, but for jobs of a higher priority than `least`, that of the least urgent
@@ -146,10 +148,14 @@ pub fn place<'a, I: Iterator<Item = Ask<'a>>>(
     let mut placed = Placed::default();
     // What found no gang and kept no worker will not later in this walk either: seats only get fewer.
     let mut hopeless: HashSet<&Resources> = HashSet::new();
+    let mut n_looked_at = 0;
     while let Some((Reverse(priority), .., idx)) = heads.pop_first() {
-        let is_urgent = least.is_some_and(|least| priority > least) && placed.waiting.len() < MAX_WAITING;
-        if !fleet.is_idle() && !is_urgent {
-            break;
+        if !fleet.is_idle() {
+            n_looked_at += 1;
+            let is_enough = placed.waiting.len() >= MAX_WAITING || n_looked_at > MAX_LOOKED_AT;
+            if is_enough || least.is_none_or(|least| priority <= least) {
+                break;
+            }
         }
         let line = &mut lines[idx];
         let Some((at, ask)) = line.take() else { continue };

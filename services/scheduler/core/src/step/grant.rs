@@ -14,7 +14,7 @@ impl Core {
             return;
         }
         loop {
-            let least = self.live_priorities.keys().next().copied().filter(|_| self.settings.preempts);
+            let least = self.live.keys().next().copied().filter(|_| self.settings.preempts);
             let seats = self.seats();
             let Placed { placements, waiting } = placement::place(self.lines(), &seats, self.settings.max_lanes, least);
             let waiting: Vec<JobKey> = waiting.into_iter().cloned().collect();
@@ -71,7 +71,7 @@ impl Core {
         let priority = job.request.priority;
         let attempt = Attempt { key: key.clone(), epoch: job.epoch };
         let checkpoint = job.checkpoint.filter(|_| !starts_over);
-        *self.live_priorities.entry(priority).or_default() += 1;
+        *self.live.entry(priority).or_default().entry(cohort).or_default() += 1;
         self.move_to(key, State::Starting, Reason::Granted, draft);
         Granted { attempt, checkpoint }
     }

@@ -238,10 +238,15 @@ impl Core {
         let (attempt, priority) = (Attempt { key: key.clone(), epoch: job.epoch }, job.request.priority);
         let id = job.cohort.take().expect("one_live_epoch: a live job has a cohort");
         self.uncount_cohort(id);
-        if let Some(count) = self.live_priorities.get_mut(&priority) {
-            *count -= 1;
-            if *count == 0 {
-                self.live_priorities.remove(&priority);
+        if let Some(cohorts) = self.live.get_mut(&priority) {
+            if let Some(count) = cohorts.get_mut(&id) {
+                *count -= 1;
+                if *count == 0 {
+                    cohorts.remove(&id);
+                }
+            }
+            if cohorts.is_empty() {
+                self.live.remove(&priority);
             }
         }
         let cohort = self.cohorts.get_mut(&id).expect("one_live_epoch: the cohort of a live job exists");

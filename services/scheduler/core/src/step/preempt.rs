@@ -6,181 +6,178 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use attune_spec::id::{CohortId, WorkerId};
+use attune_spec::id::CohortId;
 
-use crate::placement::Seat;
+use crate::placement::{Ask, Seat};
 use crate::plant::Plant;
-use crate::seats;
+use crate::seats::{self, Seats};
 use crate::step::Draft;
-use crate::{Attempt, Core, Device, Devices, Job, JobKey, State, Stop};
+use crate::timers::Timer;
+use crate::{Attempt, Cohort, Core, Device, Job, JobKey, Occupied, Reason, State, Stop};
 
-/// What a cohort does about its devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Occupant {
-    /// It gives them back by itself.
-    Leaves,
-    /// It can be asked to; its most urgent job has this priority.
-    Yields(i32),
-    /// It stays.
-    Stays,
-}
-
-/// What is free of each worker's devices, and will be without anybody being asked any more.
-type Soon = BTreeMap<WorkerId, Devices>;
+/// How many cohorts are looked at in one step for those that can make way: the next step looks again.
+const MAX_LOOKED_AT: usize = 2000;
 
 impl Core {
     /// Makes way for jobs that wait for what others occupy, in this order.
     pub(super) fn make_way(&mut self, waiting: &[JobKey], draft: &mut Draft) {
-        let Some((&least, _)) = self.live_priorities.first_key_value() else { return };
-        let is_urgent = |key: &JobKey| self.jobs[key].request.priority > least || self.has(Plant::EqualsPreempted);
+        let Some((&least, _)) = self.live.first_key_value() else { return };
+        let equals_too = self.has(Plant::EqualsPreempted);
+        let is_urgent = |key: &JobKey| self.jobs[key].request.priority > least || equals_too;
         let Some(last) = waiting.iter().rposition(is_urgent).filter(|_| self.settings.preempts) else { return };
-        let mut soon = self.soon();
-        let mut asked: Vec<Attempt> = Vec::new();
-        // Those before it have what comes free, urgent or not.
-        for key in &waiting[..=last] {
-            let found = self.way_for(key, &soon);
-            let Some((kind, workers, yielding)) = found else { continue };
-            for cohort in yielding {
-                asked.extend(self.cohorts[&cohort].attempts.iter().cloned());
-                self.give_back(cohort, &mut soon);
-            }
-            let n_devices = self.jobs[key].request.resources.n_devices.get();
-            for worker in workers {
-                let left = soon.entry(worker).or_default();
-                *left = left.without(kind, n_devices);
-            }
+        let seats = self.soon();
+        let mut fleet = Seats::new(&seats);
+        let (mut asked, mut left) = (BTreeSet::new(), MAX_LOOKED_AT);
+        // Those before the last urgent one have what comes free, urgent or not.
+        for ask in waiting[..=last].iter().filter_map(|key| self.ask(key)) {
+            let kinds = self.may_have(&ask);
+            let gang = fleet.gang(&ask, &kinds).or_else(|| {
+                kinds.into_iter().find_map(|kind| {
+                    let yielding = self.way_for(&ask, kind, (&seats, &fleet), &asked, &mut left)?;
+                    for id in &yielding {
+                        for share in &self.cohorts[id].shares {
+                            if let Some(idx) = fleet.of(&share.worker) {
+                                fleet.give(idx, share.device, share.n_devices);
+                            }
+                        }
+                    }
+                    asked.extend(yielding);
+                    fleet.gang(&ask, &[kind])
+                })
+            });
+            let Some((kind, gang)) = gang else { continue };
+            let n_devices = ask.resources.n_devices.get();
+            gang.into_iter().for_each(|idx| fleet.take(idx, kind, n_devices));
         }
-        for Attempt { key, .. } in asked {
+        drop(fleet);
+        let attempts = asked.iter().flat_map(|id| self.cohorts[id].attempts.iter().cloned());
+        for Attempt { key, .. } in attempts.collect::<Vec<_>>() {
             if matches!(self.jobs[&key].state, State::Starting | State::Running) {
                 self.yield_devices(&key, draft);
             }
         }
     }
 
-    fn soon(&self) -> Soon {
-        let seats: BTreeSet<&WorkerId> = self.seats().iter().map(|seat| seat.worker).collect();
-        let workers = self.workers.values().filter(|worker| seats.contains(&worker.id));
-        let of = |worker: &crate::Worker| {
-            let leaving = worker.occupied.iter().filter(|(id, _)| self.occupant(**id) == Occupant::Leaves);
-            leaving.fold(worker.free(), |soon, (_, used)| soon.with(used.device, used.n_devices))
-        };
-        workers.map(|worker| (worker.id.clone(), of(worker))).collect()
+    /// The seats, with what is free of them and will be without anybody being asked any more.
+    fn soon(&self) -> Vec<Seat<'_>> {
+        let stopping = self.timers.iter().filter_map(|(timer, _)| match timer {
+            Timer::Stop(key) => self.jobs.get(key)?.cohort,
+            _ => None,
+        });
+        let leaving: BTreeSet<CohortId> =
+            stopping.filter(|id| self.staying(&self.cohorts[id]).next().is_none()).collect();
+        let mut seats = self.seats();
+        for seat in &mut seats {
+            let leaves = |(id, used): &(&CohortId, &Occupied)| used.releasing || leaving.contains(id);
+            for (_, used) in self.workers[seat.worker].occupied.iter().filter(leaves) {
+                seat.free = seat.free.with(used.device, used.n_devices);
+            }
+        }
+        seats
     }
 
-    fn occupant(&self, id: CohortId) -> Occupant {
-        // One that is over is being killed.
-        let Some(cohort) = self.cohorts.get(&id) else { return Occupant::Leaves };
+    /// The jobs of a cohort that are not being stopped.
+    fn staying(&self, cohort: &Cohort) -> impl Iterator<Item = &Job> {
         let jobs = cohort.attempts.iter().filter_map(|attempt| self.jobs.get(&attempt.key));
-        let staying: Vec<&Job> = jobs.filter(|job| !matches!(job.state, State::Stopping(_))).collect();
-        let has_moved = |job: &&Job| job.preempted_at != Some(job.progress);
-        match staying.iter().map(|job| job.request.priority).max() {
-            None => Occupant::Leaves,
-            Some(priority) if staying.iter().all(has_moved) => Occupant::Yields(priority),
-            Some(_) => Occupant::Stays,
-        }
+        jobs.filter(|job| !matches!(job.state, State::Stopping(_)))
     }
 
-    fn give_back(&self, id: CohortId, soon: &mut Soon) {
-        for share in &self.cohorts[&id].shares {
-            if let Some(devices) = soon.get_mut(&share.worker) {
-                *devices = devices.with(share.device, share.n_devices);
-            }
-        }
+    /// Whether a cohort can be asked to make way for a job of this priority.
+    fn yields(&self, cohort: &Cohort, priority: i32) -> bool {
+        let may = |job: &Job| {
+            let is_less = job.request.priority < priority || self.has(Plant::EqualsPreempted);
+            is_less && job.preempted_at != Some(job.progress)
+        };
+        let mut jobs = self.staying(cohort).peekable();
+        jobs.peek().is_some() && jobs.all(may)
     }
 
-    /// The gang that a job gets when these cohorts have made way: the kind of its devices, its workers, the cohorts, of which there are
-    /// none where enough comes free by itself.
-    fn way_for(&self, key: &JobKey, soon: &Soon) -> Option<(Device, Vec<WorkerId>, Vec<CohortId>)> {
-        let request = &self.jobs[key].request;
-        let resources = &request.resources;
-        let (n_workers, n_devices) = (resources.n_workers.get() as usize, resources.n_devices.get());
-        let needed = resources.n_workers.get().saturating_mul(n_devices);
-        let tenant = self.tenant(&key.project, 0);
-        let may_have = |kind: Device| {
-            let used = tenant.usage.devices().of(kind);
-            tenant.policy.max_of(kind).is_none_or(|max| used.saturating_add(needed) <= max)
+    /// The kinds of devices, best first, of which a job's project may have as many more.
+    fn may_have(&self, ask: &Ask<'_>) -> Vec<Device> {
+        let tenant = self.tenant(&ask.key.project, 0);
+        let needed = ask.resources.n_workers.get().saturating_mul(ask.resources.n_devices.get());
+        let has_room = |kind: &Device| {
+            let used = tenant.usage.devices().of(*kind);
+            tenant.policy.max_of(*kind).is_none_or(|max| used.saturating_add(needed) <= max)
         };
-        let kinds: Vec<Device> = resources.device.kinds().iter().copied().filter(|kind| may_have(*kind)).collect();
-        let seats = self.seats();
-        let able = |kind: Device| -> Vec<&Seat<'_>> {
-            seats::able(&seats, (kind, n_devices, &resources.labels)).map(|idx| &seats[idx]).collect()
+        ask.resources.device.kinds().iter().copied().filter(has_room).collect()
+    }
+
+    /// Who has to make way for a job to have a gang of a kind of devices. `asked` have been asked already, and `left` more are looked at.
+    fn way_for(
+        &self,
+        ask: &Ask<'_>,
+        kind: Device,
+        (seats, fleet): (&[Seat<'_>], &Seats<'_>),
+        asked: &BTreeSet<CohortId>,
+        left: &mut usize,
+    ) -> Option<Vec<CohortId>> {
+        let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
+        let wish = (kind, n_devices, &ask.resources.labels);
+        let mut given: BTreeMap<usize, u32> = BTreeMap::new();
+        let has = |given: &BTreeMap<usize, u32>, idx: usize| {
+            fleet.free(idx).of(kind).saturating_add(given.get(&idx).copied().unwrap_or_default()) >= n_devices
         };
-        let fitting = |kind: Device, able: &[&Seat<'_>], soon: &Soon| -> Vec<WorkerId> {
-            let free = |seat: &&&Seat<'_>| soon.get(seat.worker).copied().unwrap_or_default().of(kind);
-            let mut fit: Vec<&&Seat<'_>> = able.iter().filter(|seat| free(seat) >= n_devices).collect();
-            fit.sort_by_key(|seat| (free(seat), seat.worker));
-            fit.into_iter().take(n_workers).map(|seat| seat.worker.clone()).collect()
-        };
-        for &kind in &kinds {
-            let workers = fitting(kind, &able(kind), soon);
-            if workers.len() == n_workers {
-                return Some((kind, workers, Vec::new()));
+        // What comes free by itself counts.
+        let mut enough: BTreeSet<usize> =
+            seats::able(seats, wish).filter(|&idx| fleet.free(idx).of(kind) >= n_devices).take(n_workers).collect();
+        let mut chosen: Vec<CohortId> = Vec::new();
+        let up_to = if self.has(Plant::EqualsPreempted) { ask.priority } else { ask.priority.checked_sub(1)? };
+        let by_urgency = self.live.range(..=up_to).flat_map(|(_, cohorts)| cohorts.keys().map(|id| Reverse(*id)).rev());
+        for Reverse(id) in by_urgency {
+            if enough.len() >= n_workers || *left == 0 {
+                break;
             }
-        }
-        kinds.into_iter().find_map(|kind| {
-            let free = |worker: &WorkerId| soon.get(worker).copied().unwrap_or_default().of(kind);
-            let able = able(kind);
-            // What it costs to have each seat: the most urgent of those who have to go, and how many these are.
-            let costs = able.iter().filter_map(|seat| {
-                let (mut free, mut gone) = (free(seat.worker), Vec::new());
-                for (priority, Reverse(id), n) in self.yielding(seat.worker, kind, request.priority) {
-                    if free >= n_devices {
-                        break;
-                    }
-                    free = free.saturating_add(n);
-                    gone.push((priority, id));
-                }
-                let cost = (gone.last().map(|(priority, _)| *priority), gone.len(), seat.worker);
-                (free >= n_devices).then_some((cost, gone))
-            });
-            let mut costs: Vec<_> = costs.collect();
-            costs.sort_by(|a, b| a.0.cmp(&b.0));
-            costs.truncate(n_workers);
-            if costs.len() < n_workers {
-                return None;
-            }
-            let workers: Vec<&WorkerId> = costs.iter().map(|((.., worker), _)| *worker).collect();
-            // Whoever makes way on one seat may do so on others.
-            let mut chosen: BTreeSet<(i32, Reverse<CohortId>)> = costs
-                .iter()
-                .flat_map(|(_, gone)| gone.iter().map(|(priority, id)| (*priority, Reverse(*id))))
-                .collect();
-            let is_enough = |chosen: &BTreeSet<(i32, Reverse<CohortId>)>| {
-                workers.iter().all(|worker| {
-                    let shares = chosen.iter().filter_map(|(_, Reverse(id))| self.cohorts[id].share(worker));
-                    let given = shares.filter(|share| share.device == kind).map(|share| share.n_devices);
-                    given.fold(free(worker), u32::saturating_add) >= n_devices
+            *left -= 1;
+            let cohort = &self.cohorts[&id];
+            let places = || {
+                cohort.shares.iter().filter(|share| share.device == kind).filter_map(|share| {
+                    let idx = fleet.of(&share.worker).filter(|&idx| seats::is_able(&seats[idx], wish))?;
+                    (!has(&BTreeMap::new(), idx)).then_some((idx, share.n_devices))
                 })
             };
-            for cohort in chosen.clone().into_iter().rev() {
-                chosen.remove(&cohort);
-                if !is_enough(&chosen) {
-                    chosen.insert(cohort);
+            if asked.contains(&id)
+                || chosen.contains(&id)
+                || places().next().is_none()
+                || !self.yields(cohort, ask.priority)
+            {
+                continue;
+            }
+            chosen.push(id);
+            for (idx, n) in places() {
+                *given.entry(idx).or_default() += n;
+                if has(&given, idx) {
+                    enough.insert(idx);
                 }
             }
-            let workers = workers.into_iter().cloned().collect();
-            Some((kind, workers, chosen.into_iter().map(|(_, Reverse(id))| id).collect()))
-        })
-    }
-
-    /// Who can be asked to give back devices of a kind on a worker for a job of this priority, and how many: the least urgent first, of
-    /// these the youngest.
-    fn yielding(&self, worker: &WorkerId, kind: Device, priority: i32) -> Vec<(i32, Reverse<CohortId>, u32)> {
-        let occupied = self.workers.get(worker).into_iter().flat_map(|worker| &worker.occupied);
-        let yields = occupied.filter(|(_, used)| used.device == kind).filter_map(|(id, used)| {
-            let Occupant::Yields(own) = self.occupant(*id) else { return None };
-            let is_less = own < priority || self.has(Plant::EqualsPreempted);
-            is_less.then_some((own, Reverse(*id), used.n_devices))
-        });
-        let mut yields: Vec<_> = yields.collect();
-        yields.sort_unstable();
-        yields
+        }
+        if enough.len() < n_workers {
+            return None;
+        }
+        let enough: Vec<usize> = enough.into_iter().collect();
+        // Whoever is not needed for these seats stays: the most urgent are looked at first.
+        for at in (0..chosen.len()).rev() {
+            let shares = |id: CohortId| self.cohorts[&id].shares.iter().filter(|share| share.device == kind);
+            let without: Vec<(usize, u32)> =
+                shares(chosen[at]).filter_map(|share| Some((fleet.of(&share.worker)?, share.n_devices))).collect();
+            let mut rest = given.clone();
+            for (idx, n) in &without {
+                if let Some(given) = rest.get_mut(idx) {
+                    *given = given.saturating_sub(*n);
+                }
+            }
+            if enough.iter().all(|&idx| has(&rest, idx)) {
+                given = rest;
+                chosen.remove(at);
+            }
+        }
+        Some(chosen)
     }
 
     /// Asks a job to make way.
     pub(super) fn yield_devices(&mut self, key: &JobKey, draft: &mut Draft) {
         let job = self.edit(key, draft);
         job.preempted_at = Some(job.progress);
-        self.ask_to_stop(key, Stop::Preempt, crate::Reason::PreemptAsked, draft);
+        self.ask_to_stop(key, Stop::Preempt, Reason::PreemptAsked, draft);
     }
 }

@@ -130,7 +130,7 @@ impl Store {
         if core.policies != restored.policies || core.cordoned != restored.cordoned {
             return differs("what was said of projects or workers");
         }
-        if core.accounts != restored.accounts || core.live_priorities != restored.live_priorities {
+        if core.accounts != restored.accounts || core.live != restored.live {
             return differs("what is counted of projects");
         }
         if core.queue != restored.queue || core.dependants != restored.dependants {
