@@ -237,6 +237,7 @@ fn timers_fit(core: &Core) -> bool {
         Timer::Worker(worker) => core.worker(worker).is_some(),
         Timer::Stop(key) => core.job(key).is_some_and(|job| matches!(job.state, State::Stopping(_))),
         Timer::Backoff(key) => core.job(key).is_some_and(|job| job.state == State::Backoff),
+        Timer::Way => true,
         Timer::Gather(key) => core.job(key).is_some_and(|job| job.state == State::Queued && job.shares().is_some()),
     })
 }

@@ -132,7 +132,7 @@ fn a_seed_repeats_itself() {
 fn planted_defects_are_caught() {
     let mut missed = Vec::new();
     for plant in Plant::ALL {
-        let caught = (0..300).find_map(|seed| run(seed, Some(plant), false).0.err().map(|why| (seed, why)));
+        let caught = (0..3000).find_map(|seed| run(seed, Some(plant), false).0.err().map(|why| (seed, why)));
         match caught {
             Some((seed, why)) => println!("{plant:?}: seed {seed}: {why}"),
             None => missed.push(plant),

@@ -18,7 +18,7 @@ impl Core {
                     let cause = self.loss(&worker, cohort, lives);
                     self.fail_cohort(cohort, cause, Some(&worker), draft);
                 }
-                Timer::Gather(_) => draft.has_room = true,
+                Timer::Gather(_) | Timer::Way => draft.has_room = true,
                 Timer::Worker(worker) => self.give_up(&worker, draft),
                 Timer::Stop(key) => {
                     if let State::Stopping(stop) = self.jobs[&key].state {

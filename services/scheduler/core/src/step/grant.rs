@@ -14,7 +14,7 @@ impl Core {
             return;
         }
         loop {
-            let least = self.live.keys().next().copied().filter(|_| self.settings.preempts);
+            let least = self.least_urgent();
             let seats = self.seats();
             let Placed { placements, waiting } = placement::place(self.lines(), &seats, self.settings.max_lanes, least);
             let waiting: Vec<JobKey> = waiting.into_iter().cloned().collect();

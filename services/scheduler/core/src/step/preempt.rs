@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use attune_spec::id::CohortId;
 
@@ -15,19 +16,22 @@ use crate::step::Draft;
 use crate::timers::Timer;
 use crate::{Attempt, Cohort, Core, Device, Job, JobKey, Occupied, Reason, State, Stop};
 
+/// After a look in vain, how long nobody looks again: what comes to yield meanwhile does so a little later.
+const WAIT: Duration = Duration::from_secs(1);
+
 /// How many cohorts are looked at in one step for those that can make way: the next step looks again.
 const MAX_LOOKED_AT: usize = 2000;
 
 impl Core {
     /// Makes way for jobs that wait for what others occupy, in this order.
     pub(super) fn make_way(&mut self, waiting: &[JobKey], draft: &mut Draft) {
-        let Some((&least, _)) = self.live.first_key_value() else { return };
+        let Some(least) = self.least_urgent() else { return };
         let equals_too = self.has(Plant::EqualsPreempted);
         let is_urgent = |key: &JobKey| self.jobs[key].request.priority > least || equals_too;
-        let Some(last) = waiting.iter().rposition(is_urgent).filter(|_| self.settings.preempts) else { return };
+        let Some(last) = waiting.iter().rposition(is_urgent) else { return };
         let seats = self.soon();
         let mut fleet = Seats::new(&seats);
-        let (mut asked, mut left) = (BTreeSet::new(), MAX_LOOKED_AT);
+        let (mut asked, mut left, mut is_in_vain) = (BTreeSet::new(), MAX_LOOKED_AT, false);
         // Those before the last urgent one have what comes free, urgent or not.
         for ask in waiting[..=last].iter().filter_map(|key| self.ask(key)) {
             let kinds = self.may_have(&ask);
@@ -45,17 +49,29 @@ impl Core {
                     fleet.gang(&ask, &[kind])
                 })
             });
-            let Some((kind, gang)) = gang else { continue };
+            let Some((kind, gang)) = gang else {
+                is_in_vain = true;
+                continue;
+            };
             let n_devices = ask.resources.n_devices.get();
             gang.into_iter().for_each(|idx| fleet.take(idx, kind, n_devices));
         }
         drop(fleet);
+        if is_in_vain && asked.is_empty() {
+            self.timers.set(Timer::Way, self.now.plus(WAIT));
+        }
         let attempts = asked.iter().flat_map(|id| self.cohorts[id].attempts.iter().cloned());
         for Attempt { key, .. } in attempts.collect::<Vec<_>>() {
             if matches!(self.jobs[&key].state, State::Starting | State::Running) {
                 self.yield_devices(&key, draft);
             }
         }
+    }
+
+    /// The priority of the least urgent job that runs, if others may be asked to make way now.
+    pub(super) fn least_urgent(&self) -> Option<i32> {
+        let may = self.settings.preempts && self.timers.get(&Timer::Way).is_none();
+        self.live.keys().next().copied().filter(|_| may)
     }
 
     /// The seats, with what is free of them and will be without anybody being asked any more.
