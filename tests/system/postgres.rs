@@ -48,9 +48,20 @@ impl Postgres {
         format!("postgres://attune@localhost/postgres?host={}", self.folder.path().display())
     }
 
-    /// `kill -9` of the server, as a power cut would end it; what was committed is on disk.
+    /// `kill -9` of the server and its processes, as a power cut would end them; what was committed is on disk.
     pub(crate) fn kill(&mut self) {
-        self.server.take().unwrap().kill();
+        let server = self.server.take().unwrap();
+        let own = server.children();
+        server.kill();
+        // Whoever lives on for a moment keeps the memory that they share, and with it the next server out.
+        let deadline = Instant::now() + PATIENCE;
+        while own.iter().any(|id| is_alive(*id)) {
+            assert!(Instant::now() < deadline, "its processes live on");
+            for id in &own {
+                drop(nix::sys::signal::kill(nix::unistd::Pid::from_raw(*id), nix::sys::signal::Signal::SIGKILL));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
     }
 
     /// Starts the server on the data that it left, and waits until it answers.
@@ -79,6 +90,13 @@ impl Postgres {
         }
         command
     }
+}
+
+/// Whether a process is there and has not ended.
+fn is_alive(id: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    let state = stat.rsplit(')').next().unwrap_or_default().split_whitespace().next().map(str::to_owned);
+    state.is_some_and(|state| state != "Z" && state != "X")
 }
 
 fn is_root() -> bool {
