@@ -27,7 +27,7 @@ async fn a_job_goes_on_under_whoever_stood_by() {
     for round in 1..=4 {
         cluster.wait(&id, "progress", |job| step(job) >= round * APART || job.end_time.is_some()).await;
         if round == 3 {
-            postgres.kill();
+            postgres.kill().await;
             postgres.start_again().await;
             continue;
         }

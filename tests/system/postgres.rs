@@ -49,7 +49,7 @@ impl Postgres {
     }
 
     /// `kill -9` of the server and its processes, as a power cut would end them; what was committed is on disk.
-    pub(crate) fn kill(&mut self) {
+    pub(crate) async fn kill(&mut self) {
         let server = self.server.take().unwrap();
         let own = server.children();
         server.kill();
@@ -58,9 +58,10 @@ impl Postgres {
         while own.iter().any(|id| is_alive(*id)) {
             assert!(Instant::now() < deadline, "its processes live on");
             for id in &own {
-                drop(nix::sys::signal::kill(nix::unistd::Pid::from_raw(*id), nix::sys::signal::Signal::SIGKILL));
+                // It may have ended meanwhile.
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*id), nix::sys::signal::Signal::SIGKILL);
             }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
     }
 

@@ -33,6 +33,14 @@ async fn who_makes_way_ends_with_the_bits_of_an_undisturbed_run() {
     let again = cluster.wait(&id, "second attempt", |job| job.epoch == 2 && job.progress.is_some()).await;
     assert!(!again.checkpoint.is_empty() && again.failed_attempts == 0, "{again:?}");
 
+    let said = cluster.json(["projects", "set", "default", "--weight", "2", "--max-cpu", "3"]);
+    assert_eq!((&said["weight"], &said["cpu"]["max"], &said["cpu"]["used"]), (&2.into(), &3.into(), &1.into()));
+    assert_eq!(cluster.json(["projects", "list"])[0], cluster.json(["projects", "get", "default"]));
+    for wrong in [vec!["projects", "set", "Bad Name"], vec!["workers", "drain", "nobody"]] {
+        let refused = cluster.run(&wrong);
+        assert!(!refused.status.success() && !refused.stderr.is_empty(), "{wrong:?}: {refused:?}");
+        assert!(!String::from_utf8_lossy(&refused.stderr).contains("panicked"), "{refused:?}");
+    }
     let workers = cluster.json(["workers", "list"]);
     let worker = workers[0]["id"].as_str().unwrap().to_owned();
     assert_eq!(workers[0]["jobs"][0], format!("projects/default/jobs/{id}"));

@@ -26,7 +26,7 @@ pub(crate) enum Command {
 #[derive(Debug, clap::Args)]
 pub(crate) struct One {
     /// Its name.
-    #[arg(value_name = "PROJECT")]
+    #[arg(id = "named", value_name = "PROJECT")]
     project: String,
 }
 
@@ -34,7 +34,7 @@ pub(crate) struct One {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Set {
     /// Its name.
-    #[arg(value_name = "PROJECT")]
+    #[arg(id = "named", value_name = "PROJECT")]
     project: String,
     /// Its weight in the fair share: of two projects with work, one of weight 2 gets twice as much as one of weight 1.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]

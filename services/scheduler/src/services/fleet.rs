@@ -43,9 +43,7 @@ impl FleetDesk {
         let worker: WorkerId = field("worker_id", worker).map_err(invalid)?;
         match self.context.front.step(Input::Cordon { worker: worker.clone(), on, drains }).await? {
             Answer::Done | Answer::Repeated => Ok(()),
-            Answer::Refused(_) => {
-                Err(Class::NotFound.status(format!("no worker {worker} is known; `ListWorkers` names those that are")))
-            }
+            Answer::Refused(_) => Err(Class::NotFound.status(format!("no worker {worker} is known"))),
         }
     }
 
