@@ -7,7 +7,7 @@
 //! Deliberately absent: models, data and objectives (they come through [`Model`] and as layouts), and what anybody does with
 //! what is found.
 //!
-//! Reading order: [`wanted`] (who wants what where), [`measure`] (the pass), `inputs` and `gradients` (its sums), `texts`, [`file`].
+//! Reading order: [`wanted`] (who wants what where), [`mod@measure`] (the pass), `inputs` and `gradients` (its sums), `texts`, [`mod@file`].
 
 pub mod error;
 

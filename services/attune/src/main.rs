@@ -1,6 +1,6 @@
 //! The command line: assembly of what the rooms offer, and nothing that a room could hold.
 //!
-//! [`command`] has one file for each noun, [`print`] is what people and programs read, [`demo`] is the material of the
+//! [`command`] has one file for each noun, [`mod@print`] is what people and programs read, [`demo`] is the material of the
 //! built-in demonstration. Data goes to standard output, everything else to standard error.
 
 mod command;

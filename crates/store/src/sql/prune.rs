@@ -17,7 +17,7 @@ impl Store {
     /// alone are those that another job made too, that a tag names, or that an unfinished job was created with.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Corrupt`].
+    /// [`Error::Unavailable`](crate::Error::Unavailable), [`Error::Corrupt`](crate::Error::Corrupt).
     pub async fn prune_checkpoints(
         &self,
         project: &Project,
@@ -79,7 +79,7 @@ impl Store {
     /// Bytes of a project's artifacts; a file that several have counts once.
     ///
     /// # Errors
-    /// [`Error::Unavailable`].
+    /// [`Error::Unavailable`](crate::Error::Unavailable).
     pub async fn kept_bytes(&self, project: &Project) -> Result<u64> {
         let row = sqlx::query(
             "SELECT CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT) AS bytes \
@@ -95,7 +95,7 @@ impl Store {
     /// Those of `blobs` that no artifact of the project refers to.
     ///
     /// # Errors
-    /// [`Error::Unavailable`].
+    /// [`Error::Unavailable`](crate::Error::Unavailable).
     pub async fn unreferenced(&self, project: &Project, blobs: &[Digest]) -> Result<Vec<Digest>> {
         let mut connection = self.readers.acquire().await.map_err(db)?;
         let mut unreferenced = Vec::new();
