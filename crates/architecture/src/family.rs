@@ -3,7 +3,7 @@
 //! A model of the same mathematics is a row here and its module names in `modules`. OLMo-2 (norms after attention and MLP),
 //! OPT (learned positions with offset 2, ReLU), GPT-NeoX (fused projections by head, parallel MLP), Phi and Gemma (parallel
 //! blocks, scaled embeddings, norms of `1 + w`), Qwen2-MoE (an expert that every row goes through), RoBERTa (BERT with positions
-//! from 2 and a dense layer in its classifier) and ModernBERT (windows in some layers, rotary, gated) each ask for one more column of [`FamilyRow`] and the place in [`crate::Architecture`] that it fills; T5, ViT and CLIP
+//! from 2 and a dense layer in its classifier) and ModernBERT (windows in some layers, rotary, gated) each ask for one more column of `FamilyRow` and the place in [`crate::Architecture`] that it fills; T5, ViT and CLIP
 //! for blocks of their own (cross-attention, patches).
 
 use std::fmt;
