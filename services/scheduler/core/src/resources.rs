@@ -92,6 +92,13 @@ pub struct Resources {
     pub labels: BTreeMap<String, String>,
 }
 
+impl Resources {
+    /// How many devices the whole gang has.
+    pub const fn n_total(&self) -> u32 {
+        self.n_workers.get().saturating_mul(self.n_devices.get())
+    }
+}
+
 impl Default for Resources {
     /// One device of any kind on one worker.
     fn default() -> Self {

@@ -12,7 +12,7 @@ use crate::placement::{Ask, Seat};
 use crate::{Device, Devices, Resources};
 
 /// What jobs ask of a seat.
-type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
+pub(crate) type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
 
 /// The seats that a wish could have if they were empty and that nobody keeps: by what is free of its kind, then by name.
 #[derive(Debug, Default)]
@@ -141,11 +141,6 @@ impl<'s> Seats<'s> {
     /// What is free of a seat.
     pub(crate) fn free(&self, idx: usize) -> Devices {
         self.free[idx]
-    }
-
-    /// The seat of a worker.
-    pub(crate) fn of(&self, worker: &WorkerId) -> Option<usize> {
-        self.by_worker.get(worker).copied()
     }
 
     fn change(&mut self, idx: usize, change: impl FnOnce(&mut Self)) {

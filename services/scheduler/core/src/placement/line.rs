@@ -4,15 +4,13 @@ use std::collections::HashSet;
 use std::num::NonZeroU32;
 
 use super::{Ask, Tenant};
-use crate::project::{Fleet, Policy, Usage};
+use crate::project::{Fleet, Usage};
 use crate::{Device, JobKey, Memory, Resources};
 
 /// A line that is read as far as it is looked at.
 pub(super) struct Line<'a, I> {
-    policy: Policy,
-    usage: Usage,
+    tenant: Tenant,
     share: u64,
-    n_wishes: usize,
     /// Kinds of which what is left to the project is kept for one of its jobs.
     kept: Vec<Device>,
     /// What is not looked for any more.
@@ -34,10 +32,9 @@ pub(super) struct Lanes {
 
 impl<'a, I: Iterator<Item = Ask<'a>>> Line<'a, I> {
     pub(super) fn new(tenant: Tenant, rest: I, fleet: &Fleet) -> Self {
-        let Tenant { policy, usage, n_wishes } = tenant;
-        let share = usage.share(fleet, policy.weight);
+        let share = tenant.usage.share(fleet, tenant.policy.weight);
         let (kept, hopeless, seen, is_settled) = Default::default();
-        Self { policy, usage, share, n_wishes, kept, hopeless, rest, seen, is_settled, next: 0 }
+        Self { tenant, share, kept, hopeless, rest, seen, is_settled, next: 0 }
     }
 
     fn get(&mut self, at: usize) -> Option<Ask<'a>> {
@@ -48,14 +45,14 @@ impl<'a, I: Iterator<Item = Ask<'a>>> Line<'a, I> {
         Some(self.seen[at])
     }
 
-    /// The first job that was not looked at yet; none once nothing that the line asks for is to be had.
+    /// The first job that was not looked at yet and asks for what is looked for; none once nothing is any more.
     pub(super) fn head(&mut self) -> Option<Ask<'a>> {
-        if self.hopeless.len() >= self.n_wishes {
+        if self.hopeless.len() >= self.tenant.n_wishes {
             return None;
         }
         loop {
             let ask = self.get(self.next)?;
-            if !self.is_settled[self.next] {
+            if !self.is_settled[self.next] && self.hopes(ask.resources) {
                 return Some(ask);
             }
             self.next += 1;
@@ -76,8 +73,8 @@ impl<'a, I: Iterator<Item = Ask<'a>>> Line<'a, I> {
 
     /// Adds to what the project has.
     pub(super) fn charge(&mut self, more: &Usage, fleet: &Fleet) {
-        self.usage.add(more);
-        self.share = self.usage.share(fleet, self.policy.weight);
+        self.tenant.usage.add(more);
+        self.share = self.tenant.usage.share(fleet, self.tenant.policy.weight);
     }
 
     /// Whether this is looked for.
@@ -90,20 +87,17 @@ impl<'a, I: Iterator<Item = Ask<'a>>> Line<'a, I> {
         self.hopeless.insert(resources);
     }
 
-    /// The kinds of devices, best first, of which the project may have as many more.
+    /// The kinds of devices, best first, of which the project may have as many more and that are kept for none of its jobs.
     pub(super) fn kinds(&self, resources: &Resources) -> Vec<Device> {
-        let has_room = |kind: &Device| {
-            let used = self.usage.devices().of(*kind);
-            self.policy.max_of(*kind).is_none_or(|max| used.saturating_add(of_gang(resources)) <= max)
-        };
-        let kinds = resources.device.kinds().iter().copied();
-        kinds.filter(|kind| !self.kept.contains(kind) && has_room(kind)).collect()
+        let mut kinds = self.tenant.kinds(resources);
+        kinds.retain(|kind| !self.kept.contains(kind));
+        kinds
     }
 
     /// Keeps what the project may still have of a kind for a job that needs more of it now; a job that needs more than it may ever have
     /// keeps nothing.
     pub(super) fn keep(&mut self, resources: &Resources, kind: Device) {
-        if self.policy.max_of(kind).is_none_or(|max| of_gang(resources) <= max) {
+        if self.tenant.policy.max_of(kind).is_none_or(|max| resources.n_total() <= max) {
             self.kept.push(kind);
         }
     }
@@ -135,9 +129,4 @@ impl<'a, I: Iterator<Item = Ask<'a>>> Line<'a, I> {
         let keys = lanes.into_iter().map(|lane| self.seen[lane].key.clone()).collect();
         Lanes { keys, memory, is_gathered }
     }
-}
-
-/// How many devices a gang has.
-fn of_gang(resources: &Resources) -> u32 {
-    resources.n_workers.get().saturating_mul(resources.n_devices.get())
 }

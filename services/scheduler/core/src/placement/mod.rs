@@ -17,7 +17,7 @@ mod line;
 mod tests;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU32;
 
 use attune_spec::id::{Digest, WorkerId};
@@ -65,6 +65,17 @@ pub struct Tenant {
     pub usage: Usage,
     /// How many different things its queued jobs ask for, at most: its line is walked no further once each was looked for in vain.
     pub n_wishes: usize,
+}
+
+impl Tenant {
+    /// The kinds of devices, best first, of which the project may have as many more as a job asks for.
+    pub fn kinds(&self, resources: &Resources) -> Vec<Device> {
+        let has_room = |kind: &Device| {
+            let used = self.usage.devices().of(*kind);
+            self.policy.max_of(*kind).is_none_or(|max| used.saturating_add(resources.n_total()) <= max)
+        };
+        resources.device.kinds().iter().copied().filter(has_room).collect()
+    }
 }
 
 /// A worker that takes new work. Draining, disconnected and lost ones have no seat.
@@ -121,10 +132,9 @@ pub enum Blocked {
     Gathering,
 }
 
-/// How many jobs are looked for that others may make way for, once nothing is free, and how many are looked at for that: the next look
-/// finds the next ones.
+/// How many jobs that ask for the same are looked for, once nothing is free, that others may make way for: the next look finds the next
+/// ones.
 const MAX_WAITING: usize = 64;
-const MAX_LOOKED_AT: usize = 512;
 
 /// Walks the queue, given project by project, each in the order of priority and age, and returns the gangs that can be granted now. It
 /// goes no further once no seat is left that somebody could have, but for jobs of a higher priority than `least`, that of the least urgent
@@ -148,14 +158,11 @@ pub fn place<'a, I: Iterator<Item = Ask<'a>>>(
     let mut placed = Placed::default();
     // What found no gang and kept no worker will not later in this walk either: seats only get fewer.
     let mut hopeless: HashSet<&Resources> = HashSet::new();
-    let mut n_looked_at = 0;
+    let mut n_waiting: HashMap<&Resources, usize> = HashMap::new();
     while let Some((Reverse(priority), .., idx)) = heads.pop_first() {
-        if !fleet.is_idle() {
-            n_looked_at += 1;
-            let is_enough = placed.waiting.len() >= MAX_WAITING || n_looked_at > MAX_LOOKED_AT;
-            if is_enough || least.is_none_or(|least| priority <= least) {
-                break;
-            }
+        let is_idle = fleet.is_idle();
+        if !is_idle && least.is_none_or(|least| priority <= least) {
+            break;
         }
         let line = &mut lines[idx];
         let Some((at, ask)) = line.take() else { continue };
@@ -179,6 +186,11 @@ pub fn place<'a, I: Iterator<Item = Ask<'a>>>(
                 placed.placements.push(Placement { keys: lanes.keys, device, workers });
             } else if fleet.keep(&ask, &kinds) {
                 placed.waiting.extend((!is_found).then_some(ask.key));
+                let n_waiting = n_waiting.entry(ask.resources).or_default();
+                *n_waiting += 1;
+                if !is_idle && *n_waiting >= MAX_WAITING {
+                    line.give_up(ask.resources);
+                }
             } else if !is_found {
                 line.give_up(ask.resources);
                 if kinds == ask.resources.device.kinds() {
@@ -206,7 +218,7 @@ pub fn blocked<'a, I: Iterator<Item = Ask<'a>>>(
     let Resources { n_devices, device, labels, .. } = ask.resources;
     let able = |kind: &Device| seats::able(seats, (*kind, n_devices.get(), labels)).count();
     let most = device.kinds().iter().map(able).max().unwrap_or(0);
-    let kinds = Line::new(tenant, std::iter::empty(), &Fleet::default()).kinds(ask.resources);
+    let kinds = tenant.kinds(ask.resources);
     if seats.is_empty() {
         Some(Blocked::NoWorkers)
     } else if most == 0 {

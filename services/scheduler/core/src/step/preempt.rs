@@ -3,24 +3,51 @@
 //! Whoever makes way writes a checkpoint first and queues again. No more than will do are asked, the least urgent first, of these the
 //! youngest; none that has made no progress since it last made way, and none while what is coming free by itself is enough.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
-use attune_spec::id::CohortId;
+use attune_spec::id::{CohortId, Project};
 
-use crate::placement::{Ask, Seat};
+use crate::placement::{Seat, Tenant};
 use crate::plant::Plant;
-use crate::seats::{self, Seats};
+use crate::seats::{self, Seats, Wish};
 use crate::step::Draft;
 use crate::timers::Timer;
-use crate::{Attempt, Cohort, Core, Device, Job, JobKey, Occupied, Reason, State, Stop};
+use crate::{Attempt, Cohort, Core, Device, Job, JobKey, Occupied, Reason, Resources, Share, State, Stop, Usage};
 
 /// After a look in vain, how long nobody looks again: what comes to yield meanwhile does so a little later.
 const WAIT: Duration = Duration::from_secs(1);
 
-/// How many cohorts are looked at in one step for those that can make way: the next step looks again.
-const MAX_LOOKED_AT: usize = 2000;
+/// A cohort that can be asked to make way.
+struct Candidate {
+    id: CohortId,
+    /// The priority of its most urgent job.
+    priority: i32,
+    /// Its seats, with how many devices of which kind it has there.
+    places: Vec<(usize, Device, u32)>,
+}
+
+/// Those who can be asked, the least urgent first and of these the youngest, read as far as they are looked at.
+struct Candidates<I> {
+    rest: I,
+    seen: Vec<Candidate>,
+}
+
+impl<I: Iterator<Item = Candidate>> Candidates<I> {
+    fn get(&mut self, at: usize) -> Option<&Candidate> {
+        while self.seen.len() <= at {
+            self.seen.push(self.rest.next()?);
+        }
+        self.seen.get(at)
+    }
+}
+
+/// What a job asks for of one kind.
+struct Wanted<'a> {
+    priority: i32,
+    n_workers: usize,
+    wish: Wish<'a>,
+}
 
 impl Core {
     /// Makes way for jobs that wait for what others occupy, in this order.
@@ -31,32 +58,45 @@ impl Core {
         let Some(last) = waiting.iter().rposition(is_urgent) else { return };
         let seats = self.soon();
         let mut fleet = Seats::new(&seats);
-        let (mut asked, mut left, mut is_in_vain) = (BTreeSet::new(), MAX_LOOKED_AT, false);
+        let mut candidates = Candidates { rest: self.candidates(&seats), seen: Vec::new() };
+        let mut tenants: BTreeMap<&Project, Tenant> = BTreeMap::new();
+        let mut asked = BTreeSet::new();
+        // What was looked for in vain will be for whoever is no more urgent.
+        let (mut in_vain, mut is_in_vain): (HashSet<&Resources>, _) = (HashSet::new(), false);
         // Those before the last urgent one have what comes free, urgent or not.
         for ask in waiting[..=last].iter().filter_map(|key| self.ask(key)) {
-            let kinds = self.may_have(&ask);
+            if in_vain.contains(ask.resources) {
+                continue;
+            }
+            let project = &ask.key.project;
+            let tenant = tenants.entry(project).or_insert_with(|| self.tenant(project, 0));
+            let kinds = tenant.kinds(ask.resources);
+            let Resources { n_workers, n_devices, ref labels, .. } = *ask.resources;
+            let n_devices = n_devices.get();
             let gang = fleet.gang(&ask, &kinds).or_else(|| {
-                kinds.into_iter().find_map(|kind| {
-                    let yielding = self.way_for(&ask, kind, (&seats, &fleet), &asked, &mut left)?;
-                    for id in &yielding {
-                        for share in &self.cohorts[id].shares {
-                            if let Some(idx) = fleet.of(&share.worker) {
-                                fleet.give(idx, share.device, share.n_devices);
-                            }
-                        }
+                kinds.iter().find_map(|&kind| {
+                    let wish = (kind, n_devices, labels);
+                    let wanted = Wanted { priority: ask.priority, n_workers: n_workers.get() as usize, wish };
+                    for at in self.way_for(&wanted, (&seats, &fleet), &mut candidates, &asked)? {
+                        let Candidate { id, ref places, .. } = candidates.seen[at];
+                        places.iter().for_each(|&(idx, kind, n)| fleet.give(idx, kind, n));
+                        asked.insert(id);
                     }
-                    asked.extend(yielding);
                     fleet.gang(&ask, &[kind])
                 })
             });
             let Some((kind, gang)) = gang else {
                 is_in_vain = true;
+                // What its project may not have is no sign for others.
+                if kinds == ask.resources.device.kinds() {
+                    in_vain.insert(ask.resources);
+                }
                 continue;
             };
-            let n_devices = ask.resources.n_devices.get();
+            tenant.usage.add(&Usage::of_gang(kind, n_devices, gang.len(), ask.memory));
             gang.into_iter().for_each(|idx| fleet.take(idx, kind, n_devices));
         }
-        drop(fleet);
+        drop((fleet, candidates));
         if is_in_vain && asked.is_empty() {
             self.timers.set(Timer::Way, self.now.plus(WAIT));
         }
@@ -98,86 +138,73 @@ impl Core {
         jobs.filter(|job| !matches!(job.state, State::Stopping(_)))
     }
 
-    /// Whether a cohort can be asked to make way for a job of this priority.
-    fn yields(&self, cohort: &Cohort, priority: i32) -> bool {
-        let may = |job: &Job| {
-            let is_less = job.request.priority < priority || self.has(Plant::EqualsPreempted);
-            is_less && job.preempted_at != Some(job.progress)
-        };
-        let mut jobs = self.staying(cohort).peekable();
-        jobs.peek().is_some() && jobs.all(may)
+    /// Who can be asked to make way.
+    fn candidates<'a>(&'a self, seats: &'a [Seat<'a>]) -> impl Iterator<Item = Candidate> + use<'a> {
+        let by_urgency =
+            self.live.iter().flat_map(|(priority, cohorts)| cohorts.keys().rev().map(|id| (*priority, *id)));
+        by_urgency.filter_map(|(priority, id)| {
+            let cohort = &self.cohorts[&id];
+            let has_moved = |job: &Job| job.preempted_at != Some(job.progress);
+            // One of several priorities stands with the highest.
+            let is_here = self.staying(cohort).map(|job| job.request.priority).max() == Some(priority);
+            if !is_here || !self.staying(cohort).all(has_moved) {
+                return None;
+            }
+            let place = |share: &Share| {
+                let idx = seats.binary_search_by(|seat| seat.worker.cmp(&share.worker)).ok()?;
+                Some((idx, share.device, share.n_devices))
+            };
+            Some(Candidate { id, priority, places: cohort.shares.iter().filter_map(place).collect() })
+        })
     }
 
-    /// The kinds of devices, best first, of which a job's project may have as many more.
-    fn may_have(&self, ask: &Ask<'_>) -> Vec<Device> {
-        let tenant = self.tenant(&ask.key.project, 0);
-        let needed = ask.resources.n_workers.get().saturating_mul(ask.resources.n_devices.get());
-        let has_room = |kind: &Device| {
-            let used = tenant.usage.devices().of(*kind);
-            tenant.policy.max_of(*kind).is_none_or(|max| used.saturating_add(needed) <= max)
-        };
-        ask.resources.device.kinds().iter().copied().filter(has_room).collect()
-    }
-
-    /// Who has to make way for a job to have a gang of a kind of devices. `asked` have been asked already, and `left` more are looked at.
+    /// Which candidates have to make way for a job to have a gang of a kind of devices; `asked` have been asked already.
     fn way_for(
         &self,
-        ask: &Ask<'_>,
-        kind: Device,
+        wanted: &Wanted<'_>,
         (seats, fleet): (&[Seat<'_>], &Seats<'_>),
+        candidates: &mut Candidates<impl Iterator<Item = Candidate>>,
         asked: &BTreeSet<CohortId>,
-        left: &mut usize,
-    ) -> Option<Vec<CohortId>> {
-        let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
-        let wish = (kind, n_devices, &ask.resources.labels);
+    ) -> Option<Vec<usize>> {
+        let &Wanted { priority, n_workers, wish } = wanted;
+        let (kind, n_devices, _) = wish;
         let mut given: BTreeMap<usize, u32> = BTreeMap::new();
+        let free = |idx: usize| fleet.free(idx).of(kind);
         let has = |given: &BTreeMap<usize, u32>, idx: usize| {
-            fleet.free(idx).of(kind).saturating_add(given.get(&idx).copied().unwrap_or_default()) >= n_devices
+            free(idx).saturating_add(given.get(&idx).copied().unwrap_or_default()) >= n_devices
         };
         // What comes free by itself counts.
         let mut enough: BTreeSet<usize> =
-            seats::able(seats, wish).filter(|&idx| fleet.free(idx).of(kind) >= n_devices).take(n_workers).collect();
-        let mut chosen: Vec<CohortId> = Vec::new();
-        let up_to = if self.has(Plant::EqualsPreempted) { ask.priority } else { ask.priority.checked_sub(1)? };
-        let by_urgency = self.live.range(..=up_to).flat_map(|(_, cohorts)| cohorts.keys().map(|id| Reverse(*id)).rev());
-        for Reverse(id) in by_urgency {
-            if enough.len() >= n_workers || *left == 0 {
+            seats::able(seats, wish).filter(|&idx| free(idx) >= n_devices).take(n_workers).collect();
+        let mut chosen: Vec<usize> = Vec::new();
+        for at in 0.. {
+            if enough.len() >= n_workers {
                 break;
             }
-            *left -= 1;
-            let cohort = &self.cohorts[&id];
-            let places = || {
-                cohort.shares.iter().filter(|share| share.device == kind).filter_map(|share| {
-                    let idx = fleet.of(&share.worker).filter(|&idx| seats::is_able(&seats[idx], wish))?;
-                    (!has(&BTreeMap::new(), idx)).then_some((idx, share.n_devices))
-                })
+            let is_less = |candidate: &Candidate| {
+                candidate.priority < priority || candidate.priority == priority && self.has(Plant::EqualsPreempted)
             };
-            if asked.contains(&id)
-                || chosen.contains(&id)
-                || places().next().is_none()
-                || !self.yields(cohort, ask.priority)
-            {
+            let candidate = candidates.get(at).filter(|candidate| is_less(candidate))?;
+            let lacks = |idx: usize| free(idx) < n_devices && seats::is_able(&seats[idx], wish);
+            let here: Vec<(usize, u32)> = (candidate.places.iter())
+                .filter(|(idx, of, _)| *of == kind && lacks(*idx))
+                .map(|&(idx, _, n)| (idx, n))
+                .collect();
+            if here.is_empty() || asked.contains(&candidate.id) {
                 continue;
             }
-            chosen.push(id);
-            for (idx, n) in places() {
+            chosen.push(at);
+            for (idx, n) in here {
                 *given.entry(idx).or_default() += n;
                 if has(&given, idx) {
                     enough.insert(idx);
                 }
             }
         }
-        if enough.len() < n_workers {
-            return None;
-        }
-        let enough: Vec<usize> = enough.into_iter().collect();
         // Whoever is not needed for these seats stays: the most urgent are looked at first.
         for at in (0..chosen.len()).rev() {
-            let shares = |id: CohortId| self.cohorts[&id].shares.iter().filter(|share| share.device == kind);
-            let without: Vec<(usize, u32)> =
-                shares(chosen[at]).filter_map(|share| Some((fleet.of(&share.worker)?, share.n_devices))).collect();
             let mut rest = given.clone();
-            for (idx, n) in &without {
+            for (idx, _, n) in candidates.seen[chosen[at]].places.iter().filter(|(_, of, _)| *of == kind) {
                 if let Some(given) = rest.get_mut(idx) {
                     *given = given.saturating_sub(*n);
                 }

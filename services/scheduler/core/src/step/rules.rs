@@ -53,7 +53,7 @@ impl Core {
             return Ok(());
         }
         let resources = &request.resources;
-        let asked = resources.n_workers.get().saturating_mul(resources.n_devices.get());
+        let asked = resources.n_total();
         let mut beyond = None;
         for &device in resources.device.kinds() {
             match policy.max_of(device).filter(|max| asked > *max) {

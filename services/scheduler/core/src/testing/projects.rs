@@ -191,6 +191,26 @@ fn nobody_makes_way_in_vain() {
     assert_eq!((code(&desk, &key), code(&desk, &urgent)), ("stopping(preempt)", "queued"));
 }
 
+/// Whoever cannot make way hides nobody who can, and a project's own limit counts for all that make way for it at once.
+#[test]
+fn all_who_could_make_way_are_looked_at() {
+    let mut desk = Desk::new();
+    desk.register("w", 40, Vec::new());
+    let jobs: Vec<JobKey> = (0..40).map(|at| desk.submit(&format!("j{at}"), of(1, 1, 0))).collect();
+    // The oldest is looked at last; all others have made way before and got nowhere since.
+    for key in &jobs[1..] {
+        desk.done(Input::Preempt { key: key.clone() });
+        end(&mut desk, key, Outcome::Stopped);
+    }
+    assert!(jobs.iter().all(|key| code(&desk, key) == "starting"));
+    desk.done(policy("red", Policy { max_cpu: Some(1), ..Policy::default() }));
+    desk.done(submit("red", "first", of(1, 1, 5)));
+    assert_eq!(code(&desk, &jobs[0]), "stopping(preempt)");
+    desk.done(checkpoint(&jobs[7], 2, 3));
+    desk.done(submit("red", "second", of(1, 1, 5)));
+    assert_eq!(code(&desk, &jobs[7]), "starting", "one is what it may have");
+}
+
 #[test]
 fn a_job_whose_time_is_over_ends_as_if_cancelled() {
     let (mut desk, key) = Desk::running();
