@@ -69,6 +69,8 @@ pub(crate) enum Ask {
     Workers,
     /// What projects have and may have.
     Projects,
+    /// The same of one.
+    Project(Project),
     /// The jobs whose stages are to be looked at.
     Due,
 }
@@ -90,6 +92,8 @@ pub(crate) enum Reply {
     Workers(Vec<Seen>),
     /// The projects that have something or may not have all, by name.
     Projects(BTreeMap<Project, Standing>),
+    /// One project.
+    Project(Standing),
     /// The jobs whose stages are to be looked at.
     Due(Vec<JobKey>),
 }
@@ -184,6 +188,14 @@ impl Front {
     pub(crate) async fn projects(&self) -> Result<BTreeMap<Project, Standing>, Status> {
         match self.ask(Ask::Projects).await? {
             Reply::Projects(projects) => Ok(projects),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What one project has and may have.
+    pub(crate) async fn project(&self, project: &Project) -> Result<Standing, Status> {
+        match self.ask(Ask::Project(project.clone())).await? {
+            Reply::Project(standing) => Ok(standing),
             other => Err(unexpected(&other)),
         }
     }

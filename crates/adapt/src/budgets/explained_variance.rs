@@ -39,8 +39,6 @@ use attune_points::{Error, Result, Stats, StatsRequest};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::linalg;
-use candle_core::TensorId;
-use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -144,26 +142,18 @@ impl Budget for ExplainedVariance {
 impl ExplainedVariance {
     /// The shares of directions of each linear, the largest first. Linears that read the same rows have them between them.
     fn shares(&self, at: &[Attachment], stats: &Stats) -> Result<Vec<Vec<f64>>> {
-        let (mut unlike, mut which): (Vec<TensorId>, _) = (Vec::new(), Vec::with_capacity(at.len()));
-        let mut found = Vec::new();
-        for at in at {
-            let covariance = stats.covariance(&self.request, &at.site)?;
-            let id = covariance.sum_ii.id();
-            which.push(unlike.iter().position(|other| *other == id).unwrap_or_else(|| {
-                unlike.push(id);
-                found.push(covariance);
-                unlike.len() - 1
-            }));
-        }
-        let of = |found: &&_| -> Result<Vec<f64>> {
-            let values: Vec<f64> = linalg::eigen(&calibration::centred(found)?)?.values.to_vec1()?;
-            let all: f64 = values.iter().filter(|value| **value > 0.0).sum();
-            // What does not vary at all has no direction before another.
-            let share = |value: f64| if all > 0.0 { value.max(0.0) / all } else { 0.0 };
-            Ok(values.into_iter().map(share).collect())
-        };
-        let of_unlike = found.par_iter().map(of).collect::<Result<Vec<_>>>()?;
-        Ok(which.into_iter().map(|which| of_unlike[which].clone()).collect())
+        let found = at.iter().map(|at| stats.covariance(&self.request, &at.site)).collect::<Result<Vec<_>>>()?;
+        calibration::once_for_each(
+            &found,
+            |found| found.sum_ii.id(),
+            |found| {
+                let values: Vec<f64> = linalg::eigen(&calibration::centred(found)?)?.values.to_vec1()?;
+                let all: f64 = values.iter().filter(|value| **value > 0.0).sum();
+                // What does not vary at all has no direction before another.
+                let share = |value: f64| if all > 0.0 { value.max(0.0) / all } else { 0.0 };
+                Ok(values.into_iter().map(share).collect())
+            },
+        )
     }
 }
 

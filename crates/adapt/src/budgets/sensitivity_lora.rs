@@ -44,11 +44,10 @@ use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::linalg;
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::parts::calibration::Rows;
+use crate::parts::calibration::{self, Rows};
 use crate::parts::shares::{self, Shared};
 
 /// What the loss of a whole linear is.
@@ -305,24 +304,17 @@ fn sensitivities(w_oi: &Tensor, h: &[f64], top: f64) -> Result<(f64, f64)> {
 
 /// How many directions inputs vary in alike, over how many there are. Linears that read the same rows have it between them.
 fn effective_ranks(found: &[Found<'_>]) -> Result<Vec<f64>> {
-    let mut unlike: Vec<Found<'_>> = Vec::new();
-    let mut which = Vec::with_capacity(found.len());
-    for found in found {
-        let same = |other: &Found<'_>| other.tensor().id() == found.tensor().id();
-        which.push(unlike.iter().position(same).unwrap_or_else(|| {
-            unlike.push(*found);
-            unlike.len() - 1
-        }));
-    }
-    let of = |found: &Found<'_>| {
-        let values = found.directions()?;
-        let sum: f64 = values.iter().filter(|value| **value > 0.0).sum();
-        let parts = values.iter().map(|value| value / sum).filter(|part| *part > 0.0);
-        let entropy: f64 = parts.map(|part| -part * part.ln()).sum();
-        Ok(if sum > 0.0 { entropy.exp() / values.len() as f64 } else { 0.0 })
-    };
-    let of_unlike = unlike.par_iter().map(of).collect::<Result<Vec<f64>>>()?;
-    Ok(which.into_iter().map(|which| of_unlike[which]).collect())
+    calibration::once_for_each(
+        found,
+        |found| found.tensor().id(),
+        |found| {
+            let values = found.directions()?;
+            let sum: f64 = values.iter().filter(|value| **value > 0.0).sum();
+            let parts = values.iter().map(|value| value / sum).filter(|part| *part > 0.0);
+            let entropy: f64 = parts.map(|part| -part * part.ln()).sum();
+            Ok(if sum > 0.0 { entropy.exp() / values.len() as f64 } else { 0.0 })
+        },
+    )
 }
 
 /// What each linear scores.

@@ -6,7 +6,8 @@ use attune_points::stats::{Counted, Covariance};
 use attune_points::{Error, Result};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath, suggest};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, TensorId};
+use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +63,26 @@ pub(crate) fn centred(found: &Covariance) -> Result<Tensor> {
     let mean_i = (&found.sum_i / found.rows as f64)?;
     let outer_ii = mean_i.unsqueeze(1)?.matmul(&found.sum_i.unsqueeze(0)?)?;
     Ok((found.sum_ii.to_dtype(DType::F64)? - outer_ii)?)
+}
+
+/// What is made of each of some statistics, once for those that share a tensor, in parallel.
+///
+/// # Errors
+/// The first error of `of`.
+pub(crate) fn once_for_each<S: Sync, T: Clone + Send>(
+    found: &[S],
+    tensor: impl Fn(&S) -> TensorId,
+    of: impl Fn(&S) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let (mut unlike, mut which) = (Vec::<&S>::new(), Vec::with_capacity(found.len()));
+    for found in found {
+        which.push(unlike.iter().position(|other| tensor(other) == tensor(found)).unwrap_or_else(|| {
+            unlike.push(found);
+            unlike.len() - 1
+        }));
+    }
+    let made = unlike.par_iter().map(|found| of(found)).collect::<Result<Vec<T>>>()?;
+    Ok(which.into_iter().map(|which| made[which].clone()).collect())
 }
 
 /// Refuses fewer rows than directions that are to be found in them.

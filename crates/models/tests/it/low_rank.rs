@@ -19,6 +19,15 @@ pub(crate) struct LowRank {
     pub(crate) fused: bool,
 }
 
+/// Tensors away from zero.
+fn random(at: &Attachment, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
+    let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
+        Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
+    };
+    let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
+    Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+}
+
 impl Adapter for LowRank {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> std::result::Result<Vec<Attachment>, Vec<Fault>> {
         let attachments = sites.iter().filter_map(|site| {
@@ -31,11 +40,7 @@ impl Adapter for LowRank {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
-        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
-            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
-        };
-        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        random(at, rng)
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -121,11 +126,7 @@ impl Adapter for Rescaled {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
-        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
-            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
-        };
-        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        random(at, rng)
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -173,11 +174,7 @@ impl Adapter for Turned {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
-        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
-            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
-        };
-        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        random(at, rng)
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -295,11 +292,7 @@ impl Adapter for Blender {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> Result<(Locals, BaseEdit)> {
-        let tensor = |spec: &TensorSpec, rng: &mut Rng| -> Result<_> {
-            Ok((spec.local, rng.normal_tensor(spec.shape.as_slice(), 0.3, DType::F64)?))
-        };
-        let tensors = at.tensors.iter().map(|spec| tensor(spec, rng)).collect::<Result<Vec<_>>>()?;
-        Ok((Locals::new(at.site.as_str(), tensors), BaseEdit::None))
+        random(at, rng)
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {

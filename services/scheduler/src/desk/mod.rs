@@ -145,6 +145,7 @@ impl Desk {
             Ask::Blocked(key) => (Ok(Reply::Blocked(self.core.blocked(&key))), vec![]),
             Ask::Workers => (Ok(Reply::Workers(self.workers())), vec![]),
             Ask::Projects => (Ok(Reply::Projects(self.projects())), vec![]),
+            Ask::Project(project) => (Ok(Reply::Project(self.standing(&project))), vec![]),
             Ask::Due => (Ok(Reply::Due(self.core.due().cloned().collect())), vec![]),
         };
         // Whoever asked may have gone; what was asked is done all the same.
@@ -169,11 +170,13 @@ impl Desk {
 
     /// The projects that have something or may not have all.
     fn projects(&self) -> BTreeMap<Project, Standing> {
-        let standing = |project: &Project| {
-            let (usage, n_queued) = self.core.usage(project);
-            (project.clone(), Standing { policy: self.core.policy(project), usage, n_queued })
-        };
-        self.core.projects().into_iter().map(standing).collect()
+        let projects = self.core.projects().into_iter();
+        projects.map(|project| (project.clone(), self.standing(project))).collect()
+    }
+
+    fn standing(&self, project: &Project) -> Standing {
+        let (usage, n_queued) = self.core.usage(project);
+        Standing { policy: self.core.policy(project), usage, n_queued }
     }
 
     /// One step: what became of it and what is to be done, once all of it is stored.

@@ -48,8 +48,7 @@ impl FleetDesk {
     }
 
     async fn standing(&self, project: &Project) -> Result<v1::ProjectUsage, Status> {
-        let standing = self.context.front.projects().await?.get(project).copied().unwrap_or_default();
-        self.shown(project, standing).await
+        self.shown(project, self.context.front.project(project).await?).await
     }
 
     async fn shown(&self, project: &Project, standing: Standing) -> Result<v1::ProjectUsage, Status> {

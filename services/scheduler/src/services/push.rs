@@ -167,10 +167,7 @@ async fn within_quota(context: &Context, header: &Header) -> Result<(), Status> 
     if header.attempt.is_some() {
         return Ok(());
     }
-    let Some(max) = context.front.projects().await?.get(&header.project).and_then(|standing| standing.policy.max_bytes)
-    else {
-        return Ok(());
-    };
+    let Some(max) = context.front.project(&header.project).await?.policy.max_bytes else { return Ok(()) };
     let kept = context.store.kept_bytes(&header.project).await.map_err(status::store)?;
     let blobs = header.manifest.blobs();
     let digests: Vec<_> = blobs.iter().map(|blob| blob.digest).collect();
