@@ -313,7 +313,7 @@ impl Core {
         self.jobs.get(key).filter(|job| job.state == State::Queued)?;
         let tenant = self.tenant(&key.project, 0);
         let (ask, seats) = (self.ask(key)?, self.seats());
-        placement::blocked(self.lines(), &ask, tenant, &seats, self.settings.max_lanes)
+        placement::blocked(|| self.lines(), &ask, tenant, &seats, self.settings.max_lanes)
     }
 
     /// The queue as it is walked.

@@ -206,9 +206,10 @@ pub fn place<'a, I: Iterator<Item = Ask<'a>>>(
     placed
 }
 
-/// Why a job of the queue is not granted, or nothing when it would be. `tenant` is its project.
-pub fn blocked<'a, I: Iterator<Item = Ask<'a>>>(
-    queue: impl IntoIterator<Item = (Tenant, I)>,
+/// Why a job of the queue is not granted, or nothing when it would be. `tenant` is its project; `queue` gives the queue as often as it
+/// is asked.
+pub fn blocked<'a, Q: IntoIterator<Item = (Tenant, I)>, I: Iterator<Item = Ask<'a>>>(
+    queue: impl Fn() -> Q,
     ask: &Ask<'a>,
     tenant: Tenant,
     seats: &'a [Seat<'a>],
@@ -230,16 +231,12 @@ pub fn blocked<'a, I: Iterator<Item = Ask<'a>>>(
     } else if Seats::new(seats).gang(ask, &kinds).is_none() {
         Some(Blocked::Occupied)
     } else {
-        let mut waits = false;
-        let seen = queue.into_iter().map(|(tenant, line)| {
-            let line: Vec<Ask<'a>> = line.collect();
-            waits |= line.iter().any(|other| other.fits(ask) && !other.gathers);
-            (tenant, line.into_iter())
-        });
-        let placed = place(seen.collect::<Vec<_>>(), seats, max_lanes, None);
+        let placed = place(queue(), seats, max_lanes, None);
         if placed.placements.iter().any(|placement| placement.keys.contains(ask.key)) {
             return None;
         }
-        Some(if ask.gathers && !waits { Blocked::Gathering } else { Blocked::Behind })
+        let waits = |other: Ask<'_>| other.fits(ask) && !other.gathers;
+        let is_gathering = ask.gathers && !queue().into_iter().flat_map(|(_, line)| line).any(waits);
+        Some(if is_gathering { Blocked::Gathering } else { Blocked::Behind })
     }
 }

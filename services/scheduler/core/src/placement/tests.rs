@@ -336,7 +336,7 @@ fn the_reason_for_waiting_is_named() {
         let tenants = tenants("small:1:1:0 full:1:2:1");
         let (policy, usage) = tenants.get(&asked[0].0.project).copied().unwrap_or_default();
         let tenant = Tenant { policy, usage, n_wishes: 0 };
-        let found = blocked(lines(&all, &tenants), &ask(all.last().unwrap()), tenant, &rows, MAX_LANES);
+        let found = blocked(|| lines(&all, &tenants), &ask(all.last().unwrap()), tenant, &rows, MAX_LANES);
         assert_eq!(found, expected, "{} on {fleet}", asked[0].0);
     }
 }
