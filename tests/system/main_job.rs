@@ -136,5 +136,8 @@ async fn a_job_that_nobody_can_run_says_why_while_it_is_watched() {
     let said = lines.map_while(Result::ok).find(|line| line.contains("no worker"));
     watching.kill().unwrap();
     watching.wait().unwrap();
-    assert_eq!(said.unwrap(), "queued: submitted; no worker has as many devices of the kind that it asks for");
+    assert_eq!(
+        said.unwrap(),
+        "queued: submitted; no worker has as many devices of the kind, and the labels, that it asks for"
+    );
 }

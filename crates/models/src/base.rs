@@ -444,7 +444,8 @@ fn named(error: attune_points::Error, name: &TensorName) -> attune_points::Error
     }
 }
 
-const fn dtype(precision: Precision) -> DType {
+/// What a job's precision of frozen weights is in tensors.
+pub const fn dtype(precision: Precision) -> DType {
     match precision {
         Precision::Bf16 => DType::BF16,
         Precision::F32 => DType::F32,

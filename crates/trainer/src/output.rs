@@ -10,8 +10,8 @@ use attune_artifacts::formats::card::Card;
 use attune_models::{Base, Slot, export, stack};
 use attune_points::adapter::{Merged, Port};
 use attune_points::{BankKind, TensorName, Theta, Weight};
+use attune_spec::job::MergedInto;
 use attune_spec::job::plan::Input;
-use attune_spec::job::{MergedInto, Precision};
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
@@ -54,10 +54,7 @@ pub(crate) fn write(
     state: &State,
 ) -> Result<Vec<Output>, Error> {
     let mut outputs = Vec::new();
-    let dtype = match request.plan.precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
-    };
+    let dtype = attune_models::base::dtype(request.plan.precision);
     let slots = prepared.shared.model.stack().slots();
     let whole_model = prepared.trained_slots.iter().any(|at| slots[*at].adapter().peft().is_none());
     if whole_model {

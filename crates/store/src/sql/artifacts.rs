@@ -175,10 +175,9 @@ impl Store {
     pub async fn untag(&self, project: &Project, tag: &Tag, now: UtcMs) -> Result<Applied> {
         let mut transaction = self.begin().await?;
         let mut applied = Applied::default();
-        match remove_tag(&mut transaction, project, tag, now, &mut applied).await {
-            Ok(()) => transaction.commit().await.map(|()| applied),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let removed = remove_tag(&mut transaction, project, tag, now, &mut applied).await;
+        transaction.end(removed).await?;
+        Ok(applied)
     }
 
     /// Edges up to `depth` steps from an artifact, nearest first. An answer holds at most 10,000 edges.
@@ -238,10 +237,8 @@ impl Store {
         now: UtcMs,
     ) -> Result<(Deleted, Applied)> {
         let mut transaction = self.begin().await?;
-        match delete(&mut transaction, project, digest, force, now).await {
-            Ok(done) => transaction.commit().await.map(|()| done),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let deleted = delete(&mut transaction, project, digest, force, now).await;
+        transaction.end(deleted).await
     }
 }
 

@@ -51,10 +51,7 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(db);
-        match done {
-            Ok(_) => transaction.commit().await,
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        transaction.end(done).await.map(drop)
     }
 
     /// Records in an order, at most `rows` of them: those about one project where one is given, else all.
@@ -99,9 +96,6 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(db);
-        match done {
-            Ok(done) => transaction.commit().await.map(|()| done.rows_affected()),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        Ok(transaction.end(done).await?.rows_affected())
     }
 }

@@ -39,10 +39,8 @@ impl Store {
     /// [`Error::Conflict`] when the job id is taken.
     pub async fn create_job(&self, job: &NewJob, also: &[Write], request: Option<&Request>) -> Result<Created> {
         let mut transaction = self.begin().await?;
-        match create(&mut transaction, job, also, request).await {
-            Ok(created) => transaction.commit().await.map(|()| created),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let created = create(&mut transaction, job, also, request).await;
+        transaction.end(created).await
     }
 
     /// The job that an earlier call with this request made, if there was one.

@@ -26,10 +26,8 @@ impl Store {
         now: UtcMs,
     ) -> Result<Pruned> {
         let mut transaction = self.begin().await?;
-        match prune(&mut transaction, project, job, old, now).await {
-            Ok(pruned) => transaction.commit().await.map(|()| pruned),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let pruned = prune(&mut transaction, project, job, old, now).await;
+        transaction.end(pruned).await
     }
 
     /// The projects that have anything, sorted.
@@ -70,10 +68,7 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(db);
-        match done {
-            Ok(done) => transaction.commit().await.map(|()| done.rows_affected()),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        Ok(transaction.end(done).await?.rows_affected())
     }
 
     /// Bytes of a project's artifacts; a file that several have counts once.

@@ -51,11 +51,8 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(db);
-        match done {
-            Ok(done) if done.rows_affected() == 1 => transaction.commit().await,
-            Ok(_) => Err(transaction.abandon(Error::Conflict(format!("token {:?} exists already", new.id))).await),
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let is_new = transaction.end(done).await?.rows_affected() == 1;
+        if is_new { Ok(()) } else { Err(Error::Conflict(format!("token {:?} exists already", new.id))) }
     }
 
     /// The token with an id, valid or not.
@@ -108,10 +105,8 @@ impl Store {
 
     async fn change_token(&self, update: &'static str, id: &str, now: UtcMs) -> Result<()> {
         let mut transaction = self.begin().await?;
-        match sqlx::query(update).bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db) {
-            Ok(_) => transaction.commit().await,
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let done = sqlx::query(update).bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db);
+        transaction.end(done).await.map(drop)
     }
 
     /// Whether some token is valid now that may give out all others.

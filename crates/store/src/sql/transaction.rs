@@ -44,6 +44,14 @@ impl WriteTransaction {
         Ok(())
     }
 
+    /// Makes what was done durable, or leaves no trace where it failed.
+    pub(super) async fn end<T>(self, done: Result<T>) -> Result<T> {
+        match done {
+            Ok(done) => self.commit().await.map(|()| done),
+            Err(refusal) => Err(self.abandon(refusal).await),
+        }
+    }
+
     /// Ends the transaction without a trace; gives the reason back.
     pub(super) async fn abandon<E>(mut self, reason: E) -> E {
         self.is_open = sqlx::query("ROLLBACK").execute(&mut *self.connection).await.is_err();

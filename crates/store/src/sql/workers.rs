@@ -42,14 +42,9 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(db);
-        match done {
-            Ok(done) => {
-                transaction.commit().await?;
-                let is_own = done.rows_affected() == 1 || self.owner(worker).await?.is_some_and(|known| known == owner);
-                if is_own { Ok(()) } else { Err(taken()) }
-            }
-            Err(refusal) => Err(transaction.abandon(refusal).await),
-        }
+        let is_new = transaction.end(done).await?.rows_affected() == 1;
+        let is_own = is_new || self.owner(worker).await?.is_some_and(|known| known == owner);
+        if is_own { Ok(()) } else { Err(taken()) }
     }
 
     /// Whose a worker id is.

@@ -109,7 +109,7 @@ impl Jobs {
 fn waits_for(blocked: Blocked) -> &'static str {
     match blocked {
         Blocked::NoWorkers => "no worker is connected that takes new work",
-        Blocked::NoSuchWorker => "no worker has as many devices of the kind that it asks for",
+        Blocked::NoSuchWorker => "no worker has as many devices of the kind, and the labels, that it asks for",
         Blocked::TooFewWorkers => "fewer workers than it asks for have such devices",
         Blocked::OverQuota => "with it the project would have more devices than it may at a time",
         Blocked::Occupied => "other jobs occupy the devices",

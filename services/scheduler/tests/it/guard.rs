@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::fixtures::{create, get, inputs, job};
-use crate::server::{LIMIT, Server};
+use crate::server::{LIMIT, Server, cut};
 
 async fn list(client: &Client) -> Result<(), Status> {
     let request = v1::ListJobsRequest { project: client.project().to_string(), ..Default::default() };
@@ -135,13 +135,7 @@ async fn a_revoked_token_cuts_what_is_open() {
     let mut worker = crate::worker::Worker::connect(&worker, "w1").await;
 
     revoke(&admin, &id).await;
-    let cut = loop {
-        match tokio::time::timeout(LIMIT, watch.message()).await.expect("the stream ends") {
-            Ok(Some(_)) => {}
-            Ok(None) => panic!("a stream that is cut must not look like one that has ended"),
-            Err(status) => break status,
-        }
-    };
+    let cut = cut(&mut watch).await;
     assert_eq!(cut.code(), Code::Unauthenticated, "{cut:?}");
     assert_eq!(list(&viewer).await.unwrap_err().code(), Code::Unauthenticated);
     revoke(&admin, &worker_id).await;

@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status};
 
 use crate::fixtures::{create, inputs, job};
-use crate::server::{LIMIT, Server};
+use crate::server::{Server, cut};
 
 const ROLES: &str = "rules:
   - {claim: groups, value: operators, role: admin, all_projects: true}
@@ -163,13 +163,7 @@ async fn a_stream_ends_with_the_credential() {
     let request = v1::WatchJobRequest { project: String::new(), job_id: made.job_id, after_sequence: 0 };
     let mut watch = brief.jobs().watch_job(request).await.unwrap().into_inner();
     let begun = tokio::time::Instant::now();
-    let cut = loop {
-        match tokio::time::timeout(LIMIT, watch.message()).await.expect("the stream ends") {
-            Ok(Some(_)) => {}
-            Ok(None) => panic!("a stream that is cut must not look like one that has ended"),
-            Err(status) => break status,
-        }
-    };
+    let cut = cut(&mut watch).await;
     assert_eq!(cut.code(), Code::Unauthenticated, "{cut:?}");
     assert!(begun.elapsed() < Duration::from_secs(10));
 }

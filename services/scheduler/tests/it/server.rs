@@ -187,3 +187,14 @@ impl Drop for Server {
         }
     }
 }
+
+/// What a stream is cut with: reads until it fails.
+pub(crate) async fn cut<T>(stream: &mut tonic::Streaming<T>) -> tonic::Status {
+    loop {
+        match tokio::time::timeout(LIMIT, stream.message()).await.expect("the stream ends") {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("a stream that is cut must not look like one that has ended"),
+            Err(status) => return status,
+        }
+    }
+}
