@@ -24,6 +24,26 @@ pub enum Error {
         /// How long the others waited.
         within: Duration,
     },
+    /// A rank's process does not even say that it lives: it hangs, or the network between is cut.
+    #[error("nothing was heard of rank {rank} for {within:?}, at exchange {exchange}")]
+    Silent {
+        /// The rank.
+        rank: u32,
+        /// The exchange, counted from 0.
+        exchange: u64,
+        /// For how long.
+        within: Duration,
+    },
+    /// A group did not come together.
+    #[error("rank {rank} was not met within {within:?}: {why}")]
+    Unmet {
+        /// The first rank that is missing.
+        rank: u32,
+        /// How long was tried.
+        within: Duration,
+        /// What came of the last try.
+        why: String,
+    },
     /// Two ranks sent the same shard.
     #[error("shard {shard} was sent twice to exchange {exchange}")]
     Twice {
@@ -32,4 +52,22 @@ pub enum Error {
         /// The exchange, counted from 0.
         exchange: u64,
     },
+    /// What a rank sent is not what is due.
+    #[error("rank {rank} sent something else than was due: {what}")]
+    Unexpected {
+        /// The rank.
+        rank: u32,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+impl Error {
+    /// Whether it only says that some other rank is not there any more: why, that rank knows.
+    pub const fn is_of_a_lost_rank(&self) -> bool {
+        match self {
+            Self::Gone { .. } | Self::Late { .. } | Self::Silent { .. } | Self::Unmet { .. } => true,
+            Self::Twice { .. } | Self::Unexpected { .. } => false,
+        }
+    }
 }

@@ -3,14 +3,18 @@
 //! The one invariant: a sum over logical shards is made in the order of the shards, whichever rank holds which shard and
 //! however many ranks there are. So the bits of a run do not depend on its number of ranks.
 //!
-//! Deliberately absent: tensors, models, the network. Ranks are threads of one process here; ranks on several nodes join
-//! behind the same [`Collective`].
+//! Ranks are threads of one process ([`local`]), processes on one or several nodes that are joined by a [`mesh`] of
+//! connections, or threads of such processes.
+//!
+//! Deliberately absent: tensors and models. What crosses the network is bytes here; who sends them knows what they mean.
 
 pub mod error;
 pub mod local;
+pub mod mesh;
 
 pub use error::Error;
-pub use local::{LocalRank, group};
+pub use local::{LocalRank, group, group_within};
+pub use mesh::{Listening, Mesh, Patience, Peer};
 
 /// What one rank sends into an exchange: the parts of the shards that it owns.
 pub type Parts<T> = Vec<(u32, T)>;
@@ -30,6 +34,22 @@ pub trait Collective<T: Clone + Send>: Send {
     fn exchange(&mut self, parts: Parts<T>) -> Result<Parts<T>, Error>;
 }
 
+/// One process's handle to the processes of its run.
+pub trait Wire: Send {
+    /// This process's number, from 0.
+    fn rank(&self) -> u32;
+
+    /// Number of processes.
+    fn size(&self) -> u32;
+
+    /// Sends each process what `to` has at its number, and returns what each sent here, by number; what is for this one
+    /// comes back as it is. Blocks until all processes have called it.
+    ///
+    /// # Errors
+    /// [`Error`] if a process is gone, says nothing any more, or does not come in time. The wire is of no further use then.
+    fn exchange(&mut self, to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error>;
+}
+
 /// The logical shards that `rank` of `size` owns: a contiguous run of equal length.
 ///
 /// # Panics
@@ -38,4 +58,16 @@ pub fn owned(rank: u32, size: u32, shards: u32) -> std::ops::Range<u32> {
     assert!(size > 0 && shards.is_multiple_of(size), "{size} ranks do not divide {shards} logical shards");
     let each = shards / size;
     rank * each..(rank + 1) * each
+}
+
+/// Parts in the order of their shards.
+///
+/// # Errors
+/// [`Error::Twice`] if two ranks sent the same one.
+pub fn in_order<T>(mut parts: Parts<T>, exchange: u64) -> Result<Parts<T>, Error> {
+    parts.sort_by_key(|(shard, _)| *shard);
+    match parts.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        None => Ok(parts),
+        Some(pair) => Err(Error::Twice { shard: pair[0].0, exchange }),
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::{Collective, Parts};
+use crate::{Collective, Parts, in_order};
 
 /// What the ranks share.
 struct State<T> {
@@ -18,12 +18,16 @@ struct State<T> {
     waiting: u32,
     /// Ranks that are gone, by number.
     gone: Vec<bool>,
+    /// What joins this process to others.
+    outer: Option<Box<dyn Collective<T>>>,
 }
 
 struct Shared<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
     deadline: Duration,
+    /// The process's number among those of the run, and how many they are.
+    process: (u32, u32),
 }
 
 /// One rank of a group of threads. Dropping it tells the others that it is gone.
@@ -35,9 +39,20 @@ pub struct LocalRank<T> {
 
 /// A group of `size` ranks whose exchanges have to be complete within `deadline` of the first rank's coming.
 pub fn group<T: Clone + Send>(size: u32, deadline: Duration) -> Vec<LocalRank<T>> {
+    group_within(size, deadline, None)
+}
+
+/// The same as a part of a larger group: `outer` joins this process, with the parts of all its ranks, to others that have
+/// as many. It may take as long as it likes: its own limits hold for it.
+pub fn group_within<T: Clone + Send>(
+    size: u32,
+    deadline: Duration,
+    outer: Option<Box<dyn Collective<T>>>,
+) -> Vec<LocalRank<T>> {
     let sent = (0..size).map(|_| None).collect();
-    let state = State { exchange: 0, sent, result: None, waiting: 0, gone: vec![false; size as usize] };
-    let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), deadline });
+    let process = outer.as_ref().map_or((0, 1), |outer| (outer.rank(), outer.size()));
+    let state = State { exchange: 0, sent, result: None, waiting: 0, gone: vec![false; size as usize], outer };
+    let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), deadline, process });
     (0..size).map(|rank| LocalRank { shared: Arc::clone(&shared), rank, size }).collect()
 }
 
@@ -59,13 +74,20 @@ impl<T> Shared<T> {
     }
 }
 
+impl<T> LocalRank<T> {
+    /// The number among the ranks of all processes of one of this process's.
+    fn global(&self, rank: usize) -> u32 {
+        self.shared.process.0 * self.size + rank as u32
+    }
+}
+
 impl<T: Clone + Send> Collective<T> for LocalRank<T> {
     fn rank(&self) -> u32 {
-        self.rank
+        self.shared.process.0 * self.size + self.rank
     }
 
     fn size(&self) -> u32 {
-        self.size
+        self.shared.process.1 * self.size
     }
 
     fn exchange(&mut self, parts: Parts<T>) -> Result<Parts<T>, Error> {
@@ -75,13 +97,19 @@ impl<T: Clone + Send> Collective<T> for LocalRank<T> {
         state = waited;
         let exchange = state.exchange;
         if !in_time {
-            let rank = state.sent.iter().position(Option::is_none).unwrap_or(0) as u32;
+            let rank = self.global(state.sent.iter().position(Option::is_none).unwrap_or(0));
             return Err(Error::Late { rank, exchange, within: self.shared.deadline });
         }
         state.sent[self.rank as usize] = Some(parts);
         if state.sent.iter().all(Option::is_some) {
             let sent: Parts<T> = state.sent.iter_mut().filter_map(Option::take).flatten().collect();
-            state.result = Some(in_order(sent, exchange));
+            let whole = in_order(sent, exchange);
+            // The others wait for the result, and find it when the lock is theirs again.
+            let whole = match &mut state.outer {
+                Some(outer) => whole.and_then(|parts| outer.exchange(parts)),
+                None => whole,
+            };
+            state.result = Some(whole);
             state.waiting = self.size;
             state.exchange += 1;
             self.shared.changed.notify_all();
@@ -92,10 +120,10 @@ impl<T: Clone + Send> Collective<T> for LocalRank<T> {
             state = waited;
             if state.exchange == exchange {
                 return Err(match missing_and_gone(&state) {
-                    Some(rank) => Error::Gone { rank, exchange },
+                    Some(rank) => Error::Gone { rank: self.global(rank), exchange },
                     None => {
                         debug_assert!(!in_time, "the wait ends by an exchange, a lost rank or the deadline");
-                        let rank = state.sent.iter().position(Option::is_none).unwrap_or(0) as u32;
+                        let rank = self.global(state.sent.iter().position(Option::is_none).unwrap_or(0));
                         Error::Late { rank, exchange, within: self.shared.deadline }
                     }
                 });
@@ -104,21 +132,13 @@ impl<T: Clone + Send> Collective<T> for LocalRank<T> {
         state.waiting -= 1;
         let result = if state.waiting == 0 { state.result.take() } else { state.result.clone() };
         self.shared.changed.notify_all();
-        result.unwrap_or(Err(Error::Gone { rank: self.rank, exchange }))
+        result.unwrap_or(Err(Error::Gone { rank: self.rank(), exchange }))
     }
 }
 
 /// The first rank that has sent nothing and never will.
-fn missing_and_gone<T>(state: &State<T>) -> Option<u32> {
-    state.sent.iter().zip(&state.gone).position(|(sent, gone)| sent.is_none() && *gone).map(|rank| rank as u32)
-}
-
-fn in_order<T>(mut parts: Parts<T>, exchange: u64) -> Result<Parts<T>, Error> {
-    parts.sort_by_key(|(shard, _)| *shard);
-    match parts.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        None => Ok(parts),
-        Some(pair) => Err(Error::Twice { shard: pair[0].0, exchange }),
-    }
+fn missing_and_gone<T>(state: &State<T>) -> Option<usize> {
+    state.sent.iter().zip(&state.gone).position(|(sent, gone)| sent.is_none() && *gone)
 }
 
 impl<T> Drop for LocalRank<T> {
