@@ -92,7 +92,7 @@ pub(crate) fn losses(
         dlogp_t[rows].copy_from_slice(&loss.dlogp_t);
         report.loss_sum += loss.loss;
         for (name, number) in loss.beside {
-            *report.beside.entry(name).or_default() += number;
+            *report.beside.entry(name.into()).or_default() += number;
         }
         if report.by_domain.len() <= domain {
             report.by_domain.resize(domain + 1, Default::default());

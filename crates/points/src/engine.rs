@@ -1,11 +1,13 @@
 //! What one optimiser step may ask of the machinery, and the point `StepRule` that asks.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use attune_spec::id::Step;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::layout::{LabelCounts, Layout};
@@ -39,7 +41,7 @@ pub struct Batch {
 }
 
 /// Sums that a pass made.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct LossReport {
     /// Sum of the weighted token losses, not divided.
     pub loss_sum: f64,
@@ -48,7 +50,7 @@ pub struct LossReport {
     /// The same, by domain.
     pub by_domain: Vec<(f64, LabelCounts)>,
     /// Sums of further numbers that the objective made, by name.
-    pub beside: BTreeMap<&'static str, f64>,
+    pub beside: BTreeMap<Cow<'static, str>, f64>,
 }
 
 impl LossReport {
@@ -63,7 +65,7 @@ impl LossReport {
             *sum = (sum.0 + part.0, sum.1 + part.1);
         }
         for (name, number) in &other.beside {
-            *self.beside.entry(name).or_default() += number;
+            *self.beside.entry(name.clone()).or_default() += number;
         }
     }
 

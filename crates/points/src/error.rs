@@ -65,6 +65,9 @@ pub enum Error {
     /// The device that computes has failed; results since then are worth nothing.
     #[error(transparent)]
     Device(#[from] attune_tensor::kernels::Fault),
+    /// Another process or thread of the run is not there any more, or says nothing; why, it knows itself.
+    #[error("{0}")]
+    LostRank(String),
     /// A request that this engine cannot serve, with what would do.
     #[error("{0}")]
     Refused(String),

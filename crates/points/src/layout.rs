@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// Label of a row that is not supervised.
@@ -37,7 +39,7 @@ pub const MADE: &str = "made_logp";
 pub const REWARD: &str = "reward";
 
 /// What one row of a batch holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Row {
     /// A token of the vocabulary.
     Token(u32),
@@ -58,7 +60,7 @@ pub enum Row {
 }
 
 /// Which role a document plays for its example.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum View {
     /// The only document of the example.
     Main,
@@ -77,7 +79,7 @@ pub enum View {
 }
 
 /// One document: a contiguous run of rows with positions from 0.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Doc {
     /// The rows it owns.
     pub rows: Range<u32>,
@@ -103,7 +105,7 @@ impl Doc {
 }
 
 /// What a column has one value for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Axis {
     /// One value a row.
     Row,
@@ -112,7 +114,7 @@ pub enum Axis {
 }
 
 /// The values of a column.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Values {
     /// Token ids, class labels, graph nodes.
     U32(Vec<u32>),
@@ -156,7 +158,7 @@ impl Values {
 }
 
 /// A typed column beside the rows or the documents.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Column {
     /// What it has one value for.
     pub axis: Axis,
@@ -174,7 +176,7 @@ pub struct Supervised {
 }
 
 /// A packed batch: rows, documents, columns.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Layout {
     rows: Vec<Row>,
     docs: Vec<Doc>,
@@ -412,7 +414,7 @@ impl Default for Source {
 }
 
 /// How much is supervised in a batch, a step or a data set; counts add.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelCounts {
     /// Supervised rows.
     pub tokens: u64,

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 /// and `lora_A`. For weights of the base the owner is the module path and the local name is `weight` or `bias`.
 ///
 /// Names order by owner first, so that an owner's tensors are neighbours; every loop over a set runs in this order.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TensorName {
     owner: Arc<str>,
     local: Arc<str>,
@@ -54,7 +55,7 @@ impl fmt::Debug for TensorName {
 }
 
 /// Which set of parameters a tensor belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Owner {
     /// The frozen base model.
     Base,
@@ -70,7 +71,7 @@ pub enum Owner {
 }
 
 /// A tensor of a pass: which set, and its name there.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TensorId {
     /// The set.
     pub owner: Owner,

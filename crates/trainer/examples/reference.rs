@@ -123,8 +123,17 @@ fn go(paths: &Paths, plan: Plan, ranks: u32, name: &str, screen: &Screen) -> Res
     let work = paths.out.join(name);
     std::fs::create_dir_all(&work)?;
     let inputs = BTreeMap::new();
-    let request =
-        Request { version: VERSION, name: name.to_owned(), plan, inputs, work, ranks, card: None, resume: None };
+    let request = Request {
+        version: VERSION,
+        name: name.to_owned(),
+        plan,
+        inputs,
+        work,
+        ranks,
+        card: None,
+        resume: None,
+        seat: None,
+    };
     match run(&request, screen)? {
         End::Finished(summary) => Ok(summary),
         End::Stopped(step) => Err(format!("stopped at step {step}").into()),

@@ -20,6 +20,7 @@ use attune_points::layout::{Axis, Column, LabelCounts, NO_LABEL, REWARD, Source 
 use attune_points::objective::Answers;
 use attune_points::reward::{Answer, Reward};
 use attune_points::{Doc, Error, Layout, Result, Row, Theta, View};
+use serde::{Deserialize, Serialize};
 
 use crate::engine::{Message, RankEngine};
 use crate::together::Company;
@@ -45,7 +46,7 @@ pub(crate) struct Judge {
 }
 
 /// Sums over answers.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Judged {
     pub(crate) counts: LabelCounts,
     pub(crate) rows: u64,

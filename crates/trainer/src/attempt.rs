@@ -5,12 +5,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use attune_collective::Peer;
 
 use crate::cohort;
 use crate::control::Control;
 use crate::error::Error;
-use crate::protocol::{Cohort, Command, Event, FailureClass, Request, Tagged, VERSION};
+use crate::protocol::{self, Cohort, Command, Event, FailureClass, Request, Tagged, VERSION};
 use crate::run;
 
 /// The exit status of a run that failed and said why.
@@ -26,12 +28,15 @@ struct Wires<W> {
     stop: AtomicBool,
     checkpoint: AtomicBool,
     leave: AtomicBool,
+    peers: Mutex<Option<Vec<protocol::Peer>>>,
+    told: Condvar,
 }
 
 impl<W: Write + Send> Wires<W> {
     fn new(lane: u32, out: &Arc<Mutex<W>>, work: PathBuf) -> Self {
         let flag = || AtomicBool::new(false);
-        Self { lane, out: Arc::clone(out), work, stop: flag(), checkpoint: flag(), leave: flag() }
+        let (peers, told) = (Mutex::default(), Condvar::new());
+        Self { lane, out: Arc::clone(out), work, stop: flag(), checkpoint: flag(), leave: flag(), peers, told }
     }
 
     fn hear(&self, command: &Command) {
@@ -39,11 +44,19 @@ impl<W: Write + Send> Wires<W> {
             Command::CheckpointAndStop => self.stop.store(true, Ordering::Relaxed),
             Command::Checkpoint => self.checkpoint.store(true, Ordering::Relaxed),
             Command::Leave => self.leave.store(true, Ordering::Relaxed),
+            Command::Peers { peers } => *self.lock() = Some(peers.clone()),
             // The copy in the store is the one that counts; a folder that cannot be removed goes with the work folder.
             Command::CheckpointStored { step } => {
                 drop(std::fs::remove_dir_all(self.work.join(format!("checkpoint-{step}"))));
             }
         }
+        // With the lock, or the word could come between a look and the sleep after it.
+        drop(self.lock());
+        self.told.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<protocol::Peer>>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fail(&self, error: &Error) {
@@ -69,6 +82,15 @@ impl<W: Write + Send> Control for Wires<W> {
         let line = serde_json::to_string(&Tagged { lane: self.lane, message: event }).unwrap_or_default();
         // An agent that no longer reads has closed our input as well, which ends the process.
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+
+    fn meet(&self, own: &Peer) -> Result<Option<Vec<Peer>>, Error> {
+        self.emit(Event::Listening { peer: own.into() });
+        // However long the others take to fetch what they need: the agent ends this process when they do not come.
+        let waits = |peers: &mut Option<_>| peers.is_none() && !self.stop_requested() && !self.leave_requested();
+        let told = self.told.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
+        let read = |peer: &protocol::Peer| Peer::try_from(peer).map_err(Error::Panic);
+        told.as_ref().map(|peers| peers.iter().map(read).collect()).transpose()
     }
 }
 

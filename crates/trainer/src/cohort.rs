@@ -51,8 +51,8 @@ impl Drop for Leaves<'_> {
 
 fn lane(bases: &Bases, company: Company<'_>, request: &Request, control: &dyn Control) -> Result<End, Error> {
     let _leaves = Leaves(company);
-    if request.ranks != 1 {
-        let message = format!("makes {} ranks; a job that shares its base has one", request.ranks);
+    if request.all_ranks() != 1 {
+        let message = format!("makes {} ranks; a job that shares its base has one", request.all_ranks());
         return Err(Error::Faults(vec![attune_spec::Fault::new("resources.devices_per_worker", message)]));
     }
     run::run_over(bases, Some(company), request, control)

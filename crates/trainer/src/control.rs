@@ -1,5 +1,8 @@
 //! How a run is steered and heard from outside.
 
+use attune_collective::Peer;
+
+use crate::error::Error;
 use crate::protocol::Event;
 
 /// The outside of a run.
@@ -17,6 +20,15 @@ pub trait Control: Sync {
 
     /// Takes an event.
     fn emit(&self, event: Event);
+
+    /// Tells the other processes of the run where this one listens, and waits until it knows the same of all of them; none
+    /// if it is asked to stop before.
+    ///
+    /// # Errors
+    /// Nobody can be told.
+    fn meet(&self, _own: &Peer) -> Result<Option<Vec<Peer>>, Error> {
+        Err(Error::Panic("a run of several processes has nobody who lets them meet".to_owned()))
+    }
 }
 
 /// An outside that asks for nothing and hears nothing.

@@ -22,6 +22,7 @@ use attune_spec::id::Step;
 use attune_tensor::{Rng, autograd};
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::answers::{Judge, Judged};
 use crate::checkpoint::Buffers;
@@ -32,9 +33,10 @@ use crate::together::{self, Asked, Company, Piece, Wanted};
 use crate::turns::Turns;
 
 /// What ranks send one another.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Message {
-    /// A micro-batch's gradient and loss, and whether the rank was asked to stop.
+    /// A micro-batch's gradient and loss, and whether the rank was asked to stop. Between processes it goes in pieces.
+    #[serde(skip)]
     Part { gradients: Grads, report: LossReport, stop: bool },
     /// The loss of a part of a validation set.
     Report(LossReport),
@@ -43,9 +45,11 @@ pub(crate) enum Message {
     /// A micro-batch with the log-probabilities of its labels.
     Scored(Arc<Layout>),
     /// What a step rule has to say.
-    Said(Tensors),
+    Said(#[serde(with = "crate::gang::said")] Tensors),
     /// What the answers to a micro-batch are worth.
     Judged(Judged),
+    /// What a rank's parameters hash to.
+    Values([u8; 32]),
 }
 
 /// What all ranks of a run share.
@@ -169,7 +173,10 @@ impl RankEngine<'_> {
     /// Exchanges parts with the other ranks.
     pub(crate) fn exchange(&mut self, parts: Vec<(u32, Message)>) -> Result<Vec<(u32, Message)>> {
         let watch = Stopwatch::start();
-        let all = self.collective.exchange(parts).map_err(|error| Error::Refused(error.to_string()));
+        let all = self.collective.exchange(parts).map_err(|error| match error {
+            lost if lost.is_of_a_lost_rank() => Error::LostRank(lost.to_string()),
+            other => Error::Refused(other.to_string()),
+        });
         self.spent.collective += watch.elapsed();
         all
     }
@@ -292,6 +299,30 @@ impl RankEngine<'_> {
         let (reports, mut times) = model.grad_parts(&parts, of, scale, self.shared.keep, &mut [sink])?;
         times += took;
         Ok((reports, times))
+    }
+
+    /// Makes sure that all ranks are where this one is.
+    ///
+    /// # Errors
+    /// [`crate::Error::Diverged`] if the parameters of one differ from this one's.
+    pub(crate) fn agree(&mut self) -> std::result::Result<(), crate::Error> {
+        if self.collective.size() == 1 {
+            return Ok(());
+        }
+        let mut hash = blake3::Hasher::new();
+        for (id, value) in self.theta.trained() {
+            hash.update(id.to_string().as_bytes());
+            for value in value.flatten_all().and_then(|value| value.to_vec1::<f32>())? {
+                hash.update(&value.to_le_bytes());
+            }
+        }
+        let (rank, own) = (self.collective.rank(), *hash.finalize().as_bytes());
+        for (rank, message) in self.exchange(vec![(rank, Message::Values(own))])? {
+            if !matches!(message, Message::Values(theirs) if theirs == own) {
+                return Err(crate::Error::Diverged { rank, step: self.step });
+            }
+        }
+        Ok(())
     }
 
     fn shards(&self) -> std::ops::Range<u32> {

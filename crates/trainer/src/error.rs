@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use attune_spec::Fault;
+use attune_spec::id::Step;
 
 use crate::protocol::FailureClass;
 
@@ -28,6 +29,14 @@ pub enum Error {
     /// Another rank is gone.
     #[error(transparent)]
     Collective(#[from] attune_collective::Error),
+    /// Ranks that make the same updates have other parameters: a bit was lost somewhere.
+    #[error("after step {step} the parameters of rank {rank} are not those of the others")]
+    Diverged {
+        /// The first rank that differs.
+        rank: u32,
+        /// Steps done.
+        step: Step,
+    },
     /// A checkpoint cannot be written, or is not of this job.
     #[error("checkpoint {}: {message}", folder.display())]
     Checkpoint {
@@ -87,7 +96,9 @@ impl Error {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => FailureClass::DiskFull,
             Self::Pass(Pass::Refused(_)) => FailureClass::Input,
             Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
-            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) => FailureClass::Internal,
+            Self::Pass(Pass::LostRank(_)) => FailureClass::LostRank,
+            Self::Collective(error) if error.is_of_a_lost_rank() => FailureClass::LostRank,
+            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) | Self::Diverged { .. } => FailureClass::Internal,
         }
     }
 

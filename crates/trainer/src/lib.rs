@@ -42,6 +42,7 @@ mod evaluate;
 mod experts;
 pub mod few;
 mod fit;
+mod gang;
 mod guard;
 mod meeting;
 mod output;

@@ -6,6 +6,7 @@
 //! It knows no server and no store: inputs are folders that the agent has verified, outputs are folders that it announces.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use attune_spec::Fault;
@@ -37,6 +38,59 @@ pub struct Request {
     pub card: Option<u32>,
     /// The checkpoint to go on from: a folder as this program wrote it.
     pub resume: Option<PathBuf>,
+    /// Its place among the processes that train this together; none if it is the only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seat: Option<Seat>,
+}
+
+impl Request {
+    /// Ranks of all processes.
+    pub fn all_ranks(&self) -> u32 {
+        self.ranks * self.seat.as_ref().map_or(1, |seat| seat.size)
+    }
+}
+
+/// A process's place among those of one run. The one of rank 0 leads: it alone writes checkpoints and results.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Seat {
+    /// Its number, from 0.
+    pub rank: u32,
+    /// How many they are.
+    pub size: u32,
+    /// The address of this node by which the others reach it.
+    pub host: IpAddr,
+}
+
+/// Where a process of a run listens, and the proof that somebody belongs to the run. Not for logs.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The address.
+    pub address: SocketAddr,
+    /// The proof, in hexadecimal digits.
+    pub token: String,
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peer").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl From<&attune_collective::Peer> for Peer {
+    fn from(peer: &attune_collective::Peer) -> Self {
+        Self { address: peer.address, token: blake3::Hash::from_bytes(peer.token).to_hex().to_string() }
+    }
+}
+
+impl TryFrom<&Peer> for attune_collective::Peer {
+    type Error = String;
+
+    fn try_from(peer: &Peer) -> Result<Self, String> {
+        let token =
+            blake3::Hash::from_hex(&peer.token).map_err(|error| format!("the token of {}: {error}", peer.address))?;
+        Ok(Self { address: peer.address, token: *token.as_bytes() })
+    }
 }
 
 /// Several runs over one base, as lanes of one process: the first line of its input in place of a [`Request`]. Lanes are
@@ -76,6 +130,11 @@ pub enum Command {
     Checkpoint,
     /// End after the current step, without a checkpoint: nobody wants the result.
     Leave,
+    /// Where all processes of the run listen, by number: the answer to [`Event::Listening`].
+    Peers {
+        /// The processes, this one among them.
+        peers: Vec<Peer>,
+    },
     /// The announced checkpoint is stored; its folder may be deleted.
     CheckpointStored {
         /// The checkpoint's step.
@@ -169,6 +228,8 @@ pub enum FailureClass {
     NoGradient,
     /// There was not enough memory.
     Memory,
+    /// Another process of the run is gone or says nothing; it, or its worker, knows why.
+    LostRank,
     /// A file could not be read or written, or a remote object did not answer.
     Io,
     /// A disk was full.
@@ -182,7 +243,7 @@ impl FailureClass {
     pub const fn is_retryable(self) -> bool {
         match self {
             Self::Input | Self::NotFinite | Self::NoGradient => false,
-            Self::Memory | Self::Io | Self::DiskFull | Self::Internal => true,
+            Self::Memory | Self::LostRank | Self::Io | Self::DiskFull | Self::Internal => true,
         }
     }
 }
@@ -191,6 +252,11 @@ impl FailureClass {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// The process waits for the others of its run: they are to be told of it.
+    Listening {
+        /// Where, and under which proof.
+        peer: Peer,
+    },
     /// A part of starting begins.
     Starting {
         /// Which.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attune_collective::local;
+use attune_collective::{Collective, local};
 use attune_data::Packing;
 use attune_data::loader::largest;
 use attune_models::pass::Stopwatch;
@@ -21,10 +21,11 @@ use crate::control::Control;
 use crate::engine::{Message, RankEngine, empty_buffers};
 use crate::error::Error;
 use crate::evaluate;
+use crate::gang::{self, Gang};
 use crate::guard::{self, Guard};
 use crate::kernel;
 use crate::output;
-use crate::protocol::{Event, Metric, Phase, Request, Summary};
+use crate::protocol::{Event, FailureClass, Metric, Phase, Request, Summary};
 use crate::resident;
 use crate::setup::{self, Bases, Prepared};
 use crate::spent::{Spent, where_time_went};
@@ -59,13 +60,32 @@ pub(crate) fn run_over(
     request: &Request,
     control: &dyn Control,
 ) -> Result<End, Error> {
+    check_ranks(request)?;
+    // Before anything that takes time: whoever is missing is known at once, and nobody is taken for dead while it reads.
+    let wire = match &request.seat {
+        None => None,
+        Some(seat) => match gang::join(seat, control)? {
+            Some(wire) => Some(wire),
+            None => {
+                // Nothing was done: what it would have gone on from stands.
+                control.emit(Event::Stopped { step: Step(0) });
+                return Ok(End::Stopped(Step(0)));
+            }
+        },
+    };
     let prepared = setup::prepare(request, control, bases, company.map_or(0, |company| company.largest_pass))?;
     let resumed = match &request.resume {
         Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest, &prepared.pinned)?),
         None => None,
     };
-    check_ranks(request)?;
-    let ranks = local::group::<Message>(request.ranks, EXCHANGE_DEADLINE);
+    let outer: Option<Box<dyn Collective<Message>>> = match wire {
+        Some(wire) => {
+            let profile = kernel::profile_of(prepared.shared.model.base().arena().kernels());
+            Some(Box::new(Gang::new(wire, &prepared.shared.specs, request, (prepared.plan_digest, profile))?))
+        }
+        None => None,
+    };
+    let ranks = local::group_within::<Message>(request.ranks, EXCHANGE_DEADLINE, outer);
     let mut ends: Vec<Result<Option<End>, Error>> = std::thread::scope(|scope| {
         let threads: Vec<_> = ranks
             .into_iter()
@@ -88,9 +108,9 @@ pub(crate) fn run_over(
 }
 
 fn check_ranks(request: &Request) -> Result<(), Error> {
-    let shards = request.plan.logical_shards;
-    if request.ranks == 0 || !shards.is_multiple_of(request.ranks) {
-        let message = format!("makes {} ranks, which do not divide the {shards} logical shards", request.ranks);
+    let (shards, ranks) = (request.plan.logical_shards, request.all_ranks());
+    if ranks == 0 || !shards.is_multiple_of(ranks) {
+        let message = format!("makes {ranks} ranks, which do not divide the {shards} logical shards");
         return Err(Error::Faults(vec![attune_spec::Fault::new("resources.devices_per_worker", message)]));
     }
     Ok(())
@@ -98,7 +118,7 @@ fn check_ranks(request: &Request) -> Result<(), Error> {
 
 /// Whether an error only says that another rank has failed.
 fn is_echo(error: &Error) -> bool {
-    matches!(error, Error::Pass(attune_points::Error::Refused(message)) if message.contains("left the group"))
+    error.class() == FailureClass::LostRank
 }
 
 /// What a panic said.
@@ -187,12 +207,18 @@ impl<'a> Rank<'a> {
         Ok(made)
     }
 
+    /// Whether it writes for all ranks.
     fn leads(&self) -> bool {
         self.engine.collective.rank() == 0
     }
 
+    /// Whether it speaks for its process.
+    fn speaks(&self) -> bool {
+        self.engine.collective.rank().is_multiple_of(self.request.ranks)
+    }
+
     fn emit(&self, event: Event) {
-        if self.leads() {
+        if self.speaks() {
             self.control.emit(event);
         }
     }
@@ -233,9 +259,12 @@ impl<'a> Rank<'a> {
                     self.save()?;
                 }
                 self.emit(Event::Stopped { step: done });
-                return Ok(self.leads().then_some(End::Stopped(done)));
+                return Ok(self.speaks().then_some(End::Stopped(done)));
             }
             let asked = self.leads() && self.control.take_checkpoint_request();
+            if due(plan.checkpoint_every) {
+                self.engine.agree()?;
+            }
             if (due(plan.checkpoint_every) || asked) && done < total {
                 self.save()?;
             }
@@ -256,7 +285,7 @@ impl<'a> Rank<'a> {
         let layout = answers::unjudged(largest(&self.prepared.packing, views))?;
         let layout = Arc::new(layout.with_copies(self.rule.copies()));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
-        let micro_batches = logical_shards / self.request.ranks * accumulation;
+        let micro_batches = logical_shards / self.request.all_ranks() * accumulation;
         // What holds a micro-batch several times goes through by itself.
         let takes_gradients = self.rule.takes_gradients();
         let most = match self.rule.copies() {
@@ -321,9 +350,9 @@ impl<'a> Rank<'a> {
     }
 
     /// Model FLOP utilisation: the share of the fastest product of this machine that the operations which a model needs reach.
-    /// All ranks compute here, side by side; what is computed again to save memory counts for nothing.
+    /// All ranks of this process compute here, side by side; what is computed again to save memory counts for nothing.
     fn utilisation(&self, flops: f64, took: Duration) -> f64 {
-        flops * f64::from(self.engine.collective.size()) / took.as_secs_f64().max(1e-9) / self.gemm_peak()
+        flops * f64::from(self.request.ranks) / took.as_secs_f64().max(1e-9) / self.gemm_peak()
     }
 
     fn gemm_peak(&self) -> f64 {
@@ -428,14 +457,16 @@ impl<'a> Rank<'a> {
     }
 
     fn finish(self) -> Result<Option<End>, Error> {
-        if !self.leads() {
+        if !self.speaks() {
             return Ok(None);
         }
         self.engine.company.inspect(Company::leave);
         fail::fail_point!("trainer::before_outputs");
-        for output in output::write(self.request, self.prepared, &self.engine.theta, &self.state())? {
-            let output::Output { role, kind, folder } = output;
-            self.emit(Event::Output { role, kind, folder, peak_memory_bytes: resident::peak_bytes() });
+        if self.leads() {
+            for output in output::write(self.request, self.prepared, &self.engine.theta, &self.state())? {
+                let output::Output { role, kind, folder } = output;
+                self.emit(Event::Output { role, kind, folder, peak_memory_bytes: resident::peak_bytes() });
+            }
         }
         if let Some(message) = where_time_went(&self.spent, self.speed.1) {
             let percent = 100.0 * self.utilisation(self.spent.flops, self.speed.1);

@@ -196,7 +196,7 @@ pub(crate) fn prepare(
             base = Arc::new(few::requantized(&base, &read.slot, less)?);
         }
     }
-    let keep = keep(plan, &base, request.ranks, rows_beside);
+    let keep = keep(plan, &base, (request.ranks, request.all_ranks()), rows_beside);
     let calibration = Calibration {
         request,
         pinned: &mut pinned,
@@ -378,13 +378,13 @@ fn rows_before(request: &Request, architecture: &Architecture, pinned: &mut Pins
 }
 
 /// What forward passes keep: as the job says, or as much as half of the memory that the device or the machine has left holds.
-fn keep(plan: &Plan, base: &Base, ranks: u32, rows_beside: u64) -> Keep {
+fn keep(plan: &Plan, base: &Base, (here, all): (u32, u32), rows_beside: u64) -> Keep {
     let element_bytes = match base.activations() {
         attune_models::pass::Activations::F32 => 4,
         attune_models::pass::Activations::Bf16 => 2,
     };
     let free = base.arena().kernels().free_bytes().or_else(resident::available_bytes);
-    let rows = (plan.rows_at_once(ranks) * u64::from(ranks)).max(rows_beside);
+    let rows = (plan.rows_at_once(all) * u64::from(here)).max(rows_beside);
     let all = base.architecture().kept_bytes_per_row(element_bytes, false) * rows;
     match plan.activations {
         Activations::Keep => Keep::All,

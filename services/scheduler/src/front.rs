@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use attune_proto::v1;
 use attune_scheduler_core::placement::Blocked;
 use attune_scheduler_core::{Answer, Input, JobKey, Policy, Request, Usage, Worker};
-use attune_spec::id::{Digest, Project};
+use attune_spec::id::{Digest, Project, WorkerId};
 use attune_store::artifact::Deleted;
 use attune_store::change::Write;
 use attune_store::job::{Job, NewJob};
@@ -61,6 +62,8 @@ pub(crate) enum Ask {
     Submit(Box<Submission>),
     /// Writes that the core has no part in.
     Write(Vec<Write>),
+    /// A worker of a gang says something to the others of it.
+    Relay { worker: WorkerId, peer: v1::GangPeer },
     /// An artifact is deleted.
     Delete { project: Project, digest: Digest },
     /// Why a queued job is not granted.
@@ -142,6 +145,11 @@ impl Front {
     /// A worker's registration.
     pub(crate) async fn register(&self, input: Input, link: Link) -> Result<Answer, Status> {
         answer(self.ask(Ask::Register { input: Box::new(input), link }).await?)
+    }
+
+    /// Passes on where a process of a gang listens.
+    pub(crate) async fn relay(&self, worker: WorkerId, peer: v1::GangPeer) -> Result<(), Status> {
+        self.ask(Ask::Relay { worker, peer }).await.map(drop)
     }
 
     /// Takes a job in, or gives the one that the same request made before.

@@ -7,15 +7,12 @@ use std::time::Duration;
 
 use attune_artifacts::Cache;
 use attune_proto::convert::id::{self, AttemptId};
-use attune_proto::convert::{job, time};
+use attune_proto::convert::time;
 use attune_proto::v1::{
     self, attempt_report::Report, connect_request::Message as Say, connect_response::Message as Hear,
 };
 use attune_proto::{Client, Secret, WORKER_PROTOCOL_VERSION};
-use attune_spec::id::{CohortId, Digest, Step, WorkerId};
-use attune_spec::job::plan::Input;
-use attune_spec::job::{JobSpec, Plan, Reference};
-use attune_spec::method::Catalogue;
+use attune_spec::id::{CohortId, WorkerId};
 use attune_telemetry::{Stop, Task as Background, TaskGroup};
 use attune_trainer::card::Card;
 use attune_trainer::kernel;
@@ -26,9 +23,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use crate::attempt::{News, Task, Wire};
+use crate::attempt::{News, Wire};
 use crate::cohort::{self, Killed, Node, Order};
+use crate::meeting::Meeting;
 use crate::node::{self, Home};
+use crate::offer::{spec_fault, task};
 use crate::outbox::Outbox;
 use crate::{Config, Error};
 
@@ -62,6 +61,8 @@ pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
         attempts: home.attempts.clone(),
         grace: config.grace,
         store_patience: config.store_patience,
+        scheduler: config.scheduler.clone(),
+        gang_address: config.gang_address,
     });
     let (news, inbox) = mpsc::channel(NEWS_MAX);
     let mut agent = Agent {
@@ -95,6 +96,8 @@ struct Cohort {
     /// The numbers of its devices among those of their kind.
     numbers: Vec<u32>,
     orders: mpsc::Sender<Order>,
+    /// The other workers of its gang, if it has any.
+    meeting: Option<Meeting>,
     /// Its process and its task are gone.
     gone: bool,
     /// The scheduler has let it go.
@@ -298,6 +301,28 @@ impl Agent {
         line.unanswered.push_back((line.beats, now));
         let sequence = line.beats;
         self.say(Say::Heartbeat(v1::Heartbeat { sequence, running, disk_free_bytes }));
+        self.announce();
+    }
+
+    /// Says where processes listen whose gangs have not met.
+    fn announce(&mut self) {
+        let meetings = self.cohorts.values().filter(|cohort| !cohort.gone).filter_map(|cohort| cohort.meeting.as_ref());
+        for word in meetings.filter_map(Meeting::announcement).collect::<Vec<_>>() {
+            self.say(Say::GangPeer(word));
+        }
+    }
+
+    /// Something new is known of a gang.
+    fn meet(&mut self, id: CohortId, learn: impl FnOnce(&mut Meeting) -> Option<v1::GangPeer>) {
+        let Some(cohort) = self.cohorts.get_mut(&id).filter(|cohort| !cohort.gone) else { return };
+        let Some(meeting) = &mut cohort.meeting else { return };
+        let word = learn(meeting);
+        if let Some(peers) = meeting.complete() {
+            let _ = cohort.orders.try_send(Order::Peers(peers));
+        }
+        if let Some(word) = word.filter(|_| self.is_registered()) {
+            self.say(Say::GangPeer(word));
+        }
     }
 
     /// The lease has ended by this node's own clock: nothing may run here any more.
@@ -328,6 +353,12 @@ impl Agent {
     fn news(&mut self, id: CohortId, news: News) {
         let Some(cohort) = self.cohorts.get_mut(&id) else { return };
         match news {
+            News::Listening(peer) => {
+                return self.meet(id, |meeting| {
+                    meeting.listens(peer);
+                    meeting.announcement()
+                });
+            }
             News::Report(attempt, report) => {
                 if let Some(member) = cohort.member(&attempt) {
                     member.outbox.push(report);
@@ -381,6 +412,7 @@ impl Agent {
                     }
                 }
             }
+            Hear::GangPeer(told) => self.meet(CohortId(told.cohort_id), |meeting| meeting.heard(&told)),
             Hear::KillCohort(kill) => self.killed(CohortId(kill.cohort_id)),
             Hear::ReportAck(ack) => {
                 let Ok(attempt) = id::attempt("attempt", ack.attempt.as_ref()) else { return Ok(()) };
@@ -471,7 +503,9 @@ impl Agent {
         let numbers = numbers.map_err(|message| (v1::LeaseRefusal::Busy, message))?;
         let card = numbers.first().copied().filter(|_| is_card);
         let (device, device_count) = (offer.device, offer.device_count);
-        if offer.attempts.is_empty() || (offer.attempts.len() > 1 && device_count != 1) {
+        let size = offer.gang.len() as u32;
+        let seat = (size > 1).then_some((offer.rank, size));
+        if offer.attempts.is_empty() || (offer.attempts.len() > 1 && (device_count != 1 || size > 1)) {
             return Err(unsupported(&format!("{} attempts on {device_count} devices", offer.attempts.len())));
         }
         let mut members = Vec::with_capacity(offer.attempts.len());
@@ -482,11 +516,12 @@ impl Agent {
         }
         let keys: Vec<AttemptId> = members.iter().map(|member| member.attempt.clone()).collect();
         let (orders, inbox) = mpsc::channel(ORDERS_MAX);
-        self.cohorts.insert(id, Cohort { members, device, numbers, orders, gone: false, released: false });
+        let meeting = seat.map(|(rank, size)| Meeting::new(id, rank, size));
+        self.cohorts.insert(id, Cohort { members, device, numbers, orders, meeting, gone: false, released: false });
         self.say(Say::LeaseAccepted(v1::LeaseAccepted { cohort_id: id.0 }));
         let mut tasks = Vec::new();
         for (key, attempt) in keys.into_iter().zip(&offer.attempts) {
-            match task(key.clone(), attempt, device_count, card) {
+            match task(key.clone(), attempt, (device_count, card), seat) {
                 Ok(task) => tasks.push(task),
                 // The offer is taken and the attempt fails: the job is at fault, not this worker.
                 Err(faults) => {
@@ -509,63 +544,6 @@ impl Agent {
     }
 }
 
-fn spec_fault(faults: &[attune_spec::Fault]) -> v1::Failure {
-    let fault = |fault: &attune_spec::Fault| v1::FieldFault {
-        path: fault.path.as_str().to_owned(),
-        message: fault.message.clone(),
-    };
-    v1::Failure {
-        cause: v1::FailureCause::SpecFault as i32,
-        message: faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
-        faults: faults.iter().map(fault).collect(),
-        ..Default::default()
-    }
-}
-
 fn say(message: Say) -> v1::ConnectRequest {
     v1::ConnectRequest { message: Some(message) }
-}
-
-/// What an offer asks for.
-fn task(
-    attempt: AttemptId,
-    offer: &v1::AttemptOffer,
-    ranks: u32,
-    card: Option<u32>,
-) -> Result<Task, Vec<attune_spec::Fault>> {
-    let missing = || vec![attune_spec::Fault::new("", "is missing in the offer")];
-    let spec = job::from_message(offer.spec.as_ref().ok_or_else(missing)?)?;
-    let checkpoint = match offer.checkpoint.as_str() {
-        "" => None,
-        text => Some(id::field("checkpoint", text).map_err(|fault| vec![fault])?),
-    };
-    Ok(Task {
-        attempt,
-        name: spec.name.to_string(),
-        plan: plan(&spec, &offer.inputs)?,
-        checkpoint,
-        checkpoint_step: Step(offer.checkpoint_step),
-        ranks,
-        card,
-        stall: Duration::from_secs(spec.limits.stall_seconds),
-    })
-}
-
-/// The plan of a job, with every reference meaning what it meant when the job was accepted.
-fn plan(spec: &JobSpec, pins: &[v1::PinnedInput]) -> Result<Plan, Vec<attune_spec::Fault>> {
-    Plan::resolve(spec, Catalogue::embedded(), |reference| {
-        let text = reference.to_string();
-        let pinned = pins.iter().find(|pin| pin.reference == text && !pin.digest.is_empty());
-        if let Some(pin) = pinned {
-            return pin.digest.parse::<Digest>().map(Input::Artifact).map_err(|error| error.to_string());
-        }
-        match reference {
-            Reference::Digest(digest) => Ok(Input::Artifact(*digest)),
-            Reference::Url(url) => Ok(Input::Url(url.to_string())),
-            Reference::Path(path) => Ok(Input::Path(path.to_string())),
-            Reference::Tag(_) | Reference::Stage { .. } => {
-                Err(format!("is {reference}, which the scheduler did not pin"))
-            }
-        }
-    })
 }

@@ -10,7 +10,7 @@ use attune_proto::convert::time::{duration, timestamp};
 use attune_proto::v1;
 use attune_spec::id::{CohortId, Digest, Step};
 use attune_spec::job::Plan;
-use attune_trainer::protocol::{Command, Event};
+use attune_trainer::protocol::{Command, Event, Peer};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -41,6 +41,23 @@ pub(crate) struct Task {
     pub(crate) card: Option<u32>,
     /// Longest time without a finished step.
     pub(crate) stall: Duration,
+    /// This worker's rank in the gang, and how many workers that has, if it has several. The first leads: it alone tells how
+    /// the attempt goes and stores what it makes; the others tell what goes wrong.
+    pub(crate) seat: Option<(u32, u32)>,
+}
+
+impl Task {
+    fn leads(&self) -> bool {
+        self.seat.is_none_or(|(rank, _)| rank == 0)
+    }
+
+    /// Something about the attempt, with the rank that says it.
+    fn words(&self, message: String) -> String {
+        match self.seat {
+            Some((rank, size)) => format!("rank {rank} of {size}: {message}"),
+            None => message,
+        }
+    }
 }
 
 /// What a cohort tells the agent.
@@ -48,6 +65,8 @@ pub(crate) struct Task {
 pub(crate) enum News {
     /// Something for the scheduler about an attempt.
     Report(AttemptId, v1::attempt_report::Report),
+    /// Its process waits for the others of its gang.
+    Listening(Peer),
     /// Nothing of it is left.
     Gone,
 }
@@ -106,6 +125,8 @@ pub(crate) struct Lane {
     is_uploading: bool,
     stop: Option<(v1::StopPurpose, Instant)>,
     last_step: Instant,
+    /// Its process waits for the others of its gang, which may take as long as it takes them to come.
+    is_meeting: bool,
     progress: Option<v1::JobProgress>,
     metrics: Vec<v1::MetricPoint>,
     dropped: u64,
@@ -132,6 +153,7 @@ impl Lane {
             is_uploading: false,
             stop: None,
             last_step: Instant::now(),
+            is_meeting: false,
             progress: None,
             metrics: Vec::new(),
             dropped: 0,
@@ -163,7 +185,12 @@ impl Lane {
     }
 
     pub(crate) async fn report(&self, report: Report) {
-        if !self.is_over {
+        let is_told = match &report {
+            Report::Note(_) => true,
+            Report::Finished(finished) => matches!(finished.outcome, Some(Outcome::Failed(_))),
+            _ => false,
+        };
+        if !self.is_over && (is_told || self.task.leads()) {
             self.wire.send(News::Report(self.task.attempt.clone(), report)).await;
         }
     }
@@ -174,6 +201,13 @@ impl Lane {
             return;
         }
         self.flush().await;
+        let outcome = match outcome {
+            Outcome::Failed(failed) => {
+                let message = self.task.words(failed.message);
+                Outcome::Failed(v1::Failure { message, ..failed })
+            }
+            outcome => outcome,
+        };
         if self.number.is_none() || self.terminal.is_some() {
             // Nobody writes there any more; what is left otherwise goes with the cohort's folder.
             remove(&self.folder).await;
@@ -207,7 +241,19 @@ impl Lane {
 
     /// When it must have finished a step.
     pub(crate) fn stall_at(&self) -> Option<Instant> {
-        (self.is_running() && self.ended.is_none()).then(|| self.last_step + self.task.stall)
+        (self.is_running() && self.ended.is_none() && !self.is_meeting).then(|| self.last_step + self.task.stall)
+    }
+
+    /// Its process has been told of the others.
+    pub(crate) fn met(&mut self) {
+        self.is_meeting = false;
+        self.last_step = Instant::now();
+    }
+
+    /// Whether its process has ended because another one of the gang is gone.
+    pub(crate) fn lost_a_rank(&self) -> bool {
+        let is_lost = |failed: &v1::Failure| failed.cause() == v1::FailureCause::RankLost;
+        !self.is_over && matches!(&self.terminal, Some(Terminal::Failed(failed)) if is_lost(failed))
     }
 
     /// The next folder to store, if it is time for one.
@@ -246,6 +292,10 @@ impl Lane {
     pub(crate) async fn event(&mut self, event: Event) -> Vec<Command> {
         let mut commands = Vec::new();
         match event {
+            Event::Listening { peer } => {
+                self.is_meeting = true;
+                self.wire.send(News::Listening(peer)).await;
+            }
             Event::Starting { .. } => self.last_step = Instant::now(),
             Event::Note { topic, message } => self.note(v1::Severity::Warning, topic, message).await,
             Event::Running { step, total_steps, kernel_profile, pinned } => {
@@ -337,6 +387,7 @@ impl Lane {
             return;
         }
         self.flush().await;
+        let message = self.task.words(message);
         let note = v1::JobNote { severity: severity as i32, topic, message, step: self.step, fields: None };
         self.report(Report::Note(note)).await;
     }

@@ -2,6 +2,7 @@
 //! end. What happens to one lane is its own; a process that dies is the end of all that still ran in it.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use attune_proto::convert::id::AttemptId;
 use attune_proto::{Client, v1};
 use attune_spec::id::Digest;
 use attune_spec::job::plan::Input;
-use attune_trainer::protocol::{self, Command, Event, Request, Tagged, VERSION};
+use attune_trainer::protocol::{self, Command, Event, Peer, Request, Seat, Tagged, VERSION};
 use futures::future::{FutureExt as _, OptionFuture};
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::mpsc;
@@ -20,11 +21,14 @@ use tokio::time::{Instant, sleep_until};
 use crate::attempt::{Lane, News, Outcome, Task, Wire, remove};
 use crate::child::{Child, Exit, Heard, Program, memory_kills};
 use crate::failure;
+use crate::meeting::address_towards;
 use crate::transfer::Remote;
 use crate::upload::{Stored, UploadError, roles};
 
 /// Wait between tries to fetch an input.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
+/// How long the worker of a process that lost another one waits for that one's worker to say why.
+const BLAME_WAIT: Duration = Duration::from_secs(5);
 
 /// What all cohorts of a node share.
 #[derive(Debug)]
@@ -36,6 +40,9 @@ pub(crate) struct Node {
     pub(crate) attempts: PathBuf,
     pub(crate) grace: Duration,
     pub(crate) store_patience: Duration,
+    /// The addresses of the schedulers.
+    pub(crate) scheduler: String,
+    pub(crate) gang_address: Option<IpAddr>,
 }
 
 /// What the agent tells a cohort.
@@ -45,6 +52,8 @@ pub(crate) enum Order {
     Stop { attempt: AttemptId, purpose: v1::StopPurpose, grace: Option<Duration> },
     /// An attempt is over for the scheduler.
     Drop { attempt: AttemptId },
+    /// Where the processes of the gang listen, by rank.
+    Peers(Vec<Peer>),
     /// End now.
     Kill(Killed),
 }
@@ -90,6 +99,16 @@ pub(crate) async fn run(node: Arc<Node>, tasks: Vec<Task>, mut orders: mpsc::Rec
     wire.send(News::Gone).await;
 }
 
+/// The place of a task's process among those of its gang.
+async fn seat(node: &Node, task: &Task) -> std::io::Result<Option<Seat>> {
+    let Some((rank, size)) = task.seat else { return Ok(None) };
+    let host = match node.gang_address {
+        Some(address) => address,
+        None => address_towards(&node.scheduler).await?,
+    };
+    Ok(Some(Seat { rank, size, host }))
+}
+
 /// An upload that goes on, with the place of its lane.
 type Uploads = FuturesUnordered<futures::future::BoxFuture<'static, (usize, Result<Stored, UploadError>)>>;
 
@@ -127,6 +146,7 @@ impl Cohort {
         }
         let exit = self.drive(orders).await?;
         self.rest(orders).await?;
+        self.linger(orders).await?;
         self.settle(exit).await;
         Ok(())
     }
@@ -164,8 +184,33 @@ impl Cohort {
             lane.finish(Outcome::Failed(failed), false).await;
             return Ok(None);
         }
+        let seat = match seat(&self.node, &task).await {
+            Ok(seat) => seat,
+            Err(error) => {
+                let message = format!(
+                    "no address of this node is known by which others of the gang reach it: {error}; give one with --gang-address"
+                );
+                self.lanes[place]
+                    .finish(Outcome::Failed(failure::of(v1::FailureCause::Internal, message)), false)
+                    .await;
+                return Ok(None);
+            }
+        };
         let Task { name, plan, ranks, card, .. } = task;
-        Ok(Some(Request { version: VERSION, name, plan, inputs, work, ranks, card, resume }))
+        Ok(Some(Request { version: VERSION, name, plan, inputs, work, ranks, card, resume, seat }))
+    }
+
+    /// Waits a little where a process ended because another one is gone: that one's worker knows why, and what it says ends
+    /// this cohort.
+    async fn linger(&mut self, orders: &mut mpsc::Receiver<Order>) -> Result<(), Killed> {
+        let until = Instant::now() + BLAME_WAIT;
+        while self.ended.is_none() && self.lanes.iter().any(Lane::lost_a_rank) {
+            tokio::select! {
+                order = orders.recv() => self.order(order).await?,
+                () = sleep_until(until) => break,
+            }
+        }
+        Ok(())
     }
 
     /// Fetches an artifact while listening for orders; nothing when the lane has ended.
@@ -297,6 +342,13 @@ impl Cohort {
                 } else {
                     let stopped = v1::AttemptStopped { purpose: purpose as i32, checkpoint: None };
                     self.lanes[place].finish(Outcome::Stopped(stopped), false).await;
+                }
+            }
+            Some(Order::Peers(peers)) => {
+                // A gang runs one attempt.
+                if let Some(lane) = self.lanes.first_mut() {
+                    lane.met();
+                    self.say(0, Command::Peers { peers }).await;
                 }
             }
             Some(Order::Drop { attempt }) => {

@@ -1,6 +1,7 @@
 //! What an agent is told when it is started.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,6 +26,9 @@ pub struct Config {
     pub devices: u32,
     /// Number of NVIDIA devices that it offers, from the first; all that this build can work on without.
     pub cards: Option<u32>,
+    /// The address of this machine by which other workers reach it, for jobs that several of them train together; the one by
+    /// which it reaches the scheduler without.
+    pub gang_address: Option<IpAddr>,
     /// Labels to place by.
     pub labels: BTreeMap<String, String>,
     /// The training process: given a request on its standard input, it runs one attempt.
@@ -46,6 +50,7 @@ impl Config {
             work_dir: work_dir.into(),
             devices: 1,
             cards: None,
+            gang_address: None,
             labels: BTreeMap::new(),
             program,
             grace: Duration::from_secs(60),

@@ -57,6 +57,7 @@ pub(crate) fn cause(class: FailureClass, has_faults: bool) -> FailureCause {
         FailureClass::Memory => FailureCause::OutOfMemory,
         FailureClass::DiskFull => FailureCause::DiskFull,
         FailureClass::Io => FailureCause::StoreUnavailable,
+        FailureClass::LostRank => FailureCause::RankLost,
         FailureClass::Internal => FailureCause::Internal,
     }
 }

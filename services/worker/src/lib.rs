@@ -20,7 +20,9 @@ mod cohort;
 mod config;
 mod error;
 mod failure;
+mod meeting;
 mod node;
+mod offer;
 mod outbox;
 mod upload;
 

@@ -214,7 +214,7 @@ impl StepRule for Choice {
         let grad_norm = engine.update(gradients)?;
         if at + 1 == watch {
             let renewed = self.choose(step.0, engine)?;
-            loss.beside.insert("entries/renewed", renewed as f64 * divisor);
+            loss.beside.insert("entries/renewed".into(), renewed as f64 * divisor);
         }
         Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
     }

@@ -165,6 +165,7 @@ fn measured(
         ranks: 1,
         card: None,
         resume: None,
+        seat: None,
     };
     let requests: Vec<Request> = plans.iter().zip(&works).map(request).collect();
     memory::forget_peak()?;

@@ -186,8 +186,8 @@ impl StepRule for Smart {
             let copies = layout.with_copies(self.copies());
             let mut report = engine.grad(&at, &copies, &smoothed, 1.0 / divisor, &mut sink)?;
             let [smooth, close] = *smoothed.sums.lock().unwrap_or_else(PoisonError::into_inner);
-            report.beside.insert("smart/smoothness", smooth * weight);
-            report.beside.insert("smart/proximity", close * weight);
+            report.beside.insert("smart/smoothness".into(), smooth * weight);
+            report.beside.insert("smart/proximity".into(), close * weight);
             parts.push((*part, sink, report));
         }
         let (gradients, loss) = engine.reduce(parts)?;

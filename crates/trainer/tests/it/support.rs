@@ -114,6 +114,7 @@ impl Small {
             ranks,
             card: None,
             resume: resume.map(Path::to_owned),
+            seat: None,
         };
         (request, work)
     }

@@ -91,6 +91,10 @@ pub(crate) struct Worker {
     /// NVIDIA devices that it offers; all that this build can work on if it is left out.
     #[arg(long, value_name = "N")]
     cards: Option<u32>,
+    /// The address of this machine by which other workers reach it, where jobs run on several at once; the one by which it reaches
+    /// the scheduler if it is left out.
+    #[arg(long, value_name = "ADDRESS")]
+    gang_address: Option<std::net::IpAddr>,
     /// A label to place by; may be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
@@ -159,6 +163,7 @@ pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure>
     config.connection = server.options()?;
     config.token_file = server.token_file().map(Path::to_owned);
     config.cards = arguments.cards;
+    config.gang_address = arguments.gang_address;
     config.labels = arguments.labels.iter().cloned().collect::<BTreeMap<_, _>>();
     config.grace = Duration::from_secs(arguments.grace);
     block_on(async {

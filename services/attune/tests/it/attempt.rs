@@ -47,8 +47,17 @@ fn train(place: &Place, job: &str, base: &Path, work: &str, steps: u64) -> (Path
     let work = place.path().join(work);
     std::fs::create_dir(&work).unwrap();
     let name = spec.name.to_string();
-    let request =
-        Request { version: VERSION, name, plan, inputs: BTreeMap::new(), work, ranks: 1, card: None, resume: None };
+    let request = Request {
+        version: VERSION,
+        name,
+        plan,
+        inputs: BTreeMap::new(),
+        work,
+        ranks: 1,
+        card: None,
+        resume: None,
+        seat: None,
+    };
     let (events, status, log) = attempt(place, &serde_json::to_string(&request).unwrap());
     assert_eq!(status, Some(0), "{events:?}\n{log}");
     let Some(Event::Finished { summary }) = events.last() else { panic!("{events:?}") };

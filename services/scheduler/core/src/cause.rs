@@ -55,11 +55,13 @@ pub enum Cause {
     NoGradient,
     /// The job ran for longer than it may.
     TimeLimit,
+    /// Another process of the gang is gone or says nothing, and nobody knows why.
+    RankLost,
     /// A defect of Attune itself.
     Internal,
 }
 
-const PLAIN: [Cause; 15] = [
+const PLAIN: [Cause; 16] = [
     Cause::ChildPanicked,
     Cause::OutOfMemory,
     Cause::WorkerLost,
@@ -74,6 +76,7 @@ const PLAIN: [Cause; 15] = [
     Cause::NotFinite,
     Cause::NoGradient,
     Cause::TimeLimit,
+    Cause::RankLost,
     Cause::Internal,
 ];
 
@@ -91,6 +94,7 @@ impl Cause {
             | Self::StoreUnavailable
             | Self::DiskFull
             | Self::Corrupt
+            | Self::RankLost
             | Self::Internal => Retry::Yes,
             Self::OutOfMemory
             | Self::SpecFault
@@ -120,6 +124,7 @@ impl Cause {
             Self::NotFinite => "not_finite",
             Self::NoGradient => "no_gradient",
             Self::TimeLimit => "time_limit",
+            Self::RankLost => "rank_lost",
             Self::Internal => "internal",
         }
     }
@@ -145,6 +150,7 @@ impl Cause {
             Self::NotFinite => "a loss, gradient or weight was not finite; a lower learning rate may help",
             Self::NoGradient => "a tensor that should train got no gradient",
             Self::TimeLimit => "the job ran for longer than it may",
+            Self::RankLost => "another process of the gang is gone or says nothing",
             Self::Internal => "an internal error",
         };
         text.to_owned()

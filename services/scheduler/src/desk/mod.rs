@@ -10,9 +10,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use attune_proto::v1;
+use attune_proto::v1::{self, connect_response::Message};
 use attune_scheduler_core::{Action, Answer, Cause, Core, Counters, Input, JobKey, Outcome, Settings, Worker};
-use attune_spec::id::{CohortId, Project};
+use attune_spec::id::{CohortId, Project, WorkerId};
 use attune_store::Store;
 use attune_store::change::Write;
 use attune_telemetry::Stop;
@@ -138,6 +138,10 @@ impl Desk {
                 Err(status) => (Err(status), vec![]),
             },
             Ask::Write(writes) => (self.write(&writes).await.map(|()| Reply::Written), vec![]),
+            Ask::Relay { worker, peer } => {
+                self.relay(&worker, &peer);
+                (Ok(Reply::Written), vec![])
+            }
             Ask::Delete { project, digest } => {
                 let deleted = self.store.delete_artifact(&project, digest, false, Clock::utc()).await;
                 (deleted.map(|(deleted, _)| Reply::Deleted(deleted)).map_err(status::store), vec![])
@@ -152,6 +156,19 @@ impl Desk {
         let _ = reply.send(answer);
         self.act(actions).await;
         Ok(())
+    }
+
+    /// Passes what a worker says of its process on to the rest of its gang. Whoever is not connected asks for it again.
+    fn relay(&mut self, worker: &WorkerId, peer: &v1::GangPeer) {
+        let Some(cohort) = self.core.cohort(CohortId(peer.cohort_id)) else { return };
+        if cohort.share(worker).is_none_or(|share| share.rank != peer.rank) {
+            tracing::warn!(%worker, cohort = peer.cohort_id, rank = peer.rank, "a worker speaks for a gang's rank that is not its own");
+            return;
+        }
+        let others = cohort.shares.iter().map(|share| &share.worker).filter(|other| *other != worker);
+        for other in others {
+            self.links.send(other, None, Message::GangPeer(peer.clone()));
+        }
     }
 
     /// The workers, by name; those that are away and have new work kept from them among them.

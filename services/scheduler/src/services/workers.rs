@@ -196,6 +196,7 @@ impl Connection {
                 };
                 Input::CohortCrashed { worker, cohort: CohortId(lease.cohort_id), cause }
             }
+            Said::GangPeer(peer) => return self.context.front.relay(worker, peer).await.map_err(End::from),
             Said::Drain(_) => Input::Drain { worker },
             Said::CohortGone(gone) => Input::CohortGone { worker, session, cohort: CohortId(gone.cohort_id) },
             Said::Register(_) | Said::AttemptReport(_) => return Ok(()),
