@@ -5,6 +5,7 @@
 
 mod encrypted;
 mod failover;
+mod gangs;
 mod grids;
 mod guarded;
 mod kills;

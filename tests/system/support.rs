@@ -189,6 +189,13 @@ impl Cluster {
         self.worker = Some(Process::start(&mut command, &self.path("worker.log")));
     }
 
+    /// Starts another worker beside it.
+    pub(crate) fn another_worker(&self, name: &str) -> Process {
+        let mut command = attune();
+        command.args(["worker", "--server", &self.url(), "--name", name, "--work-dir"]).arg(self.path(name));
+        Process::start(&mut command, &self.path("worker.log"))
+    }
+
     /// A client of the scheduler.
     pub(crate) fn client(&self) -> Client {
         self.client.clone()

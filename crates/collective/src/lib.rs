@@ -50,14 +50,10 @@ pub trait Wire: Send {
     fn exchange(&mut self, to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error>;
 }
 
-/// The logical shards that `rank` of `size` owns: a contiguous run of equal length.
-///
-/// # Panics
-/// If `size` does not divide `shards`; the job's checks refuse that.
-pub fn owned(rank: u32, size: u32, shards: u32) -> std::ops::Range<u32> {
-    assert!(size > 0 && shards.is_multiple_of(size), "{size} ranks do not divide {shards} logical shards");
-    let each = shards / size;
-    rank * each..(rank + 1) * each
+/// Whether the micro-batch `part` is of `rank` of `size`. Ranks take turns: what is computed at one time is added up one after the
+/// other, so that nobody keeps many parts for their turn to come.
+pub const fn owns(rank: u32, size: u32, part: u32) -> bool {
+    part % size == rank
 }
 
 /// Parts in the order of their shards.

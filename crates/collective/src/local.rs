@@ -151,7 +151,7 @@ impl<T> Drop for LocalRank<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::owned;
+    use crate::owns;
 
     fn run<R: Send>(size: u32, deadline_ms: u64, work: impl Fn(LocalRank<f32>) -> R + Sync) -> Vec<R> {
         let ranks = group(size, Duration::from_millis(deadline_ms));
@@ -173,7 +173,8 @@ mod tests {
             let work = |mut rank: LocalRank<f32>| {
                 (0..20)
                     .map(|round| {
-                        let mine = owned(rank.rank(), size, 8).map(|shard| (shard, value(shard, round))).collect();
+                        let mine = (0..8).filter(|shard| owns(rank.rank(), size, *shard));
+                        let mine = mine.map(|shard| (shard, value(shard, round))).collect();
                         rank.exchange(mine).unwrap().iter().fold(0.0f32, |sum, (_, part)| sum + part).to_bits()
                     })
                     .collect::<Vec<u32>>()

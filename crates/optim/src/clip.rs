@@ -1,9 +1,13 @@
 //! Clipping by the norm of the whole gradient.
 
-/// The Euclidean norm of several slices taken as one vector, summed in f64 in the order given.
-pub fn norm<'a>(gradients: impl IntoIterator<Item = &'a [f32]>) -> f64 {
-    let square = |gradient: &[f32]| gradient.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
-    gradients.into_iter().map(square).sum::<f64>().sqrt()
+/// The sum of the squares of a tensor, in f64 in the order of its entries.
+pub fn square(gradient: &[f32]) -> f64 {
+    gradient.iter().map(|&g| f64::from(g) * f64::from(g)).sum()
+}
+
+/// The Euclidean norm of several tensors taken as one vector, by the sums of their squares, added in the order given.
+pub fn norm(squares: impl IntoIterator<Item = f64>) -> f64 {
+    squares.into_iter().sum::<f64>().sqrt()
 }
 
 /// The factor that brings a gradient of `norm` down to `limit`: `min(1, limit / (norm + 1e-6))`, as
@@ -18,7 +22,7 @@ mod tests {
 
     #[test]
     fn the_norm_is_that_of_one_vector_and_the_factor_never_grows_it() {
-        assert_eq!(norm([&[3.0f32, 0.0][..], &[4.0][..]]), 5.0);
+        assert_eq!(norm([square(&[3.0, 0.0]), square(&[4.0])]), 5.0);
         assert_eq!(norm([]), 0.0);
         assert_eq!(factor(0.5, Some(1.0)), 1.0);
         assert!((f64::from(factor(5.0, Some(1.0))) * 5.0 - 1.0).abs() < 1e-5);

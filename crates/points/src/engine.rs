@@ -118,8 +118,7 @@ pub fn usual_step(engine: &mut dyn Engine) -> Result<StepReport> {
 /// # Errors
 /// Whatever the engine raises.
 pub fn update_on(engine: &mut dyn Engine, batch: &Batch) -> Result<StepReport> {
-    let (gradients, loss) = gradients_on(engine, batch)?;
-    let grad_norm = engine.update(gradients)?;
+    let (grad_norm, loss) = engine.update_by(batch)?;
     Ok(StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() })
 }
 
@@ -265,6 +264,19 @@ pub trait Engine {
     /// # Errors
     /// A gradient that is not finite, missing (connection guard) or always zero (signal guard).
     fn update(&mut self, gradients: Grads) -> Result<f64>;
+
+    /// The gradient of the job's loss over a batch, then one update by it: its norm before clipping, and the loss. Nobody sees the
+    /// gradient, so an engine of several ranks need not give it to all of them.
+    ///
+    /// # Errors
+    /// As for [`Engine::grads`] and [`Engine::update`].
+    fn update_by(&mut self, batch: &Batch) -> Result<(f64, LossReport)> {
+        let (objective, theta) = (self.objective(), self.theta().clone());
+        let scale = 1.0 / objective.denominator().of(batch.counts);
+        let parts = self.grads(&theta, &batch.parts, &*objective, scale)?;
+        let (gradients, loss) = self.reduce(parts)?;
+        Ok((self.update(gradients)?, loss))
+    }
 
     /// What every rank has to say, under numbers that no other uses, in the order of the numbers: the same on all of them.
     ///

@@ -1,12 +1,13 @@
 //! The whole state of a run in a folder: values, optimiser buffers, counters. It holds everything, or it is an error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use attune_artifacts::formats::safetensors::{Dtype, Due, write_as_due};
 use attune_data::loader;
 use attune_points::{Owner, Params, TensorId, TensorName, Theta};
 use attune_spec::id::{Digest, Step, Tokens};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::component::SharesOfSlots;
@@ -63,25 +64,62 @@ pub(crate) struct Measured {
 /// Optimiser buffers by tensor and name.
 pub(crate) type Buffers = BTreeMap<TensorId, Vec<Vec<f32>>>;
 
-/// Writes a checkpoint into `folder`, which is made. `rule` is the step rule's state, `names` are the names of an update's buffers, tensor by tensor.
+/// One buffer of a checkpoint: its name there, whose it is, which of that tensor's, and how long it is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Buffer {
+    pub(crate) name: String,
+    pub(crate) of: TensorId,
+    pub(crate) place: usize,
+    pub(crate) length: usize,
+}
+
+/// All buffers of a run in the order of their file. `names` and `lengths` are those of a tensor's buffers.
+pub(crate) fn buffers<'t>(all: impl IntoIterator<Item = (&'t TensorId, Vec<(&'static str, usize)>)>) -> Vec<Buffer> {
+    let of_tensor = |(id, of): (&'t TensorId, Vec<(&'static str, usize)>)| {
+        let named = of.into_iter().enumerate();
+        let made = named.map(|(place, (name, length))| Buffer {
+            name: format!("{}/{name}", key(id)),
+            of: id.clone(),
+            place,
+            length,
+        });
+        made.collect::<Vec<_>>()
+    };
+    let mut all: Vec<Buffer> = all.into_iter().flat_map(of_tensor).collect();
+    all.sort();
+    all
+}
+
+/// Writes a checkpoint into `folder`, which is made. `rule` is the step rule's state; `give` gives the numbers of each of the
+/// buffers in turn.
 pub(crate) fn save(
     folder: &Path,
     state: &State,
     theta: &Theta,
-    buffers: &Buffers,
     rule: BTreeMap<String, Tensor>,
-    names: impl Fn(&TensorId) -> Vec<&'static str>,
+    buffers: &[Buffer],
+    mut give: impl FnMut(&Buffer, &mut dyn FnMut(&[f32]) -> std::io::Result<()>) -> Result<(), Error>,
 ) -> Result<(), Error> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let values: BTreeMap<String, Tensor> = theta.held().map(|(id, tensor)| (key(&id), tensor.clone())).collect();
     write(&folder.join(VALUES_FILE), values)?;
-    let mut flat = BTreeMap::new();
-    for (id, of_tensor) in buffers {
-        for (name, buffer) in names(id).into_iter().zip(of_tensor) {
-            flat.insert(format!("{}/{name}", key(id)), Tensor::new(buffer.as_slice(), &Device::Cpu)?);
-        }
+    let due = |buffer: &Buffer| Due { name: buffer.name.clone(), dtype: Dtype::F32, shape: vec![buffer.length] };
+    let due: Vec<Due> = buffers.iter().map(due).collect();
+    let mut lost = None;
+    let path = folder.join(BUFFERS_FILE);
+    let written = write_as_due(&path, &due, &BTreeMap::new(), |place, file| {
+        let mut put = |numbers: &[f32]| numbers.iter().try_for_each(|number| file.write_all(&number.to_le_bytes()));
+        give(&buffers[place], &mut put).map_err(|error| {
+            let message = error.to_string();
+            lost = Some(error);
+            std::io::Error::other(message)
+        })
+    });
+    match (written, lost) {
+        (_, Some(error)) => return Err(error),
+        (Err(error), None) => return Err(wrong(folder, error.to_string())),
+        (Ok(()), None) => {}
     }
-    write(&folder.join(BUFFERS_FILE), flat)?;
     write(&folder.join(RULE_FILE), rule)?;
     let path = folder.join(STATE_FILE);
     let text = serde_json::to_vec_pretty(&State { format: FORMAT, ..state.clone() })
@@ -131,12 +169,13 @@ pub(crate) fn load_rule(folder: &Path) -> Result<BTreeMap<String, Tensor>, Error
     read(&folder.join(RULE_FILE))
 }
 
-/// Reads the values of trained components and the optimiser's buffers into those of a fresh run, which say what has to be there.
+/// Reads the values of trained components into those of a fresh run, which say what has to be there, and those of `buffers` that are
+/// among the `known` ones.
 pub(crate) fn load_tensors(
     folder: &Path,
     theta: &mut Theta,
+    known: &[Buffer],
     buffers: &mut Buffers,
-    names: impl Fn(&TensorId) -> Vec<&'static str>,
 ) -> Result<(), Error> {
     let mut values = read(&folder.join(VALUES_FILE))?;
     let ids: Vec<(TensorId, Vec<usize>)> = theta.held().map(|(id, tensor)| (id, tensor.dims().to_vec())).collect();
@@ -145,14 +184,24 @@ pub(crate) fn load_tensors(
         theta.put(&id, tensor);
     }
     none_left(folder, VALUES_FILE, &values)?;
-    let mut flat = read(&folder.join(BUFFERS_FILE))?;
-    for (id, of_tensor) in buffers {
-        for (name, buffer) in names(id).into_iter().zip(of_tensor) {
-            let tensor = take(folder, BUFFERS_FILE, &mut flat, &format!("{}/{name}", key(id)), &[buffer.len()])?;
-            *buffer = tensor.to_vec1()?;
+    let flat = attune_tensor::Mapped::open(&folder.join(BUFFERS_FILE)).map_err(attune_models::Error::from)?;
+    let mut left: BTreeSet<&str> = flat.names().collect();
+    for buffer in known {
+        left.remove(buffer.name.as_str());
+        let found = flat.get_number(&buffer.name).map_err(attune_models::Error::from)?;
+        let found = found.ok_or_else(|| missing(folder, BUFFERS_FILE, &buffer.name))?;
+        if found.shape() != [buffer.length] {
+            return Err(misshaped(folder, BUFFERS_FILE, &buffer.name, found.shape(), &[buffer.length]));
+        }
+        // Of what others keep, that it is there is all that matters here.
+        if let Some(own) = buffers.get_mut(&buffer.of).and_then(|own| own.get_mut(buffer.place)) {
+            *own = found.to_numbers()?.to_vec1()?;
         }
     }
-    none_left(folder, BUFFERS_FILE, &flat)
+    match left.first() {
+        None => Ok(()),
+        Some(name) => Err(unknown(folder, BUFFERS_FILE, name)),
+    }
 }
 
 pub(crate) fn wrong(folder: &Path, message: String) -> Error {
@@ -191,20 +240,25 @@ fn take(
     name: &str,
     shape: &[usize],
 ) -> Result<Tensor, Error> {
-    let tensor = tensors.remove(name).ok_or_else(|| wrong(folder, format!("{file} has no tensor {name:?}")))?;
-    if tensor.dims() == shape {
-        Ok(tensor)
-    } else {
-        Err(wrong(
-            folder,
-            format!("{file}: tensor {name:?} has shape {:?}; this run makes it {shape:?}", tensor.dims()),
-        ))
-    }
+    let tensor = tensors.remove(name).ok_or_else(|| missing(folder, file, name))?;
+    if tensor.dims() == shape { Ok(tensor) } else { Err(misshaped(folder, file, name, tensor.dims(), shape)) }
+}
+
+fn missing(folder: &Path, file: &str, name: &str) -> Error {
+    wrong(folder, format!("{file} has no tensor {name:?}"))
+}
+
+fn misshaped(folder: &Path, file: &str, name: &str, found: &[usize], shape: &[usize]) -> Error {
+    wrong(folder, format!("{file}: tensor {name:?} has shape {found:?}; this run makes it {shape:?}"))
+}
+
+fn unknown(folder: &Path, file: &str, name: &str) -> Error {
+    wrong(folder, format!("{file} has tensor {name:?}, which this run does not know"))
 }
 
 fn none_left(folder: &Path, file: &str, tensors: &BTreeMap<String, Tensor>) -> Result<(), Error> {
     match tensors.keys().next() {
         None => Ok(()),
-        Some(name) => Err(wrong(folder, format!("{file} has tensor {name:?}, which this run does not know"))),
+        Some(name) => Err(unknown(folder, file, name)),
     }
 }

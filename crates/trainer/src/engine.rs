@@ -1,47 +1,58 @@
 //! The engine of one rank: batches, passes, sums over shards, updates.
 
 use std::collections::BTreeMap;
+use std::ops::BitOrAssign;
 use std::sync::Arc;
 
-use attune_collective::{Collective, owned};
+use attune_collective::owns;
 use attune_data::Loader;
 use attune_models::dropout::Dropout;
 use attune_models::pass::walk::Keep;
 use attune_models::pass::{Stopwatch, Times};
-use attune_models::{Model, Pass, stack};
-use attune_optim::clip;
+use attune_models::{Model, Pass};
 use attune_points::engine::{Batch, Engine, LossReport, Renewed, Source, Tensors};
 use attune_points::layout::REFERENCE;
 use attune_points::objective::{Level, Objective};
-use attune_points::optimizer::{Optimizer, UpdateCx};
+use attune_points::optimizer::Optimizer;
 use attune_points::schedule::Schedule;
-use attune_points::{
-    Entries, Error, GradSink, Grads, Layout, Locals, Owner, Params, Result, Tap, TensorId, TensorSpec, Theta,
-};
+use attune_points::{Entries, Error, GradSink, Grads, Layout, Params, Result, Tap, TensorId, TensorSpec, Theta};
 use attune_spec::id::Step;
-use attune_tensor::{Rng, autograd};
-use candle_core::{Device, Tensor, Var};
-use rayon::prelude::*;
+use attune_tensor::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::answers::{Judge, Judged};
-use crate::checkpoint::Buffers;
-use crate::guard::{self, Guard};
+use crate::checkpoint::{self, Buffers};
+use crate::gang::Ranks;
+use crate::guard::Guard;
 use crate::scope::ByColumn;
 use crate::spent::Spent;
 use crate::together::{self, Asked, Company, Piece, Wanted};
 use crate::turns::Turns;
+use crate::update::of_ranks;
+
+/// What a rank was asked for from outside, of which all must know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Wishes {
+    /// To stop after the step.
+    pub(crate) stop: bool,
+    /// To write a checkpoint after the step.
+    pub(crate) checkpoint: bool,
+}
+
+impl BitOrAssign for Wishes {
+    fn bitor_assign(&mut self, other: Self) {
+        self.stop |= other.stop;
+        self.checkpoint |= other.checkpoint;
+    }
+}
 
 /// What ranks send one another.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Message {
-    /// A micro-batch's gradient and loss, and whether the rank was asked to stop. Between processes it goes in pieces.
-    #[serde(skip)]
-    Part { gradients: Grads, report: LossReport, stop: bool },
     /// The loss of a part of a validation set.
     Report(LossReport),
-    /// The losses of a micro-batch at several parameters, and whether the rank was asked to stop.
-    Reports { reports: Vec<LossReport>, stop: bool },
+    /// The losses of a micro-batch at several parameters, and what the rank was asked for.
+    Reports { reports: Vec<LossReport>, wishes: Wishes },
     /// A micro-batch with the log-probabilities of its labels.
     Scored(Arc<Layout>),
     /// What a step rule has to say.
@@ -50,6 +61,10 @@ pub(crate) enum Message {
     Judged(Judged),
     /// What a rank's parameters hash to.
     Values([u8; 32]),
+    /// A micro-batch's gradient and loss, and what the rank was asked for. Between processes it goes in pieces. The
+    /// last: what is skipped has no number in the format.
+    #[serde(skip)]
+    Part { gradients: Grads, report: LossReport, wishes: Wishes },
 }
 
 /// What all ranks of a run share.
@@ -65,6 +80,8 @@ pub(crate) struct Shared {
     pub(crate) total_steps: Step,
     pub(crate) max_grad_norm: Option<f64>,
     pub(crate) logical_shards: u32,
+    /// Micro-batches of each shard in a step.
+    pub(crate) accumulation: u32,
     pub(crate) seed: u64,
     /// What a forward pass keeps for the reverse one.
     pub(crate) keep: Keep,
@@ -102,7 +119,7 @@ impl Asking<'_> {
 pub(crate) struct RankEngine<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) loader: Loader,
-    pub(crate) collective: Box<dyn Collective<Message> + 'a>,
+    pub(crate) collective: Box<dyn Ranks + 'a>,
     pub(crate) theta: Theta,
     pub(crate) buffers: Buffers,
     pub(crate) guard: Guard,
@@ -116,67 +133,27 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) company: Option<Company<'a>>,
     /// Steps done.
     pub(crate) step: Step,
-    /// Whether this rank was asked to stop; told to the others with the next gradients.
-    pub(crate) stop_wanted: bool,
-    /// Whether any rank was, by the last sum: all ranks agree on it.
-    pub(crate) stop_agreed: bool,
+    /// What this rank was asked for; told to the others with the next gradients.
+    pub(crate) wishes: Wishes,
+    /// What any rank was, by the last sum: all ranks agree on it.
+    pub(crate) agreed: Wishes,
 }
 
 impl RankEngine<'_> {
-    /// Names of the optimiser's buffers for a tensor.
-    pub(crate) fn buffer_names(&self, id: &TensorId) -> Vec<&'static str> {
-        let shape = self.shared.specs.get(id).map(|spec| spec.shape.as_slice()).unwrap_or_default();
-        let names = self.shared.optimizer.buffers(shape).into_iter().map(|(name, _)| name);
-        let born = self.shared.specs.get(id).filter(|spec| spec.comes_and_goes).map(|_| "born");
-        names.chain(born).collect()
-    }
-
-    /// The learning rate that the next update starts from.
-    pub(crate) fn lr(&self) -> f64 {
-        self.shared.optimizer.lr() * self.shared.schedule.factor(self.step, self.shared.total_steps)
-    }
-
-    /// Adds the gradients of losses that components have on their own tensors.
-    fn add_penalties(&self, gradients: &mut Grads) -> Result<()> {
-        let slots = self.shared.model.stack().slots().iter();
-        for (slot, (of_slot, bank)) in slots.zip(&self.theta.banks).enumerate().filter(|(_, (_, bank))| bank.train) {
-            for (at, set) in of_slot.attachments().flat_map(|at| bank.sets.iter().enumerate().map(move |set| (at, set)))
-            {
-                let (set, params) = set;
-                let plain = stack::locals(at, params)?;
-                if of_slot.adapter().penalty(at, &plain)?.is_none() {
-                    continue;
-                }
-                let (mut leaves, mut tensors) = (Vec::new(), Vec::new());
-                for spec in &at.tensors {
-                    let mut tensor = plain.get(spec.local)?.clone();
-                    if spec.train {
-                        let leaf = autograd::leaf(&tensor)?;
-                        tensor = leaf.as_tensor().clone();
-                        leaves.push((spec.name(at.site.as_str()), leaf));
-                    }
-                    tensors.push((spec.local, tensor));
-                }
-                let tensors = Locals::new(at.site.as_str(), tensors);
-                let Some(penalty) = of_slot.adapter().penalty(at, &tensors)? else { continue };
-                let all: Vec<&Var> = leaves.iter().map(|(_, leaf)| leaf).collect();
-                let found = autograd::pull(&all, &[(&penalty, &penalty.ones_like()?)])?;
-                for ((name, _), gradient) in leaves.into_iter().zip(found) {
-                    let id = TensorId { owner: Owner::Bank { slot: slot as u16, set: set as u32 }, name };
-                    gradient.map(|gradient| gradients.put(&id, &gradient)).transpose()?;
-                }
-            }
-        }
-        Ok(())
+    /// The optimiser's buffers of every trained tensor, whichever rank has them.
+    pub(crate) fn all_buffers(&self) -> Vec<checkpoint::Buffer> {
+        let of = |(id, spec): (_, &TensorSpec)| {
+            let own = self.shared.optimizer.buffers(&spec.shape).into_iter();
+            let born = spec.comes_and_goes.then(|| ("born", spec.shape.iter().product()));
+            (id, own.chain(born).collect())
+        };
+        checkpoint::buffers(self.shared.specs.iter().map(of))
     }
 
     /// Exchanges parts with the other ranks.
     pub(crate) fn exchange(&mut self, parts: Vec<(u32, Message)>) -> Result<Vec<(u32, Message)>> {
         let watch = Stopwatch::start();
-        let all = self.collective.exchange(parts).map_err(|error| match error {
-            lost if lost.is_of_a_lost_rank() => Error::LostRank(lost.to_string()),
-            other => Error::Refused(other.to_string()),
-        });
+        let all = self.collective.exchange(parts).map_err(|error| of_ranks(&error));
         self.spent.collective += watch.elapsed();
         all
     }
@@ -227,58 +204,56 @@ impl RankEngine<'_> {
         Ok(found)
     }
 
-    /// The gradients of some micro-batches and their losses, by their numbers.
-    fn summed<'o>(
+    /// Finds the gradients of some micro-batches and their losses, and hands them on as they are made, by their numbers.
+    pub(crate) fn each_gradient(
+        &mut self,
+        at: &Theta,
+        parts: &[(u32, Arc<Layout>)],
+        of: &dyn Objective,
+        (scale, beside): (f64, &Entries),
+        take: &mut dyn FnMut(&mut Self, u32, Grads, LossReport) -> Result<()>,
+    ) -> Result<()> {
+        let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
+        if of.level() == Level::Step {
+            // Its loss is reported with the step's first micro-batch.
+            let (parts, loss) = self.scope(at, parts, dropout, of)?;
+            let by_column: Arc<dyn Objective> = Arc::new(ByColumn);
+            let mut take = |engine: &mut Self, number: u32, gradients: Grads, mut report: LossReport| {
+                report.loss_sum = 0.0;
+                report.by_domain.iter_mut().for_each(|(loss, _)| *loss = 0.0);
+                if number == 0 {
+                    report.add(&loss);
+                }
+                take(engine, number, gradients, report)
+            };
+            return self.by_passes(at, &parts, || Asking::Shared(Arc::clone(&by_column)), (scale, beside), &mut take);
+        }
+        // The run's own objective is known by its place.
+        let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&self.shared.objective));
+        let own = is_own.then(|| Arc::clone(&self.shared.objective));
+        self.by_passes(at, parts, || own.clone().map_or(Asking::Lent(of), Asking::Shared), (scale, beside), take)
+    }
+
+    fn by_passes<'o>(
         &mut self,
         at: &Theta,
         parts: &[(u32, Arc<Layout>)],
         of: impl Fn() -> Asking<'o>,
         (scale, beside): (f64, &Entries),
-        dropout: Option<Dropout>,
-    ) -> Result<Vec<(u32, Grads, LossReport)>> {
+        take: &mut dyn FnMut(&mut Self, u32, Grads, LossReport) -> Result<()>,
+    ) -> Result<()> {
+        let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
         let sink = Grads::wanting(self.wanted()).and_entries(beside);
-        // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
-        // turns, so each keeps its own apart until then.
-        let alone = self.collective.size() == 1;
-        let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
         for group in groups(parts, self.rows_per_pass) {
             let passes = group.iter().map(|(_, layout)| Pass { theta: at, layout, dropout });
             self.spent.flops += passes.map(|pass| self.shared.model.flops(&pass)).sum::<f64>();
             let wanted = Wanted { scale, sink: sink.clone(), keep: self.shared.keep };
             let found = self.pass(at, group, dropout, &of(), Some(wanted))?;
             for ((part, _), (gradients, report)) in group.iter().zip(found) {
-                match made.last_mut().filter(|_| alone) {
-                    Some((_, sum, total)) => {
-                        sum.add(&gradients)?;
-                        total.add(&report);
-                    }
-                    None => made.push((*part, gradients, report)),
-                }
+                take(self, *part, gradients, report)?;
             }
         }
-        Ok(made)
-    }
-
-    /// The same for an objective that sees the whole step. Its loss is reported with the step's first micro-batch.
-    fn step_grads(
-        &mut self,
-        at: &Theta,
-        parts: &[(u32, Arc<Layout>)],
-        of: &dyn Objective,
-        scale: (f64, &Entries),
-        dropout: Option<Dropout>,
-    ) -> Result<Vec<(u32, Grads, LossReport)>> {
-        let (parts, loss) = self.scope(at, parts, dropout, of)?;
-        let by_column: Arc<dyn Objective> = Arc::new(ByColumn);
-        let mut made = self.summed(at, &parts, || Asking::Shared(Arc::clone(&by_column)), scale, dropout)?;
-        for (number, _, report) in &mut made {
-            report.loss_sum = 0.0;
-            report.by_domain.iter_mut().for_each(|(loss, _)| *loss = 0.0);
-            if *number == 0 {
-                report.add(&loss);
-            }
-        }
-        Ok(made)
+        Ok(())
     }
 
     /// A pass over one micro-batch that nobody else takes part in.
@@ -300,34 +275,6 @@ impl RankEngine<'_> {
         times += took;
         Ok((reports, times))
     }
-
-    /// Makes sure that all ranks are where this one is.
-    ///
-    /// # Errors
-    /// [`crate::Error::Diverged`] if the parameters of one differ from this one's.
-    pub(crate) fn agree(&mut self) -> std::result::Result<(), crate::Error> {
-        if self.collective.size() == 1 {
-            return Ok(());
-        }
-        let mut hash = blake3::Hasher::new();
-        for (id, value) in self.theta.trained() {
-            hash.update(id.to_string().as_bytes());
-            for value in value.flatten_all().and_then(|value| value.to_vec1::<f32>())? {
-                hash.update(&value.to_le_bytes());
-            }
-        }
-        let (rank, own) = (self.collective.rank(), *hash.finalize().as_bytes());
-        for (rank, message) in self.exchange(vec![(rank, Message::Values(own))])? {
-            if !matches!(message, Message::Values(theirs) if theirs == own) {
-                return Err(crate::Error::Diverged { rank, step: self.step });
-            }
-        }
-        Ok(())
-    }
-
-    fn shards(&self) -> std::ops::Range<u32> {
-        owned(self.collective.rank(), self.collective.size(), self.shared.logical_shards)
-    }
 }
 
 /// Micro-batches that go through the model together: as many as have no more than `rows` rows, at least one.
@@ -346,15 +293,19 @@ pub(crate) fn groups(parts: &[(u32, Arc<Layout>)], rows: usize) -> impl Iterator
     })
 }
 
-/// The optimiser's buffers of every trained tensor, at zero.
-pub(crate) fn empty_buffers(optimizer: &dyn Optimizer, specs: &BTreeMap<TensorId, TensorSpec>) -> Buffers {
+/// The optimiser's buffers of the trained tensors that a rank updates, at zero.
+pub(crate) fn empty_buffers(
+    optimizer: &dyn Optimizer,
+    specs: &BTreeMap<TensorId, TensorSpec>,
+    mut has: impl FnMut(&TensorId) -> bool,
+) -> Buffers {
     let zeros = |spec: &TensorSpec| {
         let own = optimizer.buffers(&spec.shape).into_iter().map(|(_, length)| vec![0.0; length]);
         // When each entry came.
         let born = spec.comes_and_goes.then(|| vec![0.0; spec.shape.iter().product()]);
         own.chain(born).collect()
     };
-    specs.iter().map(|(id, spec)| (id.clone(), zeros(spec))).collect()
+    specs.iter().filter(|(id, _)| has(id)).map(|(id, spec)| (id.clone(), zeros(spec))).collect()
 }
 
 impl Engine for RankEngine<'_> {
@@ -432,15 +383,22 @@ impl Engine for RankEngine<'_> {
         scale: f64,
         beside: &Entries,
     ) -> Result<Vec<(u32, Grads, LossReport)>> {
-        let scale = (scale, beside);
-        let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
-        if of.level() == Level::Step {
-            return self.step_grads(at, parts, of, scale, dropout);
-        }
-        // The run's own objective is known by its place.
-        let is_own = std::ptr::addr_eq(of, Arc::as_ptr(&self.shared.objective));
-        let own = is_own.then(|| Arc::clone(&self.shared.objective));
-        self.summed(at, parts, || own.clone().map_or(Asking::Lent(of), Asking::Shared), scale, dropout)
+        // A rank that is alone adds up as it goes, in the order in which all are added. What several ranks have is added in
+        // turns, so each keeps its own apart until then.
+        let alone = self.collective.size() == 1;
+        let mut made: Vec<(u32, Grads, LossReport)> = Vec::new();
+        let mut take = |_: &mut Self, part: u32, gradients: Grads, report: LossReport| {
+            match made.last_mut().filter(|_| alone) {
+                Some((_, sum, total)) => {
+                    sum.add(&gradients)?;
+                    total.add(&report);
+                }
+                None => made.push((part, gradients, report)),
+            }
+            Ok(())
+        };
+        self.each_gradient(at, parts, of, (scale, beside), &mut take)?;
+        Ok(made)
     }
 
     fn with_logp(&mut self, column: &str, at: &Theta, parts: &[(u32, Arc<Layout>)]) -> Result<Vec<(u32, Arc<Layout>)>> {
@@ -458,7 +416,7 @@ impl Engine for RankEngine<'_> {
     }
 
     fn owns(&self, part: u32) -> bool {
-        self.shards().contains(&(part % self.shared.logical_shards))
+        owns(self.collective.rank(), self.collective.size(), part)
     }
 
     fn objective(&self) -> Arc<dyn Objective> {
@@ -470,85 +428,16 @@ impl Engine for RankEngine<'_> {
     }
 
     fn reduce(&mut self, parts: Vec<(u32, Grads, LossReport)>) -> Result<(Grads, LossReport)> {
-        let stop = self.stop_wanted;
-        let message = |(part, gradients, report)| (part, Message::Part { gradients, report, stop });
-        let mut messages: Vec<(u32, Message)> = parts.into_iter().map(message).collect();
-        if messages.is_empty() {
-            // A rank without data still tells whether it was asked to stop, under a number that no part has.
-            let nothing = Message::Part { gradients: Grads::default(), report: LossReport::default(), stop };
-            messages.push((u32::MAX - self.collective.rank(), nothing));
-        }
-        let mut gradients = Grads::wanting(self.wanted());
-        let mut loss = LossReport::default();
-        self.stop_agreed = false;
-        // The parts of all ranks come in the order of their numbers: the sum is the same for every number of ranks.
-        for (_, message) in self.exchange(messages)? {
-            let Message::Part { gradients: part, report, stop } = message else {
-                return Err(Error::Refused("a rank sent a validation loss where a gradient was due".to_owned()));
-            };
-            gradients.widen(&part);
-            gradients.add(&part)?;
-            loss.add(&report);
-            self.stop_agreed |= stop;
-        }
-        self.add_penalties(&mut gradients)?;
-        Ok((gradients, loss))
+        self.added_up(parts)
     }
 
     fn update(&mut self, gradients: Grads) -> Result<f64> {
-        let watch = Stopwatch::start();
-        let number = self.step.next();
-        // A step whose answers are all worth the same teaches nothing, which says nothing of the tensors.
-        let is_silent = self.shared.objective.needs().answers.is_some() && guard::silent(&gradients)?;
-        if !is_silent {
-            self.guard.check(number.0, &gradients, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
-        }
-        let mut values = Vec::new();
-        for (id, gradient) in gradients.iter() {
-            if let Some(gradient) = gradient {
-                values.push((id.clone(), gradient.flatten_all()?.to_vec1::<f32>()?));
-            }
-        }
-        let norm = clip::norm(values.iter().map(|(_, gradient)| gradient.as_slice()));
-        let factor = clip::factor(norm, self.shared.max_grad_norm);
-        let lr = self.lr();
-        let mut values: BTreeMap<TensorId, Vec<f32>> = values.into_iter().collect();
-        let shared = self.shared;
-        let work = self.buffers.iter_mut().filter_map(|(id, buffers)| {
-            let (gradient, spec) = (values.remove(id)?, shared.specs.get(id)?);
-            Some((id, gradient, buffers, spec))
-        });
-        let mut work: Vec<_> = work.collect();
-        // Tensors know nothing of each other here: a few go side by side, so that few have two values at a time.
-        let at_once = 2 * rayon::current_num_threads();
-        while !work.is_empty() {
-            let theta = &self.theta;
-            let update = |(id, mut gradient, buffers, spec): (&TensorId, Vec<f32>, &mut Vec<Vec<f32>>, &TensorSpec)| {
-                gradient.iter_mut().for_each(|g| *g *= factor);
-                let tensor = theta.get(id).ok_or_else(|| Error::Refused(format!("{id} has no value to update")))?;
-                let mut value = tensor.flatten_all()?.to_vec1::<f32>()?;
-                let (buffers, born) = match buffers.split_last_mut().filter(|_| spec.comes_and_goes) {
-                    Some((born, buffers)) => (buffers, Some(born.as_slice())),
-                    None => (buffers.as_mut_slice(), None),
-                };
-                let (lr, decay) = (lr * spec.lr_factor, spec.decay);
-                let cx = UpdateCx { step: number, lr, decay, shape: &spec.shape, born };
-                shared.optimizer.update(&cx, &mut value, &gradient, buffers)?;
-                // The last update has no later step whose loss would show it.
-                if !value.iter().all(|value| value.is_finite()) {
-                    return Err(Error::NotFinite { what: "value", tensor: id.clone(), step: number.0 });
-                }
-                Ok((id.clone(), Tensor::from_vec(value, spec.shape.as_slice(), &Device::Cpu)?))
-            };
-            let some = work.drain(..at_once.min(work.len())).collect::<Vec<_>>();
-            let updated: Vec<Result<(TensorId, Tensor)>> = some.into_par_iter().map(update).collect();
-            // The first fault is that of the first tensor that has one.
-            for (id, tensor) in updated.into_iter().collect::<Result<Vec<_>>>()? {
-                self.theta.put(&id, tensor);
-            }
-        }
-        self.spent.optimizer += watch.elapsed();
-        Ok(norm)
+        self.updated(&gradients)
+    }
+
+    fn update_by(&mut self, batch: &Batch) -> Result<(f64, LossReport)> {
+        let (gradients, loss) = self.added_up_for_update(batch)?;
+        Ok((self.updated(&gradients)?, loss))
     }
 
     fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {
@@ -561,29 +450,7 @@ impl Engine for RankEngine<'_> {
     }
 
     fn renew(&mut self, tensor: &TensorId, entries: &[Renewed]) -> Result<()> {
-        let spec = self.shared.specs.get(tensor).filter(|spec| spec.comes_and_goes);
-        let (Some(spec), Some(buffers), Some(value)) =
-            (spec, self.buffers.get_mut(tensor), self.theta.get(tensor).cloned())
-        else {
-            return Err(Error::Refused(format!("entries of {tensor} do not come and go")));
-        };
-        let mut values = value.flatten_all()?.to_vec1::<f32>()?;
-        for renewed in entries {
-            let begun = self.shared.optimizer.begun(renewed.age, renewed.mean, renewed.square);
-            let begun = begun.ok_or_else(|| Error::Refused("the optimiser has no entries of single age".to_owned()))?;
-            // After the update at hand, which is not counted yet.
-            let born = (self.step.0 + 1) as f32 - renewed.age as f32;
-            for (buffer, begun) in buffers.iter_mut().zip(begun.into_iter().chain([born])) {
-                let of_entry = buffer.get_mut(renewed.entry);
-                *of_entry.ok_or_else(|| Error::Refused(format!("{tensor} has no entry {}", renewed.entry)))? = begun;
-            }
-            if let Some(value) = values.get_mut(renewed.entry) {
-                *value = 0.0;
-            }
-        }
-        let value = Tensor::from_vec(values, spec.shape.as_slice(), &Device::Cpu)?;
-        self.theta.put(tensor, value);
-        Ok(())
+        self.renewed(tensor, entries)
     }
 
     fn hidden(&self) -> usize {

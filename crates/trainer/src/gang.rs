@@ -1,14 +1,17 @@
 //! Processes that train one job together, each on a worker of its own.
 //!
 //! Everything that ranks send one another crosses the wire as bytes. Gradients go another way than the rest: each tensor has
-//! one process that owns it, which gets the parts of all and adds them up in the order of their numbers; the sums are then
-//! given to all. So what crosses the network does not grow with the number of processes, the work of adding up is shared,
-//! and the sum has the bits that one process alone gives it.
+//! one process that owns it, which gets the parts of all and adds them up in the order of their numbers. For a plain step it
+//! keeps the sum, has the tensor's optimiser buffers, makes the new value and gives that to all (as ZeRO's second stage
+//! does, Rajbhandari et al. 2020): gradients and optimiser state are then in one process each, and what is found of one micro-batch
+//! travels while the next one is computed. For a step rule that looks at gradients the sums are given to all. The bits are those that
+//! one process alone makes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
-use attune_collective::{Collective, Error, Listening, Parts, Patience, Wire, in_order};
+use attune_collective::{Collective, Error, Listening, LocalRank, Parts, Patience, Wire, in_order};
 use attune_points::engine::LossReport;
 use attune_points::{GradSink as _, Grads, Region, TensorId, TensorSpec};
 use attune_spec::id::Digest;
@@ -17,7 +20,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::control::Control;
-use crate::engine::Message;
+use crate::engine::{Message, Wishes};
+use crate::guard::Squares;
 use crate::protocol::{Request, Seat};
 
 /// How long processes wait for one another. Steps may be long; that one hangs, its worker sees, and that one is gone, the
@@ -48,12 +52,76 @@ struct Likeness {
     kernel_profile: String,
 }
 
+/// A wire on a thread of its own: what is sent travels while this process computes.
+struct Line {
+    say: Sender<Vec<Vec<u8>>>,
+    hear: Receiver<Result<Vec<Vec<u8>>, Error>>,
+}
+
+impl Line {
+    fn over(mut wire: Box<dyn Wire>) -> Self {
+        let ((say, said), (tell, hear)) = (channel(), channel());
+        std::thread::spawn(move || {
+            for to in said {
+                if tell.send(wire.exchange(to)).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { say, hear }
+    }
+
+    /// Begins an exchange.
+    fn start(&self, to: Vec<Vec<u8>>) {
+        // A thread that is gone has nothing to hear either, which is found there.
+        let _ = self.say.send(to);
+    }
+
+    /// What comes of the exchange that was begun first.
+    fn finish(&self) -> Result<Vec<Vec<u8>>, Error> {
+        self.hear.recv().unwrap_or_else(|_| Err(unclear(0, &"the thread of the wire is gone")))
+    }
+}
+
+/// The sum of a step's parts, while it is made. Round by round each process gives one part, or none.
+#[derive(Default)]
+struct Sum {
+    wishes: Wishes,
+    /// Rounds that were begun.
+    begun: u32,
+    /// Whether the last of them is on its way.
+    is_travelling: bool,
+    /// The sums so far of the tensors that this process owns.
+    gradients: Grads,
+    report: LossReport,
+    agreed: Wishes,
+}
+
 /// This process's place among those of a run.
 pub(crate) struct Gang {
-    wire: Box<dyn Wire>,
+    line: Line,
+    rank: u32,
+    size: u32,
     /// Who adds up which tensor.
     owners: BTreeMap<TensorId, u32>,
     exchange: u64,
+    sum: Sum,
+}
+
+/// What an engine needs of the ranks beside its own.
+pub(crate) trait Ranks: Collective<Message> {
+    /// The gang, where each rank is a process of its own: it shares the work of updates.
+    fn gang(&mut self) -> Option<&mut Gang> {
+        None
+    }
+}
+
+impl Ranks for LocalRank<Message> {}
+
+impl Ranks for Gang {
+    fn gang(&mut self) -> Option<&mut Gang> {
+        Some(self)
+    }
 }
 
 impl Gang {
@@ -69,7 +137,9 @@ impl Gang {
     ) -> Result<Self, crate::Error> {
         let code_version = crate::kernel::CODE_VERSION.to_owned();
         let own = Likeness { plan, ranks: request.ranks, code_version, kernel_profile };
-        let mut gang = Self { owners: owners(specs, wire.size()), wire, exchange: 0 };
+        let (rank, size) = (wire.rank(), wire.size());
+        let (owners, line) = (owners(specs, size), Line::over(wire));
+        let mut gang = Self { line, rank, size, owners, exchange: 0, sum: Sum::default() };
         for (rank, theirs) in (0..).zip(gang.tell_all::<Likeness>(&own)?) {
             let differs = if theirs.kernel_profile != own.kernel_profile {
                 format!("by {:?}, this one by {:?}", theirs.kernel_profile, own.kernel_profile)
@@ -87,11 +157,17 @@ impl Gang {
         Ok(gang)
     }
 
+    /// Sends each process something, and waits for what all send.
+    fn send(&mut self, to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+        self.exchange += 1;
+        self.line.start(to);
+        self.line.finish()
+    }
+
     /// What each process says, by number, where each says one thing to all.
     fn tell_all<T: Serialize + DeserializeOwned>(&mut self, own: &T) -> Result<Vec<T>, Error> {
         let bytes = postcard::to_stdvec(own).map_err(|error| self.unsent(&error))?;
-        let heard = self.wire.exchange(vec![bytes; self.wire.size() as usize])?;
-        self.exchange += 1;
+        let heard = self.send(vec![bytes; self.size as usize])?;
         (0..)
             .zip(heard)
             .map(|(rank, bytes)| postcard::from_bytes(&bytes).map_err(|error| unclear(rank, &error)))
@@ -99,7 +175,7 @@ impl Gang {
     }
 
     fn unsent(&self, error: &dyn std::fmt::Display) -> Error {
-        Error::Unexpected { rank: self.wire.rank(), what: format!("what it has to say cannot be sent: {error}") }
+        unclear(self.rank, &format_args!("what it has to say cannot be sent: {error}"))
     }
 
     /// The parts of all processes.
@@ -110,80 +186,203 @@ impl Gang {
 
     /// The sum of all parts, as if it were the only one.
     fn reduce(&mut self, parts: Parts<Message>) -> Result<Parts<Message>, Error> {
-        let size = self.wire.size();
-        let (mut reports, mut shares) = (Vec::new(), vec![Share::default(); size as usize]);
+        let (mut reports, mut shares) = (Vec::new(), vec![Share::default(); self.size as usize]);
         for (number, message) in parts {
-            let Message::Part { gradients, report, stop } = message else {
+            let Message::Part { gradients, report, wishes } = message else {
                 return Err(self.unsent(&"a gradient and something else go together"));
             };
-            reports.push((number, report, stop));
-            for (id, value) in gradients.iter() {
-                let share = &mut shares[self.owner(id) as usize];
-                share.push(number, id, &gradients, value).map_err(|error| self.unsent(&error))?;
-            }
+            reports.push((number, report, wishes));
+            self.deal(number, &gradients, &mut shares)?;
         }
-        let mut to = Vec::with_capacity(shares.len());
-        for share in shares {
-            to.push(pack(&(&reports, &share.pieces), &share.values).map_err(|error| self.unsent(&error))?);
-        }
+        let to = self.packed(&reports, shares)?;
         drop(reports);
-        let heard = self.wire.exchange(to)?;
-        self.exchange += 1;
+        let heard = self.send(to)?;
         let (mut told, mut mine) = (Vec::new(), Vec::new());
         for (rank, bytes) in (0..).zip(heard) {
-            let ((reports, pieces), values): ((Vec<(u32, LossReport, bool)>, Vec<Piece>), _) = unpack(rank, &bytes)?;
-            told.extend(reports.into_iter().map(|(number, report, stop)| (number, (report, stop))));
+            let ((reports, pieces), values): ((Vec<(u32, LossReport, Wishes)>, Vec<Piece>), _) = unpack(rank, &bytes)?;
+            told.extend(reports.into_iter().map(|(number, report, wishes)| (number, (report, wishes))));
             mine.extend(gathered(rank, pieces, values)?);
         }
         let told = in_order(told, self.exchange)?;
         let mine = in_order(mine, self.exchange)?;
         let mut sum = Grads::default();
         for (_, part) in &mine {
-            sum.widen(part);
-            sum.add(part).map_err(|error| self.unsent(&error))?;
+            add(&mut sum, part)?;
         }
         drop(mine);
         let mut share = Share::default();
         for (id, value) in sum.iter() {
-            share.push(0, id, &sum, value).map_err(|error| self.unsent(&error))?;
+            share.push(0, id, entries(&sum, id), value).map_err(|error| self.unsent(&error))?;
         }
         drop(sum);
         let sums = pack(&share.pieces, &share.values).map_err(|error| self.unsent(&error))?;
         drop(share);
-        let heard = self.wire.exchange(vec![sums; size as usize])?;
-        self.exchange += 1;
+        let heard = self.send(vec![sums; self.size as usize])?;
         let mut gradients = Grads::default();
         for (rank, bytes) in (0..).zip(heard) {
             let (pieces, values): (Vec<Piece>, _) = unpack(rank, &bytes)?;
             for (_, sums) in gathered(rank, pieces, values)? {
-                gradients.widen(&sums);
-                gradients.add(&sums).map_err(|error| self.unsent(&error))?;
+                add(&mut gradients, &sums)?;
             }
         }
-        let (mut report, mut stop) = (LossReport::default(), false);
-        for (_, (part, asks)) in told {
+        let (mut report, mut wishes) = (LossReport::default(), Wishes::default());
+        for (_, (part, wish)) in told {
             report.add(&part);
-            stop |= asks;
+            wishes |= wish;
         }
-        Ok(vec![(0, Message::Part { gradients, report, stop })])
+        Ok(vec![(0, Message::Part { gradients, report, wishes })])
+    }
+
+    /// Deals a part's gradients out to those who own the tensors.
+    fn deal(&self, number: u32, gradients: &Grads, shares: &mut [Share]) -> Result<(), Error> {
+        for (id, value) in gradients.iter() {
+            let share = &mut shares[self.owner(id) as usize];
+            share.push(number, id, entries(gradients, id), value).map_err(|error| self.unsent(&error))?;
+        }
+        Ok(())
+    }
+
+    fn packed(&self, head: &impl Serialize, shares: Vec<Share>) -> Result<Vec<Vec<u8>>, Error> {
+        let pack = |share: Share| pack(&(head, &share.pieces), &share.values).map_err(|error| self.unsent(&error));
+        shares.into_iter().map(pack).collect()
+    }
+
+    /// Begins the sum of a step, with what this process was asked for.
+    pub(crate) fn begin(&mut self, wishes: Wishes) {
+        self.sum = Sum { wishes, ..Sum::default() };
+    }
+
+    /// Gives a part of this process, in the order of their numbers: it travels while the next one is found.
+    pub(crate) fn give(&mut self, part: u32, gradients: Grads, report: LossReport) -> Result<(), Error> {
+        let round = part / self.size;
+        if part % self.size != self.rank || round < self.sum.begun {
+            return Err(self.unsent(&format_args!("part {part} is not the next one of it")));
+        }
+        while self.sum.begun < round {
+            self.round(None)?;
+        }
+        self.round(Some((gradients, report)))
+    }
+
+    fn round(&mut self, part: Option<(Grads, LossReport)>) -> Result<(), Error> {
+        self.take_in()?;
+        let (mut shares, mut told) = (vec![Share::default(); self.size as usize], None);
+        if let Some((gradients, report)) = part {
+            self.deal(self.sum.begun * self.size + self.rank, &gradients, &mut shares)?;
+            told = Some(report);
+        }
+        let to = self.packed(&(told, self.sum.wishes), shares)?;
+        self.exchange += 1;
+        self.line.start(to);
+        self.sum.begun += 1;
+        self.sum.is_travelling = true;
+        Ok(())
+    }
+
+    /// Adds up the round that is on its way.
+    fn take_in(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.sum.is_travelling) {
+            return Ok(());
+        }
+        for (rank, bytes) in (0..).zip(self.line.finish()?) {
+            let (((report, wishes), pieces), values): (((Option<LossReport>, Wishes), Vec<Piece>), _) =
+                unpack(rank, &bytes)?;
+            drop(bytes);
+            self.sum.agreed |= wishes;
+            if let Some(report) = report {
+                self.sum.report.add(&report);
+            }
+            for (_, part) in gathered(rank, pieces, values)? {
+                add(&mut self.sum.gradients, &part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the sum of a step of `n_parts`: what the tensors of this process come to, the loss, and what anybody was asked for.
+    pub(crate) fn end(&mut self, n_parts: u32) -> Result<(Grads, LossReport, Wishes), Error> {
+        while self.sum.begun < n_parts / self.size {
+            self.round(None)?;
+        }
+        self.take_in()?;
+        let Sum { gradients, report, agreed, .. } = std::mem::take(&mut self.sum);
+        Ok((gradients, report, agreed))
+    }
+
+    /// What all processes found of their tensors.
+    pub(crate) fn all_squares(&mut self, own: &Squares) -> Result<Squares, Error> {
+        let own: Vec<(&TensorId, Option<f64>)> = own.iter().map(|(id, square)| (id, *square)).collect();
+        let bytes = postcard::to_stdvec(&own).map_err(|error| self.unsent(&error))?;
+        let heard = self.send(vec![bytes; self.size as usize])?;
+        let mut all = Squares::new();
+        for (rank, bytes) in (0..).zip(heard) {
+            let theirs: Vec<(TensorId, Option<f64>)> =
+                postcard::from_bytes(&bytes).map_err(|error| unclear(rank, &error))?;
+            all.extend(theirs);
+        }
+        Ok(all)
+    }
+
+    /// The new values of the other processes' tensors; `own` are those of this one's.
+    pub(crate) fn all_values(&mut self, own: BTreeMap<TensorId, Tensor>) -> Result<Vec<(TensorId, Tensor)>, Error> {
+        let mut share = Share::default();
+        for (id, value) in own {
+            share.push(0, &id, None, Some(&value)).map_err(|error| self.unsent(&error))?;
+        }
+        let bytes = pack(&share.pieces, &share.values).map_err(|error| self.unsent(&error))?;
+        drop(share);
+        let own = self.rank;
+        let heard = self.send(vec![bytes; self.size as usize])?;
+        let mut all = Vec::new();
+        for (rank, bytes) in (0..).zip(heard).filter(|(rank, _)| *rank != own) {
+            let (pieces, values): (Vec<Piece>, _) = unpack(rank, &bytes)?;
+            for (_, values) in gathered(rank, pieces, values)? {
+                all.extend(values.iter().filter_map(|(id, value)| Some((id.clone(), value?.clone()))));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Numbers that the owner of a tensor has, for the process that leads; nothing for the others. All call it, one tensor
+    /// after the other.
+    pub(crate) fn for_leader(&mut self, id: &TensorId, own: Option<&[f32]>) -> Result<Option<Vec<f32>>, Error> {
+        let owner = self.owner(id);
+        if owner == 0 {
+            return Ok(own.filter(|_| self.rank == 0).map(<[f32]>::to_vec));
+        }
+        let mut to = vec![Vec::new(); self.size as usize];
+        if owner == self.rank {
+            to[0] = pack(&(), own.unwrap_or_default()).map_err(|error| self.unsent(&error))?;
+        }
+        let heard = self.send(to)?;
+        if self.rank != 0 {
+            return Ok(None);
+        }
+        let ((), numbers) = unpack(owner, &heard[owner as usize])?;
+        Ok(Some(numbers))
+    }
+
+    /// Whether a tensor is this process's to update.
+    pub(crate) fn has(&self, id: &TensorId) -> bool {
+        self.owner(id) == self.rank
     }
 
     /// Who adds up a tensor: also one that is no parameter of the run, of which all processes must think alike.
     fn owner(&self, id: &TensorId) -> u32 {
         self.owners.get(id).copied().unwrap_or_else(|| {
             let hash = blake3::hash(format!("{:?} {id}", id.owner).as_bytes());
-            u32::from_le_bytes(hash.as_bytes()[..4].try_into().unwrap_or_default()) % self.wire.size()
+            u32::from_le_bytes(hash.as_bytes()[..4].try_into().unwrap_or_default()) % self.size
         })
     }
 }
 
 impl Collective<Message> for Gang {
     fn rank(&self) -> u32 {
-        self.wire.rank()
+        self.rank
     }
 
     fn size(&self) -> u32 {
-        self.wire.size()
+        self.size
     }
 
     /// Of gradients, the sum of the parts in place of them.
@@ -193,6 +392,20 @@ impl Collective<Message> for Gang {
         } else {
             self.tell(&parts)
         }
+    }
+}
+
+/// `sum + part`, also of what only the part has.
+fn add(sum: &mut Grads, part: &Grads) -> Result<(), Error> {
+    sum.widen(part);
+    sum.add(part).map_err(|error| unclear(0, &error))
+}
+
+/// Which entries of a tensor a gradient is of; all of them without.
+fn entries<'g>(of: &'g Grads, id: &TensorId) -> Option<&'g [u64]> {
+    match of.want(id) {
+        Region::Entries(entries) => Some(entries),
+        _ => None,
     }
 }
 
@@ -229,18 +442,20 @@ struct Share {
 }
 
 impl Share {
-    fn push(&mut self, number: u32, id: &TensorId, of: &Grads, value: Option<&Tensor>) -> candle_core::Result<()> {
-        let entries = match of.want(id) {
-            Region::Entries(entries) => Some(entries.to_vec()),
-            _ => None,
-        };
+    fn push(
+        &mut self,
+        number: u32,
+        id: &TensorId,
+        entries: Option<&[u64]>,
+        value: Option<&Tensor>,
+    ) -> candle_core::Result<()> {
         if let Some(value) = value {
             if value.dtype() != DType::F32 {
-                candle_core::bail!("the gradient of {id} is of {:?}; expected f32", value.dtype());
+                candle_core::bail!("{id} is of {:?}; expected f32", value.dtype());
             }
             self.values.extend(value.flatten_all()?.to_vec1::<f32>()?);
         }
-        let shape = value.map(|value| value.dims().to_vec());
+        let (entries, shape) = (entries.map(<[u64]>::to_vec), value.map(|value| value.dims().to_vec()));
         self.pieces.push(Piece { number, id: id.clone(), entries, shape });
         Ok(())
     }

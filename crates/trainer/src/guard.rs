@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 
 use attune_models::Base;
-use attune_points::{Error, Grads, Result, TensorId, TensorName};
+use attune_points::{Error, Result, TensorId, TensorName};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
+
+/// The sum of the squares of each tensor's gradient; none where no pass wrote one. What guards and clipping look at.
+pub(crate) type Squares = BTreeMap<TensorId, Option<f64>>;
 
 /// How many steps a gradient may be zero before the tensor counts as dead.
 pub(crate) const SIGNAL_STEPS: u64 = 8;
@@ -27,26 +30,24 @@ impl Guard {
     pub(crate) fn check(
         &mut self,
         step: u64,
-        gradients: &Grads,
+        gradients: &Squares,
         quiet: impl Fn(&TensorId) -> Option<&'static str>,
     ) -> Result<()> {
-        for (id, gradient) in gradients.iter() {
-            let Some(gradient) = gradient else {
+        for (id, square) in gradients {
+            let Some(square) = square else {
                 // A later step may rightly show a component nothing; the first must reach all of them.
                 if step == 1 {
                     return Err(Error::Disconnected { tensor: id.clone() });
                 }
                 continue;
             };
-            let size: f32 = gradient.abs()?.flatten_all()?.max(0)?.to_scalar()?;
-            // The largest value hides a NaN, the sum does not.
-            let sum: f32 = gradient.sum_all()?.to_scalar()?;
-            if !size.is_finite() || sum.is_nan() {
+            // No square of a finite f32 is too large, or vanishes, in f64.
+            if !square.is_finite() {
                 return Err(Error::NotFinite { what: "gradient", tensor: id.clone(), step });
             }
             if step <= SIGNAL_STEPS {
                 let seen = self.seen.entry(key(id)).or_default();
-                *seen |= size > 0.0;
+                *seen |= *square > 0.0;
                 if step == SIGNAL_STEPS && !*seen && quiet(id).is_none() {
                     return Err(Error::NoSignal { tensor: id.clone(), steps: SIGNAL_STEPS });
                 }
@@ -57,15 +58,8 @@ impl Guard {
 }
 
 /// Whether nothing has a gradient but zero.
-pub(crate) fn silent(gradients: &Grads) -> Result<bool> {
-    for (_, gradient) in gradients.iter() {
-        if let Some(gradient) = gradient
-            && gradient.abs()?.sum_all()?.to_scalar::<f32>()? != 0.0
-        {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+pub(crate) fn silent(gradients: &Squares) -> bool {
+    gradients.values().flatten().all(|square| *square == 0.0)
 }
 
 /// The first tensor of a base that holds a value which is not finite.
@@ -89,8 +83,8 @@ fn key(id: &TensorId) -> String {
 
 #[cfg(test)]
 mod tests {
-    use attune_points::{GradSink as _, Owner};
-    use candle_core::{Device, Tensor};
+    use attune_optim::clip::square;
+    use attune_points::Owner;
 
     use super::*;
 
@@ -98,14 +92,8 @@ mod tests {
         TensorId { owner: Owner::Bank { slot: 0, set: 0 }, name: TensorName::from_path(name) }
     }
 
-    fn gradients(of: &[(&str, Option<[f32; 2]>)]) -> Grads {
-        let mut grads = Grads::wanting(of.iter().map(|(name, _)| id(name)));
-        for (name, values) in of {
-            if let Some(values) = values {
-                grads.put(&id(name), &Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
-            }
-        }
-        grads
+    fn gradients(of: &[(&str, Option<[f32; 2]>)]) -> Squares {
+        of.iter().map(|(name, values)| (id(name), values.map(|values| square(&values)))).collect()
     }
 
     #[test]

@@ -55,6 +55,7 @@ pub mod steps;
 mod together;
 mod trained;
 mod turns;
+mod update;
 
 pub mod kernel;
 pub mod methods;

@@ -8,7 +8,7 @@ use attune_points::layout::REFERENCE;
 use attune_points::objective::{Level, Objective};
 use attune_points::{Error, Layout, Result, Tap, Theta};
 
-use crate::engine::{Message, RankEngine, groups};
+use crate::engine::{Message, RankEngine, Wishes, groups};
 use crate::together::{self, Asked, Company};
 
 impl RankEngine<'_> {
@@ -40,20 +40,20 @@ impl RankEngine<'_> {
             self.company.inspect(Company::enter);
             found = made?;
         }
-        let stop = self.stop_wanted;
-        let message = |((part, _), reports): (&(u32, Arc<Layout>), _)| (*part, Message::Reports { reports, stop });
+        let wishes = self.wishes;
+        let message = |((part, _), reports): (&(u32, Arc<Layout>), _)| (*part, Message::Reports { reports, wishes });
         let mut messages: Vec<(u32, Message)> = parts.iter().zip(found).map(message).collect();
         if messages.is_empty() {
             // A rank without data still tells whether it was asked to stop, under a number that no part has.
-            messages.push((u32::MAX - self.collective.rank(), Message::Reports { reports: Vec::new(), stop }));
+            messages.push((u32::MAX - self.collective.rank(), Message::Reports { reports: Vec::new(), wishes }));
         }
-        self.stop_agreed = false;
+        self.agreed = Wishes::default();
         for (_, message) in self.exchange(messages)? {
-            let Message::Reports { reports, stop } = message else {
+            let Message::Reports { reports, wishes } = message else {
                 return Err(Error::Refused("a rank sent something else where losses were due".to_owned()));
             };
             sums.iter_mut().zip(&reports).for_each(|(sum, report)| sum.add(report));
-            self.stop_agreed |= stop;
+            self.agreed |= wishes;
         }
         Ok(sums)
     }

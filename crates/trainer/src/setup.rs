@@ -321,6 +321,7 @@ pub(crate) fn prepare(
         total_steps,
         max_grad_norm: plan.max_grad_norm,
         logical_shards: plan.logical_shards,
+        accumulation: plan.accumulation,
         seed: plan.seed,
     };
     Ok(Prepared {

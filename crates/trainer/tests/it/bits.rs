@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-const KINDS: [(&str, &[(&str, &str)]); 57] = [
+pub(crate) const KINDS: [(&str, &[(&str, &str)]); 57] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("few bits", &[FEW[0], FEW[1], ("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),

@@ -8,6 +8,7 @@ mod bits;
 mod calibration;
 mod cohort;
 mod faults;
+mod gangs;
 mod outputs;
 mod peft_steps;
 mod prompts;

@@ -9,7 +9,7 @@ mod write;
 
 pub use dtype::Dtype;
 pub use header::{HEADER_BYTES_MAX, Header, Info};
-pub use write::{Tensor, write};
+pub use write::{Due, Tensor, write, write_as_due};
 
 use attune_spec::Fault;
 

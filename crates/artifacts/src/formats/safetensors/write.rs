@@ -1,7 +1,7 @@
 //! Writing a file whose bytes depend on its tensors only.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
+use std::io::Write;
 use std::path::Path;
 
 use super::dtype::{Dtype, size_bytes};
@@ -22,31 +22,72 @@ pub struct Tensor<'a> {
     pub data: &'a [u8],
 }
 
+/// A tensor whose bytes come when it is their turn.
+#[derive(Debug, Clone)]
+pub struct Due {
+    /// Its name in the file.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<usize>,
+}
+
 /// Writes `tensors` to `path`: the same tensors in any order give the same bytes, and the file appears only when it is
 /// complete. Blocks.
 ///
 /// # Errors
 /// [`Error::Refused`] when a name repeats or the bytes do not fit the shape; [`Error::Io`], [`Error::Full`].
 pub fn write(path: &Path, tensors: &[Tensor<'_>], metadata: &BTreeMap<String, String>) -> Result<()> {
-    let mut sorted: Vec<&Tensor<'_>> = tensors.iter().collect();
+    let due = |tensor: &Tensor<'_>| Due { name: tensor.name.clone(), dtype: tensor.dtype, shape: tensor.shape.clone() };
+    let due: Vec<Due> = tensors.iter().map(due).collect();
+    let has = |place: usize| Some(tensors[place].data.len() as u64);
+    write_in_turn(path, &due, metadata, has, |place, file| file.write_all(tensors[place].data))
+}
+
+/// The same, with one tensor's bytes in memory at a time: `give` writes those of the tensor at a place of `tensors`, called once
+/// for each in the order of the file. Blocks.
+///
+/// # Errors
+/// As for [`write`]; whatever `give` raises.
+pub fn write_as_due(
+    path: &Path,
+    tensors: &[Due],
+    metadata: &BTreeMap<String, String>,
+    give: impl FnMut(usize, &mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    write_in_turn(path, tensors, metadata, |_| None, give)
+}
+
+fn write_in_turn(
+    path: &Path,
+    tensors: &[Due],
+    metadata: &BTreeMap<String, String>,
+    has: impl Fn(usize) -> Option<u64>,
+    mut give: impl FnMut(usize, &mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    let mut sorted: Vec<(usize, &Due)> = tensors.iter().enumerate().collect();
     // Wide elements first, so that each tensor starts at a multiple of its element size.
-    sorted.sort_by(|a, b| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
+    sorted.sort_by(|(_, a), (_, b)| b.dtype.bits().cmp(&a.dtype.bits()).then_with(|| a.name.cmp(&b.name)));
     let mut faults = Vec::new();
     let mut names = BTreeSet::new();
     let mut header = serde_json::Map::new();
     if !metadata.is_empty() {
         header.insert(METADATA.into(), serde_json::json!(metadata));
     }
+    let mut sizes = Vec::with_capacity(sorted.len());
     let mut offset = 0;
-    for tensor in &sorted {
+    for (place, tensor) in &sorted {
         if tensor.name == METADATA || !names.insert(&tensor.name) {
             faults.push(at(&tensor.name, "is there twice"));
         }
         let shape: Vec<u64> = tensor.shape.iter().map(|n| *n as u64).collect();
-        let size = tensor.data.len() as u64;
-        if size_bytes(tensor.dtype, &shape) != Some(size) {
+        let due = size_bytes(tensor.dtype, &shape);
+        let size = has(*place).or(due).unwrap_or_default();
+        if due != Some(size) {
             faults.push(at(&tensor.name, format!("is {} of shape {shape:?}, but has {size} bytes", tensor.dtype)));
         }
+        sizes.push(size);
         let info = serde_json::json!({"dtype": tensor.dtype.as_str(), "shape": shape, "data_offsets": [offset, offset + size]});
         header.insert(tensor.name.clone(), info);
         offset += size;
@@ -61,8 +102,34 @@ pub fn write(path: &Path, tensors: &[Tensor<'_>], metadata: &BTreeMap<String, St
     write_file(path, |file| {
         file.write_all(&(text.len() as u64).to_le_bytes())?;
         file.write_all(text.as_bytes())?;
-        sorted.iter().try_for_each(|tensor| file.write_all(tensor.data))
+        for ((place, tensor), size) in sorted.iter().zip(&sizes) {
+            let mut counted = Counted { file: &mut *file, n_bytes: 0 };
+            give(*place, &mut counted)?;
+            if counted.n_bytes != *size {
+                let what = format!("tensor {:?} came with {} bytes; expected {size}", tensor.name, counted.n_bytes);
+                return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));
+            }
+        }
+        Ok(())
     })
+}
+
+/// Counts what is written.
+struct Counted<'f> {
+    file: &'f mut dyn Write,
+    n_bytes: u64,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.n_bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
 }
 
 #[cfg(test)]
@@ -106,6 +173,30 @@ mod tests {
             assert_eq!(theirs.tensor(&tensor.name).unwrap().data(), tensor.data, "{}", tensor.name);
         }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "something was left beside the files");
+    }
+
+    #[test]
+    fn bytes_that_come_in_turn_make_the_same_file_and_must_be_as_many_as_the_shape_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let data: Vec<u8> = (0..16).collect();
+        let tensors = [tensor("b", Dtype::F32, &[2], &data[..8]), tensor("a", Dtype::F32, &[2], &data[8..])];
+        let due: Vec<Due> = tensors
+            .iter()
+            .map(|tensor| Due { name: tensor.name.clone(), dtype: tensor.dtype, shape: tensor.shape.clone() })
+            .collect();
+        let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+        write(&one, &tensors, &BTreeMap::new()).unwrap();
+        let mut order = Vec::new();
+        let give = |place: usize, file: &mut dyn Write| {
+            order.push(place);
+            file.write_all(tensors[place].data)
+        };
+        write_as_due(&two, &due, &BTreeMap::new(), give).unwrap();
+        assert_eq!((order, std::fs::read(&one).unwrap()), (vec![1, 0], std::fs::read(&two).unwrap()));
+        let short =
+            write_as_due(&folder.path().join("three"), &due, &BTreeMap::new(), |_, file| file.write_all(&[0; 7]));
+        assert!(short.unwrap_err().to_string().contains("three"));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The loop of a run: rehearse, evaluate, step, save, write the results.
 
+mod kept;
+
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attune_collective::{Collective, local};
+use attune_collective::local;
 use attune_data::Packing;
 use attune_data::loader::largest;
 use attune_models::pass::Stopwatch;
@@ -18,10 +19,10 @@ use attune_spec::job::plan::ROWS_PER_PASS;
 use crate::answers::{self, Judged};
 use crate::checkpoint::{self, Measured, State};
 use crate::control::Control;
-use crate::engine::{Message, RankEngine, empty_buffers};
+use crate::engine::{Message, RankEngine, Wishes, empty_buffers};
 use crate::error::Error;
 use crate::evaluate;
-use crate::gang::{self, Gang};
+use crate::gang::{self, Gang, Ranks};
 use crate::guard::{self, Guard};
 use crate::kernel;
 use crate::output;
@@ -78,14 +79,18 @@ pub(crate) fn run_over(
         Some(folder) => Some(checkpoint::load_state(folder, prepared.plan_digest, &prepared.pinned)?),
         None => None,
     };
-    let outer: Option<Box<dyn Collective<Message>>> = match wire {
-        Some(wire) => {
-            let profile = kernel::profile_of(prepared.shared.model.base().arena().kernels());
-            Some(Box::new(Gang::new(wire, &prepared.shared.specs, request, (prepared.plan_digest, profile))?))
-        }
-        None => None,
+    let profile = kernel::profile_of(prepared.shared.model.base().arena().kernels());
+    let gang = |wire| Gang::new(wire, &prepared.shared.specs, request, (prepared.plan_digest, profile));
+    let gang = wire.map(gang).transpose()?;
+    let threads = |outer| {
+        let group = local::group_within::<Message>(request.ranks, EXCHANGE_DEADLINE, outer);
+        group.into_iter().map(|rank| Box::new(rank) as Box<dyn Ranks>).collect()
     };
-    let ranks = local::group_within::<Message>(request.ranks, EXCHANGE_DEADLINE, outer);
+    let ranks: Vec<Box<dyn Ranks>> = match gang {
+        Some(gang) if request.ranks == 1 => vec![Box::new(gang)],
+        Some(gang) => threads(Some(Box::new(gang))),
+        None => threads(None),
+    };
     let mut ends: Vec<Result<Option<End>, Error>> = std::thread::scope(|scope| {
         let threads: Vec<_> = ranks
             .into_iter()
@@ -149,7 +154,7 @@ impl<'a> Rank<'a> {
         request: &'a Request,
         prepared: &'a Prepared,
         control: &'a dyn Control,
-        rank: local::LocalRank<Message>,
+        mut rank: Box<dyn Ranks>,
         resumed: Option<State>,
         company: Option<Company<'a>>,
     ) -> Result<Self, Error> {
@@ -158,17 +163,20 @@ impl<'a> Rank<'a> {
         let mut engine = RankEngine {
             shared,
             loader: setup::loader(&request.plan, prepared.domains.clone(), prepared.packing.clone())?,
-            collective: Box::new(rank),
+            buffers: {
+                let has = |id: &TensorId| rank.gang().is_none_or(|gang| gang.has(id));
+                empty_buffers(&*shared.optimizer, &shared.specs, has)
+            },
+            collective: rank,
             theta: prepared.theta.clone(),
-            buffers: empty_buffers(&*shared.optimizer, &shared.specs),
             guard: Guard::default(),
             rows_per_pass: ROWS_PER_PASS as usize,
             spent: Spent::default(),
             judged: Judged::default(),
             company,
             step: Step(0),
-            stop_wanted: false,
-            stop_agreed: false,
+            wishes: Wishes::default(),
+            agreed: Wishes::default(),
         };
         let mut made = Self {
             request,
@@ -191,7 +199,7 @@ impl<'a> Rank<'a> {
             spent: Spent::default(),
             engine: {
                 if let (Some(state), Some(folder)) = (&resumed, &request.resume) {
-                    restore(&mut engine, state, folder)?;
+                    kept::restore(&mut engine, state, folder)?;
                 }
                 engine
             },
@@ -246,7 +254,10 @@ impl<'a> Rank<'a> {
                 return Ok(Some(End::Stopped(self.engine.step)));
             }
             // Several ranks leave together, like those that stop.
-            self.engine.stop_wanted = self.leads() && (leaves || self.control.stop_requested());
+            self.engine.wishes = Wishes {
+                stop: self.leads() && (leaves || self.control.stop_requested()),
+                checkpoint: self.leads() && self.control.take_checkpoint_request(),
+            };
             self.step()?;
             let (done, plan) = (self.engine.step, &self.request.plan);
             let due = |every: Option<u64>| every.is_some_and(|every| done.0.is_multiple_of(every));
@@ -254,18 +265,16 @@ impl<'a> Rank<'a> {
                 fail::fail_point!("trainer::before_evaluation", |_| std::process::abort());
                 self.measure()?;
             }
-            if self.engine.stop_agreed && done < total {
-                if !self.control.leave_requested() {
+            if self.engine.agreed.stop && done < total {
+                // One that leaves is alone, or all would have to know.
+                if self.engine.collective.size() > 1 || !self.control.leave_requested() {
                     self.save()?;
                 }
                 self.emit(Event::Stopped { step: done });
                 return Ok(self.speaks().then_some(End::Stopped(done)));
             }
-            let asked = self.leads() && self.control.take_checkpoint_request();
-            if due(plan.checkpoint_every) {
+            if (due(plan.checkpoint_every) || self.engine.agreed.checkpoint) && done < total {
                 self.engine.agree()?;
-            }
-            if (due(plan.checkpoint_every) || asked) && done < total {
                 self.save()?;
             }
         }
@@ -309,9 +318,9 @@ impl<'a> Rank<'a> {
         for report in reports {
             self.finite("loss of the rehearsal", report.loss_sum)?;
         }
+        let folder = self.request.work.join("rehearsal");
+        self.write(&folder)?;
         if self.leads() {
-            let folder = self.request.work.join("rehearsal");
-            self.write(&folder)?;
             std::fs::remove_dir_all(&folder).map_err(Error::io(folder))?;
         }
         Ok(())
@@ -414,48 +423,6 @@ impl<'a> Rank<'a> {
         Ok(())
     }
 
-    fn state(&self) -> State {
-        State {
-            format: 0,
-            plan: self.prepared.plan_digest,
-            code_version: kernel::CODE_VERSION.to_owned(),
-            kernel_profiles: self.kernel_profiles.clone(),
-            step: self.engine.step,
-            tokens: self.tokens,
-            data: self.engine.loader.state(),
-            guard: self.engine.guard.clone(),
-            validation: self.validation.clone(),
-            pinned: self.prepared.pinned.clone(),
-            shares: self.prepared.shares.clone(),
-        }
-    }
-
-    fn write(&self, folder: &std::path::Path) -> Result<(), Error> {
-        let names = |id: &attune_points::TensorId| self.engine.buffer_names(id);
-        checkpoint::save(folder, &self.state(), &self.engine.theta, &self.engine.buffers, self.rule.state(), names)
-    }
-
-    /// Writes a checkpoint: first under another name, so that a folder of the final name is complete.
-    fn save(&self) -> Result<(), Error> {
-        if !self.leads() {
-            return Ok(());
-        }
-        let step = self.engine.step;
-        let folder = self.request.work.join(format!("checkpoint-{step}"));
-        let partial = self.request.work.join(format!(".checkpoint-{step}"));
-        for left in [&folder, &partial] {
-            match std::fs::remove_dir_all(left) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(left)(error)),
-                _ => {}
-            }
-        }
-        self.write(&partial)?;
-        fail::fail_point!("trainer::checkpoint_written");
-        std::fs::rename(&partial, &folder).map_err(Error::io(&folder))?;
-        self.emit(Event::Checkpoint { step, folder });
-        Ok(())
-    }
-
     fn finish(self) -> Result<Option<End>, Error> {
         if !self.speaks() {
             return Ok(None);
@@ -488,18 +455,6 @@ impl<'a> Rank<'a> {
     }
 }
 
-fn restore(engine: &mut RankEngine<'_>, state: &State, folder: &Path) -> Result<(), Error> {
-    let mut theta = engine.theta.clone();
-    let mut buffers = std::mem::take(&mut engine.buffers);
-    checkpoint::load_tensors(folder, &mut theta, &mut buffers, |id| engine.buffer_names(id))?;
-    engine.theta = theta;
-    engine.buffers = buffers;
-    engine.step = state.step;
-    engine.guard = state.guard.clone();
-    engine.loader.restore(state.data.clone())?;
-    Ok(())
-}
-
 /// Losses before and after, by set: what most callers want of a summary.
 pub fn change(summary: &Summary) -> BTreeMap<String, (f64, f64)> {
     let after = |set: &String| summary.after.get(set).copied();
@@ -523,7 +478,7 @@ mod tests {
         let mut prepared = setup::prepare(&request, &Quiet, &Bases::default(), 0).unwrap();
         plant(&mut prepared);
         let rank = local::group::<Message>(1, EXCHANGE_DEADLINE).pop().unwrap();
-        then(Rank::new(&request, &prepared, &Quiet, rank, None, None).unwrap())
+        then(Rank::new(&request, &prepared, &Quiet, Box::new(rank), None, None).unwrap())
     }
 
     fn failure(plant: impl FnOnce(&mut Prepared)) -> (FailureClass, String) {
@@ -588,7 +543,7 @@ mod tests {
     }
 
     /// All files of a checkpoint.
-    fn everything(rank: &Rank<'_>) -> [Vec<u8>; 3] {
+    fn everything(rank: &mut Rank<'_>) -> [Vec<u8>; 3] {
         let folder = tempfile::tempdir().unwrap();
         rank.write(folder.path()).unwrap();
         let files = ["state.json", "values.safetensors", "optimizer.safetensors"];
@@ -604,7 +559,7 @@ mod tests {
                 rank.step().unwrap();
                 rank.step().unwrap();
                 // The state names the folder of this one run.
-                let [_, values, buffers] = everything(&rank);
+                let [_, values, buffers] = everything(&mut rank);
                 (values, buffers, rank.validation)
             };
             with_rank(|_| {}, steps)
@@ -619,11 +574,11 @@ mod tests {
             |_| {},
             |mut rank| {
                 rank.step().unwrap();
-                let before = everything(&rank);
+                let before = everything(&mut rank);
                 rank.rehearse().unwrap();
-                assert!(everything(&rank) == before);
+                assert!(everything(&mut rank) == before);
                 rank.step().unwrap();
-                assert!(everything(&rank) != before, "what is compared holds the state of a step");
+                assert!(everything(&mut rank) != before, "what is compared holds the state of a step");
             },
         );
     }
