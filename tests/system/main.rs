@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "the table of kills is evidence")]
 #![allow(clippy::print_stderr, reason = "who skips a test says why")]
 
+mod chaos;
 mod encrypted;
 mod failover;
 mod gangs;
@@ -12,6 +13,7 @@ mod kills;
 mod lanes;
 mod main_job;
 mod postgres;
+mod proxy;
 mod recipes;
 mod support;
 mod turns;

@@ -43,6 +43,11 @@ impl Process {
         self.child.wait().unwrap();
     }
 
+    /// Its id.
+    pub(crate) fn id(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(self.child.id() as i32)
+    }
+
     /// Whether it has ended.
     pub(crate) fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
@@ -127,6 +132,11 @@ impl Cluster {
     /// The scheduler's address, and that of the one that may stand by.
     pub(crate) fn url(&self) -> String {
         urls(self.port, self.other_port, self.database.is_some())
+    }
+
+    /// Where its scheduler listens.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     /// A path in the cluster's folder.

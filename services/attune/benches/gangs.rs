@@ -1,7 +1,7 @@
 //! One job on one, two and four processes, as workers start them: that the result is the same, what each keeps in memory, and
 //! where the time goes.
 //!
-//! `cargo bench -p attune --features failpoints --profile release --bench gangs`; `-- STEPS` changes how much. Each process has one thread.
+//! `cargo bench -p attune --features failpoints --profile dev --bench gangs`; `-- STEPS` changes how much. Each process has one thread.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -442,7 +442,8 @@ fn shards(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         let message = format!(
             "makes {ranks} ranks, which do not divide the {shards} logical shards; set `tune.logical_shards` to a multiple"
         );
-        faults.push(Fault::new("resources.devices_per_worker", message));
+        let field = if spec.resources.workers > 1 { "resources.workers" } else { "resources.devices_per_worker" };
+        faults.push(Fault::new(field, message));
     }
     if spec.resources.device == Device::Cuda && spec.resources.devices_per_worker > 1 {
         let message = format!(

@@ -25,8 +25,8 @@ pub enum Device {
 #[serde(deny_unknown_fields, default)]
 #[schemars(deny_unknown_fields)]
 pub struct Resources {
-    /// Worker nodes that run the job together. This version runs a job on one.
-    #[schemars(range(min = 1, max = 1))]
+    /// Workers that train the job together, each its share of every batch: the result is that of one.
+    #[schemars(range(min = 1, max = 64))]
     pub workers: u32,
     /// Devices on each worker; each is one rank of data-parallel training.
     #[schemars(range(min = 1, max = 64))]

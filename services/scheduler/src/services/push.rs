@@ -30,18 +30,18 @@ use crate::{status, view};
 const ROLE_BYTES_MAX: usize = 63;
 
 /// A checked header.
-struct Header {
-    project: Project,
+pub(crate) struct Header {
+    pub(crate) project: Project,
     manifest: Manifest,
     tags: Vec<Tag>,
-    attempt: Option<Attempt>,
+    pub(crate) attempt: Option<Attempt>,
 }
 
 /// On whose behalf an artifact is committed.
-struct Attempt {
-    key: JobKey,
-    epoch: Epoch,
-    worker: WorkerId,
+pub(crate) struct Attempt {
+    pub(crate) key: JobKey,
+    pub(crate) epoch: Epoch,
+    pub(crate) worker: WorkerId,
     commit: Commit,
     role: String,
     told: v1::AttemptCommit,
@@ -59,6 +59,11 @@ pub(crate) async fn push(
         return Err(invalid(Fault::new("header", "is missing; expected it in the first message")));
     };
     let header = read(caller, first)?;
+    #[cfg(feature = "failpoints")]
+    let header = match fail::eval("scheduler::epoch_unchecked", |_| ()) {
+        Some(()) => crate::planted::taken_for_the_newest(context, header).await?,
+        None => header,
+    };
     caller.concerns(&header.manifest.digest());
     let attempt = header.attempt.as_ref();
     let attempt = attempt.map(|attempt| (&attempt.key.job, attempt.epoch, &attempt.worker));

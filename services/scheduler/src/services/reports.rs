@@ -41,8 +41,18 @@ pub(crate) struct Reports {
     context: Arc<Context>,
     worker: WorkerId,
     outgoing: Outgoing,
-    /// The number of the last recorded report of each attempt that was heard of.
-    seen: BTreeMap<AttemptId, u64>,
+    /// What is known of each attempt that was heard of.
+    seen: BTreeMap<AttemptId, Seen>,
+}
+
+/// What a connection knows of an attempt.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    /// The number of its last recorded report.
+    number: u64,
+    /// Whether this worker leads its gang. The numbers of the others' reports are not stored: they tell little, and what one of
+    /// them says twice, after its connection broke, changes nothing or is read twice.
+    leads: bool,
 }
 
 /// What is to be done about a report.
@@ -74,12 +84,13 @@ impl Reports {
         match self.recorded(&id).await? {
             // It is not its attempt, or there never was one: refused for good.
             None => tracing::warn!(worker = %self.worker, attempt = %id, "a report about an attempt of somebody else"),
-            Some(seen) if number <= seen => {}
-            Some(_) => {
-                if let Some(taken) = report.report.and_then(|report| self.read(&id, number, report)) {
+            Some(seen) if number <= seen.number => {}
+            Some(seen) => {
+                let number_to_store = seen.leads.then_some(number);
+                if let Some(taken) = report.report.and_then(|report| self.read(&id, number_to_store, report)) {
                     self.store(&id, taken).await?;
                 }
-                self.seen.insert(id.clone(), number);
+                self.seen.insert(id.clone(), Seen { number, ..seen });
             }
         }
         if is_last {
@@ -91,22 +102,27 @@ impl Reports {
         self.outgoing.send(Ok(ack)).await.map_err(|_| Broken::Gone)
     }
 
-    /// The number of the last recorded report; nothing when the attempt is not this worker's.
-    async fn recorded(&mut self, id: &AttemptId) -> Result<Option<u64>, Broken> {
+    /// What is recorded; nothing when the attempt is not this worker's.
+    async fn recorded(&mut self, id: &AttemptId) -> Result<Option<Seen>, Broken> {
         if let Some(seen) = self.seen.get(id) {
             return Ok(Some(*seen));
         }
         let attempts = self.context.store.attempts(&id.project, &id.job).await;
         let attempts = attempts.map_err(|error| Broken::Failed(crate::status::store(error)))?;
         let own = attempts.into_iter().find(|row| row.epoch == id.epoch && row.workers.contains(&self.worker));
-        Ok(own.map(|row| row.reported))
+        Ok(own.map(|row| {
+            let leads = row.workers.first() == Some(&self.worker);
+            Seen { number: if leads { row.reported } else { 0 }, leads }
+        }))
     }
 
-    fn read(&self, id: &AttemptId, number: u64, report: Report) -> Option<Taken> {
+    /// What a report means; `number` is stored with it.
+    fn read(&self, id: &AttemptId, number: Option<u64>, report: Report) -> Option<Taken> {
         let now = Clock::utc();
         let AttemptId { project, job, epoch } = id;
         let key = JobKey::new(project.clone(), job.clone());
-        let reported = Write::Reported { project: project.clone(), job: job.clone(), epoch: *epoch, number };
+        let reported =
+            number.map(|number| Write::Reported { project: project.clone(), job: job.clone(), epoch: *epoch, number });
         let event = |kind: &str, data: Value| {
             Write::Event(NewEvent {
                 project: project.clone(),
@@ -127,20 +143,21 @@ impl Reports {
         let worker = self.worker.clone();
         Some(match report {
             // Known otherwise: an offer that arrived shows in the heartbeats, a checkpoint in its commit.
-            Report::Started(_) | Report::Checkpoint(_) => Taken::Writes(vec![reported]),
+            Report::Started(_) | Report::Checkpoint(_) => Taken::Writes(reported.into_iter().collect()),
             Report::Running(running) => {
                 let begun = v1::JobProgress {
                     step: running.step,
                     total_steps: running.total_steps,
                     ..v1::JobProgress::default()
                 };
-                let writes = vec![progress(log::progress(&begun, now)), reported];
+                let writes = [progress(log::progress(&begun, now))].into_iter().chain(reported).collect();
                 let input = Input::AttemptRunning { key, epoch: *epoch, worker };
                 Taken::Step(Box::new(input), Box::new(Extra { writes, ..Extra::default() }))
             }
             Report::Progress(told) => {
                 let data = log::progress(&told, now);
-                Taken::Writes(vec![progress(data.clone()), event(log::PROGRESS, data), reported])
+                let told = [progress(data.clone()), event(log::PROGRESS, data)];
+                Taken::Writes(told.into_iter().chain(reported).collect())
             }
             Report::Metrics(metrics) => {
                 if metrics.dropped > 0 {
@@ -148,11 +165,14 @@ impl Reports {
                 }
                 let points = metrics.points.into_iter().filter_map(|told| point(told, now)).collect();
                 let (project, job, epoch) = (project.clone(), job.clone(), *epoch);
-                Taken::Writes(vec![Write::Metrics { project, job, epoch, points }, reported])
+                let measured = Write::Metrics { project, job, epoch, points };
+                Taken::Writes([measured].into_iter().chain(reported).collect())
             }
-            Report::Note(told) => Taken::Writes(vec![event(log::NOTE, log::note(&told)), reported]),
+            Report::Note(told) => {
+                Taken::Writes([event(log::NOTE, log::note(&told))].into_iter().chain(reported).collect())
+            }
             Report::Finished(finished) => {
-                let mut extra = Extra { writes: vec![reported], ..Extra::default() };
+                let mut extra = Extra { writes: reported.into_iter().collect(), ..Extra::default() };
                 let input = |outcome| Box::new(Input::AttemptFinished { key, epoch: *epoch, worker, outcome });
                 match finished.outcome {
                     Some(attempt_finished::Outcome::Succeeded(succeeded)) => {

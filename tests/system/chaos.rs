@@ -1,0 +1,407 @@
+//! Everything at once: jobs of one worker and of two, and faults of every kind, one after the other, until all jobs have ended.
+//!
+//! A short sample runs with all tests. `ATTUNE_CHAOS_FAULTS` and `ATTUNE_CHAOS_JOBS` say how many there are, `ATTUNE_CHAOS_SEED`
+//! in which order.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use attune_artifacts::Causes;
+use attune_proto::v1::{self, JobState};
+use attune_tensor::Rng;
+use attune_worker::transfer::{self, PushError};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::time::{Instant, sleep};
+
+use crate::kills::prepare;
+use crate::postgres::Postgres;
+use crate::proxy::{Proxy, Weather};
+use crate::support::{Cluster, Process, SMALL, attune, outputs};
+
+/// Longer than a lease, which lasts three seconds here.
+const LONGER_THAN_A_LEASE: Duration = Duration::from_millis(4500);
+/// Jobs that wait or run at once.
+const AT_ONCE: usize = 6;
+/// How long all jobs have to end once nothing happens any more.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    /// `kill -9` of a training process.
+    KillProcess,
+    /// A training process is stopped, for a moment or until it counts as hung.
+    StopProcess,
+    /// `kill -9` of a worker.
+    KillWorker,
+    /// A worker is stopped for longer than a lease, and goes on.
+    StopWorker,
+    /// `kill -9` of the scheduler.
+    KillScheduler,
+    /// The scheduler is stopped and goes on.
+    StopScheduler,
+    /// All connections of the workers break.
+    CutNetwork,
+    /// What workers say arrives after their leases have ended.
+    HoldNetwork,
+    /// Everything arrives late.
+    SlowNetwork,
+    /// A third of what the artifact store is asked for fails.
+    StoreErrors,
+    /// What an attempt that is over has once committed arrives again.
+    Replay,
+    /// `kill -9` of the database, as a power cut.
+    KillDatabase,
+}
+
+const FAULTS: [Fault; 12] = [
+    Fault::KillProcess,
+    Fault::StopProcess,
+    Fault::KillWorker,
+    Fault::StopWorker,
+    Fault::KillScheduler,
+    Fault::StopScheduler,
+    Fault::CutNetwork,
+    Fault::HoldNetwork,
+    Fault::SlowNetwork,
+    Fault::StoreErrors,
+    Fault::Replay,
+    Fault::KillDatabase,
+];
+
+struct Chaos {
+    cluster: Cluster,
+    postgres: Option<Postgres>,
+    proxy: Proxy,
+    workers: Vec<Option<Process>>,
+    rng: Rng,
+    base: String,
+    /// Variables of the scheduler: what is planted in it.
+    planted: Option<&'static str>,
+    jobs: Vec<String>,
+    /// A commit of an attempt, and its bytes, kept for a replay.
+    kept: Option<(PathBuf, v1::AttemptCommit)>,
+    /// How often each fault happened, and how often to a job that ran.
+    done: BTreeMap<Fault, (usize, usize)>,
+    stale_taken: usize,
+    stale_refused: usize,
+}
+
+impl Chaos {
+    async fn start(seed: u64, planted: Option<&'static str>) -> (Self, BTreeMap<String, String>) {
+        let postgres = Postgres::start().await;
+        let mut cluster = match &postgres {
+            Some(postgres) => Cluster::start_on(&postgres.url()).await,
+            None => Cluster::start().await,
+        };
+        let base = prepare(&cluster).await;
+        let proxy = Proxy::start(cluster.port()).await;
+        let mut chaos = {
+            let undisturbed = cluster.submit(&cluster.path("world/chat.yaml"), &refs(&job(&base, 1)));
+            let expected = outputs(&cluster.ends(&undisturbed, JobState::Succeeded).await);
+            // From here on workers speak through the network that breaks.
+            cluster.worker.take().unwrap().kill();
+            let rng = Rng::new(seed, "chaos");
+            let (workers, jobs, kept, done) = (Vec::new(), Vec::new(), None, BTreeMap::new());
+            let (stale_taken, stale_refused) = (0, 0);
+            let made = Self {
+                cluster,
+                postgres,
+                proxy,
+                workers,
+                rng,
+                base,
+                planted,
+                jobs,
+                kept,
+                done,
+                stale_taken,
+                stale_refused,
+            };
+            (made, expected)
+        };
+        if planted.is_some() {
+            chaos.0.restart_scheduler("").await;
+        }
+        for number in 0..2 {
+            let worker = chaos.0.worker(number);
+            chaos.0.workers.push(Some(worker));
+        }
+        chaos
+    }
+
+    fn worker(&self, number: usize) -> Process {
+        let name = format!("w{number}");
+        let mut command = attune();
+        command
+            .args(["worker", "--server", &self.proxy.url(), "--name", &name, "--devices", "2", "--work-dir"])
+            .arg(self.cluster.path(&name))
+            .env("RAYON_NUM_THREADS", "1");
+        Process::start(&mut command, &self.cluster.path("worker.log"))
+    }
+
+    async fn restart_scheduler(&mut self, faults: &str) {
+        if let Some(scheduler) = self.cluster.scheduler.take() {
+            scheduler.kill();
+        }
+        let points: Vec<&str> = self.planted.into_iter().chain([faults]).filter(|points| !points.is_empty()).collect();
+        let points = points.join(";");
+        let variables = [("FAILPOINTS", points.as_str())];
+        self.cluster.start_scheduler(if points.is_empty() { &[] } else { &variables }).await;
+    }
+
+    /// Jobs that have not ended.
+    async fn open(&mut self) -> Vec<v1::Job> {
+        let mut open = Vec::new();
+        for id in self.jobs.clone() {
+            let job = self.cluster.wait(&id, "answer", |_| true).await;
+            if !attune_proto::words::state_words(job.state()).is_some_and(|words| words.is_final) {
+                open.push(job);
+            }
+        }
+        open
+    }
+
+    /// One fault, while some job runs.
+    async fn fault(&mut self, fault: Fault) {
+        let deadline = Instant::now() + PATIENCE;
+        let running = loop {
+            let open = self.open().await;
+            let running = open.into_iter().find(|job| job.state() == JobState::Running && !job.checkpoint.is_empty());
+            if running.is_some() || Instant::now() >= deadline {
+                break running;
+            }
+            sleep(Duration::from_millis(20)).await;
+        };
+        if let Some(job) = running.as_ref().filter(|_| self.kept.is_none()) {
+            self.keep(job).await;
+        }
+        sleep(Duration::from_millis(self.rng.below(150))).await;
+        let worker = self.rng.below(self.workers.len() as u64) as usize;
+        match fault {
+            Fault::KillProcess | Fault::StopProcess => {
+                let all: Vec<i32> = self.workers.iter().flatten().flat_map(Process::children).collect();
+                let chosen = self.rng.below(all.len().max(1) as u64) as usize;
+                if let Some(process) = all.get(chosen).copied().map(Pid::from_raw) {
+                    let signal = if fault == Fault::KillProcess { Signal::SIGKILL } else { Signal::SIGSTOP };
+                    // It may have ended meanwhile.
+                    let _ = kill(process, signal);
+                    if signal == Signal::SIGSTOP && self.rng.below(2) == 0 {
+                        sleep(Duration::from_millis(800)).await;
+                        let _ = kill(process, Signal::SIGCONT);
+                    }
+                }
+            }
+            Fault::KillWorker => {
+                self.workers[worker].take().unwrap().kill();
+                self.workers[worker] = Some(self.worker(worker));
+            }
+            Fault::StopWorker => {
+                let process = self.workers[worker].as_ref().unwrap().id();
+                kill(process, Signal::SIGSTOP).unwrap();
+                sleep(LONGER_THAN_A_LEASE).await;
+                kill(process, Signal::SIGCONT).unwrap();
+            }
+            Fault::KillScheduler => self.restart_scheduler("").await,
+            Fault::StopScheduler => {
+                let process = self.cluster.scheduler.as_ref().unwrap().id();
+                kill(process, Signal::SIGSTOP).unwrap();
+                sleep(Duration::from_millis(500 + self.rng.below(4000))).await;
+                kill(process, Signal::SIGCONT).unwrap();
+            }
+            Fault::CutNetwork => {
+                let lasts = Duration::from_millis(200 + self.rng.below(2000));
+                self.weather(Weather::Cut, lasts).await;
+            }
+            Fault::HoldNetwork => self.weather(Weather::Held, LONGER_THAN_A_LEASE).await,
+            Fault::SlowNetwork => self.weather(Weather::Slow, Duration::from_secs(2)).await,
+            Fault::StoreErrors => {
+                self.restart_scheduler("artifacts::blob_stored=33%return;artifacts::before_manifest=33%return").await;
+                sleep(Duration::from_secs(2)).await;
+                self.restart_scheduler("").await;
+            }
+            Fault::Replay => self.replay().await,
+            Fault::KillDatabase => {
+                let Some(postgres) = &mut self.postgres else { return };
+                postgres.kill().await;
+                sleep(Duration::from_millis(300)).await;
+                postgres.start_again().await;
+            }
+        }
+        let (all, on_running) = self.done.entry(fault).or_default();
+        *all += 1;
+        *on_running += usize::from(running.is_some());
+    }
+
+    async fn weather(&self, weather: Weather, lasts: Duration) {
+        self.proxy.turn(weather);
+        sleep(lasts).await;
+        self.proxy.turn(Weather::Fair);
+    }
+
+    /// Keeps the bytes of a job's checkpoint, and under which attempt they are committed.
+    async fn keep(&mut self, job: &v1::Job) {
+        let folder = self.cluster.path(&format!("kept-{}", self.stale_refused + self.stale_taken));
+        let pulled = self.cluster.run(["artifacts", "pull", &job.checkpoint, folder.to_str().unwrap()]);
+        if pulled.status.success() {
+            let commit = v1::AttemptCommit {
+                job_id: job.job_id.clone(),
+                epoch: job.epoch,
+                worker_id: job.worker_id.clone(),
+                commit: Some(v1::attempt_commit::Commit::CheckpointStep(1_000_000)),
+                facts: None,
+            };
+            self.kept = Some((folder, commit));
+        }
+    }
+
+    /// What was kept arrives once more, after its attempt is over.
+    async fn replay(&mut self) {
+        let Some((folder, commit)) = self.kept.take() else { return };
+        let id = commit.job_id.clone();
+        let job = self.cluster.wait(&id, "answer", |_| true).await;
+        if job.epoch == commit.epoch && job.state() == JobState::Running {
+            // It is not over: make it so.
+            let all: Vec<i32> = self.workers.iter().flatten().flat_map(Process::children).collect();
+            all.into_iter().for_each(|process| drop(kill(Pid::from_raw(process), Signal::SIGKILL)));
+        }
+        let over = |job: &v1::Job| job.epoch > commit.epoch || job.end_time.is_some();
+        self.cluster.wait(&id, "end of the attempt", over).await;
+        let again = |job: &v1::Job| job.state() == JobState::Running || job.end_time.is_some();
+        self.cluster.wait(&id, "next attempt", again).await;
+        let client = self.cluster.client();
+        match transfer::push(&client, &folder, None, Causes::default(), Some(commit), Vec::new()).await {
+            Ok(_) => self.stale_taken += 1,
+            Err(PushError::Server(_)) => self.stale_refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn submit(&mut self, number: usize) {
+        let workers = if number % 5 == 4 { 2 } else { 1 };
+        let id = self.cluster.submit(&self.cluster.path("world/chat.yaml"), &refs(&job(&self.base, workers)));
+        self.jobs.push(id);
+    }
+
+    /// What must hold whatever happened, and does not.
+    async fn broken(&mut self, expected: &BTreeMap<String, String>) -> Vec<String> {
+        let mut broken = Vec::new();
+        let deadline = Instant::now() + PATIENCE;
+        while !self.open().await.is_empty() && Instant::now() < deadline {
+            sleep(Duration::from_millis(200)).await;
+        }
+        for id in self.jobs.clone() {
+            let job = self.cluster.wait(&id, "answer", |_| true).await;
+            if job.state() != JobState::Succeeded {
+                broken.push(format!("{id} is lost: {:?}, {}", job.state(), job.message));
+                continue;
+            }
+            if outputs(&job) != *expected {
+                broken.push(format!("{id} has other results: {:?}", outputs(&job)));
+            }
+            let events = String::from_utf8(self.cluster.run(["--json", "jobs", "events", &id]).stdout).unwrap();
+            let told: Vec<serde_json::Value> = events.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let numbers: Vec<u64> = told.iter().filter_map(|event| event["sequence"].as_u64()).collect();
+            if !numbers.is_sorted_by(|a, b| a < b) {
+                broken.push(format!("{id} has events out of order: {numbers:?}"));
+            }
+            if events.matches("\"to\":\"succeeded\"").count() != 1 {
+                broken.push(format!("{id} does not end once"));
+            }
+            for digest in outputs(&job).values() {
+                let is_commit = |event: &&serde_json::Value| {
+                    let text = event.to_string();
+                    text.contains("committed") && text.contains(digest)
+                };
+                let epochs: BTreeSet<String> =
+                    told.iter().filter(is_commit).map(|event| event["epoch"].to_string()).collect();
+                if epochs.len() != 1 {
+                    broken.push(format!("{digest} is committed by attempts {epochs:?} of {id}"));
+                }
+            }
+        }
+        for digest in expected.values() {
+            let folder = self.cluster.path(&format!("pulled-{}", digest.replace(':', "-")));
+            let pulled = self.cluster.run(["artifacts", "pull", digest, folder.to_str().unwrap()]);
+            if !pulled.status.success() {
+                broken.push(format!("{digest} cannot be read: {pulled:?}"));
+            }
+        }
+        if self.stale_taken > 0 {
+            broken.push(format!("{} commits of attempts that were over were taken", self.stale_taken));
+        }
+        broken
+    }
+}
+
+/// A tune with three checkpoints on its way.
+fn job(base: &str, workers: u32) -> Vec<String> {
+    let fixed =
+        ["tune.steps=120", "tune.checkpoint.every_steps=30", "limits.max_attempts=1000", "limits.stall_seconds=8"];
+    let own = [format!("base={base}"), format!("resources.workers={workers}")];
+    SMALL.into_iter().chain(fixed).map(str::to_owned).chain(own).collect()
+}
+
+fn refs(set: &[String]) -> Vec<&str> {
+    set.iter().map(String::as_str).collect()
+}
+
+fn from_environment(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
+}
+
+/// Runs jobs under faults, of each kind as often as of any other; what does not hold afterwards.
+async fn chaos(n_faults: usize, n_jobs: usize, kinds: &[Fault], planted: Option<&'static str>) -> Vec<String> {
+    let seed = from_environment("ATTUNE_CHAOS_SEED", 20_261_128) as u64;
+    let (mut chaos, expected) = Chaos::start(seed, planted).await;
+    let kinds: Vec<Fault> =
+        kinds.iter().copied().filter(|kind| chaos.postgres.is_some() || *kind != Fault::KillDatabase).collect();
+    let mut order: Vec<Fault> = kinds.iter().copied().cycle().take(n_faults).collect();
+    chaos.rng.shuffle(&mut order);
+    let mut n_submitted = 0;
+    for (number, fault) in order.into_iter().enumerate() {
+        // Jobs come as faults go, and some always run.
+        let due = (n_jobs * (number + 1)).div_ceil(n_faults);
+        while n_submitted < n_jobs && (n_submitted < due || chaos.open().await.is_empty()) {
+            if chaos.open().await.len() >= AT_ONCE {
+                break;
+            }
+            chaos.submit(n_submitted);
+            n_submitted += 1;
+        }
+        if n_submitted == n_jobs && chaos.open().await.is_empty() {
+            // All have ended before the faults have: more of them.
+            chaos.submit(n_submitted);
+        }
+        chaos.fault(fault).await;
+    }
+    while n_submitted < n_jobs {
+        chaos.submit(n_submitted);
+        n_submitted += 1;
+    }
+    let broken = chaos.broken(&expected).await;
+    println!("seed {seed}: {} jobs\nfault            times  while a job with a checkpoint ran", chaos.jobs.len());
+    for (fault, (all, running)) in &chaos.done {
+        println!("{:<16} {all:>5}  {running}", format!("{fault:?}"));
+    }
+    println!("stale commits: {} refused, {} taken", chaos.stale_refused, chaos.stale_taken);
+    println!("broken: {}", if broken.is_empty() { "nothing".to_owned() } else { broken.join("; ") });
+    broken
+}
+
+#[tokio::test]
+async fn jobs_end_with_their_bits_whatever_goes_wrong() {
+    let (n_faults, n_jobs) = (from_environment("ATTUNE_CHAOS_FAULTS", 8), from_environment("ATTUNE_CHAOS_JOBS", 4));
+    let broken = chaos(n_faults, n_jobs, &FAULTS, None).await;
+    assert!(broken.is_empty(), "{broken:#?}");
+}
+
+/// The same finds a scheduler that takes a commit of an old epoch for one of the newest.
+#[tokio::test]
+async fn a_missing_check_of_epochs_is_found() {
+    let kinds = [Fault::KillProcess, Fault::Replay];
+    let broken = chaos(4, 1, &kinds, Some("scheduler::epoch_unchecked=return")).await;
+    assert!(!broken.is_empty(), "the defect was not found");
+}
