@@ -78,6 +78,8 @@ struct Chaos {
     workers: Vec<Option<Process>>,
     rng: Rng,
     base: String,
+    /// Steps of each job.
+    steps: u32,
     /// Variables of the scheduler: what is planted in it.
     planted: Option<&'static str>,
     jobs: Vec<String>,
@@ -90,7 +92,7 @@ struct Chaos {
 }
 
 impl Chaos {
-    async fn start(seed: u64, planted: Option<&'static str>) -> (Self, BTreeMap<String, String>) {
+    async fn start(seed: u64, steps: u32, planted: Option<&'static str>) -> (Self, BTreeMap<String, String>) {
         let postgres = Postgres::start().await;
         let mut cluster = match &postgres {
             Some(postgres) => Cluster::start_on(&postgres.url()).await,
@@ -99,7 +101,7 @@ impl Chaos {
         let base = prepare(&cluster).await;
         let proxy = Proxy::start(cluster.port()).await;
         let mut chaos = {
-            let undisturbed = cluster.submit(&cluster.path("world/chat.yaml"), &refs(&job(&base, 1)));
+            let undisturbed = cluster.submit(&cluster.path("world/chat.yaml"), &refs(&job(&base, 1, steps)));
             let expected = outputs(&cluster.ends(&undisturbed, JobState::Succeeded).await);
             // From here on workers speak through the network that breaks.
             cluster.worker.take().unwrap().kill();
@@ -113,6 +115,7 @@ impl Chaos {
                 workers,
                 rng,
                 base,
+                steps,
                 planted,
                 jobs,
                 kept,
@@ -285,7 +288,8 @@ impl Chaos {
 
     fn submit(&mut self, number: usize) {
         let workers = if number % 5 == 4 { 2 } else { 1 };
-        let id = self.cluster.submit(&self.cluster.path("world/chat.yaml"), &refs(&job(&self.base, workers)));
+        let id =
+            self.cluster.submit(&self.cluster.path("world/chat.yaml"), &refs(&job(&self.base, workers, self.steps)));
         self.jobs.push(id);
     }
 
@@ -343,11 +347,10 @@ impl Chaos {
     }
 }
 
-/// A tune with three checkpoints on its way.
-fn job(base: &str, workers: u32) -> Vec<String> {
-    let fixed =
-        ["tune.steps=120", "tune.checkpoint.every_steps=30", "limits.max_attempts=1000", "limits.stall_seconds=8"];
-    let own = [format!("base={base}"), format!("resources.workers={workers}")];
+/// A tune with checkpoints on its way.
+fn job(base: &str, workers: u32, steps: u32) -> Vec<String> {
+    let fixed = ["tune.checkpoint.every_steps=30", "limits.max_attempts=1000", "limits.stall_seconds=8"];
+    let own = [format!("base={base}"), format!("resources.workers={workers}"), format!("tune.steps={steps}")];
     SMALL.into_iter().chain(fixed).map(str::to_owned).chain(own).collect()
 }
 
@@ -360,9 +363,13 @@ fn from_environment(name: &str, default: usize) -> usize {
 }
 
 /// Runs jobs under faults, of each kind as often as of any other; what does not hold afterwards.
-async fn chaos(n_faults: usize, n_jobs: usize, kinds: &[Fault], planted: Option<&'static str>) -> Vec<String> {
+async fn chaos(
+    (n_faults, n_jobs, steps): (usize, usize, u32),
+    kinds: &[Fault],
+    planted: Option<&'static str>,
+) -> Vec<String> {
     let seed = from_environment("ATTUNE_CHAOS_SEED", 20_261_128) as u64;
-    let (mut chaos, expected) = Chaos::start(seed, planted).await;
+    let (mut chaos, expected) = Chaos::start(seed, steps, planted).await;
     let kinds: Vec<Fault> =
         kinds.iter().copied().filter(|kind| chaos.postgres.is_some() || *kind != Fault::KillDatabase).collect();
     let mut order: Vec<Fault> = kinds.iter().copied().cycle().take(n_faults).collect();
@@ -401,7 +408,7 @@ async fn chaos(n_faults: usize, n_jobs: usize, kinds: &[Fault], planted: Option<
 #[tokio::test]
 async fn jobs_end_with_their_bits_whatever_goes_wrong() {
     let (n_faults, n_jobs) = (from_environment("ATTUNE_CHAOS_FAULTS", 6), from_environment("ATTUNE_CHAOS_JOBS", 3));
-    let broken = chaos(n_faults, n_jobs, &FAULTS, None).await;
+    let broken = chaos((n_faults, n_jobs, 120), &FAULTS, None).await;
     assert!(broken.is_empty(), "{broken:#?}");
 }
 
@@ -409,6 +416,6 @@ async fn jobs_end_with_their_bits_whatever_goes_wrong() {
 #[tokio::test]
 async fn a_missing_check_of_epochs_is_found() {
     let kinds = [Fault::KillProcess, Fault::Replay];
-    let broken = chaos(4, 1, &kinds, Some("scheduler::epoch_unchecked=return")).await;
+    let broken = chaos((4, 1, 500), &kinds, Some("scheduler::epoch_unchecked=return")).await;
     assert!(!broken.is_empty(), "the defect was not found");
 }

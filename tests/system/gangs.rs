@@ -60,3 +60,27 @@ async fn a_job_on_two_workers_has_the_bits_of_one_and_outlives_the_loss_of_a_ran
     let ended = cluster.ends(&id, JobState::Succeeded).await;
     assert_eq!(outputs(&ended), expected);
 }
+
+#[tokio::test]
+async fn a_job_on_two_workers_is_paused_resumed_and_cancelled_as_one() {
+    let cluster = Cluster::start().await;
+    let base = prepare(&cluster).await;
+    let _second = cluster.another_worker("two");
+    let id = submit(&cluster, &job(&base, 2));
+    let trains = |job: &v1::Job| job.state() == JobState::Running && job.progress.is_some();
+    cluster.wait(&id, "training", trains).await;
+    assert!(cluster.run(["jobs", "pause", &id]).status.success());
+    let paused = cluster.wait(&id, "pause", |job| job.state() == JobState::Paused).await;
+    assert!(!paused.checkpoint.is_empty() && paused.failed_attempts == 0, "{paused:#?}");
+    assert!(cluster.run(["jobs", "resume", &id]).status.success());
+    let resumed = cluster.ends(&id, JobState::Succeeded).await;
+    assert_eq!((resumed.epoch, resumed.failed_attempts), (2, 0));
+
+    let id = submit(&cluster, &job(&base, 2));
+    cluster.wait(&id, "training", trains).await;
+    assert!(cluster.run(["jobs", "cancel", &id]).status.success());
+    cluster.ends(&id, JobState::Cancelled).await;
+    // Both workers are free again.
+    let last = submit(&cluster, &job(&base, 2));
+    assert_eq!(outputs(&cluster.ends(&last, JobState::Succeeded).await), outputs(&resumed));
+}
