@@ -30,9 +30,11 @@ pub enum Error {
     #[error(transparent)]
     Collective(#[from] attune_collective::Error),
     /// Ranks that make the same updates have other parameters: a bit was lost somewhere.
-    #[error("after step {step} the parameters of rank {rank} are not those of the others")]
+    #[error("after step {step} the parameters of rank {rank} are not those of rank {own}: one of them has lost a bit")]
     Diverged {
-        /// The first rank that differs.
+        /// This rank.
+        own: u32,
+        /// The first rank that differs from it.
         rank: u32,
         /// Steps done.
         step: Step,

@@ -238,10 +238,15 @@ impl RankEngine<'_> {
                 hash.update(&value.to_le_bytes());
             }
         }
-        let (rank, own) = (self.collective.rank(), *hash.finalize().as_bytes());
-        for (rank, message) in self.exchange(vec![(rank, Message::Values(own))])? {
-            if !matches!(message, Message::Values(theirs) if theirs == own) {
-                return Err(crate::Error::Diverged { rank, step: self.step });
+        let own = self.collective.rank();
+        #[cfg(feature = "failpoints")]
+        if own == 1 && fail::eval("trainer::bit_lost", |_| ()).is_some() {
+            hash.update(&[1]);
+        }
+        let values = *hash.finalize().as_bytes();
+        for (rank, message) in self.exchange(vec![(own, Message::Values(values))])? {
+            if !matches!(message, Message::Values(theirs) if theirs == values) {
+                return Err(crate::Error::Diverged { own, rank, step: self.step });
             }
         }
         Ok(())

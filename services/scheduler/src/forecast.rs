@@ -10,6 +10,11 @@ use crate::admit::{self, Admitted};
 
 /// Bytes that each trained parameter takes: value, gradient and two moments, in f32.
 const TRAINED_BYTES: u64 = 16;
+/// The same in each process of a gang, but for the moments, which one of them has: value, gradient, and what of gradients and values
+/// is on its way.
+const SHARED_BYTES: u64 = 12;
+/// Bytes of the moments.
+const MOMENTS_BYTES: u64 = 8;
 
 /// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch.
 const PROCESS_BYTES: u64 = 48 << 20;
@@ -25,14 +30,23 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
     // What holds a micro-batch several times goes through by itself.
     let shard = u64::from(plan.batch_tokens / plan.logical_shards.max(1));
     let copies = of_step(plan, |document| &document.copies)? as u64;
-    let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(1) };
+    let here = admitted.spec.resources.devices_per_worker;
+    let all = admitted.spec.resources.workers * here;
+    let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(all) * u64::from(here) };
     Some(Memory {
         base: PROCESS_BYTES + weights(admitted)?,
         // What components have measured is gone when they train.
-        own: (trainable(admitted)? * TRAINED_BYTES).max(statistics(admitted)?),
+        own: trained_bytes(admitted)?.max(statistics(admitted)?),
         pass: pass(rows),
         full_pass: pass(rows.max(ROWS_PER_PASS.into())),
     })
+}
+
+/// Bytes of what trains, in one process.
+fn trained_bytes(admitted: &Admitted) -> Option<u64> {
+    let n = trainable(admitted)?;
+    let workers = u64::from(admitted.spec.resources.workers);
+    Some(if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES })
 }
 
 /// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.

@@ -5,6 +5,8 @@
 //! looks whether it is still its own, so that changes are serial, as over SQLite, and one who has lost the lock without noticing
 //! (stopped and continued, cut off from the server) writes nothing any more.
 
+use std::time::Duration;
+
 use sqlx::any::AnyPoolOptions;
 use sqlx::{AnyConnection, AnyPool, Connection as _, Row as _};
 use tokio::sync::Mutex;
@@ -16,13 +18,24 @@ use crate::error::{Error, Result, db};
 
 /// The number of the advisory lock: `attune` in ASCII.
 const LOCK: i64 = 0x6174_7475_6e65;
+/// How long somebody else's lock is waited for, and how often it is looked at: a scheduler that was killed has it until the
+/// server notices.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+const LOCK_LOOK: Duration = Duration::from_millis(100);
 
 /// Opens the database: who writes, who reads, and the lock.
 pub(super) async fn open(url: &str, database: &Database) -> Result<(AnyPool, AnyPool, Held)> {
     let mut connection = AnyConnection::connect(url).await.map_err(|error| unreached(error, database))?;
-    let taken = sqlx::query("SELECT pg_try_advisory_lock($1) AS taken").bind(LOCK).fetch_one(&mut connection).await;
-    if !taken.map_err(db)?.try_get::<bool, _>("taken").map_err(db)? {
-        return Err(Error::Locked { database: database.to_string() });
+    let give_up = tokio::time::Instant::now() + LOCK_WAIT;
+    loop {
+        let taken = sqlx::query("SELECT pg_try_advisory_lock($1) AS taken").bind(LOCK).fetch_one(&mut connection).await;
+        if taken.map_err(db)?.try_get::<bool, _>("taken").map_err(db)? {
+            break;
+        }
+        if tokio::time::Instant::now() >= give_up {
+            return Err(Error::Locked { database: database.to_string() });
+        }
+        tokio::time::sleep(LOCK_LOOK).await;
     }
     migrations::migrate(&mut connection, &POSTGRES).await?;
     let term = sqlx::query("UPDATE terms SET term = term + 1 RETURNING term").fetch_one(&mut connection).await;

@@ -168,3 +168,20 @@ fn processes_that_do_not_do_the_same_are_refused() {
         assert_eq!(error.faults()[0].path.as_str(), "resources.labels", "{error}");
     }
 }
+
+/// A bit that one process loses, in memory or on a wire, does not reach a checkpoint.
+#[cfg(feature = "failpoints")]
+#[test]
+fn a_lost_bit_is_found_before_it_is_kept() {
+    let _planted = fail::FailScenario::setup();
+    fail::cfg("trainer::bit_lost", "return").unwrap();
+    let small = Small::new();
+    let plan = small.plan(&[("tune.checkpoint.every_steps", "4")]);
+    let ends = gang(&small, &[plan.clone(), plan], 1, None, None);
+    for (end, other) in ends.ends.iter().zip([1, 0]) {
+        let error = end.as_ref().unwrap_err();
+        assert!(matches!(error, Error::Diverged { rank, step: Step(4), .. } if *rank == other), "{error}");
+        assert_eq!(error.class(), FailureClass::Internal);
+    }
+    assert!(!ends.events.iter().flatten().any(|event| matches!(event, Event::Checkpoint { .. })));
+}
