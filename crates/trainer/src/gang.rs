@@ -159,6 +159,9 @@ impl Gang {
 
     /// Sends each process something, and waits for what all send.
     fn send(&mut self, to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+        if self.sum.is_travelling {
+            return Err(self.unsent(&"a part of a sum is on its way"));
+        }
         self.exchange += 1;
         self.line.start(to);
         self.line.finish()
