@@ -172,7 +172,7 @@ impl Cache {
         let mut unpack = blocking(move || Unpack::staged(staging, FILES, dest, name, true)).await?.into_room(room);
         source.pull(project, digest, &mut unpack).await?;
         unpack.complete().await?;
-        let published = blocking(move || publish(unpack, &entry)).await?;
+        let published = blocking(move || publish(&unpack, &entry)).await?;
         match published {
             Some(cached) => Ok(cached),
             // Another process was first.
@@ -267,7 +267,7 @@ impl Drop for Inner {
 }
 
 /// Adds the manifest to a complete staging folder and moves it to its name; nothing where somebody else was first.
-fn publish(unpack: Unpack, entry: &Path) -> Result<Option<Cached>> {
+fn publish(unpack: &Unpack, entry: &Path) -> Result<Option<Cached>> {
     let staging = unpack.staging();
     let manifest = unpack.manifest().expect("a complete unpack has its manifest").clone();
     let marker = staging.join(MANIFEST);

@@ -34,7 +34,7 @@ struct Kept {
 
 impl Shelf {
     /// Keeps an upload with `parts` on their way. Outside of a runtime, as when a process ends, it is let go.
-    pub(super) fn keep(self: &Arc<Self>, project: &Project, blob: BlobRef, upload: Upload, mut parts: Parts) {
+    pub(super) fn keep(self: &Arc<Self>, project: &Project, blob: BlobRef, upload: Upload, parts: Parts) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         if upload.at() == 0 {
             runtime.spawn(upload.abort());
@@ -46,18 +46,20 @@ impl Shelf {
         let (key, kept) = ((project.clone(), blob), Kept { since: Instant::now(), upload: slot });
         let older = self.lock().insert(key, kept);
         runtime.spawn(async move {
-            if let Some(older) = older {
-                older.end().await;
+            let older = match older {
+                Some(older) => older.upload.lock().await.take(),
+                None => None,
+            };
+            let newer = settled(upload, parts).await;
+            // Two senders of one blob may have broken off: the rest is shortest from where the farther one was.
+            let at = |upload: &Option<Upload>| upload.as_ref().map_or(0, Upload::at);
+            let (kept, ended) = if at(&older) > at(&newer) { (older, newer) } else { (newer, older) };
+            tracing::debug!(%blob, at = at(&kept), "an upload broke off and is kept");
+            *held = kept;
+            drop(held);
+            if let Some(ended) = ended {
+                ended.abort().await;
             }
-            while let Some(stored) = parts.join_next().await {
-                if !matches!(stored, Ok(Ok(()))) {
-                    parts.abort_all();
-                    drop(held);
-                    return upload.abort().await;
-                }
-            }
-            tracing::debug!(%blob, at = upload.at(), "an upload broke off and is kept");
-            *held = Some(upload);
         });
     }
 
@@ -108,6 +110,18 @@ impl Shelf {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<(Project, BlobRef), Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The upload once its parts are stored; nothing if they could not be.
+async fn settled(upload: Upload, mut parts: Parts) -> Option<Upload> {
+    while let Some(stored) = parts.join_next().await {
+        if !matches!(stored, Ok(Ok(()))) {
+            parts.abort_all();
+            upload.abort().await;
+            return None;
+        }
+    }
+    Some(upload)
 }
 
 impl Kept {

@@ -19,11 +19,11 @@ use object_store::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Damage {
     /// The body ends before this byte of the object although the announced length is right.
-    CutAt(usize),
+    Cut(usize),
     /// The connection breaks before this byte of the object.
-    BreakAt(usize),
+    Break(usize),
     /// The lowest bit of this byte of the object is flipped.
-    FlipAt(usize),
+    Flip(usize),
 }
 
 /// Wraps a store and injects faults.
@@ -159,13 +159,13 @@ impl<S: ObjectStore> ObjectStore for Faulty<S> {
         let within = |at: usize| at.saturating_sub(start).min(len);
         let mut ending = Vec::new();
         match damage {
-            Some(Damage::CutAt(at)) => bytes.truncate(within(at)),
-            Some(Damage::BreakAt(at)) => {
+            Some(Damage::Cut(at)) => bytes.truncate(within(at)),
+            Some(Damage::Break(at)) => {
                 bytes.truncate(within(at));
                 ending.push(Err(broken()));
             }
-            Some(Damage::FlipAt(at)) if found.range.contains(&(at as u64)) => bytes[within(at)] ^= 1,
-            Some(Damage::FlipAt(_)) | None => {}
+            Some(Damage::Flip(at)) if found.range.contains(&(at as u64)) => bytes[within(at)] ^= 1,
+            Some(Damage::Flip(_)) | None => {}
         }
         let pieces: Vec<_> = bytes
             .chunks(100_000.min(bytes.len().div_ceil(3).max(1)))

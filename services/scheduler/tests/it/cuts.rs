@@ -16,6 +16,7 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 
 use crate::fixtures::{bundle, push};
 use crate::server::Server;
@@ -30,18 +31,20 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn start(to: SocketAddr, cuts: usize, after: u64) -> (Arc<Self>, String) {
+    async fn start(to: SocketAddr, cuts: usize, after: u64) -> (Arc<Self>, String, JoinSet<()>) {
         let proxy = Arc::new(Self { cuts: AtomicUsize::new(cuts), ..Self::default() });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let this = Arc::clone(&proxy);
-        tokio::spawn(async move {
+        let mut listening = JoinSet::new();
+        listening.spawn(async move {
+            let mut carrying = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
                 let this = Arc::clone(&this);
-                tokio::spawn(async move { this.carry(client, to, after).await });
+                carrying.spawn(async move { this.carry(client, to, after).await });
             }
         });
-        (proxy, url)
+        (proxy, url, listening)
     }
 
     async fn carry(&self, client: TcpStream, to: SocketAddr, after: u64) {
@@ -91,7 +94,7 @@ fn numbers(len: usize) -> Vec<u8> {
 async fn a_push_that_is_cut_sends_the_rest() {
     let server = Server::start();
     let direct = server.client().await;
-    let (proxy, url) = Proxy::start(server.address(), 3, 10 * MIB as u64).await;
+    let (proxy, url, _listening) = Proxy::start(server.address(), 3, 10 * MIB as u64).await;
     let options = Options { retries: 1, retry_wait: Duration::from_millis(50), ..Options::default() };
     let client = Client::connect(&url, options).await.unwrap();
     let bytes = numbers(40 * MIB + 11);

@@ -272,7 +272,7 @@ impl artifacts::ArtifactService for Scheduler {
     async fn pull_artifact(&self, request: Request<v1::PullArtifactRequest>) -> Result<Response<Never>, Status> {
         let mut pulled = self.0.pulled.lock().unwrap();
         let Some(pulled) = pulled.as_mut() else { return absent() };
-        Ok(Response::new(futures::stream::iter(pulled.answer(request.into_inner())).boxed()))
+        Ok(Response::new(futures::stream::iter(pulled.answer(request.get_ref())).boxed()))
     }
 
     async fn get_artifact(

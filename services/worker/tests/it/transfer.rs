@@ -38,7 +38,7 @@ impl Pulled {
         Self { files, manifest, cuts: cuts.into_iter().collect(), asked: Vec::new(), wrong: 0 }
     }
 
-    pub(crate) fn answer(&mut self, asked: v1::PullArtifactRequest) -> Vec<Result<v1::PullArtifactResponse, Status>> {
+    pub(crate) fn answer(&mut self, asked: &v1::PullArtifactRequest) -> Vec<Result<v1::PullArtifactResponse, Status>> {
         self.asked.push((asked.from_path.clone(), asked.from_offset_bytes));
         let header = v1::PullHeader { artifact: None, manifest: self.manifest.bytes().clone() };
         let mut parts = vec![Part::Header(header)];
