@@ -7,7 +7,7 @@ use attune_spec::{Fault, FieldPath};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
-use std::io::Read as _;
+use std::io::{Read as _, Seek as _, SeekFrom};
 
 use crate::error::{Error, Result};
 use crate::folder::{self, Found, Listing};
@@ -75,6 +75,14 @@ impl Bundle {
     /// # Errors
     /// [`Error::NotFound`] when no file has this blob.
     pub fn body(&self, blob: BlobRef) -> Result<BoxStream<'static, Result<Bytes>>> {
+        self.body_from(blob, 0)
+    }
+
+    /// The bytes of one of its blobs from `start` on.
+    ///
+    /// # Errors
+    /// As [`Bundle::body`].
+    pub fn body_from(&self, blob: BlobRef, start: u64) -> Result<BoxStream<'static, Result<Bytes>>> {
         let found = self.files.iter().find(|(file, _)| file.blob() == blob);
         let Some((_, real)) = found else {
             return Err(Error::NotFound {
@@ -84,11 +92,15 @@ impl Bundle {
         };
         let (root, real) = (self.root.clone(), real.clone());
         let state = (None, root, real);
-        let pieces = stream::try_unfold(state, |(file, root, real)| async move {
+        let pieces = stream::try_unfold(state, move |(file, root, real)| async move {
             blocking(move || {
                 let mut file = match file {
                     Some(file) => file,
-                    None => folder::open(&root, &real)?,
+                    None => {
+                        let mut file = folder::open(&root, &real)?;
+                        file.seek(SeekFrom::Start(start)).map_err(|e| Error::io("read", &root.join(&real), e))?;
+                        file
+                    }
                 };
                 let mut piece = Vec::with_capacity(CHUNK_BYTES);
                 let read = file.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut piece);

@@ -85,6 +85,16 @@ pub enum Error {
         #[source]
         source: Cause,
     },
+    /// An upload cannot go on where it was: what came before is not kept any more. Ask again what is kept, or begin anew.
+    #[error("the first {start} bytes of {what} are not kept in {place}; ask how many are, and go on from there")]
+    Gone {
+        /// The blob.
+        what: String,
+        /// The store.
+        place: String,
+        /// Where it was to go on.
+        start: u64,
+    },
     /// This location cannot be an artifact store.
     #[error("{place} cannot hold artifacts: {reason}")]
     Unusable {
@@ -119,7 +129,7 @@ impl Error {
     /// Whether the same call may succeed later without anything being changed by a person.
     pub fn retry(&self) -> bool {
         match self {
-            Self::Mismatch { .. } | Self::Unavailable { .. } | Self::BrokenOff { .. } => true,
+            Self::Mismatch { .. } | Self::Unavailable { .. } | Self::BrokenOff { .. } | Self::Gone { .. } => true,
             Self::NotFound { .. }
             | Self::Corrupt { .. }
             | Self::Refused { .. }

@@ -26,6 +26,7 @@ mod content;
 mod folder;
 
 pub mod cache;
+mod eviction;
 pub mod unpack;
 
 pub mod formats;

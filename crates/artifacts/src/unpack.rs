@@ -12,6 +12,7 @@ use attune_spec::id::{Digest, Project};
 use bytes::Bytes;
 use futures::StreamExt as _;
 
+use crate::cache::{Cache, Reserved};
 use crate::error::{Error, Result};
 use crate::hash::Hashing;
 use crate::manifest::{File, Manifest};
@@ -58,6 +59,9 @@ pub struct Unpack {
     next: usize,
     open: Option<Open>,
     read_only: bool,
+    /// Where it needs room, and the room once its size is known.
+    room: Option<Cache>,
+    reserved: Option<Reserved>,
 }
 
 #[derive(Debug)]
@@ -111,12 +115,41 @@ impl Unpack {
         fs::create_dir(&staging).map_err(|e| Error::io("create the folder", &staging, e))?;
         let staging = Staging(staging);
         fs::create_dir_all(&at).map_err(|e| Error::io("create the folder", &at, e))?;
-        Ok(Self { expected: digest, manifest: None, staging, files: at, dest, next: 0, open: None, read_only })
+        Ok(Self {
+            expected: digest,
+            manifest: None,
+            staging,
+            files: at,
+            dest,
+            next: 0,
+            open: None,
+            read_only,
+            room: None,
+            reserved: None,
+        })
+    }
+
+    /// The same, in a cache that makes room for it when its size is known.
+    pub(crate) fn into_room(self, cache: Cache) -> Self {
+        Self { room: Some(cache), ..self }
     }
 
     /// The name of the artifact that is being written.
     pub fn digest(&self) -> Digest {
         self.expected
+    }
+
+    /// Where the next byte belongs, a file and the place in it, once the manifest came; nothing when all came.
+    pub fn place(&self) -> Option<(String, u64)> {
+        let at = self.open.as_ref().map_or(0, |open| open.hashing.size_bytes());
+        // Empty files are made when something behind them comes, or at the end.
+        let file = self.manifest.as_ref()?.files().get(self.next..)?.iter().find(|file| file.size_bytes > 0)?;
+        Some((file.path.clone(), at))
+    }
+
+    /// Whether the manifest came.
+    pub fn has_begun(&self) -> bool {
+        self.manifest.is_some()
     }
 
     /// Takes the manifest, which comes first, and makes the folders.
@@ -130,6 +163,10 @@ impl Unpack {
                 expected: self.expected.to_string(),
                 found: manifest.digest().to_string(),
             });
+        }
+        if let Some(cache) = &self.room {
+            let size_bytes = manifest.size_bytes().saturating_add(manifest.bytes().len() as u64);
+            self.reserved = Some(cache.make_room(size_bytes).await?.0);
         }
         self.manifest = Some(manifest.clone());
         let files = self.files.clone();

@@ -1,4 +1,4 @@
-//! Where data lies: a local path, a `file:` URL or an object of an S3-compatible store.
+//! Where data lies: a local path, a `file:` URL, an object of an S3-compatible store, or memory.
 
 use std::fs::File;
 use std::io::{BufReader, Cursor, ErrorKind, Read};
@@ -48,6 +48,7 @@ pub struct Source {
 enum Place {
     Local(PathBuf),
     S3 { bucket: String, key: String },
+    Memory(Bytes),
 }
 
 /// An opened file: a local one is read as it is needed, a remote one was fetched whole.
@@ -112,6 +113,15 @@ impl Source {
         Ok(Self { place: Place::Local(path.to_owned()), ..named })
     }
 
+    /// A file whose bytes are in memory already.
+    ///
+    /// # Errors
+    /// [`Error::Source`] if `name` does not say the format.
+    pub fn in_memory(name: &str, bytes: Bytes) -> Result<Self, Error> {
+        let named = Self::parse(name)?;
+        Ok(Self { place: Place::Memory(bytes), ..named })
+    }
+
     /// The source as written.
     pub fn name(&self) -> &Arc<str> {
         &self.name
@@ -126,7 +136,7 @@ impl Source {
     pub fn local_path(&self) -> Option<&Path> {
         match &self.place {
             Place::Local(path) => Some(path),
-            Place::S3 { .. } => None,
+            Place::S3 { .. } | Place::Memory(_) => None,
         }
     }
 
@@ -143,6 +153,7 @@ impl Source {
                     .map_err(|e| remote_error(&self.name, &e))?;
                 fetch(&self.name, Arc::new(store), key)
             }
+            Place::Memory(bytes) => Ok(Input::Bytes(bytes.clone())),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! A thin typed client of the services: where the server is, for which project one speaks, who one is, deadlines, retries of
 //! calls that are safe to retry, and the two streams that carry an artifact's bytes.
 
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -161,8 +163,8 @@ pub type Line = InterceptedService<Channel, Bearer>;
 
 /// The blobs of an artifact that is pushed, by digest.
 pub trait Blobs: Send + Sync {
-    /// The bytes of a blob, in pieces of any size.
-    fn open(&self, digest: &Digest) -> BoxStream<'static, Result<Bytes, String>>;
+    /// The bytes of a blob from `start` on, in pieces of any size.
+    fn open(&self, digest: &Digest, start: u64) -> BoxStream<'static, Result<Bytes, String>>;
 }
 
 /// An artifact to push.
@@ -328,6 +330,11 @@ impl Client {
     /// # Errors
     /// The server's status.
     pub async fn missing(&self, digests: &[Digest]) -> Result<Vec<Digest>, Status> {
+        Ok(self.wanted(digests).await?.into_iter().map(|(digest, _)| digest).collect())
+    }
+
+    /// The blobs of `digests` that the server does not have, each with the number of its first bytes that it has.
+    async fn wanted(&self, digests: &[Digest]) -> Result<Vec<(Digest, u64)>, Status> {
         let mut missing = Vec::new();
         for part in digests.chunks(QUERY_DIGESTS_MAX) {
             let asked = v1::QueryMissingBlobsRequest {
@@ -340,39 +347,71 @@ impl Client {
                 async move { artifacts.query_missing_blobs(asked).await }
             };
             let answer = self.retrying(query).await?;
-            for digest in &answer.missing {
+            let kept = answer.kept_bytes.iter().copied().chain(std::iter::repeat(0));
+            for (digest, kept) in answer.missing.iter().zip(kept) {
                 let known = part.iter().find(|known| known.to_string() == *digest);
-                missing.push(*known.ok_or_else(|| {
+                let known = *known.ok_or_else(|| {
                     Class::Internal.status(format!("the server misses {digest:?}, which nobody asked about"))
-                })?);
+                })?;
+                missing.push((known, kept));
             }
         }
         Ok(missing)
     }
 
-    /// Stores an artifact: sends the blobs that the server does not have. Not retried here; a push that is made again
-    /// sends only what is still missing.
+    /// Stores an artifact: sends the blobs that the server does not have. A push that is cut is made again, and sends what
+    /// is still missing: of a large blob what the server has not kept. Tries that bring it no further are bounded.
     ///
     /// # Errors
     /// The server's status, or one of class [`Class::Aborted`] with what `blobs` says when it cannot be read.
     pub async fn push(&self, push: &Push, blobs: Arc<dyn Blobs>) -> Result<v1::PushArtifactResponse, Status> {
-        let missing = self.missing(&push.blobs).await?;
-        let header = v1::PushHeader {
+        let (mut left, mut wait, mut best) = (self.options.retries, self.options.retry_wait, None);
+        loop {
+            let wanted = self.wanted(&push.blobs).await?;
+            let reached = (Reverse(wanted.len()), wanted.iter().map(|(_, kept)| kept).sum::<u64>());
+            if best.is_none_or(|best| reached > best) {
+                (left, wait, best) = (self.options.retries, self.options.retry_wait, Some(reached));
+            }
+            let broken: Arc<Mutex<Option<String>>> = Arc::default();
+            let sent: BTreeSet<Digest> = wanted.iter().map(|(digest, _)| *digest).collect();
+            let parts = parts(self.header(push), wanted, Arc::clone(&blobs), Arc::clone(&broken));
+            let answer = self.artifacts().push_artifact(parts).await;
+            if let Some(message) = broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                return Err(Class::Aborted.status(message));
+            }
+            match answer {
+                Err(status) if left > 0 && (cut_short(&status) || self.is_swept(push, &sent, &status).await) => {
+                    if status.code() == tonic::Code::Unavailable {
+                        self.turn();
+                    }
+                    tokio::time::sleep(wait).await;
+                    (left, wait) = (left - 1, wait * 2);
+                }
+                other => return other.map(tonic::Response::into_inner),
+            }
+        }
+    }
+
+    /// Whether a push was refused because blobs that were there when it began have gone since.
+    async fn is_swept(&self, push: &Push, sent: &BTreeSet<Digest>, refused: &Status) -> bool {
+        if Class::of(refused) != Class::Invalid {
+            return false;
+        }
+        let missing = self.missing(&push.blobs).await.unwrap_or_default();
+        missing.iter().any(|digest| !sent.contains(digest))
+    }
+
+    fn header(&self, push: &Push) -> v1::PushHeader {
+        v1::PushHeader {
             project: self.project().to_string(),
             manifest: push.manifest.clone(),
             attempt: push.attempt.clone(),
             tags: push.tags.clone(),
-        };
-        let broken: Arc<Mutex<Option<String>>> = Arc::default();
-        let parts = parts(header, missing, blobs, Arc::clone(&broken));
-        let answer = self.artifacts().push_artifact(parts).await;
-        if let Some(message) = broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            return Err(Class::Aborted.status(message));
         }
-        answer.map(tonic::Response::into_inner)
     }
 
-    /// Starts reading the artifact `reference` (a digest or tag), or only its files `paths`.
+    /// Starts reading the artifact `reference` (a digest or tag), or only its files `paths`; of those what comes from `from`
+    /// on, a file and a byte of it, for a pull that was cut.
     ///
     /// # Errors
     /// The server's status; one of class [`Class::Internal`] if it does not begin with a header.
@@ -380,12 +419,15 @@ impl Client {
         &self,
         reference: &str,
         paths: &[String],
+        from: Option<(&str, u64)>,
     ) -> Result<(v1::PullHeader, Streaming<v1::PullArtifactResponse>), Status> {
         use v1::pull_artifact_response::Part;
         let asked = v1::PullArtifactRequest {
             project: self.project().to_string(),
             reference: reference.to_owned(),
             paths: paths.to_vec(),
+            from_path: from.map(|(path, _)| path.to_owned()).unwrap_or_default(),
+            from_offset_bytes: from.map_or(0, |(_, byte)| byte),
         };
         let client = self.clone();
         let ask = move || {
@@ -398,6 +440,14 @@ impl Client {
             _ => Err(Class::Internal.status("the server's stream does not begin with a header")),
         }
     }
+}
+
+/// Whether a stream of bytes ended for a reason that may be gone when it is begun again.
+pub fn cut_short(status: &Status) -> bool {
+    // A connection that is lost in the middle of a stream is told as a call that the other side gave up, or by words of HTTP/2.
+    let class = Class::of(status);
+    class.row().retry == Retry::Later && class != Class::QuotaExceeded
+        || status.get_details_error_info().is_none() && matches!(class, Class::Cancelled | Class::Internal)
 }
 
 fn endpoint(url: &str, options: &Options) -> Result<Endpoint, ConnectError> {
@@ -436,12 +486,13 @@ fn tls(given: &Tls, timeout: Duration) -> ClientTlsConfig {
 /// refuses what is not whole.
 fn parts(
     header: v1::PushHeader,
-    missing: Vec<Digest>,
+    wanted: Vec<(Digest, u64)>,
     blobs: Arc<dyn Blobs>,
     broken: Arc<Mutex<Option<String>>>,
 ) -> Parts {
     use v1::push_artifact_request::Part;
-    let chunks = stream::iter(missing).flat_map(move |digest| chunks(digest, blobs.open(&digest)));
+    let chunks =
+        stream::iter(wanted).flat_map(move |(digest, start)| chunks(digest, start, blobs.open(&digest, start)));
     let chunks = chunks.scan((), move |(), chunk| {
         let chunk = chunk.map_err(|message| *broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(message));
         std::future::ready(chunk.ok())
@@ -461,9 +512,10 @@ impl Stream for Parts {
     }
 }
 
-/// The pieces of a blob, cut to the largest size of a chunk; an empty blob is one empty chunk.
+/// The pieces of a blob from `start` on, cut to the largest size of a chunk; an empty blob is one empty chunk.
 fn chunks(
     digest: Digest,
+    start: u64,
     pieces: BoxStream<'static, Result<Bytes, String>>,
 ) -> BoxStream<'static, Result<v1::BlobChunk, String>> {
     let name = digest.to_string();
@@ -477,7 +529,7 @@ fn chunks(
         }
         Err(message) => stream::iter([Err(message)]).boxed(),
     });
-    let numbered = cut.scan(0, {
+    let numbered = cut.scan(start, {
         let name = name.clone();
         move |offset, piece| {
             let chunk = piece.map(|data| {
@@ -501,7 +553,7 @@ mod tests {
     use super::*;
 
     async fn collect(digest: Digest, pieces: Vec<Result<Bytes, String>>) -> Vec<Result<(u64, usize), String>> {
-        let all = chunks(digest, stream::iter(pieces).boxed()).collect::<Vec<_>>().await;
+        let all = chunks(digest, 0, stream::iter(pieces).boxed()).collect::<Vec<_>>().await;
         all.into_iter().map(|chunk| chunk.map(|chunk| (chunk.offset_bytes, chunk.data.len()))).collect()
     }
 

@@ -200,6 +200,19 @@ pub(crate) fn worker(
     Ok(config)
 }
 
+/// The workers beside a scheduler.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Workers {
+    /// How many there are.
+    pub(crate) count: u32,
+    /// CPU devices of each.
+    pub(crate) devices: u32,
+    /// NVIDIA devices that the first offers; all that there are if absent.
+    pub(crate) cards: Option<u32>,
+    /// Bytes that the cache of each may have; no bound if absent.
+    pub(crate) cache_bytes_max: Option<u64>,
+}
+
 /// A running scheduler with its workers.
 pub(crate) struct Stack {
     /// Where the scheduler answers.
@@ -209,13 +222,11 @@ pub(crate) struct Stack {
 }
 
 impl Stack {
-    /// Starts a scheduler in `folder` and `workers` workers of `devices` devices each; the first offers the machine's NVIDIA devices, or `cards` of them.
+    /// Starts a scheduler in `folder` and workers beside it.
     pub(crate) async fn start(
         arguments: &SchedulerArguments,
         folder: &Path,
-        workers: u32,
-        devices: u32,
-        cards: Option<u32>,
+        workers: Workers,
     ) -> Result<Self, Failure> {
         std::fs::create_dir_all(folder).map_err(|error| Failure::file(folder, &error))?;
         let listener = arguments.bind(false).await?;
@@ -233,12 +244,14 @@ impl Stack {
         let serving =
             async move { attune_scheduler::serve(config, listener, async move { stop.requested().await }).await };
         stack.scheduler.spawn(Task::new("scheduler").shutdown_on_error(), serving);
-        for number in 1..=workers {
+        for number in 1..=workers.count {
             let name = format!("worker-{number}");
-            let mut config = worker(&stack.url, &folder.join("workers").join(number.to_string()), &name, devices)?;
+            let work_dir = folder.join("workers").join(number.to_string());
+            let mut config = worker(&stack.url, &work_dir, &name, workers.devices)?;
             config.connection.token.clone_from(&own);
             // Workers of one machine would offer the same devices.
-            config.cards = if number == 1 { cards } else { Some(0) };
+            config.cards = if number == 1 { workers.cards } else { Some(0) };
+            config.cache_bytes_max = workers.cache_bytes_max;
             let stop = stack.workers.stop();
             stack.workers.spawn(Task::new("worker").shutdown_on_error(), attune_worker::run(config, stop));
         }

@@ -41,6 +41,7 @@ pub(crate) fn artifacts(error: attune_artifacts::Error, path: &str) -> Status {
         E::Full { .. } => Class::StorageFull,
         E::Unavailable { .. } => Class::Unavailable,
         E::BrokenOff { .. } => Class::Cancelled,
+        E::Gone { .. } => Class::Aborted,
         _ => Class::Internal,
     };
     if class == Class::Internal || class == Class::Corrupt {

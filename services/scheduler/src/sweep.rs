@@ -21,6 +21,8 @@ use crate::rows::JobDocument;
 
 /// Checkpoints, blobs or events that are looked at once.
 const ROWS: u32 = 1000;
+/// Blobs that are deleted at once.
+const DELETED_AT_ONCE: usize = 16;
 /// Events that are kept of every job, however old: how it ended.
 const EVENTS_KEPT: u32 = 8;
 
@@ -41,16 +43,26 @@ pub(crate) async fn bytes(context: &Context, project: &Project, artifacts: &[Dig
             tracing::warn!(%error, %digest, "a manifest that nobody sees was not deleted");
         }
     }
-    match context.store.unreferenced(project, blobs).await {
-        Ok(unreferenced) => {
-            for digest in unreferenced {
-                if let Err(error) = context.blobs.delete_blob(project, &digest).await {
-                    tracing::warn!(%error, %digest, "a blob that nothing refers to was not deleted");
-                }
-            }
+    for some in blobs.chunks(DELETED_AT_ONCE) {
+        if let Err(error) = delete(context, project, some).await {
+            tracing::warn!(%error, "blobs that nothing refers to were not deleted");
+            return;
         }
-        Err(error) => tracing::warn!(%error, "blobs that nothing refers to were not deleted"),
     }
+}
+
+/// Deletes those of some blobs that nothing refers to. Whoever leads by now is asked about each few of them anew: deleting many
+/// takes its time, in which another scheduler may have taken over, whose pushes do not wait here.
+async fn delete(context: &Context, project: &Project, blobs: &[Digest]) -> attune_store::Result<()> {
+    context.store.may_write().await?;
+    let unreferenced = context.store.unreferenced(project, blobs).await?;
+    let deleted = unreferenced.iter().map(|digest| async move {
+        if let Err(error) = context.blobs.delete_blob(project, digest).await {
+            tracing::warn!(%error, %digest, "a blob that nothing refers to was not deleted");
+        }
+    });
+    futures::future::join_all(deleted).await;
+    Ok(())
 }
 
 /// Deletes old checkpoints of jobs that have made new ones, or have ended, until nobody sends any more.
@@ -93,6 +105,12 @@ async fn tidy(context: &Context, timings: &Timings) -> Result<(), Box<dyn std::e
             // Others write in between.
             tokio::task::yield_now().await;
         }
+    }
+    match context.blobs.abort_unfinished(ago(timings.orphan_grace).0).await {
+        Ok(0) => {}
+        Ok(aborted) => tracing::info!(aborted, "unfinished uploads were removed"),
+        // Whoever owns the bucket may not allow it; the rest is done all the same.
+        Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "unfinished uploads were not removed"),
     }
     if let Some(kept) = timings.audit_kept {
         while context.store.forget_audit(ago(kept), ROWS).await? == u64::from(ROWS) {

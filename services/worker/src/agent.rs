@@ -55,7 +55,7 @@ pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
     let client = Client::lazy(&config.scheduler, config.connection.clone())?;
     let node = Arc::new(Node {
         client,
-        cache: Cache::open(&home.cache).await?,
+        cache: Cache::bounded(&home.cache, config.cache_bytes_max).await?,
         worker: home.worker.to_string(),
         program: config.program.clone(),
         attempts: home.attempts.clone(),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use attune_artifacts::{self as artifacts, Cache};
+use attune_artifacts::{self as artifacts, Cache, Cached};
 use attune_proto::convert::id::AttemptId;
 use attune_proto::{Client, v1};
 use attune_spec::id::Digest;
@@ -80,6 +80,7 @@ pub(crate) async fn run(node: Arc<Node>, tasks: Vec<Task>, mut orders: mpsc::Rec
         lanes,
         child: None,
         uploads: FuturesUnordered::new(),
+        inputs: Vec::new(),
         ended: None,
         memory_kills: memory_kills(),
     };
@@ -96,6 +97,10 @@ pub(crate) async fn run(node: Arc<Node>, tasks: Vec<Task>, mut orders: mpsc::Rec
     }
     drop(cohort);
     remove(&folder).await;
+    // What it used may go now, if there is more than the cache may have.
+    if let Err(error) = node.cache.trim().await {
+        tracing::warn!(%error, "the cache of inputs was not trimmed");
+    }
     wire.send(News::Gone).await;
 }
 
@@ -118,6 +123,8 @@ struct Cohort {
     lanes: Vec<Lane>,
     child: Option<Child>,
     uploads: Uploads,
+    /// What its attempts read, which the cache keeps for as long.
+    inputs: Vec<Cached>,
     /// Why this side ended the process.
     ended: Option<v1::Failure>,
     memory_kills: u64,
@@ -222,7 +229,7 @@ impl Cohort {
     ) -> Result<Option<PathBuf>, Killed> {
         let node = Arc::clone(&self.node);
         let project = self.lanes[place].task.attempt.project.clone();
-        let source = Remote::new(node.client.clone());
+        let source = Remote::new(node.client.clone()).patient(node.store_patience);
         let give_up = Instant::now() + node.store_patience;
         loop {
             let fetched = node.cache.fetch(&project, digest, &source);
@@ -230,7 +237,11 @@ impl Cohort {
             let error = loop {
                 tokio::select! {
                     fetched = &mut fetched => match fetched {
-                        Ok(cached) => return Ok(Some(cached.dir().to_owned())),
+                        Ok(cached) => {
+                            let folder = cached.dir().to_owned();
+                            self.inputs.push(cached);
+                            return Ok(Some(folder));
+                        }
                         Err(error) => break error,
                     },
                     order = orders.recv() => {

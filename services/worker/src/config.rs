@@ -22,6 +22,8 @@ pub struct Config {
     pub name: String,
     /// Folder of its own: cache of inputs, attempts in work, its id.
     pub work_dir: PathBuf,
+    /// Bytes that the cache of inputs may have; without a bound if absent. What attempts use is never removed.
+    pub cache_bytes_max: Option<u64>,
     /// Number of CPU devices that it offers; each is one rank of a job.
     pub devices: u32,
     /// Number of NVIDIA devices that it offers, from the first; all that this build can work on without.
@@ -48,6 +50,7 @@ impl Config {
             token_file: None,
             name: String::new(),
             work_dir: work_dir.into(),
+            cache_bytes_max: None,
             devices: 1,
             cards: None,
             gang_address: None,

@@ -30,6 +30,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("attune-search", METHOD_ROOM),
     ("attune-collective", METHOD_ROOM),
     ("attune-trainer", TRAINER),
+    ("attune-untrusted", &["architecture", "artifacts", "data", "proto", "spec"]),
     ("attune-worker", &["architecture", "artifacts", "proto", "spec", "telemetry", "trainer"]),
     ("attune", EVERYTHING),
     ("attune-system-tests", EVERYTHING),

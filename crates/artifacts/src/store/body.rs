@@ -1,20 +1,20 @@
 //! The bytes of a blob on their way out, checked as they go.
 
 use std::fs;
-use std::io::Read as _;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, Stream, StreamExt as _};
-use object_store::{GetResult, GetResultPayload};
 
 use crate::BlobRef;
 use crate::error::{Error, Result};
 use crate::hash::{CHUNK_BYTES, Hashing};
 
 /// A stream of a blob's bytes. The last piece is given out only after digest and length were found right, so whoever
-/// has received as many bytes as the blob is long has received the right ones; an error ends the stream.
+/// has received as many bytes as the blob is long has received the right ones; an error ends the stream. A stream that
+/// begins within the blob promises the length alone.
 pub struct BlobBody {
     stream: BoxStream<'static, Result<Bytes>>,
 }
@@ -36,39 +36,41 @@ impl Stream for BlobBody {
 pub(super) type Verdict = Box<dyn FnOnce(bool) + Send>;
 
 impl BlobBody {
-    /// Checks the announced length at once and the bytes as they come.
-    pub(super) fn new(found: GetResult, blob: BlobRef, place: &str, verdict: Verdict) -> Result<Self> {
-        if found.meta.size != blob.size_bytes {
-            verdict(false);
-            return Err(corrupt(place, blob, format!("{} bytes", found.meta.size)));
-        }
-        let raw = match found.payload {
-            GetResultPayload::File(file, _) => pieces(file, place.to_owned()),
-            GetResultPayload::Stream(stream) => {
-                let place = place.to_owned();
-                stream.map(move |piece| piece.map_err(|e| Error::from_store(&place, "reading a blob", e))).boxed()
-            }
-        };
+    /// The bytes of `blob` from `start` on, which come as `raw`. Read from its start, the digest is checked as they come;
+    /// a read that goes on from elsewhere is checked by its length, and whoever has the bytes before checks the whole.
+    pub(super) fn new(
+        raw: BoxStream<'static, Result<Bytes>>,
+        blob: BlobRef,
+        start: u64,
+        place: &str,
+        verdict: Verdict,
+    ) -> Self {
         let place = place.to_owned();
-        let state = Some((raw, Hashing::default(), verdict));
+        let hashing = (start == 0).then(Hashing::default);
+        let state = Some((raw, hashing, start, verdict));
         let stream = stream::try_unfold(state, move |state| {
             let place = place.clone();
             async move {
-                let Some((mut raw, hashing, verdict)) = state else { return Ok(None) };
+                let Some((mut raw, mut hashing, before, verdict)) = state else { return Ok(None) };
                 // Empty pieces must not be taken for the end.
                 let piece = loop {
-                    match raw.next().await.transpose()? {
-                        Some(piece) if piece.is_empty() => {}
-                        other => break other,
+                    match raw.next().await {
+                        Some(Ok(piece)) if piece.is_empty() => {}
+                        Some(Err(error)) => {
+                            if matches!(error, Error::Corrupt { .. }) {
+                                verdict(false);
+                            }
+                            return Err(error);
+                        }
+                        other => break other.transpose()?,
                     }
                 };
-                let seen = hashing.size_bytes() + piece.as_ref().map_or(0, |piece| piece.len() as u64);
-                let hashing = match &piece {
-                    Some(piece) if seen <= blob.size_bytes => hashing.absorb(piece.clone()).await,
-                    _ => hashing,
-                };
+                let seen = before + piece.as_ref().map_or(0, |piece| piece.len() as u64);
+                if let (Some(piece), Some(sofar)) = (&piece, hashing.take_if(|_| seen <= blob.size_bytes)) {
+                    hashing = Some(sofar.absorb(piece.clone()).await);
+                }
                 match piece {
-                    Some(piece) if seen < blob.size_bytes => Ok(Some((piece, Some((raw, hashing, verdict))))),
+                    Some(piece) if seen < blob.size_bytes => Ok(Some((piece, Some((raw, hashing, seen, verdict))))),
                     piece => {
                         let more = raw.next().await.transpose()?.map_or(0, |piece| piece.len());
                         if seen != blob.size_bytes || more > 0 {
@@ -76,18 +78,19 @@ impl BlobBody {
                             let found = if more > 0 { "more bytes".into() } else { format!("{seen} bytes") };
                             return Err(corrupt(&place, blob, found));
                         }
-                        let found = hashing.finish();
-                        if found != blob {
-                            verdict(false);
-                            return Err(corrupt(&place, blob, found.to_string()));
+                        if let Some(found) = hashing.map(|hashing| hashing.finish()) {
+                            if found != blob {
+                                verdict(false);
+                                return Err(corrupt(&place, blob, found.to_string()));
+                            }
+                            verdict(true);
                         }
-                        verdict(true);
                         Ok(piece.map(|piece| (piece, None)))
                     }
                 }
             }
         });
-        Ok(Self { stream: stream.boxed() })
+        Self { stream: stream.boxed() }
     }
 
     /// All bytes at once; for small blobs.
@@ -103,23 +106,27 @@ impl BlobBody {
     }
 }
 
-fn corrupt(place: &str, blob: BlobRef, found: String) -> Error {
+pub(super) fn corrupt(place: &str, blob: BlobRef, found: String) -> Error {
     Error::Corrupt { what: format!("blob {}", blob.digest), place: place.to_owned(), expected: blob.to_string(), found }
 }
 
-/// A local file in large pieces. The store's own stream reads 8 KiB per hop to a blocking thread.
-fn pieces(file: fs::File, place: String) -> BoxStream<'static, Result<Bytes>> {
-    stream::try_unfold(file, move |mut file| {
+/// A local file from `start` on, in large pieces. The store's own stream reads 8 KiB per hop to a blocking thread.
+pub(super) fn pieces(file: fs::File, start: u64, place: String) -> BoxStream<'static, Result<Bytes>> {
+    let seek = (start > 0).then_some(start);
+    stream::try_unfold((file, seek), move |(mut file, seek)| {
         let place = place.clone();
         async move {
             let read = tokio::task::spawn_blocking(move || {
+                if let Some(start) = seek {
+                    file.seek(SeekFrom::Start(start))?;
+                }
                 let mut piece = Vec::with_capacity(CHUNK_BYTES);
                 let read = file.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut piece);
                 read.map(|_| (piece, file))
             });
             match read.await.expect("reading does not panic and is not cancelled") {
                 Ok((piece, _)) if piece.is_empty() => Ok(None),
-                Ok((piece, file)) => Ok(Some((Bytes::from(piece), file))),
+                Ok((piece, file)) => Ok(Some((Bytes::from(piece), (file, None)))),
                 Err(source) => Err(Error::Unavailable { place, doing: "reading a blob".into(), source: source.into() }),
             }
         }

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
+use object_store::client::{HttpConnector as _, ReqwestConnector};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use url::Url;
 
+use super::bucket::Bucket;
 use super::unfinished;
 use crate::error::{Error, Result};
 
@@ -23,6 +25,8 @@ pub(super) struct Opened {
     pub(super) place: String,
     /// A folder's lock, to be held as long as the store is used.
     pub(super) writers: Option<fs::File>,
+    /// The bucket, if it is one.
+    pub(super) bucket: Option<Bucket>,
 }
 
 /// Opens `location`, making the folder if it is a local one.
@@ -42,7 +46,9 @@ pub(super) async fn open(location: &str) -> Result<Opened> {
                 url.to_file_path().map_err(|()| unusable("a file URL has three slashes: file:///folder".into()))?;
             open_folder(path).await
         }
-        "memory" => Ok(Opened { objects: Arc::new(InMemory::new()), place: "memory://".into(), writers: None }),
+        "memory" => {
+            Ok(Opened { objects: Arc::new(InMemory::new()), place: "memory://".into(), writers: None, bucket: None })
+        }
         "s3" => open_s3(&url),
         scheme => Err(unusable(format!("{scheme:?} is not a known scheme; {FORM}"))),
     }
@@ -58,7 +64,7 @@ async fn open_folder(path: PathBuf) -> Result<Opened> {
     let place = root.display().to_string();
     let store = LocalFileSystem::new_with_prefix(&root).map_err(|e| Error::from_store(&place, "opening it", e))?;
     // Without fsync a power cut could lose an artifact whose row the database has already made durable.
-    Ok(Opened { objects: Arc::new(store.with_fsync(true)), place, writers })
+    Ok(Opened { objects: Arc::new(store.with_fsync(true)), place, writers, bucket: None })
 }
 
 fn make_folder(path: &Path) -> Result<PathBuf> {
@@ -83,7 +89,7 @@ fn open_s3(url: &Url) -> Result<Opened> {
         .with_connect_timeout(Duration::from_secs(10))
         .with_read_timeout(Duration::from_secs(60));
     let mut builder = AmazonS3Builder::from_env()
-        .with_client_options(client)
+        .with_client_options(client.clone())
         .with_bucket_name(bucket)
         .with_virtual_hosted_style_request(false)
         .with_conditional_put(S3ConditionalPut::ETagMatch)
@@ -96,10 +102,26 @@ fn open_s3(url: &Url) -> Result<Opened> {
     if builder.get_config_value(&AmazonS3ConfigKey::Endpoint).is_some_and(|url| url.starts_with("http://")) {
         builder = builder.with_allow_http(true);
     }
-    let store = builder.build().map_err(|e| Error::from_store(&place, "opening it", e))?;
+    let region = builder.get_config_value(&AmazonS3ConfigKey::Region).unwrap_or_else(|| "us-east-1".to_owned());
+    let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
+    let endpoint = endpoint.unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com"));
+    let is_signed = builder.get_config_value(&AmazonS3ConfigKey::SkipSignature).is_none_or(|skip| skip != "true");
+    let failed = |e| Error::from_store(&place, "opening it", e);
+    let store = builder.build().map_err(failed)?;
+    let bucket_url = format!("{}/{bucket}", endpoint.trim_end_matches('/'));
+    let bucket_url =
+        Url::parse(&bucket_url).map_err(|e| Error::Unusable { place: place.clone(), reason: e.to_string() })?;
+    let client = client.with_allow_http(bucket_url.scheme() == "http");
+    let bucket = Bucket {
+        client: ReqwestConnector::default().connect(&client).map_err(failed)?,
+        credentials: is_signed.then(|| store.credentials().clone()),
+        region,
+        url: bucket_url,
+        prefix: if prefix.is_empty() { "projects/".to_owned() } else { format!("{prefix}/projects/") },
+    };
     let objects: Arc<dyn ObjectStore> =
         if prefix.is_empty() { Arc::new(store) } else { Arc::new(PrefixStore::new(store, prefix)) };
-    Ok(Opened { objects, place, writers: None })
+    Ok(Opened { objects, place, writers: None, bucket: Some(bucket) })
 }
 
 #[cfg(test)]

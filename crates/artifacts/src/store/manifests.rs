@@ -7,7 +7,8 @@ use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{Error as StoreError, ObjectStoreExt as _, PutMode, PutPayload};
 
-use super::blobs::{BlobStore, repeat};
+use super::blobs::BlobStore;
+use super::get::repeat;
 use crate::error::{Error, Result};
 use crate::hash;
 use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
@@ -44,6 +45,8 @@ impl BlobStore {
                     self.inner.objects.put(&key, body()).await.map_err(failed)?;
                 }
             }
+            // The answer may be lost on its way back, and the object be there all the same.
+            Err(e) if failed_late(&e) && self.manifest(project, &manifest.digest()).await.is_ok() => {}
             Err(e) => return Err(failed(e)),
         }
         fail::fail_point!("artifacts::after_manifest", |_| Err(self.injected("artifacts::after_manifest")));
@@ -109,6 +112,11 @@ impl BlobStore {
     pub async fn delete_manifest(&self, project: &Project, digest: &Digest) -> Result<()> {
         self.delete(&manifest_key(project, digest)).await
     }
+}
+
+/// Whether the request may have been carried out although it failed.
+fn failed_late(error: &StoreError) -> bool {
+    matches!(error, StoreError::Generic { .. } | StoreError::JoinError { .. })
 }
 
 fn manifest_key(project: &Project, digest: &Digest) -> Path {

@@ -5,15 +5,23 @@
 
 mod blobs;
 mod body;
+mod bucket;
 #[cfg(test)]
 mod faults;
+mod get;
 mod location;
 mod manifests;
 mod probe;
+mod put;
+mod ranges;
+#[cfg(test)]
+mod resumed;
+mod shelf;
 #[cfg(test)]
 mod testing;
 mod unfinished;
 mod upload;
 
-pub use blobs::{BlobStore, Put};
+pub use blobs::BlobStore;
 pub use body::BlobBody;
+pub use put::Put;

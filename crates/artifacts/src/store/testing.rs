@@ -18,10 +18,12 @@ use object_store::{
 /// What is done to the bytes of the next reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Damage {
-    /// The body ends after so many bytes although the announced length is right.
-    CutAt(usize),
-    /// The lowest bit of this byte is flipped.
-    FlipAt(usize),
+    /// The body ends before this byte of the object although the announced length is right.
+    Cut(usize),
+    /// The connection breaks before this byte of the object.
+    Break(usize),
+    /// The lowest bit of this byte of the object is flipped.
+    Flip(usize),
 }
 
 /// Wraps a store and injects faults.
@@ -33,6 +35,9 @@ pub(crate) struct Faulty<S> {
     damage: Mutex<Option<Damage>>,
     damaged_reads: AtomicUsize,
     puts: AtomicUsize,
+    lost_answers: Arc<AtomicUsize>,
+    unfinished: Arc<AtomicUsize>,
+    reads: Mutex<Vec<Range<u64>>>,
 }
 
 impl<S> Faulty<S> {
@@ -44,7 +49,25 @@ impl<S> Faulty<S> {
             damage: Mutex::default(),
             damaged_reads: AtomicUsize::default(),
             puts: AtomicUsize::default(),
+            lost_answers: Arc::default(),
+            unfinished: Arc::default(),
+            reads: Mutex::default(),
         }
+    }
+
+    /// Carry out the next so many creations and completions, and answer none of them.
+    pub(crate) fn lose_answers(&self, answers: usize) {
+        self.lost_answers.store(answers, Ordering::SeqCst);
+    }
+
+    /// Uploads in parts that were neither completed nor aborted.
+    pub(crate) fn unfinished(&self) -> usize {
+        self.unfinished.load(Ordering::SeqCst)
+    }
+
+    /// The ranges that were read, in the order asked.
+    pub(crate) fn reads(&self) -> Vec<Range<u64>> {
+        std::mem::take(&mut *self.reads.lock().unwrap())
     }
 
     /// Accept every conditional put, as some servers do.
@@ -73,6 +96,14 @@ impl<S> Faulty<S> {
     }
 }
 
+fn take_one(from: &AtomicUsize) -> bool {
+    from.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
+}
+
+fn broken() -> Error {
+    Error::Generic { store: "faulty", source: Box::new(io::Error::from(io::ErrorKind::ConnectionReset)) }
+}
+
 fn no_space() -> Error {
     Error::Generic { store: "faulty", source: Box::new(io::Error::from_raw_os_error(28)) }
 }
@@ -91,20 +122,26 @@ impl<S: ObjectStore> ObjectStore for Faulty<S> {
             opts.mode = PutMode::Overwrite;
         }
         self.puts.fetch_add(1, Ordering::SeqCst);
-        self.inner.put_opts(location, payload, opts).await
+        let put = self.inner.put_opts(location, payload, opts).await?;
+        if take_one(&self.lost_answers) { Err(broken()) } else { Ok(put) }
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
         self.puts.fetch_add(1, Ordering::SeqCst);
         let inner = self.inner.put_multipart_opts(location, opts).await?;
-        Ok(Box::new(FaultyUpload { inner, full: self.full.clone() }))
+        self.unfinished.fetch_add(1, Ordering::SeqCst);
+        let (full, lost_answers, unfinished) = (self.full.clone(), self.lost_answers.clone(), self.unfinished.clone());
+        Ok(Box::new(FaultyUpload { inner, full, lost_answers, unfinished }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         let head = options.head;
         let mut found = self.inner.get_opts(location, options).await?;
-        let take = |n: usize| n.checked_sub(1);
-        if head || self.damaged_reads.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_err() {
+        if head {
+            return Ok(found);
+        }
+        self.reads.lock().unwrap().push(found.range.clone());
+        if !take_one(&self.damaged_reads) {
             return Ok(found);
         }
         let damage = *self.damage.lock().unwrap();
@@ -118,12 +155,23 @@ impl<S: ObjectStore> ObjectStore for Faulty<S> {
             extensions: Default::default(),
         };
         let mut bytes = whole.bytes().await?.to_vec();
+        let (start, len) = (found.range.start as usize, bytes.len());
+        let within = |at: usize| at.saturating_sub(start).min(len);
+        let mut ending = Vec::new();
         match damage {
-            Some(Damage::CutAt(at)) => bytes.truncate(at),
-            Some(Damage::FlipAt(at)) => bytes[at] ^= 1,
-            None => {}
+            Some(Damage::Cut(at)) => bytes.truncate(within(at)),
+            Some(Damage::Break(at)) => {
+                bytes.truncate(within(at));
+                ending.push(Err(broken()));
+            }
+            Some(Damage::Flip(at)) if found.range.contains(&(at as u64)) => bytes[within(at)] ^= 1,
+            Some(Damage::Flip(_)) | None => {}
         }
-        let pieces: Vec<_> = bytes.chunks(1000).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+        let pieces: Vec<_> = bytes
+            .chunks(100_000.min(bytes.len().div_ceil(3).max(1)))
+            .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+            .chain(ending)
+            .collect();
         found.payload = GetResultPayload::Stream(stream::iter(pieces).boxed());
         Ok(found)
     }
@@ -153,6 +201,8 @@ impl<S: ObjectStore> ObjectStore for Faulty<S> {
 struct FaultyUpload {
     inner: Box<dyn MultipartUpload>,
     full: Arc<AtomicBool>,
+    lost_answers: Arc<AtomicUsize>,
+    unfinished: Arc<AtomicUsize>,
 }
 
 #[async_trait]
@@ -165,10 +215,15 @@ impl MultipartUpload for FaultyUpload {
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        self.inner.complete().await
+        let done = self.inner.complete().await?;
+        self.unfinished.fetch_sub(1, Ordering::SeqCst);
+        if take_one(&self.lost_answers) { Err(broken()) } else { Ok(done) }
     }
 
     async fn abort(&mut self) -> Result<()> {
-        self.inner.abort().await
+        self.inner.abort().await?;
+        // One that was completed is not there any more.
+        let _ = self.unfinished.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        Ok(())
     }
 }

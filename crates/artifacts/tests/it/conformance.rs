@@ -34,8 +34,17 @@ impl Backend {
     }
 
     async fn s3() -> Option<Self> {
+        Self::bucket("").await
+    }
+
+    /// A part of the bucket whose server fails, loses answers and cuts bodies.
+    async fn flaky_s3() -> Option<Self> {
+        Self::bucket("/flaky").await
+    }
+
+    async fn bucket(below: &str) -> Option<Self> {
         match std::env::var("ATTUNE_TEST_S3") {
-            Ok(location) => Some(Self::open(&location, None).await),
+            Ok(location) => Some(Self::open(&format!("{location}{below}"), None).await),
             Err(_) => {
                 println!("skipped: ATTUNE_TEST_S3 is not set; tests/services/s3.sh sets it");
                 None
@@ -49,6 +58,7 @@ macro_rules! on_every_store {
         on_every_store!(@store memory $($promise,)*);
         on_every_store!(@store folder $($promise,)*);
         on_every_store!(@store s3 $($promise,)*);
+        on_every_store!(@store flaky_s3 $($promise,)*);
     };
     (@store $store:ident $($promise:ident,)*) => {
         mod $store {
@@ -75,6 +85,70 @@ on_every_store! {
     a_manifest_waits_for_its_blobs,
     equal_manifests_at_once_make_one_object,
     deleting_is_repeatable_and_hits_nothing_else,
+    an_upload_that_broke_off_goes_on,
+    a_read_begins_anywhere,
+}
+
+async fn an_upload_that_broke_off_goes_on(on: &Backend) {
+    let (store, project) = (&on.store, &on.project);
+    let all = bytes(21, 26 << 20);
+    let blob = named(&all);
+    let mut start = 0;
+    for upto in [10 << 20, 20 << 20] {
+        let broken = stream::iter([Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))]);
+        let some = body(&all.slice(start..upto), 1 << 20).map(|piece| piece.map_err(std::io::Error::other));
+        let error = store.put_from(project, blob, start as u64, some.chain(broken).boxed()).await.unwrap_err();
+        assert!(matches!(error, Error::BrokenOff { .. }), "{error}");
+        start = store.kept(project, &[blob.digest]).await[&blob.digest] as usize;
+        assert_eq!(start, upto >> 23 << 23, "whole parts are kept");
+    }
+    assert_eq!(store.blobs(project).await.unwrap(), []);
+    let rest = body(&all.slice(start..), 1 << 20);
+    assert_eq!(store.put_from(project, blob, start as u64, rest).await.unwrap(), Put::Stored);
+    store.verify(project, blob).await.unwrap();
+    assert!(store.kept(project, &[blob.digest]).await.is_empty());
+}
+
+async fn a_read_begins_anywhere(on: &Backend) {
+    let (store, project) = (&on.store, &on.project);
+    for len in [5000, 11 << 20] {
+        let all = bytes(22, len);
+        let blob = store.put_bytes(project, all.clone()).await.unwrap();
+        for start in [0, 1, len / 2, len - 1, len] {
+            let read = store.blob_from(project, blob, start as u64).await.unwrap().collect().await.unwrap();
+            assert!(read == all.slice(start..), "{start} of {len}");
+        }
+    }
+}
+
+/// What only a bucket needs: nobody else ends what a killed process began there.
+mod sweeps_of_s3 {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn old_uploads_are_ended() {
+        // A part of the bucket of its own: it ends everybody's.
+        let part = format!("/swept-{}", uuid::Uuid::now_v7().simple());
+        let Some(on) = Backend::bucket(&part).await else { return };
+        let (store, project, all) = (&on.store, &on.project, bytes(31, 20 << 20));
+        let blob = named(&all);
+        let broken = stream::iter([Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))]);
+        let some = body(&all.slice(..9 << 20), 1 << 20).map(|piece| piece.map_err(std::io::Error::other));
+        store.put(project, blob, some.chain(broken).boxed()).await.unwrap_err();
+        let start = store.kept(project, &[blob.digest]).await[&blob.digest];
+        // Another process looks, and takes nothing that may go on; and everything once it is old.
+        let other = BlobStore::open(store.place()).await.unwrap();
+        assert_eq!(other.abort_unfinished(0).await.unwrap(), 0);
+        assert_eq!(other.abort_unfinished(i64::MAX).await.unwrap(), 1);
+        assert_eq!(other.abort_unfinished(i64::MAX).await.unwrap(), 0);
+        // Whoever wants to go on fails in a way that may be repeated, and then begins anew.
+        let rest = body(&all.slice(start as usize..), 1 << 20);
+        let error = store.put_from(project, blob, start, rest).await.unwrap_err();
+        assert!(error.retry(), "{error}");
+        assert!(store.kept(project, &[blob.digest]).await.is_empty());
+        store.put(project, blob, body(&all, 1 << 20)).await.unwrap();
+        store.verify(project, blob).await.unwrap();
+    }
 }
 
 async fn bytes_come_back_as_they_went_in(on: &Backend) {

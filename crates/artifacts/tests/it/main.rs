@@ -7,6 +7,7 @@ mod caching;
 mod compatibility;
 mod conformance;
 mod disk;
+mod eviction;
 #[cfg(feature = "failpoints")]
 mod failpoints;
 mod golden;

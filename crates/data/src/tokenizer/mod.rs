@@ -157,6 +157,8 @@ impl Tokenizer {
 }
 
 fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    // The library panics where the text of some of its parts is no JSON.
+    serde_json::from_slice::<Value>(bytes).map_err(|e| format!("is not valid JSON: {e}"))?;
     let mut inner =
         tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| format!("is not a tokenizer of this version: {e}"))?;
     // Rows are cut and packed here, by the job's own limits.

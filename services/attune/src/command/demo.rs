@@ -15,7 +15,7 @@ use crate::demo::{self, CHAT_JOB, TEXT_JOB, World};
 use crate::print::{Failure, Out, note};
 use crate::remote::{Place, Server, block_on, fetch};
 use crate::speaker::Speaker;
-use crate::stack::{SchedulerArguments, Stack};
+use crate::stack::{SchedulerArguments, Stack, Workers};
 use crate::words;
 
 /// The seed of the demonstration's world.
@@ -93,7 +93,8 @@ async fn whole(folder: &Path, seed: u64, out: &mut Out) -> Result<(), Failure> {
         .collect();
 
     note("starting a scheduler and a worker");
-    let stack = Stack::start(&SchedulerArguments::private(), folder, 1, 1, Some(0)).await?;
+    let workers = Workers { count: 1, devices: 1, cards: Some(0), cache_bytes_max: None };
+    let stack = Stack::start(&SchedulerArguments::private(), folder, workers).await?;
     let server = Server::at(&stack.url);
     let shown = Box::pin(show(&server, folder, &files, &mut samples, out)).await;
     let ended = stack.end().await;

@@ -9,7 +9,7 @@ use attune_telemetry::{Logging, TaskGroup};
 
 use crate::print::Failure;
 use crate::remote::{self, Server, block_on};
-use crate::stack::{self, SchedulerArguments, Stack};
+use crate::stack::{self, SchedulerArguments, Stack, Workers};
 
 /// Runs a scheduler and workers on this machine until it is interrupted.
 #[derive(Debug, clap::Args)]
@@ -31,7 +31,13 @@ pub(crate) struct Up {
     /// NVIDIA devices that the first worker offers; all that this build can work on if it is left out.
     #[arg(long, value_name = "N")]
     cards: Option<u32>,
+    /// Largest size of each worker's cache of inputs, in GiB; no bound if it is left out. What jobs use is never removed.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=CACHE_GIB_MAX))]
+    max_cache_gib: Option<u64>,
 }
+
+/// The largest bound of a cache: 2^33 GiB are 2^63 bytes.
+const CACHE_GIB_MAX: u64 = 1 << 33;
 
 /// Runs a scheduler alone until it is interrupted; workers connect to it.
 #[derive(Debug, clap::Args)]
@@ -95,6 +101,9 @@ pub(crate) struct Worker {
     /// the scheduler if it is left out.
     #[arg(long, value_name = "ADDRESS")]
     gang_address: Option<std::net::IpAddr>,
+    /// Largest size of the cache of inputs, in GiB; no bound if it is left out. What jobs use is never removed.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=CACHE_GIB_MAX))]
+    max_cache_gib: Option<u64>,
     /// A label to place by; may be given several times.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
@@ -119,8 +128,13 @@ pub(super) fn up(arguments: &Up) -> Result<(), Failure> {
         None => home()?.join(".attune"),
     };
     block_on(async {
-        let stack =
-            Stack::start(&arguments.scheduler, &folder, arguments.workers, arguments.devices, arguments.cards).await?;
+        let workers = Workers {
+            count: arguments.workers,
+            devices: arguments.devices,
+            cards: arguments.cards,
+            cache_bytes_max: arguments.max_cache_gib.map(|gib| gib << 30),
+        };
+        let stack = Stack::start(&arguments.scheduler, &folder, workers).await?;
         tracing::info!(target: "attune", url = stack.url, data_dir = %folder.display(), workers = arguments.workers, "listening");
         stack.run_until(stack::asked_to_end()).await
     })
@@ -164,6 +178,7 @@ pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure>
     config.token_file = server.token_file().map(Path::to_owned);
     config.cards = arguments.cards;
     config.gang_address = arguments.gang_address;
+    config.cache_bytes_max = arguments.max_cache_gib.map(|gib| gib << 30);
     config.labels = arguments.labels.iter().cloned().collect::<BTreeMap<_, _>>();
     config.grace = Duration::from_secs(arguments.grace);
     block_on(async {

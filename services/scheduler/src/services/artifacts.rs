@@ -89,8 +89,11 @@ impl ArtifactService for Artifacts {
         let digests = faults.finish(Some(digests)).map_err(|faults| invalid_argument(&faults))?;
         let missing = self.context.blobs.missing_digests(&project, &digests).await;
         let missing = missing.map_err(|error| status::artifacts(error, "digests"))?;
+        let kept = self.context.blobs.kept(&project, &missing).await;
+        let of = |digest| kept.get(digest).copied().unwrap_or_default();
+        let kept_bytes = if kept.is_empty() { Vec::new() } else { missing.iter().map(of).collect() };
         let missing = missing.iter().map(ToString::to_string).collect();
-        Ok(Response::new(v1::QueryMissingBlobsResponse { missing }))
+        Ok(Response::new(v1::QueryMissingBlobsResponse { missing, kept_bytes }))
     }
 
     async fn push_artifact(

@@ -41,15 +41,28 @@ pub(crate) async fn pull(
         let path_of = format!("paths[{index}]");
         faults.push(Fault::new(path_of.as_str(), format!("is {path:?}, which is no file of artifact {digest}")));
     }
-    faults.finish(Some(())).map_err(|faults| invalid_argument(&faults))?;
     let wanted = |file: &&manifest::File| request.paths.is_empty() || request.paths.contains(&file.path);
-    let files: Vec<manifest::File> = manifest.files().iter().filter(wanted).cloned().collect();
+    let mut files: Vec<manifest::File> = manifest.files().iter().filter(wanted).cloned().collect();
+    let start = request.from_offset_bytes;
+    match files.iter().position(|file| file.path == request.from_path) {
+        Some(at) if start <= files[at].size_bytes => drop(files.drain(..at)),
+        Some(at) => {
+            let message = format!("is {start}; {:?} has {} bytes", request.from_path, files[at].size_bytes);
+            faults.push(Fault::new("from_offset_bytes", message));
+        }
+        None if request.from_path.is_empty() && start == 0 => {}
+        None => {
+            let message = format!("is {:?}, which is none of the files that are asked for", request.from_path);
+            faults.push(Fault::new("from_path", message));
+        }
+    }
+    faults.finish(Some(())).map_err(|faults| invalid_argument(&faults))?;
     let header =
         v1::PullHeader { artifact: Some(view::whole_artifact(&row, &manifest)), manifest: manifest.bytes().clone() };
     let (outgoing, answers) = mpsc::channel(WAITING_ANSWERS);
     let shared = Arc::clone(context);
     context.tasks.spawn(Task::new("pull an artifact"), async move {
-        let sent = send(&shared, &project, header, files, &outgoing);
+        let sent = send(&shared, &project, header, (files, start), &outgoing);
         // What was read may be dropped when its reader has gone.
         let ended = tokio::select! {
             ended = sent => ended,
@@ -67,7 +80,7 @@ async fn send(
     context: &Context,
     project: &Project,
     header: v1::PullHeader,
-    files: Vec<manifest::File>,
+    (files, mut start): (Vec<manifest::File>, u64),
     outgoing: &Outgoing,
 ) -> Result<(), Status> {
     if !answer(outgoing, Part::Header(header)).await {
@@ -75,8 +88,8 @@ async fn send(
     }
     for file in files {
         let failed = |error| status::artifacts(error, "");
-        let mut body = context.blobs.blob(project, file.blob()).await.map_err(failed)?;
-        let mut at = 0_u64;
+        let mut at = std::mem::take(&mut start);
+        let mut body = context.blobs.blob_from(project, file.blob(), at).await.map_err(failed)?;
         while let Some(mut piece) = body.next().await.transpose().map_err(failed)? {
             while !piece.is_empty() {
                 let data = piece.split_to(piece.len().min(CHUNK_BYTES_MAX));

@@ -191,11 +191,12 @@ async fn within_quota(context: &Context, header: &Header) -> Result<(), Status> 
 /// Stores every blob that comes.
 async fn blobs(context: &Context, header: &Header, chunks: &mut Chunks) -> Result<(), Status> {
     let known = header.manifest.blobs();
-    while let Some(name) = chunks.peek().await?.map(|chunk| chunk.digest.clone()) {
+    while let Some((name, start)) = chunks.peek().await?.map(|chunk| (chunk.digest.clone(), chunk.offset_bytes)) {
         let blob = known.iter().find(|blob| blob.digest.to_string() == name).copied().ok_or_else(|| {
             invalid(Fault::new("chunk.digest", format!("is {name:?}, which is no blob of the manifest")))
         })?;
-        let stored = context.blobs.put(&header.project, blob, Box::pin(chunks.of(blob, &name))).await;
+        let body = Box::pin(chunks.of(blob, &name, start));
+        let stored = context.blobs.put_from(&header.project, blob, start, body).await;
         if let Some(failed) = chunks.failed.take() {
             return Err(failed);
         }
@@ -236,13 +237,14 @@ impl Chunks {
         Ok(self.next.as_ref())
     }
 
-    /// The bytes of one blob, up to the first chunk of another.
+    /// The bytes of one blob from `start` on, up to the first chunk of another.
     fn of<'a>(
         &'a mut self,
         blob: BlobRef,
         name: &'a str,
+        start: u64,
     ) -> impl futures::Stream<Item = Result<Bytes, Status>> + Send + 'a {
-        stream::unfold((self, 0_u64), move |(chunks, seen)| async move {
+        stream::unfold((self, start), move |(chunks, seen)| async move {
             let found = match chunks.peek().await {
                 Ok(Some(chunk)) if chunk.digest == name => Ok(chunk.offset_bytes),
                 Ok(_) => return None,

@@ -31,7 +31,7 @@ async fn what_is_pushed_comes_back_as_it_was() {
     for (reference, paths, expected) in
         [("report", vec![], &files[..]), (digest.as_str(), vec!["z.txt".to_owned()], &files[2..])]
     {
-        let (header, mut stream) = client.pull(reference, &paths).await.unwrap();
+        let (header, mut stream) = client.pull(reference, &paths, None).await.unwrap();
         assert_eq!(header.manifest, made.0.bytes());
         assert_eq!(header.artifact.unwrap().files.len(), 3);
         let mut found: Vec<(String, Vec<u8>)> = Vec::new();
@@ -49,9 +49,9 @@ async fn what_is_pushed_comes_back_as_it_was() {
             expected.iter().map(|(path, bytes)| ((*path).to_owned(), bytes.to_vec())).collect();
         assert!(found == expected, "{:?}", found.iter().map(|(p, b)| (p, b.len())).collect::<Vec<_>>());
     }
-    let unknown = client.pull("report", &["nothing".to_owned()]).await.unwrap_err();
+    let unknown = client.pull("report", &["nothing".to_owned()], None).await.unwrap_err();
     assert_eq!(Class::of(&unknown), Class::Invalid);
-    assert_eq!(Class::of(&client.pull("nothing", &[]).await.unwrap_err()), Class::NotFound);
+    assert_eq!(Class::of(&client.pull("nothing", &[], None).await.unwrap_err()), Class::NotFound);
 }
 
 #[tokio::test]
@@ -72,12 +72,14 @@ async fn bytes_that_are_not_what_they_are_called_are_refused_and_nothing_is_visi
     let refused = client.artifacts().push_artifact(futures::stream::iter([header.clone()])).await.unwrap_err();
     assert!(refused.message().contains("the bytes of \"a\""), "{refused:?}");
     // Bytes that are not at their place, or of no blob of the manifest.
-    for (name, offset) in [(digest.to_string(), 3), (hash::bytes(b"?").to_string(), 0)] {
+    for (name, offset, class) in
+        [(digest.to_string(), 3, Class::Aborted), (hash::bytes(b"?").to_string(), 0, Class::Invalid)]
+    {
         let chunk = v1::BlobChunk { digest: name, offset_bytes: offset, data: Bytes::from_static(b"right") };
         let chunk = v1::PushArtifactRequest { part: Some(v1::push_artifact_request::Part::Chunk(chunk)) };
         let parts = futures::stream::iter([header.clone(), chunk]);
         let refused = client.artifacts().push_artifact(parts).await.unwrap_err();
-        assert_eq!(Class::of(&refused), Class::Invalid, "{refused:?}");
+        assert_eq!(Class::of(&refused), class, "{refused:?}");
     }
     let mut other = manifest.bytes().to_vec();
     other.push(b' ');
@@ -197,7 +199,7 @@ async fn what_broken_pushes_leave_is_deleted_and_nothing_else() {
     let list = client.artifacts().list_artifacts(v1::ListArtifactsRequest::default()).await.unwrap().into_inner();
     assert_eq!(list.artifacts.len(), 4 * 6 + 1);
     for artifact in list.artifacts {
-        let (_, mut parts) = client.pull(&artifact.digest, &[]).await.unwrap();
+        let (_, mut parts) = client.pull(&artifact.digest, &[], None).await.unwrap();
         while parts.message().await.unwrap().is_some() {}
     }
 }
@@ -212,6 +214,6 @@ async fn projects_do_not_see_each_other() {
     let blob = made.0.blobs()[0].digest;
     assert_eq!(other.missing(&[blob]).await.unwrap(), [blob]);
     for reference in ["t".to_owned(), made.0.digest().to_string()] {
-        assert_eq!(Class::of(&other.pull(&reference, &[]).await.unwrap_err()), Class::NotFound);
+        assert_eq!(Class::of(&other.pull(&reference, &[], None).await.unwrap_err()), Class::NotFound);
     }
 }

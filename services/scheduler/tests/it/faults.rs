@@ -58,7 +58,7 @@ async fn what_is_stored_happened_also_when_nobody_was_told() {
 async fn a_running_job_survives_a_scheduler_that_starts_anew_within() {
     let scenario = fail::FailScenario::setup();
     let server = Server::start();
-    let client = server.client().await;
+    let client = server.client_of_one_try().await;
     inputs(&client).await;
     let mut worker = Worker::connect(&client, "w-1").await;
     let made = create(&client, "r1", &job()).await.unwrap();
@@ -84,7 +84,7 @@ async fn a_running_job_survives_a_scheduler_that_starts_anew_within() {
 async fn bytes_without_a_row_are_not_seen() {
     let scenario = fail::FailScenario::setup();
     let server = Server::start();
-    let client = server.client().await;
+    let client = server.client_of_one_try().await;
     fail::cfg("scheduler::before_artifact_row", "1*return").unwrap();
     let made = crate::fixtures::bundle(attune_artifacts::Kind::Report, &[("a", b"1")], Default::default());
     crate::fixtures::push(&client, &made, None, &["t"]).await.unwrap_err();

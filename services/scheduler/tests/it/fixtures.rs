@@ -19,9 +19,9 @@ use serde_json::{Value, json};
 pub(crate) struct Memory(pub(crate) BTreeMap<Digest, Bytes>);
 
 impl Blobs for Memory {
-    fn open(&self, digest: &Digest) -> BoxStream<'static, Result<Bytes, String>> {
-        let found = self.0.get(digest).cloned().ok_or_else(|| format!("{digest} is not in memory"));
-        stream::iter([found]).boxed()
+    fn open(&self, digest: &Digest, start: u64) -> BoxStream<'static, Result<Bytes, String>> {
+        let found = self.0.get(digest).ok_or_else(|| format!("{digest} is not in memory"));
+        stream::iter([found.map(|bytes| bytes.slice(start as usize..))]).boxed()
     }
 }
 

@@ -137,7 +137,7 @@ async fn a_worker_reads_what_its_attempts_read() {
     assert!(base.starts_with("blake3:"), "{offer:?}");
     let of = |client: &Client, project: &str| client.for_project(Project::new(project).unwrap());
     let pull = async |client: &Client, project: &str, reference: &str| -> Result<(), Status> {
-        let (_, mut parts) = of(client, project).pull(reference, &[]).await?;
+        let (_, mut parts) = of(client, project).pull(reference, &[], None).await?;
         while parts.message().await?.is_some() {}
         Ok(())
     };
@@ -219,7 +219,7 @@ async fn a_digest_proves_nothing() {
     let delete = v1::DeleteArtifactRequest { project: "b".to_owned(), digest: made.0.digest().to_string() };
     assert_eq!(bert.artifacts().delete_artifact(delete.clone()).await.unwrap_err().code(), Code::PermissionDenied);
     admin.artifacts().delete_artifact(delete).await.unwrap();
-    let (_, mut parts) = admin.for_project(Project::new("a").unwrap()).pull("w", &[]).await.unwrap();
+    let (_, mut parts) = admin.for_project(Project::new("a").unwrap()).pull("w", &[], None).await.unwrap();
     while parts.message().await.unwrap().is_some() {}
 }
 

@@ -4,6 +4,7 @@
 
 mod artifacts;
 mod contract;
+mod cuts;
 #[cfg(feature = "failpoints")]
 mod faults;
 mod fixtures;

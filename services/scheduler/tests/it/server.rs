@@ -135,6 +135,11 @@ impl Server {
         format!("http://{}", self.address)
     }
 
+    /// The address at which it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// A client that waits until the server is there.
     pub(crate) async fn client(&self) -> Client {
         for _ in 0..200 {
@@ -147,6 +152,12 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         panic!("no server came up at {}", self.url());
+    }
+
+    /// The same, which makes no call a second time.
+    pub(crate) async fn client_of_one_try(&self) -> Client {
+        self.client().await;
+        Client::connect(&self.url(), Options { retries: 0, ..Options::default() }).await.unwrap()
     }
 
     /// Asks it to end, and says how it did.

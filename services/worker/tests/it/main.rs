@@ -5,3 +5,4 @@ mod attempts;
 mod lanes;
 mod lease;
 mod support;
+mod transfer;

@@ -50,6 +50,8 @@ pub(crate) struct State {
     /// The headers of the pushes that were taken.
     pub(crate) pushes: Mutex<Vec<v1::PushHeader>>,
     pub(crate) ttl: Mutex<Duration>,
+    /// What is pulled, and how.
+    pub(crate) pulled: Mutex<Option<crate::transfer::Pulled>>,
 }
 
 #[derive(Clone)]
@@ -245,7 +247,7 @@ impl artifacts::ArtifactService for Scheduler {
         &self,
         request: Request<v1::QueryMissingBlobsRequest>,
     ) -> Result<Response<v1::QueryMissingBlobsResponse>, Status> {
-        Ok(Response::new(v1::QueryMissingBlobsResponse { missing: request.into_inner().digests }))
+        Ok(Response::new(v1::QueryMissingBlobsResponse { missing: request.into_inner().digests, ..Default::default() }))
     }
 
     async fn push_artifact(
@@ -267,8 +269,10 @@ impl artifacts::ArtifactService for Scheduler {
         Ok(Response::new(v1::PushArtifactResponse { artifact: None, created: true }))
     }
 
-    async fn pull_artifact(&self, _: Request<v1::PullArtifactRequest>) -> Result<Response<Never>, Status> {
-        absent()
+    async fn pull_artifact(&self, request: Request<v1::PullArtifactRequest>) -> Result<Response<Never>, Status> {
+        let mut pulled = self.0.pulled.lock().unwrap();
+        let Some(pulled) = pulled.as_mut() else { return absent() };
+        Ok(Response::new(futures::stream::iter(pulled.answer(request.get_ref())).boxed()))
     }
 
     async fn get_artifact(
