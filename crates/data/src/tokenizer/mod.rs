@@ -4,6 +4,7 @@ mod byte_level;
 mod config;
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use attune_spec::method::Words;
@@ -126,10 +127,8 @@ impl Tokenizer {
     }
 
     pub(crate) fn pieces(&self, text: &str, begin: bool) -> Result<Vec<Piece>, Error> {
-        let encoding = self
-            .inner
-            .encode(text, begin)
-            .map_err(|e| Error::Encode { text: text.chars().take(40).collect(), message: e.to_string() })?;
+        let encoding = guarded(|| self.inner.encode(text, begin).map_err(|e| e.to_string()))
+            .map_err(|message| Error::Encode { text: text.chars().take(40).collect(), message })?;
         let parts = encoding.get_ids().iter().zip(encoding.get_offsets()).zip(encoding.get_special_tokens_mask());
         Ok(parts
             .map(|((&id, &(start, end)), &mask)| Piece { id, bytes: start..end, added: mask != 0 && start == end })
@@ -141,9 +140,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Encode`] for an id outside the vocabulary.
     pub fn decode(&self, ids: &[u32], with_specials: bool) -> Result<String, Error> {
-        self.inner
-            .decode(ids, !with_specials)
-            .map_err(|e| Error::Encode { text: format!("{:?}", &ids[..ids.len().min(8)]), message: e.to_string() })
+        guarded(|| self.inner.decode(ids, !with_specials).map_err(|e| e.to_string()))
+            .map_err(|message| Error::Encode { text: format!("{:?}", &ids[..ids.len().min(8)]), message })
     }
 
     /// The tokens that end an assistant's turn when they are generated: the end-of-text token and the template's end of
@@ -156,11 +154,23 @@ impl Tokenizer {
     }
 }
 
+/// Runs the library, which panics on some files, such as one whose template names a token that it does not have. To whoever
+/// brought the file that is an error like any other.
+fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    // Nothing that was half changed is used again: the library is asked by shared references, or gives nothing back.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let words = panic.downcast_ref::<String>().map(String::as_str);
+        let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason is given");
+        Err(format!("contradicts itself, so that it cannot be used: {words}"))
+    })
+}
+
 fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
     // The library panics where the text of some of its parts is no JSON.
     serde_json::from_slice::<Value>(bytes).map_err(|e| format!("is not valid JSON: {e}"))?;
-    let mut inner =
-        tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| format!("is not a tokenizer of this version: {e}"))?;
+    let read =
+        || tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| format!("is not a tokenizer of this version: {e}"));
+    let mut inner = guarded(read)?;
     // Rows are cut and packed here, by the job's own limits.
     inner.with_truncation(None).map_err(|e| e.to_string())?;
     inner.with_padding(None);
