@@ -165,6 +165,27 @@ fn sites_are_checked_where_the_base_is_here() {
     assert_eq!(validate(&elsewhere, &[]).status, 0);
 }
 
+/// What only a job can name has no default that would do.
+#[test]
+fn a_method_of_tokens_without_any_is_refused_before_it_runs() {
+    for (adapter, path) in [
+        ("{method: alora}", "tokens"),
+        ("{method: trainable-tokens}", "tokens"),
+        ("{method: context-aware-prompt}", "tokens"),
+        ("{method: alora, tokens: [5], text: a}", "text"),
+    ] {
+        let ran = validate(JOB, &["--set", &format!("tune.adapter={adapter}")]);
+        assert_eq!(ran.status, 2, "{adapter}: {}", ran.all());
+        assert!(ran.stderr.contains(&format!("`tune.adapter.{path}` ")), "{adapter}: {}", ran.all());
+    }
+    for adapter in
+        ["{method: alora, text: a}", "{method: alora, tokens: [5]}", "{method: trainable-tokens, words: [a]}"]
+    {
+        let ran = validate(JOB, &["--set", &format!("tune.adapter={adapter}")]);
+        assert_eq!(ran.status, 0, "{adapter}: {}", ran.all());
+    }
+}
+
 #[test]
 fn sites_are_those_of_what_a_surgery_makes_of_the_base() {
     let full = "tune.adapter={method: full, targets: [w1, gate]}";
