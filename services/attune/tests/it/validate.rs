@@ -200,6 +200,26 @@ fn sites_are_those_of_what_a_surgery_makes_of_the_base() {
 }
 
 #[test]
+fn adapters_go_on_repeated_layers_where_their_folders_can_say_so() {
+    let with = |ranges: &str, adapter: &str| {
+        let surgery = format!("tune.surgery={{method: layer-replication, ranges: {ranges}}}");
+        validate(JOB, &["--set", &surgery, "--set", &format!("tune.adapter={adapter}")])
+    };
+    for adapter in ["{method: lora, targets: model.layers.3.self_attn.q_proj}", "{method: dora}", "{method: full}"] {
+        let ran = with("[[0, 2], [0, 2]]", adapter);
+        assert_eq!(ran.status, 0, "{}", ran.all());
+    }
+    let ran = with("[[0, 2], [1, 2]]", "{method: lora, targets: model.layers.3.self_attn.q_proj}");
+    assert!(ran.stderr.contains("matches no site of this llama model of 3 layers"), "{}", ran.all());
+    let ran = with("[[0, 2], [1, 2]]", "{method: bone}");
+    assert!(ran.stderr.contains("`tune.adapter` is bone, whose folder cannot say"), "{}", ran.all());
+    let ran = with("[[0, 2], [1, 3]]", "{method: lora}");
+    assert!(ran.stderr.contains("`tune.surgery.ranges[1]` is [1, 3]; expected"), "{}", ran.all());
+    let ran = with("[]", "{method: lora}");
+    assert!(ran.stderr.contains("`tune.surgery.ranges` is empty"), "{}", ran.all());
+}
+
+#[test]
 fn a_path_that_cannot_be_set_and_a_file_that_is_not_there_are_said() {
     insta::assert_snapshot!(validate(JOB, &["--set", "tune.stack[0].rank=1"]).all(), @r"
     exit status 2
