@@ -67,7 +67,7 @@ const KINDS: [(&str, &[(&str, &str)]); 58] = [
             FEW[0],
             FEW[1],
             ("tune.surgery", "{method: layer-replication, ranges: [[0, 2], [1, 2]]}"),
-            ("tune.adapter", "{method: dora, rank: 4, alpha: 8, dropout: 0.1}"),
+            ("tune.adapter", "{method: dora, rank: 4, alpha: 8}"),
         ],
     ),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),
