@@ -1,4 +1,4 @@
-"""Writes the golden files of variants of LoRA that PEFT runs on other linears or other inputs than these models': QA-LoRA and Activated LoRA. See
+"""Writes the golden files of variants of LoRA that PEFT runs on other linears or other inputs than these models', QA-LoRA and Activated LoRA, of VeLoRA, and of LoRA on repeated layers. See
 README.md for names and shapes; pins in benches/peers/requirements.txt.
 
 Usage: variants.py [case ...]
@@ -64,6 +64,15 @@ CASES = {
         lambda seed: peft.LoraConfig(
             r=4, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "v_proj", "up_proj"], rank_pattern={"v_proj": 2}, alora_invocation_tokens=invocation("qwen2", seed, 8, 3)
         ),
+    ),
+    # What it saves while it trains changes nothing that it computes.
+    "llama_velora": (
+        "llama",
+        lambda _: peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], velora_config=peft.VeloraConfig(num_groups=4, init_type="random")),
+    ),
+    "llama_replicated": (
+        "llama",
+        lambda _: peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2], [0, 1]]),
     ),
 }
 

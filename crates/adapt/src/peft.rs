@@ -23,6 +23,14 @@ use crate::error::Error;
 /// How the names begin of tensors that belong to the whole base model: without a module's path.
 const ROOT: &str = "base_model.";
 
+/// The key by which PEFT says that the base's layers are repeated, and the only type for which it does so.
+const REPEATS: &str = "layer_replication";
+const REPEATING: &str = "LORA";
+
+/// How the names end of the vectors by which PEFT compresses what its VeLoRA saves for the way back: what is computed forward, and so
+/// what a folder means, does not depend on them.
+const SAVES: &str = ".lora_velora_embed";
+
 /// An adapter folder, read but not yet attached to a base.
 #[derive(Debug)]
 pub struct Folder {
@@ -30,6 +38,8 @@ pub struct Folder {
     pub method: MethodRef,
     /// The sites.
     pub targets: Targets,
+    /// The ranges whose layers are those of the base that it was trained on, where that repeats layers of the one that it names.
+    pub ranges: Option<Vec<[u32; 2]>>,
     path: std::path::PathBuf,
     tensors: BTreeMap<String, Tensor>,
 }
@@ -50,7 +60,7 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
             tensors.insert(name.clone(), integers(&file, info)?);
         } else if let Some(tensor) = mapped.get_number(name)? {
             let tensor = tensor.to_numbers()?;
-            if !is_off(name, &tensor) {
+            if !is_off(name, &tensor) && !name.ends_with(SAVES) {
                 tensors.insert(name.clone(), tensor);
             }
         }
@@ -65,7 +75,26 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
         unsupported(vec![Fault::new("peft_type", message)])
     })?;
     let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
-    Ok(Folder { method, targets, path: folder.to_owned(), tensors })
+    Ok(Folder { method, targets, ranges: ranges_of(&config, folder)?, path: folder.to_owned(), tensors })
+}
+
+/// What [`read`] would say of layers that are repeated.
+///
+/// # Errors
+/// [`Error`] for a configuration that cannot be read.
+pub fn ranges(folder: &Path) -> Result<Option<Vec<[u32; 2]>>, Error> {
+    ranges_of(&read_config(folder)?, folder)
+}
+
+/// Other types than LoRA do not repeat layers, whatever stands there.
+fn ranges_of(config: &Map<String, Value>, folder: &Path) -> Result<Option<Vec<[u32; 2]>>, Error> {
+    let said = config.get(REPEATS).filter(|_| config.get("peft_type").is_some_and(|of| of == REPEATING));
+    let Some(said) = said.filter(|said| !said.is_null()) else { return Ok(None) };
+    let unsupported = |error: serde_json::Error| {
+        let message = format!("is {said}; expected ranges of layers, such as [[0, 16], [8, 24]]: {error}");
+        Error::Unsupported { folder: folder.to_owned(), faults: vec![Fault::new(REPEATS, message)] }
+    };
+    serde_json::from_value(said.clone()).map(Some).map_err(unsupported)
 }
 
 /// Whether a tensor is the zeros that PEFT keeps in the place of something that is off.
@@ -334,6 +363,13 @@ pub fn write(
             }
             config.insert("target_modules".to_owned(), targets.into());
         }
+    }
+    if let Some(ranges) = architecture.ranges() {
+        if config.get("peft_type").is_none_or(|of| of != REPEATING) {
+            let message = "has no word for a base whose layers are repeated, which PEFT has for LoRA alone";
+            return Err(unsupported("peft_type", message));
+        }
+        config.insert(REPEATS.to_owned(), serde_json::json!(ranges));
     }
     // Said where the method has such a key; PEFT looks at it layer by layer and lets it pass for plain linears.
     if let Some(flag) = config.get_mut("fan_in_fan_out") {

@@ -82,6 +82,7 @@ fn decoder(row: &FamilyRow, fields: &mut Fields<'_>) -> Architecture {
         hidden: hidden as usize,
         inner: inner as usize,
         layers: layers as usize,
+        origins: None,
         heads: heads as usize,
         kv_heads: kv_heads as usize,
         head_dim: head_dim as usize,

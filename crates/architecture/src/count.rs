@@ -1,5 +1,7 @@
 //! Counts in closed form, for forecasts of memory and time before anything is loaded.
 
+use std::collections::BTreeSet;
+
 use crate::decoder::{Architecture, MlpKind, NormPlacement, QkNorm};
 use crate::site::{Place, Site, SiteKind};
 
@@ -36,9 +38,16 @@ impl Architecture {
         2.0 * self.layers as f64 * matrices + attention + 2.0 * head as f64 * supervised
     }
 
-    /// Bytes of all weights with `element_bytes` each.
+    /// Layers that have weights of their own: of those that are one layer of another model, one.
+    pub fn distinct_layers(&self) -> usize {
+        let distinct = |origins: &Vec<u32>| origins.iter().collect::<BTreeSet<_>>().len();
+        self.origins.as_ref().map_or(self.layers, distinct)
+    }
+
+    /// Bytes of all weights with `element_bytes` each; those that layers share count once.
     pub fn weight_bytes(&self, element_bytes: u64) -> u64 {
-        self.parameters() * element_bytes
+        let shared = (self.layers - self.distinct_layers()) as u64 * self.layer_parameters();
+        (self.parameters() - shared) * element_bytes
     }
 
     /// The same where linears of blocks are held in few bits: `few` is the bytes that one takes by its output and input width,
@@ -49,7 +58,7 @@ impl Architecture {
             SiteKind::Embedding { .. } | SiteKind::Norm { .. } | SiteKind::Block { .. } => None,
         });
         let (numbers, bytes) = of_layer.fold((0, 0.0), |sum, (numbers, bytes)| (sum.0 + numbers, sum.1 + bytes));
-        let layers = self.layers as u64;
+        let layers = self.distinct_layers() as u64;
         self.weight_bytes(element_bytes) - layers * numbers as u64 * element_bytes + (layers as f64 * bytes) as u64
     }
 

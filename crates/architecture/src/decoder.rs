@@ -23,6 +23,9 @@ pub struct Architecture {
     pub inner: usize,
     /// Number of layers.
     pub layers: usize,
+    /// Of a model that repeats layers of another, whose weights these share: which of that one's layers each is. `None` for a
+    /// model of its own.
+    pub origins: Option<Vec<u32>>,
     /// Number of query heads.
     pub heads: usize,
     /// Number of key/value heads; divides `heads`.

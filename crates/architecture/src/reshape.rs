@@ -1,11 +1,11 @@
 //! A model in another shape: what a surgery makes of its sizes, as the card of the method says, and the `config.json` of the
 //! result.
 
-use attune_spec::method::{MethodDocument, MethodRef, expression};
+use attune_spec::method::{LAYERS, MethodDocument, MethodRef, expression};
 use attune_spec::{Fault, FieldPath};
 use serde_json::{Map, Value, json};
 
-use crate::config::too_many_experts;
+use crate::config::{LAYERS_MAX, too_many_experts};
 use crate::decoder::{Architecture, Experts, MlpKind, Positions};
 use crate::family::{FamilyRow, WindowRule};
 
@@ -46,10 +46,67 @@ impl Architecture {
         let (count, per_token) = (size("experts", now.0)?, size("experts_per_token", now.1)?);
         let before = self.experts.map_or(0.0, |experts| experts.balance);
         let balance = number("experts_balance")?.unwrap_or(before);
-        if count == 0 {
-            return Ok(Self { inner, ..self.clone() });
+        let says = |field: &&str| card.becomes.contains_key(*field);
+        let is_of_experts = ["experts", "experts_per_token", "experts_balance"].iter().any(says);
+        let made = match count {
+            count if count == 0 || !is_of_experts => Self { inner, ..self.clone() },
+            count => self.with_experts(inner, Experts { count, per_token, normalised: true, balance })?,
+        };
+        let Some(listed) = card.becomes.get(LAYERS) else { return Ok(made) };
+        let ranges = names.get(listed).cloned().unwrap_or_default();
+        let ranges: Vec<[u32; 2]> = serde_json::from_value(ranges)
+            .map_err(|error| refuse(listed, format!("are no ranges of layers: {error}")))?;
+        made.repeating(&ranges).map_err(|faults| {
+            let path = FieldPath::parse(listed);
+            faults.into_iter().map(|fault| fault.under(&path)).collect()
+        })
+    }
+
+    /// A model whose layers are those of this one in these ranges (from the first number to before the second), one range after
+    /// the other. A layer that is there more than once has one weight, and is several layers to everything else.
+    ///
+    /// # Errors
+    /// Ranges of none of this model's layers, or of too many in all; paths are relative to the list.
+    pub fn repeating(&self, ranges: &[[u32; 2]]) -> Result<Self, Vec<Fault>> {
+        let layers = self.layers as u32;
+        let mut faults = Vec::new();
+        if ranges.is_empty() {
+            faults.push(Fault::new(
+                "",
+                format!("is empty; expected ranges of the {layers} layers, such as [[0, {layers}]]"),
+            ));
         }
-        self.with_experts(inner, Experts { count, per_token, normalised: true, balance })
+        for (at, &[start, end]) in ranges.iter().enumerate().filter(|(_, [start, end])| start >= end || *end > layers) {
+            let message = format!("is [{start}, {end}]; expected a layer and a later end, 0 to {layers}");
+            faults.push(Fault::new(FieldPath::root().index(at), message));
+        }
+        // Ends are in bounds, so the sum is too.
+        let count: u64 = ranges.iter().map(|[start, end]| u64::from(end.saturating_sub(*start))).sum();
+        if faults.is_empty() && count > LAYERS_MAX {
+            faults.push(Fault::new("", format!("has {count} layers in all; expected at most {LAYERS_MAX}")));
+        }
+        if !faults.is_empty() {
+            return Err(faults);
+        }
+        let chosen: Vec<u32> = ranges.iter().flat_map(|&[start, end]| start..end).collect();
+        let windows = chosen.iter().map(|layer| self.windows[*layer as usize]).collect();
+        let origins = match &self.origins {
+            None => chosen,
+            Some(origins) => chosen.iter().map(|layer| origins[*layer as usize]).collect(),
+        };
+        Ok(Self { layers: origins.len(), origins: Some(origins), windows, ..self.clone() })
+    }
+
+    /// The ranges whose layers this model's are, where it repeats those of another.
+    pub fn ranges(&self) -> Option<Vec<[u32; 2]>> {
+        let mut ranges: Vec<[u32; 2]> = Vec::new();
+        for &layer in self.origins.as_ref()? {
+            match ranges.last_mut().filter(|[_, end]| *end == layer) {
+                Some([_, end]) => *end += 1,
+                None => ranges.push([layer, layer + 1]),
+            }
+        }
+        Some(ranges)
     }
 
     /// The same model with experts of width `inner` in the place of each layer's MLP: of the family that has this one's
@@ -122,6 +179,7 @@ impl Architecture {
         set("model_type", json!(row.name));
         set("architectures", json!([self.class_name()]));
         set(row.fields.inner, json!(self.inner));
+        set(row.fields.layers, json!(self.layers));
         set("num_key_value_heads", json!(self.kv_heads));
         set("head_dim", json!(self.head_dim));
         set(row.fields.max_position, json!(self.max_position));
@@ -135,7 +193,16 @@ impl Architecture {
         match row.window {
             WindowRule::None => {}
             WindowRule::Every | WindowRule::IfGiven => set("sliding_window", json!(window)),
-            WindowRule::ByLayer => set("use_sliding_window", json!(window.is_some())),
+            WindowRule::ByLayer => {
+                let any = self.windows.iter().copied().flatten().next();
+                set("use_sliding_window", json!(any.is_some()));
+                if any.is_some() {
+                    let of_layer =
+                        |window: &Option<u64>| if window.is_some() { "sliding_attention" } else { "full_attention" };
+                    set("sliding_window", json!(any));
+                    set("layer_types", self.windows.iter().map(of_layer).collect());
+                }
+            }
         }
         if let (Some(rule), Some(experts)) = (row.experts, self.experts) {
             set(rule.count.0[0], json!(experts.count));

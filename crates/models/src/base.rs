@@ -1,6 +1,6 @@
 //! The frozen base: an architecture and its weights, mapped, in memory, or made at random.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -82,6 +82,11 @@ impl Base {
             sources: BTreeMap::new(),
             arena: Arena::default(),
         }
+    }
+
+    /// A base of this structure without its tensors, which holds what it takes of this one as this one does.
+    pub(crate) fn emptied(&self, architecture: Architecture) -> Self {
+        Self { few: self.few.clone(), ..Self::empty(architecture) }
     }
 
     /// The same base on the device of these kernels: passes over it work there, and the matrices lie there too.
@@ -222,10 +227,13 @@ impl Base {
         Some(Unquantized { by: &*few.by, weight: Box::new(source.clone()), dtype: few.dtype })
     }
 
-    /// Bytes of its tensors, in memory or in mapped files.
+    /// Bytes of its tensors, in memory or in mapped files; those of a tensor with several names count once.
     pub fn bytes(&self) -> usize {
-        let vectors = self.vectors.values().map(|vector| vector.elem_count() * vector.dtype().size_in_bytes());
-        self.matrices.values().map(FrozenWeight::bytes).sum::<usize>() + vectors.sum::<usize>()
+        let (mut matrices, mut vectors) = (BTreeSet::new(), HashSet::new());
+        let of_matrices = self.matrices.values().filter(|matrix| matrices.insert(matrix.place()));
+        let of_vectors = self.vectors.values().filter(|vector| vectors.insert(vector.id()));
+        let of_vectors = of_vectors.map(|vector| vector.elem_count() * vector.dtype().size_in_bytes());
+        of_matrices.map(FrozenWeight::bytes).sum::<usize>() + of_vectors.sum::<usize>()
     }
 
     /// The same trunk under an architecture that [`Architecture::with_head`] or [`Architecture::bidirectional`] made of the
@@ -347,6 +355,9 @@ impl Base {
     /// # Errors
     /// A name that the other base does not have.
     pub(crate) fn take(&mut self, name: TensorName, other: &Self, of: &TensorName) -> attune_points::Result<()> {
+        if let Some(source) = other.sources.get(of) {
+            self.sources.insert(name.clone(), source.clone());
+        }
         match other.matrices.get(of) {
             Some(matrix) => drop(self.matrices.insert(name, matrix.clone())),
             None => drop(self.vectors.insert(name, other.vector(of)?.clone())),

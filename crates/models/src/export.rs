@@ -91,7 +91,8 @@ fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path
         // All numbers are whole now.
         config.remove("quantization_config");
         let read = Architecture::from_json(text).ok();
-        if read.as_ref().is_some_and(|read| read.family != architecture.family) {
+        let form = |of: &Architecture| (of.family, of.inner, of.layers);
+        if read.as_ref().is_some_and(|read| form(read) != form(architecture)) {
             architecture.write_config(config);
         }
         if read.is_some_and(|read| read.head != architecture.head) {

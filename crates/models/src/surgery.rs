@@ -33,7 +33,7 @@ pub fn operate(base: &Base, surgery: &MethodRef, seed: u64) -> Result<Base, Erro
     let plan = method.plan(from, &to).map_err(refused)?;
     let (infos, sites) = (to.tensors(), to.sites());
     let sites: BTreeMap<&SiteId, &Site> = sites.iter().map(|site| (&site.id, site)).collect();
-    let mut made = Base::empty(to);
+    let mut made = base.emptied(to);
     let rng = Rng::new(seed, "surgery");
     let mut later = Vec::new();
     for TensorInfo { name, site, part, .. } in infos {

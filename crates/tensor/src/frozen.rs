@@ -102,6 +102,11 @@ impl FrozenWeight {
         }
     }
 
+    /// Where it lies: the same for what was cloned of one another, and no others.
+    pub fn place(&self) -> usize {
+        Arc::as_ptr(&self.0) as usize
+    }
+
     /// Bytes that it takes of memory, or of a mapped file.
     pub fn bytes(&self) -> usize {
         match &*self.0 {

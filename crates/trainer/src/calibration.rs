@@ -141,7 +141,10 @@ impl Calibration<'_> {
         });
         let mut domains = Vec::new();
         for domain in &plan.domains {
-            domains.push(json!([domain.name, content(&domain.input)?, domain.weight, domain.form]));
+            let mut said =
+                vec![json!(domain.name), json!(content(&domain.input)?), json!(domain.weight), json!(domain.form)];
+            said.extend(domain.rows.map(|rows| json!(rows)));
+            domains.push(serde_json::Value::Array(said));
         }
         let data = json!({
             "domains": domains,

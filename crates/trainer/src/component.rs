@@ -7,7 +7,7 @@ use std::sync::Arc;
 use attune_adapt::held::{self, Held};
 use attune_adapt::slot::{self, Fresh};
 use attune_adapt::{ADAPTERS, BUDGETS, INITS, budgets, peft};
-use attune_architecture::{Site, SiteId, targets};
+use attune_architecture::{Architecture, Site, SiteId, targets};
 use attune_models::{Base, Slot, Stack, stack};
 use attune_points::adapter::{Adapter, Attachment, Merged, Port};
 use attune_points::budget::Budget;
@@ -16,7 +16,7 @@ use attune_points::{Bank, BankKind, Binding, Params, Rows, Stats, StatsRequest, 
 use attune_spec::id::Step;
 use attune_spec::job::Targets;
 use attune_spec::job::plan::PlanSlot;
-use attune_spec::method::{BuildCx, MethodRef};
+use attune_spec::method::{BuildCx, Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::Rng;
 use candle_core::DType;
@@ -164,11 +164,36 @@ impl Component {
     /// The component that an adapter folder holds.
     pub(crate) fn read(folder: &Path, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
         let read = peft::read(folder)?;
+        stands_on(read.ranges.as_deref(), base.architecture(), path)?;
         let at = Attached::new(&read.method, &read.targets, None, base, path, cx)?;
         let params = read.params(&*at.adapter, &at.attachments)?;
         let (held, requantized) = (held::read(folder)?, held::read_less(folder, &at.attachments)?);
         Ok(Self { held, requantized, ..at.with(params) })
     }
+}
+
+/// Whether the layers of the base are those that an adapter's folder says: the same path is another layer else.
+///
+/// # Errors
+/// A fault at `path`.
+fn stands_on(ranges: Option<&[[u32; 2]]>, base: &Architecture, path: &FieldPath) -> Result<(), Error> {
+    let own = || 0..base.layers as u32;
+    let found = base.origins.clone().unwrap_or_else(|| own().collect());
+    let said = ranges.map_or_else(
+        || own().collect(),
+        |ranges| ranges.iter().flat_map(|&[start, end]| start..end).collect::<Vec<_>>(),
+    );
+    if said == found {
+        return Ok(());
+    }
+    let message = match ranges.and_then(|ranges| Catalogue::embedded().repeating(ranges)) {
+        Some(surgery) => format!(
+            "was trained on a base whose layers are repeated; expected `tune.surgery` to be {}",
+            serde_json::to_string(&surgery).unwrap_or_default()
+        ),
+        None => "was trained on the base as it is, whose layers `tune.surgery` repeats: its sites would be others; leave one of them out".to_owned(),
+    };
+    Err(Error::Faults(vec![Fault::new(path.clone(), message)]))
 }
 
 /// What a component makes of those that it blends, in place of what it starts with: `before` are the slots before it, with their banks.

@@ -1,13 +1,14 @@
-//! A base whose linears are held in few bits, and adapters that were trained on one.
+//! A base whose linears are held in few bits, or whose layers are repeated, and adapters that were trained on one.
 
 use std::path::{Path, PathBuf};
 
 use attune_adapt::held::{self, Held};
-use attune_models::{Base, Slot, stack};
+use attune_adapt::peft;
+use attune_models::{Base, Slot, stack, surgery};
 use attune_points::Params;
 use attune_points::adapter::Merged;
 use attune_spec::job::{Plan, Precision};
-use attune_spec::method::MethodRef;
+use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
 
 use crate::error::Error;
@@ -26,7 +27,8 @@ pub(crate) fn open(folder: &Path, precision: Precision, quantization: Option<&Me
     })
 }
 
-/// The base that adapters were trained on: as their folders say that it was held, else in `precision`.
+/// The base that adapters were trained on: as their folders say that it was held, else in `precision`, and with the layers that the
+/// first of them says that are repeated. That all of them say the same of these is seen when they are read.
 ///
 /// # Errors
 /// [`Error`] naming the folder or file at fault; adapters that say different things.
@@ -48,10 +50,23 @@ pub fn open_for(base: &Path, adapters: &[PathBuf], precision: Precision) -> Resu
             None => said = Some((folder, held)),
         }
     }
-    match said {
-        Some((_, held)) => open(base, held.precision, Some(&held.quantization)),
-        None => open(base, precision, None),
+    let opened = match said {
+        Some((_, held)) => open(base, held.precision, Some(&held.quantization))?,
+        None => open(base, precision, None)?,
+    };
+    for folder in adapters {
+        let Some(ranges) = peft::ranges(folder)? else { continue };
+        let of_folder = |faults: Vec<Fault>| Error::Input {
+            input: folder.display().to_string(),
+            message: faults.iter().map(|fault| format!("says of its base: {fault}")).collect::<Vec<_>>().join("; "),
+        };
+        let Some(surgery) = Catalogue::embedded().repeating(&ranges) else { continue };
+        return surgery::operate(&opened, &surgery, 0).map_err(|error| match error {
+            attune_models::Error::Refused(faults) => of_folder(faults),
+            error => error.into(),
+        });
     }
+    Ok(opened)
 }
 
 /// Whether a job holds its base as that of an adapter was which it starts from: else the adapter would stand beside other weights

@@ -24,7 +24,7 @@ use crate::experts;
 use crate::few;
 use crate::pin;
 use crate::protocol::{OutputKind, OutputRole, Request};
-use crate::setup::Prepared;
+use crate::setup::{Prepared, operated};
 
 /// An output folder.
 pub(crate) struct Output {
@@ -83,7 +83,7 @@ pub(crate) fn write(
         match request.plan.merged_into {
             // Read once more: the run had it in few bits only.
             Some(MergedInto::Base) => {
-                let base = Base::open(&prepared.base_folder, request.plan.precision)?;
+                let base = operated(Base::open(&prepared.base_folder, request.plan.precision)?, &request.plan)?;
                 model(prepared, &base, theta, dtype, &folder)?;
             }
             Some(MergedInto::Dequantized) | None => {

@@ -102,12 +102,8 @@ pub(crate) fn prepare(
     }
     let base_folder = folder(request, &plan.base, &mut pinned)?;
     let mut base = match &plan.surgery {
-        Some(surgery) => {
-            let base = opened(plan, &base_folder)?;
-            let made = surgery::operate(&base, surgery, plan.seed).map_err(|error| match error {
-                attune_models::Error::Refused(faults) => Error::Faults(faults),
-                error => error.into(),
-            })?;
+        Some(_) => {
+            let made = operated(opened(plan, &base_folder)?, plan)?;
             Arc::new(made.on(card::kernels(request.card, plan.matmul)?)?)
         }
         None if plan.from_scratch => {
@@ -127,7 +123,7 @@ pub(crate) fn prepare(
     let mut reports = BTreeMap::new();
     let mut domains = Vec::new();
     for domain in &plan.domains {
-        let data = read(request, &domain.input, domain.form, None, &encoder, &mut pinned)?;
+        let data = read(request, &domain.input, domain.form, domain.rows, &encoder, &mut pinned)?;
         reports.insert(format!("data/{}", domain.name), data.report().clone());
         domains.push(Domain { name: domain.name.to_string(), data: Arc::new(data) });
     }
@@ -344,6 +340,15 @@ fn opened(plan: &Plan, folder: &Path) -> Result<Base, Error> {
         return Ok(Base::from_scratch(folder, plan.seed)?);
     }
     few::open(folder, plan.precision, plan.quantization.as_ref())
+}
+
+/// What the job makes of its base before anything trains: the base itself for most.
+pub(crate) fn operated(base: Base, plan: &Plan) -> Result<Base, Error> {
+    let Some(surgery) = &plan.surgery else { return Ok(base) };
+    surgery::operate(&base, surgery, plan.seed).map_err(|error| match error {
+        attune_models::Error::Refused(faults) => Error::Faults(faults),
+        error => error.into(),
+    })
 }
 
 /// The rows that the components of the stack put before every document.

@@ -3,6 +3,7 @@
 //! [`command`] has one file for each noun, [`mod@print`] is what people and programs read, [`demo`] is the material of the
 //! built-in demonstration. Data goes to standard output, everything else to standard error.
 
+mod advise;
 mod command;
 mod demo;
 mod experiment;

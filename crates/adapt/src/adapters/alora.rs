@@ -131,12 +131,20 @@ impl Method for Alora {
         parameters: "rank*(i + o)",
         merges: Merges::No,
         peft_type: Some("LORA"),
-        rules: &[Rule {
-            when: "count(tokens) > 0",
-            require: "text == \"\"",
-            message: "says what `tokens` say already; expected one of the two",
-            path: "text",
-        }],
+        rules: &[
+            Rule {
+                when: "text == \"\"",
+                require: "count(tokens) > 0",
+                message: "is empty; expected the numbers of the invocation's tokens, or its `text`",
+                path: "tokens",
+            },
+            Rule {
+                when: "count(tokens) > 0",
+                require: "text == \"\"",
+                message: "says what `tokens` say already; expected one of the two",
+                path: "text",
+            },
+        ],
         ..Card::new(
             "alora",
             Point::Adapter,
@@ -193,10 +201,6 @@ fn invoked(tokens: &[u32], earlier: &[u32], own: &[Row]) -> Option<usize> {
 impl Adapter for Alora {
     fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
         let mut faults = Vec::new();
-        if self.tokens.is_empty() && !self.of_text {
-            faults
-                .push(Fault::new("tokens", "is empty; expected the numbers of the invocation's tokens, or its `text`"));
-        }
         for (at, token) in self.tokens.iter().enumerate().filter(|(_, token)| **token as usize >= arch.vocab) {
             let path = if self.of_text { "text".to_owned() } else { format!("tokens[{at}]") };
             let message = format!("has token {token}; the base has tokens 0 to {}", arch.vocab - 1);

@@ -106,12 +106,20 @@ impl Method for ContextAwarePrompt {
         moves: Some("documents come after demonstrations"),
         merges: Merges::No,
         peft_type: Some("CPT"),
-        rules: &[Rule {
-            when: "count(types) > 0",
-            require: "count(types) == count(tokens)",
-            message: "are not as many as `tokens`; expected one for each of them, or none",
-            path: "types",
-        }],
+        rules: &[
+            Rule {
+                when: "true",
+                require: "count(tokens) > 0",
+                message: "is empty; expected the numbers of the demonstrations' tokens",
+                path: "tokens",
+            },
+            Rule {
+                when: "count(types) > 0",
+                require: "count(types) == count(tokens)",
+                message: "are not as many as `tokens`; expected one for each of them, or none",
+                path: "types",
+            },
+        ],
         ..Card::new(
             "context-aware-prompt",
             Point::Adapter,
@@ -166,10 +174,7 @@ impl ContextAwarePrompt {
 impl Adapter for ContextAwarePrompt {
     fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
         let mut faults = Vec::new();
-        if self.config.tokens.is_empty() {
-            faults.push(Fault::new("tokens", "is empty; expected the numbers of the demonstrations' tokens"));
-        }
-        if !self.config.tokens.is_empty() && self.types().iter().all(|of| of.is_multiple_of(4)) {
+        if self.types().iter().all(|of| of.is_multiple_of(4)) {
             faults.push(Fault::new(
                 "types",
                 "says that all tokens are of labels, which never move; expected others among them",
@@ -426,7 +431,6 @@ mod tests {
             let faults = method(tokens, types).attach(&arch, &arch.sites()).unwrap_err();
             faults.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
-        assert_eq!(said(&[], &[]), ["`tokens` is empty; expected the numbers of the demonstrations' tokens"]);
         assert!(said(&[1, 2], &[4, 8])[0].contains("all tokens are of labels"));
         assert_eq!(said(&[1, 11], &[]), ["`tokens[1]` is 11; the base has tokens 0 to 10"]);
     }

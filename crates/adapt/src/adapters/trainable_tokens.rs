@@ -35,7 +35,7 @@ use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Point, SiteKind, Words};
+use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Point, Rule, SiteKind, Words};
 use attune_tensor::rng::Rng;
 use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
@@ -73,6 +73,12 @@ impl Method for TrainableTokens {
         shared: "(count(tokens) + count(words))*o",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
+        rules: &[Rule {
+            when: "count(words) == 0",
+            require: "count(tokens) > 0",
+            message: "is empty; expected the numbers of the tokens whose rows train, or `words`",
+            path: "tokens",
+        }],
         ..Card::new(
             "trainable-tokens",
             Point::Adapter,
@@ -129,9 +135,6 @@ fn token_of(text: &str, words: Option<&dyn Words>) -> Result<u32, String> {
 impl Adapter for TrainableTokens {
     fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
         let mut faults = Vec::new();
-        if self.tokens.is_empty() {
-            faults.push(Fault::new("tokens", "is empty; expected the numbers of the tokens whose rows train"));
-        }
         for (at, token) in self.tokens.iter().enumerate().filter(|(_, token)| **token as usize >= arch.vocab) {
             let path = format!("tokens[{at}]");
             faults.push(Fault::new(path.as_str(), format!("is {token}; the base has tokens 0 to {}", arch.vocab - 1)));
@@ -293,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_token_or_one_twice_is_refused() {
+    fn what_names_a_token_twice_or_none_of_the_base_is_refused() {
         let refused = |params: Value, words: Option<&dyn Words>| build(params, words).err().unwrap();
         let twice = refused(json!({"tokens": [3, 4, 3], "words": ["e"]}), Some(&Letters));
         assert_eq!(twice[0], "`tokens[2]` is token 3, as tokens[0] is; expected each of them once");
@@ -301,8 +304,6 @@ mod tests {
         let long = refused(json!({"words": ["abc"]}), Some(&Letters));
         assert!(long[0].contains("\"abc\", which is 3 tokens"), "{long:?}");
         assert!(refused(json!({"words": ["a"]}), None)[0].contains("expected `tokens` by number"));
-        let none = attached(&*build(json!({}), None).unwrap()).unwrap_err();
-        assert!(none[0].starts_with("`tokens` is empty"), "{none:?}");
         let beyond = attached(&*build(json!({"tokens": [3, 11]}), None).unwrap()).unwrap_err();
         assert_eq!(beyond, ["`tokens[1]` is 11; the base has tokens 0 to 10"]);
     }

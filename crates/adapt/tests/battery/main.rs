@@ -179,9 +179,13 @@ fn fail<E: std::fmt::Debug>(error: E) -> Failed {
 
 fn defaults_parse(card: &'static Card) -> Result<(), Failed> {
     let document = ADAPTERS.documents().find(|document| document.name == card.name).ok_or("no document")?;
-    let mut method = document.defaults.clone();
-    method["method"] = card.name.into();
-    build(method).map_err(fail)?;
+    let mut defaults = document.defaults.clone();
+    defaults["method"] = card.name.into();
+    // What only a job can name, such as tokens, has no default that would do.
+    for (name, listed) in method(card).as_object().into_iter().flatten().filter(|(_, value)| value.is_array()) {
+        defaults[name] = listed.clone();
+    }
+    build(defaults).map_err(fail)?;
     for field in document.defaults.as_object().ok_or("the defaults are no mapping")?.keys() {
         let schema = &document.schema["properties"][field];
         assert!(schema["description"].is_string(), "parameter {field} is not described");

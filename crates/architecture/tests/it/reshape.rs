@@ -108,3 +108,49 @@ fn a_card_says_what_becomes_of_the_sizes() {
     let made = dense.after(&surgery(336), &narrow).unwrap();
     assert_eq!((made.inner, made.experts, made.family), (14_000, None, Family::Llama));
 }
+
+#[test]
+fn ranges_of_layers_are_within_the_model_and_in_bounds() {
+    let model = read(QWEN3_06B);
+    let refused = |ranges: &[[u32; 2]]| {
+        let faults = model.repeating(ranges).unwrap_err();
+        faults.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert!(refused(&[])[0].contains("expected ranges of the 28 layers, such as [[0, 28]]"));
+    assert_eq!(
+        refused(&[[0, 2], [3, 3], [4, 29]]),
+        [
+            "`[1]` is [3, 3]; expected a layer and a later end, 0 to 28",
+            "`[2]` is [4, 29]; expected a layer and a later end, 0 to 28",
+        ]
+    );
+    assert!(refused(&[[0, 28]; 147])[0].contains("has 4116 layers in all; expected at most 4096"));
+    let made = model.repeating(&[[0, 20], [8, 20], [20, 28]]).unwrap();
+    assert_eq!((made.layers, made.distinct_layers()), (40, 28));
+    assert_eq!(made.ranges(), Some(vec![[0, 20], [8, 28]]));
+    assert_eq!(made.weight_bytes(2), model.weight_bytes(2));
+    assert_eq!(made.parameters(), model.parameters() + 12 * model.layer_parameters());
+    // Again: of the layers that there were at first.
+    let again = made.repeating(&[[19, 22]]).unwrap();
+    assert_eq!(again.origins, Some(vec![19, 8, 9]));
+}
+
+/// Windows go with their layers, where a configuration can say so.
+#[test]
+fn a_written_configuration_is_read_as_the_model_with_repeated_layers() {
+    let by_number = edited(
+        QWEN25_05B,
+        json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 21, "num_hidden_layers": 24}),
+    );
+    let everywhere =
+        edited(QWEN3_06B, json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 0}));
+    for config in [LLAMA_31_8B, MISTRAL_7B, QWEN3_06B, QWEN25_05B, GPT2, OLMOE_1B_7B, &by_number, &everywhere] {
+        let model = read(config);
+        let layers = model.layers as u32;
+        let made = model.repeating(&[[0, layers], [layers - 5, layers - 1]]).unwrap();
+        let plain = written(config, &made);
+        assert_eq!((plain.layers, &plain.origins), (model.layers + 4, &None));
+        assert_eq!(plain.windows, made.windows, "{config}");
+        assert_eq!((plain.parameters(), plain.family), (made.parameters(), made.family));
+    }
+}

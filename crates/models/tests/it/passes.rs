@@ -431,3 +431,28 @@ fn forecast(config: &str) {
         }
     }
 }
+
+/// Norms, activations and attentions need for their own way back whatever the linears of a block read, or what that is made of; so the
+/// gradient of a factor that reads it takes no byte more than that of one that does not, and there is nothing that a smaller copy of it
+/// could be kept in place of.
+#[test]
+fn what_linears_read_is_kept_for_no_component_alone() {
+    let mut layout = Layout::new();
+    for example in 0..8 {
+        layout.push(Source { example, ..Source::default() }, (0..40).map(|row| (Row::Token(row), row + 1)));
+    }
+    for config in [TINY, MIXTURE, LAST] {
+        for dtype in [DType::F32, DType::BF16] {
+            let used = |locals: &[&str]| {
+                let model = model(config, dtype, vec![low_rank(1, 0.0, true)]);
+                let theta = Theta::single([bank(vec![set(&model, 0, 1)])]);
+                let ids = theta.trained().map(|(id, _)| id).filter(|id| locals.contains(&id.name.local()));
+                let mut sink = Grads::wanting(ids);
+                let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+                model.grad_parts(&[pass], &CrossEntropy, 0.3, Keep::All, &mut [&mut sink]).unwrap();
+                model.arena().idle_bytes()
+            };
+            assert_eq!(used(&["down", "up"]), used(&["up"]), "{dtype:?}, {config}");
+        }
+    }
+}

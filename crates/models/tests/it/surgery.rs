@@ -111,9 +111,14 @@ fn every_surgery_makes_what_its_card_says() {
     let base = || Base::open(&golden("llama"), Precision::F32).unwrap();
     let mut count = 0;
     for card in SURGERIES.cards() {
-        let surgery = MethodRef::named(card.name);
-        let made = |seed| surgery::operate(&base(), &surgery, seed).unwrap();
         let document = Catalogue::embedded().get(card.name).unwrap();
+        // One that repeats layers has to be told which.
+        let surgery = match document.repeats() {
+            Some(_) => Catalogue::embedded().repeating(&[[0, 2], [1, 2]]).unwrap(),
+            None => MethodRef::named(card.name),
+        };
+        assert_eq!(surgery.method, card.name);
+        let made = |seed| surgery::operate(&base(), &surgery, seed).unwrap();
         let resolved = Catalogue::embedded().resolve(&surgery);
         assert_eq!(made(1).architecture(), &base().architecture().after(&resolved, document).unwrap(), "{}", card.name);
         let (once, again) = (made(1), made(1));
@@ -125,7 +130,7 @@ fn every_surgery_makes_what_its_card_says() {
         }
         let (dense, now) = (logits(base()), logits(once));
         let off = difference(&dense, &now) / largest(&dense);
-        assert!(card.moves.is_some() || off < 1e-5, "{}: off by {off}", card.name);
+        assert_eq!(card.moves.is_some(), off > 1e-5, "{}: off by {off}", card.name);
         count += 1;
     }
     assert!(count > 0);
@@ -179,4 +184,58 @@ fn a_base_of_16_bits_keeps_them_and_its_function() {
     // Halves are added after each was rounded, so that the two differ by a rounding or two.
     let off = difference(&dense, &logits(made)) / largest(&dense);
     assert!(off < 0.02, "off by {off}");
+}
+
+fn repeated(base: &Base, ranges: &[[u32; 2]]) -> Base {
+    surgery::operate(base, &Catalogue::embedded().repeating(ranges).unwrap(), 3).unwrap()
+}
+
+/// Layers that are repeated compute as copies would, take no byte, and are copies when they are written: of each family, with windows
+/// that go with their layers and layers in the transposed form.
+#[test]
+fn repeated_layers_are_the_base_s_own_and_a_plain_model_when_written() {
+    for case in ["llama", "mistral", "qwen2", "qwen2_window", "qwen3", "gpt2", "olmoe"] {
+        let base = Base::open(&golden(case), Precision::F32).unwrap();
+        let made = repeated(&base, &[[0, 2], [0, 1], [1, 2], [1, 2]]);
+        let architecture = made.architecture();
+        assert_eq!((architecture.layers, architecture.distinct_layers()), (5, 2));
+        assert_eq!(architecture.ranges(), Some(vec![[0, 2], [0, 2], [1, 2]]), "{case}");
+        assert_eq!(made.bytes(), base.bytes(), "{case}: what is repeated lies there twice");
+        let windows = &base.architecture().windows;
+        let of = |layers: &[usize]| layers.iter().map(|layer| windows[*layer]).collect::<Vec<_>>();
+        assert_eq!(architecture.windows, of(&[0, 1, 0, 1, 1]), "{case}");
+
+        let folder = tempfile::tempdir().unwrap();
+        export::write(&made, &BTreeMap::new(), DType::F32, &golden(case), folder.path()).unwrap();
+        let read = Base::open(folder.path(), Precision::F32).unwrap();
+        let plain = read.architecture();
+        assert_eq!((plain.layers, &plain.origins, &plain.windows), (5, &None, &architecture.windows), "{case}");
+        assert_eq!(plain.parameters(), architecture.parameters());
+        assert_eq!(read.bytes() as u64, plain.weight_bytes(4), "{case}");
+        assert_eq!(made.bytes() as u64, architecture.weight_bytes(4), "{case}");
+        // As if each copy had been there by itself, and another model than the base.
+        let (shallow, now, again) = (logits(base), logits(made), logits(read));
+        assert_eq!(difference(&now, &again), 0.0, "{case}");
+        assert!(difference(&shallow, &now) > 1e-3, "{case}");
+        leave(&format!("{case}-repeated"), folder.path(), &again);
+    }
+}
+
+#[test]
+fn one_range_of_all_layers_is_the_base_bit_by_bit() {
+    let base = Base::open(&golden("llama"), Precision::F32).unwrap();
+    let made = repeated(&base, &[[0, 1], [1, 2]]);
+    assert_eq!(difference(&logits(base), &logits(made)), 0.0);
+}
+
+/// In few bits too there is one of each.
+#[test]
+fn layers_in_few_bits_are_repeated_as_they_are() {
+    let format = MethodRef::named("nf4");
+    let base = || Base::open_quantized(&golden("llama"), Precision::F32, &format).unwrap();
+    let made = repeated(&base(), &[[0, 2], [1, 2]]);
+    assert_eq!(made.bytes(), base().bytes());
+    let whole = repeated(&Base::open(&golden("llama"), Precision::F32).unwrap(), &[[0, 2], [1, 2]]);
+    let copies = whole.quantized(&format).unwrap();
+    assert_eq!(difference(&logits(made), &logits(copies)), 0.0);
 }

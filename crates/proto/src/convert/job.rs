@@ -64,6 +64,7 @@ fn data(spec: &DataSpec, faults: &mut Faults) -> v1::DataSpec {
         source: domain.source.to_string(),
         weight: Some(domain.weight),
         form: form(domain.form),
+        rows: domain.rows,
     };
     let set = |set: &ValidationSpec| v1::ValidationSpec {
         name: set.name.to_string(),
@@ -318,6 +319,7 @@ impl Reader {
                 "source": Some(&domain.source),
                 "weight": domain.weight,
                 "form": self.word::<v1::RowForm>(domain.form, form.as_str()),
+                "rows": domain.rows,
             });
         }
         let mut validation = Vec::new();

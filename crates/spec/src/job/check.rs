@@ -332,7 +332,9 @@ fn quantization(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) 
     if tune.from_scratch {
         refuse("`tune.from_scratch` makes a base at random: expected a base that was trained".to_owned());
     }
-    if let Some(surgery) = &tune.surgery {
+    if let Some(surgery) = &tune.surgery
+        && !catalogue.get(&surgery.method).is_some_and(|document| document.on_quantized() == Some(true))
+    {
         refuse(format!(
             "`tune.surgery` is {}, which makes another model of whole numbers: leave one of them out",
             surgery.method
@@ -371,14 +373,28 @@ fn quantization(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) 
     }
 }
 
-/// What a surgery makes is kept as the model that the run ends with: an adapter would be of a model that nobody has.
+/// What a surgery makes is kept as the model that the run ends with: an adapter would be of a model that nobody has, unless its folder
+/// can say how that is made.
 fn surgery(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
-    if spec.tune.surgery.is_none() {
-        return;
-    }
+    let Some(surgery) = &spec.tune.surgery else { return };
+    let repeats = catalogue.get(&surgery.method).is_some_and(|surgery| surgery.repeats().is_some());
     for (path, slot) in spec.tune.slots() {
         let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
         let keeps = method.is_some_and(|method| method.trains_base);
+        if repeats {
+            if let Some(method) = method.filter(|method| !keeps && !method.says_repeats()) {
+                let able = catalogue.documents().filter(|other| other.says_repeats());
+                let able: Vec<&str> = able.map(|other| other.name.as_str()).collect();
+                let message = format!(
+                    "is {}, whose folder cannot say that `tune.surgery` repeats layers; expected one of {}, or a method that trains the \
+                     weights of the base",
+                    method.name,
+                    able.join(", ")
+                );
+                faults.push(Fault::new(path, message));
+            }
+            continue;
+        }
         // A method that is not known is told of already.
         if !keeps && (slot.from.is_some() || method.is_some()) {
             let message = "is an adapter, and `tune.surgery` makes a model of its own, which only a method that trains the \

@@ -76,6 +76,10 @@ pub struct DomainSpec {
     /// How rows are to be understood; recognised from the columns when it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub form: Option<Form>,
+    /// Only the first rows are learned from; all of them when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub rows: Option<u64>,
 }
 
 /// A validation set.

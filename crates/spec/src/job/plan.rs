@@ -48,6 +48,9 @@ pub struct PlanDomain {
     pub weight: f64,
     /// How rows are to be understood; `None` lets the columns decide.
     pub form: Option<Form>,
+    /// How many rows are learned from; `None` for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<u64>,
 }
 
 /// A validation set.
@@ -241,6 +244,7 @@ impl Plan {
             input: input(data.field("domains").index(index).field("source"), &domain.source),
             weight: domain.weight,
             form: domain.form,
+            rows: domain.rows,
         });
         let domains = domains.collect();
         let validation = spec.data.validation.iter().enumerate().map(|(index, set)| PlanValidation {

@@ -146,6 +146,9 @@ pub struct Rule {
     pub path: &'static str,
 }
 
+/// The name among [`Card::becomes`] of the layers that a model has.
+pub const LAYERS: &str = "layers";
+
 /// What a method says about itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Card {
@@ -187,7 +190,8 @@ pub struct Card {
     /// Rows that it puts before those of every document, as an expression over its parameters; empty for none.
     pub rows_before: &'static str,
     /// What it makes of a model's sizes, `inner`, `experts`, `experts_per_token` and `experts_balance`: expressions over its
-    /// parameters and the sizes before; those that it does not name stay. Empty for points that leave a model as it is.
+    /// parameters and the sizes before; those that it does not name stay. Under [`LAYERS`] stands no expression but the parameter that
+    /// lists the layers as ranges of those before. Empty for points that leave a model as it is.
     pub becomes: &'static [(&'static str, &'static str)],
     /// Bytes that a linear's weight takes in a format of few bits, as an expression over its parameters and the weight's widths, `i` and
     /// `o`; empty for points that are no format.

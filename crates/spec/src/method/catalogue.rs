@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use jsonschema::Validator;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::card::Point;
 use super::document::MethodDocument;
@@ -125,6 +125,13 @@ impl Catalogue {
         let mut names = self.resolve(format).params;
         names.extend([("o".to_owned(), output.into()), ("i".to_owned(), input.into())]);
         expression::number(&document.stored_bytes, &names).ok()
+    }
+
+    /// The surgery that makes a model of these ranges of a base's layers.
+    pub fn repeating(&self, ranges: &[[u32; 2]]) -> Option<MethodRef> {
+        let (document, param) = self.documents().find_map(|document| Some((document, document.repeats()?)))?;
+        let params = Map::from_iter([(param.to_owned(), json!(ranges))]);
+        Some(MethodRef { method: document.name.clone(), params })
     }
 
     /// `named` with its canonical name and every default written out: what goes into a plan.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::card::{Merges, Point, SiteKind};
+use super::card::{LAYERS, Merges, Point, SiteKind};
 
 /// Where a method was published (the travelling form of [`super::Paper`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,14 +151,25 @@ impl MethodDocument {
         }
     }
 
+    /// Of a surgery that repeats layers and leaves all else as it is, the parameter that lists them. Components can be put on what it
+    /// makes: where their folders are PEFT's of LoRA, they can say so.
+    pub fn repeats(&self) -> Option<&str> {
+        self.becomes.get(LAYERS).filter(|_| self.becomes.len() == 1).map(String::as_str)
+    }
+
+    /// Whether folders of its components can say that the base's layers are repeated.
+    pub fn says_repeats(&self) -> bool {
+        self.peft_type.as_deref() == Some("LORA")
+    }
+
     /// Whether it works where linears of the base are held in few bits; nothing, if the question does not apply to its point. Such
-    /// weights are read and multiplied with, by their widened numbers, and never change: who trains them, or makes another model of
+    /// weights are read and multiplied with, by their widened numbers, and never change: who trains them, or makes others of
     /// them, has to have a base of whole numbers.
     pub fn on_quantized(&self) -> Option<bool> {
         match self.point {
             Point::Adapter => Some(!self.trains_base),
             Point::Init | Point::Budget | Point::Quantization => Some(true),
-            Point::Surgery => Some(false),
+            Point::Surgery => Some(self.repeats().is_some()),
             Point::Objective
             | Point::Reward
             | Point::Mixing

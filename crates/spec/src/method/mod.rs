@@ -11,7 +11,7 @@ pub mod expression;
 pub mod registry;
 pub mod schema;
 
-pub use card::{Card, Merges, Paper, Point, Rule, SiteKind};
+pub use card::{Card, LAYERS, Merges, Paper, Point, Rule, SiteKind};
 pub use catalogue::Catalogue;
 pub use document::MethodDocument;
 pub use registry::{BuildCx, Entry, Method, MethodRef, Registry, Words, entry};

@@ -164,6 +164,7 @@ impl PrereqTune {
             source: knowledge.source.clone(),
             weight: 1.0,
             form: Some(Form::Text),
+            rows: None,
         };
         let mut data = DataSpec { domains: vec![domain], validation: Vec::new(), ..job.data.clone() };
         data.max_length = self.config.max_length.unwrap_or(data.max_length);

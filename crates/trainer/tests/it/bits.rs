@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-pub(crate) const KINDS: [(&str, &[(&str, &str)]); 57] = [
+pub(crate) const KINDS: [(&str, &[(&str, &str)]); 58] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("few bits", &[FEW[0], FEW[1], ("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
@@ -59,6 +59,15 @@ pub(crate) const KINDS: [(&str, &[(&str, &str)]); 57] = [
         &[
             ("tune.surgery", "{method: dynamic-dino, copies: 3, granularity: 4}"),
             ("tune.adapter", "{method: full, targets: [w1, w2, w3, gate]}"),
+        ],
+    ),
+    (
+        "repeated layers of few bits",
+        &[
+            FEW[0],
+            FEW[1],
+            ("tune.surgery", "{method: layer-replication, ranges: [[0, 2], [1, 2]]}"),
+            ("tune.adapter", "{method: dora, rank: 4, alpha: 8}"),
         ],
     ),
     ("dora", &[("tune.adapter", "{method: dora, rank: 4, alpha: 8}")]),

@@ -4,6 +4,7 @@
 
 mod answers;
 mod attempt;
+mod audits;
 mod bits;
 mod calibration;
 mod cohort;

@@ -184,3 +184,12 @@ fn a_report_counts_what_trains() {
     assert_eq!(trained(&format!("{{method: lora, rank: 4, trains: b, {targets}}}")), 2 * 4 * (16 + 8));
     assert_eq!(trained(&format!("{{method: lora, rank: 4, {targets}}}")), 2 * 4 * (32 + 24));
 }
+
+#[test]
+fn only_the_first_rows_of_a_domain_are_learned_from() {
+    let small = Small::new();
+    let (_, files) = small.finish(small.plan(&[("data.domains[1].rows", "3"), ("tune.steps", "2")]), 1);
+    let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
+    assert_eq!(report["data"]["data/sums"]["rows"], 3);
+    assert_eq!(report["data"]["data/greetings"]["rows"], 7);
+}

@@ -9,6 +9,9 @@ use attune_points::{Layout, TensorName, Theta};
 use attune_spec::job::Precision;
 use candle_core::{DType, Device, Tensor};
 
+use attune_trainer::{component, few};
+
+use crate::outputs::{self, unpack};
 use crate::support::{Small, metric};
 
 /// Four copies of each MLP, in two experts each, which train with their routers.
@@ -151,4 +154,71 @@ fn a_surgery_that_does_not_fit_the_base_is_a_fault_at_its_field() {
     let faults: BTreeMap<String, String> =
         error.faults().into_iter().map(|fault| (fault.path.to_string(), fault.message)).collect();
     assert_eq!(faults["tune.surgery"], "makes `inner` 4.8 of 24; expected parameters that make it whole");
+}
+
+/// Layers of the base that are repeated, each copy with an adapter of its own.
+const REPEATED: &[(&str, &str)] = &[
+    ("tune.surgery", "{method: layer-replication, ranges: [[0, 2], [0, 2]]}"),
+    ("tune.adapter", "{method: lora, rank: 4, alpha: 8}"),
+    ("tune.from_scratch", "false"),
+];
+
+/// What such a job trains says of which base it is: who reads it makes that again, the next job that starts from it says the same or is
+/// refused, and merged it is a plain model.
+#[test]
+fn an_adapter_on_repeated_layers_says_so_and_is_read_on_them() {
+    for held in [&[][..], &[("tune.quantization", "{method: nf4}")]] {
+        let small = Small::with_weights();
+        let into = if held.is_empty() { &[][..] } else { &[("outputs.merged_into", "dequantized")] };
+        let changes = [REPEATED, held, into, &[("outputs.merged", "true"), ("tune.steps", "20")]].concat();
+        let (events, files) = small.finish(small.plan(&changes), 1);
+        let losses = metric(&events, "train/loss");
+        assert!(losses[19] < 0.9 * losses[0], "{losses:?}");
+        unpack(&files, "Result", &small.path("adapter"));
+        let config: serde_json::Value = serde_json::from_slice(&files["Result/adapter_config.json"]).unwrap();
+        assert_eq!(config["layer_replication"], serde_json::json!([[0, 2], [0, 2]]));
+        let folders = [small.path("adapter")];
+        let base = few::open_for(&small.path("base"), &folders, Precision::F32).unwrap();
+        assert_eq!(base.architecture().layers, 4);
+        let (base, stack, theta) = component::frozen(base, [folders[0].as_path()]).unwrap();
+        // Copies of one layer have become different.
+        let up = |layer: u32| {
+            let name = TensorName::from_path(&format!("model.layers.{layer}.mlp.up_proj.lora_B"));
+            theta.banks[0].sets[0].get(&name).unwrap().clone()
+        };
+        let apart = (up(0) - up(2)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(apart > 1e-4, "{apart}");
+        let spoken = outputs::logits(&Model::new(base, stack), &theta);
+        unpack(&files, "Merged", &small.path("merged"));
+        let merged = Base::open(&small.path("merged"), Precision::F32).unwrap();
+        assert_eq!((merged.architecture().layers, &merged.architecture().origins), (4, &None));
+        let merged = outputs::logits(&Model::new(merged, Stack::default()), &Theta::default());
+        let off = outputs::largest_difference(&merged, &spoken);
+        assert!(off < 1e-4, "merged it is off by {off}");
+
+        let from = [held, &[("tune.adapter", "{from: ./adapter}"), ("tune.steps", "2"), REPEATED[2]]].concat();
+        let (again, _) = small.finish(small.plan(&[&from[..], &REPEATED[..1]].concat()), 1);
+        let (before, after) = (*metric(&events, "eval/sums/loss").last().unwrap(), metric(&again, "eval/sums/loss")[0]);
+        assert!((before - after).abs() < 1e-4 * before, "{before} ended, {after} began");
+        let refused = |changes: &[(&str, &str)]| {
+            let (request, _work) = small.request(small.plan(changes), 1, None);
+            attune_trainer::run::run(&request, &crate::support::Outside::default()).unwrap_err().to_string()
+        };
+        let message = refused(&from);
+        assert!(message.contains("layers are repeated; expected `tune.surgery` to be"), "{message}");
+        assert!(message.contains("[[0,2],[0,2]]"), "{message}");
+        let other = [&from[..], &[("tune.surgery", "{method: layer-replication, ranges: [[0, 2], [1, 2], [1, 2]]}")]];
+        assert!(refused(&other.concat()).contains("layers are repeated; expected `tune.surgery`"));
+    }
+}
+
+#[test]
+fn an_adapter_on_the_base_as_it_is_is_not_read_on_repeated_layers() {
+    let small = Small::with_weights();
+    let (_, files) = small.finish(small.plan(&[("tune.from_scratch", "false"), ("tune.steps", "1")]), 1);
+    unpack(&files, "Result", &small.path("adapter"));
+    let changes = [REPEATED, &[("tune.adapter", "{from: ./adapter}")]].concat();
+    let (request, _work) = small.request(small.plan(&changes), 1, None);
+    let error = attune_trainer::run::run(&request, &crate::support::Outside::default()).unwrap_err();
+    assert!(error.to_string().contains("`tune.surgery` repeats"), "{error}");
 }

@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 
 use super::jobs;
 use super::submit::Prepared;
+use crate::advise::{RULES_FILE, derive};
 use crate::experiment::matrix::{Cell, Matrix};
 use crate::experiment::record::{self, Record};
 use crate::experiment::searched::{self, Seen};
-use crate::experiment::{plot, report};
+use crate::experiment::{curve, plot, report};
 use crate::print::{Failure, Out, note};
 use crate::remote::{self, Server, block_on};
 use crate::words;
@@ -307,6 +308,7 @@ impl Grid {
             job: job.to_owned(),
             error,
             validation: validation(&report),
+            curves: curves(&report),
             trained_parameters: report["trained_parameters"].as_u64().unwrap_or_default(),
             steps: report["steps"].as_u64().unwrap_or_default(),
             tokens: report["tokens"].as_u64().unwrap_or_default(),
@@ -321,25 +323,37 @@ impl Grid {
 
     /// Writes table and plot of the results that are there.
     fn report(&self, out: &mut Out) -> Result<(), Failure> {
-        let (results, jobs, table, panels) = match &self.search {
+        let (results, jobs, table, panels, more) = match &self.search {
             Some(search) => {
                 let seen = self.seen_so_far(&**search)?;
                 let table = searched::markdown(&self.matrix, &seen);
-                (seen.len(), search.evaluations(), table, searched::panels(&self.matrix, &seen))
+                (seen.len(), search.evaluations(), table, searched::panels(&self.matrix, &seen), Vec::new())
             }
             None => {
                 let specs: BTreeSet<Digest> = self.asked.iter().map(|asked| asked.spec).collect();
                 let records = record::read(&self.results())?;
                 let records = report::Compared::latest(&records, &specs);
                 let compared = report::Compared::of(&self.matrix, &records);
-                (records.len(), self.asked.len(), compared.markdown(&self.matrix, &records), compared.panels())
+                let mut more = Vec::new();
+                if records.iter().any(|record| !record.curves.is_empty()) {
+                    more.push(("curves.csv", curve::csv(&records)));
+                }
+                if derive::has_axes(&records) {
+                    match derive::rules(&self.matrix.name, &records) {
+                        Ok(rules) => more.push((RULES_FILE, rules.text())),
+                        Err(why) => note(&format!("no rules follow from these results: {why}")),
+                    }
+                }
+                let table = compared.markdown(&self.matrix, &records);
+                (records.len(), self.asked.len(), table, compared.panels(), more)
             }
         };
         if results == 0 {
             return Err(Failure::failed(format!("{} has no results of this grid", self.results().display())));
         }
         let mut written = Vec::new();
-        for (name, text) in [("table.md", table), ("plot.svg", plot::svg(&self.matrix.name, &panels))] {
+        let plot = plot::svg(&self.matrix.name, &panels);
+        for (name, text) in [("table.md", table), ("plot.svg", plot)].into_iter().chain(more) {
             let file = self.folder.join(name);
             std::fs::write(&file, text).map_err(|error| Failure::file(&file, &error))?;
             written.push(file);
@@ -376,6 +390,21 @@ fn validation(report: &Value) -> BTreeMap<String, [f64; 2]> {
         }
     }
     losses
+}
+
+/// All losses of each validation set of a report, where there are more than the first and the last.
+fn curves(report: &Value) -> BTreeMap<String, Vec<(u64, f64)>> {
+    let mut curves: BTreeMap<String, Vec<(u64, f64)>> = BTreeMap::new();
+    for measured in report["validation"].as_array().into_iter().flatten() {
+        let step = measured["step"].as_u64().unwrap_or_default();
+        for (set, loss) in measured["loss"].as_object().into_iter().flatten() {
+            // What is no number is written as none.
+            let curve = curves.entry(set.clone()).or_default();
+            curve.extend(loss.as_f64().map(|loss| (step, loss)));
+        }
+    }
+    curves.retain(|_, curve| curve.len() > 2);
+    curves
 }
 
 /// A record in a line.

@@ -1,22 +1,67 @@
 //! `attune methods`: what can be named in a job file.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use attune_spec::method::{Catalogue, MethodDocument, Point};
 use serde_json::{Value, json};
 
+use crate::advise::{Advice, Goal, RULES, Rules, Task};
 use crate::print::{Column, Failure, Out, Table, manual};
+use crate::words;
 
 /// Lists and describes the methods that a job file can name.
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = "Examples:
   attune methods list --point adapter
-  attune methods show lora")]
+  attune methods show lora
+  attune methods advise --task classification --examples 500 --short-of time")]
 pub(crate) enum Command {
     /// Lists methods: name, extension point, what it does.
     List(List),
     /// Describes one method: parameters, defaults, cost, paper, and how a job file names it.
     Show(Show),
+    /// Says which method to try first, by what did best in committed runs on as much data.
+    Advise(Advise),
+}
+
+/// What somebody wants to train on.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Advise {
+    /// What the data is of.
+    #[arg(long, value_name = "TASK")]
+    task: Task,
+    /// How many rows it has.
+    #[arg(long, value_name = "N")]
+    examples: u64,
+    /// What there is little of; the smallest loss counts if it is left out.
+    #[arg(long, value_name = "WHAT")]
+    short_of: Option<Short>,
+    /// Rules of one's own: the `rules.json` that `attune experiment report` writes of a grid with axes `task`, `examples` and `method`.
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
+}
+
+/// What there is little of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Short {
+    /// Time to train.
+    Time,
+    /// Memory to train in.
+    Memory,
+    /// Room for the result.
+    Storage,
+}
+
+impl Short {
+    const fn goal(of: Option<Self>) -> Goal {
+        match of {
+            None => Goal::Quality,
+            Some(Self::Time) => Goal::Time,
+            Some(Self::Memory) => Goal::Memory,
+            Some(Self::Storage) => Goal::Storage,
+        }
+    }
 }
 
 /// Which methods are listed.
@@ -59,6 +104,7 @@ pub(super) fn run(command: &Command, out: &mut Out) -> Result<(), Failure> {
     match command {
         Command::List(list) => list_methods(list, out),
         Command::Show(show) => show_method(&show.name, out),
+        Command::Advise(question) => advise(question, out),
     }
 }
 
@@ -91,6 +137,41 @@ fn show_method(name: &str, out: &mut Out) -> Result<(), Failure> {
         .get(name)
         .ok_or_else(|| Failure::usage(catalogue.unknown(name)).with_hint("see what there is: attune methods list"))?;
     if out.is_json() { out.document(method) } else { out.text(&manual::page(method)) }
+}
+
+fn advise(question: &Advise, out: &mut Out) -> Result<(), Failure> {
+    let goal = Short::goal(question.short_of);
+    let own = question.rules.as_deref().map(Rules::read).transpose()?;
+    let rules = own.as_ref().unwrap_or(&RULES);
+    let found = rules.advise(question.task, question.examples, goal);
+    let Advice { rule, is_beyond } =
+        found.ok_or_else(|| Failure::failed("no runs are of such data, so that there is no advice"))?;
+    if out.is_json() {
+        let (version, grid) = (rules.version, &rules.experiment);
+        return out.document(&json!({"rule": rule, "beyond": is_beyond, "version": version, "experiment": grid}));
+    }
+    let why = match goal {
+        Goal::Quality => "its best loss was the smallest".to_owned(),
+        Goal::Time => format!("it was nearly its best soonest, after {:.1} s of training", rule.seconds),
+        Goal::Memory => format!("it took the least memory, {}", words::bytes(rule.memory_bytes as u64)),
+        Goal::Storage => format!("its result was the smallest, {:.0} parameters", rule.parameters),
+    };
+    let among = match goal {
+        Goal::Quality => String::new(),
+        _ => format!(" of those with {:.0} % of the most gain or more", 100.0 * rules.kept),
+    };
+    let beyond = if is_beyond { "; no run had as much data" } else { "" };
+    out.text(&format!(
+        "{}\n  {why}{among}: it took {:.3} off the loss, and the most was {:.3}\n  rule {} (version {}), made of runs on {} rows{beyond}\n  runs {} of the grid {}\n",
+        rule.method,
+        rule.gain,
+        rule.most,
+        rule.id,
+        rules.version,
+        rule.examples,
+        rule.runs.join(", "),
+        rules.experiment,
+    ))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod data;
 mod demo;
 mod doctor;
 mod experiment;
+mod fairness;
 mod generate;
 mod jobs;
 mod methods;
@@ -69,6 +70,7 @@ enum Command {
     Generate(generate::Arguments),
     #[command(subcommand)]
     Experiment(experiment::Command),
+    Fairness(fairness::Arguments),
     #[command(subcommand)]
     Tokens(tokens::Command),
     Audit(audit::Arguments),
@@ -100,6 +102,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Data(command) => data::run(&command, out),
         Command::Generate(arguments) => generate::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
+        Command::Fairness(arguments) => fairness::run(&arguments, server, out),
         Command::Tokens(command) => tokens::run(&command, server, out),
         Command::Audit(arguments) => audit::run(&arguments, server, out),
         Command::Doctor => doctor::run(out),

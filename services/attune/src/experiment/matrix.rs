@@ -275,6 +275,10 @@ impl Axis {
 
 #[cfg(test)]
 mod tests {
+    use attune_architecture::{Architecture, Site, SiteId, targets};
+    use attune_spec::job::Targets;
+    use attune_spec::method::SiteKind;
+
     use super::*;
 
     fn matrix(text: &str) -> Matrix {
@@ -333,5 +337,39 @@ report: {rows: d}
             "`report` names the axis \"d\"; the axes are a, a, b, c",
         ];
         assert_eq!(faults, expected);
+    }
+
+    /// The comparison of parts of a model names exactly those parts.
+    #[test]
+    fn parts_of_a_model_are_what_they_are_called() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/comparisons/subsets.yaml");
+        let grid = Matrix::read(file).unwrap();
+        let config = br#"{"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6,
+                          "num_attention_heads": 2, "vocab_size": 30}"#;
+        let model = Architecture::from_json(config).unwrap();
+        let linears: Vec<Site> = model
+            .sites()
+            .into_iter()
+            .filter(|site| site.layer.is_some() && site.id.as_str().ends_with("_proj"))
+            .collect();
+        assert_eq!(linears.len(), 6 * 7);
+        let Values::Named(parts) = &grid.vary[0].values else { panic!("parts have names") };
+        for (name, fields) in parts {
+            let targets = fields["tune.adapter"].get("targets").cloned().unwrap_or_else(|| "all-linear".into());
+            let targets: Targets = serde_json::from_value(targets).unwrap();
+            let named = targets::resolve(&targets, None, &model, |site| site.offers() == SiteKind::Linear).unwrap();
+            let layer = |site: &Site| site.layer.unwrap_or_default();
+            let is_of = |site: &&Site| match name.as_str() {
+                "everything" => true,
+                "attentions" => site.id.as_str().contains("self_attn"),
+                "mlps" => site.id.as_str().contains("mlp"),
+                "first-half" => layer(site) < 3,
+                "last-half" => layer(site) >= 3,
+                "drawn-half" => [0, 3, 4].contains(&layer(site)),
+                other => panic!("{other} is no part that is known"),
+            };
+            let expected: Vec<&SiteId> = linears.iter().filter(is_of).map(|site| &site.id).collect();
+            assert_eq!(named.iter().map(|site| &site.id).collect::<Vec<_>>(), expected, "{name}");
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! A grid of jobs that differ in a few fields, and what came of each: [`matrix`] says which jobs, [`record`] keeps what came of
-//! them, [`report`] makes a table of it, or [`searched`] one of a search, and [`plot`] a picture.
+//! them, [`curve`] how soon that came, [`report`] makes a table of it, or [`searched`] one of a search, and [`plot`] a picture.
 //!
 //! The one invariant: a record names the job that it is of by everything that the job says, so a grid that was cut off, or
 //! changed, goes on with what is missing.
 
+pub(crate) mod curve;
 pub(crate) mod matrix;
 pub(crate) mod plot;
 pub(crate) mod record;

@@ -25,6 +25,9 @@ pub(crate) struct Record {
     pub(crate) error: Option<String>,
     /// First and last loss of each validation set.
     pub(crate) validation: BTreeMap<String, [f64; 2]>,
+    /// All losses of each with their steps, where it was measured on the way as well.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) curves: BTreeMap<String, Vec<(u64, f64)>>,
     /// Parameters that trained.
     pub(crate) trained_parameters: u64,
     /// Optimiser steps.
@@ -73,7 +76,7 @@ pub(crate) fn append(file: &Path, record: &Record) -> Result<(), Failure> {
 }
 
 #[cfg(test)]
-pub(super) fn of(place: &[(&str, &str)], parameters: u64, losses: &[(&str, f64)]) -> Record {
+pub(crate) fn of(place: &[(&str, &str)], parameters: u64, losses: &[(&str, f64)]) -> Record {
     Record {
         experiment: "test".to_owned(),
         place: place.iter().map(|(axis, value)| ((*axis).to_owned(), (*value).to_owned())).collect(),
@@ -81,6 +84,7 @@ pub(super) fn of(place: &[(&str, &str)], parameters: u64, losses: &[(&str, f64)]
         job: "j-1".to_owned(),
         error: None,
         validation: losses.iter().map(|(set, loss)| ((*set).to_owned(), [3.0, *loss])).collect(),
+        curves: BTreeMap::new(),
         trained_parameters: parameters,
         steps: 10,
         tokens: 1000,

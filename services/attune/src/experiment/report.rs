@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
+use super::curve::{self, Reached};
 use super::matrix::Matrix;
 use super::plot::Panel;
 use super::record::Record;
@@ -42,6 +43,16 @@ pub(crate) struct Row {
     pub(crate) parameters: Runs,
     speed: Runs,
     memory: Runs,
+    /// How soon they were nearly their best, in the order of the columns.
+    reached: Vec<Soon>,
+}
+
+/// Best losses of runs, and how soon they were nearly there.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Soon {
+    best: Runs,
+    steps: Runs,
+    seconds: Runs,
 }
 
 /// The results of a grid as a table.
@@ -87,7 +98,21 @@ impl Compared {
             if own.is_empty() {
                 continue;
             }
+            let soon = |(at, set): &(Vec<String>, String)| {
+                let here = own.iter().filter(|record| place(record) == *at);
+                let all: Vec<_> =
+                    here.filter_map(|record| Some((record, curve::reached(record.curves.get(set)?)?))).collect();
+                let runs = |of: &dyn Fn(&Record, &Reached) -> f64| {
+                    Runs(all.iter().map(|(record, reached)| of(record, reached)).collect())
+                };
+                Soon {
+                    best: runs(&|_, reached| reached.best),
+                    steps: runs(&|_, reached| reached.steps as f64),
+                    seconds: runs(&|record, reached| curve::seconds(record, reached.steps)),
+                }
+            };
             rows.push(Row {
+                reached: keys.iter().map(soon).collect(),
                 losses: keys.iter().map(loss).collect(),
                 parameters: runs(&|record| record.trained_parameters as f64),
                 speed: runs(&|record| record.tokens_per_second),
@@ -166,6 +191,7 @@ impl Compared {
                 .collect();
             line(&mut page, &cells);
         }
+        self.soon(matrix, &mut page);
         if !self.failed.is_empty() {
             page.push_str("\nNot done:\n\n");
             for (place, error) in &self.failed {
@@ -173,6 +199,34 @@ impl Compared {
             }
         }
         page
+    }
+
+    /// The table of how soon runs were nearly their best, where losses were logged on the way.
+    fn soon(&self, matrix: &Matrix, page: &mut String) {
+        if self.rows.iter().flat_map(|row| &row.reached).all(|soon| soon.best.mean().is_none()) {
+            return;
+        }
+        let _ = writeln!(
+            page,
+            "\nThe best loss, and after how many steps and seconds of training {:.0} % of the way there was done, by the logged curves \
+             (`curves.csv`).\n",
+            100.0 * curve::NEARLY
+        );
+        let line = |page: &mut String, cells: &[String]| {
+            let _ = writeln!(page, "| {} |", cells.join(" | "));
+        };
+        let head: Vec<String> = std::iter::once(matrix.rows().to_owned()).chain(self.columns.iter().cloned()).collect();
+        line(page, &head);
+        line(page, &std::iter::once("---").chain(vec!["---:"; head.len() - 1]).map(str::to_owned).collect::<Vec<_>>());
+        for row in &self.rows {
+            let cell = |Soon { best, steps, seconds }: &Soon| match (best.mean(), steps.mean(), seconds.mean()) {
+                (Some(best), Some(steps), Some(seconds)) => format!("{best:.4}, {steps:.0} steps, {seconds:.1} s"),
+                _ => "–".to_owned(),
+            };
+            let cells: Vec<String> =
+                std::iter::once(format!("`{}`", row.value)).chain(row.reached.iter().map(cell)).collect();
+            line(page, &cells);
+        }
     }
 
     /// Records that a grid still asks for: the latest of each job.
@@ -245,6 +299,24 @@ report: {mean_over: [seed]}
 
         - data=a, method=gone, seed=0: job j-1 is failed: no room
         ");
+    }
+
+    #[test]
+    fn how_soon_runs_were_nearly_their_best_is_told_where_losses_were_logged() {
+        let mut records = Vec::new();
+        for (method, at) in [("lora", 4), ("full", 8)] {
+            for seed in ["0", "1"] {
+                let mut record = of(&[("method", method), ("data", "a"), ("seed", seed)], 10, &[("a", 2.0)]);
+                let curve = (0..=10).map(|step| (step, if step < at { 3.0 } else { 2.0 })).collect();
+                record.curves.insert("a".to_owned(), curve);
+                records.push(record);
+            }
+        }
+        let all: Vec<&Record> = records.iter().collect();
+        let page = Compared::of(&matrix(), &all).markdown(&matrix(), &all);
+        // A thousand tokens at 500 a second in ten steps.
+        assert!(page.contains("| `lora` | 2.0000, 4 steps, 0.8 s |"), "{page}");
+        assert!(page.contains("| `full` | 2.0000, 8 steps, 1.6 s |"), "{page}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::support::{Place, run};
 fn help_shows_every_command_and_the_exit_statuses() {
     let ran = run(&["--help"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
-    let local = ["demo", "methods", "validate", "data", "generate", "doctor", "completions"];
+    let local = ["demo", "methods", "validate", "data", "generate", "fairness", "doctor", "completions"];
     for line in local.into_iter().chain(["up", "submit", "jobs", "artifacts", "tokens", "audit", "scheduler", "worker"])
     {
         assert!(ran.stdout.contains(&format!("\n  {line} ")), "{}", ran.stdout);
@@ -19,7 +19,19 @@ fn help_shows_every_command_and_the_exit_statuses() {
 
 #[test]
 fn help_of_every_command_has_an_example() {
-    let nouns = ["demo", "up", "submit", "jobs", "artifacts", "methods", "validate", "data", "generate", "completions"];
+    let nouns = [
+        "demo",
+        "up",
+        "submit",
+        "jobs",
+        "artifacts",
+        "methods",
+        "validate",
+        "data",
+        "generate",
+        "fairness",
+        "completions",
+    ];
     let nouns = nouns.into_iter().chain(["tokens", "audit", "scheduler", "worker"]);
     for command in nouns.map(|noun| [noun]) {
         let ran = run(&[&command[..], &["--help"]].concat());

@@ -5,6 +5,7 @@
 mod attempt;
 mod data;
 mod experiment;
+mod fairness;
 mod generate;
 mod help;
 mod methods;

@@ -92,3 +92,21 @@ fn an_unknown_method_is_met_with_the_nearest() {
     {"error":{"message":"there is no method \"lroa\"; did you mean \"lora\"?","hint":"see what there is: attune methods list","faults":[]}}
     "#);
 }
+
+/// The same question has the same answer, which names the rule and the runs that it is made of.
+#[test]
+fn advice_cites_its_rule_and_the_runs() {
+    let ask =
+        |more: &[&str]| run(&[&["methods", "advise", "--task", "classification", "--examples", "40"], more].concat());
+    let ran = ask(&["--short-of", "storage"]);
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    assert!(ran.stdout.contains("rule classification-50-storage (version 1)"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("of the grid by-size") && ran.stdout.contains("runs j-"), "{}", ran.stdout);
+    assert_eq!(ran.all(), ask(&["--short-of", "storage"]).all());
+    let json = ask(&["--json"]).json();
+    assert_eq!(json["rule"]["goal"], "quality");
+    assert_eq!(json["beyond"], false);
+    let far = run(&["methods", "advise", "--task", "generation", "--examples", "1000000"]);
+    assert!(far.stdout.contains("no run had as much data"), "{}", far.stdout);
+    assert_eq!(run(&["methods", "advise", "--task", "poetry", "--examples", "5"]).status, 2);
+}

@@ -165,6 +165,27 @@ fn sites_are_checked_where_the_base_is_here() {
     assert_eq!(validate(&elsewhere, &[]).status, 0);
 }
 
+/// What only a job can name has no default that would do.
+#[test]
+fn a_method_of_tokens_without_any_is_refused_before_it_runs() {
+    for (adapter, path) in [
+        ("{method: alora}", "tokens"),
+        ("{method: trainable-tokens}", "tokens"),
+        ("{method: context-aware-prompt}", "tokens"),
+        ("{method: alora, tokens: [5], text: a}", "text"),
+    ] {
+        let ran = validate(JOB, &["--set", &format!("tune.adapter={adapter}")]);
+        assert_eq!(ran.status, 2, "{adapter}: {}", ran.all());
+        assert!(ran.stderr.contains(&format!("`tune.adapter.{path}` ")), "{adapter}: {}", ran.all());
+    }
+    for adapter in
+        ["{method: alora, text: a}", "{method: alora, tokens: [5]}", "{method: trainable-tokens, words: [a]}"]
+    {
+        let ran = validate(JOB, &["--set", &format!("tune.adapter={adapter}")]);
+        assert_eq!(ran.status, 0, "{adapter}: {}", ran.all());
+    }
+}
+
 #[test]
 fn sites_are_those_of_what_a_surgery_makes_of_the_base() {
     let full = "tune.adapter={method: full, targets: [w1, gate]}";
@@ -176,6 +197,26 @@ fn sites_are_those_of_what_a_surgery_makes_of_the_base() {
     assert!(ran.stderr.contains("matches no site of this mixtral model"), "{}", ran.all());
     let ran = with("tune.surgery={method: dynamic-dino, granularity: 7}", full);
     assert!(ran.stderr.contains("`tune.surgery` makes `inner`"), "{}", ran.all());
+}
+
+#[test]
+fn adapters_go_on_repeated_layers_where_their_folders_can_say_so() {
+    let with = |ranges: &str, adapter: &str| {
+        let surgery = format!("tune.surgery={{method: layer-replication, ranges: {ranges}}}");
+        validate(JOB, &["--set", &surgery, "--set", &format!("tune.adapter={adapter}")])
+    };
+    for adapter in ["{method: lora, targets: model.layers.3.self_attn.q_proj}", "{method: dora}", "{method: full}"] {
+        let ran = with("[[0, 2], [0, 2]]", adapter);
+        assert_eq!(ran.status, 0, "{}", ran.all());
+    }
+    let ran = with("[[0, 2], [1, 2]]", "{method: lora, targets: model.layers.3.self_attn.q_proj}");
+    assert!(ran.stderr.contains("matches no site of this llama model of 3 layers"), "{}", ran.all());
+    let ran = with("[[0, 2], [1, 2]]", "{method: bone}");
+    assert!(ran.stderr.contains("`tune.adapter` is bone, whose folder cannot say"), "{}", ran.all());
+    let ran = with("[[0, 2], [1, 3]]", "{method: lora}");
+    assert!(ran.stderr.contains("`tune.surgery.ranges[1]` is [1, 3]; expected"), "{}", ran.all());
+    let ran = with("[]", "{method: lora}");
+    assert!(ran.stderr.contains("`tune.surgery.ranges` is empty"), "{}", ran.all());
 }
 
 #[test]

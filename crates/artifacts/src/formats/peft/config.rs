@@ -65,7 +65,7 @@ pub struct LoraConfig {
     pub inference_mode: bool,
     /// How A and B started.
     pub init_lora_weights: InitWeights,
-    /// Repeated layers.
+    /// Repeated layers of the base: a matter of the base, whatever stands beside it.
     pub layer_replication: Option<serde_json::Value>,
     /// Name of the list of layers, for `layers_to_transform`.
     pub layers_pattern: Option<Modules>,
@@ -228,7 +228,6 @@ impl LoraConfig {
         let set = |value: &Option<serde_json::Value>| value.as_ref().is_some_and(|value| !value.is_null());
         let asked = [
             ("bias", self.bias != "none"),
-            ("layer_replication", set(&self.layer_replication)),
             ("lora_bias", self.lora_bias),
             ("modules_to_save", self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty())),
             ("target_parameters", self.target_parameters.as_ref().is_some_and(|names| !names.is_empty())),
@@ -318,7 +317,6 @@ mod tests {
             keys,
             [
                 "bias",
-                "layer_replication",
                 "lora_bias",
                 "modules_to_save",
                 "target_parameters",
