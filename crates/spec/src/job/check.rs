@@ -333,7 +333,7 @@ fn quantization(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) 
         refuse("`tune.from_scratch` makes a base at random: expected a base that was trained".to_owned());
     }
     if let Some(surgery) = &tune.surgery
-        && !catalogue.get(&surgery.method).is_some_and(|document| document.on_quantized() == Some(true))
+        && catalogue.get(&surgery.method).is_none_or(|document| document.on_quantized() != Some(true))
     {
         refuse(format!(
             "`tune.surgery` is {}, which makes another model of whole numbers: leave one of them out",

@@ -75,7 +75,8 @@ mod tests {
     /// ones, where the percentile bootstrap is known to fall somewhat short.
     #[test]
     fn intervals_hold_the_truth_as_often_as_they_say() {
-        let draws: [(&str, fn(&mut Rng) -> f64, f64); 3] = [
+        type Draw = fn(&mut Rng) -> f64;
+        let draws: [(&str, Draw, f64); 3] = [
             ("normal", |rng| 3.0 + rng.normal(), 3.0),
             ("a share", |rng| f64::from(u8::from(rng.uniform() < 0.3)), 0.3),
             ("exponential", |rng| -(1.0 - rng.uniform()).ln(), 1.0),

@@ -184,7 +184,7 @@ impl Audit<'_> {
             Ok((losses, of))
         };
         let (target, of_target) = scored(target)?;
-        let of_known = known.map(|known| scored(known)).transpose()?.map(|(_, of)| of);
+        let of_known = known.map(scored).transpose()?.map(|(_, of)| of);
         let decisions = match &self.decisions {
             None => Vec::new(),
             Some(Decisions { questions, options, positive }) => {

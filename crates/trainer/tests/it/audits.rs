@@ -27,7 +27,7 @@ fn trained(small: &Small, name: &str, adapter: &str, steps: &str) -> (PathBuf, f
 fn questions() -> Decisions {
     let question = |index: usize| Question {
         prompt: format!("{index} and {} make ", index + 1),
-        label: if index % 3 == 0 { "odd" } else { "even" }.to_owned(),
+        label: if index.is_multiple_of(3) { "odd" } else { "even" }.to_owned(),
         group: if index.is_multiple_of(2) { "a" } else { "b" }.to_owned(),
     };
     Decisions {
@@ -131,7 +131,7 @@ fn the_largest_rank_stands_in_for_a_run_of_all_weights_and_is_called_so() {
     let small = Small::with_weights();
     let (large, _) = trained(&small, "large", "{method: lora, rank: 4, alpha: 16}", "60");
     let runs = [("itself".to_owned(), Folder::Adapter(large.clone()))];
-    let report = audit(&small, Some((Against::LargestRank, Folder::Adapter(large.clone()))), &runs);
+    let report = audit(&small, Some((Against::LargestRank, Folder::Adapter(large))), &runs);
     assert_eq!(label(&report, 0, "target loss"), Label::AsLargestRank);
     for change in &report.changes {
         assert!((change.energy[2] - 1.0).abs() < 1e-6 && change.energy[1] < 1.0 - 1e-6, "{change:?}");
