@@ -83,6 +83,8 @@ struct Chaos {
     /// Variables of the scheduler: what is planted in it.
     planted: Option<&'static str>,
     jobs: Vec<String>,
+    /// Those of them that have ended.
+    ended: BTreeSet<String>,
     /// A commit of an attempt, and its bytes, kept for a replay.
     kept: Option<(PathBuf, v1::AttemptCommit)>,
     /// How often each fault happened, and how often to a job that ran.
@@ -106,7 +108,8 @@ impl Chaos {
             // From here on workers speak through the network that breaks.
             cluster.worker.take().unwrap().kill();
             let rng = Rng::new(seed, "chaos");
-            let (workers, jobs, kept, done) = (Vec::new(), Vec::new(), None, BTreeMap::new());
+            let (workers, jobs, ended) = (Vec::new(), Vec::new(), BTreeSet::new());
+            let (kept, done) = (None, BTreeMap::new());
             let (stale_taken, stale_refused) = (0, 0);
             let made = Self {
                 cluster,
@@ -118,6 +121,7 @@ impl Chaos {
                 steps,
                 planted,
                 jobs,
+                ended,
                 kept,
                 done,
                 stale_taken,
@@ -158,9 +162,11 @@ impl Chaos {
     /// Jobs that have not ended.
     async fn open(&mut self) -> Vec<v1::Job> {
         let mut open = Vec::new();
-        for id in self.jobs.clone() {
+        for id in self.jobs.clone().into_iter().filter(|id| !self.ended.contains(id)).collect::<Vec<_>>() {
             let job = self.cluster.wait(&id, "answer", |_| true).await;
-            if !attune_proto::words::state_words(job.state()).is_some_and(|words| words.is_final) {
+            if attune_proto::words::state_words(job.state()).is_some_and(|words| words.is_final) {
+                self.ended.insert(id);
+            } else {
                 open.push(job);
             }
         }
@@ -172,6 +178,10 @@ impl Chaos {
         let deadline = Instant::now() + PATIENCE;
         let running = loop {
             let open = self.open().await;
+            if open.is_empty() {
+                // All have ended before the faults have: one more.
+                self.submit(self.jobs.len());
+            }
             let running = open.into_iter().find(|job| job.state() == JobState::Running && !job.checkpoint.is_empty());
             if running.is_some() || Instant::now() >= deadline {
                 break running;
@@ -374,26 +384,16 @@ async fn chaos(
         kinds.iter().copied().filter(|kind| chaos.postgres.is_some() || *kind != Fault::KillDatabase).collect();
     let mut order: Vec<Fault> = kinds.iter().copied().cycle().take(n_faults).collect();
     chaos.rng.shuffle(&mut order);
-    let mut n_submitted = 0;
     for (number, fault) in order.into_iter().enumerate() {
         // Jobs come as faults go, and some always run.
         let due = (n_jobs * (number + 1)).div_ceil(n_faults);
-        while n_submitted < n_jobs && (n_submitted < due || chaos.open().await.is_empty()) {
-            if chaos.open().await.len() >= AT_ONCE {
-                break;
-            }
-            chaos.submit(n_submitted);
-            n_submitted += 1;
-        }
-        if n_submitted == n_jobs && chaos.open().await.is_empty() {
-            // All have ended before the faults have: more of them.
-            chaos.submit(n_submitted);
+        while chaos.jobs.len() < n_jobs.min(due) && chaos.open().await.len() < AT_ONCE {
+            chaos.submit(chaos.jobs.len());
         }
         chaos.fault(fault).await;
     }
-    while n_submitted < n_jobs {
-        chaos.submit(n_submitted);
-        n_submitted += 1;
+    while chaos.jobs.len() < n_jobs {
+        chaos.submit(chaos.jobs.len());
     }
     let broken = chaos.broken(&expected).await;
     println!("seed {seed}: {} jobs\nfault            times  while a job with a checkpoint ran", chaos.jobs.len());

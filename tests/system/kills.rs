@@ -134,7 +134,7 @@ fn job(base: &str) -> Vec<&str> {
     let base: &'static str = Box::leak(format!("base={base}").into_boxed_str());
     SMALL
         .into_iter()
-        .chain([base, "tune.steps=400", "tune.checkpoint.every_steps=100", "limits.max_attempts=1000"])
+        .chain([base, "tune.steps=1000", "tune.checkpoint.every_steps=100", "limits.max_attempts=1000"])
         .collect()
 }
 
