@@ -19,5 +19,6 @@ mod provider;
 mod recipes;
 mod restart;
 mod server;
+mod supply;
 mod tls;
 mod worker;
