@@ -52,7 +52,7 @@ async fn slurm_is_asked_for_workers_that_train_and_are_given_back_and_may_be_kil
     assert_eq!(queue(), []);
     let base = prepare(&cluster).await;
     let base = format!("base={base}");
-    let own = [base.as_str(), "tune.steps=400", "tune.checkpoint.every_steps=50", "resources.labels={from: slurm}"];
+    let own = [base.as_str(), "tune.steps=300", "tune.checkpoint.every_steps=50", "resources.labels={from: slurm}"];
     let set: Vec<&str> = SMALL.into_iter().chain(own).collect();
     let chat = cluster.path("world/chat.yaml");
     let id = cluster.submit(&chat, &set);
@@ -79,5 +79,8 @@ async fn slurm_is_asked_for_workers_that_train_and_are_given_back_and_may_be_kil
     }
     until_the_queue_is_empty(&cluster).await;
     let workers = cluster.json(["workers", "list"]);
-    assert!(workers.as_array().is_none_or(|workers| workers.iter().all(|worker| worker["state"] != "ready")), "{workers}");
+    assert!(
+        workers.as_array().is_none_or(|workers| workers.iter().all(|worker| worker["state"] != "ready")),
+        "{workers}"
+    );
 }

@@ -288,11 +288,7 @@ mod tests {
     use super::*;
 
     fn defaults() -> Defaults {
-        Defaults {
-            program: "/opt/attune".into(),
-            server: Some("http://127.0.0.1:7070".to_owned()),
-            needs_token: false,
-        }
+        Defaults { program: "/opt/attune".into(), server: Some("http://127.0.0.1:7070".to_owned()), needs_token: false }
     }
 
     fn faults(text: &str, defaults: &Defaults) -> Vec<String> {
@@ -361,7 +357,8 @@ slurm: {memory: '', work_dir: scratch, time: 5s, cpus: 0, options: [a100, --expo
         let found = faults("{name: a, max: 1, slurm: {memory: 1G, work_dir: /tmp}}", &no_token);
         assert!(found.iter().any(|fault| fault.starts_with("`server` is missing")), "{found:?}");
         assert!(found.iter().any(|fault| fault.starts_with("`token_file` is missing")), "{found:?}");
-        let both = "{name: a, max: 1, processes: {work_dir: /tmp}, slurm: {memory: 1G, work_dir: /tmp}, server: 'http://a'}";
+        let both =
+            "{name: a, max: 1, processes: {work_dir: /tmp}, slurm: {memory: 1G, work_dir: /tmp}, server: 'http://a'}";
         for text in ["{name: a, max: 1}", both] {
             assert_eq!(faults(text, &defaults()).len(), 1, "{text}");
         }

@@ -306,7 +306,10 @@ mod tests {
     async fn programs_are_called_without_a_shell_and_see_no_secrets() {
         let folder = tempfile::tempdir().unwrap();
         let answers = [
-            ("sbatch", "for a in \"$@\"; do printf '%s\\n' \"$a\"; done > \"$d/sbatch.args\"; env > \"$d/env\"; echo '41;east'"),
+            (
+                "sbatch",
+                "for a in \"$@\"; do printf '%s\\n' \"$a\"; done > \"$d/sbatch.args\"; env > \"$d/env\"; echo '41;east'",
+            ),
             ("squeue", "printf '41|RUNNING|r-1|None\\n7|PENDING|other job|x\\n'"),
             ("scancel", "echo \"$@\" >> \"$d/scancel.args\"; [ \"$1\" != 41 ] || { echo 'it is held' >&2; exit 1; }"),
         ];

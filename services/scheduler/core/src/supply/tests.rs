@@ -9,9 +9,7 @@ use proptest::prelude::*;
 use super::{Listed, Order, Pool, REQUEST_LABEL, RequestId, Standing, Supply, Why};
 use crate::testing::Desk;
 use crate::testing::{gang, job};
-use crate::{
-    Device, Devices, Input, JobKey, Outcome, Policy, Request, Resources, Session, State, Timestamp, Wanted,
-};
+use crate::{Device, Devices, Input, JobKey, Outcome, Policy, Request, Resources, Session, State, Timestamp, Wanted};
 
 const IDLE: u64 = 60;
 const START: u64 = 120;
@@ -152,7 +150,9 @@ impl World {
             let there = self.desk.core.workers().filter(|worker| worker.connected);
             let there: Vec<_> = there.map(|worker| (worker.id.clone(), worker.occupied.clone())).collect();
             for (worker, occupied) in there {
-                self.desk.beat(worker.as_str(), &occupied.into_keys().collect::<Vec<_>>());
+                // What they are told to let go they have let go by then.
+                let held = occupied.into_iter().filter(|(_, occupied)| !occupied.releasing);
+                self.desk.beat(worker.as_str(), &held.map(|(cohort, _)| cohort).collect::<Vec<_>>());
             }
         }
     }
