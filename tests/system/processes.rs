@@ -25,7 +25,7 @@ async fn workers_come_with_jobs_and_go_without_them_and_with_their_scheduler() {
         })
     })
     .await;
-    assert_eq!(cluster.scheduler.as_ref().unwrap().children(), []);
+    assert!(cluster.scheduler.as_ref().unwrap().children().is_empty());
     let base = prepare(&cluster).await;
     let base = format!("base={base}");
     let set: Vec<&str> =
