@@ -159,7 +159,7 @@ pub fn read(text: &str, defaults: &Defaults) -> Result<WorkerPool, Vec<Fault>> {
     };
     let provider: Arc<dyn WorkerProvider> = match engine {
         Engine::Processes { work_dir } => Arc::new(Processes::new(pool.clone(), launch, work_dir)),
-        Engine::Slurm(settings) => Arc::new(Slurm::new(pool.clone(), launch, settings)),
+        Engine::Slurm(settings) => Arc::new(Slurm::new(pool.clone(), launch, *settings)),
     };
     Ok(WorkerPool { pool, look, provider })
 }
@@ -167,7 +167,7 @@ pub fn read(text: &str, defaults: &Defaults) -> Result<WorkerPool, Vec<Fault>> {
 /// Who starts the workers.
 enum Engine {
     Processes { work_dir: PathBuf },
-    Slurm(Settings),
+    Slurm(Box<Settings>),
 }
 
 impl Reader {
@@ -234,7 +234,7 @@ impl Reader {
                 self.absolute("processes.work_dir", Some(work_dir));
                 Some(Engine::Processes { work_dir: work_dir.clone() })
             }
-            (None, Some(slurm)) => Some(Engine::Slurm(self.slurm(slurm, written.worker.devices))),
+            (None, Some(slurm)) => Some(Engine::Slurm(Box::new(self.slurm(slurm, written.worker.devices)))),
             (None, None) | (Some(_), Some(_)) => {
                 self.fault("", "names none or both of `processes` and `slurm`; expected one");
                 None

@@ -116,7 +116,7 @@ async fn a_worker_is_asked_for_trains_idles_is_drained_and_given_back() {
         worker.beat(&[]).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    assert_eq!(*engine.told_to_end.lock().unwrap(), [request.clone()]);
+    assert_eq!(engine.told_to_end.lock().unwrap().as_slice(), std::slice::from_ref(&request));
     let workers = client.fleet().list_workers(v1::ListWorkersRequest::default()).await.unwrap().into_inner().workers;
     assert!(workers[0].draining, "{workers:?}");
 
