@@ -82,6 +82,8 @@ pub(crate) struct Cluster {
     pub(crate) folder: tempfile::TempDir,
     /// A URL of PostgreSQL; a file of SQLite in the folder if there is none.
     database: Option<String>,
+    /// Further arguments of the scheduler.
+    arguments: Vec<String>,
     port: u16,
     /// Where the scheduler listens that stands by.
     other_port: u16,
@@ -102,17 +104,32 @@ impl Cluster {
         Self::start_of(Some(database.to_owned())).await
     }
 
+    /// Starts a scheduler alone, which asks an engine for the workers that `pool` describes.
+    pub(crate) async fn start_with_pool(pool: impl FnOnce(&Self) -> Value) -> Self {
+        let mut cluster = Self::new(None);
+        let file = cluster.path("pool.yaml");
+        std::fs::write(&file, pool(&cluster).to_string()).unwrap();
+        cluster.arguments = vec!["--provider".to_owned(), file.display().to_string()];
+        cluster.start_scheduler(&[]).await;
+        cluster
+    }
+
     async fn start_of(database: Option<String>) -> Self {
+        let mut cluster = Self::new(database);
+        cluster.start_scheduler(&[]).await;
+        cluster.start_worker(&[]);
+        cluster
+    }
+
+    fn new(database: Option<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let [port, other_port] = listeners.each_ref().map(|listener| listener.local_addr().unwrap().port());
         drop(listeners);
         let client = Client::lazy(&urls(port, other_port, database.is_some()), Options::default()).unwrap();
         let (scheduler, standby, worker) = (None, None, None);
-        let mut cluster = Self { folder, database, port, other_port, client, scheduler, standby, worker };
-        cluster.start_scheduler(&[]).await;
-        cluster.start_worker(&[]);
-        cluster
+        let arguments = Vec::new();
+        Self { folder, database, arguments, port, other_port, client, scheduler, standby, worker }
     }
 
     /// Starts a scheduler that waits to lead.
@@ -185,7 +202,8 @@ impl Cluster {
         command
             .args(["scheduler", "--listen", &format!("127.0.0.1:{port}"), "--database", &database, "--artifacts"])
             .arg(self.path("artifacts"))
-            .args(["--lease-ttl-ms", LEASE_MS, "--backoff-ms", "50"]);
+            .args(["--lease-ttl-ms", LEASE_MS, "--backoff-ms", "50"])
+            .args(&self.arguments);
     }
 
     /// Starts the worker with further variables.
@@ -279,6 +297,13 @@ impl Cluster {
         };
         format!("scheduler:\n{}\nworker:\n{}", tail(read("scheduler.log")), tail(read("worker.log")))
     }
+}
+
+/// Whether a process runs.
+pub(crate) fn is_alive(process: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // After the name in parentheses: the state. One that nobody has asked for its end is over all the same.
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
 }
 
 /// The addresses of a scheduler, and of one that may stand by.

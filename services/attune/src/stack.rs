@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_proto::Secret;
+use attune_scheduler::providers::{self, Defaults, WorkerPool};
 use attune_scheduler::{Auth, CallLimits, Database, Oidc, Timings, Tokens};
 use attune_telemetry::{Stop, Task, TaskGroup};
 use attune_worker::Program;
@@ -18,6 +19,8 @@ use crate::remote::read;
 const WORKER_GRACE: Duration = Duration::from_secs(30);
 /// Time beyond that for workers and scheduler to end.
 const END_TIME: Duration = Duration::from_secs(15);
+/// The same for a scheduler that has workers of its own to end, by which they are limited themselves.
+const POOLS_END_TIME: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// What a scheduler is told on the command line; times only matter to tests of failures.
 #[derive(Debug, Clone, clap::Args)]
@@ -51,6 +54,10 @@ pub(crate) struct SchedulerArguments {
     /// Folder under which job files may name paths of the server's machine; none may without it.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) data_root: Option<PathBuf>,
+    /// File that describes workers which an engine (Slurm, this machine) is asked for while jobs wait, and which are given back; may
+    /// be given several times.
+    #[arg(long, value_name = "FILE")]
+    provider: Vec<PathBuf>,
     /// Days that the events of a job are kept after its end, but for the last ones; for ever if left out.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep_events_days: Option<u32>,
@@ -97,6 +104,7 @@ impl SchedulerArguments {
             oidc_roles: None,
             allow_unauthenticated_network: false,
             data_root: None,
+            provider: Vec::new(),
             keep_events_days: None,
             no_preemption: false,
             keep_audit_days: None,
@@ -107,8 +115,13 @@ impl SchedulerArguments {
         }
     }
 
-    /// The configuration of a scheduler with this database and these artifacts.
-    pub(crate) fn config(&self, database: Database, artifacts: String) -> Result<attune_scheduler::Config, Failure> {
+    /// The configuration of a scheduler with this database and these artifacts, which workers of this machine reach at `url`.
+    pub(crate) fn config(
+        &self,
+        database: Database,
+        artifacts: String,
+        url: &str,
+    ) -> Result<attune_scheduler::Config, Failure> {
         let day = Duration::from_secs(24 * 60 * 60);
         let events_kept = self.keep_events_days.map(|days| day * days);
         let audit_kept = self.keep_audit_days.map(|days| day * days);
@@ -146,7 +159,28 @@ impl SchedulerArguments {
             }
         };
         let data_root = self.data_root.clone();
-        Ok(attune_scheduler::Config { database, artifacts, data_root, timings, limits, auth, tls: None })
+        let pools = self.pools(url)?;
+        Ok(attune_scheduler::Config { database, artifacts, data_root, timings, limits, auth, tls: None, pools })
+    }
+
+    /// Workers that engines are asked for.
+    fn pools(&self, url: &str) -> Result<Vec<WorkerPool>, Failure> {
+        let defaults = Defaults {
+            program: program()?.path,
+            server: Some(url.to_owned()),
+            needs_token: self.auth == AuthMode::Tokens,
+        };
+        let mut pools: Vec<WorkerPool> = Vec::new();
+        for file in &self.provider {
+            let pool = providers::read(&read(file)?, &defaults)
+                .map_err(|faults| Failure::invalid(&file.display().to_string(), faults))?;
+            let name = &pool.pool.name;
+            if pools.iter().any(|other| other.pool.name == *name) {
+                return Err(Failure::usage(format!("{}: another pool is named {name} already", file.display())));
+            }
+            pools.push(pool);
+        }
+        Ok(pools)
     }
 
     /// The identity provider, if there is one.
@@ -219,6 +253,8 @@ pub(crate) struct Stack {
     pub(crate) url: String,
     scheduler: TaskGroup,
     workers: TaskGroup,
+    /// How long the scheduler may take to end.
+    end_time: Duration,
 }
 
 impl Stack {
@@ -233,13 +269,14 @@ impl Stack {
         let address = listener.local_addr().map_err(|error| Failure::failed(error.to_string()))?;
         let url = format!("http://{address}");
         let mut config =
-            arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string())?;
+            arguments.config(folder.join("attune.db").into(), folder.join("artifacts").display().to_string(), &url)?;
         let mut own: Option<Secret> = None;
         if let Auth::Tokens(tokens) = config.auth {
             let (tokens, secret) = tokens.with_local_worker();
             (config.auth, own) = (Auth::Tokens(tokens), Some(secret));
         }
-        let stack = Self { url, scheduler: TaskGroup::new(), workers: TaskGroup::new() };
+        let end_time = if config.pools.is_empty() { END_TIME } else { POOLS_END_TIME };
+        let stack = Self { url, scheduler: TaskGroup::new(), workers: TaskGroup::new(), end_time };
         let stop = stack.scheduler.stop();
         let serving =
             async move { attune_scheduler::serve(config, listener, async move { stop.requested().await }).await };
@@ -273,7 +310,7 @@ impl Stack {
     /// Ends workers, then the scheduler.
     pub(crate) async fn end(self) -> Result<(), Failure> {
         let mut failures = self.workers.shutdown(WORKER_GRACE + END_TIME).await;
-        failures.extend(self.scheduler.shutdown(END_TIME).await);
+        failures.extend(self.scheduler.shutdown(self.end_time).await);
         match failures.first() {
             None => Ok(()),
             Some(failure) => Err(Failure::failed(failure.to_string())),

@@ -1,7 +1,8 @@
 //! The only place of this room that reads a clock, and the only source of names that depend on one.
 
 use attune_scheduler_core::Timestamp;
-use attune_spec::id::JobId;
+use attune_scheduler_core::supply::RequestId;
+use attune_spec::id::{JobId, Name};
 use attune_store::UtcMs;
 
 /// The two clocks: a monotonic one that decisions are made by, and the calendar, for records that people read.
@@ -38,6 +39,12 @@ const ID_DIGITS: u32 = 18;
 /// A new job id. Ids of one process sort in the order in which they were made, those of several by millisecond.
 pub(crate) fn job_id() -> JobId {
     id_of(uuid::Uuid::now_v7().as_u128())
+}
+
+/// A new name for a worker that is asked for.
+pub(crate) fn request_id() -> RequestId {
+    let name = job_id().as_str().replacen("j-", "r-", 1);
+    RequestId(Name::new(name).expect("the digits are letters and digits in lower case"))
 }
 
 /// The id for a version 7 UUID: its time and the next 42 bits, without the bits that say which version it is.

@@ -9,6 +9,7 @@ use attune_scheduler_core::{Backoff, Settings};
 use attune_store::Database;
 
 use crate::guard::Oidc;
+use crate::providers::WorkerPool;
 
 /// Where a scheduler keeps things and how patient it is.
 #[derive(Debug, Clone)]
@@ -27,6 +28,8 @@ pub struct Config {
     pub auth: Auth,
     /// How connections are encrypted; they are in the clear if absent.
     pub tls: Option<Tls>,
+    /// Workers that engines are asked for; their names differ.
+    pub pools: Vec<WorkerPool>,
 }
 
 /// How connections are encrypted.
@@ -203,6 +206,7 @@ impl Config {
             limits: Limits::default(),
             auth: Auth::Open,
             tls: None,
+            pools: Vec::new(),
         }
     }
 

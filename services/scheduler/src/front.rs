@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use attune_proto::v1;
 use attune_scheduler_core::placement::Blocked;
+use attune_scheduler_core::supply::{Listed, Order, Supply};
 use attune_scheduler_core::{Answer, Input, JobKey, Policy, Request, Usage, Worker};
-use attune_spec::id::{Digest, Project, WorkerId};
+use attune_spec::id::{Digest, Name, Project, WorkerId};
 use attune_store::artifact::Deleted;
 use attune_store::change::Write;
 use attune_store::job::{Job, NewJob};
@@ -76,6 +77,19 @@ pub(crate) enum Ask {
     Project(Project),
     /// The jobs whose stages are to be looked at.
     Due,
+    /// How many workers to have.
+    Supply(Box<Stock>),
+}
+
+/// What decides how many workers to have, and what it goes by.
+#[derive(Debug)]
+pub(crate) struct Stock {
+    /// What decides.
+    pub(crate) supply: Supply,
+    /// What the engines have that could be asked.
+    pub(crate) listed: BTreeMap<Name, Listed>,
+    /// The pools whose engines refused to start a worker.
+    pub(crate) refused: Vec<Name>,
 }
 
 /// What the desk answers.
@@ -99,6 +113,8 @@ pub(crate) enum Reply {
     Project(Standing),
     /// The jobs whose stages are to be looked at.
     Due(Vec<JobKey>),
+    /// What decides how many workers to have, and what it orders. Those that are to be given back are drained.
+    Supply(Box<Supply>, Vec<Order>),
 }
 
 /// A question with where its answer goes.
@@ -180,6 +196,14 @@ impl Front {
     pub(crate) async fn due(&self) -> Result<Vec<JobKey>, Status> {
         match self.ask(Ask::Due).await? {
             Reply::Due(keys) => Ok(keys),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What is to be asked of engines. Workers that are to be given back are drained when this returns.
+    pub(crate) async fn supply(&self, stock: Stock) -> Result<(Supply, Vec<Order>), Status> {
+        match self.ask(Ask::Supply(Box::new(stock))).await? {
+            Reply::Supply(supply, orders) => Ok((*supply, orders)),
             other => Err(unexpected(&other)),
         }
     }

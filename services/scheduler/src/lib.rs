@@ -44,6 +44,8 @@ mod planted;
 
 mod services;
 
+pub mod providers;
+
 mod incoming;
 mod server;
 

@@ -35,7 +35,7 @@ use crate::services::{
     artifacts::Artifacts, audit::Audit, fleet::FleetDesk, jobs::Jobs, methods::Methods, tokens::Tokens,
     workers::Workers,
 };
-use crate::{limits, stages, sweep};
+use crate::{limits, providers, stages, sweep};
 
 /// How often a quiet connection is asked whether it still stands, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(10);
@@ -43,6 +43,8 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// How long tasks may take to end that were told to before.
 const LAST_LIMIT: Duration = Duration::from_secs(2);
+/// How long workers of this machine may take to end with the scheduler, beyond what they have for their attempts at the most.
+const SUPPLIERS_LIMIT: Duration = Duration::from_secs(60 * 60 + 60);
 /// Jobs that may wait for their old checkpoints to be deleted.
 const WAITING_SWEEPS: usize = 1024;
 
@@ -168,12 +170,23 @@ async fn run(
         Ok::<_, std::convert::Infallible>(())
     });
 
+    // Workers that end with the scheduler still have something to say to it.
+    let suppliers = TaskGroup::new();
+    let supplying = Box::pin(providers::follow(Arc::clone(&context), config.pools.clone(), suppliers.stop()));
+    suppliers.spawn(Task::new("workers"), async move {
+        supplying.await;
+        Ok::<_, std::convert::Infallible>(())
+    });
+
     let grace = config.timings.shutdown_grace;
     let end = {
-        let (connections, stop) = (connections.clone(), stop.clone());
+        let (connections, stop, suppliers) = (connections.clone(), stop.clone(), suppliers.clone());
         async move {
             tokio::select! {
-                () = shutdown => tracing::info!("the scheduler is asked to end"),
+                () = shutdown => {
+                    tracing::info!("the scheduler is asked to end");
+                    suppliers.shutdown(SUPPLIERS_LIMIT).await;
+                }
                 () = stop.requested() => tracing::error!("the scheduler cannot go on"),
             }
             // Long streams end by themselves now; short calls are answered.
@@ -194,6 +207,7 @@ async fn run(
     };
     // A stream that was cut is its reader's to notice; the group has logged it.
     connections.shutdown(LAST_LIMIT).await;
+    suppliers.shutdown(LAST_LIMIT).await;
     let desk_failures = inner.shutdown(LAST_LIMIT).await;
     drop(context);
     store.close().await;

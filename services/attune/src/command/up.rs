@@ -1,11 +1,12 @@
 //! `attune up`, `attune scheduler`, `attune worker`: the services.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_scheduler::{Database, Leader, Tls};
-use attune_telemetry::{Logging, TaskGroup};
+use attune_telemetry::{Logging, Stop, TaskGroup};
 
 use crate::print::Failure;
 use crate::remote::{self, Server, block_on};
@@ -100,7 +101,7 @@ pub(crate) struct Worker {
     /// The address of this machine by which other workers reach it, where jobs run on several at once; the one by which it reaches
     /// the scheduler if it is left out.
     #[arg(long, value_name = "ADDRESS")]
-    gang_address: Option<std::net::IpAddr>,
+    gang_address: Option<IpAddr>,
     /// Largest size of the cache of inputs, in GiB; no bound if it is left out. What jobs use is never removed.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=CACHE_GIB_MAX))]
     max_cache_gib: Option<u64>,
@@ -110,6 +111,12 @@ pub(crate) struct Worker {
     /// Seconds that attempts have to stop at a checkpoint when the worker is interrupted.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     grace: u64,
+    /// Removes the work folder when the worker ends.
+    #[arg(long)]
+    discard_work_dir: bool,
+    /// Ends when standard input does, as if it were interrupted: a worker that is not to outlive who started it.
+    #[arg(long)]
+    until_stdin_closes: bool,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -150,10 +157,12 @@ fn home() -> Result<PathBuf, Failure> {
 pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
     log()?;
     block_on(async {
-        let mut config = arguments.arguments.config(arguments.database.clone(), arguments.artifacts.clone())?;
-        config.tls = arguments.tls()?;
-        let scheme = if config.tls.is_some() { "https" } else { "http" };
-        let artifacts = config.artifacts.clone();
+        let tls = arguments.tls()?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}", reachable(arguments.arguments.listen));
+        let (database, artifacts) = (arguments.database.clone(), arguments.artifacts.clone());
+        let mut config = arguments.arguments.config(database, artifacts.clone(), &url)?;
+        config.tls = tls;
         let leader = if arguments.standby {
             Leader::wait(config, stack::asked_to_end()).await.map(|leader| leader.map(Box::new))
         } else {
@@ -169,11 +178,32 @@ pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
     })
 }
 
+/// The address at which this machine reaches what listens at `address`.
+fn reachable(mut address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+        IpAddr::V4(_) | IpAddr::V6(_) => {}
+    }
+    address
+}
+
+/// Asks to stop when whoever started this process has gone, or has closed the pipe between them.
+fn stop_with_parent(stop: Stop) {
+    // A thread that nobody waits for: one that reads cannot be told to end.
+    std::thread::spawn(move || {
+        let read = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        tracing::info!(target: "attune", error = read.err().map(|error| error.to_string()), "standard input is closed; this worker ends");
+        stop.request();
+    });
+}
+
 pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure> {
     log()?;
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
     let name = arguments.name.clone().unwrap_or_else(host);
-    let mut config = stack::worker(&server.server, &arguments.work_dir, &name, arguments.devices)?;
+    let work_dir = &arguments.work_dir;
+    let mut config = stack::worker(&server.server, work_dir, &name, arguments.devices)?;
     config.connection = server.options()?;
     config.token_file = server.token_file().map(Path::to_owned);
     config.cards = arguments.cards;
@@ -184,8 +214,15 @@ pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure>
     block_on(async {
         let group = TaskGroup::new();
         let stop = stack::stop_when_asked(&group);
+        if arguments.until_stdin_closes {
+            stop_with_parent(stop.clone());
+        }
         let ended = attune_worker::run(config, stop).await;
         group.shutdown(Duration::from_secs(1)).await;
+        let is_others = matches!(ended, Err(attune_worker::Error::Busy { .. }));
+        if arguments.discard_work_dir && !is_others {
+            std::fs::remove_dir_all(work_dir).map_err(|error| Failure::file(work_dir, &error))?;
+        }
         ended.map_err(|error| Failure::failed(error.to_string()))
     })
 }

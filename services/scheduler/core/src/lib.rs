@@ -31,6 +31,8 @@
 //! * After a restart [`Core::restore`] takes the stored rows of unfinished jobs, live cohorts and the counters; workers come
 //!   back by themselves, and nobody is expired before one lease has passed. Finished jobs may be left out or forgotten.
 //!
+//! How many workers there are to be is decided beside this, by [`supply`], which reads a [`Core`] and changes nothing of it.
+//!
 //! # What a worker owes
 //! It registers with what it still holds, sends heartbeats that list its cohorts, kills its children when a lease has
 //! passed by its own clock since the last answered heartbeat was sent, kills what it is told to release, confirms that
@@ -68,6 +70,7 @@ mod timers;
 
 pub mod invariants;
 pub mod placement;
+pub mod supply;
 
 #[cfg(test)]
 mod model;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attune_proto::v1::{self, connect_response::Message};
+use attune_scheduler_core::supply::{Order, Supply};
 use attune_scheduler_core::{Action, Answer, Cause, Core, Counters, Input, JobKey, Outcome, Settings, Worker};
 use attune_spec::id::{CohortId, Project, WorkerId};
 use attune_store::Store;
@@ -22,7 +23,7 @@ use tonic::Status;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::error::Error;
-use crate::front::{Ask, Letter, Reply, Seen, Standing, Submission};
+use crate::front::{Ask, Letter, Reply, Seen, Standing, Stock, Submission};
 use crate::hub::Hub;
 use crate::ledger::{self, Extra, Ledger, NEXT_COHORT, NEXT_ORDER, Output, Transaction};
 use crate::links::Links;
@@ -151,11 +152,35 @@ impl Desk {
             Ask::Projects => (Ok(Reply::Projects(self.projects())), vec![]),
             Ask::Project(project) => (Ok(Reply::Project(self.standing(&project))), vec![]),
             Ask::Due => (Ok(Reply::Due(self.core.due().cloned().collect())), vec![]),
+            Ask::Supply(stock) => {
+                let (supply, orders, actions) = self.supply(*stock).await?;
+                (Ok(Reply::Supply(Box::new(supply), orders)), actions)
+            }
         };
         // Whoever asked may have gone; what was asked is done all the same.
         let _ = reply.send(answer);
         self.act(actions).await;
         Ok(())
+    }
+
+    /// Decides how many workers to have, and drains those that are to be given back, before anything else is granted.
+    async fn supply(&mut self, stock: Stock) -> Result<(Supply, Vec<Order>, Vec<Action>), Error> {
+        let Stock { mut supply, listed, refused } = stock;
+        let now = self.clock.now();
+        for pool in &refused {
+            supply.refused(pool, now);
+        }
+        let orders = supply.step(&self.core, listed, now);
+        let mut actions = Vec::new();
+        for order in &orders {
+            let Order::GiveBack { worker, .. } = order else { continue };
+            match self.step(Input::Drain { worker: worker.clone() }, Extra::default()).await? {
+                Ok((_, more)) => actions.extend(more),
+                // It drains by itself when it is told to end.
+                Err(error) => tracing::warn!(%error, %worker, "a worker that is given back was not drained"),
+            }
+        }
+        Ok((supply, orders, actions))
     }
 
     /// Passes what a worker says of its process on to the rest of its gang. Whoever is not connected asks for it again.

@@ -20,5 +20,6 @@ mod provider;
 mod recipes;
 mod restart;
 mod server;
+mod supply;
 mod tls;
 mod worker;

@@ -14,6 +14,7 @@ mod retries;
 mod stages;
 mod transitions;
 
+pub(crate) use desk::{Desk, gang, job};
 pub(crate) use store::Store;
 
 use crate::{Answer, Core, Effects, Input, JobKey, Timestamp, invariants};
