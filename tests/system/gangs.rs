@@ -36,14 +36,13 @@ async fn a_job_on_two_workers_has_the_bits_of_one_and_outlives_the_loss_of_a_ran
 
     // A rank dies: one failed attempt, told by the worker that knows why; a rank that says nothing more is the same.
     let id = submit(&cluster, &job(&base, 2));
-    let mut epoch = 1;
-    for (worker, signal) in [(&second, Signal::SIGKILL), (cluster.worker.as_ref().unwrap(), Signal::SIGSTOP)] {
+    let hit = [(&second, Signal::SIGKILL), (cluster.worker.as_ref().unwrap(), Signal::SIGSTOP)];
+    for (epoch, (worker, signal)) in (1..).zip(hit) {
         let trains =
             |job: &v1::Job| job.epoch == epoch && job.state() == JobState::Running && !job.checkpoint.is_empty();
         cluster.wait(&id, "training", trains).await;
         kill(Pid::from_raw(worker.children()[0]), signal).unwrap();
-        epoch += 1;
-        cluster.wait(&id, "next attempt", |job| job.epoch == epoch).await;
+        cluster.wait(&id, "next attempt", |job| job.epoch == epoch + 1).await;
     }
     let ended = cluster.ends(&id, JobState::Succeeded).await;
     assert_eq!((ended.epoch, ended.failed_attempts), (3, 2), "{ended:#?}");

@@ -1,5 +1,7 @@
 //! A network between workers and the scheduler that a test may break.
 
+#![expect(clippy::disallowed_methods, reason = "a connection that is lost is what this is for")]
+
 use std::net::SocketAddr;
 use std::time::Duration;
 

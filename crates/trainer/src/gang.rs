@@ -202,7 +202,7 @@ impl Gang {
         let heard = self.send(to)?;
         let (mut told, mut mine) = (Vec::new(), Vec::new());
         for (rank, bytes) in (0..).zip(heard) {
-            let ((reports, pieces), values): ((Vec<(u32, LossReport, Wishes)>, Vec<Piece>), _) = unpack(rank, &bytes)?;
+            let ((reports, pieces), values): (Told<Vec<Numbered>>, _) = unpack(rank, &bytes)?;
             told.extend(reports.into_iter().map(|(number, report, wishes)| (number, (report, wishes))));
             mine.extend(gathered(rank, pieces, values)?);
         }
@@ -288,8 +288,7 @@ impl Gang {
             return Ok(());
         }
         for (rank, bytes) in (0..).zip(self.line.finish()?) {
-            let (((report, wishes), pieces), values): (((Option<LossReport>, Wishes), Vec<Piece>), _) =
-                unpack(rank, &bytes)?;
+            let (((report, wishes), pieces), values): (Told<(Option<LossReport>, Wishes)>, _) = unpack(rank, &bytes)?;
             drop(bytes);
             self.sum.agreed |= wishes;
             if let Some(report) = report {
@@ -436,6 +435,12 @@ struct Piece {
     /// The shape; none where nothing was put.
     shape: Option<Vec<usize>>,
 }
+
+/// What a process has to say of its parts, and the pieces of gradients that it sends.
+type Told<T> = (T, Vec<Piece>);
+
+/// The loss of a part, and what its rank was asked for.
+type Numbered = (u32, LossReport, Wishes);
 
 /// What goes to one process: pieces, and their values one after the other.
 #[derive(Debug, Clone, Default)]

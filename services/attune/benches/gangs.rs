@@ -151,7 +151,7 @@ fn run(plan: &Plan, size: u32) -> Found {
         assert!(process.child.wait().unwrap().success());
     }
     let file = ["adapter_model.safetensors", "model.safetensors"].map(|name| folder.join(name));
-    let file = file.iter().find(|file| file.exists()).unwrap();
+    let file = file.iter().find(|file| file.try_exists().unwrap()).unwrap();
     Found { result: std::fs::read(file).unwrap(), summaries, seconds, steps }
 }
 

@@ -141,7 +141,7 @@ impl Inbox {
             let (mut missing, mut lost) = (missing.peekable(), None);
             let Some((first, _)) = missing.peek().copied() else { break };
             for (rank, of) in missing {
-                lost = lost.or(of.lost.map(|lost| (rank, lost)));
+                lost = lost.or_else(|| of.lost.map(|lost| (rank, lost)));
             }
             if let Some((rank, lost)) = lost {
                 return Err(lost.error(rank, number, patience.silence));

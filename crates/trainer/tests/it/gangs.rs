@@ -3,6 +3,9 @@
 //! Each process is a thread here, with a request, a work folder and an outside of its own; what they say to each other goes
 //! over real connections.
 
+#![expect(clippy::result_large_err, reason = "ends are handed from threads as they are")]
+#![expect(clippy::disallowed_methods, reason = "how soon a rank's loss is seen is what is looked at")]
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
