@@ -81,3 +81,31 @@ fn an_address_for_others_is_refused_unless_callers_are_asked_who_they_are() {
     let said = refused(&[&scheduler[..], &["--tls-cert", "cert.pem", "--tls-key", "key.pem"]].concat());
     assert!(said.contains("cert.pem"), "{said}");
 }
+
+#[test]
+fn a_pool_of_workers_is_refused_with_all_its_faults_before_anything_is_served() {
+    let place = Place::new();
+    let scheduler =
+        ["scheduler", "--listen", "127.0.0.1:0", "--database", "a.db", "--artifacts", "artifacts", "--auth", "tokens"];
+    place.write(
+        "pool.yaml",
+        "{name: gpu, min: 3, max: 2, slurm: {memory: 4G, work_dir: scratch, options: [--array=1-9]}}",
+    );
+    let ran = place.run(&[&scheduler[..], &["--provider", "pool.yaml"]].concat());
+    insta::assert_snapshot!(ran.all(), @r#"
+    exit status 2
+    --- stdout
+    --- stderr
+    error: pool.yaml has 5 faults
+      `min` is 3; expected no more than `max`, 2
+      `server` is missing; expected the scheduler's URL, as workers reach it
+      `token_file` is missing; expected the file of a worker's token, for callers are asked who they are
+      `slurm.work_dir` is "scratch"; expected a path from the root, for workers start elsewhere
+      `slurm.options[0]` is "--array=1-9", which Attune sets itself
+    "#);
+    place.write("pool.yaml", "{name: gpu, max: 2, token_file: /t, processes: {work_dir: /w}}");
+    let ran = place.run(&[&scheduler[..], &["--provider", "pool.yaml", "--provider", "pool.yaml"]].concat());
+    assert_eq!(ran.status, 2, "{}", ran.all());
+    assert!(ran.stderr.contains("error: pool.yaml: another pool is named gpu already"), "{}", ran.stderr);
+    assert!(!place.path().join("a.db").try_exists().unwrap());
+}

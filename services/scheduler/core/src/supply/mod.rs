@@ -298,25 +298,24 @@ impl Lot {
 
     /// Takes which workers are there.
     fn meet(&mut self, workers: &BTreeMap<&str, &Worker>, now: Timestamp) {
-        let mut odd = None;
-        let mut has_come = false;
+        let (mut has_come, mut is_odd) = (false, false);
         for (id, request) in &mut self.requests {
             match (workers.get(id.0.as_str()), request.phase) {
                 (_, Phase::Leaving) | (None, Phase::Coming | Phase::Away) => {}
                 (None, Phase::Here) => request.turn(Phase::Away, now),
                 (Some(worker), phase) => {
-                    if phase == Phase::Coming {
-                        if self.pool.is_like(worker) { has_come = true } else { odd = Some(()) }
-                    }
+                    let is_new = phase == Phase::Coming;
+                    has_come |= is_new;
+                    is_odd |= is_new && !self.pool.is_like(worker);
                     request.turn(Phase::Here, now);
                 }
             }
         }
-        match odd {
-            // A worker that is not what was asked for runs nothing of what it was asked for: to ask for the next one would be no better.
-            Some(()) => self.fail(now),
-            None if has_come => (self.n_failed, self.not_before) = (0, now),
-            None => {}
+        if is_odd {
+            // A worker that is not what was asked for runs nothing of what it was asked for, and the next one would be no better.
+            self.fail(now);
+        } else if has_come {
+            (self.n_failed, self.not_before) = (0, now);
         }
     }
 
