@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::component::SharesOfSlots;
 use crate::error::Error;
+use crate::gang::little_endian;
 use crate::guard::Guard;
 use crate::pin::{self, Pins};
 
@@ -108,7 +109,7 @@ pub(crate) fn save(
     let mut lost = None;
     let path = folder.join(BUFFERS_FILE);
     let written = write_as_due(&path, &due, &BTreeMap::new(), |place, file| {
-        let mut put = |numbers: &[f32]| numbers.iter().try_for_each(|number| file.write_all(&number.to_le_bytes()));
+        let mut put = |numbers: &[f32]| file.write_all(&little_endian(numbers));
         give(&buffers[place], &mut put).map_err(|error| {
             let message = error.to_string();
             lost = Some(error);

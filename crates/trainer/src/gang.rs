@@ -7,6 +7,7 @@
 //! travels while the next one is computed. For a step rule that looks at gradients the sums are given to all. The bits are those that
 //! one process alone makes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -204,7 +205,7 @@ impl Gang {
         for (rank, bytes) in (0..).zip(heard) {
             let ((reports, pieces), values): (Told<Vec<Numbered>>, _) = unpack(rank, &bytes)?;
             told.extend(reports.into_iter().map(|(number, report, wishes)| (number, (report, wishes))));
-            mine.extend(gathered(rank, pieces, values)?);
+            mine.extend(gathered(rank, pieces, &values)?);
         }
         let told = in_order(told, self.exchange)?;
         let mine = in_order(mine, self.exchange)?;
@@ -224,7 +225,7 @@ impl Gang {
         let mut gradients = Grads::default();
         for (rank, bytes) in (0..).zip(heard) {
             let (pieces, values): (Vec<Piece>, _) = unpack(rank, &bytes)?;
-            for (_, sums) in gathered(rank, pieces, values)? {
+            for (_, sums) in gathered(rank, pieces, &values)? {
                 add(&mut gradients, &sums)?;
             }
         }
@@ -294,7 +295,7 @@ impl Gang {
             if let Some(report) = report {
                 self.sum.report.add(&report);
             }
-            for (_, part) in gathered(rank, pieces, values)? {
+            for (_, part) in gathered(rank, pieces, &values)? {
                 add(&mut self.sum.gradients, &part)?;
             }
         }
@@ -338,7 +339,7 @@ impl Gang {
         let mut all = Vec::new();
         for (rank, bytes) in (0..).zip(heard).filter(|(rank, _)| *rank != own) {
             let (pieces, values): (Vec<Piece>, _) = unpack(rank, &bytes)?;
-            for (_, values) in gathered(rank, pieces, values)? {
+            for (_, values) in gathered(rank, pieces, &values)? {
                 all.extend(values.iter().filter_map(|(id, value)| Some((id.clone(), value?.clone()))));
             }
         }
@@ -469,15 +470,21 @@ impl Share {
     }
 }
 
+/// Numbers as they travel and lie in files.
+pub(crate) fn little_endian(values: &[f32]) -> Cow<'_, [u8]> {
+    if cfg!(target_endian = "little") {
+        return Cow::Borrowed(bytemuck::cast_slice(values));
+    }
+    Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}
+
 /// A head, and numbers after it.
 fn pack(head: &impl Serialize, values: &[f32]) -> Result<Vec<u8>, postcard::Error> {
     let head = postcard::to_stdvec(head)?;
     let mut bytes = Vec::with_capacity(8 + head.len() + size_of_val(values));
     bytes.extend((head.len() as u64).to_le_bytes());
     bytes.extend(&head);
-    for value in values {
-        bytes.extend(value.to_le_bytes());
-    }
+    bytes.extend_from_slice(&little_endian(values));
     Ok(bytes)
 }
 
@@ -491,17 +498,22 @@ fn unpack<T: DeserializeOwned>(rank: u32, bytes: &[u8]) -> Result<(T, Vec<f32>),
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| short())?;
     let (head, values) = rest.split_at_checked(length).ok_or_else(short)?;
     let head = postcard::from_bytes(head).map_err(|error| unclear(rank, &error))?;
-    let (values, rest) = values.as_chunks::<4>();
-    if !rest.is_empty() {
+    if !values.len().is_multiple_of(size_of::<f32>()) {
         return Err(unclear(rank, &"its numbers are cut"));
     }
+    if cfg!(target_endian = "little") {
+        let mut numbers = vec![0.0; values.len() / size_of::<f32>()];
+        bytemuck::cast_slice_mut::<f32, u8>(&mut numbers).copy_from_slice(values);
+        return Ok((head, numbers));
+    }
+    let (values, _) = values.as_chunks::<4>();
     Ok((head, values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
 }
 
 /// Pieces as gradients again, part by part.
-fn gathered(rank: u32, pieces: Vec<Piece>, values: Vec<f32>) -> Result<Parts<Grads>, Error> {
+fn gathered(rank: u32, pieces: Vec<Piece>, values: &[f32]) -> Result<Parts<Grads>, Error> {
     let mut parts: BTreeMap<u32, Grads> = BTreeMap::new();
-    let mut values = values.into_iter();
+    let mut values = values;
     for Piece { number, id, entries, shape } in pieces {
         let wanted = match entries {
             Some(entries) => Grads::default().and_entries(&BTreeMap::from([(id.clone(), Arc::from(entries))])),
@@ -511,8 +523,9 @@ fn gathered(rank: u32, pieces: Vec<Piece>, values: Vec<f32>) -> Result<Parts<Gra
         part.widen(&wanted);
         let Some(shape) = shape else { continue };
         let n = shape.iter().product();
-        let own: Vec<f32> = values.by_ref().take(n).collect();
-        let tensor = Tensor::from_vec(own, shape, &Device::Cpu).map_err(|error| unclear(rank, &error))?;
+        let (own, rest) = values.split_at_checked(n).ok_or_else(|| unclear(rank, &"its numbers are too few"))?;
+        values = rest;
+        let tensor = Tensor::from_slice(own, shape, &Device::Cpu).map_err(|error| unclear(rank, &error))?;
         part.put(&id, &tensor).map_err(|error| unclear(rank, &error))?;
     }
     Ok(parts.into_iter().collect())

@@ -17,6 +17,7 @@ use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::engine::{Message, RankEngine, Wishes};
+use crate::gang::little_endian;
 use crate::guard::{self, Squares};
 
 /// An error of another rank, as a step sees it.
@@ -234,9 +235,7 @@ impl RankEngine<'_> {
         let mut hash = blake3::Hasher::new();
         for (id, value) in self.theta.trained() {
             hash.update(id.to_string().as_bytes());
-            for value in value.flatten_all().and_then(|value| value.to_vec1::<f32>())? {
-                hash.update(&value.to_le_bytes());
-            }
+            hash.update(&little_endian(&value.flatten_all().and_then(|value| value.to_vec1::<f32>())?));
         }
         let own = self.collective.rank();
         #[cfg(feature = "failpoints")]
