@@ -1,6 +1,6 @@
 //! Which method to try first: rules that say what did best in runs of every method on data of several sizes.
 //!
-//! The one invariant: a rule is made of the committed results of the runs that it names, by [`derive`], and by nothing else.
+//! The one invariant: a rule is made of the committed results of the runs that it names, by [`mod@derive`], and by nothing else.
 
 pub(crate) mod derive;
 

@@ -49,7 +49,7 @@ pub fn write(path: &Path, tensors: &[Tensor<'_>], metadata: &BTreeMap<String, St
 /// for each in the order of the file. Blocks.
 ///
 /// # Errors
-/// As for [`write`]; whatever `give` raises.
+/// As for [`write()`]; whatever `give` raises.
 pub fn write_as_due(
     path: &Path,
     tensors: &[Due],
