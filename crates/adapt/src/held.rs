@@ -13,7 +13,7 @@ use attune_points::adapter::Attachment;
 use attune_points::{Params, TensorName};
 use attune_spec::job::Precision;
 use attune_spec::method::MethodRef;
-use attune_tensor::Mapped;
+use attune_tensor::{Mapped, bytes};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
@@ -91,13 +91,13 @@ pub fn write(folder: &Path, held: &Held, less: Option<&Params>) -> Result<(), Er
     text.push('\n');
     std::fs::write(folder.join(SAYS), text).map_err(|error| io(SAYS, error))?;
     let Some(less) = less else { return Ok(()) };
-    let mut bytes = Vec::new();
+    let mut written = Vec::new();
     for (name, tensor) in less.iter() {
         let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        bytes.push((name.to_string(), tensor.dims().to_vec(), data));
+        let data = bytes::of_f32(&values).into_owned();
+        written.push((name.to_string(), tensor.dims().to_vec(), data));
     }
-    let tensors: Vec<safetensors::Tensor<'_>> = bytes
+    let tensors: Vec<safetensors::Tensor<'_>> = written
         .iter()
         .map(|(name, shape, data)| safetensors::Tensor {
             name: name.clone(),

@@ -395,7 +395,7 @@ pub fn write(
             DType::I64 => (Dtype::I64, values.to_vec1::<i64>()?.iter().flat_map(|value| value.to_le_bytes()).collect()),
             _ => {
                 let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-                (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+                (Dtype::F32, attune_tensor::bytes::of_f32(&values).into_owned())
             }
         };
         bytes.push((spelt, dtype, whole.dims().to_vec(), data));

@@ -16,6 +16,8 @@ pub use error::Error;
 pub use local::{LocalRank, group, group_within};
 pub use mesh::{Listening, Mesh, Patience, Peer};
 
+use std::borrow::Cow;
+
 /// What one rank sends into an exchange: the parts of the shards that it owns.
 pub type Parts<T> = Vec<(u32, T)>;
 
@@ -34,6 +36,25 @@ pub trait Collective<T: Clone + Send>: Send {
     fn exchange(&mut self, parts: Parts<T>) -> Result<Parts<T>, Error>;
 }
 
+/// What one process sends into an exchange.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Letters {
+    /// To each process what stands at its number.
+    Each(Vec<Vec<u8>>),
+    /// To all processes the same.
+    All(Vec<u8>),
+}
+
+impl Letters {
+    /// What is for a process, which is asked for once: nobody keeps what is sent.
+    fn take(&mut self, number: usize) -> Cow<'_, [u8]> {
+        match self {
+            Self::Each(each) => Cow::Owned(each.get_mut(number).map(std::mem::take).unwrap_or_default()),
+            Self::All(all) => Cow::Borrowed(all),
+        }
+    }
+}
+
 /// One process's handle to the processes of its run.
 pub trait Wire: Send {
     /// This process's number, from 0.
@@ -42,12 +63,12 @@ pub trait Wire: Send {
     /// Number of processes.
     fn size(&self) -> u32;
 
-    /// Sends each process what `to` has at its number, and returns what each sent here, by number; what is for this one
-    /// comes back as it is. Blocks until all processes have called it.
+    /// Sends letters, and returns what each process sent here, by number; what is for this one comes back as it is. Blocks
+    /// until all processes have called it.
     ///
     /// # Errors
     /// [`Error`] if a process is gone, says nothing any more, or does not come in time. The wire is of no further use then.
-    fn exchange(&mut self, to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error>;
+    fn exchange(&mut self, letters: Letters) -> Result<Vec<Vec<u8>>, Error>;
 }
 
 /// Whether the micro-batch `part` is of `rank` of `size`. Ranks take turns: what is computed at one time is added up one after the

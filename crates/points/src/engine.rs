@@ -126,7 +126,7 @@ pub fn update_on(engine: &mut dyn Engine, batch: &Batch) -> Result<StepReport> {
 ///
 /// # Errors
 /// Whatever the engine raises.
-pub fn gradients_on(engine: &mut dyn Engine, batch: &Batch) -> Result<(Grads, LossReport)> {
+pub fn gradients_on<E: Engine + ?Sized>(engine: &mut E, batch: &Batch) -> Result<(Grads, LossReport)> {
     let objective = engine.objective();
     let theta = engine.theta().clone();
     let scale = 1.0 / objective.denominator().of(batch.counts);
@@ -271,10 +271,7 @@ pub trait Engine {
     /// # Errors
     /// As for [`Engine::grads`] and [`Engine::update`].
     fn update_by(&mut self, batch: &Batch) -> Result<(f64, LossReport)> {
-        let (objective, theta) = (self.objective(), self.theta().clone());
-        let scale = 1.0 / objective.denominator().of(batch.counts);
-        let parts = self.grads(&theta, &batch.parts, &*objective, scale)?;
-        let (gradients, loss) = self.reduce(parts)?;
+        let (gradients, loss) = gradients_on(self, batch)?;
         Ok((self.update(gradients)?, loss))
     }
 

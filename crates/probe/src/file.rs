@@ -172,7 +172,7 @@ fn bytes(tensor: &Tensor) -> Result<(Dtype, Vec<u8>), Error> {
         DType::F64 => (Dtype::F64, flat.to_vec1::<f64>()?.iter().flat_map(|x| x.to_le_bytes()).collect()),
         _ => {
             let flat = flat.to_dtype(DType::F32)?;
-            (Dtype::F32, flat.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect())
+            (Dtype::F32, attune_tensor::bytes::of_f32(&flat.to_vec1::<f32>()?).into_owned())
         }
     })
 }

@@ -4,6 +4,22 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+/// Variables of the environment that hold secrets of Attune's, or say where they lie: no process that has no need of them is
+/// given any.
+pub const VARIABLES: [&str; 11] = [
+    "ATTUNE_ADMIN_TOKEN_FILE",
+    "ATTUNE_CERT",
+    "ATTUNE_DATABASE",
+    "ATTUNE_KEY",
+    "ATTUNE_TLS_CERT",
+    "ATTUNE_TLS_CLIENT_CA",
+    "ATTUNE_TLS_KEY",
+    "ATTUNE_TOKEN",
+    "ATTUNE_TOKEN_FILE",
+    "PGPASSFILE",
+    "PGPASSWORD",
+];
+
 /// A secret. Its text leaves by [`expose`](Self::expose) alone: neither debugging nor an error shows it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Arc<str>);

@@ -13,6 +13,7 @@ pub mod permutation;
 pub mod rng;
 
 pub mod autograd;
+pub mod bytes;
 pub mod cma_es;
 pub mod frozen;
 pub mod linalg;

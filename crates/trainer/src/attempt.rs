@@ -89,7 +89,7 @@ impl<W: Write + Send> Control for Wires<W> {
         // However long the others take to fetch what they need: the agent ends this process when they do not come.
         let waits = |peers: &mut Option<_>| peers.is_none() && !self.stop_requested() && !self.leave_requested();
         let told = self.told.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
-        let read = |peer: &protocol::Peer| Peer::try_from(peer).map_err(Error::Panic);
+        let read = |peer: &protocol::Peer| Peer::try_from(peer).map_err(Error::Meeting);
         told.as_ref().map(|peers| peers.iter().map(read).collect()).transpose()
     }
 }

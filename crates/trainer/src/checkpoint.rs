@@ -7,12 +7,12 @@ use attune_artifacts::formats::safetensors::{Dtype, Due, write_as_due};
 use attune_data::loader;
 use attune_points::{Owner, Params, TensorId, TensorName, Theta};
 use attune_spec::id::{Digest, Step, Tokens};
+use attune_tensor::bytes;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use crate::component::SharesOfSlots;
 use crate::error::Error;
-use crate::gang::little_endian;
 use crate::guard::Guard;
 use crate::pin::{self, Pins};
 
@@ -74,7 +74,7 @@ pub(crate) struct Buffer {
     pub(crate) length: usize,
 }
 
-/// All buffers of a run in the order of their file. `names` and `lengths` are those of a tensor's buffers.
+/// All buffers of a run in the order of their file, of each tensor's names and lengths.
 pub(crate) fn buffers<'t>(all: impl IntoIterator<Item = (&'t TensorId, Vec<(&'static str, usize)>)>) -> Vec<Buffer> {
     let of_tensor = |(id, of): (&'t TensorId, Vec<(&'static str, usize)>)| {
         let named = of.into_iter().enumerate();
@@ -109,7 +109,7 @@ pub(crate) fn save(
     let mut lost = None;
     let path = folder.join(BUFFERS_FILE);
     let written = write_as_due(&path, &due, &BTreeMap::new(), |place, file| {
-        let mut put = |numbers: &[f32]| file.write_all(&little_endian(numbers));
+        let mut put = |numbers: &[f32]| file.write_all(&bytes::of_f32(numbers));
         give(&buffers[place], &mut put).map_err(|error| {
             let message = error.to_string();
             lost = Some(error);

@@ -27,7 +27,7 @@ pub trait Control: Sync {
     /// # Errors
     /// Nobody can be told.
     fn meet(&self, _own: &Peer) -> Result<Option<Vec<Peer>>, Error> {
-        Err(Error::Panic("a run of several processes has nobody who lets them meet".to_owned()))
+        Err(Error::Meeting("nobody tells one of the others".to_owned()))
     }
 }
 

@@ -142,12 +142,8 @@ pub(crate) struct RankEngine<'a> {
 impl RankEngine<'_> {
     /// The optimiser's buffers of every trained tensor, whichever rank has them.
     pub(crate) fn all_buffers(&self) -> Vec<checkpoint::Buffer> {
-        let of = |(id, spec): (_, &TensorSpec)| {
-            let own = self.shared.optimizer.buffers(&spec.shape).into_iter();
-            let born = spec.comes_and_goes.then(|| ("born", spec.shape.iter().product()));
-            (id, own.chain(born).collect())
-        };
-        checkpoint::buffers(self.shared.specs.iter().map(of))
+        let optimizer = &*self.shared.optimizer;
+        checkpoint::buffers(self.shared.specs.iter().map(|(id, spec)| (id, buffers_of(optimizer, spec))))
     }
 
     /// Exchanges parts with the other ranks.
@@ -293,18 +289,19 @@ pub(crate) fn groups(parts: &[(u32, Arc<Layout>)], rows: usize) -> impl Iterator
     })
 }
 
+/// The optimiser's buffers of a tensor, by name and length; of one whose entries come and go, when each came as well.
+fn buffers_of(optimizer: &dyn Optimizer, spec: &TensorSpec) -> Vec<(&'static str, usize)> {
+    let born = spec.comes_and_goes.then(|| ("born", spec.shape.iter().product()));
+    optimizer.buffers(&spec.shape).into_iter().chain(born).collect()
+}
+
 /// The optimiser's buffers of the trained tensors that a rank updates, at zero.
 pub(crate) fn empty_buffers(
     optimizer: &dyn Optimizer,
     specs: &BTreeMap<TensorId, TensorSpec>,
     mut has: impl FnMut(&TensorId) -> bool,
 ) -> Buffers {
-    let zeros = |spec: &TensorSpec| {
-        let own = optimizer.buffers(&spec.shape).into_iter().map(|(_, length)| vec![0.0; length]);
-        // When each entry came.
-        let born = spec.comes_and_goes.then(|| vec![0.0; spec.shape.iter().product()]);
-        own.chain(born).collect()
-    };
+    let zeros = |spec| buffers_of(optimizer, spec).into_iter().map(|(_, length)| vec![0.0; length]).collect();
     specs.iter().filter(|(id, _)| has(id)).map(|(id, spec)| (id.clone(), zeros(spec))).collect()
 }
 

@@ -29,6 +29,9 @@ pub enum Error {
     /// Another rank is gone.
     #[error(transparent)]
     Collective(#[from] attune_collective::Error),
+    /// The processes of a run cannot be told of each other.
+    #[error("the processes of the run cannot meet: {0}")]
+    Meeting(String),
     /// Ranks that make the same updates have other parameters: a bit was lost somewhere.
     #[error("after step {step} the parameters of rank {rank} are not those of rank {own}: one of them has lost a bit")]
     Diverged {
@@ -100,7 +103,9 @@ impl Error {
             Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
             Self::Pass(Pass::LostRank(_)) => FailureClass::LostRank,
             Self::Collective(error) if error.is_of_a_lost_rank() => FailureClass::LostRank,
-            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) | Self::Diverged { .. } => FailureClass::Internal,
+            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) | Self::Meeting(_) | Self::Diverged { .. } => {
+                FailureClass::Internal
+            }
         }
     }
 

@@ -7,15 +7,15 @@
 //! travels while the next one is computed. For a step rule that looks at gradients the sums are given to all. The bits are those that
 //! one process alone makes.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use attune_collective::{Collective, Error, Listening, LocalRank, Parts, Patience, Wire, in_order};
+use attune_collective::{Collective, Error, Letters, Listening, LocalRank, Parts, Patience, Wire, in_order};
 use attune_points::engine::LossReport;
 use attune_points::{GradSink as _, Grads, Region, TensorId, TensorSpec};
 use attune_spec::id::Digest;
+use attune_tensor::bytes;
 use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -25,14 +25,6 @@ use crate::engine::{Message, Wishes};
 use crate::guard::Squares;
 use crate::protocol::{Request, Seat};
 
-/// How long processes wait for one another. Steps may be long; that one hangs, its worker sees, and that one is gone, the
-/// wire.
-const PATIENCE: Patience = Patience {
-    join: std::time::Duration::from_secs(60),
-    silence: std::time::Duration::from_secs(10),
-    exchange: std::time::Duration::from_secs(3600),
-};
-
 /// Meets the other processes of a run. They are told of this one through `control`, and it of them. Nothing if the run is
 /// asked to stop before.
 ///
@@ -41,7 +33,7 @@ const PATIENCE: Patience = Patience {
 pub(crate) fn join(seat: &Seat, control: &dyn Control) -> Result<Option<Box<dyn Wire>>, crate::Error> {
     let listening = Listening::bind(seat.host).map_err(crate::Error::io(format!("a port of {}", seat.host)))?;
     let Some(peers) = control.meet(&listening.peer())? else { return Ok(None) };
-    Ok(Some(Box::new(listening.join(seat.rank, &peers, PATIENCE)?)))
+    Ok(Some(Box::new(listening.join(seat.rank, &peers, Patience::default())?)))
 }
 
 /// What must be the same in all processes, or their sums would not be those of one.
@@ -55,7 +47,7 @@ struct Likeness {
 
 /// A wire on a thread of its own: what is sent travels while this process computes.
 struct Line {
-    say: Sender<Vec<Vec<u8>>>,
+    say: Sender<Letters>,
     hear: Receiver<Result<Vec<Vec<u8>>, Error>>,
 }
 
@@ -63,8 +55,8 @@ impl Line {
     fn over(mut wire: Box<dyn Wire>) -> Self {
         let ((say, said), (tell, hear)) = (channel(), channel());
         std::thread::spawn(move || {
-            for to in said {
-                if tell.send(wire.exchange(to)).is_err() {
+            for letters in said {
+                if tell.send(wire.exchange(letters)).is_err() {
                     return;
                 }
             }
@@ -73,9 +65,9 @@ impl Line {
     }
 
     /// Begins an exchange.
-    fn start(&self, to: Vec<Vec<u8>>) {
+    fn start(&self, letters: Letters) {
         // A thread that is gone has nothing to hear either, which is found there.
-        let _ = self.say.send(to);
+        let _ = self.say.send(letters);
     }
 
     /// What comes of the exchange that was begun first.
@@ -158,24 +150,22 @@ impl Gang {
         Ok(gang)
     }
 
-    /// Sends each process something, and waits for what all send.
-    fn send(&mut self, to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+    /// Sends letters, and waits for what all send.
+    fn send(&mut self, letters: Letters) -> Result<Vec<Vec<u8>>, Error> {
         if self.sum.is_travelling {
             return Err(self.unsent(&"a part of a sum is on its way"));
         }
         self.exchange += 1;
-        self.line.start(to);
+        self.line.start(letters);
         self.line.finish()
     }
 
     /// What each process says, by number, where each says one thing to all.
     fn tell_all<T: Serialize + DeserializeOwned>(&mut self, own: &T) -> Result<Vec<T>, Error> {
         let bytes = postcard::to_stdvec(own).map_err(|error| self.unsent(&error))?;
-        let heard = self.send(vec![bytes; self.size as usize])?;
-        (0..)
-            .zip(heard)
-            .map(|(rank, bytes)| postcard::from_bytes(&bytes).map_err(|error| unclear(rank, &error)))
-            .collect()
+        let heard = self.send(Letters::All(bytes))?;
+        let read = |(rank, bytes): (u32, Vec<u8>)| postcard::from_bytes(&bytes).map_err(|error| unclear(rank, &error));
+        (0..).zip(heard).map(read).collect()
     }
 
     fn unsent(&self, error: &dyn std::fmt::Display) -> Error {
@@ -198,14 +188,14 @@ impl Gang {
             reports.push((number, report, wishes));
             self.deal(number, &gradients, &mut shares)?;
         }
-        let to = self.packed(&reports, shares)?;
+        let letters = self.sealed(&reports, shares)?;
         drop(reports);
-        let heard = self.send(to)?;
+        let heard = self.send(letters)?;
         let (mut told, mut mine) = (Vec::new(), Vec::new());
         for (rank, bytes) in (0..).zip(heard) {
             let ((reports, pieces), values): (Told<Vec<Numbered>>, _) = unpack(rank, &bytes)?;
             told.extend(reports.into_iter().map(|(number, report, wishes)| (number, (report, wishes))));
-            mine.extend(gathered(rank, pieces, &values)?);
+            mine.extend(gathered(rank, pieces, values)?);
         }
         let told = in_order(told, self.exchange)?;
         let mine = in_order(mine, self.exchange)?;
@@ -219,13 +209,10 @@ impl Gang {
             share.push(0, id, entries(&sum, id), value).map_err(|error| self.unsent(&error))?;
         }
         drop(sum);
-        let sums = pack(&share.pieces, &share.values).map_err(|error| self.unsent(&error))?;
-        drop(share);
-        let heard = self.send(vec![sums; self.size as usize])?;
         let mut gradients = Grads::default();
-        for (rank, bytes) in (0..).zip(heard) {
-            let (pieces, values): (Vec<Piece>, _) = unpack(rank, &bytes)?;
-            for (_, sums) in gathered(rank, pieces, &values)? {
+        for (rank, bytes) in (0..).zip(self.tell_share(share)?) {
+            let ((_, pieces), values): (Told<()>, _) = unpack(rank, &bytes)?;
+            for (_, sums) in gathered(rank, pieces, values)? {
                 add(&mut gradients, &sums)?;
             }
         }
@@ -246,9 +233,16 @@ impl Gang {
         Ok(())
     }
 
-    fn packed(&self, head: &impl Serialize, shares: Vec<Share>) -> Result<Vec<Vec<u8>>, Error> {
-        let pack = |share: Share| pack(&(head, &share.pieces), &share.values).map_err(|error| self.unsent(&error));
-        shares.into_iter().map(pack).collect()
+    /// What is said beside each share.
+    fn sealed(&self, said: &impl Serialize, shares: Vec<Share>) -> Result<Letters, Error> {
+        let seal = |share: Share| share.sealed(said).map_err(|error| self.unsent(&error));
+        Ok(Letters::Each(shares.into_iter().map(seal).collect::<Result<_, _>>()?))
+    }
+
+    /// Gives all the same share, and what all give.
+    fn tell_share(&mut self, share: Share) -> Result<Vec<Vec<u8>>, Error> {
+        let letter = share.sealed(&()).map_err(|error| self.unsent(&error))?;
+        self.send(Letters::All(letter))
     }
 
     /// Begins the sum of a step, with what this process was asked for.
@@ -275,9 +269,9 @@ impl Gang {
             self.deal(self.sum.begun * self.size + self.rank, &gradients, &mut shares)?;
             told = Some(report);
         }
-        let to = self.packed(&(told, self.sum.wishes), shares)?;
+        let letters = self.sealed(&(told, self.sum.wishes), shares)?;
         self.exchange += 1;
-        self.line.start(to);
+        self.line.start(letters);
         self.sum.begun += 1;
         self.sum.is_travelling = true;
         Ok(())
@@ -290,12 +284,11 @@ impl Gang {
         }
         for (rank, bytes) in (0..).zip(self.line.finish()?) {
             let (((report, wishes), pieces), values): (Told<(Option<LossReport>, Wishes)>, _) = unpack(rank, &bytes)?;
-            drop(bytes);
             self.sum.agreed |= wishes;
             if let Some(report) = report {
                 self.sum.report.add(&report);
             }
-            for (_, part) in gathered(rank, pieces, &values)? {
+            for (_, part) in gathered(rank, pieces, values)? {
                 add(&mut self.sum.gradients, &part)?;
             }
         }
@@ -314,32 +307,23 @@ impl Gang {
 
     /// What all processes found of their tensors.
     pub(crate) fn all_squares(&mut self, own: &Squares) -> Result<Squares, Error> {
-        let own: Vec<(&TensorId, Option<f64>)> = own.iter().map(|(id, square)| (id, *square)).collect();
-        let bytes = postcard::to_stdvec(&own).map_err(|error| self.unsent(&error))?;
-        let heard = self.send(vec![bytes; self.size as usize])?;
-        let mut all = Squares::new();
-        for (rank, bytes) in (0..).zip(heard) {
-            let theirs: Vec<(TensorId, Option<f64>)> =
-                postcard::from_bytes(&bytes).map_err(|error| unclear(rank, &error))?;
-            all.extend(theirs);
-        }
-        Ok(all)
+        Ok(self.tell_all(own)?.into_iter().flatten().collect())
     }
 
-    /// The new values of the other processes' tensors; `own` are those of this one's.
-    pub(crate) fn all_values(&mut self, own: BTreeMap<TensorId, Tensor>) -> Result<Vec<(TensorId, Tensor)>, Error> {
+    /// The values that the other processes have made of their tensors; of `values` it gives them those of its own.
+    pub(crate) fn all_values<'t>(
+        &mut self,
+        values: impl Iterator<Item = (&'t TensorId, &'t Tensor)>,
+    ) -> Result<Vec<(TensorId, Tensor)>, Error> {
         let mut share = Share::default();
-        for (id, value) in own {
-            share.push(0, &id, None, Some(&value)).map_err(|error| self.unsent(&error))?;
+        for (id, value) in values.filter(|(id, _)| self.has(id)) {
+            share.push(0, id, None, Some(value)).map_err(|error| self.unsent(&error))?;
         }
-        let bytes = pack(&share.pieces, &share.values).map_err(|error| self.unsent(&error))?;
-        drop(share);
         let own = self.rank;
-        let heard = self.send(vec![bytes; self.size as usize])?;
         let mut all = Vec::new();
-        for (rank, bytes) in (0..).zip(heard).filter(|(rank, _)| *rank != own) {
-            let (pieces, values): (Vec<Piece>, _) = unpack(rank, &bytes)?;
-            for (_, values) in gathered(rank, pieces, &values)? {
+        for (rank, bytes) in (0..).zip(self.tell_share(share)?).filter(|(rank, _)| *rank != own) {
+            let ((_, pieces), values): (Told<()>, _) = unpack(rank, &bytes)?;
+            for (_, values) in gathered(rank, pieces, values)? {
                 all.extend(values.iter().filter_map(|(id, value)| Some((id.clone(), value?.clone()))));
             }
         }
@@ -353,16 +337,10 @@ impl Gang {
         if owner == 0 {
             return Ok(own.filter(|_| self.rank == 0).map(<[f32]>::to_vec));
         }
-        let mut to = vec![Vec::new(); self.size as usize];
-        if owner == self.rank {
-            to[0] = pack(&(), own.unwrap_or_default()).map_err(|error| self.unsent(&error))?;
-        }
-        let heard = self.send(to)?;
-        if self.rank != 0 {
-            return Ok(None);
-        }
-        let ((), numbers) = unpack(owner, &heard[owner as usize])?;
-        Ok(Some(numbers))
+        let own = own.filter(|_| owner == self.rank).map(|own| bytes::of_f32(own).into_owned());
+        // The rest is nobody's and empty.
+        let heard = self.send(Letters::Each(own.into_iter().collect()))?;
+        Ok((self.rank == 0).then(|| bytes::to_f32(&heard[owner as usize])))
     }
 
     /// Whether a tensor is this process's to update.
@@ -443,11 +421,11 @@ type Told<T> = (T, Vec<Piece>);
 /// The loss of a part, and what its rank was asked for.
 type Numbered = (u32, LossReport, Wishes);
 
-/// What goes to one process: pieces, and their values one after the other.
+/// What goes to one process: pieces, and the bytes of their values one after the other.
 #[derive(Debug, Clone, Default)]
 struct Share {
     pieces: Vec<Piece>,
-    values: Vec<f32>,
+    values: Vec<u8>,
 }
 
 impl Share {
@@ -462,56 +440,37 @@ impl Share {
             if value.dtype() != DType::F32 {
                 candle_core::bail!("{id} is of {:?}; expected f32", value.dtype());
             }
-            self.values.extend(value.flatten_all()?.to_vec1::<f32>()?);
+            self.values.extend_from_slice(&bytes::of_f32(&value.flatten_all()?.to_vec1::<f32>()?));
         }
         let (entries, shape) = (entries.map(<[u64]>::to_vec), value.map(|value| value.dims().to_vec()));
         self.pieces.push(Piece { number, id: id.clone(), entries, shape });
         Ok(())
     }
-}
 
-/// Numbers as they travel and lie in files.
-pub(crate) fn little_endian(values: &[f32]) -> Cow<'_, [u8]> {
-    if cfg!(target_endian = "little") {
-        return Cow::Borrowed(bytemuck::cast_slice(values));
+    /// The values, then what is said and which pieces they are of, then how long that is: the values stay where they are.
+    fn sealed(mut self, said: &impl Serialize) -> Result<Vec<u8>, postcard::Error> {
+        let head = postcard::to_stdvec(&(said, &self.pieces))?;
+        self.values.extend_from_slice(&head);
+        self.values.extend((head.len() as u64).to_le_bytes());
+        Ok(self.values)
     }
-    Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
-}
-
-/// A head, and numbers after it.
-fn pack(head: &impl Serialize, values: &[f32]) -> Result<Vec<u8>, postcard::Error> {
-    let head = postcard::to_stdvec(head)?;
-    let mut bytes = Vec::with_capacity(8 + head.len() + size_of_val(values));
-    bytes.extend((head.len() as u64).to_le_bytes());
-    bytes.extend(&head);
-    bytes.extend_from_slice(&little_endian(values));
-    Ok(bytes)
 }
 
 fn unclear(rank: u32, what: &dyn std::fmt::Display) -> Error {
     Error::Unexpected { rank, what: what.to_string() }
 }
 
-fn unpack<T: DeserializeOwned>(rank: u32, bytes: &[u8]) -> Result<(T, Vec<f32>), Error> {
-    let short = || unclear(rank, &"it ends before its head does");
-    let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(short)?;
+/// What a [`Share`] was sealed to: what is said, and the bytes of values.
+fn unpack<T: DeserializeOwned>(rank: u32, letter: &[u8]) -> Result<(T, &[u8]), Error> {
+    let short = || unclear(rank, &"it is shorter than it says");
+    let (rest, length) = letter.split_last_chunk::<8>().ok_or_else(short)?;
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| short())?;
-    let (head, values) = rest.split_at_checked(length).ok_or_else(short)?;
-    let head = postcard::from_bytes(head).map_err(|error| unclear(rank, &error))?;
-    if !values.len().is_multiple_of(size_of::<f32>()) {
-        return Err(unclear(rank, &"its numbers are cut"));
-    }
-    if cfg!(target_endian = "little") {
-        let mut numbers = vec![0.0; values.len() / size_of::<f32>()];
-        bytemuck::cast_slice_mut::<f32, u8>(&mut numbers).copy_from_slice(values);
-        return Ok((head, numbers));
-    }
-    let (values, _) = values.as_chunks::<4>();
-    Ok((head, values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
+    let (values, head) = rest.split_at(rest.len().checked_sub(length).ok_or_else(short)?);
+    Ok((postcard::from_bytes(head).map_err(|error| unclear(rank, &error))?, values))
 }
 
 /// Pieces as gradients again, part by part.
-fn gathered(rank: u32, pieces: Vec<Piece>, values: &[f32]) -> Result<Parts<Grads>, Error> {
+fn gathered(rank: u32, pieces: Vec<Piece>, values: &[u8]) -> Result<Parts<Grads>, Error> {
     let mut parts: BTreeMap<u32, Grads> = BTreeMap::new();
     let mut values = values;
     for Piece { number, id, entries, shape } in pieces {
@@ -522,10 +481,11 @@ fn gathered(rank: u32, pieces: Vec<Piece>, values: &[f32]) -> Result<Parts<Grads
         let part = parts.entry(number).or_default();
         part.widen(&wanted);
         let Some(shape) = shape else { continue };
-        let n = shape.iter().product();
-        let (own, rest) = values.split_at_checked(n).ok_or_else(|| unclear(rank, &"its numbers are too few"))?;
+        let n_bytes = shape.iter().product::<usize>() * size_of::<f32>();
+        let (own, rest) = values.split_at_checked(n_bytes).ok_or_else(|| unclear(rank, &"its values are too few"))?;
         values = rest;
-        let tensor = Tensor::from_slice(own, shape, &Device::Cpu).map_err(|error| unclear(rank, &error))?;
+        let tensor =
+            Tensor::from_vec(bytes::to_f32(own), shape, &Device::Cpu).map_err(|error| unclear(rank, &error))?;
         part.put(&id, &tensor).map_err(|error| unclear(rank, &error))?;
     }
     Ok(parts.into_iter().collect())

@@ -9,15 +9,14 @@ use std::collections::BTreeMap;
 use attune_models::pass::Stopwatch;
 use attune_models::stack;
 use attune_optim::clip;
-use attune_points::engine::{Batch, Engine as _, LossReport, Renewed};
+use attune_points::engine::{Batch, Engine as _, LossReport, Renewed, gradients_on};
 use attune_points::optimizer::UpdateCx;
 use attune_points::{Entries, Error, GradSink as _, Grads, Locals, Owner, Result, TensorId, TensorSpec};
-use attune_tensor::autograd;
+use attune_tensor::{autograd, bytes};
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::engine::{Message, RankEngine, Wishes};
-use crate::gang::little_endian;
 use crate::guard::{self, Squares};
 
 /// An error of another rank, as a step sees it.
@@ -95,15 +94,12 @@ impl RankEngine<'_> {
     /// The gradient of the job's loss over a batch, for an update alone: a process of a gang gets the sums of its own tensors.
     /// What is found of one micro-batch goes to the others while the next one is computed.
     pub(crate) fn added_up_for_update(&mut self, batch: &Batch) -> Result<(Grads, LossReport)> {
+        let wishes = self.wishes;
+        let Some(gang) = self.collective.gang() else { return gradients_on(self, batch) };
+        gang.begin(wishes);
         let (objective, theta) = (self.objective(), self.theta.clone());
         let scale = 1.0 / objective.denominator().of(batch.counts);
         let n_parts = self.shared.logical_shards * self.shared.accumulation;
-        let wishes = self.wishes;
-        let Some(gang) = self.collective.gang() else {
-            let parts = self.grads(&theta, &batch.parts, &*objective, scale)?;
-            return self.added_up(parts);
-        };
-        gang.begin(wishes);
         let mut take = |engine: &mut Self, part: u32, gradients: Grads, report: LossReport| {
             let watch = Stopwatch::start();
             let gang = engine.collective.gang().ok_or_else(lost_gang)?;
@@ -156,7 +152,6 @@ impl RankEngine<'_> {
             Some((id, gradient, buffers, spec))
         });
         let mut work: Vec<_> = work.collect();
-        let mut made = BTreeMap::new();
         // Tensors know nothing of each other here: a few go side by side, so that few have two values at a time.
         let at_once = 2 * rayon::current_num_threads();
         while !work.is_empty() {
@@ -182,14 +177,15 @@ impl RankEngine<'_> {
             let updated: Vec<Result<(TensorId, Tensor)>> = some.into_par_iter().map(update).collect();
             // The first fault is that of the first tensor that has one.
             for (id, tensor) in updated.into_iter().collect::<Result<Vec<_>>>()? {
-                self.theta.put(&id, tensor.clone());
-                made.insert(id, tensor);
+                self.theta.put(&id, tensor);
             }
         }
         self.spent.optimizer += watch.elapsed();
         if let Some(gang) = self.collective.gang() {
             let watch = Stopwatch::start();
-            for (id, tensor) in gang.all_values(made).map_err(|error| of_ranks(&error))? {
+            let theta = &self.theta;
+            let values = shared.specs.keys().filter_map(|id| Some((id, theta.get(id)?)));
+            for (id, tensor) in gang.all_values(values).map_err(|error| of_ranks(&error))? {
                 self.theta.put(&id, tensor);
             }
             self.spent.collective += watch.elapsed();
@@ -199,7 +195,6 @@ impl RankEngine<'_> {
 
     /// Starts entries of a tensor anew.
     pub(crate) fn renewed(&mut self, tensor: &TensorId, entries: &[Renewed]) -> Result<()> {
-        let is_own = self.has(tensor);
         let spec = self.shared.specs.get(tensor).filter(|spec| spec.comes_and_goes);
         let (Some(spec), Some(value)) = (spec, self.theta.get(tensor).cloned()) else {
             return Err(Error::Refused(format!("entries of {tensor} do not come and go")));
@@ -210,7 +205,8 @@ impl RankEngine<'_> {
             let begun = begun.ok_or_else(|| Error::Refused("the optimiser has no entries of single age".to_owned()))?;
             // After the update at hand, which is not counted yet.
             let born = (self.step.0 + 1) as f32 - renewed.age as f32;
-            let buffers = self.buffers.get_mut(tensor).filter(|_| is_own);
+            // Where another process has them, it does this too.
+            let buffers = self.buffers.get_mut(tensor);
             for (buffer, begun) in buffers.into_iter().flatten().zip(begun.into_iter().chain([born])) {
                 let of_entry = buffer.get_mut(renewed.entry);
                 *of_entry.ok_or_else(|| Error::Refused(format!("{tensor} has no entry {}", renewed.entry)))? = begun;
@@ -235,7 +231,7 @@ impl RankEngine<'_> {
         let mut hash = blake3::Hasher::new();
         for (id, value) in self.theta.trained() {
             hash.update(id.to_string().as_bytes());
-            hash.update(&little_endian(&value.flatten_all().and_then(|value| value.to_vec1::<f32>())?));
+            hash.update(&bytes::of_f32(&value.flatten_all().and_then(|value| value.to_vec1::<f32>())?));
         }
         let own = self.collective.rank();
         #[cfg(feature = "failpoints")]

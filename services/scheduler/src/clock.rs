@@ -38,24 +38,23 @@ const ID_DIGITS: u32 = 18;
 
 /// A new job id. Ids of one process sort in the order in which they were made, those of several by millisecond.
 pub(crate) fn job_id() -> JobId {
-    id_of(uuid::Uuid::now_v7().as_u128())
+    JobId::new(id_of("j", uuid::Uuid::now_v7().as_u128())).expect("the digits are letters and digits in lower case")
 }
 
 /// A new name for a worker that is asked for.
 pub(crate) fn request_id() -> RequestId {
-    let name = job_id().as_str().replacen("j-", "r-", 1);
-    RequestId(Name::new(name).expect("the digits are letters and digits in lower case"))
+    let name = Name::new(id_of("r", uuid::Uuid::now_v7().as_u128()));
+    RequestId(name.expect("the digits are letters and digits in lower case"))
 }
 
-/// The id for a version 7 UUID: its time and the next 42 bits, without the bits that say which version it is.
-fn id_of(uuid: u128) -> JobId {
+/// The id with this prefix for a version 7 UUID: its time and the next 42 bits, without the bits that say which version it is.
+fn id_of(prefix: &str, uuid: u128) -> String {
     let time = uuid >> 80;
     let after_version = (uuid >> 64) & 0xfff;
     let after_variant = (uuid >> 32) & 0x3fff_ffff;
     let bits = (time << 42) | (after_version << 30) | after_variant;
     let digit = |place: u32| char::from(DIGITS[((bits >> (5 * place)) & 31) as usize]);
-    let text: String = "j-".chars().chain((0..ID_DIGITS).rev().map(digit)).collect();
-    JobId::new(text).expect("the digits are letters and digits in lower case")
+    prefix.chars().chain(['-']).chain((0..ID_DIGITS).rev().map(digit)).collect()
 }
 
 #[cfg(test)]
@@ -71,8 +70,8 @@ mod tests {
 
     #[test]
     fn a_later_millisecond_gives_a_larger_id() {
-        let first = id_of(0x0190_0000_0000_7fff_bfff_ffff_ffff_ffff);
-        let later = id_of(0x0190_0000_0001_7000_8000_0000_0000_0000);
+        let first = id_of("j", 0x0190_0000_0000_7fff_bfff_ffff_ffff_ffff);
+        let later = id_of("j", 0x0190_0000_0001_7000_8000_0000_0000_0000);
         assert!(first < later, "{first} {later}");
     }
 

@@ -45,7 +45,9 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
 /// Bytes of what trains, in one process.
 fn trained_bytes(admitted: &Admitted) -> Option<u64> {
     let n = trainable(admitted)?;
-    let workers = u64::from(admitted.spec.resources.workers);
+    let resources = &admitted.spec.resources;
+    // Ranks that share a process have all moments each.
+    let workers = if resources.devices_per_worker == 1 { u64::from(resources.workers) } else { 1 };
     Some(if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES })
 }
 

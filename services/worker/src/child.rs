@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 
+use attune_proto::secret;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::Serialize;
@@ -62,18 +63,6 @@ pub(crate) enum Heard {
 /// components go side by side anyhow.
 const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
-/// What proves who the agent is, or a scheduler in the same process. A process that trains speaks to nobody, and is not told.
-const SECRETS: [&str; 8] = [
-    "ATTUNE_ADMIN_TOKEN_FILE",
-    "ATTUNE_CERT",
-    "ATTUNE_DATABASE",
-    "ATTUNE_KEY",
-    "ATTUNE_TLS_KEY",
-    "ATTUNE_TOKEN",
-    "ATTUNE_TOKEN_FILE",
-    "PGPASSWORD",
-];
-
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -90,7 +79,8 @@ impl Child {
     pub(crate) fn start(program: &Program, folder: &Path) -> std::io::Result<Self> {
         let (name, one) = CANDLE_THREADS;
         let mut process = Command::new(&program.path);
-        for name in SECRETS {
+        // A process that trains speaks to nobody but its agent, and is told no secret.
+        for name in secret::VARIABLES {
             process.env_remove(name);
         }
         let mut process = process

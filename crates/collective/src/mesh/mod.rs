@@ -18,8 +18,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_chan
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::Wire;
 use crate::error::Error;
+use crate::{Letters, Wire};
 use line::{Inbox, Line};
 
 /// Wait between tries to reach a process, and between looks for one that connects.
@@ -56,10 +56,10 @@ pub struct Patience {
 }
 
 impl Default for Patience {
-    /// A minute to meet, ten seconds without a sign of life, ten minutes to come to an exchange: steps may be long, and
-    /// whoever started a process knows better when it hangs.
+    /// A minute to meet, ten seconds without a sign of life, an hour to come to an exchange: steps may be long, and whoever
+    /// started a process knows better when it hangs.
     fn default() -> Self {
-        Self { join: Duration::from_secs(60), silence: Duration::from_secs(10), exchange: Duration::from_secs(600) }
+        Self { join: Duration::from_secs(60), silence: Duration::from_secs(10), exchange: Duration::from_secs(3600) }
     }
 }
 
@@ -230,22 +230,21 @@ impl Wire for Mesh {
         self.lines.len() as u32
     }
 
-    fn exchange(&mut self, mut to: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+    fn exchange(&mut self, mut letters: Letters) -> Result<Vec<Vec<u8>>, Error> {
         let (size, own, number) = (self.lines.len(), self.rank as usize, self.exchange);
         self.exchange += 1;
-        to.resize_with(size, Vec::new);
         // Each begins with its neighbour, so that not all write to the same one at once.
         for peer in (1..size).map(|offset| (own + offset) % size) {
             let Some(line) = &self.lines[peer] else { continue };
             let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
-            if line.say(number, &to[peer]).is_err() {
+            if line.say(number, &letters.take(peer)).is_err() {
                 // What was heard of it says better what became of it.
                 let lost = self.inbox.lost(peer as u32, number, self.patience.silence);
                 return Err(lost.unwrap_or(Error::Gone { rank: peer as u32, exchange: number }));
             }
         }
         let mut heard = self.inbox.take(self.rank, number, self.patience)?;
-        heard[own] = std::mem::take(&mut to[own]);
+        heard[own] = letters.take(own).into_owned();
         Ok(heard)
     }
 }

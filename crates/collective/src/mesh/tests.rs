@@ -42,7 +42,7 @@ fn each_gets_what_each_sent_to_it_in_every_exchange() {
                     vec![(from * 16 + to) as u8; ((from * 7 + to * 3 + round) % 5 * 1000) as usize]
                 };
                 let rank = mesh.rank();
-                let heard = mesh.exchange((0..size).map(|to| text(rank, to)).collect()).unwrap();
+                let heard = mesh.exchange(Letters::Each((0..size).map(|to| text(rank, to)).collect())).unwrap();
                 let expected: Vec<Vec<u8>> = (0..size).map(|from| text(from, rank)).collect();
                 assert!(heard == expected, "rank {rank} of {size}, round {round}");
             }
@@ -53,7 +53,7 @@ fn each_gets_what_each_sent_to_it_in_every_exchange() {
 #[test]
 fn what_is_larger_than_any_buffer_goes_both_ways_at_once() {
     let sums = run(2, patience(20_000), |mut mesh| {
-        let heard = mesh.exchange(vec![vec![mesh.rank() as u8 + 1; 32 << 20]; 2]).unwrap();
+        let heard = mesh.exchange(Letters::All(vec![mesh.rank() as u8 + 1; 32 << 20])).unwrap();
         heard.iter().map(|bytes| bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>()).collect::<Vec<_>>()
     });
     let (one, two) = (32 << 20, 64 << 20);
@@ -64,8 +64,8 @@ fn what_is_larger_than_any_buffer_goes_both_ways_at_once() {
 fn who_leaves_ends_the_others_at_once_and_is_named() {
     let watch = Instant::now();
     let ends = run(3, patience(60_000), |mut mesh| {
-        mesh.exchange(Vec::new()).unwrap();
-        (mesh.rank() != 1).then(|| mesh.exchange(Vec::new()).unwrap_err())
+        mesh.exchange(Letters::All(Vec::new())).unwrap();
+        (mesh.rank() != 1).then(|| mesh.exchange(Letters::All(Vec::new())).unwrap_err())
     });
     let gone = Some(Error::Gone { rank: 1, exchange: 1 });
     // Of those that wait, the first to leave may be taken for the one that left first.
@@ -87,7 +87,7 @@ fn who_says_nothing_any_more_is_named_after_the_silence() {
     });
     let mut mesh = all.pop().unwrap().join(0, &peers, patience(300)).unwrap();
     let _stands = stopped.join().unwrap();
-    let error = mesh.exchange(Vec::new()).unwrap_err();
+    let error = mesh.exchange(Letters::All(Vec::new())).unwrap_err();
     assert_eq!(error, Error::Silent { rank: 1, exchange: 0, within: Duration::from_millis(300) });
     assert!(error.is_of_a_lost_rank());
 }
@@ -98,7 +98,7 @@ fn who_lives_may_take_its_time() {
         if mesh.rank() == 1 {
             std::thread::sleep(Duration::from_millis(1500));
         }
-        mesh.exchange(Vec::new()).map(|_| ())
+        mesh.exchange(Letters::All(Vec::new())).map(|_| ())
     });
     assert_eq!(ends, [Ok(()), Ok(())]);
 }
@@ -120,7 +120,7 @@ fn strangers_are_turned_away_and_change_nothing() {
                 let peers = &peers;
                 scope.spawn(move || {
                     let mut mesh = listening.join(rank, peers, patience(5_000)).unwrap();
-                    mesh.exchange(vec![vec![rank as u8]; 2]).unwrap()
+                    mesh.exchange(Letters::All(vec![rank as u8])).unwrap()
                 })
             };
             let threads: Vec<_> = (0..).zip(all).map(start).collect();

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use attune_spec::method::Words;
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use tokenizers::processors::PostProcessorWrapper;
 
@@ -167,7 +168,8 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 
 fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
     // The library panics where the text of some of its parts is no JSON.
-    serde_json::from_slice::<Value>(bytes).map_err(|e| format!("is not valid JSON: {e}"))?;
+    let text = std::str::from_utf8(bytes).map_err(|e| format!("is not valid JSON: {e}"))?;
+    serde_json::from_str::<IgnoredAny>(text).map_err(|e| format!("is not valid JSON: {e}"))?;
     let read =
         || tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| format!("is not a tokenizer of this version: {e}"));
     let mut inner = guarded(read)?;

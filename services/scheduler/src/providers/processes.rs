@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use attune_proto::secret;
 use attune_scheduler_core::supply::{Pool, RequestId, Standing};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -19,23 +20,8 @@ use super::{ProviderError, WorkerProvider};
 
 /// Time beyond their grace for workers to end with the scheduler.
 const END_TIME: Duration = Duration::from_secs(10);
-/// What of the scheduler's environment is not a worker's: secrets of its own, and what its command line says instead.
-const NOT_THEIRS: [&str; 14] = [
-    "ATTUNE_SERVER",
-    "ATTUNE_PROJECT",
-    "ATTUNE_TOKEN",
-    "ATTUNE_TOKEN_FILE",
-    "ATTUNE_CA",
-    "ATTUNE_CERT",
-    "ATTUNE_KEY",
-    "ATTUNE_ADMIN_TOKEN_FILE",
-    "ATTUNE_DATABASE",
-    "ATTUNE_TLS_CERT",
-    "ATTUNE_TLS_KEY",
-    "ATTUNE_TLS_CLIENT_CA",
-    "PGPASSWORD",
-    "PGPASSFILE",
-];
+/// What of the scheduler's environment, beside its secrets, is not a worker's: what the worker's command line says.
+const NOT_THEIRS: [&str; 3] = ["ATTUNE_SERVER", "ATTUNE_PROJECT", "ATTUNE_CA"];
 
 /// One worker.
 #[derive(Debug)]
@@ -97,7 +83,7 @@ impl WorkerProvider for Processes {
         let number = (1..).find(|number| !taken.contains(number)).unwrap_or_default();
         let folder = self.work_dir.join(number.to_string());
         let mut command = Command::new(&self.launch.program);
-        for name in NOT_THEIRS {
+        for name in secret::VARIABLES.into_iter().chain(NOT_THEIRS) {
             command.env_remove(name);
         }
         command.args(self.launch.arguments(&self.pool, request, &folder)).arg("--until-stdin-closes");
