@@ -9,6 +9,7 @@ mod cuts;
 mod faults;
 mod fixtures;
 mod fleet;
+mod gangs;
 mod guard;
 mod identities;
 mod jobs;
