@@ -10,6 +10,7 @@ use candle_core::Tensor;
 
 use crate::engine::StepRule;
 use crate::error::{Error, Result};
+use crate::forms::AsWeight;
 use crate::layout::{Doc, Layout};
 use crate::params::{Locals, TensorSpec};
 use crate::stats::Stats;
@@ -208,6 +209,12 @@ pub trait EndMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, x_tw: &Tensor, tensors: &Locals) -> Result<Tensor>;
+
+    /// The same component as another weight `[o, i]`, and bias, of the operator that it stands before or behind; none if it has no such
+    /// form. Which of the two runs is the engine's choice, by what they cost.
+    fn as_weight(&self, _o_i: (usize, usize)) -> Option<AsWeight<'_>> {
+        None
+    }
 }
 
 /// A map from what a block reads and gives to what is added to the stream in place of the latter: a bottleneck after an
@@ -386,6 +393,12 @@ pub trait RowMap: Send + Sync {
     /// As for [`RowMap::graph`].
     fn loss(&self, _x_ti: &Tensor, _tensors: &Locals, _cx: &RowCx<'_>) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// The same component as another weight `[o, i]`, and bias, of the operator that it adds to; none if it has no such form, as one that
+    /// drops numbers of single rows or has a loss of its own. Which of the two runs is the engine's choice, by what they cost.
+    fn as_weight(&self, _o_i: (usize, usize)) -> Option<AsWeight<'_>> {
+        None
     }
 
     /// The same map in a form that the engine computes within the product of the site's own weight; none if it has no such

@@ -23,6 +23,7 @@ pub mod weight;
 
 pub mod adapter;
 pub mod budget;
+pub mod forms;
 pub mod init;
 pub mod mixing;
 pub mod objective;

@@ -13,13 +13,19 @@ pub mod permutation;
 pub mod rng;
 
 pub mod autograd;
+mod blocks;
 pub mod bytes;
+mod circulant;
 pub mod cma_es;
+mod fourier;
 pub mod frozen;
+mod kronecker;
 pub mod linalg;
 pub mod ops;
+mod ordered;
 mod products;
 pub mod quantized;
+mod scaled;
 
 pub mod mapped;
 

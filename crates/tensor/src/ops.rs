@@ -7,7 +7,7 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
 use candle_core::{D, Result, Tensor};
 
-use crate::products;
+use crate::{blocks, circulant, fourier, kronecker, ordered, products, scaled};
 
 /// `y_td = x_td / sqrt(mean_d(x²) + eps) · w_d`.
 ///
@@ -112,6 +112,89 @@ pub fn linear(x_ti: &Tensor, w_oi: &Tensor, b_o: Option<&Tensor>) -> Result<Tens
     }
 }
 
+/// `a b` of two matrices, or of as many of each as there are, `[p, m, k]` and `[p, k, n]`; gradients for those factors that have one.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if products::takes_matmul(a, b) { products::matmul(a, b) } else { a.matmul(b) }
+}
+
+/// `a_kmᵀ b_kn`; gradients for those factors that have one.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn matmul_turned(a_km: &Tensor, b_kn: &Tensor) -> Result<Tensor> {
+    if products::takes(a_km, b_kn) { products::turned(a_km, b_kn) } else { a_km.t()?.matmul(b_kn) }
+}
+
+/// `W_oi Rᵀ` for the block-diagonal R of square blocks `r_nbb`, or of one block `[1, b, b]` again and again.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn turn_columns(w_oi: &Tensor, r_nbb: &Tensor) -> Result<Tensor> {
+    blocks::turn(w_oi, r_nbb)
+}
+
+/// The Kronecker product `C_ab ⊗ D_cd`, `[a c, b d]`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn kronecker(c_ab: &Tensor, d_cd: &Tensor) -> Result<Tensor> {
+    kronecker::product(c_ab, d_cd)
+}
+
+/// The matrix `[m b, n b]` of circulant blocks: `[m b + k, n b + l] = K[m, n, (l - k) mod b]` of kernels `K [m, n, b]`.
+///
+/// # Errors
+/// Another shape.
+pub fn circulant(kernel_mnb: &Tensor) -> Result<Tensor> {
+    circulant::blocks(kernel_mnb)
+}
+
+/// `y_pq = Σ_k c_k cos(2π (p u_k / o + q v_k / i))` on a grid `[o, i]`, of waves `places` (u, v): a fast transform, forward and back.
+///
+/// # Errors
+/// A frequency that the grid does not have, or more or fewer waves than amplitudes.
+pub fn waves(c_k: &Tensor, places: Vec<(usize, usize)>, o_i: (usize, usize)) -> Result<Tensor> {
+    fourier::waves(c_k, places, o_i)
+}
+
+/// The columns of a matrix `x_tw` in another order: column k of the result is column `order[k]`.
+///
+/// # Errors
+/// An order that does not have each column once.
+pub fn permute_columns(x_tw: &Tensor, order: &[usize]) -> Result<Tensor> {
+    ordered::permute(x_tw, order)
+}
+
+/// Columns of a matrix `x_tw` times a number each, `v_w`: `y_tw = x_tw v_w`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn scale_columns(x_tw: &Tensor, v_w: &Tensor) -> Result<Tensor> {
+    scaled::scale(x_tw, &v_w.flatten_all()?, scaled::Axis::Columns)
+}
+
+/// Entries of a matrix `x_tw` times those of another of its shape, `y_tw = x_tw v_tw`; gradients for those factors that have one.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn scale_entries(x_tw: &Tensor, v_tw: &Tensor) -> Result<Tensor> {
+    if x_tw.shape() != v_tw.shape() {
+        candle_core::bail!("entries of {:?} times those of {:?}; expected one shape", x_tw.shape(), v_tw.shape());
+    }
+    scaled::scale(x_tw, v_tw, scaled::Axis::Entries)
+}
+
+/// Rows of a matrix `x_tw` times a number each, `v_t`: `y_tw = v_t x_tw`.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn scale_rows(x_tw: &Tensor, v_t: &Tensor) -> Result<Tensor> {
+    scaled::scale(x_tw, &v_t.flatten_all()?, scaled::Axis::Rows)
+}
+
 /// The rows `ids` of a table `w_vd`, as `[T, D]`; the gradient adds up rows that were taken more than once.
 ///
 /// # Errors
@@ -179,6 +262,98 @@ mod tests {
         let one = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
         let found = crate::autograd::pull(&[&zero], &[(&relu(&zero).unwrap(), &one)]).unwrap();
         assert_eq!(found[0].as_ref().unwrap().to_vec1::<f32>().unwrap(), [0.0]);
+    }
+
+    #[test]
+    fn blocks_turn_their_own_columns_and_have_their_gradients() {
+        for (o, n, b, shared) in [(5, 3, 4, false), (3, 2, 16, false), (2, 2, 3, true), (19, 1, 5, false)] {
+            let (w, r) = (normal("w", &[o, n * b]), normal("r", &[if shared { 1 } else { n }, b, b]));
+            let block = |at: usize| r.get(if shared { 0 } else { at }).unwrap().t().unwrap();
+            let by_hand: Vec<Tensor> =
+                (0..n).map(|at| w.narrow(1, at * b, b).unwrap().matmul(&block(at)).unwrap()).collect();
+            assert_close("turned", &turn_columns(&w, &r).unwrap(), &Tensor::cat(&by_hand, 1).unwrap(), b);
+            check_gradients(&[w, r], |v| turn_columns(&v[0], &v[1]));
+        }
+        assert!(turn_columns(&normal("w", &[2, 6]), &normal("r", &[2, 2, 2])).is_err());
+    }
+
+    #[test]
+    fn kronecker_products_are_those_of_broadcasts_and_have_their_gradients() {
+        for ((a, b), (c, d)) in [((2, 3), (4, 5)), ((1, 4), (3, 1)), ((3, 1), (1, 2))] {
+            let (left, right) = (normal("left", &[a, b]), normal("right", &[c, d]));
+            let by_hand = left.reshape((a, 1, b, 1)).unwrap().broadcast_mul(&right.reshape((1, c, 1, d)).unwrap());
+            let by_hand = by_hand.unwrap().reshape((a * c, b * d)).unwrap();
+            assert_close("product", &kronecker(&left, &right).unwrap(), &by_hand, 1);
+            check_gradients(&[left, right], |v| kronecker(&v[0], &v[1]));
+        }
+    }
+
+    #[test]
+    fn circulant_blocks_are_rows_that_are_rotated_and_have_their_gradients() {
+        let kernel = normal("kernel", &[2, 3, 4]);
+        let (values, found) = (kernel.to_vec3::<f64>().unwrap(), circulant(&kernel).unwrap().to_vec2::<f64>().unwrap());
+        for (row, found) in found.iter().enumerate() {
+            for (column, found) in found.iter().enumerate() {
+                assert_eq!(*found, values[row / 4][column / 4][(column % 4 + 4 - row % 4) % 4]);
+            }
+        }
+        check_gradients(&[kernel], |v| circulant(&v[0]));
+    }
+
+    /// Sum by sum, on even and odd grids, with waves that are their own mirror images.
+    #[test]
+    fn waves_add_up_and_have_their_gradients() {
+        for (o, i, places) in [
+            (4, 6, vec![(0, 0), (1, 2), (3, 4), (2, 3), (0, 3), (3, 5)]),
+            (5, 7, vec![(4, 6), (0, 4), (2, 0)]),
+            (1, 1, vec![(0, 0)]),
+            (1, 4, vec![(0, 2), (0, 3)]),
+            (3, 1, vec![(2, 0)]),
+        ] {
+            let c = normal("c", &[places.len()]);
+            let found = waves(&c, places.clone(), (o, i)).unwrap().to_vec2::<f64>().unwrap();
+            for (p, q) in (0..o).flat_map(|p| (0..i).map(move |q| (p, q))) {
+                let wave = |(u, v): &(usize, usize)| {
+                    (2.0 * PI * ((p * u) as f64 / o as f64 + (q * v) as f64 / i as f64)).cos()
+                };
+                let by_hand: f64 = places.iter().zip(c.to_vec1::<f64>().unwrap()).map(|(at, c)| c * wave(at)).sum();
+                assert!((found[p][q] - by_hand).abs() < 1e-13);
+            }
+            check_gradients(&[c], |v| waves(&v[0], places.clone(), (o, i)));
+        }
+        assert!(waves(&normal("c", &[1]), vec![(4, 0)], (4, 6)).is_err());
+    }
+
+    #[test]
+    fn columns_change_places_and_their_gradients_go_back() {
+        let x = normal("x", &[3, 4]);
+        let order = Tensor::new(&[2u32, 0, 3, 1], &Device::Cpu).unwrap();
+        let by_hand = x.index_select(&order, 1).unwrap();
+        assert_eq!(
+            permute_columns(&x, &[2, 0, 3, 1]).unwrap().to_vec2::<f64>().unwrap(),
+            by_hand.to_vec2::<f64>().unwrap()
+        );
+        check_gradients(std::slice::from_ref(&x), |v| permute_columns(&v[0], &[2, 0, 3, 1]));
+        for wrong in [&[0, 1, 2][..], &[0, 1, 2, 2], &[0, 1, 2, 4]] {
+            assert!(permute_columns(&x, wrong).is_err());
+        }
+    }
+
+    #[test]
+    fn rows_and_columns_are_scaled_and_have_their_gradients() {
+        let (x, rows, columns) = (normal("x", &[5, 4]), normal("rows", &[5, 1]), normal("columns", &[4]));
+        let by_hand = x.broadcast_mul(&rows).unwrap();
+        assert_eq!(scale_rows(&x, &rows).unwrap().to_vec2::<f64>().unwrap(), by_hand.to_vec2::<f64>().unwrap());
+        let by_hand = x.broadcast_mul(&columns).unwrap();
+        assert_eq!(scale_columns(&x, &columns).unwrap().to_vec2::<f64>().unwrap(), by_hand.to_vec2::<f64>().unwrap());
+        check_gradients(&[x.clone(), rows], |v| scale_rows(&v[0], &v[1]));
+        check_gradients(&[x.clone(), columns.clone()], |v| scale_columns(&v[0], &v[1]));
+        assert!(scale_rows(&x, &columns).is_err());
+        let entries = normal("entries", &[5, 4]);
+        let by_hand = (&x * &entries).unwrap().to_vec2::<f64>().unwrap();
+        assert_eq!(scale_entries(&x, &entries).unwrap().to_vec2::<f64>().unwrap(), by_hand);
+        check_gradients(&[x.clone(), entries], |v| scale_entries(&v[0], &v[1]));
+        assert!(scale_entries(&x, &x.t().unwrap()).is_err());
     }
 
     #[test]

@@ -14,7 +14,7 @@
 //!
 //! # Cost
 //! `(rank_1 + rank_2)*(i+o)` parameters per linear. Rows go through the factors of rank r k, `2 r k (i+o)` FLOPs a token, where these are
-//! cheaper than the weight, `r k (i+o) < i*o`; else each pass makes the new weight of the site and the gradient by it. The start
+//! cheaper than the weight, `r k (i+o) < i*o`; else, or where that costs less, each pass makes the new weight of the site and the gradient by it. The start
 //! takes some `36 i o (r + 10)` FLOPs.
 //!
 //! # Limits
@@ -29,6 +29,7 @@
 
 use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
@@ -160,6 +161,12 @@ impl Adapter for Abba {
 impl RowMap for Abba {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
         Pairs::of(tensors, [P, A, Q, B])?.rows(x_ti, self.config.scale)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let (r, s) = (self.config.rank_1 as usize, self.config.rank_2 as usize);
+        let (row, weight) = (Cost::new(r * s * (o + i), 0), Cost::new((r + s) * o * i, o * i));
+        Some(AsWeight { map: self, row, weight, product_again: false })
     }
 }
 

@@ -274,7 +274,7 @@ impl Adapter for Adamss {
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let (w_oi, v_ri) = (weight.dense(tensors.get(B)?.dtype())?, tensors.get(V)?);
-        let change = Self::left(tensors)?.matmul(&tensors.get(A)?.matmul(v_ri)?)?;
+        let change = ops::matmul(&Self::left(tensors)?, &ops::matmul(tensors.get(A)?, v_ri)?)?;
         let i = w_oi.dim(1)?;
         let merged = (w_oi + change.narrow(1, 0, i)?)?;
         let bias = match weight.bias(change.dtype())? {

@@ -179,12 +179,12 @@ fn direction((left, right): &Terms) -> attune_points::Result<Tensor> {
     let (left_or, right_ri) = (Tensor::cat(left, 1)?, Tensor::cat(right, 0)?);
     // With orthonormal rows q of the second factor, left right = (left t) q, and its vectors are those of the small matrix, turned.
     let (q_ik, t_kr) = linalg::qr(&right_ri.t()?.contiguous()?)?;
-    let small = linalg::svd(&left_or.matmul(&t_kr.t()?.contiguous()?)?)?;
+    let small = linalg::svd(&ops::matmul(&left_or, &t_kr.t()?.contiguous()?)?)?;
     let largest = small.s.get(0)?.to_scalar::<f64>()?;
     if largest == 0.0 {
         return Ok(Tensor::zeros((1, right_ri.dim(1)?), DType::F64, &Device::Cpu)?);
     }
-    Ok(small.v.narrow(0, 0, 1)?.contiguous()?.matmul(&q_ik.t()?.contiguous()?)?)
+    Ok(ops::matmul(&small.v.narrow(0, 0, 1)?.contiguous()?, &q_ik.t()?.contiguous()?)?)
 }
 
 impl BlendMap for Arrow {

@@ -246,7 +246,7 @@ fn by_factor(x_ti: &Tensor, w: &Tensor, blocks: usize) -> attune_points::Result<
     }
     let x_nti = x_ti.reshape((t, blocks, width))?.transpose(0, 1)?.contiguous()?;
     let w_nio = w.reshape((blocks, o / blocks, width))?.transpose(1, 2)?.contiguous()?;
-    Ok(x_nti.matmul(&w_nio)?.transpose(0, 1)?.contiguous()?.reshape((t, o))?)
+    Ok(ops::matmul(&x_nti, &w_nio)?.transpose(0, 1)?.contiguous()?.reshape((t, o))?)
 }
 
 /// A factor as the matrix `[o, i]` that it is.

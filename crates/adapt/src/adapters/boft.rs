@@ -14,8 +14,6 @@
 //! # Cost
 //! `m i b + o` parameters per linear, half of which matter: U's other half is the same with the other sign. Each pass makes `W'` twice,
 //! forward and reverse, at `2 m o i b` FLOPs each, and the gradient by it, `2 i o` FLOPs per token.
-//! A step takes a tenth more than the 2.2 of LoRA's that other weights are allowed: the factors of a butterfly follow one
-//! another, each over the whole weight.
 //!
 //! # Limits
 //! With U = 0 and s = 1 it is the base, bit for bit. With one factor and s = 1 it is OFT with the exact inverse, U twice as large.
@@ -34,6 +32,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -176,7 +175,7 @@ impl WeightMap for Boft {
             let back = turned.reshape(&[o, groups, pairs, 2, half][..])?.transpose(2, 3)?.contiguous()?;
             w_oi = back.reshape((o, i))?;
         }
-        Ok(w_oi.broadcast_mul(tensors.get(S)?)?)
+        Ok(ops::scale_rows(&w_oi, tensors.get(S)?)?)
     }
 }
 

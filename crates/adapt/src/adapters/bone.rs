@@ -212,7 +212,7 @@ impl WeightMap for Bone {
         let ((o, i), k_qrr) = (w_oi.dims2()?, tensors.get(K)?);
         let (q, r, _) = k_qrr.dims3()?;
         // Rows (q, a), columns (p, b): for each q, its r rows of all blocks as rows [a p, b], times K_q.
-        let blocks = w_oi.reshape((q, o / q * (i / r), r))?.matmul(k_qrr)?;
+        let blocks = ops::matmul(&w_oi.reshape((q, o / q * (i / r), r))?, k_qrr)?;
         let change = blocks.reshape((q, r, i / r, r))?.broadcast_add(&k_qrr.unsqueeze(2)?)?;
         Ok((w_oi + change.reshape((o, i))?)?)
     }

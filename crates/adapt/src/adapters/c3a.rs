@@ -6,7 +6,7 @@
 //! y_to  = x_ti (W_oi + C_oi)^T
 //! C_oi[m b + k, n b + l] = K[m, n, (l - k) mod b] / i                blocks m of the output, n of the input, of width b
 //! ```
-//! Computed frequency by frequency, `Y_mj = Σ_n X_nj conj(K_mnj) / i`: C is never made.
+//! On rows it is computed frequency by frequency, `Y_mj = Σ_n X_nj conj(K_mnj) / i`.
 //!
 //! # Symbols
 //! `c3a_kernel` `K`, `[o/b, i/b, b]`, f32, trained; uniform in ±sqrt(6/(i+o)) at the start, or as `start` says. X, K and Y with j are
@@ -14,9 +14,9 @@
 //!
 //! # Cost
 //! `i o / b` parameters per linear. The transforms are products with tables of b by b/2 + 1: some `2 (i + o) b + 4 i o / b` FLOPs
-//! per token forward, no fast transform, against `2 i o` for a weight.
-//! With blocks far smaller than the widths the tables are what a step consists of (six times LoRA's step at blocks of 8); the
-//! method is meant for large blocks.
+//! per token forward, no fast transform, against `2 i o` for a weight. Where it costs less, as for blocks far smaller than the widths, a
+//! pass makes `C` in place of it, forward and in reverse, and the gradient by it; the estimate is of `block_size`, at sites of other
+//! blocks too.
 //!
 //! # Limits
 //! With K = 0 it is the base, bit for bit. With b = 1 it is any change of the weight, over i.
@@ -32,11 +32,13 @@ use std::collections::BTreeMap;
 use std::f64::consts::TAU;
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
@@ -178,11 +180,8 @@ impl Adapter for C3a {
 
 /// The whole change `[o, i]`.
 fn change(kernel: &Tensor) -> attune_points::Result<Tensor> {
-    let (m, n, b) = kernel.dims3()?;
-    let places = (0..b).flat_map(|k| (0..b).map(move |l| ((l + b - k) % b) as u32));
-    let places = Tensor::from_vec(places.collect::<Vec<_>>(), b * b, &Device::Cpu)?;
-    let blocks = kernel.contiguous()?.index_select(&places, 2)?.reshape((m, n, b, b))?;
-    Ok((blocks.permute((0, 2, 1, 3))?.contiguous()?.reshape((m * b, n * b))? / (n * b) as f64)?)
+    let (_, n, b) = kernel.dims3()?;
+    Ok(ops::circulant(&(kernel / (n * b) as f64)?)?)
 }
 
 /// Cosines and sines of the angles of frequencies: `[b, f]` each, f = b/2 + 1.
@@ -207,21 +206,38 @@ impl RowMap for C3a {
         // Real and imaginary parts of X [f, T, n] and K [f, n, m].
         let x = x_ti.contiguous()?.reshape((rows * n, b))?;
         let of_rows = |part: Tensor| part.reshape((rows, n, f))?.permute((2, 0, 1))?.contiguous();
-        let (x_re, x_im) = (of_rows(x.matmul(&cos_bf)?)?, of_rows(x.matmul(&sin_bf)?.neg()?)?);
+        let (x_re, x_im) = (of_rows(ops::matmul(&x, &cos_bf)?)?, of_rows(ops::matmul(&x, &sin_bf)?.neg()?)?);
         let kernel = kernel.reshape((m * n, b))?;
         let of_kernel = |part: Tensor| part.reshape((m, n, f))?.permute((2, 1, 0))?.contiguous();
-        let (k_re, k_im) = (of_kernel(kernel.matmul(&cos_bf)?)?, of_kernel(kernel.matmul(&sin_bf)?.neg()?)?);
+        let (k_re, k_im) =
+            (of_kernel(ops::matmul(&kernel, &cos_bf)?)?, of_kernel(ops::matmul(&kernel, &sin_bf)?.neg()?)?);
         // (X_re + i X_im)(K_re - i K_im).
-        let y_re = (x_re.matmul(&k_re)? + x_im.matmul(&k_im)?)?;
-        let y_im = (x_im.matmul(&k_re)? - x_re.matmul(&k_im)?)?;
+        let y_re = (ops::matmul(&x_re, &k_re)? + ops::matmul(&x_im, &k_im)?)?;
+        let y_im = (ops::matmul(&x_im, &k_re)? - ops::matmul(&x_re, &k_im)?)?;
         // Back: frequencies that stand for their mirror image as well count twice.
         let count = |j: usize| if j == 0 || 2 * j == b { 1.0 } else { 2.0 };
         let counts: Vec<f64> = (0..f).map(|j| count(j) / (b * i) as f64).collect();
         let counts_f1 = Tensor::from_vec(counts, (f, 1), &Device::Cpu)?.to_dtype(x_ti.dtype())?;
         let back = |table_bf: &Tensor| table_bf.t()?.contiguous()?.broadcast_mul(&counts_f1);
         let of_frequencies = |part: Tensor| part.permute((1, 2, 0))?.contiguous()?.reshape((rows * m, f));
-        let y = (of_frequencies(y_re)?.matmul(&back(&cos_bf)?)? - of_frequencies(y_im)?.matmul(&back(&sin_bf)?)?)?;
+        let y = (ops::matmul(&of_frequencies(y_re)?, &back(&cos_bf)?)?
+            - ops::matmul(&of_frequencies(y_im)?, &back(&sin_bf)?)?)?;
         Ok(y.reshape((rows, m * b))?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        // Of blocks as most sites have them.
+        let b = self.config.block_size as usize;
+        let f = b / 2 + 1;
+        let (m, n) = (o.div_ceil(b), i.div_ceil(b));
+        let row = Cost::new(2 * f * (i + o) + 4 * f * m * n, 2 * f * (m + n) + i + o);
+        Some(AsWeight { map: self, row, weight: Cost::new(0, 2 * o * i), product_again: false })
+    }
+}
+
+impl WeightMap for C3a {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        Ok((w_oi + change(tensors.get(KERNEL)?)?)?)
     }
 }
 
@@ -294,7 +310,7 @@ mod tests {
         let (site, layout) = (attune_architecture::SiteId::new("q_proj"), attune_points::Layout::new());
         let cx = RowCx { site: &site, output: 0, dropout: None, layout: &layout, rows: None };
         let c3a = C3a { config: Config::default() };
-        c3a.graph(x, &Locals::new("q_proj", [(KERNEL, kernel.clone())]), &cx).unwrap()
+        RowMap::graph(&c3a, x, &Locals::new("q_proj", [(KERNEL, kernel.clone())]), &cx).unwrap()
     }
 
     /// Even and odd widths: only even ones have a frequency that is its own mirror image beside 0.

@@ -32,6 +32,7 @@ use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::linalg;
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
@@ -156,10 +157,10 @@ impl Adapter for Clover {
 impl WeightMap for Clover {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let (o, i) = w_oi.dims2()?;
-        let between_hdd = tensors.get(D)?.matmul(tensors.get(K)?)?;
+        let between_hdd = ops::matmul(tensors.get(D)?, tensors.get(K)?)?;
         let (h, d, _) = between_hdd.dims3()?;
         let w_hdi = w_oi.contiguous()?.reshape((h, d, i))?;
-        Ok((w_oi + between_hdd.matmul(&w_hdi)?.reshape((o, i))?)?)
+        Ok((w_oi + ops::matmul(&between_hdd, &w_hdi)?.reshape((o, i))?)?)
     }
 }
 

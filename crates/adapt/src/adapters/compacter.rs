@@ -161,13 +161,13 @@ fn phm(x_ti: &Tensor, rule: &Tensor, s: &Tensor, t: &Tensor) -> attune_points::R
     let o = n * t.dim(2)?;
     // Numbers a of x by numbers a of C: [T a, i/N] [i/N, n p].
     let s = s.permute((1, 0, 2))?.contiguous()?.reshape((i / n, n * rank))?;
-    let u = x_ti.reshape((rows * n, i / n))?.matmul(&s)?;
+    let u = ops::matmul(&x_ti.reshape((rows * n, i / n))?, &s)?;
     // To [n, T p, a], times C_n: [n, T p, b].
     let u = u.reshape((rows, n, n, rank))?.permute((2, 0, 3, 1))?.contiguous()?.reshape((n, rows * rank, n))?;
-    let v = u.matmul(rule)?;
+    let v = ops::matmul(&u, rule)?;
     // To [T b, n p], times t.
     let v = v.reshape((n, rows, rank, n))?.permute((1, 3, 0, 2))?.contiguous()?.reshape((rows * n, n * rank))?;
-    Ok(v.matmul(&t.reshape((n * rank, o / n))?)?.reshape((rows, o))?)
+    Ok(ops::matmul(&v, &t.reshape((n * rank, o / n))?)?.reshape((rows, o))?)
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
@@ -127,7 +128,7 @@ impl Deft {
                 (q_or.clone(), q_or)
             }
         };
-        let out_ri = n_or.t()?.contiguous()?.matmul(&w_oi.contiguous()?)?;
+        let out_ri = ops::matmul(&n_or.t()?.contiguous()?, &w_oi.contiguous()?)?;
         Ok((q_or, out_ri))
     }
 }
@@ -191,7 +192,7 @@ impl WeightMap for Deft {
                 scale => ((tensors.get(R)? * scale)? - out_ri)?,
             }
         };
-        Ok((w_oi + q_or.matmul(&change_ri)?)?)
+        Ok((w_oi + ops::matmul(&q_or, &change_ri)?)?)
     }
 }
 

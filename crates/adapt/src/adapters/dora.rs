@@ -33,6 +33,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{D, DType, Tensor};
 use schemars::JsonSchema;
@@ -180,7 +181,7 @@ impl Adapter for Dora {
 impl WeightMap for Decomposed {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         // The scaling goes on the smaller factor, and the sum into the product's own tensor is one pass fewer.
-        let change_oi = (tensors.get(B)? * self.scale)?.matmul(tensors.get(A)?)?;
+        let change_oi = ops::matmul(&(tensors.get(B)? * self.scale)?, tensors.get(A)?)?;
         let v_oi = (w_oi + change_oi)?;
         let lengths_o1 = if self.norm_gradient { lengths(&v_oi)? } else { lengths(&v_oi.detach())? };
         let factor_o1 = (tensors.get(MAGNITUDE)?.unsqueeze(1)? / lengths_o1)?;

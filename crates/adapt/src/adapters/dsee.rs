@@ -161,9 +161,9 @@ impl Config {
             let mut low_oi = w_oi.zeros_like()?;
             for _ in 0..2 {
                 let smooth_oi = (w_oi - &d_oi)?;
-                let (l_ok, _) = linalg::qr(&smooth_oi.matmul(&r_ki.t()?.contiguous()?)?)?;
-                r_ki = l_ok.t()?.contiguous()?.matmul(&smooth_oi)?;
-                low_oi = l_ok.matmul(&r_ki)?;
+                let (l_ok, _) = linalg::qr(&ops::matmul(&smooth_oi, &r_ki.t()?.contiguous()?)?)?;
+                r_ki = ops::matmul(&l_ok.t()?.contiguous()?, &smooth_oi)?;
+                low_oi = ops::matmul(&l_ok, &r_ki)?;
                 rest_oi = (w_oi - &low_oi)?;
                 let stands = rest_oi.abs()?.ge(self.threshold)?;
                 d_oi = stands.where_cond(&rest_oi, &rest_oi.zeros_like()?)?;
@@ -178,7 +178,7 @@ impl Config {
                 break;
             }
             let (first_om, _) = linalg::qr(&left_oi.narrow(1, 0, more)?.contiguous()?)?;
-            r_ki = Tensor::cat(&[&r_ki, &first_om.t()?.contiguous()?.matmul(&left_oi)?], 0)?;
+            r_ki = Tensor::cat(&[&r_ki, &ops::matmul(&first_om.t()?.contiguous()?, &left_oi)?], 0)?;
         }
         // Those of the sparse part come before all others, whose order is that of what they are off by.
         let beside = (rest_oi.abs()? - rest_oi.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?)?;
@@ -221,7 +221,7 @@ impl Adapter for Dsee {
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let b_or = tensors.get(B)?;
         let a_ri = (tensors.get(A)? * self.scale())?;
-        let low_oi = (weight.dense(b_or.dtype())? + b_or.matmul(&a_ri)?)?;
+        let low_oi = (weight.dense(b_or.dtype())? + ops::matmul(&b_or, &a_ri)?)?;
         let weight = sparse::added(&low_oi, tensors.get(INDICES)?, tensors.get(VALUES)?)?;
         Ok(Merged::Weight { weight, bias: None })
     }

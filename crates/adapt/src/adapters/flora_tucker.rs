@@ -127,7 +127,7 @@ impl Adapter for FloraTucker {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let left = tensors.get(OUT)?.matmul(tensors.get(CORE)?)?;
+        let left = ops::matmul(tensors.get(OUT)?, tensors.get(CORE)?)?;
         Ok(Merged::Factors { left, right: tensors.get(IN)?.clone(), scale: self.config.scale })
     }
 

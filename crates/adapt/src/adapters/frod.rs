@@ -19,6 +19,8 @@
 //! `i + entries` parameters per linear, `density i i` entries; `i (o + i)` numbers that never train beside them; `2 i (o + 2 i)`
 //! extra FLOPs per token forward. Before the first step a decomposition for each kind of all its weights at once, and of `V` for
 //! each weight.
+//! Where it costs less, and nothing is dropped, a pass makes another weight in place of it, forward and in reverse, at `4 o i i` FLOPs each,
+//! and the gradient by it.
 //!
 //! # Limits
 //! With λ = μ and S = 0 it is the base, bit for bit. With all entries in S it is any change of a weight whose columns are
@@ -35,7 +37,8 @@
 use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightOf};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap, WeightOf};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::params::Scope;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
@@ -122,7 +125,7 @@ fn basis(weights: &[Tensor], regularization: f64) -> attune_points::Result<Tenso
     let (rows, i) = all.dims2()?;
     if rows < i {
         // They leave directions that nobody reads, of which any are as good.
-        return Ok(linalg::eigen(&all.t()?.matmul(&all)?)?.vectors.t()?.contiguous()?);
+        return Ok(linalg::eigen(&ops::matmul(&all.t()?, &all)?)?.vectors.t()?.contiguous()?);
     }
     let (q, r_ii) = linalg::qr(&all)?;
     let (mut sum, mut start) = (Tensor::zeros((i, i), DType::F64, &Device::Cpu)?, 0);
@@ -130,10 +133,10 @@ fn basis(weights: &[Tensor], regularization: f64) -> attune_points::Result<Tenso
     for weight in weights {
         let own = q.narrow(0, start, weight.dim(0)?)?.contiguous()?;
         start += weight.dim(0)?;
-        sum = (sum + linalg::inverse(&(own.t()?.matmul(&own)? + &ridge)?)?)?;
+        sum = (sum + linalg::inverse(&(ops::matmul(&own.t()?, &own)? + &ridge)?)?)?;
     }
     let vectors = linalg::eigen(&(sum / weights.len() as f64)?)?.vectors;
-    Ok(r_ii.t()?.matmul(&vectors.t()?)?)
+    Ok(ops::matmul(&r_ii.t()?, &vectors.t()?)?)
 }
 
 /// `U_oi` and `μ_i` of a weight in a basis.
@@ -144,7 +147,7 @@ fn within(w_oi: &Tensor, v_ii: &Tensor) -> attune_points::Result<(Tensor, Tensor
     let inverse: Vec<f64> = values.iter().map(|s| if *s > least { 1.0 / s } else { 0.0 }).collect();
     // W V^-T, where V = P s Q: V^-T = P s^-1 Q.
     let inverse_k = Tensor::new(inverse, &Device::Cpu)?;
-    let b_oi = w_oi.matmul(&of.u.broadcast_mul(&inverse_k)?.matmul(&of.v)?)?;
+    let b_oi = ops::matmul(&w_oi, &ops::matmul(&of.u.broadcast_mul(&inverse_k)?, &of.v)?)?;
     let mu_i = b_oi.sqr()?.sum(0)?.sqrt()?;
     let lengths = mu_i.to_vec1::<f64>()?.into_iter().map(|mu| if mu > 1e-12 { 1.0 / mu } else { 0.0 });
     let lengths = Tensor::new(lengths.collect::<Vec<_>>(), &Device::Cpu)?;
@@ -251,7 +254,7 @@ impl Adapter for Frod {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
-        let change = tensors.get(U)?.matmul(&Self::middle(tensors)?)?.matmul(&tensors.get(V)?.t()?)?;
+        let change = ops::matmul(&ops::matmul(tensors.get(U)?, &Self::middle(tensors)?)?, &tensors.get(V)?.t()?)?;
         Ok(Merged::Weight { weight: (weight.dense(change.dtype())? + change)?, bias: None })
     }
 
@@ -295,8 +298,20 @@ impl Frod {
 impl RowMap for Frod {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let x_ti = dropped(x_ti, self.config.dropout, cx)?;
-        let z_ti = x_ti.matmul(tensors.get(V)?)?;
+        let z_ti = ops::matmul(&x_ti, tensors.get(V)?)?;
         Ok(ops::linear(&ops::linear(&z_ti, &Self::middle(tensors)?, None)?, tensors.get(U)?, None)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let (row, weight) = (Cost::new((2 * i + o) * i, 0), Cost::new(2 * o * i * i, o * i));
+        (self.config.dropout == 0.0).then_some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Frod {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let left_oi = ops::matmul(tensors.get(U)?, &Self::middle(tensors)?)?;
+        Ok((w_oi + ops::linear(&left_oi, tensors.get(V)?, None)?)?)
     }
 }
 

@@ -36,6 +36,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -206,7 +207,7 @@ impl Glora {
     /// What scales the weight, or is added to it; none if it is off.
     fn matrix(&self, of: &Names, tensors: &Locals) -> attune_points::Result<Option<Tensor>> {
         Ok(match self.config.weight {
-            OfMatrix::LowRank => Some(tensors.get(of.down)?.matmul(tensors.get(of.up)?)?),
+            OfMatrix::LowRank => Some(ops::matmul(tensors.get(of.down)?, tensors.get(of.up)?)?),
             OfMatrix::Vector | OfMatrix::Constant => Some(tensors.get(of.whole)?.clone()),
             OfMatrix::None => None,
         })
@@ -272,7 +273,8 @@ impl WeightMap for Glora {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let mut made = w_oi.clone();
         if let Some(a) = self.matrix(&A, tensors)? {
-            made = (made + w_oi.broadcast_mul(&a)?)?;
+            let whole = a.shape() == w_oi.shape();
+            made = (made + if whole { ops::scale_entries(w_oi, &a)? } else { w_oi.broadcast_mul(&a)? })?;
         }
         if let Some(b) = self.matrix(&B, tensors)? {
             made = made.broadcast_add(&b)?;
@@ -286,11 +288,11 @@ impl WeightMap for Glora {
             made = (made + b_o.broadcast_mul(tensors.get(D.whole)?)?)?.broadcast_add(tensors.get(E.whole)?)?;
         }
         let c_i1 = match self.config.coupling {
-            OfColumn::LowRank => tensors.get(C.down)?.matmul(tensors.get(C.up)?)?,
+            OfColumn::LowRank => ops::matmul(tensors.get(C.down)?, tensors.get(C.up)?)?,
             OfColumn::Vector => tensors.get(C.whole)?.clone(),
             OfColumn::None => return Ok(made),
         };
-        Ok((made + w_oi.matmul(&c_i1)?.flatten_all()?)?)
+        Ok((made + ops::matmul(&w_oi, &c_i1)?.flatten_all()?)?)
     }
 }
 

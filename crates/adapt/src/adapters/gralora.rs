@@ -15,8 +15,8 @@
 //!
 //! # Cost
 //! `(r + h)*(i+o)` parameters per linear; `2 (r + h) (i+o)` extra FLOPs per token, as for LoRA.
-//! A step takes some 2.4 of LoRA's by its graph, not for its FLOPs: rows are cut and turned around in memory for products that
-//! are small.
+//! Rows are cut and turned around in memory for products that are small. Where it costs less, and nothing is dropped, a pass makes another
+//! weight in place of it, forward and in reverse, and the gradient by it.
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. With k = 1 and h = 0 it is LoRA. The change has rank k r + h at most, each of its blocks r / k.
@@ -28,7 +28,10 @@
 //! GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning. Jung, Ahn, Kim, Kim, Park, 2025.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTensors, Port, RowCx, RowMap};
+use attune_points::adapter::{
+    Adapter, Attachment, BaseEdit, Merged, Peft, PeftTensors, Port, RowCx, RowMap, WeightMap,
+};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -191,14 +194,14 @@ impl Adapter for Gralora {
 fn down(x_ti: &Tensor, a_nir: &Tensor) -> attune_points::Result<Tensor> {
     let ((k, width, r), t) = (a_nir.dims3()?, x_ti.dim(0)?);
     let x_nti = x_ti.reshape((t, k, width))?.transpose(0, 1)?.contiguous()?;
-    Ok(x_nti.matmul(a_nir)?.transpose(0, 1)?.contiguous()?.reshape((t, k * r))?)
+    Ok(ops::matmul(&x_nti, a_nir)?.transpose(0, 1)?.contiguous()?.reshape((t, k * r))?)
 }
 
 /// Rows `[T, (n, j, r / k)]` through B: the numbers j of each n to block j.
 fn up(h_tr: &Tensor, b_jro: &Tensor) -> attune_points::Result<Tensor> {
     let ((k, r, width), t) = (b_jro.dims3()?, h_tr.dim(0)?);
     let h_jtr = h_tr.reshape((t, k, k, r / k))?.permute((2, 0, 1, 3))?.contiguous()?.reshape((k, t, r))?;
-    Ok(h_jtr.matmul(b_jro)?.transpose(0, 1)?.contiguous()?.reshape((t, k * width))?)
+    Ok(ops::matmul(&h_jtr, b_jro)?.transpose(0, 1)?.contiguous()?.reshape((t, k * width))?)
 }
 
 impl RowMap for Gralora {
@@ -210,6 +213,33 @@ impl RowMap for Gralora {
         }
         let h_th = (ops::linear(&x_ti, tensors.get(GENERAL_A)?, None)? * scale)?;
         Ok((grid_to + ops::linear(&h_th, tensors.get(GENERAL_B)?, None)?)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let Config { rank, blocks, hybrid, dropout, .. } = self.config;
+        let (r, k, h) = (rank as usize, blocks as usize, hybrid as usize);
+        let row = Cost::new((r + h) * (o + i), o + i + 3 * k * r);
+        let weight = Cost::new((r.div_ceil(k) + h) * o * i, 2 * o * i);
+        (dropout == 0.0).then_some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Gralora {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let (a_nir, b_jro) = (tensors.get(A)?, tensors.get(B)?);
+        let (k, i, r) = a_nir.dims3()?;
+        let (o, s) = (b_jro.dim(2)?, r / k);
+        // The numbers s of each n go to block j, from block j of those of A's block n: one product for each block of the weight.
+        let left = b_jro.reshape((k * k, s, o))?.transpose(1, 2)?.contiguous()?;
+        let right = a_nir.reshape((k, i, k, s))?.permute((2, 0, 3, 1))?.contiguous()?.reshape((k * k, s, i))?;
+        let blocks = ops::matmul(&(left * self.scale())?, &right)?.reshape((k, k, o, i))?;
+        let grid_oi = blocks.permute((0, 2, 1, 3))?.contiguous()?.reshape((k * o, k * i))?;
+        let made = (w_oi + grid_oi)?;
+        if self.config.hybrid == 0 {
+            return Ok(made);
+        }
+        let general_oh = (tensors.get(GENERAL_B)? * self.scale())?;
+        Ok((made + ops::matmul(&general_oh, tensors.get(GENERAL_A)?)?)?)
     }
 }
 
@@ -272,7 +302,7 @@ mod tests {
         let (site, layout, locals) = (SiteId::new("up"), Layout::new(), Locals::new("up", tensors));
         let x = tensor("x", &[5, i]);
         let cx = RowCx { site: &site, output: o, dropout: None, layout: &layout, rows: None };
-        let added = gralora.graph(&x, &locals, &cx).unwrap();
+        let added = RowMap::graph(&gralora, &x, &locals, &cx).unwrap();
         let at = Attachment { site: site.clone(), tensors: vec![] };
         let Merged::Factors { left, right, scale } = gralora.merge(&at, &locals, &change).unwrap() else { panic!() };
         assert!(largest(&((left.matmul(&right).unwrap() * scale).unwrap() - &change).unwrap()) < 1e-12);

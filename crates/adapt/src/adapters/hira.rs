@@ -33,6 +33,7 @@ use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
@@ -147,8 +148,8 @@ impl Adapter for Hira {
 
 impl WeightMap for Hira {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
-        let product_oi = tensors.get(B)?.matmul(tensors.get(A)?)?;
-        let changed_oi = (w_oi * product_oi)?;
+        let product_oi = ops::matmul(tensors.get(B)?, tensors.get(A)?)?;
+        let changed_oi = ops::scale_entries(w_oi, &product_oi)?;
         // So that a product of 0 leaves the weight's bits.
         Ok(if self.config.whole { changed_oi } else { (w_oi + changed_oi)? })
     }

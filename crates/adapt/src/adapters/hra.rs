@@ -16,7 +16,6 @@
 //! # Cost
 //! `r i` parameters per linear. Each pass makes `W'` twice, forward and reverse, at `4 o i r` FLOPs, and the gradient by it,
 //! `2 i o` FLOPs per token. T takes some `r³`.
-//! A step takes some 2.4 of LoRA's: `r` reflections follow one another, each over the whole weight.
 //!
 //! # Limits
 //! With pairs of equal columns it is the base, up to rounding. Whatever U is, `W' W'^T = W W^T`, and the change has rank r at most.
@@ -35,6 +34,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
@@ -145,7 +145,7 @@ impl Hra {
         let rank = u_ir.dim(1)?;
         let u_ir = u_ir.broadcast_div(&u_ir.sqr()?.sum_keepdim(0)?.sqrt()?)?;
         let back_ri = u_ir.t()?.contiguous()?;
-        let gram_rr = back_ri.matmul(&u_ir)?;
+        let gram_rr = ops::matmul(&back_ri, &u_ir)?;
         let t_rr = if self.config.gram_schmidt {
             (orthogonal::inverse(&gram_rr.unsqueeze(0)?)? * 2.0)?
         } else {
@@ -153,14 +153,14 @@ impl Hra {
             let above_rr = (Tensor::triu2(rank, u_ir.dtype(), u_ir.device())? - &one_rr)?;
             orthogonal::inverse(&((gram_rr * above_rr)? + (one_rr * 0.5)?)?.unsqueeze(0)?)?
         };
-        Ok((w_oi.matmul(&u_ir)?, t_rr.squeeze(0)?.matmul(&back_ri)?))
+        Ok((ops::matmul(&w_oi, &u_ir)?, ops::matmul(&t_rr.squeeze(0)?, &back_ri)?))
     }
 }
 
 impl WeightMap for Hra {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let (left, right) = self.factors(w_oi, tensors)?;
-        Ok((w_oi - left.matmul(&right)?)?)
+        Ok((w_oi - ops::matmul(&left, &right)?)?)
     }
 }
 

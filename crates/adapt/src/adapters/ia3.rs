@@ -12,8 +12,7 @@
 //!
 //! # Cost
 //! `o` parameters per linear, `i` where inputs are scaled; some multiplications a row, and the product again in reverse where
-//! outputs are scaled.
-//! A step takes some 2.2 of LoRA's: the base's product is made twice where all other methods make it once.
+//! outputs are scaled. Where it costs less, a pass makes another weight in place of it, forward and in reverse, and the gradient by it.
 //!
 //! # Limits
 //! With all `l` at 1 it is the base, bit for bit. It scales rows or columns of a weight and turns none.
@@ -27,11 +26,13 @@
 //! Raffel, 2022.
 
 use attune_architecture::{Architecture, Place, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft, PeftTensors, Port};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft, PeftTensors, Port, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_spec::{Fault, suggest};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -151,7 +152,24 @@ impl Adapter for Ia3 {
 
 impl EndMap for Ia3 {
     fn graph(&self, x_tw: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
-        Ok(x_tw.broadcast_mul(&tensors.get(SCALE)?.flatten_all()?)?)
+        Ok(ops::scale_columns(x_tw, tensors.get(SCALE)?)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let (row, weight) = (Cost::new(0, o), Cost::new(0, o * i));
+        Some(AsWeight { map: self, row, weight, product_again: true })
+    }
+}
+
+impl WeightMap for Ia3 {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let scale = tensors.get(SCALE)?;
+        Ok(if scale.dim(0)? == 1 { ops::scale_columns(w_oi, scale)? } else { ops::scale_rows(w_oi, scale)? })
+    }
+
+    fn bias(&self, b_o: &Tensor, _: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let scale = tensors.get(SCALE)?;
+        Ok(if scale.dim(0)? == 1 { b_o.clone() } else { (b_o * scale.flatten_all()?)? })
     }
 }
 
@@ -180,7 +198,7 @@ mod tests {
         let ia3 = Ia3 { config: Config::default() };
         let x = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
         let scale = Tensor::new(&[[2f32], [-1.0]], &Device::Cpu).unwrap();
-        let made = ia3.graph(&x, &Locals::new("k_proj", [(SCALE, scale)])).unwrap();
+        let made = EndMap::graph(&ia3, &x, &Locals::new("k_proj", [(SCALE, scale)])).unwrap();
         assert_eq!(made.to_vec2::<f32>().unwrap(), [[2.0, -2.0], [6.0, -4.0]]);
     }
 

@@ -13,7 +13,8 @@
 //!
 //! # Cost
 //! `2*r*(i+o)` parameters per linear. Rows go through the factors of rank r², `2 r² (i+o)` FLOPs a token, where these are cheaper than
-//! the weight, `r² (i+o) < i*o`; else each pass makes the new weight of the site and the gradient by it.
+//! the weight, `r² (i+o) < i*o`; else, or where that costs less, each pass makes the new weight of the
+//! site and the gradient by it.
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. With P A = 1 it is LoRA. The change has rank r² at most, and reaches it.
@@ -31,6 +32,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{
     Adapter, Attachment, BaseEdit, Merged, Peft, PeftTensors, Port, RowCx, RowMap, WeightMap,
 };
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -89,6 +91,8 @@ pub(super) struct Loha {
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Product {
     scale: f64,
+    /// That of most sites.
+    rank: usize,
 }
 
 impl Method for Loha {
@@ -120,7 +124,7 @@ impl Method for Loha {
         if !faults.is_empty() {
             return Err(faults);
         }
-        let map = |scale| Product { scale };
+        let map = |scale| Product { scale, rank: scaling.rank as usize };
         Ok(Box::new(Self { own: scaling.own(map), map: map(scaling.factor()), scaling }))
     }
 }
@@ -190,6 +194,12 @@ impl RowMap for Product {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
         Pairs::of(tensors, [P, A, Q, B])?.rows(x_ti, self.scale)
     }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let r = self.rank;
+        let (row, weight) = (Cost::new(r * r * (o + i), 0), Cost::new(2 * r * o * i, o * i));
+        Some(AsWeight { map: self, row, weight, product_again: false })
+    }
 }
 
 impl WeightMap for Product {
@@ -229,7 +239,7 @@ mod tests {
 
     #[test]
     fn rows_through_factors_are_rows_through_the_weight() {
-        let (locals, map) = (locals(2), Product { scale: 1.5 });
+        let (locals, map) = (locals(2), Product { scale: 1.5, rank: 2 });
         let (x, w) = (
             Rng::new(1, "x").normal_tensor(&[4, 5][..], 1.0, DType::F64).unwrap(),
             Rng::new(1, "w").normal_tensor(&[6, 5][..], 1.0, DType::F64).unwrap(),
@@ -249,7 +259,7 @@ mod tests {
         let (p, a) = (ones(locals.get(P).unwrap()), ones(locals.get(A).unwrap()));
         let lora = (q.matmul(&b).unwrap() * 3.0).unwrap();
         let locals = Locals::new("q_proj", [(P, p), (A, a), (Q, q), (B, b)]);
-        let made = WeightMap::graph(&Product { scale: 3.0 }, &lora.zeros_like().unwrap(), &locals).unwrap();
+        let made = WeightMap::graph(&Product { scale: 3.0, rank: 2 }, &lora.zeros_like().unwrap(), &locals).unwrap();
         assert!(largest(&(made - lora).unwrap()) < 1e-12);
     }
 

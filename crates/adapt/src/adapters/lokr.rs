@@ -15,8 +15,8 @@
 //!
 //! # Cost
 //! `a*b + r*(c+d)` parameters per linear, or those of factors that are whole or both low-rank. A row costs `2 (i c + o b)` FLOPs at
-//! most; the product is never made.
-//! A step takes some 2.7 of LoRA's, not for its FLOPs: rows are turned around in memory between two small products.
+//! most, and is turned around in memory between two small products. Where it costs less, a pass makes the product in place of it, forward
+//! and in reverse, and the gradient by it.
 //!
 //! # Limits
 //! With C = 0 or G = 0 it is the base, bit for bit. With a factor of 1 it is LoRA, or the whole weight.
@@ -31,7 +31,10 @@
 use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTensors, Port, RowCx, RowMap};
+use attune_points::adapter::{
+    Adapter, Attachment, BaseEdit, Merged, Peft, PeftTensors, Port, RowCx, RowMap, WeightMap,
+};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -105,6 +108,8 @@ pub(super) struct Lokr {
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Kronecker {
     scale: f64,
+    /// As the configuration has it.
+    factor: u32,
 }
 
 impl Method for Lokr {
@@ -139,7 +144,7 @@ impl Method for Lokr {
         if !faults.is_empty() {
             return Err(faults);
         }
-        let map = |scale| Kronecker { scale };
+        let map = |scale| Kronecker { scale, factor };
         Ok(Box::new(Self { own: scaling.own(map), map: map(scaling.factor()), scaling, factor, decompose_both }))
     }
 }
@@ -165,7 +170,7 @@ fn matrix(tensors: &Locals, [whole, left, right]: [&str; 3]) -> attune_points::R
     if tensors.iter().any(|(name, _)| name == whole) {
         return Ok(tensors.get(whole)?.clone());
     }
-    Ok(tensors.get(left)?.matmul(tensors.get(right)?)?)
+    Ok(ops::matmul(tensors.get(left)?, tensors.get(right)?)?)
 }
 
 impl Adapter for Lokr {
@@ -221,9 +226,7 @@ impl Kronecker {
     /// `s · C ⊗ D`.
     fn product(&self, tensors: &Locals) -> attune_points::Result<Tensor> {
         let (c_ab, d_cd) = (matrix(tensors, C)?, (matrix(tensors, D)? * self.scale)?);
-        let ((a, b), (c, d)) = (c_ab.dims2()?, d_cd.dims2()?);
-        let made = c_ab.reshape((a, 1, b, 1))?.broadcast_mul(&d_cd.reshape((1, c, 1, d))?)?;
-        Ok(made.reshape((a * c, b * d))?)
+        Ok(ops::kronecker(&c_ab, &d_cd)?)
     }
 }
 
@@ -242,6 +245,21 @@ impl RowMap for Kronecker {
         let h = h.reshape((t, b, c))?.transpose(1, 2)?.contiguous()?.reshape((t * c, b))?;
         let y = ops::linear(&h, &(c_ab * self.scale)?, None)?;
         Ok(y.reshape((t, c, a))?.transpose(1, 2)?.contiguous()?.reshape((t, a * c))?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let side = |width: usize| divisor(width as u64, u64::from(self.factor)).max(1) as usize;
+        let (a, b) = (side(o), side(i));
+        let c = o / a;
+        // A row is turned around before and behind the product with C.
+        let row = Cost::new(c * i + c * b * a, c * b + 2 * o);
+        Some(AsWeight { map: self, row, weight: Cost::new(0, 2 * o * i), product_again: false })
+    }
+}
+
+impl WeightMap for Kronecker {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        Ok((w_oi + self.product(tensors)?)?)
     }
 }
 
@@ -280,10 +298,10 @@ mod tests {
         let low = [(C[1], vec![3, 1]), (C[2], vec![1, 2]), (D[1], vec![4, 2]), (D[2], vec![2, 5])];
         for shapes in [whole.to_vec(), low.to_vec()] {
             let locals = Locals::new("up", shapes.iter().map(|(name, shape)| (*name, tensor(name, shape))));
-            let (map, x) = (Kronecker { scale: 1.5 }, tensor("x", &[6, 10]));
+            let (map, x) = (Kronecker { scale: 1.5, factor: 0 }, tensor("x", &[6, 10]));
             let (site, layout) = (SiteId::new("up"), Layout::new());
             let cx = RowCx { site: &site, output: 12, dropout: None, layout: &layout, rows: None };
-            let found = map.graph(&x, &locals, &cx).unwrap();
+            let found = RowMap::graph(&map, &x, &locals, &cx).unwrap();
             let product = map.product(&locals).unwrap();
             let c = matrix(&locals, C).unwrap().to_vec2::<f64>().unwrap();
             let d = matrix(&locals, D).unwrap().to_vec2::<f64>().unwrap();

@@ -15,7 +15,7 @@
 //! # Cost
 //! `rank + 1` parameters per linear, `rank` without `train_scale`, and `r (i+o)` numbers that never train beside them; `2 r (i+o)` extra FLOPs per
 //! token forward. An elimination of each weight before the first step.
-//! A step takes some 2.2 of LoRA's: at full rank rows go through two triangles as large as the weight.
+//! Where that costs less, a pass makes another weight in place of it, forward and in reverse, at `2 r o i` FLOPs each, and the gradient by it.
 //!
 //! # Limits
 //! At the start it is the base, bit for bit, whatever z starts as. The change stays between the columns of L and the rows of U.
@@ -29,7 +29,8 @@
 //! 2024.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
@@ -187,8 +188,21 @@ impl Adapter for Loldu {
 
 impl RowMap for Loldu {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
-        let h_tr = ops::linear(x_ti, tensors.get(U)?, None)?.broadcast_mul(&Self::moved(tensors)?)?;
+        let h_tr = ops::scale_columns(&ops::linear(x_ti, tensors.get(U)?, None)?, &Self::moved(tensors)?)?;
         Ok(ops::linear(&h_tr, tensors.get(L)?, None)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let r = self.config.rank as usize;
+        let (row, weight) = (Cost::new(r * (o + i), r), Cost::new(r * o * i, r * o + o * i));
+        Some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Loldu {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let left_or = ops::scale_columns(tensors.get(L)?, &Self::moved(tensors)?)?;
+        Ok((w_oi + ops::matmul(&left_or, tensors.get(U)?)?)?)
     }
 }
 

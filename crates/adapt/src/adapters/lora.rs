@@ -230,7 +230,7 @@ impl Adapter for Lora {
         let Some(own) = weight.bias(d_o.dtype())? else {
             return Ok(Merged::No("the linear has no bias that its own could become a part of"));
         };
-        let change_oi = (left.matmul(&right)? * scale)?;
+        let change_oi = (ops::matmul(&left, &right)? * scale)?;
         Ok(Merged::Weight { weight: (weight.dense(d_o.dtype())? + change_oi)?, bias: Some((own + (d_o * scale)?)?) })
     }
 

@@ -33,6 +33,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
@@ -133,8 +134,8 @@ impl Lorma {
     fn factors(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<(Tensor, Tensor)> {
         let (a_rd, b_dr) = (tensors.get(A)?, tensors.get(B)?);
         Ok(match self.config.side {
-            Side::Output => (b_dr.clone(), a_rd.matmul(w_oi)?),
-            Side::Input => (w_oi.matmul(b_dr)?, a_rd.clone()),
+            Side::Output => (b_dr.clone(), ops::matmul(&a_rd, w_oi)?),
+            Side::Input => (ops::matmul(&w_oi, b_dr)?, a_rd.clone()),
         })
     }
 }
@@ -201,12 +202,12 @@ impl WeightMap for Lorma {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         if self.config.kind == Kind::Plus {
             let (left, right) = self.factors(w_oi, tensors)?;
-            return Ok((w_oi + (left.matmul(&right)? * self.scale())?)?);
+            return Ok((w_oi + (ops::matmul(&left, &right)? * self.scale())?)?);
         }
-        let t_dd = (shift(&tensors.get(B)?.matmul(tensors.get(A)?)?)? * self.scale())?;
+        let t_dd = (shift(&ops::matmul(tensors.get(B)?, tensors.get(A)?)?)? * self.scale())?;
         Ok(match self.config.side {
-            Side::Output => t_dd.matmul(w_oi)?,
-            Side::Input => w_oi.matmul(&t_dd)?,
+            Side::Output => ops::matmul(&t_dd, w_oi)?,
+            Side::Input => ops::matmul(&w_oi, &t_dd)?,
         })
     }
 }

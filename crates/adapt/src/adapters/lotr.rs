@@ -167,7 +167,7 @@ impl Adapter for Lotr {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let left = tensors.get(LEFT)?.matmul(tensors.get(CORE)?)?;
+        let left = ops::matmul(tensors.get(LEFT)?, tensors.get(CORE)?)?;
         Ok(Merged::Factors { left, right: tensors.get(RIGHT)?.clone(), scale: self.scale() })
     }
 

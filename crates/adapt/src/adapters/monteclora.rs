@@ -304,7 +304,7 @@ impl Rows {
         let a_ri = tensors.get(A)?;
         let ((r, i), n) = (a_ri.dims2()?, self.samples);
         let e_nd = cx.normal("draws", &[n, r * i], a_ri)?;
-        let mean_ri = self.shares(tensors, cx)?.unsqueeze(0)?.matmul(&e_nd)?.reshape((r, i))?;
+        let mean_ri = ops::matmul(&self.shares(tensors, cx)?.unsqueeze(0)?, &e_nd)?.reshape((r, i))?;
         let spread_r1 = (self.variances(tensors, cx)?.sqrt()? * self.scale)?.unsqueeze(1)?;
         Ok(mean_ri.broadcast_mul(&spread_r1)?)
     }

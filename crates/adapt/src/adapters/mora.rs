@@ -15,7 +15,8 @@
 //!
 //! # Cost
 //! `n*n` parameters per linear, about `r*(i+o)`. A row costs `2 n²` FLOPs with share, `2 n i` with rope.
-//! A step takes some 2.8 of LoRA's, not for its FLOPs: rows are turned around in memory for small products.
+//! Rows are turned around in memory for small products. Where it costs less, and nothing is dropped, a pass makes another weight in place of
+//! it, forward and in reverse, and the gradient by it.
 //!
 //! # Limits
 //! With M = 0 it is the base, bit for bit. With share, the change has rank n at most, and where n = i = o it is M: any change of the
@@ -30,7 +31,8 @@
 //! 2024.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
@@ -190,6 +192,42 @@ fn turns(chunks: usize, n: usize, like: &Tensor) -> attune_points::Result<(Tenso
 impl RowMap for Mora {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         self.rows(&dropped(x_ti, self.config.dropout, cx)?, tensors.get(M)?, cx.output)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let n = self.width(o, i).max(1);
+        let (chunks, turned) = if self.config.form == Form::Rope { (i.div_ceil(n), 4 * i) } else { (1, i) };
+        let (row, weight) = (Cost::new(chunks * n * n, i + turned + o), Cost::new(0, 2 * o * i));
+        (self.config.dropout == 0.0).then_some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Mora {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let ((o, i), m_nn) = (w_oi.dims2()?, tensors.get(M)?);
+        let n = m_nn.dim(0)?;
+        let chunks = i.div_ceil(n);
+        let of_chunks = match self.config.form {
+            Form::Share => tiled(m_nn, 1, chunks * n)?,
+            Form::Rope => {
+                let (cos, sin) = turns(chunks, n, m_nn)?;
+                let zeros = |count: usize| Tensor::zeros((n, count * n), m_nn.dtype(), m_nn.device());
+                let of_chunk = |q: usize| -> candle_core::Result<Tensor> {
+                    // Columns of M are turned the other way round.
+                    let turned = ops::rope(m_nn, &cos.narrow(0, q, 1)?, &sin.narrow(0, q, 1)?.neg()?)?;
+                    Tensor::cat(&[&zeros(q)?, &turned, &zeros(chunks - 1 - q)?], 1)
+                };
+                Tensor::cat(&(0..chunks).map(of_chunk).collect::<candle_core::Result<Vec<_>>>()?, 0)?
+            }
+        };
+        // The last chunk of a row is filled up with its first numbers.
+        let beyond = chunks * n - i;
+        let mut change = of_chunks.narrow(1, 0, i)?.contiguous()?;
+        if beyond > 0 {
+            let again = of_chunks.narrow(1, i, beyond)?.pad_with_zeros(1, 0, i - beyond)?;
+            change = (change + again)?;
+        }
+        Ok((w_oi + tiled(&change, 0, o)?)?)
     }
 }
 

@@ -30,6 +30,7 @@ use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -140,7 +141,7 @@ impl SequenceMap for MultitaskPromptTuning {
     }
 
     fn graph(&self, tensors: &Locals) -> attune_points::Result<Tensor> {
-        let task_pd = tensors.get(COLS)?.squeeze(0)?.matmul(&tensors.get(ROWS)?.squeeze(0)?)?;
+        let task_pd = ops::matmul(&tensors.get(COLS)?.squeeze(0)?, &tensors.get(ROWS)?.squeeze(0)?)?;
         Ok((tensors.get(PROMPT)? * task_pd)?)
     }
 }

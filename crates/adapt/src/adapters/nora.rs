@@ -14,7 +14,8 @@
 //! # Cost
 //! `2 rank inner_rank` parameters per linear, whatever its widths, and `r (i+o)` numbers that never train beside them; `2 r (i+o+2 q)` extra
 //! FLOPs per token forward. A decomposition of each weight before the first step.
-//! A step takes some 2.2 of LoRA's: the outer rank is 128, and rows go through both outer factors.
+//! Where that costs less, and nothing is dropped, a pass makes another weight in place of it, forward and in reverse, at
+//! `2 q (r (i+o) + o i)` FLOPs each, and the gradient by it.
 //!
 //! # Limits
 //! With Q = 0 it is the base, bit for bit. The change has rank q at most, within the span of the r leading directions on both sides. With q = r
@@ -28,7 +29,8 @@
 //! NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models. Lin, Li, Li, Zou, Xue, Guo, 2024.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
@@ -164,8 +166,8 @@ impl Adapter for Nora {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let left = tensors.get(B)?.matmul(tensors.get(Q)?)?;
-        let right = tensors.get(P)?.matmul(tensors.get(A)?)?;
+        let left = ops::matmul(tensors.get(B)?, tensors.get(Q)?)?;
+        let right = ops::matmul(tensors.get(P)?, tensors.get(A)?)?;
         Ok(Merged::Factors { left, right, scale: self.scale() })
     }
 
@@ -179,6 +181,21 @@ impl RowMap for Nora {
         let h_tr = ops::linear(&dropped(x_ti, self.config.dropout, cx)?, tensors.get(A)?, None)?;
         let h_tq = (ops::linear(&h_tr, tensors.get(P)?, None)? * self.scale())?;
         Ok(ops::linear(&ops::linear(&h_tq, tensors.get(Q)?, None)?, tensors.get(B)?, None)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let (r, q) = (self.config.rank as usize, self.config.inner_rank as usize);
+        let row = Cost::new(2 * q * r + r * (o + i), q);
+        let weight = Cost::new(q * r * (o + i) + q * o * i, o * i);
+        (self.config.dropout == 0.0).then_some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Nora {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let left_oq = (ops::matmul(tensors.get(B)?, tensors.get(Q)?)? * self.scale())?;
+        let right_qi = ops::matmul(tensors.get(P)?, tensors.get(A)?)?;
+        Ok((w_oi + ops::matmul(&left_oq, &right_qi)?)?)
     }
 }
 
@@ -233,7 +250,7 @@ mod tests {
             let x = normal("x", &[3, 6]);
             let layout = attune_points::Layout::new();
             let cx = RowCx { site: &at.site, output: 8, dropout: None, layout: &layout, rows: None };
-            let rows = nora.graph(&x, &locals, &cx).unwrap();
+            let rows = RowMap::graph(&nora, &x, &locals, &cx).unwrap();
             assert!(largest(&(rows - x.matmul(&change.t().unwrap()).unwrap()).unwrap()) < 1e-12);
             let left = leading.u.matmul(&leading.u.t().unwrap()).unwrap().matmul(&change).unwrap();
             let right = change.matmul(&leading.v.t().unwrap()).unwrap().matmul(&leading.v).unwrap();

@@ -15,7 +15,7 @@
 //! # Cost
 //! `(i+o+1) k` parameters per linear, with `k` the smaller width less what is preserved, and as many numbers beside them that never train; `4 k (i+o)` extra FLOPs per token
 //! forward. A decomposition of each weight before the first step.
-//! A step takes some three of LoRA's: rows go through what is left of a decomposition, forward and reverse, which is most of it.
+//! Where that costs less, a pass makes another weight in place of it, forward and in reverse, at `4 k o i` FLOPs each, and the gradient by it.
 //!
 //! # Limits
 //! It starts as the base, bit for bit. By plain gradient descent `H^T U` and `V G^T` stay 0: what trains has no part in the leading directions. An optimiser that
@@ -30,7 +30,8 @@
 //! Srivastava, 2025.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -138,17 +139,17 @@ impl Osf {
     /// The factors that train, `U_ok` and `V_ki`, with gradients as they shall be.
     fn factors(&self, tensors: &Locals) -> attune_points::Result<(Tensor, Tensor)> {
         let u_ok = self.projected(tensors.get(U)?, |d_ok| match optional(tensors, U_HIGH) {
-            Some(h_op) => &d_ok - h_op.matmul(&h_op.t()?.contiguous()?.matmul(&d_ok)?)?,
+            Some(h_op) => &d_ok - ops::matmul(&h_op, &ops::matmul(&h_op.t()?.contiguous()?, &d_ok)?)?,
             None => {
                 let own_ok = tensors.get(U_START).map_err(candle_core::Error::wrap)?;
-                own_ok.matmul(&own_ok.t()?.contiguous()?.matmul(&d_ok)?)
+                ops::matmul(&own_ok, &ops::matmul(&own_ok.t()?.contiguous()?, &d_ok)?)
             }
         })?;
         let v_ki = self.projected(tensors.get(V)?, |d_ki| match optional(tensors, V_HIGH) {
-            Some(g_pi) => &d_ki - d_ki.matmul(&g_pi.t()?.contiguous()?)?.matmul(g_pi)?,
+            Some(g_pi) => &d_ki - ops::matmul(&ops::matmul(&d_ki, &g_pi.t()?.contiguous()?)?, g_pi)?,
             None => {
                 let own_ki = tensors.get(V_START).map_err(candle_core::Error::wrap)?;
-                d_ki.matmul(&own_ki.t()?.contiguous()?)?.matmul(own_ki)
+                ops::matmul(&ops::matmul(&d_ki, &own_ki.t()?.contiguous()?)?, own_ki)
             }
         })?;
         Ok((u_ok, v_ki))
@@ -212,7 +213,7 @@ impl Adapter for Osf {
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let product = |[u, s, v]: [&str; 3]| -> attune_points::Result<Tensor> {
-            Ok(tensors.get(u)?.broadcast_mul(tensors.get(s)?)?.matmul(tensors.get(v)?)?)
+            Ok(ops::matmul(&tensors.get(u)?.broadcast_mul(tensors.get(s)?)?, tensors.get(v)?)?)
         };
         let change = (product([U, S, V])? - product([U_START, S_START, V_START])?)?;
         Ok(Merged::Weight { weight: (weight.dense(change.dtype())? + change)?, bias: None })
@@ -230,11 +231,29 @@ impl RowMap for Osf {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let (u_ok, v_ki) = self.factors(tensors)?;
         let rows = |[u_ok, s_k, v_ki]: [&Tensor; 3]| -> attune_points::Result<Tensor> {
-            Ok(ops::linear(&ops::linear(x_ti, v_ki, None)?.broadcast_mul(s_k)?, u_ok, None)?)
+            Ok(ops::linear(&ops::scale_columns(&ops::linear(x_ti, v_ki, None)?, s_k)?, u_ok, None)?)
         };
         // One after the other, so that equal ones leave nothing, to the bit.
         let now = rows([&u_ok, tensors.get(S)?, &v_ki])?;
         Ok((now - rows([tensors.get(U_START)?, tensors.get(S_START)?, tensors.get(V_START)?])?)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let all = o.min(i);
+        let k = all - self.preserved(all).min(all);
+        let (row, weight) = (Cost::new(2 * k * (o + i), 2 * k + o), Cost::new(2 * k * o * i, o * i));
+        Some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Osf {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let (u_ok, v_ki) = self.factors(tensors)?;
+        let product = |[u_ok, s_k, v_ki]: [&Tensor; 3]| ops::matmul(&ops::scale_columns(u_ok, s_k)?, v_ki);
+        // One after the other here as well.
+        let now = product([&u_ok, tensors.get(S)?, &v_ki])?;
+        let start = product([tensors.get(U_START)?, tensors.get(S_START)?, tensors.get(V_START)?])?;
+        Ok((w_oi + (now - start)?)?)
     }
 }
 
@@ -292,7 +311,7 @@ mod tests {
             let tensors = Locals::new("up", others.chain(tracked));
             let (layout, x) = (Layout::new(), normal("x", &[4, shape.1]));
             let cx = RowCx { site: &at.site, output: shape.0, dropout: None, layout: &layout, rows: None };
-            let made = osf.graph(&x, &tensors, &cx).unwrap();
+            let made = RowMap::graph(&osf, &x, &tensors, &cx).unwrap();
             assert_eq!(largest(&made), 0.0);
             let dy = normal("dy", &[4, shape.0]);
             let of: Vec<&candle_core::Var> = leaves.iter().map(|(_, leaf)| leaf).collect();

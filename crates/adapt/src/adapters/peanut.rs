@@ -16,7 +16,6 @@
 //! # Cost
 //! `2 rank o + 2 depth rank²` parameters per linear. Each pass makes `W'` twice, forward and reverse, `4 rank o i + 4 depth rank² i` FLOPs each, and the gradient by it, `2 i o`
 //! FLOPs per token.
-//! A step takes some 2.3 of LoRA's: every row of the weight goes through the network.
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. The change has rank `rank` at most, and its columns are functions of the weight's own: equal columns stay
@@ -34,6 +33,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -196,17 +196,17 @@ impl WeightMap for Peanut {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let Config { depth, activation, scaling, .. } = self.config;
         // Columns of the weight are columns all the way: h_ri is the transposed of the equations above.
-        let mut h_ri = activation.of(&tensors.get(A)?.matmul(&w_oi.contiguous()?)?)?;
+        let mut h_ri = activation.of(&ops::matmul(tensors.get(A)?, &w_oi.contiguous()?)?)?;
         let mut kept = Vec::with_capacity(depth as usize);
         for (local, _) in ENCODERS.iter().take(depth as usize) {
-            let next_ri = activation.of(&tensors.get(local)?.matmul(&h_ri)?)?;
+            let next_ri = activation.of(&ops::matmul(tensors.get(local)?, &h_ri)?)?;
             kept.push(std::mem::replace(&mut h_ri, next_ri));
         }
         for ((local, _), kept_ri) in DECODERS.iter().zip(kept.into_iter().rev()) {
-            h_ri = (activation.of(&tensors.get(local)?.matmul(&h_ri)?)? + kept_ri)?;
+            h_ri = (activation.of(&ops::matmul(tensors.get(local)?, &h_ri)?)? + kept_ri)?;
         }
         // The scaling goes on the thin side.
-        Ok((w_oi + (tensors.get(B)? * scaling)?.matmul(&h_ri)?)?)
+        Ok((w_oi + ops::matmul(&(tensors.get(B)? * scaling)?, &h_ri)?)?)
     }
 }
 

@@ -17,7 +17,6 @@
 //! # Cost
 //! `(o + i)(b - 1) / 2` parameters per linear, or `b (b - 1)` where blocks are single. A copy of each weight in 32 bits, which is in the adapter's file as well. Each
 //! pass makes `W'` twice (forward and reverse), `2 b o i` FLOPs a side, and the gradient by it, `2 i o` FLOPs per token.
-//! A step takes some four of LoRA's: each logical shard turns every weight from both sides, and its gradient back.
 //!
 //! # Limits
 //! With U = 0 it is the base, bit for bit. Without `terms` W' has the singular values of W, whatever the rounds; with them they drift
@@ -33,10 +32,11 @@
 use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, Trained, WeightMap};
 use attune_points::engine::{self, Engine, Job, StepReport, StepRule};
-use attune_points::{Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
+use attune_points::{Error, Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
@@ -127,11 +127,10 @@ impl Method for Poet {
 const SIDES: [(&str, &str); 2] = [(OUT, ORDER_OUT), (IN, ORDER_IN)];
 
 /// The permutation back.
-fn back(order_n: &Tensor) -> attune_points::Result<Tensor> {
-    let order = order_n.to_vec1::<i64>()?;
-    let mut back = vec![0i64; order.len()];
-    order.iter().enumerate().for_each(|(at, &row)| back[row as usize] = at as i64);
-    Ok(Tensor::new(back, order_n.device())?)
+fn back(order: &[usize]) -> Vec<usize> {
+    let mut back = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(at, &row)| back[row] = at);
+    back
 }
 
 /// Numbers below `n` in some order.
@@ -143,25 +142,54 @@ fn drawn(n: usize, rng: &Rng) -> attune_points::Result<Tensor> {
 impl Config {
     /// The columns of a matrix, turned by the blocks of a side: `W_oi P_ii^T`.
     fn turned(&self, w_oi: &Tensor, side: (&str, &str), tensors: &Locals) -> attune_points::Result<Tensor> {
-        let (upper, order_i) = (tensors.get(side.0)?, tensors.get(side.1)?);
-        let b = self.block_size as usize;
-        let q_nbb = orthogonal::skew(upper, b)?;
-        let g_nbb = match self.terms {
-            // Cayley's map of -Q.
-            0 => orthogonal::cayley(&q_nbb.neg()?)?,
-            terms => orthogonal::series(&q_nbb, terms)?,
-        };
-        let drawn_oi = w_oi.index_select(order_i, 1)?;
+        let (g_nbb, order) = self.blocks(side, tensors)?;
+        let drawn_oi = ops::permute_columns(w_oi, &order)?;
         let turned_oi = match self.cover {
             Cover::Blocks => orthogonal::turn(&drawn_oi, &g_nbb)?,
             Cover::Single => {
+                let b = self.block_size as usize;
                 let turned_ob = orthogonal::turn(&drawn_oi.narrow(1, 0, b)?, &g_nbb)?;
                 let rest = drawn_oi.narrow(1, b, drawn_oi.dim(1)? - b)?;
                 Tensor::cat(&[&turned_ob, &rest], 1)?
             }
         };
-        Ok(turned_oi.index_select(&back(order_i)?, 1)?)
+        Ok(ops::permute_columns(&turned_oi, &back(&order))?)
     }
+
+    /// The rows of a matrix, turned by the blocks of a side: `R_oo W_oi`.
+    fn turned_rows(&self, w_oi: &Tensor, side: (&str, &str), tensors: &Locals) -> attune_points::Result<Tensor> {
+        let ((g_nbb, order), (o, i)) = (self.blocks(side, tensors)?, w_oi.dims2()?);
+        let drawn_oi = w_oi.index_select(&rows(&order)?, 0)?;
+        let (n, b, _) = g_nbb.dims3()?;
+        let turned = ops::matmul(&g_nbb, &drawn_oi.narrow(0, 0, n * b)?.contiguous()?.reshape((n, b, i))?)?;
+        let turned = turned.reshape((n * b, i))?;
+        let all = if n * b < o { Tensor::cat(&[&turned, &drawn_oi.narrow(0, n * b, o - n * b)?], 0)? } else { turned };
+        Ok(all.index_select(&rows(&back(&order))?, 0)?)
+    }
+
+    /// The blocks of a side, and the order in which they take rows or columns.
+    fn blocks(&self, side: (&str, &str), tensors: &Locals) -> attune_points::Result<(Tensor, Vec<usize>)> {
+        let q_nbb = orthogonal::skew(tensors.get(side.0)?, self.block_size as usize)?;
+        let g_nbb = match self.terms {
+            // Cayley's map of -Q.
+            0 => orthogonal::cayley(&q_nbb.neg()?)?,
+            terms => orthogonal::series(&q_nbb, terms)?,
+        };
+        let order = tensors.get(side.1)?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let order: Vec<usize> = order.into_iter().map(|at| at as usize).collect();
+        // They may come from a file.
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        if sorted.iter().enumerate().any(|(at, &place)| at != place) {
+            return Err(Error::Refused(format!("{} is not an order of {} places", side.1, order.len())));
+        }
+        Ok((g_nbb, order))
+    }
+}
+
+/// Numbers of rows as a tensor.
+fn rows(order: &[usize]) -> attune_points::Result<Tensor> {
+    Ok(Tensor::new(order.iter().map(|&at| at as u32).collect::<Vec<_>>(), &Device::Cpu)?)
 }
 
 impl Adapter for Poet {
@@ -236,8 +264,7 @@ impl Config {
     /// `R_oo W_oi P_ii^T`.
     fn made(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let [of_rows, of_columns] = SIDES;
-        let turned_io = self.turned(w_oi, of_columns, tensors)?.t()?.contiguous()?;
-        Ok(self.turned(&turned_io, of_rows, tensors)?.t()?.contiguous()?)
+        self.turned_rows(&self.turned(w_oi, of_columns, tensors)?, of_rows, tensors)
     }
 }
 

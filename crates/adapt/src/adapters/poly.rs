@@ -36,6 +36,7 @@ use attune_points::{Doc, Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -250,8 +251,8 @@ impl RowMap for Poly {
             let noise_n = noise_tn.as_ref().map(|noise| noise.narrow(0, rows.start, 1)?.flatten_all()).transpose()?;
             let shares_qs = self.shares(self.task(doc, cx.dropout.is_some())?, tensors, noise_n.as_ref())?;
             let (a_ir, b_ro) = Self::factors(&shares_qs, tensors)?;
-            let h_tr = (x_ti.narrow(0, rows.start, rows.len())?.contiguous()?.matmul(&a_ir)? * self.scale())?;
-            made.push(h_tr.matmul(&b_ro)?);
+            let h_tr = (ops::matmul(&x_ti.narrow(0, rows.start, rows.len())?.contiguous()?, &a_ir)? * self.scale())?;
+            made.push(ops::matmul(&h_tr, &b_ro)?);
         }
         Ok(Tensor::cat(&made, 0)?)
     }

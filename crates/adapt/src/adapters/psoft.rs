@@ -17,7 +17,8 @@
 //! # Cost
 //! `r (r-1)/2 + 2 r` parameters per linear, whatever its width, and `r (i+o)` numbers that never train beside them; `2 r (i+o+r)` extra FLOPs
 //! per token forward. The inverse takes some `6 r³` FLOPs a pass. A decomposition of each weight before the first step.
-//! A step takes some three of LoRA's: rows go through fixed factors whose rank is several times LoRA's.
+//! Where that costs less, and nothing is dropped, a pass makes another weight in place of it, forward and in reverse, at
+//! `2 r o (r + i)` FLOPs each, and the gradient by it.
 //!
 //! # Limits
 //! With U = 0 it is the base, bit for bit. Without alpha, beta and `terms`, `W' W'^T = W W^T`, unless the split is balanced. Without
@@ -31,7 +32,8 @@
 //! Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation. Wu, Hu, Min, Wang, 2025.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -235,7 +237,7 @@ impl Adapter for Psoft {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let left = tensors.get(B)?.matmul(&self.turn(tensors)?)?;
+        let left = ops::matmul(tensors.get(B)?, &self.turn(tensors)?)?;
         Ok(Merged::Factors { left, right: tensors.get(A)?.clone(), scale: 1.0 })
     }
 
@@ -251,6 +253,19 @@ impl RowMap for Psoft {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let h_tr = ops::linear(&dropped(x_ti, self.config.dropout, cx)?, tensors.get(A)?, None)?;
         Ok(ops::linear(&ops::linear(&h_tr, &self.turn(tensors)?, None)?, tensors.get(B)?, None)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let r = self.config.rank as usize;
+        let (row, weight) = (Cost::new(r * (o + r + i), 0), Cost::new(r * o * (r + i), o * i));
+        (self.config.dropout == 0.0).then_some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Psoft {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let left_or = ops::matmul(tensors.get(B)?, &self.turn(tensors)?)?;
+        Ok((w_oi + ops::matmul(&left_or, tensors.get(A)?)?)?)
     }
 }
 
@@ -342,7 +357,7 @@ mod tests {
             let (psoft, locals) = moved(config, &w, 0.5);
             let (site, layout) = (SiteId::new("up"), attune_points::Layout::new());
             let cx = RowCx { site: &site, output: 7, dropout: None, layout: &layout, rows: None };
-            let rows = psoft.graph(&x, &locals, &cx).unwrap();
+            let rows = RowMap::graph(&psoft, &x, &locals, &cx).unwrap();
             let merged = x.matmul(&change(&psoft, &locals).t().unwrap()).unwrap();
             assert!(largest(&(rows - merged).unwrap()) < 1e-12);
         }

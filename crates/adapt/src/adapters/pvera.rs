@@ -167,7 +167,7 @@ impl RowMap for Pvera {
         let n = if cx.dropout.is_some() { 2 * r } else { r };
         let a_ni = tensors.get(A)?.narrow(0, 0, n)?.narrow(1, 0, i)?.contiguous()?;
         let x_ti = dropped(x_ti, self.config.dropout, cx)?;
-        let h_tn = ops::linear(&x_ti, &a_ni, None)?.broadcast_mul(&d_n.narrow(0, 0, n)?)?;
+        let h_tn = ops::scale_columns(&ops::linear(&x_ti, &a_ni, None)?, &d_n.narrow(0, 0, n)?)?;
         let z_tr = match cx.dropout {
             None => h_tn,
             Some(masks) => {
@@ -177,7 +177,7 @@ impl RowMap for Pvera {
             }
         };
         let b_or = tensors.get(B)?.narrow(0, 0, b_o.dim(0)?)?;
-        Ok(ops::linear(&z_tr.contiguous()?, &b_or.contiguous()?, None)?.broadcast_mul(b_o)?)
+        Ok(ops::scale_columns(&ops::linear(&z_tr.contiguous()?, &b_or.contiguous()?, None)?, b_o)?)
     }
 }
 

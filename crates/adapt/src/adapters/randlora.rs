@@ -17,7 +17,6 @@
 //! # Cost
 //! `n*(r + min(o, i))` parameters per linear, and the pair. Each pass makes `W'` twice (forward and reverse), `4 o i min(o, i)` FLOPs,
 //! and the gradient by it, which is less than rows through both matrices cost where these are more than the widths.
-//! A step takes some three of LoRA's: the sum runs over as many bases as the weight has ranks.
 //!
 //! # Limits
 //! With Λ = 0 it is the base. The change has full rank for almost all Λ and Γ.
@@ -38,6 +37,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
@@ -214,10 +214,12 @@ impl WeightMap for Randlora {
         let (lambda_rn, gamma_nj) = (tensors.get(LAMBDA)?, tensors.get(GAMMA)?);
         let ((r, n), min) = (lambda_rn.dims2()?, o.min(i));
         let a_r1j = tensors.get(A)?.narrow(2, 0, min)?;
-        let p = (lambda_rn.unsqueeze(2)? * scale)?.broadcast_mul(&a_r1j)?.broadcast_mul(&gamma_nj.unsqueeze(0)?)?;
-        let p_kj = p.reshape((r * n, min))?;
+        // A, once for each basis: its rows times lambda, and all bases' columns side by side times gamma.
+        let a_kj = a_r1j.broadcast_as((r, n, min))?.contiguous()?.reshape((r * n, min))?;
+        let by_lambda = ops::scale_rows(&a_kj, &(lambda_rn.contiguous()? * scale)?)?.reshape((r, n * min))?;
+        let p_kj = ops::scale_columns(&by_lambda, gamma_nj)?.reshape((r * n, min))?;
         let q = tensors.get(B)?.narrow(0, 0, o.max(i))?.narrow(1, 0, n)?.contiguous()?;
-        let change_mj = q.reshape((o.max(i), n * r))?.matmul(&p_kj)?;
+        let change_mj = ops::matmul(&q.reshape((o.max(i), n * r))?, &p_kj)?;
         Ok(if i <= o { (w_oi + change_mj)? } else { (w_oi + change_mj.t()?)? })
     }
 }

@@ -13,9 +13,8 @@
 //! (`road_2`), or for each number and both of `c` and `s` (`road_4`).
 //!
 //! # Cost
-//! `o`, `2*o` or `4*o` parameters per linear; some multiplications a row, and the product again in reverse.
-//! A step takes some three of LoRA's: the base's product is made twice where all other methods make it once, and its rows are
-//! turned between.
+//! `o`, `2*o` or `4*o` parameters per linear; some multiplications a row, and the product again in reverse. Where it costs less, a pass
+//! makes another weight in place of it, forward and in reverse, and the gradient by it.
 //!
 //! # Limits
 //! With θ at 0 and α at 1 it is the base, bit for bit. With `road_1` and α at 1 the rows that a linear gives keep their lengths.
@@ -27,11 +26,13 @@
 //! 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability. Liao, Monz, 2024.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft, PeftTensors, Port};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft, PeftTensors, Port, WeightMap};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -145,10 +146,9 @@ impl Adapter for Road {
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let dtype = tensors.get(THETA)?.dtype();
-        // Columns of a weight are turned as rows of its output are.
-        let w_oi = self.graph(&weight.dense(dtype)?.t()?.contiguous()?, tensors)?.t()?.contiguous()?;
+        let w_oi = WeightMap::graph(self, &weight.dense(dtype)?, tensors)?;
         let turned = |bias: Tensor| -> attune_points::Result<Tensor> {
-            Ok(self.graph(&bias.unsqueeze(0)?, tensors)?.squeeze(0)?)
+            Ok(EndMap::graph(self, &bias.unsqueeze(0)?, tensors)?.squeeze(0)?)
         };
         let bias = weight.bias(dtype)?.map(turned).transpose()?;
         Ok(Merged::Weight { weight: w_oi, bias })
@@ -196,7 +196,27 @@ impl EndMap for Road {
         let halves = x_tw.reshape((rows, width / group, 2, group / 2))?;
         let (first, second) = (halves.narrow(2, 0, 1)?, halves.narrow(2, 1, 1)?);
         let turned = Tensor::cat(&[&second.neg()?, &first], 2)?.reshape((rows, width))?;
-        Ok((x_tw.broadcast_mul(&own)? + turned.broadcast_mul(&others)?)?)
+        Ok((ops::scale_columns(x_tw, &own)? + ops::scale_columns(&turned, &others)?)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let (row, weight) = (Cost::new(0, 4 * o), Cost::new(0, 4 * o * i));
+        Some(AsWeight { map: self, row, weight, product_again: true })
+    }
+}
+
+impl WeightMap for Road {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let ((own, others), (o, i)) = (self.factors(tensors)?, w_oi.dims2()?);
+        let group = self.config.group_size as usize;
+        let halves = w_oi.reshape((o / group, 2, group / 2, i))?;
+        let (first, second) = (halves.narrow(1, 0, 1)?, halves.narrow(1, 1, 1)?);
+        let turned_oi = Tensor::cat(&[&second.neg()?, &first], 1)?.reshape((o, i))?;
+        Ok((ops::scale_rows(w_oi, &own)? + ops::scale_rows(&turned_oi, &others)?)?)
+    }
+
+    fn bias(&self, b_o: &Tensor, _: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        Ok(EndMap::graph(self, &b_o.unsqueeze(0)?, tensors)?.squeeze(0)?)
     }
 }
 
@@ -223,7 +243,12 @@ mod tests {
     }
 
     fn turned(road: &Road, tensors: &Locals, row: [f64; 4]) -> Vec<f64> {
-        road.graph(&Tensor::new(&[row], &Device::Cpu).unwrap(), tensors).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+        EndMap::graph(road, &Tensor::new(&[row], &Device::Cpu).unwrap(), tensors)
+            .unwrap()
+            .squeeze(0)
+            .unwrap()
+            .to_vec1()
+            .unwrap()
     }
 
     #[test]

@@ -30,6 +30,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -139,7 +140,7 @@ impl WeightMap for Sltrain {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         // The scaling goes on the thin side.
         let a_ri = (tensors.get(A)? * (self.config.alpha / f64::from(self.config.rank)))?;
-        let low_oi = (w_oi + tensors.get(B)?.matmul(&a_ri)?)?;
+        let low_oi = (w_oi + ops::matmul(tensors.get(B)?, &a_ri)?)?;
         sparse::added(&low_oi, tensors.get(INDICES)?, tensors.get(VALUES)?)
     }
 }

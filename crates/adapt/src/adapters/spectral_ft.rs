@@ -133,8 +133,8 @@ impl SpectralFt {
         let (x_oq, y_qp) = (tensors.get(LEFT_OUTER)?, tensors.get(LEFT_INNER)?);
         let (p_pq, q_qi) = (tensors.get(RIGHT_OUTER)?, tensors.get(RIGHT_INNER)?);
         let y_qp = y_qp.broadcast_mul(s_p)?;
-        let right_qi = (y_qp.matmul(v_pi)? + y_qp.matmul(p_pq)?.matmul(q_qi)?)?;
-        Ok((Tensor::cat(&[x_oq, &weighed_op.matmul(p_pq)?], 1)?, Tensor::cat(&[&right_qi, q_qi], 0)?))
+        let right_qi = (ops::matmul(&y_qp, v_pi)? + ops::matmul(&ops::matmul(&y_qp, p_pq)?, q_qi)?)?;
+        Ok((Tensor::cat(&[x_oq, &ops::matmul(&weighed_op, p_pq)?], 1)?, Tensor::cat(&[&right_qi, q_qi], 0)?))
     }
 }
 
@@ -199,7 +199,7 @@ impl RowMap for SpectralFt {
 impl WeightMap for SpectralFt {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let (left, right) = self.factors(tensors)?;
-        Ok((w_oi + left.matmul(&right)?)?)
+        Ok((w_oi + ops::matmul(&left, &right)?)?)
     }
 }
 

@@ -30,6 +30,7 @@ use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
 use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
@@ -195,7 +196,7 @@ impl WeightMap for Supertuning {
         } else {
             // The scaling goes on the thin side.
             let a_ri = (tensors.get(A)? * (self.config.alpha() / f64::from(rank)))?;
-            (w_oi + tensors.get(B)?.matmul(&a_ri)?)?
+            (w_oi + ops::matmul(tensors.get(B)?, &a_ri)?)?
         };
         sparse::added(&w_oi, &sparse::places(tensors.get(PLACES)?, w_oi.elem_count())?, tensors.get(VALUES)?)
     }

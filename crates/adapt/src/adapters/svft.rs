@@ -17,7 +17,6 @@
 //! weight is twice its size. Rows go through the vectors, `2 k (i+o)` FLOPs a token, where that is cheaper than the weight, `k (i+o) < i*o`; else
 //! each pass makes the new weight of the site, twice at `2 k o i` FLOPs (and `2 k² o` where `M` is no diagonal), and the gradient by it. A decomposition of each weight before the
 //! first step.
-//! A step takes some four of LoRA's at all k: rows go through both square factors of a decomposition, forward and reverse.
 //!
 //! # Limits
 //! With m = 0 it is the base, bit for bit. With `bands` 0 the weight keeps its singular vectors, and their values train. The change stays in
@@ -153,9 +152,9 @@ impl Svft {
     fn factors(&self, tensors: &Locals) -> attune_points::Result<(Tensor, Tensor)> {
         let (u_ok, v_ki) = (tensors.get(U)?, tensors.get(V)?);
         let left = if self.is_diagonal() {
-            u_ok.broadcast_mul(tensors.get(VALUES)?)?
+            ops::scale_columns(u_ok, tensors.get(VALUES)?)?
         } else {
-            u_ok.matmul(&self.between(u_ok.dim(1)?, tensors)?)?
+            ops::matmul(&u_ok, &self.between(u_ok.dim(1)?, tensors)?)?
         };
         Ok((left, v_ki.clone()))
     }
@@ -168,7 +167,7 @@ impl Svft {
             Pattern::Random => sparse::some(k * k, count, &rng.named(INDICES)).map(Some),
             Pattern::TopK => {
                 // Of u_p and v_q.
-                let alignment_kk = triples.u.t()?.matmul(&triples.v.t()?)?.abs()?;
+                let alignment_kk = ops::matmul(&triples.u.t()?, &triples.v.t()?)?.abs()?;
                 let scores: Vec<f32> = alignment_kk.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 let mut places: Vec<i64> =
                     sparse::largest(&scores, count).into_iter().map(|place| place as i64).collect();
@@ -249,7 +248,7 @@ impl RowMap for Svft {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let h_tk = ops::linear(x_ti, tensors.get(V)?, None)?;
         let mixed_tk = if self.is_diagonal() {
-            h_tk.broadcast_mul(tensors.get(VALUES)?)?
+            ops::scale_columns(&h_tk, tensors.get(VALUES)?)?
         } else {
             ops::linear(&h_tk, &self.between(h_tk.dim(1)?, tensors)?, None)?
         };
@@ -260,7 +259,7 @@ impl RowMap for Svft {
 impl WeightMap for Svft {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let (left_ok, v_ki) = self.factors(tensors)?;
-        Ok((w_oi + left_ok.matmul(&v_ki)?)?)
+        Ok((w_oi + ops::matmul(&left_ok, &v_ki)?)?)
     }
 }
 

@@ -123,7 +123,7 @@ fn group(index: usize, all: usize, tying: f64) -> usize {
 fn between(tensors: &Locals) -> attune_points::Result<Tensor> {
     let (v_n, p_nrr) = (tensors.get(V)?, tensors.get(P)?);
     let (n, r, _) = p_nrr.dims3()?;
-    Ok(v_n.unsqueeze(0)?.matmul(&p_nrr.reshape((n, r * r))?)?.reshape((r, r))?)
+    Ok(ops::matmul(&v_n.unsqueeze(0)?, &p_nrr.reshape((n, r * r))?)?.reshape((r, r))?)
 }
 
 impl Adapter for Tinylora {
@@ -159,7 +159,7 @@ impl Adapter for Tinylora {
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let left = tensors.get(B)?.matmul(&between(tensors)?)?;
+        let left = ops::matmul(tensors.get(B)?, &between(tensors)?)?;
         Ok(Merged::Factors { left, right: tensors.get(A)?.clone(), scale: 1.0 })
     }
 

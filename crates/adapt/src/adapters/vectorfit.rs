@@ -16,7 +16,8 @@
 //! # Cost
 //! `min(o, i)` parameters per linear, and o where it has a bias; `min(o, i) (i+o)` numbers that never train beside them, for a square weight twice its
 //! size; `2 min(o, i) (i+o)` extra FLOPs per token forward. A decomposition of each weight before the first step.
-//! A step takes some three of LoRA's for these: rows go through both square factors of a decomposition, forward and reverse.
+//! Where that costs less, a pass makes another weight in place of it, forward and in reverse, at `2 min(o, i) o i` FLOPs each, and the gradient
+//! by it.
 //!
 //! # Limits
 //! With d = e = 0 it is the base, bit for bit. The weight's singular vectors stay. With `freeze` 0 nothing ever rests.
@@ -30,8 +31,9 @@
 //! VectorFit: Adaptive Singular & Bias Vector Fine-Tuning of Pre-trained Foundation Models. Hegde, Kaur, Tiwari, 2025.
 
 use attune_architecture::{Architecture, Site, SiteKind as Kind};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, Trained};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, Trained, WeightMap};
 use attune_points::engine::{self, Engine, StepReport, StepRule, Tensors};
+use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Error, Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
@@ -144,7 +146,7 @@ impl Adapter for Vectorfit {
 
     fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let sigma_k = tensors.get(SIGMA)?;
-        let change = tensors.get(U)?.broadcast_mul(sigma_k)?.matmul(tensors.get(V)?)?;
+        let change = ops::matmul(&tensors.get(U)?.broadcast_mul(sigma_k)?, tensors.get(V)?)?;
         let bias = match weight.bias(sigma_k.dtype())? {
             Some(bias) if at.tensors.iter().any(|spec| spec.local == BIAS) => Some((bias + tensors.get(BIAS)?)?),
             _ => None,
@@ -159,9 +161,30 @@ impl Adapter for Vectorfit {
 
 impl RowMap for Vectorfit {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
-        let h_tk = ops::linear(x_ti, tensors.get(V)?, None)?.broadcast_mul(tensors.get(SIGMA)?)?;
+        let h_tk = ops::scale_columns(&ops::linear(x_ti, tensors.get(V)?, None)?, tensors.get(SIGMA)?)?;
         let bias = tensors.iter().find(|(local, _)| *local == BIAS).map(|(_, bias)| bias);
         Ok(ops::linear(&h_tk, tensors.get(U)?, bias)?)
+    }
+
+    fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        let k = o.min(i);
+        let (row, weight) = (Cost::new(k * (o + i), k), Cost::new(k * o * i, k * o + o * i));
+        Some(AsWeight { map: self, row, weight, product_again: false })
+    }
+}
+
+impl WeightMap for Vectorfit {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let left_ok = ops::scale_columns(tensors.get(U)?, tensors.get(SIGMA)?)?;
+        Ok((w_oi + ops::matmul(&left_ok, tensors.get(V)?)?)?)
+    }
+
+    fn bias(&self, b_o: &Tensor, _: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let own = tensors.iter().find(|(local, _)| *local == BIAS).map(|(_, bias)| bias);
+        Ok(match own {
+            Some(own) => (b_o + own)?,
+            None => b_o.clone(),
+        })
     }
 }
 
@@ -316,7 +339,7 @@ mod tests {
         assert!(largest(&(between - expected).unwrap()) < 1e-5);
         let (x, layout) = (normal("x", &[3, 5]), attune_points::Layout::new());
         let cx = RowCx { site: &at.site, output: 7, dropout: None, layout: &layout, rows: None };
-        let rows = vectorfit.graph(&x, &locals, &cx).unwrap();
+        let rows = RowMap::graph(&vectorfit, &x, &locals, &cx).unwrap();
         let by_hand = x.matmul(&(weight - &w).unwrap().t().unwrap()).unwrap().broadcast_add(&e).unwrap();
         assert!(largest(&(rows - by_hand).unwrap()) < 1e-12);
     }

@@ -6,6 +6,7 @@ use attune_points::stats::{Counted, Covariance};
 use attune_points::{Error, Result};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath, suggest};
+use attune_tensor::ops;
 use candle_core::{DType, Tensor, TensorId};
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -61,7 +62,7 @@ pub(crate) fn domains(
 /// Whatever the operations raise.
 pub(crate) fn centred(found: &Covariance) -> Result<Tensor> {
     let mean_i = (&found.sum_i / found.rows as f64)?;
-    let outer_ii = mean_i.unsqueeze(1)?.matmul(&found.sum_i.unsqueeze(0)?)?;
+    let outer_ii = ops::matmul(&mean_i.unsqueeze(1)?, &found.sum_i.unsqueeze(0)?)?;
     Ok((found.sum_ii.to_dtype(DType::F64)? - outer_ii)?)
 }
 

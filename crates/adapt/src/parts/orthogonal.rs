@@ -3,6 +3,7 @@
 use attune_architecture::Site;
 use attune_points::Result;
 use attune_spec::Fault;
+use attune_tensor::ops;
 use candle_core::{DType, Device, Tensor};
 
 /// How many blocks an input width is cut into, and how wide they are, by one of the two; the other is 0.
@@ -65,13 +66,13 @@ pub(crate) fn series(q_nbb: &Tensor, terms: u32) -> Result<Tensor> {
     let one_bb = Tensor::eye(q_nbb.dim(2)?, q_nbb.dtype(), q_nbb.device())?;
     let mut sum = (q_nbb * 2.0)?.broadcast_add(&one_bb)?;
     if terms > 2 {
-        let mut power = q_nbb.matmul(q_nbb)?;
+        let mut power = ops::matmul(&q_nbb, q_nbb)?;
         sum = (sum + (&power * 2.0)?)?;
         for _ in 3..terms - 1 {
-            power = power.matmul(q_nbb)?;
+            power = ops::matmul(&power, q_nbb)?;
             sum = (sum + (&power * 2.0)?)?;
         }
-        sum = (sum + power.matmul(q_nbb)?)?;
+        sum = (sum + ops::matmul(&power, q_nbb)?)?;
     }
     Ok(sum)
 }
@@ -89,7 +90,7 @@ pub(crate) fn columns(p_or: &Tensor) -> Result<Tensor> {
         if column > 0 {
             let before = Tensor::cat(&columns, 1)?;
             for _ in 0..2 {
-                v_o1 = (&v_o1 - before.matmul(&before.t()?.matmul(&v_o1)?)?)?;
+                v_o1 = (&v_o1 - ops::matmul(&before, &ops::matmul(&before.t()?, &v_o1)?)?)?;
             }
         }
         let length_1 = v_o1.sqr()?.sum_keepdim(0)?.sqrt()?;
@@ -136,7 +137,7 @@ pub(crate) fn inverse(m_nbb: &Tensor) -> Result<Tensor> {
     let mut values: Vec<f64> = m_nbb.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
     values.chunks_mut((b * b).max(1)).for_each(|matrix| invert(matrix, b));
     let x_nbb = Tensor::from_vec(values, (n, b, b), m_nbb.device())?.to_dtype(m_nbb.dtype())?;
-    Ok(((&x_nbb * 2.0)? - x_nbb.matmul(m_nbb)?.matmul(&x_nbb)?)?)
+    Ok(((&x_nbb * 2.0)? - ops::matmul(&ops::matmul(&x_nbb, m_nbb)?, &x_nbb)?)?)
 }
 
 /// Gauss and Jordan's elimination in place, by the largest pivot of each column. A matrix without an inverse becomes one of numbers that are
@@ -173,14 +174,7 @@ fn invert(matrix: &mut [f64], b: usize) {
 /// # Errors
 /// Shapes that do not fit.
 pub(crate) fn turn(w_oi: &Tensor, r_nbb: &Tensor) -> Result<Tensor> {
-    let (o, i) = w_oi.dims2()?;
-    let (n, b, _) = r_nbb.dims3()?;
-    let back_nbb = r_nbb.transpose(1, 2)?.contiguous()?;
-    if n == 1 {
-        return Ok(w_oi.contiguous()?.reshape((o * i / b, b))?.matmul(&back_nbb.squeeze(0)?)?.reshape((o, i))?);
-    }
-    let w_nob = w_oi.reshape((o, n, b))?.transpose(0, 1)?.contiguous()?;
-    Ok(w_nob.matmul(&back_nbb)?.transpose(0, 1)?.contiguous()?.reshape((o, i))?)
+    Ok(ops::turn_columns(w_oi, r_nbb)?)
 }
 
 #[cfg(test)]

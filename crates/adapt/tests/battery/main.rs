@@ -8,6 +8,7 @@ mod budgets;
 mod calibrated;
 mod contexts;
 mod few;
+mod forms;
 mod golden;
 mod own;
 mod starts;
@@ -157,6 +158,7 @@ fn main() {
     trials.extend(own::trials());
     trials.extend(starts::trials());
     trials.extend(few::trials());
+    trials.extend(forms::trials());
     trials.extend(calibrated::trials());
     trials.extend(budgets::trials());
     trials.extend(golden::trials());

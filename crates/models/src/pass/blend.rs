@@ -4,7 +4,7 @@
 //! y_to += f(x_ti, z_1, …, z_n)       z_k = what component k would add for x_ti, which it does not add by itself
 //! ```
 
-use attune_architecture::{Site, SiteId};
+use attune_architecture::Site;
 use attune_points::adapter::{BlendMap, Blended, Port};
 use attune_points::{Error, Result, TensorId};
 use attune_tensor::autograd;
@@ -28,12 +28,12 @@ impl<'a> PassCx<'a> {
     ///
     /// # Errors
     /// A component whose port no linear offers; one that blends others which are not on all of its rows.
-    pub(crate) fn added<'g>(&self, site: &SiteId, given: Given<'g>) -> Result<(Vec<Added<'g>>, Vec<Blend<'g>>)>
+    pub(crate) fn added<'g>(&self, site: &Site, given: Given<'g>) -> Result<(Vec<Added<'g>>, Vec<Blend<'g>>)>
     where
         'a: 'g,
     {
         let (mut added, mut blends): (Vec<Added<'g>>, _) = (Vec::new(), Vec::new());
-        for placed in self.placed(site, given) {
+        for placed in self.formed(site, given) {
             match placed.port {
                 Port::Delta(map) => added.push(placed.with(map)),
                 Port::Blend(map) => {
@@ -41,14 +41,20 @@ impl<'a> PassCx<'a> {
                     let (of, others): (Vec<_>, Vec<_>) =
                         added.into_iter().partition(|one| one.part == part && one.rows == *rows);
                     if others.iter().any(|one| one.rows.start < rows.end && rows.start < one.rows.end) {
-                        let message = format!("the component at {site} blends others that are not on all of its rows");
+                        let message =
+                            format!("the component at {} blends others that are not on all of its rows", site.id);
                         return Err(Error::Refused(message));
                     }
                     added = others;
                     blends.push(Blend { of, by: placed.with(map) });
                 }
                 Port::Weight(_) | Port::Input(_) | Port::Output(_) | Port::Table(_) => {}
-                _ => return Err(Error::Refused(format!("the component at {site} has a port that no linear offers"))),
+                _ => {
+                    return Err(Error::Refused(format!(
+                        "the component at {} has a port that no linear offers",
+                        site.id
+                    )));
+                }
             }
         }
         Ok((added, blends))

@@ -63,7 +63,7 @@ impl<'a> PassCx<'a> {
         accumulate: bool,
     ) -> Result<Thin> {
         self.show(&site.id, x_ti, given)?;
-        let (placed, blends) = self.added(&site.id, given)?;
+        let (placed, blends) = self.added(site, given)?;
         let factors = self.factors(&placed)?;
         let thin = self.meter.time(Work::Adapter, || {
             factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()
@@ -77,7 +77,7 @@ impl<'a> PassCx<'a> {
                 right: Operand::transposed(factors[i].up.1.view()),
             })
             .collect();
-        let weighed = self.weighed(&site.id, given);
+        let weighed = self.weighed(site, given);
         let tables = self.tables(site, given);
         let (ended, plain): (Vec<&Weighed<'_>>, Vec<_>) = weighed.iter().partition(|of| !of.ends.is_empty());
         if !ended.is_empty() {
@@ -121,7 +121,7 @@ impl<'a> PassCx<'a> {
     /// # Errors
     /// As for [`PassCx::linear`].
     pub(crate) fn thin_only(&self, site: &Site, x_ti: MatRef<'_>, given: Given<'_>) -> Result<Thin> {
-        let (placed, _) = self.added(&site.id, given)?;
+        let (placed, _) = self.added(site, given)?;
         let factors = self.factors(&placed)?;
         self.meter.time(Work::Adapter, || {
             Ok(Thin(factors.iter().map(|factors| self.thin(site, factors, x_ti)).collect::<Result<Vec<_>>>()?))
@@ -143,7 +143,7 @@ impl<'a> PassCx<'a> {
         mut dx_ti: Option<(ViewMut<'_, f32>, bool)>,
         sinks: &mut Sinks<'_>,
     ) -> Result<()> {
-        let (placed, blends) = self.added(&site.id, given)?;
+        let (placed, blends) = self.added(site, given)?;
         let factors = self.factors(&placed)?;
         let mut back = Vec::with_capacity(factors.len());
         for (factors, thin) in factors.iter().zip(&thin.0) {
@@ -161,7 +161,7 @@ impl<'a> PassCx<'a> {
                 right: Operand::plain(factors[i].down.1.view()),
             })
             .collect();
-        let weighed = self.weighed(&site.id, given);
+        let weighed = self.weighed(site, given);
         let tables = self.tables(site, given);
         let columns = if tables.is_empty() {
             None

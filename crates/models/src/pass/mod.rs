@@ -5,7 +5,7 @@
 //! alone and in the same order as without the others, so that a part's results have the same bits in any company. Parts of
 //! one job are its logical shards; parts of several jobs are lanes.
 //!
-//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `linear` (a site with its components), `blend` and `alone` (components that blend others, and what the base gives by itself), `norm`, `branch`, `prefix` and `aside` (components of
+//! Reading order: [`arena`], [`times`], [`parts`] (who owns which rows), `weight`, `forms` (what becomes one), `linear` (a site with its components), `blend` and `alone` (components that blend others, and what the base gives by itself), `norm`, `branch`, `prefix` and `aside` (components of
 //! whole blocks), `sequence` and `table` (components with rows of their own), `places` (components that add to rows by their places), `side` (components that carry rows from block to block),
 //! `local` (what has no hand-written gradient), then the blocks, `head`, [`walk`], and
 //! `outputs`.
@@ -20,6 +20,7 @@ pub(crate) mod alone;
 pub(crate) mod aside;
 pub(crate) mod blend;
 pub(crate) mod branch;
+pub(crate) mod forms;
 pub(crate) mod linear;
 pub(crate) mod local;
 pub(crate) mod norm;

@@ -56,12 +56,12 @@ type Leaves = Vec<(TensorId, Var)>;
 
 impl<'a> PassCx<'a> {
     /// Runs of the rows given that are multiplied with one and the same weight, and have one bias.
-    pub(crate) fn weighed<'g>(&self, site: &SiteId, given: Given<'g>) -> Vec<Weighed<'g>>
+    pub(crate) fn weighed<'g>(&self, site: &Site, given: Given<'g>) -> Vec<Weighed<'g>>
     where
         'a: 'g,
     {
         let mut runs: Vec<Weighed<'g>> = Vec::new();
-        let placed = self.placed(site, given);
+        let placed = self.formed(site, given);
         for (part, rows) in self.parts_of(given) {
             let concerns = |port: &Port<'_>| matches!(port, Port::Weight(_) | Port::Input(_) | Port::Output(_));
             let concerned = placed.iter().filter(|placed| placed.part == part && concerns(&placed.port));
@@ -80,7 +80,7 @@ impl<'a> PassCx<'a> {
                     }
                 }
                 let run = Weighed { rows: cuts[0]..cuts[1], part, maps, ends };
-                match runs.last_mut().filter(|last| self.same_weight(last, &run, site)) {
+                match runs.last_mut().filter(|last| self.same_weight(last, &run, &site.id)) {
                     Some(last) => last.rows.end = run.rows.end,
                     None => runs.push(run),
                 }
