@@ -20,7 +20,8 @@
 //! extra FLOPs per token forward. Before the first step a decomposition for each kind of all its weights at once, and of `V` for
 //! each weight.
 //! Where it costs less, and nothing is dropped, a pass makes another weight in place of it, forward and in reverse, at `4 o i i` FLOPs each,
-//! and the gradient by it.
+//! and the gradient by it. A step takes some 3.5 of LoRA's either way: the factors are square and as wide as the linear reads, and each
+//! logical shard's gradient goes back through both.
 //!
 //! # Limits
 //! With λ = μ and S = 0 it is the base, bit for bit. With all entries in S it is any change of a weight whose columns are

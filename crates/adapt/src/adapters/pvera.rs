@@ -15,8 +15,8 @@
 //!
 //! # Cost
 //! `o + 2 rank` parameters per linear, and the pair. `2 rank (2 i + o)` extra FLOPs per token in training, and `rank` normal numbers.
-//! A step takes some 3.5 of LoRA's: the random matrices' rank is sixteen times LoRA's, and the first has twice as many columns as
-//! VeRA's.
+//! A step takes some 2.7 of LoRA's: each row's own noise lies between the random matrices, so that they make no weight, and rows go
+//! through rank 256, sixteen times LoRA's, the first matrix twice as tall as VeRA's.
 //!
 //! # Limits
 //! With b = 0 it is the base, noise or none. Without noise it is two vectors around random matrices, and merges as such; the second half of d has no effect then.
