@@ -4,8 +4,10 @@
 #![allow(clippy::print_stderr, reason = "who skips a test says why")]
 
 mod chaos;
+mod clocks;
 mod encrypted;
 mod failover;
+mod full;
 mod gangs;
 mod grids;
 mod guarded;
@@ -18,5 +20,6 @@ mod proxy;
 mod recipes;
 mod slurm;
 mod support;
+mod surroundings;
 mod turns;
 mod wrong_input;

@@ -184,6 +184,7 @@ pub(crate) async fn a_job_is_created_read_and_listed(store: Arc<Store>) {
         assert_eq!(created.events.len(), 1);
         assert_eq!(created.events[0].event.kind, "job.created");
     }
+    assert_eq!(store.last_job().await.unwrap(), Some(id("j-3")));
     let stored = store.job(&project(), &id("j-2")).await.unwrap();
     assert_eq!((stored.version, stored.epoch, stored.state), (1, Epoch(0), State::Queued));
     assert_eq!(stored.labels, new_job("j-2").labels);

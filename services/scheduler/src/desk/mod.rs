@@ -20,7 +20,7 @@ use attune_telemetry::Stop;
 use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::config::Config;
 use crate::error::Error;
 use crate::front::{Ask, Letter, Reply, Seen, Standing, Stock, Submission};
@@ -64,6 +64,9 @@ impl Desk {
     ) -> Result<Self, Error> {
         let settings = config.settings();
         let (core, ledger) = restore(&store, settings, clock).await?;
+        if let Some(last) = store.last_job().await? {
+            clock::ids_follow(&last);
+        }
         tracing::info!(jobs = core.jobs().count(), cohorts = core.cohorts().count(), "scheduler restored");
         let desk = Self {
             settings,
@@ -364,8 +367,11 @@ impl Desk {
                 self.tell_due();
                 Ok(Ok(job))
             }
-            // Whoever leads now goes on from the database; so would this one, and be refused again.
-            Err(error @ attune_store::Error::Replaced { .. }) => Err(error.into()),
+            // Whoever leads now goes on from the database; so would this one, and be refused again. And a disk that has lost a
+            // write once says nothing of it when it is asked again: who starts anew reads what is really there.
+            Err(error @ (attune_store::Error::Replaced { .. } | attune_store::Error::NotDurable(_))) => {
+                Err(error.into())
+            }
             Err(error) => {
                 tracing::error!(%error, "a change could not be stored; the scheduler starts anew from the database");
                 self.reload().await?;
