@@ -5,6 +5,7 @@
 
 mod chaos;
 mod clocks;
+mod damage;
 mod encrypted;
 mod failover;
 mod full;

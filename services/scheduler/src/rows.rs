@@ -101,6 +101,8 @@ pub(crate) struct JobDocument {
     n_failed: u32,
     n_offers_lost: u32,
     pub(crate) checkpoint: Option<CheckpointDocument>,
+    #[serde(default)]
+    pub(crate) older: Option<CheckpointDocument>,
     progress: Step,
     outputs: BTreeSet<Digest>,
     pending: BTreeSet<JobId>,
@@ -122,12 +124,24 @@ struct MemoryDocument {
     full_pass: u64,
 }
 
-/// The checkpoint that the next attempt goes on from.
+/// A checkpoint that the next attempt may go on from.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CheckpointDocument {
     pub(crate) digest: Digest,
     pub(crate) step: Step,
     epoch: Epoch,
+}
+
+impl From<core::Checkpoint> for CheckpointDocument {
+    fn from(core::Checkpoint { digest, step, epoch }: core::Checkpoint) -> Self {
+        Self { digest, step, epoch }
+    }
+}
+
+impl From<CheckpointDocument> for core::Checkpoint {
+    fn from(CheckpointDocument { digest, step, epoch }: CheckpointDocument) -> Self {
+        Self { digest, step, epoch }
+    }
 }
 
 impl JobDocument {
@@ -163,11 +177,8 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         cohort: job.cohort,
         n_failed: job.n_failed,
         n_offers_lost: job.n_offers_lost,
-        checkpoint: job.checkpoint.map(|checkpoint| CheckpointDocument {
-            digest: checkpoint.digest,
-            step: checkpoint.step,
-            epoch: checkpoint.epoch,
-        }),
+        checkpoint: job.checkpoint.map(Into::into),
+        older: job.older.map(Into::into),
         progress: job.progress,
         outputs: job.outputs.clone(),
         pending: job.pending.clone(),
@@ -210,11 +221,8 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
         cohort: read.cohort,
         n_failed: read.n_failed,
         n_offers_lost: read.n_offers_lost,
-        checkpoint: read.checkpoint.map(|checkpoint| core::Checkpoint {
-            digest: checkpoint.digest,
-            step: checkpoint.step,
-            epoch: checkpoint.epoch,
-        }),
+        checkpoint: read.checkpoint.map(Into::into),
+        older: read.older.map(Into::into),
         progress: read.progress,
         outputs: read.outputs,
         pending: read.pending,
@@ -341,6 +349,7 @@ mod tests {
             n_failed: 1,
             n_offers_lost: 2,
             checkpoint: Some(core::Checkpoint { digest: digest(1), step: Step(10), epoch: Epoch(4) }),
+            older: Some(core::Checkpoint { digest: digest(5), step: Step(8), epoch: Epoch(3) }),
             progress: Step(10),
             outputs: BTreeSet::from([digest(2)]),
             pending: BTreeSet::new(),

@@ -105,6 +105,8 @@ pub struct Job {
     pub n_offers_lost: u32,
     /// The newest committed checkpoint.
     pub checkpoint: Option<Checkpoint>,
+    /// The one before it, which the job goes on from when the newest turns out to be damaged.
+    pub older: Option<Checkpoint>,
     /// The highest step of any committed checkpoint. A higher one is progress.
     pub progress: Step,
     /// What the attempt of this epoch committed as results.

@@ -9,6 +9,7 @@ mod cuts;
 mod faults;
 mod fixtures;
 mod fleet;
+mod floods;
 mod gangs;
 mod guard;
 mod identities;

@@ -184,6 +184,7 @@ fn new_job(key: JobKey, request: Request, order: u64) -> Job {
         n_failed: 0,
         n_offers_lost: 0,
         checkpoint: None,
+        older: None,
         progress: Default::default(),
         outputs: Default::default(),
         pending: Default::default(),
