@@ -115,13 +115,15 @@ async fn a_full_disk_of_the_artifacts_leaves_nothing_half_written() {
     let id = cluster.submit(&file, &set);
     cluster.wait(&id, "checkpoint", trains).await;
     disk.fill();
-    let output = cluster.run(["artifacts", "push", "world/text.train.jsonl", "--tag", "rows"]);
+    // Rows that are not there yet: equal bytes need no room.
+    std::fs::write(cluster.path("rows.jsonl"), "{\"text\": \"Rows of nobody else.\"}\n".repeat(1000)).unwrap();
+    let output = cluster.run(["artifacts", "push", "rows.jsonl", "--tag", "rows"]);
     assert!(output.status.code() == Some(1) && errors(&output).contains("full"), "{output:?}");
     let failed = cluster.wait(&id, "failure", |job| job.failure.is_some()).await;
     let failure = failed.failure.clone().unwrap();
     assert_eq!(failure.cause(), FailureCause::DiskFull, "{failure:#?}");
     disk.clear();
-    assert!(cluster.run(["artifacts", "push", "world/text.train.jsonl", "--tag", "rows"]).status.success());
+    assert!(cluster.run(["artifacts", "push", "rows.jsonl", "--tag", "rows"]).status.success());
     assert_eq!(outputs(&cluster.ends(&id, JobState::Succeeded).await), expected);
     // Everything that can be seen can be read.
     for artifact in cluster.json(["artifacts", "list"]).as_array().unwrap() {

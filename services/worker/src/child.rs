@@ -63,6 +63,9 @@ pub(crate) enum Heard {
 /// components go side by side anyhow.
 const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
+/// The most that a process can be preferred by when the kernel looks for one to kill.
+const FIRST_TO_GO: &str = "1000";
+
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -94,6 +97,10 @@ impl Child {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
+        if let Some(id) = process.id() {
+            // Where memory runs out this one goes, and its agent lives to say so. A kernel without this chooses by itself.
+            drop(std::fs::write(format!("/proc/{id}/oom_score_adj"), FIRST_TO_GO));
+        }
         let missing = || std::io::Error::other("the new process has no pipes");
         Ok(Self {
             group: process.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw),
