@@ -160,7 +160,8 @@ async fn a_process_for_which_there_is_no_memory_is_named_and_not_tried_again() {
     let Some(memory) = Memory::make("worker") else { return };
     let cluster = Cluster::start().await;
     let base = format!("base={}", prepare(&cluster).await);
-    let (file, set) = (cluster.path("world/chat.yaml"), set(&base));
+    let (file, mut set) = (cluster.path("world/chat.yaml"), set(&base));
+    set.push("tune.batch_tokens=4096");
     // What the agent has is counted elsewhere; what it starts from now on is counted here.
     memory.enclose(cluster.worker.as_ref().unwrap().id());
     memory.limit(LITTLE);
@@ -172,4 +173,4 @@ async fn a_process_for_which_there_is_no_memory_is_named_and_not_tried_again() {
 }
 
 /// Memory that an agent can go on with and no process can train with.
-const LITTLE: u64 = 12 << 20;
+const LITTLE: u64 = 28 << 20;
