@@ -77,14 +77,14 @@ async fn look(context: &Context, key: &JobKey, row: &Job) -> Result<Option<(Look
     let spec = spec(row)?;
     let rows = made(context, row).await?;
     let mut seen = seen(&rows);
-    let mut next = stages::next(&spec, &seen);
+    let mut next = apart(&spec, &seen, stages::next).await?;
     if matches!(next, Ok(Next::Done(_))) && stages::manner(&spec).is_ok_and(|manner| manner.compares_losses) {
         for outcome in &mut seen.done {
             if let Some(report) = outcome.outputs.get(REPORT) {
                 outcome.losses = losses(context, &row.project, report).await?;
             }
         }
-        next = stages::next(&spec, &seen);
+        next = apart(&spec, &seen, stages::next).await?;
     }
     match next {
         Ok(Next::Wait) => Ok(Some((Look::Wait, Extra::default()))),
@@ -105,6 +105,17 @@ async fn look(context: &Context, key: &JobKey, row: &Job) -> Result<Option<(Look
         }
         Err(found) => Ok(Some((Look::Broken(Cause::SpecFault), broken("the next stage", &found)))),
     }
+}
+
+/// Asks the recipe on a thread of its own: a thousand stages are a thousand job files.
+async fn apart<T: Send + 'static>(
+    spec: &JobSpec,
+    made: &Made,
+    ask: impl FnOnce(&JobSpec, &Made) -> T + Send + 'static,
+) -> Result<T, Status> {
+    let (spec, made) = (spec.clone(), made.clone());
+    let asked = tokio::task::spawn_blocking(move || ask(&spec, &made)).await;
+    asked.map_err(|error| Class::Internal.status(format!("the stages of a job were not found: {error}")))
 }
 
 /// Makes a stage; or says why that can never be.
@@ -146,7 +157,7 @@ pub(crate) async fn shown(context: &Context, row: &Job) -> Result<Vec<v1::JobSta
         return Ok(Vec::new());
     }
     let rows = made(context, row).await?;
-    let known = stages::known(&spec, &seen(&rows).done).unwrap_or_default();
+    let known = apart(&spec, &seen(&rows), |spec, made| stages::known(spec, &made.done)).await?.unwrap_or_default();
     let show = |stage: StageSpec| {
         let job = rows.iter().find(|row| row.stage.as_ref().is_some_and(|own| own.name == stage.name));
         v1::JobStage {
