@@ -6,6 +6,7 @@
 mod chaos;
 mod encrypted;
 mod failover;
+mod forecasts;
 mod gangs;
 mod grids;
 mod guarded;

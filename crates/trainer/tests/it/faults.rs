@@ -150,10 +150,9 @@ fn a_run_whose_adapter_gets_no_signal_names_the_tensor() {
     let small = Small::with_weights();
     let file = small.path("base/model.safetensors");
     let mut weights = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
-    for (name, weight) in &mut weights {
-        if name.contains("o_proj") {
-            *weight = weight.zeros_like().unwrap();
-        }
+    for layer in 0..2 {
+        let weight = weights.get_mut(&format!("model.layers.{layer}.self_attn.o_proj.weight")).unwrap();
+        *weight = weight.zeros_like().unwrap();
     }
     candle_core::safetensors::save(&weights, &file).unwrap();
     let of = |targets: &'static str| {
