@@ -115,7 +115,7 @@ impl Refusal {
             409 if status.is_already_exists() => Self::AlreadyExists(said),
             409 => Self::Conflict(said),
             410 => Self::Gone(said),
-            422 => Self::Invalid(said),
+            422 => Self::Invalid(with_causes(said, &status)),
             429 => {
                 let told =
                     status.details.map(|details| u64::from(details.retry_after_seconds)).filter(|told| *told > 0);
@@ -129,6 +129,14 @@ impl Refusal {
 
 fn no_way(error: &dyn std::error::Error) -> Refusal {
     Refusal::NoWay(chain(error))
+}
+
+/// What is said, and what it leaves out of the fields at fault.
+fn with_causes(said: String, status: &Status) -> String {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    let left_out = causes.filter(|cause| !said.contains(&cause.field) || !said.contains(&cause.message));
+    let told: Vec<String> = left_out.map(|cause| format!("; {}: {}", cause.field, cause.message)).collect();
+    (said + &told.concat()).chars().take(SAID_MAX).collect()
 }
 
 /// A message with what led to it.
@@ -335,6 +343,10 @@ mod tests {
         assert_eq!(read(409, None, &status("AlreadyExists")), Refusal::AlreadyExists(said.clone()));
         assert_eq!(read(409, None, &status("Conflict")), Refusal::Conflict(said.clone()));
         assert_eq!(read(500, None, &status("InternalError")), Refusal::Other { code: 500, said });
+        let causes =
+            json!([{"field": "spec.a", "message": "Required value"}, {"field": "spec.b", "message": "too long"}]);
+        let invalid = json!({"message": "spec.a: Required value", "details": {"causes": causes}});
+        assert_eq!(read(422, None, &invalid), Refusal::Invalid("spec.a: Required value; spec.b: too long".to_owned()));
         // A proxy before the server knows no such objects.
         let page = Refusal::read(502, None, b"<html>Bad Gateway</html>\n");
         assert_eq!(page.to_string(), "the API server answers 502: <html>Bad Gateway</html>");

@@ -369,4 +369,101 @@ mod tests {
         assert!(is_subdomain("attune-worker.v1") && !is_subdomain("Attune") && !is_subdomain("a..b"));
         assert!(is_key("ca.crt") && is_key(".hidden") && !is_key("..") && !is_key("a/b") && !is_key(""));
     }
+
+    fn faults(text: &str, needs_token: bool) -> Vec<String> {
+        let defaults = crate::providers::Defaults { program: "/attune".into(), server: None, needs_token };
+        let read = crate::providers::read(text, &defaults);
+        read.unwrap_err().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn all_faults_are_named_with_their_places() {
+        let text = r"
+name: gpu
+max: 2
+server: https://scheduler:7070
+token_file: /etc/attune/worker.token
+kubernetes:
+  namespace: Tuning
+  image: 'two words'
+  kubeconfig: config
+  memory: 64GB
+  disk: 0
+  card: gpu
+  user: 0
+  time: 5s
+  ca: {secret: a, config_map: b}
+  identity: {secret: Upper}
+  labels: {attune.pool: mine, '-odd': x, zone: 'not a value'}
+  annotations: {'a/b/c': x}
+  pod:
+    restartPolicy: Always
+    terminationGracePeriodSeconds: 5
+    containers:
+    - {name: worker, image: other, args: [x]}
+    - {name: side}
+";
+        let expected = [
+            "`token_file` is a file of a machine",
+            "`kubernetes.kubeconfig` is \"config\"; expected a path from the root",
+            "`kubernetes.namespace` is \"Tuning\"; expected the name of a namespace",
+            "`kubernetes.image` is \"two words\"; expected an image",
+            "`kubernetes.token` is missing; expected the Secret",
+            "`kubernetes.ca` names none or both",
+            "`kubernetes.identity.secret` is \"Upper\"; expected the name of an object",
+            "`kubernetes.card` is \"gpu\"; expected the name of a resource such as nvidia.com/gpu",
+            "`kubernetes.memory` is \"64GB\"; expected an amount above zero",
+            "`kubernetes.disk` is \"0\"; expected an amount above zero",
+            "`kubernetes.user` is 0; expected the number of a user that is not root",
+            "`kubernetes.time` is \"5s\"; expected a time",
+            "`kubernetes.labels.-odd` is \"x\"; expected a label",
+            "`kubernetes.labels.attune.pool` is a label that Attune sets itself",
+            "`kubernetes.labels.zone` is \"not a value\"; expected a label",
+            "`kubernetes.annotations.a/b/c` is not the name of an annotation",
+            "`kubernetes.pod.terminationGracePeriodSeconds` is what `worker.grace` says",
+            "`kubernetes.pod.restartPolicy` is what Attune itself",
+            "`kubernetes.pod.containers[0].image` is what `kubernetes.image` says",
+            "`kubernetes.pod.containers[0].args` is what Attune itself",
+            "`kubernetes.pod.containers[1].name` is \"side\"; expected \"worker\"",
+        ];
+        let found = faults(text, true);
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.starts_with(expected), "{found}; expected {expected}");
+        }
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+    }
+
+    #[test]
+    fn fields_that_nobody_knows_are_named_with_the_nearest_in_kubernetes_own_parts_as_well() {
+        let text = "
+name: gpu
+max: 2
+kubernetes:
+  namespace: tuning
+  imge: attune
+  memory: 4Gi
+  disk: 1Gi
+  token: {secert: a}
+  pod:
+    nodeSelektor: {zone: a}
+    tolerations: [{key: a, efect: NoSchedule}]
+    securityContext: {runAsUser: nobody}
+";
+        let expected = [
+            "`kubernetes.imge` is not a known field; did you mean \"image\"?",
+            "`kubernetes.pod.nodeSelektor` is not a known field; did you mean \"nodeSelector\"?",
+            "`kubernetes.pod.tolerations[0].efect` is not a known field; did you mean \"effect\"?",
+            "`kubernetes.pod.securityContext.runAsUser` is string \"nobody\"; expected i64",
+        ];
+        let with_token = faults(text, false);
+        assert_eq!(
+            with_token[..2],
+            [
+                "`server` is missing; expected the scheduler's URL, as workers reach it".to_owned(),
+                expected[0].to_owned(),
+            ]
+        );
+        let found = faults(&text.replace("  token: {secert: a}\n", ""), false);
+        assert_eq!(found[1..], expected.map(str::to_owned));
+    }
 }
