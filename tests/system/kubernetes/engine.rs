@@ -37,8 +37,8 @@ pub(super) fn role() -> String {
 }
 
 /// A server with room for so many Pods, and an engine that asks it.
-async fn scene(nodes: usize) -> (Server, Arc<dyn WorkerProvider>) {
-    let server = Server::start(nodes, &role()).await;
+fn scene(nodes: usize) -> (Server, Arc<dyn WorkerProvider>) {
+    let server = Server::start(nodes, &role());
     let engine = engine(&pool(&server.kubeconfig(), &json!({})));
     (server, engine)
 }
@@ -58,7 +58,7 @@ fn one(standing: Standing) -> BTreeMap<String, Standing> {
 
 #[tokio::test]
 async fn a_request_is_one_job_from_asking_to_its_end() {
-    let (server, engine) = scene(0).await;
+    let (server, engine) = scene(0);
     let world = &server.api.world;
     assert_eq!(standings(&engine).await, BTreeMap::new());
     // However often it is asked for.
@@ -98,7 +98,7 @@ async fn a_request_is_one_job_from_asking_to_its_end() {
 
 #[tokio::test]
 async fn a_pod_that_ends_by_itself_ends_its_request_and_is_never_started_again() {
-    let (server, engine) = scene(2).await;
+    let (server, engine) = scene(2);
     let world = &server.api.world;
     for (number, status, reason) in [(1, 137, "OOMKilled"), (2, 0, "Completed")] {
         engine.ask(&request(number)).await.unwrap();
@@ -122,7 +122,7 @@ async fn a_pod_that_ends_by_itself_ends_its_request_and_is_never_started_again()
 
 #[tokio::test]
 async fn what_is_withdrawn_ends_at_once_whether_it_waits_runs_hangs_or_has_lost_its_node() {
-    let (server, engine) = scene(0).await;
+    let (server, engine) = scene(0);
     let world = &server.api.world;
     engine.ask(&request(1)).await.unwrap();
     engine.withdraw(&request(1)).await.unwrap();
@@ -161,7 +161,7 @@ async fn what_is_withdrawn_ends_at_once_whether_it_waits_runs_hangs_or_has_lost_
 
 #[tokio::test]
 async fn a_queue_holds_a_job_back_and_a_quota_its_pod() {
-    let (server, engine) = scene(1).await;
+    let (server, engine) = scene(1);
     let world = &server.api.world;
     engine.ask(&request(1)).await.unwrap();
     // Its Pod runs, then a queue takes its place for somebody else, later it is let in again: the same request waits.
@@ -182,7 +182,7 @@ async fn a_queue_holds_a_job_back_and_a_quota_its_pod() {
 
 #[tokio::test]
 async fn a_long_list_is_read_to_its_end_and_anew_where_its_rest_has_gone() {
-    let (server, engine) = scene(0).await;
+    let (server, engine) = scene(0);
     let world = &server.api.world;
     let expected: BTreeSet<String> = (0..1200).map(|number| format!("r-{number:04}")).collect();
     let object = |kind: Kind, name: &str, pool: &str, request: &str| {
@@ -227,7 +227,7 @@ fn first_part(api: &Api) -> Answer {
 
 #[tokio::test]
 async fn a_job_that_may_have_been_made_is_asked_for_once_more_and_made_once() {
-    let (server, engine) = scene(0).await;
+    let (server, engine) = scene(0);
     let broken = failure(500, "InternalError", "etcdserver: request timed out", &json!({}));
     server.api.break_next("create", Fault::After(broken.clone()));
     engine.ask(&request(1)).await.unwrap();
@@ -244,7 +244,7 @@ async fn a_job_that_may_have_been_made_is_asked_for_once_more_and_made_once() {
 
 #[tokio::test]
 async fn whatever_the_server_refuses_is_said_in_its_words() {
-    let (server, engine) = scene(1).await;
+    let (server, engine) = scene(1);
     let status = |code, reason, message| failure(code, reason, message, &json!({}));
     let busy = Answer { retry_after: Some(1), ..status(429, "TooManyRequests", "too many requests") };
     let page = Answer { body: "<html>Bad Gateway</html>".to_owned(), ..Answer::new(502, json!({})) };
@@ -303,13 +303,13 @@ async fn whatever_the_server_refuses_is_said_in_its_words() {
 
 #[tokio::test]
 async fn a_server_that_is_away_slow_or_does_not_know_us_is_asked_again() {
-    let (mut server, engine) = scene(1).await;
+    let (mut server, engine) = scene(1);
     engine.ask(&request(1)).await.unwrap();
-    server.stop().await;
+    server.stop();
     let error = engine.list().await.unwrap_err().to_string();
     assert!(error.contains("the API server does not answer: ") && error.contains("onnection refused"), "{error}");
     assert!(engine.ask(&request(2)).await.is_err() && engine.give_back(&request(1)).await.is_err());
-    server.come_back().await;
+    server.come_back();
     assert_eq!(standings(&engine).await, one(Standing::Running));
 
     // A token that has run out is read again from where it came.

@@ -1,6 +1,7 @@
 //! The API server: who asks, whether they may, and what a request is, over TLS.
 
 use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use axum::serve::Listener;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -205,13 +206,13 @@ pub(super) fn invalid(job: &Value) -> Vec<Value> {
 
 /// A listener of encrypted connections alone.
 struct Encrypted {
-    listener: TcpListener,
+    listener: tokio::net::TcpListener,
     acceptor: TlsAcceptor,
 }
 
 impl Listener for Encrypted {
-    type Io = TlsStream<TcpStream>;
-    type Addr = std::net::SocketAddr;
+    type Io = TlsStream<tokio::net::TcpStream>;
+    type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         loop {
@@ -230,14 +231,15 @@ impl Listener for Encrypted {
 /// A server that answers until it goes.
 pub(super) struct Server {
     pub(super) api: Arc<Api>,
-    address: std::net::SocketAddr,
+    address: SocketAddr,
     folder: tempfile::TempDir,
-    task: Option<tokio::task::AbortHandle>,
+    /// What it runs on, which takes its connections with it.
+    runtime: Option<Runtime>,
 }
 
 impl Server {
     /// Starts one with room for so many Pods; whoever shows the kubeconfig's token may do what `role` says.
-    pub(super) async fn start(nodes: usize, role: &str) -> Self {
+    pub(super) fn start(nodes: usize, role: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         vouch(folder.path(), "cluster", &[("api", "127.0.0.1")]);
         let role: Value = attune_spec::job::read_yaml(role.split("---\n").next().unwrap()).unwrap();
@@ -247,11 +249,11 @@ impl Server {
             calls: Mutex::default(),
             rules: Mutex::new(role["rules"].clone()),
         });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let mut server = Self { api, address, folder, task: None };
+        let mut server = Self { api, address, folder, runtime: None };
         server.serve(listener);
-        std::fs::write(server.kubeconfig(), server.access(SECRET).to_string()).unwrap();
+        server.believe();
         server
     }
 
@@ -259,27 +261,29 @@ impl Server {
         let path = |name: &str| self.folder.path().join(name);
         let certificate = CertificateDer::from_pem_file(path("api.cert.pem")).unwrap();
         let key = PrivateKeyDer::from_pem_file(path("api.key.pem")).unwrap();
-        let config =
-            rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let config = rustls::ServerConfig::builder().with_no_client_auth();
+        let acceptor = TlsAcceptor::from(Arc::new(config.with_single_cert(vec![certificate], key).unwrap()));
         let router = axum::Router::new().fallback(serve).with_state(Arc::clone(&self.api));
-        let serving = axum::serve(Encrypted { listener, acceptor }, router);
-        self.task = Some(tokio::spawn(async move { serving.await.unwrap() }).abort_handle());
+        listener.set_nonblocking(true).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            axum::serve(Encrypted { listener, acceptor }, router).await.unwrap();
+        });
+        self.runtime = Some(runtime);
     }
 
-    /// It is down: nobody listens.
-    pub(super) async fn stop(&mut self) {
-        self.task.take().unwrap().abort();
-        // A task that is told to end has done so when nobody listens any more.
-        while TcpStream::connect(self.address).await.is_ok() {
-            tokio::task::yield_now().await;
+    /// It is down: nobody listens, and who was connected is so no more.
+    pub(super) fn stop(&mut self) {
+        self.runtime.take().unwrap().shutdown_background();
+        while TcpStream::connect(self.address).is_ok() {
+            std::thread::yield_now();
         }
     }
 
     /// It is back.
-    pub(super) async fn come_back(&mut self) {
-        let listener = TcpListener::bind(self.address).await.unwrap();
-        self.serve(listener);
+    pub(super) fn come_back(&mut self) {
+        self.serve(TcpListener::bind(self.address).unwrap());
     }
 
     /// What says where it is and who asks.
@@ -317,8 +321,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
         }
     }
 }

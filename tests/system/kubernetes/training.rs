@@ -30,7 +30,7 @@ struct Scene {
 
 impl Scene {
     async fn start() -> Self {
-        let server = Server::start(0, &role()).await;
+        let server = Server::start(0, &role());
         let cluster = Cluster::start_with_pool(|cluster| {
             let mut pool = pool(&server.kubeconfig(), &json!({}));
             let own = json!({
@@ -124,12 +124,12 @@ async fn pods_are_asked_for_train_are_given_back_and_may_be_killed_with_whoever_
     let before = before["metadata"]["uid"].clone();
     scene.cluster.scheduler.take().unwrap().kill();
     scene.cluster.start_scheduler(&[]).await;
-    scene.server.stop().await;
+    scene.server.stop();
     let job = scene.cluster.ends(&id, JobState::Succeeded).await;
     assert_eq!((outputs(&job), job.epoch), (outputs(&undisturbed), 1));
     scene.until("word of the server", || scene.scheduler_says("the API server does not answer")).await;
     assert_eq!(scene.open().iter().map(|job| &job["metadata"]["uid"]).collect::<Vec<_>>(), [&before]);
-    scene.server.come_back().await;
+    scene.server.come_back();
     scene.until_none_is_left().await;
 
     // Three jobs, two Pods at the most, none in the end.
