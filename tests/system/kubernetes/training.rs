@@ -30,7 +30,7 @@ struct Scene {
 
 impl Scene {
     async fn start() -> Self {
-        let server = Server::start(0, &role());
+        let server = Server::start(2, &role());
         let cluster = Cluster::start_with_pool(|cluster| {
             let mut pool = pool(&server.kubeconfig(), &json!({}));
             let own = json!({
@@ -87,6 +87,7 @@ async fn pods_are_asked_for_train_are_given_back_and_may_be_killed_with_whoever_
     let mut scene = Scene::start().await;
     assert!(scene.open().is_empty());
     let base = prepare(&scene.cluster).await;
+    scene.until_none_is_left().await;
     let base = format!("base={base}");
     let own =
         [base.as_str(), "tune.steps=300", "tune.checkpoint.every_steps=50", "resources.labels={from: kubernetes}"];
@@ -94,6 +95,7 @@ async fn pods_are_asked_for_train_are_given_back_and_may_be_killed_with_whoever_
     let chat = scene.cluster.path("world/chat.yaml");
 
     // It waits for a node, which is said; then there is one.
+    scene.server.api.world.change(|state| state.nodes = 0);
     let id = scene.cluster.submit(&chat, &set);
     scene.until("word of the wait", || scene.scheduler_says("Unschedulable: 0/0 nodes are available")).await;
     scene.server.api.world.change(|state| state.nodes = 2);
