@@ -221,7 +221,7 @@ fn first_part(api: &Api) -> Answer {
     // One that is gone when everything is asked for again.
     Answer::new(
         200,
-        json!({"kind": "JobList", "apiVersion": "batch/v1", "metadata": metadata, "items": [suspended("r-gone")]}),
+        &json!({"kind": "JobList", "apiVersion": "batch/v1", "metadata": metadata, "items": [suspended("r-gone")]}),
     )
 }
 
@@ -247,7 +247,7 @@ async fn whatever_the_server_refuses_is_said_in_its_words() {
     let (server, engine) = scene(1);
     let status = |code, reason, message| failure(code, reason, message, &json!({}));
     let busy = Answer { retry_after: Some(1), ..status(429, "TooManyRequests", "too many requests") };
-    let page = Answer { body: "<html>Bad Gateway</html>".to_owned(), ..Answer::new(502, json!({})) };
+    let page = Answer { body: "<html>Bad Gateway</html>".to_owned(), ..Answer::new(502, &json!({})) };
     for (answer, words) in [
         (status(403, "Forbidden", "exceeded quota: jobs"), "does not allow it (403): exceeded quota: jobs"),
         (
@@ -257,7 +257,7 @@ async fn whatever_the_server_refuses_is_said_in_its_words() {
         (status(409, "Conflict", "the object has been modified"), "(409): the object has been modified"),
         (status(422, "Invalid", "spec.x: Invalid value"), "finds it invalid (422): spec.x: Invalid value"),
         (page, "answers 502: <html>Bad Gateway</html>"),
-        (Answer { body: "{".to_owned(), ..Answer::new(200, json!({})) }, "answer cannot be read: EOF"),
+        (Answer { body: "{".to_owned(), ..Answer::new(200, &json!({})) }, "answer cannot be read: EOF"),
         (busy, "too much to do (429) and asks to be left alone for 1 s: too many requests"),
     ] {
         server.api.break_next("list", Fault::Instead(answer));

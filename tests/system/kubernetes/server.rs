@@ -32,7 +32,7 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    pub(super) fn new(code: u16, body: Value) -> Self {
+    pub(super) fn new(code: u16, body: &Value) -> Self {
         Self { code, body: body.to_string(), retry_after: None }
     }
 }
@@ -43,7 +43,7 @@ pub(super) fn failure(code: u16, reason: &str, message: &str, details: &Value) -
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
         "message": message, "reason": reason, "details": details, "code": code,
     });
-    Answer::new(code, status)
+    Answer::new(code, &status)
 }
 
 /// The part of an address behind the question mark.

@@ -51,6 +51,7 @@ impl Scene {
             log: cluster.path("worker.log"),
             processes: Arc::clone(&processes),
         };
+        #[expect(clippy::disallowed_methods, reason = "a node ends with its test")]
         tokio::spawn(kubelet.work());
         Self { cluster, server, processes }
     }

@@ -124,7 +124,7 @@ impl World {
 
     /// A Pod's containers run.
     pub(super) fn run(&self, pod: &str) {
-        self.change(|state| state.set_status(pod, "Running", json!({"running": {}})));
+        self.change(|state| state.set_status(pod, "Running", &json!({"running": {}})));
     }
 
     /// A Pod's containers have ended, its status is so.
@@ -132,7 +132,7 @@ impl World {
         self.change(|state| {
             let phase = if exit_status == 0 { "Succeeded" } else { "Failed" };
             let end = json!({"exitCode": exit_status, "reason": reason, "message": message});
-            state.set_status(pod, phase, json!({"terminated": end}));
+            state.set_status(pod, phase, &json!({"terminated": end}));
             // A node takes away what was to be deleted, once it has ended.
             if state.objects.get(&(Kind::Pod, pod.to_owned())).is_some_and(is_deleted) {
                 state.remove(Kind::Pod, pod);
@@ -143,7 +143,7 @@ impl World {
     /// Sets what a Pod's container waits for.
     pub(super) fn hold(&self, pod: &str, reason: &str, message: &str) {
         let state = json!({"waiting": {"reason": reason, "message": message}});
-        self.change(|world| world.set_status(pod, "Pending", state));
+        self.change(|world| world.set_status(pod, "Pending", &state));
     }
 
     /// Sets a part of an object.
@@ -191,7 +191,7 @@ impl World {
             job["spec"]["selector"] = json!({"matchLabels": {"batch.kubernetes.io/controller-uid": uid}});
             state.put(Kind::Job, job.clone());
             state.jobs_max = state.jobs_max.max(state.of(Kind::Job).filter(|job| !is_ended(job)).count());
-            Answer::new(201, job)
+            Answer::new(201, &job)
         })
     }
 
@@ -212,7 +212,7 @@ impl World {
                 Kind::Pod => state.delete_pod(name, options["gracePeriodSeconds"].as_i64()),
                 Kind::Job | Kind::Event => state.delete_job(&object, text(options, "/propagationPolicy")),
             }
-            Answer::new(200, object)
+            Answer::new(200, &object)
         })
     }
 
@@ -247,7 +247,7 @@ impl World {
         }
         let items: Vec<&Value> = all.into_iter().skip(first).take(limit).collect();
         let (version, list) = kind.list();
-        Answer::new(200, json!({"apiVersion": version, "kind": list, "metadata": metadata, "items": items}))
+        Answer::new(200, &json!({"apiVersion": version, "kind": list, "metadata": metadata, "items": items}))
     }
 
     /// The number of the last change.
@@ -273,7 +273,7 @@ impl State {
         self.objects.remove(&(kind, name.to_owned()));
     }
 
-    fn set_status(&mut self, pod: &str, phase: &str, container: Value) {
+    fn set_status(&mut self, pod: &str, phase: &str, container: &Value) {
         let mut pod = self.objects[&(Kind::Pod, pod.to_owned())].clone();
         let named = pod["spec"]["containers"][0]["name"].clone();
         pod["status"]["phase"] = json!(phase);

@@ -127,7 +127,7 @@ fn held(status: &PodStatus) -> Option<String> {
 
 /// A Pod that has ended; `end` is what its Job says, which knows less.
 fn ended(pod: &Pod, end: Option<Seen>) -> Seen {
-    let Some(status) = &pod.status else { return end.unwrap_or_else(|| unknown()) };
+    let Some(status) = &pod.status else { return end.unwrap_or_else(unknown) };
     let is_good = status.phase.as_deref() == Some("Succeeded");
     let conditions = status.conditions.as_deref().unwrap_or_default();
     let disruption = conditions.iter().find(|found| found.type_ == "DisruptionTarget" && found.status == "True");
@@ -141,7 +141,7 @@ fn ended(pod: &Pod, end: Option<Seen>) -> Seen {
     } else if let Some(why) = containers(status).find_map(|(container, state)| failure(container, state)) {
         why
     } else {
-        return end.unwrap_or_else(|| unknown());
+        return end.unwrap_or_else(unknown);
     };
     Seen::Ended { is_good, why }
 }
@@ -174,7 +174,7 @@ mod tests {
     }
 
     /// One that has a node, in `phase`, with one container in `state`.
-    fn pod_in(phase: &str, state: Value) -> Pod {
+    fn pod_in(phase: &str, state: &Value) -> Pod {
         let container =
             json!({"name": "worker", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state});
         pod(
@@ -219,15 +219,15 @@ mod tests {
     #[test]
     fn what_has_a_node_counts_as_started() {
         let new = job(json!({}));
-        let starting = pod_in("Pending", json!({"waiting": {"reason": "ContainerCreating"}}));
+        let starting = pod_in("Pending", &json!({"waiting": {"reason": "ContainerCreating"}}));
         assert_eq!(seen(Some(&new), &[&starting]), runs(None));
         let no_image = pod_in(
             "Pending",
-            json!({"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"x\""}}),
+            &json!({"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"x\""}}),
         );
         let why = "container worker: ImagePullBackOff: Back-off pulling image \"x\"";
         assert_eq!(seen(Some(&new), &[&no_image]), runs(Some(why)));
-        let running = pod_in("Running", json!({"running": {}}));
+        let running = pod_in("Running", &json!({"running": {}}));
         assert_eq!(seen(Some(&new), &[&running]), runs(None));
         // Whatever becomes of its Job, a Pod that may run counts; and so does what is being deleted.
         assert_eq!(seen(None, &[&running]), runs(None));
@@ -238,7 +238,7 @@ mod tests {
             pod(json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}, "status": {"phase": "Pending"}}));
         assert_eq!(seen(Some(&deleted), &[&leaving]), runs(None));
         // The Pod has ended and the Job does not know yet.
-        let over = pod_in("Failed", json!({"terminated": {"exitCode": 1}}));
+        let over = pod_in("Failed", &json!({"terminated": {"exitCode": 1}}));
         assert_eq!(seen(Some(&new), &[&over]), runs(None));
         assert_eq!(seen(None, &[]), None);
     }
@@ -246,10 +246,10 @@ mod tests {
     #[test]
     fn what_has_ended_says_why() {
         let end = |pod: &Pod| seen(Some(&failed()), &[pod]);
-        let out_of_memory = pod_in("Failed", json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}}));
+        let out_of_memory = pod_in("Failed", &json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}}));
         assert_eq!(end(&out_of_memory), ends(false, "container worker, exit status 137, OOMKilled"));
         let log = "connecting\nerror: the token is not valid\n";
-        let wrong = pod_in("Failed", json!({"terminated": {"exitCode": 1, "reason": "Error", "message": log}}));
+        let wrong = pod_in("Failed", &json!({"terminated": {"exitCode": 1, "reason": "Error", "message": log}}));
         assert_eq!(end(&wrong), ends(false, "container worker, exit status 1, Error: error: the token is not valid"));
         let evicted = pod(
             json!({"status": {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}}),
@@ -263,7 +263,7 @@ mod tests {
             ends(false, "DeadlineExceeded: Pod was active on the node longer than the specified deadline")
         );
         let condition = json!({"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "default-scheduler: preempting to accommodate a higher priority pod"});
-        let mut preempted = pod_in("Failed", json!({"terminated": {"exitCode": 143}}));
+        let mut preempted = pod_in("Failed", &json!({"terminated": {"exitCode": 143}}));
         preempted.status.as_mut().unwrap().conditions = Some(vec![serde_json::from_value(condition).unwrap()]);
         let why = "PreemptionByScheduler: default-scheduler: preempting to accommodate a higher priority pod";
         assert_eq!(end(&preempted), ends(false, why));
