@@ -14,7 +14,7 @@ fn is_reference(name: &str) -> bool {
 }
 
 /// The list of values that a mapping has for such a field, as an axis has: `{field: base, values: [..]}`.
-fn listed<'a>(params: &'a Map<String, Value>) -> Option<&'a Vec<Value>> {
+fn listed(params: &Map<String, Value>) -> Option<&Vec<Value>> {
     let is_of = params.get("field").and_then(Value::as_str).is_some_and(is_reference);
     params.get("values").filter(|_| is_of).and_then(Value::as_array)
 }
