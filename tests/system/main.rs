@@ -11,6 +11,8 @@ mod gangs;
 mod grids;
 mod guarded;
 mod kills;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod lanes;
 mod main_job;
 mod postgres;

@@ -47,6 +47,11 @@ pub(crate) fn request_id() -> RequestId {
     RequestId(name.expect("the digits are letters and digits in lower case"))
 }
 
+/// A request's id in what is only shown: nobody has made that request.
+pub(crate) fn shown_request_id() -> RequestId {
+    RequestId(Name::new(id_of("r", 0)).expect("the digits are letters and digits in lower case"))
+}
+
 /// The id with this prefix for a version 7 UUID: its time and the next 42 bits, without the bits that say which version it is.
 fn id_of(prefix: &str, uuid: u128) -> String {
     let time = uuid >> 80;
