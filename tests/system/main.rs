@@ -8,11 +8,14 @@ mod clocks;
 mod damage;
 mod encrypted;
 mod failover;
+mod forecasts;
 mod full;
 mod gangs;
 mod grids;
 mod guarded;
 mod kills;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod lanes;
 mod main_job;
 mod postgres;

@@ -77,6 +77,11 @@ pub(crate) fn request_id() -> RequestId {
     RequestId(name.expect("the digits are letters and digits in lower case"))
 }
 
+/// A request's id in what is only shown: nobody has made that request.
+pub(crate) fn shown_request_id() -> RequestId {
+    RequestId(Name::new(id_of("r", 0)).expect("the digits are letters and digits in lower case"))
+}
+
 /// A version 7 UUID's time and its next 42 bits, without the bits that say which version it is.
 fn bits(uuid: u128) -> u128 {
     let time = uuid >> 80;

@@ -94,6 +94,10 @@ pub(crate) struct JobDocument {
     #[serde(default)]
     is_staged: bool,
     #[serde(default)]
+    may_fail: u32,
+    #[serde(default)]
+    n_stages_failed: u32,
+    #[serde(default)]
     parent: Option<JobId>,
     state: String,
     reason: String,
@@ -171,6 +175,8 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         share: job.request.share,
         memory: MemoryDocument { base, own, pass, full_pass },
         is_staged: job.request.is_staged,
+        may_fail: job.request.may_fail,
+        n_stages_failed: job.n_stages_failed,
         parent: job.request.parent.clone(),
         state: job.state.to_string(),
         reason: job.reason.to_string(),
@@ -213,6 +219,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
             share: read.share,
             memory: core::Memory { base, own, pass, full_pass },
             is_staged: read.is_staged,
+            may_fail: read.may_fail,
             parent: read.parent,
         },
         state: read.state.parse()?,
@@ -225,6 +232,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
         older: read.older.map(Into::into),
         progress: read.progress,
         outputs: read.outputs,
+        n_stages_failed: read.n_stages_failed,
         pending: read.pending,
         workers: read.workers,
         lost_workers: read.lost_workers,
@@ -339,6 +347,7 @@ mod tests {
                 share: Some(digest(3)),
                 memory: core::Memory { base: 1, own: 2, pass: 3, full_pass: 4 },
                 is_staged: true,
+                may_fail: 2,
                 parent: Some(JobId::new("j-00").unwrap()),
                 ..core::Request::default()
             },
@@ -352,6 +361,7 @@ mod tests {
             older: Some(core::Checkpoint { digest: digest(5), step: Step(8), epoch: Epoch(3) }),
             progress: Step(10),
             outputs: BTreeSet::from([digest(2)]),
+            n_stages_failed: 1,
             pending: BTreeSet::new(),
             workers: BTreeSet::from([name("w-1")]),
             lost_workers: BTreeSet::from([name("w-0")]),

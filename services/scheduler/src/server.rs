@@ -147,7 +147,7 @@ async fn run(
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
     context.guard.open().await?;
     let sweeping = sweep::checkpoints(Arc::clone(&context), to_prune);
-    inner.spawn(Task::new("sweep").abort_on_cancel(), async move {
+    inner.spawn(Task::new("checkpoints").abort_on_cancel(), async move {
         sweeping.await;
         Ok::<_, std::convert::Infallible>(())
     });

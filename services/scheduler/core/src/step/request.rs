@@ -187,6 +187,7 @@ fn new_job(key: JobKey, request: Request, order: u64) -> Job {
         older: None,
         progress: Default::default(),
         outputs: Default::default(),
+        n_stages_failed: 0,
         pending: Default::default(),
         workers: Default::default(),
         lost_workers: Default::default(),
