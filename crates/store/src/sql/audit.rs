@@ -30,12 +30,12 @@ fn recorded(found: &AnyRow) -> Result<Recorded> {
 }
 
 impl Store {
-    /// Appends a record.
+    /// Appends a record of a call that changed nothing; so may a store that follows.
     ///
     /// # Errors
     /// [`crate::Error::Unavailable`].
     pub async fn append_audit(&self, record: &Record) -> Result<()> {
-        let mut transaction = self.begin().await?;
+        let mut transaction = self.begin_beside().await?;
         let done = sqlx::query(
             "INSERT INTO audit (time_ms, caller, name, peer, project, rpc, target, outcome) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",

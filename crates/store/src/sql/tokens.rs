@@ -91,21 +91,30 @@ impl Store {
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn revoke_token(&self, id: &str, now: UtcMs) -> Result<()> {
-        self.change_token("UPDATE tokens SET revoked_ms = $2 WHERE token = $1 AND revoked_ms IS NULL", id, now).await
+        let mut transaction = self.begin().await?;
+        let update = sqlx::query("UPDATE tokens SET revoked_ms = $2 WHERE token = $1 AND revoked_ms IS NULL");
+        let done = update.bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db);
+        transaction.end(done).await.map(drop)
     }
 
-    /// Notes that a token was used; an earlier time changes nothing.
+    /// How many tokens were ever revoked: whoever holds streams open under them looks when it grows.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn n_revoked(&self) -> Result<u64> {
+        let found = sqlx::query("SELECT COUNT(*) AS n FROM tokens WHERE revoked_ms IS NOT NULL");
+        row::unsigned(&found.fetch_one(&self.readers).await.map_err(db)?, "n")
+    }
+
+    /// Notes that a token was used; an earlier time changes nothing. A store that follows may do so.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn token_used(&self, id: &str, now: UtcMs) -> Result<()> {
-        let update = "UPDATE tokens SET used_ms = $2 WHERE token = $1 AND (used_ms IS NULL OR used_ms < $2)";
-        self.change_token(update, id, now).await
-    }
-
-    async fn change_token(&self, update: &'static str, id: &str, now: UtcMs) -> Result<()> {
-        let mut transaction = self.begin().await?;
-        let done = sqlx::query(update).bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db);
+        let mut transaction = self.begin_beside().await?;
+        let update =
+            sqlx::query("UPDATE tokens SET used_ms = $2 WHERE token = $1 AND (used_ms IS NULL OR used_ms < $2)");
+        let done = update.bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db);
         transaction.end(done).await.map(drop)
     }
 

@@ -137,8 +137,9 @@ pub(crate) async fn what_a_worker_holds_is_what_its_owner_may_read(store: Arc<St
     assert_eq!(held("token/gpu").await, [""; 0]);
 }
 
-pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store: Arc<Store>) {
-    let record = |n: i64, project: Option<&str>| Record {
+/// A record of a call.
+pub(crate) fn record(n: i64, project: Option<&str>) -> Record {
+    Record {
         time: UtcMs(n * 1000),
         caller: "aa".to_owned(),
         name: "anna".to_owned(),
@@ -147,7 +148,10 @@ pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store:
         rpc: "JobService/CancelJob".to_owned(),
         target: format!("j-{n}"),
         outcome: "OK".to_owned(),
-    };
+    }
+}
+
+pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store: Arc<Store>) {
     for n in 1..=5 {
         store.append_audit(&record(n, (n != 3).then_some(if n == 4 { "other" } else { "default" }))).await.unwrap();
     }

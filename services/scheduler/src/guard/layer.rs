@@ -18,6 +18,8 @@ use tower::{Layer, Service};
 use super::body::Cut;
 use super::rules::{self, Rule};
 use super::{Caller, Guard, nobody};
+use crate::relay;
+use crate::replica::Lead;
 
 /// Puts the guard before services.
 #[derive(Debug, Clone)]
@@ -58,10 +60,16 @@ where
         let mut inner = std::mem::replace(&mut self.inner, ready);
         let guard = Arc::clone(&self.guard);
         async move {
-            let peer = peer(&request);
+            let passed_on = guard.replica.passed_on(request.headers_mut());
+            let peer = passed_on.as_ref().and_then(|by| by.peer.clone()).unwrap_or_else(|| peer(&request));
             let rule = rules::of_path(request.uri().path());
             if rule.is_some_and(|rule| rule.is_public) {
                 return inner.call(request).await;
+            }
+            if rule.is_some_and(|rule| rule.is_led)
+                && let Some(lead) = guard.replica.other()
+            {
+                return Ok(elsewhere(&guard, rule, lead, request, &peer, passed_on.is_some()).await);
             }
             let (rule, caller) = match admit(&guard, rule, request.headers(), &peer).await {
                 Ok(admitted) => admitted,
@@ -82,6 +90,34 @@ where
             wait.await.unwrap_or_else(|_| Ok(crate::status::shuts_down().into_http()))
         }
         .boxed()
+    }
+}
+
+/// The answer of the scheduler that leads. It looks at the credential itself; where it cannot be asked, nobody learns so without one.
+async fn elsewhere(
+    guard: &Guard,
+    rule: Option<&'static Rule>,
+    lead: Result<Arc<Lead>, Status>,
+    request: Request<Body>,
+    peer: &str,
+    is_passed_on: bool,
+) -> Response<Body> {
+    let headers = request.headers().clone();
+    let answer = match lead {
+        Ok(_) if is_passed_on => {
+            let message = "the call was passed on to a scheduler that does not lead; try again in a moment, and see that \
+                           --advertise of each scheduler leads to itself alone";
+            Err(Class::Unavailable.status(message))
+        }
+        Ok(lead) => relay::pass_on(&guard.replica, lead, request, peer).await,
+        Err(nobody) => Err(nobody),
+    };
+    match answer {
+        Ok(answer) => answer,
+        Err(away) => match admit(guard, rule, &headers, peer).await {
+            Ok(_) => away.into_http(),
+            Err(refused) => refused.into_http(),
+        },
     }
 }
 

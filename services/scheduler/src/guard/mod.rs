@@ -34,14 +34,16 @@ use tonic::Status;
 
 use crate::clock::Clock;
 use crate::config::{Auth, Config};
+use crate::replica::Replica;
 
+pub(crate) use body::Cut;
 pub(crate) use caller::{Caller, received};
 pub(crate) use first::first_admin;
 pub(crate) use layer::GuardLayer;
 pub use oidc::Oidc;
 pub(crate) use pace::Pace;
 pub use token::new_token;
-pub(crate) use token::{Minted, mint};
+pub(crate) use token::{Minted, is_same_secret, mint};
 
 /// How exactly the last use of a token is known.
 const USE_IS_KNOWN_TO: Duration = Duration::from_secs(60);
@@ -54,6 +56,7 @@ const REFUSALS: (f64, f64) = (0.5, 30.0);
 #[derive(Debug)]
 pub(crate) struct Guard {
     store: Store,
+    replica: Arc<Replica>,
     auth: Auth,
     tasks: TaskGroup,
     /// The hash of the secret that workers of this process have.
@@ -74,7 +77,7 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    pub(crate) fn new(store: Store, config: &Config, tasks: TaskGroup) -> Self {
+    pub(crate) fn new(store: Store, replica: Arc<Replica>, config: &Config, tasks: TaskGroup) -> Self {
         let limits = config.limits.calls;
         let (local, provider) = match &config.auth {
             Auth::Open => (None, None),
@@ -85,6 +88,7 @@ impl Guard {
         };
         Self {
             store,
+            replica,
             auth: config.auth.clone(),
             tasks,
             local,

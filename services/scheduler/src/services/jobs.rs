@@ -23,7 +23,7 @@ use crate::clock;
 use crate::context::Context;
 use crate::front::Submission;
 use crate::guard::{Caller, received};
-use crate::{forecast, stages, status, view};
+use crate::{forecast, relay, stages, status, view};
 
 /// Longest request id.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -56,12 +56,13 @@ impl Jobs {
         self.context.store.job(&key.project, &key.job).await.map_err(status::store)
     }
 
-    /// A job as it is now; a queued one with what it waits for.
+    /// A job as it is now; a queued one with what it waits for, which the one knows that leads.
     async fn now(&self, key: &JobKey) -> Result<v1::Job, Status> {
         let row = self.row(key).await?;
         let mut job = self.show(&row)?;
         job.stages = stages::shown(&self.context, &row).await?;
         if job.state() == JobState::Queued
+            && self.context.replica.other().is_none()
             && let Some(blocked) = self.context.front.blocked(key.clone()).await?
         {
             job.message = format!("{}; {}", job.message, waits_for(blocked));
@@ -147,8 +148,19 @@ impl JobService for Jobs {
     }
 
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobResponse>, Status> {
+        let metadata = request.metadata().clone();
         let (caller, request) = received(request)?;
-        let job = self.now(&key(&caller, &request.project, &request.job_id)?).await?;
+        let mut job = self.now(&key(&caller, &request.project, &request.job_id)?).await?;
+        if job.state() == JobState::Queued
+            && let Some(lead) = self.context.replica.other()
+        {
+            if let Ok(lead) = lead
+                && let Some(answer) = relay::job(&lead, &metadata, caller.peer(), request).await
+            {
+                return Ok(Response::new(answer));
+            }
+            job.message = format!("{}; no scheduler leads that would say what it waits for", job.message);
+        }
         Ok(Response::new(v1::GetJobResponse { job: Some(job) }))
     }
 
