@@ -40,7 +40,7 @@ pub(crate) struct Lead {
 #[derive(Debug)]
 pub(crate) struct Replica {
     state: watch::Sender<State>,
-    tls: std::sync::Mutex<Tls>,
+    tls: Tls,
 }
 
 /// A call that some scheduler passed on.
@@ -54,7 +54,7 @@ impl Replica {
     /// One that follows nobody yet. Connections to the one that leads are made with `tls`.
     pub(crate) fn new(tls: Tls) -> Self {
         let state = State::Follows(Err("no scheduler leads now".to_owned()));
-        Self { state: watch::Sender::new(state), tls: tls.into() }
+        Self { state: watch::Sender::new(state), tls }
     }
 
     /// Leads from now on, known to others by a word.
@@ -73,9 +73,8 @@ impl Replica {
         if is_known {
             return;
         }
-        let tls = self.tls.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let lead = announced.ok_or_else(|| "no scheduler leads now".to_owned()).and_then(|announced| {
-            let options = Options { tls, ..Options::default() };
+            let options = Options { tls: self.tls.clone(), ..Options::default() };
             let client = Client::lazy(&announced.url, options);
             let client = client.map_err(|error| format!("the scheduler that leads cannot be asked: {error}"))?;
             tracing::info!(url = announced.url, term = announced.term, "this scheduler follows");
@@ -115,17 +114,6 @@ impl Replica {
         };
         let peer = peer.filter(|_| is_believed).and_then(|peer| peer.to_str().ok().map(str::to_owned));
         Some(PassedOn { peer })
-    }
-
-    /// Makes connections to the one that leads with this from now on.
-    pub(crate) fn renew(&self, tls: Tls) {
-        if let State::Follows(Ok(lead)) = &*self.state.borrow()
-            && let Err(error) = lead.client.renew(&tls)
-        {
-            tracing::error!(%error, "connections to the scheduler that leads are made with the old certificates");
-            return;
-        }
-        *self.tls.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = tls;
     }
 }
 

@@ -141,8 +141,11 @@ async fn answer<E>(
         },
     };
     let code = code(answer.headers());
-    let is_refused = code == Code::PermissionDenied || caller.about().is_foreign;
-    if rule.is_recorded || is_refused {
+    let about = caller.about();
+    let is_refused = code == Code::PermissionDenied || about.is_foreign;
+    // A change is stored with its record. What was answered otherwise is written down beside it.
+    let is_told = about.is_recorded && code == Code::Ok;
+    if (rule.is_recorded && !is_told) || is_refused {
         guard.record(&caller, short(rule), code).await;
     }
     Ok(if rule.lasts && !guard.is_open() { cut(answer, guard, caller) } else { answer })
@@ -158,6 +161,7 @@ async fn admit(
     let caller = guard.identify(bearer(headers), peer, rule.map_or("", short)).await?;
     guard.count(&caller)?;
     let rule = rule.ok_or_else(|| Class::Unimplemented.status("this server answers no such call"))?;
+    caller.calls(short(rule));
     if caller.may(rule) {
         return Ok((rule, caller));
     }

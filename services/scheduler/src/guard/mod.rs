@@ -214,23 +214,11 @@ impl Guard {
         }
     }
 
-    /// Writes a call down.
+    /// Writes down a call that changed nothing; what a change is stored with is its own record.
     pub(crate) async fn record(&self, caller: &Caller, rpc: &str, outcome: tonic::Code) {
-        if self.is_open() {
-            return;
+        if let Some(record) = caller.record_of(rpc, outcome) {
+            self.write(record).await;
         }
-        let about = caller.about();
-        self.write(Record {
-            time: Clock::utc(),
-            caller: caller.id().unwrap_or_default().to_owned(),
-            name: caller.name().to_owned(),
-            peer: caller.peer().to_owned(),
-            project: about.project,
-            rpc: rpc.to_owned(),
-            target: about.target,
-            outcome: code_name(outcome),
-        })
-        .await;
     }
 
     /// Writes down that a token was shown with another secret, or after its end. It is not waited for: the answer takes no longer
@@ -270,14 +258,20 @@ impl Guard {
         wait
     }
 
-    /// Makes a worker id the caller's, or says that it is another's.
+    /// Makes a worker id the caller's, or says that it is another's. One that becomes the caller's is written down with that.
     pub(crate) async fn claim(
         &self,
         caller: &Caller,
         worker: &attune_spec::id::WorkerId,
     ) -> Result<(), attune_store::Error> {
         match caller.owner() {
-            Some(owner) => self.store.claim_worker(worker, owner, Clock::utc()).await,
+            Some(owner) => {
+                let record = caller.record();
+                if self.store.claim_worker(worker, owner, Clock::utc(), record.as_deref()).await? {
+                    caller.is_recorded();
+                }
+                Ok(())
+            }
             None => Ok(()),
         }
     }
