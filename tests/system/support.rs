@@ -150,11 +150,21 @@ impl Cluster {
         self.standby = Some(Process::start(command.arg("--standby"), &self.path("scheduler.log")));
     }
 
-    /// Kills the scheduler that leads: the one that stood by is the cluster's from now on.
+    /// Kills the scheduler that leads, if it was not before: the one that stood by is the cluster's from now on.
     pub(crate) fn fail_over(&mut self) {
-        self.scheduler.take().unwrap().kill();
+        self.kill_scheduler();
         self.scheduler = self.standby.take();
         std::mem::swap(&mut self.port, &mut self.other_port);
+    }
+
+    /// Kills the scheduler that leads.
+    pub(crate) fn kill_scheduler(&mut self) {
+        self.scheduler.take().into_iter().for_each(Process::kill);
+    }
+
+    /// The address of the one alone that stands by.
+    pub(crate) fn other_url(&self) -> String {
+        urls(self.other_port, self.port, false)
     }
 
     /// The scheduler's address, and that of the one that may stand by.

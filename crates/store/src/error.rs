@@ -58,6 +58,15 @@ pub enum Error {
         /// The database, without a password.
         database: String,
     },
+    /// The store only reads: another scheduler leads, or none does yet.
+    #[error("this scheduler follows and changes nothing; ask the one that leads")]
+    Follows,
+    /// The database lacks steps of this binary's schema.
+    #[error("the database lacks {lacking} steps of this version's schema, which a scheduler of it makes when it leads")]
+    Behind {
+        /// How many.
+        lacking: usize,
+    },
     /// Another scheduler has opened the database since.
     #[error("another scheduler leads since term {current}; this one led in term {own}, and writes nothing any more")]
     Replaced {
@@ -95,6 +104,8 @@ impl Error {
             | Self::InUse(_)
             | Self::Invalid(_)
             | Self::Locked { .. }
+            | Self::Follows
+            | Self::Behind { .. }
             | Self::Replaced { .. }
             | Self::Schema(_)
             | Self::Corrupt(_)

@@ -160,7 +160,18 @@ impl SchedulerArguments {
         };
         let data_root = self.data_root.clone();
         let pools = self.pools(url)?;
-        Ok(attune_scheduler::Config { database, artifacts, data_root, timings, limits, auth, tls: None, pools })
+        Ok(attune_scheduler::Config {
+            database,
+            artifacts,
+            data_root,
+            timings,
+            limits,
+            auth,
+            tls: None,
+            advertise: None,
+            peers: attune_proto::client::Tls::default(),
+            pools,
+        })
     }
 
     /// Workers that engines are asked for.

@@ -135,7 +135,7 @@ async fn make(context: &Context, parent: &JobKey, stage: StageSpec) -> Result<Op
     let stage = Stage { parent: parent.job.clone(), name };
     let request = admit::request(&admitted, Some(&stage));
     let job = Box::new(admit::new_job(admitted, key, Some(stage), None)?);
-    context.front.submit(Submission { job, request, id: None }).await?;
+    context.front.submit(Submission { job, request, id: None, record: None }).await?;
     Ok(None)
 }
 

@@ -146,8 +146,9 @@ impl Desk {
                 self.relay(&worker, &peer);
                 (Ok(Reply::Written), vec![])
             }
-            Ask::Delete { project, digest } => {
-                let deleted = self.store.delete_artifact(&project, digest, false, Clock::utc()).await;
+            Ask::Delete { project, digest, record } => {
+                let now = Clock::utc();
+                let deleted = self.store.delete_artifact(&project, digest, false, now, record.as_deref()).await;
                 (deleted.map(|(deleted, _)| Reply::Deleted(deleted)).map_err(status::store), vec![])
             }
             Ask::Blocked(key) => (Ok(Reply::Blocked(self.core.blocked(&key))), vec![]),
@@ -280,7 +281,7 @@ impl Desk {
         &mut self,
         submission: Submission,
     ) -> Result<Result<(attune_store::job::Job, Vec<Action>), Status>, Error> {
-        let Submission { job, request, id } = submission;
+        let Submission { job, request, id, record } = submission;
         let before = match &id {
             Some(id) => self.store.job_of_request(&job.project, id).await,
             None => match self.store.job(&job.project, &job.job).await {
@@ -313,7 +314,8 @@ impl Desk {
         if let Answer::Refused(refusal) = &effects.answer {
             return Ok(Err(status::refusal(refusal)));
         }
-        let extra = Extra { new_job: Some(job), ..Extra::default() };
+        let writes = record.map(Write::Audit).into_iter().collect();
+        let extra = Extra { new_job: Some(job), writes, ..Extra::default() };
         let transaction = self.ledger.record(&effects.changes, extra, Clock::utc());
         let stored = self.commit_as(transaction, id.as_ref()).await?;
         Ok(stored.and_then(|job| {
