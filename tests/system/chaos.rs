@@ -19,6 +19,7 @@ use crate::kills::prepare;
 use crate::postgres::Postgres;
 use crate::proxy::{Proxy, Weather};
 use crate::support::{Cluster, Process, SMALL, attune, outputs};
+use crate::surroundings::{Calendar, Disk};
 
 /// Longer than a lease, which lasts three seconds here.
 const LONGER_THAN_A_LEASE: Duration = Duration::from_millis(4500);
@@ -54,9 +55,15 @@ enum Fault {
     Replay,
     /// `kill -9` of the database, as a power cut.
     KillDatabase,
+    /// The calendar of all processes jumps by an hour or a day, and stays there.
+    JumpCalendar,
+    /// The disk of the artifact store is full for a while.
+    FullStore,
+    /// The disk of a worker is full for a while.
+    FullWorker,
 }
 
-const FAULTS: [Fault; 12] = [
+const FAULTS: [Fault; 15] = [
     Fault::KillProcess,
     Fault::StopProcess,
     Fault::KillWorker,
@@ -69,12 +76,23 @@ const FAULTS: [Fault; 12] = [
     Fault::StoreErrors,
     Fault::Replay,
     Fault::KillDatabase,
+    Fault::JumpCalendar,
+    Fault::FullStore,
+    Fault::FullWorker,
 ];
+
+/// How far calendars jump.
+const AWAY: [&str; 5] = ["-1d", "-1h", "+0", "+1h", "+1d"];
+/// The workers, which have a folder each.
+const WORKERS: [&str; 2] = ["w0", "w1"];
 
 struct Chaos {
     cluster: Cluster,
     postgres: Option<Postgres>,
     proxy: Proxy,
+    calendar: Option<Calendar>,
+    /// That of the artifact store and those of the workers.
+    disks: Option<[Disk; 3]>,
     workers: Vec<Option<Process>>,
     rng: Rng,
     base: String,
@@ -96,10 +114,13 @@ struct Chaos {
 impl Chaos {
     async fn start(seed: u64, steps: u32, planted: Option<&'static str>) -> (Self, BTreeMap<String, String>) {
         let postgres = Postgres::start().await;
-        let mut cluster = match &postgres {
-            Some(postgres) => Cluster::start_on(&postgres.url()).await,
-            None => Cluster::start().await,
-        };
+        let (mut calendar, mut disks) = (None, None);
+        let mut cluster = Cluster::start_prepared(postgres.as_ref().map(Postgres::url), |cluster| {
+            disks = Disk::mount(["artifacts", WORKERS[0], WORKERS[1]].map(|name| cluster.path(name)));
+            calendar = Calendar::make(cluster.folder.path());
+            calendar.as_ref().map(Calendar::variables).unwrap_or_default()
+        })
+        .await;
         let base = prepare(&cluster).await;
         let proxy = Proxy::start(cluster.port()).await;
         let mut chaos = {
@@ -115,6 +136,8 @@ impl Chaos {
                 cluster,
                 postgres,
                 proxy,
+                calendar,
+                disks,
                 workers,
                 rng,
                 base,
@@ -132,7 +155,7 @@ impl Chaos {
         if planted.is_some() {
             chaos.0.restart_scheduler("").await;
         }
-        for number in 0..2 {
+        for number in 0..WORKERS.len() {
             let worker = chaos.0.worker(number);
             chaos.0.workers.push(Some(worker));
         }
@@ -140,11 +163,12 @@ impl Chaos {
     }
 
     fn worker(&self, number: usize) -> Process {
-        let name = format!("w{number}");
+        let name = WORKERS[number];
         let mut command = attune();
         command
-            .args(["worker", "--server", &self.proxy.url(), "--name", &name, "--devices", "2", "--work-dir"])
-            .arg(self.cluster.path(&name))
+            .args(["worker", "--server", &self.proxy.url(), "--name", name, "--devices", "2", "--work-dir"])
+            .arg(self.cluster.path(name))
+            .envs(self.calendar.iter().flat_map(Calendar::variables))
             .env("RAYON_NUM_THREADS", "1");
         Process::start(&mut command, &self.cluster.path("worker.log"))
     }
@@ -241,6 +265,18 @@ impl Chaos {
                 postgres.kill().await;
                 sleep(Duration::from_millis(300)).await;
                 postgres.start_again().await;
+            }
+            Fault::JumpCalendar => {
+                let away = AWAY[self.rng.below(AWAY.len() as u64) as usize];
+                self.calendar.as_ref().unwrap().jump(away);
+                sleep(Duration::from_millis(self.rng.below(1000))).await;
+            }
+            Fault::FullStore | Fault::FullWorker => {
+                let [store, own @ ..] = self.disks.as_ref().unwrap();
+                let disk = if fault == Fault::FullStore { store } else { &own[worker] };
+                disk.fill();
+                sleep(Duration::from_millis(500 + self.rng.below(2000))).await;
+                disk.clear();
             }
         }
         let (all, on_running) = self.done.entry(fault).or_default();
@@ -380,8 +416,13 @@ async fn chaos(
 ) -> Vec<String> {
     let seed = from_environment("ATTUNE_CHAOS_SEED", 20_261_128) as u64;
     let (mut chaos, expected) = Chaos::start(seed, steps, planted).await;
-    let kinds: Vec<Fault> =
-        kinds.iter().copied().filter(|kind| chaos.postgres.is_some() || *kind != Fault::KillDatabase).collect();
+    let is_possible = |kind: &Fault| match kind {
+        Fault::KillDatabase => chaos.postgres.is_some(),
+        Fault::JumpCalendar => chaos.calendar.is_some(),
+        Fault::FullStore | Fault::FullWorker => chaos.disks.is_some(),
+        _ => true,
+    };
+    let kinds: Vec<Fault> = kinds.iter().copied().filter(is_possible).collect();
     let mut order: Vec<Fault> = kinds.iter().copied().cycle().take(n_faults).collect();
     chaos.rng.shuffle(&mut order);
     for (number, fault) in order.into_iter().enumerate() {

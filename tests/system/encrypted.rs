@@ -10,7 +10,7 @@ use tokio::time::{Duration, Instant};
 use crate::support::{PATIENCE, Process, attune};
 
 /// Writes an authority's certificate, and one with its key for each name that it vouches for.
-fn vouch(folder: &Path, authority: &str, names: &[(&str, &str)]) {
+pub(crate) fn vouch(folder: &Path, authority: &str, names: &[(&str, &str)]) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.distinguished_name.push(DnType::CommonName, authority);

@@ -12,7 +12,7 @@ use crate::support::{PATIENCE, Process, SMALL, attune, world};
 struct Guarded {
     folder: tempfile::TempDir,
     url: String,
-    _scheduler: Process,
+    scheduler: Process,
 }
 
 impl Guarded {
@@ -26,14 +26,17 @@ impl Guarded {
     }
 
     async fn start_as(program: impl FnOnce(&mut std::process::Command, &Path)) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), program).await
+    }
+
+    async fn start_in(folder: tempfile::TempDir, program: impl FnOnce(&mut std::process::Command, &Path)) -> Self {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let path = |name: &str| folder.path().join(name);
         let mut command = attune();
         program(&mut command, folder.path());
         command.args(["--auth", "tokens", "--listen", &address.to_string()]);
         let scheduler = Process::start(command.env("ATTUNE_LOG", "debug"), &path("scheduler.log"));
-        let guarded = Self { url: format!("http://{address}"), _scheduler: scheduler, folder };
+        let guarded = Self { url: format!("http://{address}"), scheduler, folder };
         let deadline = Instant::now() + PATIENCE;
         while !guarded.path("admin.token").try_exists().unwrap() || !guarded.run("admin", &["tokens", "whoami"]).0 {
             assert!(Instant::now() < deadline, "{}", guarded.log("scheduler.log"));
@@ -235,4 +238,35 @@ async fn one_machine_may_ask_who_calls_too() {
     let made = attune().args(["tokens", "generate"]).output().unwrap();
     let made = String::from_utf8(made.stdout).unwrap();
     assert!(made.starts_with("attune_") && made.trim().len() == 76, "{made}");
+}
+
+/// A scheduler that is killed between a change and its record has neither, and one that is killed after both has both.
+#[tokio::test]
+async fn what_is_killed_has_a_change_with_its_record_or_neither() {
+    let start = async |folder, points: &str| {
+        Guarded::start_in(folder, |command, folder| {
+            command.arg("scheduler").arg("--database").arg(folder.join("attune.db"));
+            command.arg("--artifacts").arg(folder.join("artifacts")).env("FAILPOINTS", points);
+        })
+        .await
+    };
+    let mut folder = tempfile::tempdir().unwrap();
+    for (points, expected) in
+        [("store::before_record=return(kill)", 0), ("scheduler::after_transaction=return(kill)", 1)]
+    {
+        let mut guarded = start(folder, points).await;
+        let (is_well, output) = guarded.run("admin", &["projects", "set", "research", "--weight", "7"]);
+        assert!(!is_well && guarded.scheduler.has_ended(), "{output:?}");
+        folder = guarded.folder;
+        let guarded = start(folder, "").await;
+        let said = |arguments: &[&str]| {
+            let (is_well, output) = guarded.run("admin", &[&["--json"], arguments].concat());
+            assert!(is_well, "{output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let (audit, projects) = (said(&["audit"]), said(&["projects", "list"]));
+        assert_eq!(audit.matches("SetProjectPolicy").count(), expected, "{points}: {audit}");
+        assert_eq!(projects.matches("research").count(), expected, "{points}: {projects}");
+        folder = guarded.folder;
+    }
 }

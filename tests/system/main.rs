@@ -4,12 +4,18 @@
 #![allow(clippy::print_stderr, reason = "who skips a test says why")]
 
 mod chaos;
+mod clocks;
+mod damage;
 mod encrypted;
 mod failover;
+mod forecasts;
+mod full;
 mod gangs;
 mod grids;
 mod guarded;
 mod kills;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod lanes;
 mod main_job;
 mod postgres;
@@ -18,5 +24,6 @@ mod proxy;
 mod recipes;
 mod slurm;
 mod support;
+mod surroundings;
 mod turns;
 mod wrong_input;

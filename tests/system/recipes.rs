@@ -99,9 +99,7 @@ async fn a_recipe_ends_with_the_same_adapter_whenever_the_scheduler_is_killed() 
     let watched = cluster.run(["jobs", "watch", &id]);
     assert!(watched.status.success(), "{watched:?}");
     let told = String::from_utf8(watched.stderr).unwrap();
-    for line in
-        ["waiting: its stages have not all succeeded yet", "stage answers succeeded", "stage preferences queued"]
-    {
+    for line in ["waiting: its stages have not all ended yet", "stage answers succeeded", "stage preferences queued"] {
         assert!(told.contains(line), "{line}: {told}");
     }
     let of = cluster.json(["jobs", "get", &second]);
@@ -261,4 +259,82 @@ async fn a_preset_is_the_stack_that_it_stands_for() {
         let said = String::from_utf8(refused.stderr).unwrap();
         assert!(refused.status.code() == Some(2) && said.contains(told), "{said}");
     }
+}
+
+/// Rates of which one learns, beside one job whose data is of another form: texts are no pairs.
+const SWEEP: &str = r#"
+version: 1
+name: rates
+kind: recipe
+base: "demo-base:latest"
+data:
+  domains: [{name: chat, source: ./chat.train.jsonl}]
+  validation: [{name: chat, source: ./chat.valid.jsonl, rows: 8}]
+  max_length: 64
+tune: {adapter: {method: lora, rank: 4, alpha: 8}, optimizer: {method: adamw, lr: 1e-3}, batch_tokens: 256, logical_shards: 2, steps: 12, seed: 7}
+outputs: {tag: "best:latest"}
+recipe:
+  method: sweep
+  vary:
+    - name: data
+      values:
+        fitting: {}
+        texts-for-pairs:
+          data.domains: [{name: pairs, form: preference, source: ./text.train.jsonl}]
+          tune.objective: {method: dpo}
+    - {name: lr, field: tune.optimizer.lr, values: [1e-5, 1e-2, 1e-4]}
+  at_once: 2
+  may_fail: 3
+"#;
+
+/// However often the scheduler dies: each combination is one job, no more run at a time than may, and the best adapter is the result.
+#[tokio::test]
+async fn a_sweep_ends_with_the_best_of_its_jobs() {
+    let mut cluster = Cluster::start().await;
+    let id = submit(&cluster, SWEEP, &[]).await;
+    let first = stage(&cluster, &id, "1.fitting.0p00001", |state| state == JobState::Running).await;
+    cluster.scheduler.take().unwrap().kill();
+    cluster.start_scheduler(&[]).await;
+    cluster.ends(&first, JobState::Succeeded).await;
+    cluster.scheduler.take().unwrap().kill();
+    cluster.start_scheduler(&[]).await;
+    let job = cluster.ends(&id, JobState::Succeeded).await;
+    let names: Vec<(&str, JobState)> = job.stages.iter().map(|stage| (stage.name.as_str(), stage.state())).collect();
+    let expected = [
+        ("1.fitting.0p00001", JobState::Succeeded),
+        ("2.fitting.0p01", JobState::Succeeded),
+        ("3.fitting.0p0001", JobState::Succeeded),
+        ("4.texts-for-pairs.0p00001", JobState::Failed),
+        ("5.texts-for-pairs.0p01", JobState::Failed),
+        ("6.texts-for-pairs.0p0001", JobState::Failed),
+    ];
+    assert_eq!(names, expected);
+    let best = outputs(&cluster.job(&job.stages[1].job_id).await.unwrap());
+    assert_eq!(outputs(&job), best, "the largest rate learns most in so few steps");
+    assert_eq!(cluster.json(["artifacts", "get", "best:latest"])["digest"], Value::from(best["adapter"].clone()));
+    let labelled = cluster.json(["jobs", "list", "--label", "lr=0.01", "--parent", &id]);
+    assert_eq!(labelled.as_array().unwrap().len(), 2, "{labelled}");
+
+    let told = String::from_utf8(cluster.run(["jobs", "watch", &id]).stderr).unwrap();
+    let (mut open, mut most) = (0, 0);
+    for line in told.lines().filter(|line| line.contains("  stage ")) {
+        if line.contains(" queued: ") {
+            open += 1;
+        } else if [" succeeded: ", " failed: "].iter().any(|end| line.contains(end)) {
+            open -= 1;
+        }
+        most = most.max(open);
+    }
+    assert_eq!((open, most), (0, 2), "{told}");
+}
+
+#[tokio::test]
+async fn a_sweep_of_which_too_many_fail_ends_at_once() {
+    let cluster = Cluster::start().await;
+    let texts_first = SWEEP.replace("        fitting: {}\n", "").replace("may_fail: 3", "may_fail: 1");
+    let id = submit(&cluster, &texts_first, &[]).await;
+    let failed = cluster.ends(&id, JobState::Failed).await;
+    assert_eq!(failed.reason(), v1::JobReason::StageFailed);
+    assert!(failed.message.contains(" failed: "), "{}", failed.message);
+    assert!(failed.stages.iter().all(|stage| stage.state() != JobState::Succeeded), "{:?}", failed.stages);
 }

@@ -84,6 +84,8 @@ pub(crate) struct Cluster {
     database: Option<String>,
     /// Further arguments of the scheduler.
     arguments: Vec<String>,
+    /// Variables of all its processes.
+    variables: Vec<(String, String)>,
     port: u16,
     /// Where the scheduler listens that stands by.
     other_port: u16,
@@ -115,7 +117,16 @@ impl Cluster {
     }
 
     async fn start_of(database: Option<String>) -> Self {
+        Self::start_prepared(database, |_| Vec::new()).await
+    }
+
+    /// Starts both once its folder is as `prepare` makes it, and with the variables that it gives.
+    pub(crate) async fn start_prepared(
+        database: Option<String>,
+        prepare: impl FnOnce(&Self) -> Vec<(String, String)>,
+    ) -> Self {
         let mut cluster = Self::new(database);
+        cluster.variables = prepare(&cluster);
         cluster.start_scheduler(&[]).await;
         cluster.start_worker(&[]);
         cluster
@@ -128,8 +139,8 @@ impl Cluster {
         drop(listeners);
         let client = Client::lazy(&urls(port, other_port, database.is_some()), Options::default()).unwrap();
         let (scheduler, standby, worker) = (None, None, None);
-        let arguments = Vec::new();
-        Self { folder, database, arguments, port, other_port, client, scheduler, standby, worker }
+        let (arguments, variables) = (Vec::new(), Vec::new());
+        Self { folder, database, arguments, variables, port, other_port, client, scheduler, standby, worker }
     }
 
     /// Starts a scheduler that waits to lead.
@@ -139,11 +150,21 @@ impl Cluster {
         self.standby = Some(Process::start(command.arg("--standby"), &self.path("scheduler.log")));
     }
 
-    /// Kills the scheduler that leads: the one that stood by is the cluster's from now on.
+    /// Kills the scheduler that leads, if it was not before: the one that stood by is the cluster's from now on.
     pub(crate) fn fail_over(&mut self) {
-        self.scheduler.take().unwrap().kill();
+        self.kill_scheduler();
         self.scheduler = self.standby.take();
         std::mem::swap(&mut self.port, &mut self.other_port);
+    }
+
+    /// Kills the scheduler that leads.
+    pub(crate) fn kill_scheduler(&mut self) {
+        self.scheduler.take().into_iter().for_each(Process::kill);
+    }
+
+    /// The address of the one alone that stands by.
+    pub(crate) fn other_url(&self) -> String {
+        urls(self.other_port, self.port, false)
     }
 
     /// The scheduler's address, and that of the one that may stand by.
@@ -198,11 +219,12 @@ impl Cluster {
     }
 
     fn scheduler_arguments(&self, command: &mut Command, port: u16) {
-        let database = self.database.clone().unwrap_or_else(|| self.path("attune.db").display().to_string());
+        let database = self.database.clone().unwrap_or_else(|| self.path("database/attune.db").display().to_string());
         command
             .args(["scheduler", "--listen", &format!("127.0.0.1:{port}"), "--database", &database, "--artifacts"])
             .arg(self.path("artifacts"))
             .args(["--lease-ttl-ms", LEASE_MS, "--backoff-ms", "50"])
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .args(&self.arguments);
     }
 
@@ -213,6 +235,7 @@ impl Cluster {
             .args(["worker", "--server", &self.url(), "--name", "one"])
             .arg("--work-dir")
             .arg(self.path("worker"))
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .envs(variables.iter().copied());
         self.worker = Some(Process::start(&mut command, &self.path("worker.log")));
     }

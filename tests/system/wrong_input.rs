@@ -3,8 +3,12 @@
 use std::process::Output;
 
 use attune_proto::v1::{self, FailureCause, JobState};
+use tokio::time::{Duration, Instant, sleep};
 
-use crate::support::{Cluster, SMALL, attune, world};
+use crate::support::{Cluster, SMALL, attune, is_alive, world};
+
+/// How long a training process may take to notice that its worker has been killed.
+const LEFT_BEHIND: Duration = Duration::from_secs(2);
 
 fn errors(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
@@ -148,7 +152,16 @@ async fn a_worker_that_vanishes_costs_an_attempt_and_not_the_job() {
     let set = SMALL.into_iter().chain(["tune.steps=60", "tune.checkpoint.every_steps=5"]).collect::<Vec<_>>();
     let id = cluster.submit(&cluster.path("world/text.yaml"), &set);
     cluster.wait(&id, "checkpoint", |job| !job.checkpoint.is_empty()).await;
-    drop(cluster.worker.take());
+    let worker = cluster.worker.take().unwrap();
+    let orphans = worker.children();
+    worker.kill();
+    // Its process goes with it, whatever the lease says.
+    let deadline = Instant::now() + LEFT_BEHIND;
+    while orphans.iter().any(|orphan| is_alive(*orphan)) {
+        assert!(Instant::now() < deadline, "a training process outlives its worker: {orphans:?}");
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(orphans.len(), 1);
     let lost = cluster.wait(&id, "loss", |job| job.failure.is_some()).await;
     assert_eq!(lost.failure.unwrap().cause(), FailureCause::WorkerLost);
     cluster.start_worker(&[]);

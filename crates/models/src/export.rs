@@ -57,8 +57,10 @@ pub fn write(
     let file = to.join("model.safetensors");
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     // The library orders tensors by type and name, so the order of the map does not show.
-    safetensors::serialize_to_file(tensors, Some(metadata), &file)
-        .map_err(|error| Error::Format { path: file, message: error.to_string() })?;
+    safetensors::serialize_to_file(tensors, Some(metadata), &file).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(source) => Error::Io { path: file, source },
+        error => Error::Format { path: file, message: error.to_string() },
+    })?;
     let config = from.join(CONFIG);
     let text = std::fs::read(&config).map_err(Error::io(&config))?;
     let to_config = to.join(CONFIG);

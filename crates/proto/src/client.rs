@@ -16,10 +16,12 @@ use futures::stream::{self, BoxStream, Stream, StreamExt as _};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 use tonic_types::StatusExt as _;
 
+pub use crate::endpoint::{ConnectError, Tls};
+use crate::endpoint::{deepest, endpoint};
 use crate::v1::{
     self, artifact_service_client::ArtifactServiceClient, audit_service_client::AuditServiceClient,
     fleet_service_client::FleetServiceClient, job_service_client::JobServiceClient,
@@ -50,21 +52,6 @@ pub struct Options {
     pub tls: Tls,
 }
 
-/// What an encrypted connection is made with.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tls {
-    /// Certificates of the authorities that may vouch for a server, as PEM; those of the system without.
-    pub ca: Option<String>,
-    /// The certificate that this client shows, as PEM with its chain, and its key.
-    pub identity: Option<(String, Secret)>,
-}
-
-impl Tls {
-    fn is_given(&self) -> bool {
-        self.ca.is_some() || self.identity.is_some()
-    }
-}
-
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -79,46 +66,10 @@ impl Default for Options {
     }
 }
 
-/// Why no client could be made.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConnectError {
-    /// The address cannot be one.
-    #[error("server {url:?} is not a URL such as http://127.0.0.1:7070")]
-    Url {
-        /// What was given.
-        url: String,
-    },
-    /// Something for encrypted connections is given, and the address asks for one in the clear.
-    #[error(
-        "server {url:?} is reached in the clear, and a certificate is given; expected a URL that begins with https://"
-    )]
-    Clear {
-        /// What was given.
-        url: String,
-    },
-    /// No encrypted connection can be made with what is given.
-    #[error("no encrypted connection can be made to {url}: {reason}")]
-    Tls {
-        /// The address.
-        url: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Nobody answers there.
-    #[error("no server answers at {url}: {reason}")]
-    Unreachable {
-        /// The address.
-        url: String,
-        /// The deepest cause.
-        reason: String,
-    },
-}
-
 /// A client. Cheap to clone; clones share connections.
 ///
-/// It may know several servers, of which one answers at a time, as where one scheduler leads and others stand by. It speaks to one until
-/// that cannot answer, and then to the next.
+/// It may know several servers, as where one scheduler leads and others follow. It speaks to one until that cannot answer, and then to the
+/// next.
 #[derive(Debug, Clone)]
 pub struct Client {
     servers: Arc<Servers>,
@@ -128,7 +79,8 @@ pub struct Client {
 
 #[derive(Debug)]
 struct Servers {
-    channels: Vec<Channel>,
+    urls: String,
+    channels: RwLock<Vec<Channel>>,
     /// Which one is spoken to, counted on with each turn.
     at: AtomicUsize,
 }
@@ -180,22 +132,14 @@ pub struct Push {
     pub tags: Vec<String>,
 }
 
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut at = error;
-    while let Some(source) = at.source() {
-        at = source;
-    }
-    at.to_string()
-}
-
 impl Client {
     /// A client of the servers at `urls`, separated by commas, which need not be up yet: connections are made when they are needed.
     ///
     /// # Errors
     /// [`ConnectError::Url`]. Must be called within a tokio runtime.
     pub fn lazy(urls: &str, options: Options) -> Result<Self, ConnectError> {
-        let channels = urls.split(',').map(|url| Ok(endpoint(url.trim(), &options)?.connect_lazy()));
-        let servers = Servers { channels: channels.collect::<Result<_, ConnectError>>()?, at: AtomicUsize::new(0) };
+        let channels = RwLock::new(channels(urls, &options)?);
+        let servers = Servers { urls: urls.to_owned(), channels, at: AtomicUsize::new(0) };
         let bearer = Bearer::default();
         bearer.show(options.token.as_ref());
         Ok(Self { servers: Arc::new(servers), options: Arc::new(options), bearer })
@@ -206,14 +150,13 @@ impl Client {
     /// # Errors
     /// [`ConnectError`]; that of the last one if none answers.
     pub async fn connect(urls: &str, options: Options) -> Result<Self, ConnectError> {
-        let mut client = Self::lazy(urls, options)?;
+        let client = Self::lazy(urls, options)?;
         let mut outcome = Ok(());
         for (at, url) in urls.split(',').map(str::trim).enumerate() {
             match endpoint(url, &client.options)?.connect().await {
                 Ok(channel) => {
-                    let mut channels = client.servers.channels.clone();
-                    channels[at] = channel;
-                    client.servers = Arc::new(Servers { channels, at: AtomicUsize::new(at) });
+                    client.servers.channels.write().unwrap_or_else(PoisonError::into_inner)[at] = channel;
+                    client.servers.at.store(at, Ordering::Relaxed);
                     return Ok(client);
                 }
                 Err(error) => {
@@ -229,9 +172,21 @@ impl Client {
         self.servers.at.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn channel(&self) -> Channel {
-        let Servers { channels, at } = &*self.servers;
-        channels[at.load(Ordering::Relaxed) % channels.len()].clone()
+    /// Makes new connections with this from now on, as do the clones of this client; calls that run go on by the old ones.
+    ///
+    /// # Errors
+    /// [`ConnectError`] when none can be made with it; the client is as it was then.
+    pub fn renew(&self, tls: &Tls) -> Result<(), ConnectError> {
+        let options = Options { tls: tls.clone(), ..(*self.options).clone() };
+        let renewed = channels(&self.servers.urls, &options)?;
+        *self.servers.channels.write().unwrap_or_else(PoisonError::into_inner) = renewed;
+        Ok(())
+    }
+
+    /// The connection to the server that is spoken to now; what goes by it carries no credential of this client.
+    pub fn channel(&self) -> Channel {
+        let channels = self.servers.channels.read().unwrap_or_else(PoisonError::into_inner);
+        channels[self.servers.at.load(Ordering::Relaxed) % channels.len()].clone()
     }
 
     /// Proves who calls by another token from now on; so do the clones of this client.
@@ -442,44 +397,17 @@ impl Client {
     }
 }
 
+/// Connections to servers, made when they are needed.
+fn channels(urls: &str, options: &Options) -> Result<Vec<Channel>, ConnectError> {
+    urls.split(',').map(|url| Ok(endpoint(url.trim(), options)?.connect_lazy())).collect()
+}
+
 /// Whether a stream of bytes ended for a reason that may be gone when it is begun again.
 pub fn cut_short(status: &Status) -> bool {
     // A connection that is lost in the middle of a stream is told as a call that the other side gave up, or by words of HTTP/2.
     let class = Class::of(status);
     class.row().retry == Retry::Later && class != Class::QuotaExceeded
         || status.get_details_error_info().is_none() && matches!(class, Class::Cancelled | Class::Internal)
-}
-
-fn endpoint(url: &str, options: &Options) -> Result<Endpoint, ConnectError> {
-    let bad = || ConnectError::Url { url: url.to_owned() };
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| bad())?;
-    let endpoint = match (endpoint.uri().scheme_str(), endpoint.uri().host()) {
-        // Whoever names an authority means to speak to nobody else.
-        (Some("http"), Some(_)) if options.tls.is_given() => return Err(ConnectError::Clear { url: url.to_owned() }),
-        (Some("http"), Some(_)) => endpoint,
-        (Some("https"), Some(_)) => {
-            let failed = |reason| ConnectError::Tls { url: url.to_owned(), reason };
-            endpoint.tls_config(tls(&options.tls, options.connect_timeout)).map_err(|error| failed(deepest(&error)))?
-        }
-        _ => return Err(bad()),
-    };
-    Ok(endpoint
-        .connect_timeout(options.connect_timeout)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(15))
-        .keep_alive_timeout(Duration::from_secs(20)))
-}
-
-fn tls(given: &Tls, timeout: Duration) -> ClientTlsConfig {
-    let mut config = ClientTlsConfig::new().timeout(timeout);
-    config = match &given.ca {
-        Some(ca) => config.ca_certificate(Certificate::from_pem(ca)),
-        None => config.with_native_roots(),
-    };
-    match &given.identity {
-        Some((certificate, key)) => config.identity(Identity::from_pem(certificate, key.expose())),
-        None => config,
-    }
 }
 
 /// The messages of a push. A blob that cannot be read leaves its error in `broken` and ends the stream early; the server

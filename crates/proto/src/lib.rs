@@ -34,6 +34,7 @@ pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 
 pub mod client;
 pub mod convert;
+mod endpoint;
 pub mod error;
 pub mod secret;
 pub mod words;

@@ -17,6 +17,7 @@ pub mod method;
 
 pub mod job;
 
+pub mod axis;
 pub mod recipes;
 pub mod stages;
 

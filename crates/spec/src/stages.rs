@@ -70,12 +70,34 @@ impl StageSpec {
 }
 
 /// A stage that has succeeded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
     /// The stage.
     pub stage: Name,
     /// What it made, by role.
     pub outputs: BTreeMap<String, Digest>,
+    /// Its last loss on each of its validation sets, of a recipe that compares them; one that is no number is left out.
+    pub losses: BTreeMap<String, f64>,
+}
+
+/// The stages of a job that were made, by what has become of them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Made {
+    /// Those that have succeeded.
+    pub done: Vec<Outcome>,
+    /// Those that have ended otherwise.
+    pub failed: BTreeSet<Name>,
+    /// Those that have not ended.
+    pub open: BTreeSet<Name>,
+}
+
+/// What whoever runs the stages of a job must know of its recipe beside them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// How many stages may fail or be cancelled while the others go on.
+    pub may_fail: u32,
+    /// Whether it asks for the losses of stages that have succeeded, when all have ended.
+    pub compares_losses: bool,
 }
 
 /// What there is to do about the stages of a job.
@@ -85,8 +107,8 @@ pub enum Next {
     Make(Vec<StageSpec>),
     /// Those that were made must end first.
     Wait,
-    /// All have succeeded; the results of this one are the job's.
-    Done(Name),
+    /// None is to be made or waited for any more; the results of this one are the job's, if it has any.
+    Done(Option<Name>),
 }
 
 /// The stages of a job as far as they are known when those in `done` have succeeded, each after those that it awaits.
@@ -105,12 +127,21 @@ pub fn place(job: &JobSpec, stage: &Name, path: &FieldPath) -> Result<FieldPath,
     Ok(recipe(job)?.place(stage, path))
 }
 
-/// What there is to do when the stages in `done` have succeeded and those in `open` were made and have not.
+/// How the stages of a job are to be run.
+///
+/// # Errors
+/// What is wrong with the recipe itself.
+pub fn manner(job: &JobSpec) -> Result<Manner, Vec<Fault>> {
+    let recipe = recipe(job)?;
+    Ok(Manner { may_fail: recipe.may_fail(), compares_losses: recipe.compares_losses() })
+}
+
+/// What there is to do when these stages were made.
 ///
 /// # Errors
 /// Everything that is wrong with stages that are known now.
-pub fn next(job: &JobSpec, done: &[Outcome], open: &BTreeSet<Name>) -> Result<Next, Vec<Fault>> {
-    next_of(&*recipe(job)?, job, done, open)
+pub fn next(job: &JobSpec, made: &Made) -> Result<Next, Vec<Fault>> {
+    next_of(&*recipe(job)?, job, made)
 }
 
 fn recipe(job: &JobSpec) -> Result<Box<dyn Recipe>, Vec<Fault>> {
@@ -132,7 +163,7 @@ fn known_of(recipe: &dyn Recipe, job: &JobSpec, done: &[Outcome]) -> Result<Vec<
     if stages.is_empty() {
         faults.push(Fault::new("recipe", "has no stage; expected at least one"));
     }
-    if let Some(result) = recipe.result().filter(|name| stages.iter().all(|stage| stage.name != **name)) {
+    if let Some(result) = recipe.named_result().filter(|name| stages.iter().all(|stage| stage.name != **name)) {
         faults.push(Fault::new("recipe.result", format!("is {result}, which no stage is called{}", listed(&stages))));
     }
     faults.sort();
@@ -140,15 +171,29 @@ fn known_of(recipe: &dyn Recipe, job: &JobSpec, done: &[Outcome]) -> Result<Vec<
     if faults.is_empty() { Ok(stages) } else { Err(faults) }
 }
 
-fn next_of(recipe: &dyn Recipe, job: &JobSpec, done: &[Outcome], open: &BTreeSet<Name>) -> Result<Next, Vec<Fault>> {
+fn next_of(recipe: &dyn Recipe, job: &JobSpec, made: &Made) -> Result<Next, Vec<Fault>> {
+    let Made { done, failed, open } = made;
     let stages = known_of(recipe, job, done)?;
     let outcome = |name: &Name| done.iter().find(|outcome| outcome.stage == *name);
+    // Whatever awaits a stage that has failed is never made.
+    let mut lost = failed.clone();
+    let mut room = recipe.at_once().saturating_sub(open.len());
+    let mut waits = !open.is_empty();
     let mut make = Vec::new();
     for stage in &stages {
+        let awaited = stage.awaits();
+        if !awaited.is_disjoint(&lost) {
+            lost.insert(stage.name.clone());
+        }
         let is_made = open.contains(&stage.name) || outcome(&stage.name).is_some();
-        if is_made || stage.awaits().iter().any(|name| outcome(name).is_none()) {
+        if is_made || lost.contains(&stage.name) {
             continue;
         }
+        if room == 0 || awaited.iter().any(|name| outcome(name).is_none()) {
+            waits = true;
+            continue;
+        }
+        room -= 1;
         let mut stage = stage.clone();
         stage.job.replace_references(|reference| match reference {
             Reference::Stage { stage: from, role } => {
@@ -164,11 +209,10 @@ fn next_of(recipe: &dyn Recipe, job: &JobSpec, done: &[Outcome], open: &BTreeSet
     if !make.is_empty() {
         return Ok(Next::Make(make));
     }
-    if stages.iter().any(|stage| outcome(&stage.name).is_none()) {
+    if waits {
         return Ok(Next::Wait);
     }
-    let result = recipe.result().or_else(|| stages.last().map(|stage| &stage.name));
-    Ok(result.cloned().map_or(Next::Wait, Next::Done))
+    Ok(Next::Done(recipe.result(&stages, done)))
 }
 
 /// What is wrong with the stages from `first` on.
@@ -278,7 +322,7 @@ mod tests {
 
     fn outcome(stage: &str, byte: u8) -> Outcome {
         let outputs = BTreeMap::from([(ADAPTER.to_owned(), Digest::from_bytes([byte; 32]))]);
-        Outcome { stage: name(stage), outputs }
+        Outcome { stage: name(stage), outputs, losses: BTreeMap::new() }
     }
 
     fn made(next: &Next) -> Vec<&str> {
@@ -291,8 +335,10 @@ mod tests {
     #[test]
     fn what_follows_is_found_again_from_the_same_outcomes() {
         let job = job();
-        let open = |names: &[&str]| names.iter().map(|text| name(text)).collect::<BTreeSet<_>>();
-        let next = |done: &[Outcome], names: &[&str]| next_of(&Halving, &job, done, &open(names)).unwrap();
+        let next = |done: &[Outcome], names: &[&str]| {
+            let open = names.iter().map(|text| name(text)).collect();
+            next_of(&Halving, &job, &Made { done: done.to_vec(), open, ..Made::default() }).unwrap()
+        };
         assert_eq!(made(&next(&[], &[])), ["a", "b"]);
         // Cut off between the two.
         assert_eq!(made(&next(&[], &["a"])), ["b"]);
@@ -306,7 +352,7 @@ mod tests {
         assert_eq!(from, Some(Reference::Digest(Digest::from_bytes([1; 32]))), "the better one, by digest");
         assert_eq!(next(&both, &["on"]), Next::Wait);
         let [a, b] = both;
-        assert_eq!(next(&[a, b, outcome("on", 9)], &[]), Next::Done(name("on")));
+        assert_eq!(next(&[a, b, outcome("on", 9)], &[]), Next::Done(Some(name("on"))));
     }
 
     #[test]
@@ -327,10 +373,11 @@ mod tests {
                 path.clone()
             }
         }
-        let unknown = next_of(&Fixed(stages), &job, &done, &BTreeSet::new()).unwrap_err();
+        let made = Made { done: done.to_vec(), ..Made::default() };
+        let unknown = next_of(&Fixed(stages), &job, &made).unwrap_err();
         assert!(unknown[0].message.contains("no stage before c is called b"), "{unknown:?}");
         let stages = [Halving::stage(&job, "b", None), Halving::stage(&job, "c", Some("b"))];
-        let missing = next_of(&Fixed(stages), &job, &done, &BTreeSet::new()).unwrap_err();
+        let missing = next_of(&Fixed(stages), &job, &made).unwrap_err();
         assert!(missing[0].message.contains("which stage b did not make"), "{missing:?}");
     }
 }

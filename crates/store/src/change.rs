@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::artifact::NewArtifact;
 use crate::attempt::{Attempt, Cohort};
+use crate::audit::Record;
 use crate::event::{Event, NewEvent};
 use crate::job::JobChange;
 use crate::metric::NewPoint;
@@ -83,6 +84,8 @@ pub enum Write {
         /// What.
         value: Option<Value>,
     },
+    /// Appends the record of the call that asked for the change.
+    Audit(Box<Record>),
     /// Raises a counter; a smaller value than the stored one is a conflict.
     Counter {
         /// Its name.

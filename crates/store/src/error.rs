@@ -47,11 +47,25 @@ pub enum Error {
     /// The database cannot take writes now (disk full, busy, out of connections); later it may.
     #[error("the control plane's database is unavailable: {0}; free space or wait, then try again")]
     Unavailable(String),
+    /// The system could not say that a write is on the disk, and may not say it again: what is in memory can no longer be believed.
+    #[error(
+        "the disk of the control plane's database may have lost a write: {0}; look at the disk, then start the scheduler again"
+    )]
+    NotDurable(String),
     /// Another process holds the database.
     #[error("database {database} is in use by another scheduler; stop that one first")]
     Locked {
         /// The database, without a password.
         database: String,
+    },
+    /// The store only reads: another scheduler leads, or none does yet.
+    #[error("this scheduler follows and changes nothing; ask the one that leads")]
+    Follows,
+    /// The database lacks steps of this binary's schema.
+    #[error("the database lacks {lacking} steps of this version's schema, which a scheduler of it makes when it leads")]
+    Behind {
+        /// How many.
+        lacking: usize,
     },
     /// Another scheduler has opened the database since.
     #[error("another scheduler leads since term {current}; this one led in term {own}, and writes nothing any more")]
@@ -84,11 +98,14 @@ impl Error {
             Self::Unavailable(_) => true,
             Self::NotFound { .. }
             | Self::Conflict(_)
+            | Self::NotDurable(_)
             | Self::RequestReused { .. }
             | Self::StaleEpoch { .. }
             | Self::InUse(_)
             | Self::Invalid(_)
             | Self::Locked { .. }
+            | Self::Follows
+            | Self::Behind { .. }
             | Self::Replaced { .. }
             | Self::Schema(_)
             | Self::Corrupt(_)
@@ -101,6 +118,9 @@ impl Error {
 mod code {
     pub(super) const BUSY: i32 = 5;
     pub(super) const LOCKED: i32 = 6;
+    pub(super) const IOERR: i32 = 10;
+    pub(super) const IOERR_FSYNC: i32 = 10 | (4 << 8);
+    pub(super) const IOERR_DIR_FSYNC: i32 = 10 | (5 << 8);
     pub(super) const CORRUPT: i32 = 11;
     pub(super) const FULL: i32 = 13;
     pub(super) const CANTOPEN: i32 = 14;
@@ -120,8 +140,12 @@ fn of_postgres(code: &str, message: String) -> Error {
 }
 
 fn of_sqlite(code: Option<i32>, message: String) -> Error {
+    if let Some(code::IOERR_FSYNC | code::IOERR_DIR_FSYNC) = code {
+        return Error::NotDurable(message);
+    }
     match code.map(|code| code & 0xff) {
-        Some(code::FULL | code::BUSY | code::LOCKED | code::CANTOPEN) => Error::Unavailable(message),
+        // Where a disk is full, files that are kept beside the database cannot grow either: an input or output error.
+        Some(code::IOERR | code::FULL | code::BUSY | code::LOCKED | code::CANTOPEN) => Error::Unavailable(message),
         Some(code::CORRUPT | code::NOTADB) => Error::Corrupt(message),
         Some(code::CONSTRAINT) => Error::Conflict(format!("the change breaks a rule of the schema: {message}")),
         _ => Error::Other(message),
@@ -147,5 +171,22 @@ pub(crate) fn db(error: sqlx::Error) -> Error {
             Error::Corrupt(error.to_string())
         }
         _ => Error::Other(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_passes_and_a_write_that_nobody_vouches_for_does_not() {
+        let of = |code| of_sqlite(Some(code), "said".to_owned());
+        // SQLITE_FULL, SQLITE_IOERR_WRITE, SQLITE_IOERR_SHMSIZE.
+        for code in [13, 778, 4874] {
+            assert!(of(code).is_retryable(), "{code}");
+        }
+        for code in [1034, 1290] {
+            assert!(matches!(of(code), Error::NotDurable(_)) && !of(code).is_retryable(), "{code}");
+        }
     }
 }

@@ -25,5 +25,5 @@ mod words;
 
 pub use database::Database;
 pub use error::{Error, Result};
-pub use sql::{HeldJob, Store};
+pub use sql::{Announced, HeldJob, Moved, Store};
 pub use time::UtcMs;

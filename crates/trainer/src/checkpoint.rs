@@ -118,7 +118,7 @@ pub(crate) fn save(
     });
     match (written, lost) {
         (_, Some(error)) => return Err(error),
-        (Err(error), None) => return Err(wrong(folder, error.to_string())),
+        (Err(error), None) => return Err(unwritten(folder, &error)),
         (Ok(()), None) => {}
     }
     write(&folder.join(RULE_FILE), rule)?;
@@ -219,7 +219,20 @@ fn key(id: &TensorId) -> String {
 
 fn write(path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<(), Error> {
     let folder = path.parent().unwrap_or(path);
-    safetensors::serialize_to_file(tensors, None, path).map_err(|error| wrong(folder, error.to_string()))
+    safetensors::serialize_to_file(tensors, None, path).map_err(|error| unwritten(folder, &error))
+}
+
+/// A file of a checkpoint that was not written: by the system's own account, where it has one, so that a full disk is called one.
+fn unwritten(folder: &Path, error: &(dyn std::error::Error + 'static)) -> Error {
+    let mut at = Some(error);
+    while let Some(cause) = at {
+        if let Some(io) = cause.downcast_ref::<std::io::Error>() {
+            let source = io.raw_os_error().map_or_else(|| io.kind().into(), std::io::Error::from_raw_os_error);
+            return Error::Io { path: folder.to_owned(), source };
+        }
+        at = cause.source();
+    }
+    wrong(folder, error.to_string())
 }
 
 fn read(path: &Path) -> Result<BTreeMap<String, Tensor>, Error> {

@@ -87,6 +87,9 @@ impl Error {
     /// What can be done about it.
     pub fn class(&self) -> FailureClass {
         use attune_points::Error as Pass;
+        if self.is_of_a_full_disk() {
+            return FailureClass::DiskFull;
+        }
         match self {
             Self::Faults(_) | Self::Input { .. } => FailureClass::Input,
             Self::Data(error) if error.retry() => FailureClass::Io,
@@ -98,7 +101,6 @@ impl Error {
             Self::Model(_) => FailureClass::Input,
             Self::Pass(Pass::NotFinite { .. }) => FailureClass::NotFinite,
             Self::Pass(Pass::Disconnected { .. } | Pass::NoSignal { .. }) => FailureClass::NoGradient,
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => FailureClass::DiskFull,
             Self::Pass(Pass::Refused(_)) => FailureClass::Input,
             Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
             Self::Pass(Pass::LostRank(_)) => FailureClass::LostRank,
@@ -107,6 +109,13 @@ impl Error {
                 FailureClass::Internal
             }
         }
+    }
+
+    /// Whether a disk without room is the deepest cause, whatever was to be written.
+    fn is_of_a_full_disk(&self) -> bool {
+        let chain = std::iter::successors(Some(self as &(dyn std::error::Error + 'static)), |at| at.source());
+        let mut systems = chain.filter_map(|at| at.downcast_ref::<std::io::Error>());
+        systems.any(|error| error.kind() == std::io::ErrorKind::StorageFull)
     }
 
     /// The fields of the job at fault.

@@ -104,12 +104,17 @@ impl Server {
         };
         let token = token.map(|text| text.parse::<Secret>()).transpose();
         let token = token.map_err(|what| Failure::usage(format!("{from} {what}")))?;
+        let (project, tls) = (self.project.clone().unwrap_or_default(), self.tls()?);
+        Ok(Options { project, token, tls, ..Options::default() })
+    }
+
+    /// What encrypted connections are made with.
+    pub(crate) fn tls(&self) -> Result<Tls, Failure> {
         let identity = match (&self.cert, &self.key) {
             (Some(cert), Some(key)) => Some((certificates(cert)?, self::key(key)?)),
             _ => None,
         };
-        let tls = Tls { ca: self.ca.as_deref().map(certificates).transpose()?, identity };
-        Ok(Options { project: self.project.clone().unwrap_or_default(), token, tls, ..Options::default() })
+        Ok(Tls { ca: self.ca.as_deref().map(certificates).transpose()?, identity })
     }
 
     /// The file that holds the token, if it is from there.

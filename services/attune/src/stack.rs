@@ -54,8 +54,8 @@ pub(crate) struct SchedulerArguments {
     /// Folder under which job files may name paths of the server's machine; none may without it.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) data_root: Option<PathBuf>,
-    /// File that describes workers which an engine (Slurm, this machine) is asked for while jobs wait, and which are given back; may
-    /// be given several times.
+    /// File that describes workers which an engine (Slurm, Kubernetes, this machine) is asked for while jobs wait, and which are given
+    /// back; may be given several times.
     #[arg(long, value_name = "FILE")]
     provider: Vec<PathBuf>,
     /// Days that the events of a job are kept after its end, but for the last ones; for ever if left out.
@@ -160,7 +160,18 @@ impl SchedulerArguments {
         };
         let data_root = self.data_root.clone();
         let pools = self.pools(url)?;
-        Ok(attune_scheduler::Config { database, artifacts, data_root, timings, limits, auth, tls: None, pools })
+        Ok(attune_scheduler::Config {
+            database,
+            artifacts,
+            data_root,
+            timings,
+            limits,
+            auth,
+            tls: None,
+            advertise: None,
+            peers: attune_proto::client::Tls::default(),
+            pools,
+        })
     }
 
     /// Workers that engines are asked for.

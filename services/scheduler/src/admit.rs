@@ -313,14 +313,25 @@ async fn read_base(
 
 async fn config_of(context: &Context, project: &Project, digest: &Digest) -> Result<Result<Vec<u8>, String>, Status> {
     let read = |error| status::artifacts(error, "base");
-    let manifest = context.blobs.manifest(project, digest).await.map_err(read)?;
-    let Some(file) = manifest.file("config.json") else {
-        return Ok(Err("has no config.json".to_owned()));
+    file_of(context, project, digest, "config.json", CONFIG_BYTES_MAX).await.map_err(read)
+}
+
+/// A small file of an artifact, or why it is not read.
+pub(crate) async fn file_of(
+    context: &Context,
+    project: &Project,
+    digest: &Digest,
+    name: &str,
+    bytes_max: u64,
+) -> Result<Result<Vec<u8>, String>, attune_artifacts::Error> {
+    let manifest = context.blobs.manifest(project, digest).await?;
+    let Some(file) = manifest.file(name) else {
+        return Ok(Err(format!("has no {name}")));
     };
-    if file.size_bytes > CONFIG_BYTES_MAX {
-        return Ok(Err(format!("has a config.json of {} bytes; at most {CONFIG_BYTES_MAX} are read", file.size_bytes)));
+    if file.size_bytes > bytes_max {
+        return Ok(Err(format!("has a {name} of {} bytes; at most {bytes_max} are read", file.size_bytes)));
     }
-    Ok(Ok(context.blobs.bytes(project, file.blob()).await.map_err(read)?.to_vec()))
+    Ok(Ok(context.blobs.bytes(project, file.blob()).await?.to_vec()))
 }
 
 /// What jobs that share a process must have in common, beside their project and resources; nothing for a job that runs alone.
@@ -337,7 +348,8 @@ pub(crate) fn request(admitted: &Admitted, stage: Option<&Stage>) -> attune_sche
     use attune_scheduler_core as core;
     let spec = &admitted.spec;
     let Some(plan) = &admitted.plan else {
-        return core::Request { priority: spec.priority, is_staged: true, ..core::Request::default() };
+        let may_fail = attune_spec::stages::manner(spec).map_or(0, |manner| manner.may_fail);
+        return core::Request { priority: spec.priority, is_staged: true, may_fail, ..core::Request::default() };
     };
     use std::num::NonZeroU32;
     let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
@@ -358,6 +370,7 @@ pub(crate) fn request(admitted: &Admitted, stage: Option<&Stage>) -> attune_sche
         share: share_key(spec, plan),
         memory: forecast::memory(admitted).unwrap_or_default(),
         is_staged: false,
+        may_fail: 0,
         parent: stage.map(|stage| stage.parent.clone()),
     }
 }

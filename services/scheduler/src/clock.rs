@@ -1,5 +1,7 @@
 //! The only place of this room that reads a clock, and the only source of names that depend on one.
 
+use std::sync::{Mutex, PoisonError};
+
 use attune_scheduler_core::Timestamp;
 use attune_scheduler_core::supply::RequestId;
 use attune_spec::id::{JobId, Name};
@@ -36,23 +38,60 @@ const DIGITS: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 /// Digits of an id behind its prefix: 48 bits of time and 42 bits of counter and chance.
 const ID_DIGITS: u32 = 18;
 
-/// A new job id. Ids of one process sort in the order in which they were made, those of several by millisecond.
+/// The number in the largest job id so far.
+static LARGEST: Mutex<u128> = Mutex::new(0);
+
+/// A new job id. Ids sort in the order in which they were made, whatever the calendar says, as long as whoever makes them was told
+/// of those that there are.
 pub(crate) fn job_id() -> JobId {
-    JobId::new(id_of("j", uuid::Uuid::now_v7().as_u128())).expect("the digits are letters and digits in lower case")
+    let mut largest = LARGEST.lock().unwrap_or_else(PoisonError::into_inner);
+    *largest = next_after(*largest, bits(uuid::Uuid::now_v7().as_u128()));
+    JobId::new(id_of("j", *largest)).expect("the digits are letters and digits in lower case")
+}
+
+/// Every id from now on is larger than this one. One that was not made here is not.
+pub(crate) fn ids_follow(job: &JobId) {
+    if let Some(number) = number_of(job.as_str()) {
+        let mut largest = LARGEST.lock().unwrap_or_else(PoisonError::into_inner);
+        *largest = number.max(*largest);
+    }
+}
+
+/// The number of a new id: the one by the calendar, unless that has gone back.
+fn next_after(largest: u128, by_calendar: u128) -> u128 {
+    by_calendar.max(largest + 1)
+}
+
+/// The number in a job id; none in one that was not made here.
+fn number_of(id: &str) -> Option<u128> {
+    let digits = id.strip_prefix("j-").filter(|digits| digits.len() == ID_DIGITS as usize)?;
+    digits.bytes().try_fold(0, |number, digit| {
+        let value = DIGITS.iter().position(|known| *known == digit)?;
+        Some((number << 5) | value as u128)
+    })
 }
 
 /// A new name for a worker that is asked for.
 pub(crate) fn request_id() -> RequestId {
-    let name = Name::new(id_of("r", uuid::Uuid::now_v7().as_u128()));
+    let name = Name::new(id_of("r", bits(uuid::Uuid::now_v7().as_u128())));
     RequestId(name.expect("the digits are letters and digits in lower case"))
 }
 
-/// The id with this prefix for a version 7 UUID: its time and the next 42 bits, without the bits that say which version it is.
-fn id_of(prefix: &str, uuid: u128) -> String {
+/// A request's id in what is only shown: nobody has made that request.
+pub(crate) fn shown_request_id() -> RequestId {
+    RequestId(Name::new(id_of("r", 0)).expect("the digits are letters and digits in lower case"))
+}
+
+/// A version 7 UUID's time and its next 42 bits, without the bits that say which version it is.
+fn bits(uuid: u128) -> u128 {
     let time = uuid >> 80;
     let after_version = (uuid >> 64) & 0xfff;
     let after_variant = (uuid >> 32) & 0x3fff_ffff;
-    let bits = (time << 42) | (after_version << 30) | after_variant;
+    (time << 42) | (after_version << 30) | after_variant
+}
+
+/// The id with this prefix for a number of 90 bits.
+fn id_of(prefix: &str, bits: u128) -> String {
     let digit = |place: u32| char::from(DIGITS[((bits >> (5 * place)) & 31) as usize]);
     prefix.chars().chain(['-']).chain((0..ID_DIGITS).rev().map(digit)).collect()
 }
@@ -70,9 +109,23 @@ mod tests {
 
     #[test]
     fn a_later_millisecond_gives_a_larger_id() {
-        let first = id_of("j", 0x0190_0000_0000_7fff_bfff_ffff_ffff_ffff);
-        let later = id_of("j", 0x0190_0000_0001_7000_8000_0000_0000_0000);
+        let first = id_of("j", bits(0x0190_0000_0000_7fff_bfff_ffff_ffff_ffff));
+        let later = id_of("j", bits(0x0190_0000_0001_7000_8000_0000_0000_0000));
         assert!(first < later, "{first} {later}");
+    }
+
+    #[test]
+    fn ids_grow_although_the_calendar_goes_back() {
+        let tomorrow = bits(0x0190_0000_0001_7000_8000_0000_0000_0000);
+        let today = bits(0x0180_0000_0000_7fff_bfff_ffff_ffff_ffff);
+        let last = id_of("j", tomorrow);
+        assert_eq!(number_of(&last), Some(tomorrow));
+        let next = id_of("j", next_after(tomorrow, today));
+        assert!(last < next, "{last} {next}");
+        assert_eq!(next_after(today, tomorrow), tomorrow);
+        for other in ["j-1", "j-stage-of-another-one", "r-0000000000000000aa"] {
+            assert_eq!(number_of(other), None, "{other}");
+        }
     }
 
     #[test]

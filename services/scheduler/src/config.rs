@@ -14,7 +14,8 @@ use crate::providers::WorkerPool;
 /// Where a scheduler keeps things and how patient it is.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The database: a file of SQLite, made with its folder when absent, or a server of PostgreSQL. One scheduler at a time.
+    /// The database: a file of SQLite, made with its folder when absent, or a server of PostgreSQL. Of several schedulers on
+    /// one server one leads.
     pub database: Database,
     /// Where artifacts are: a folder (made when absent), `file:///folder`, `s3://bucket/prefix` or `memory://`.
     pub artifacts: String,
@@ -28,6 +29,10 @@ pub struct Config {
     pub auth: Auth,
     /// How connections are encrypted; they are in the clear if absent.
     pub tls: Option<Tls>,
+    /// The URL at which other schedulers reach this one; that of the address at which it listens if absent.
+    pub advertise: Option<String>,
+    /// What connections to the scheduler that leads are made with, while this one follows.
+    pub peers: attune_proto::client::Tls,
     /// Workers that engines are asked for; their names differ.
     pub pools: Vec<WorkerPool>,
 }
@@ -206,6 +211,8 @@ impl Config {
             limits: Limits::default(),
             auth: Auth::Open,
             tls: None,
+            advertise: None,
+            peers: attune_proto::client::Tls::default(),
             pools: Vec::new(),
         }
     }

@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::front::Front;
 use crate::guard::Guard;
 use crate::hub::Hub;
+use crate::replica::Replica;
 
 /// Shared by all services of a server.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub(crate) struct Context {
     pub(crate) hub: Hub,
     /// The tasks of connections.
     pub(crate) tasks: TaskGroup,
+    /// Whether this scheduler leads.
+    pub(crate) replica: Arc<Replica>,
     /// Who may do what.
     pub(crate) guard: Arc<Guard>,
     /// The folder under which paths may be named, in full.
@@ -59,13 +62,15 @@ impl Context {
         hub: Hub,
         tasks: TaskGroup,
     ) -> Self {
-        let guard = Guard::new(store.clone(), config, tasks.clone());
+        let replica = Arc::new(Replica::new(config.peers.clone()));
+        let guard = Guard::new(store.clone(), Arc::clone(&replica), config, tasks.clone());
         Self {
             store,
             blobs,
             front,
             hub,
             tasks,
+            replica,
             guard: Arc::new(guard),
             data_root,
             backoff: config.settings().backoff,

@@ -1,5 +1,6 @@
 //! What a job will cost, told from the base's structure and the plan, before anything is loaded.
 
+use attune_architecture::Site;
 use attune_proto::v1;
 use attune_scheduler_core::Memory;
 use attune_spec::job::plan::{Length, ROWS_PER_PASS};
@@ -8,16 +9,20 @@ use attune_spec::method::{Catalogue, MethodDocument, expression};
 
 use crate::admit::{self, Admitted};
 
-/// Bytes that each trained parameter takes: value, gradient and two moments, in f32.
-const TRAINED_BYTES: u64 = 16;
-/// The same in each process of a gang, but for the moments, which one of them has: value, gradient, and what of gradients and values
-/// is on its way.
+/// Bytes that each trained parameter takes beside gradients of shards: value, sum of gradients and two moments in f32, and the value
+/// once more where it is written.
+const TRAINED_BYTES: u64 = 20;
+/// The same in each process of a gang, but for the moments, which one of them has: value, sum, and what of gradients and values is
+/// on its way.
 const SHARED_BYTES: u64 = 12;
 /// Bytes of the moments.
 const MOMENTS_BYTES: u64 = 8;
+/// Bytes of a gradient, of which each logical shard of a pass has its own.
+const GRADIENT_BYTES: u64 = 4;
 
-/// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch.
-const PROCESS_BYTES: u64 = 48 << 20;
+/// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch. Measured as
+/// what jobs of several sizes took beside the rest, in the development profile.
+const PROCESS_BYTES: u64 = 120 << 20;
 
 /// What training takes of memory; nothing when the base's structure is not known here.
 pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
@@ -33,22 +38,24 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
     let here = admitted.spec.resources.devices_per_worker;
     let all = admitted.spec.resources.workers * here;
     let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(all) * u64::from(here) };
+    let shards = if copies > 1 { u64::from(here) } else { rows / shard.max(1) };
     Some(Memory {
         base: PROCESS_BYTES + weights(admitted)?,
         // What components have measured is gone when they train.
-        own: trained_bytes(admitted)?.max(statistics(admitted)?),
+        own: trained_bytes(admitted, rows, shards)?.max(statistics(admitted)?),
         pass: pass(rows),
         full_pass: pass(rows.max(ROWS_PER_PASS.into())),
     })
 }
 
-/// Bytes of what trains, in one process.
-fn trained_bytes(admitted: &Admitted) -> Option<u64> {
-    let n = trainable(admitted)?;
+/// Bytes of what trains, in one process through which so many rows of so many logical shards go at a time.
+fn trained_bytes(admitted: &Admitted, rows: u64, shards: u64) -> Option<u64> {
+    let Trainable { parameters: n, row_numbers } = trainable(admitted)?;
     let resources = &admitted.spec.resources;
     // Ranks that share a process have all moments each.
     let workers = if resources.devices_per_worker == 1 { u64::from(resources.workers) } else { 1 };
-    Some(if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES })
+    let of_one = if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES };
+    Some(of_one + n * GRADIENT_BYTES * shards + (rows as f64 * row_numbers) as u64 * 4)
 }
 
 /// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.
@@ -79,10 +86,18 @@ fn of_step(plan: &Plan, text: impl Fn(&MethodDocument) -> &String) -> Option<f64
     if text.is_empty() { Some(1.0) } else { expression::number(text, &plan.step.params).ok() }
 }
 
-/// Parameters that train; nothing when somebody does not say how many they are.
-fn trainable(admitted: &Admitted) -> Option<u64> {
+/// What trains.
+struct Trainable {
+    /// Parameters.
+    parameters: u64,
+    /// Numbers that components on linears keep of each row of a pass: as many as a LoRA of as many parameters would.
+    row_numbers: f64,
+}
+
+/// What trains; nothing when somebody does not say how many parameters that are.
+fn trainable(admitted: &Admitted) -> Option<Trainable> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
-    let mut trainable = 0.0;
+    let (mut parameters, mut row_numbers) = (0.0, 0.0);
     for slot in plan.stack.iter().filter(|slot| slot.train) {
         let method = slot.method.as_ref()?;
         let document = Catalogue::embedded().get(&method.method)?;
@@ -95,18 +110,24 @@ fn trainable(admitted: &Admitted) -> Option<u64> {
             let infos = architecture.tensors();
             sites.retain(|site| infos.iter().any(|info| info.site == site.id));
         }
-        // What is shared has the sizes of any site: those that it depends on are alike at all.
-        for (site, formula) in sites
-            .iter()
-            .map(|site| (site, &document.parameters))
-            .chain(sites.first().filter(|_| !document.shared.is_empty()).map(|site| (site, &document.shared)))
-        {
+        let count = |site: &Site, formula: &str| {
             let mut names = method.params.clone();
             names.extend(site.sizes(architecture));
-            trainable += expression::number(formula, &names).ok()?;
+            expression::number(formula, &names).ok()
+        };
+        for site in &sites {
+            let own = count(site, &document.parameters)?;
+            parameters += own;
+            if let Some((output, input)) = site.out_in().filter(|_| !document.trains_base) {
+                row_numbers += own / (output + input) as f64;
+            }
+        }
+        // What is shared has the sizes of any site: those that it depends on are alike at all.
+        if let Some(site) = sites.first().filter(|_| !document.shared.is_empty()) {
+            parameters += count(site, &document.shared)?;
         }
     }
-    Some(trainable.max(0.0) as u64)
+    Some(Trainable { parameters: parameters.max(0.0) as u64, row_numbers: row_numbers.max(0.0) })
 }
 
 /// Bytes of what components have measured before the first step; nothing when somebody does not say how many they are.
@@ -140,7 +161,7 @@ fn statistics(admitted: &Admitted) -> Option<u64> {
 /// The forecast; nothing when the base's structure is not known here.
 pub(crate) fn of(admitted: &Admitted) -> Option<v1::Forecast> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
-    let trainable = trainable(admitted)?;
+    let trainable = trainable(admitted)?.parameters;
     let step_tokens = u64::from(plan.batch_tokens) * u64::from(plan.accumulation);
     let steps = match plan.length {
         Length::Steps(steps) => steps,

@@ -8,11 +8,13 @@ use attune_scheduler_core::supply::{Listed, Order, Supply};
 use attune_scheduler_core::{Answer, Input, JobKey, Policy, Request, Usage, Worker};
 use attune_spec::id::{Digest, Name, Project, WorkerId};
 use attune_store::artifact::Deleted;
+use attune_store::audit::Record;
 use attune_store::change::Write;
 use attune_store::job::{Job, NewJob};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+use crate::guard::Caller;
 use crate::ledger::{Extra, Output};
 use crate::links::Link;
 use crate::status;
@@ -26,6 +28,8 @@ pub(crate) struct Submission {
     pub(crate) request: Request,
     /// The caller's request id, with the digest of what it asked for; a stage is told by its own id.
     pub(crate) id: Option<attune_store::job::Request>,
+    /// The record of the call.
+    pub(crate) record: Option<Box<Record>>,
 }
 
 /// A worker as the core sees it.
@@ -66,7 +70,7 @@ pub(crate) enum Ask {
     /// A worker of a gang says something to the others of it.
     Relay { worker: WorkerId, peer: v1::GangPeer },
     /// An artifact is deleted.
-    Delete { project: Project, digest: Digest },
+    Delete { project: Project, digest: Digest, record: Option<Box<Record>> },
     /// Why a queued job is not granted.
     Blocked(JobKey),
     /// The workers.
@@ -153,6 +157,16 @@ impl Front {
         answer(self.ask(Ask::Step { input: Box::new(input), extra: Box::new(extra) }).await?)
     }
 
+    /// A step that a caller asks for: if it takes effect, it is stored with the record of the call.
+    pub(crate) async fn step_for(&self, caller: &Caller, input: Input, mut extra: Extra) -> Result<Answer, Status> {
+        extra.writes.extend(caller.record().map(Write::Audit));
+        let answer = self.step_with(input, extra).await?;
+        if matches!(answer, Answer::Done) {
+            caller.is_recorded();
+        }
+        Ok(answer)
+    }
+
     /// The end of an attempt with its results, the main one first.
     pub(crate) async fn succeed(&self, input: Input, extra: Extra, outputs: Vec<Output>) -> Result<Answer, Status> {
         answer(self.ask(Ask::Succeed { input: Box::new(input), extra: Box::new(extra), outputs }).await?)
@@ -184,10 +198,21 @@ impl Front {
         }
     }
 
-    /// Deletes an artifact's row.
-    pub(crate) async fn delete(&self, project: Project, digest: Digest) -> Result<Deleted, Status> {
-        match self.ask(Ask::Delete { project, digest }).await? {
-            Reply::Deleted(deleted) => Ok(deleted),
+    /// The same for a caller, with the record of its call.
+    pub(crate) async fn write_for(&self, caller: &Caller, mut writes: Vec<Write>) -> Result<(), Status> {
+        writes.extend(caller.record().map(Write::Audit));
+        self.write(writes).await?;
+        caller.is_recorded();
+        Ok(())
+    }
+
+    /// Deletes an artifact's row for a caller, with the record of its call.
+    pub(crate) async fn delete(&self, caller: &Caller, project: Project, digest: Digest) -> Result<Deleted, Status> {
+        match self.ask(Ask::Delete { project, digest, record: caller.record() }).await? {
+            Reply::Deleted(deleted) => {
+                caller.is_recorded();
+                Ok(deleted)
+            }
             other => Err(unexpected(&other)),
         }
     }

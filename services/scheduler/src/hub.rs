@@ -22,6 +22,13 @@ impl Hub {
         watched.entry(key.clone()).or_insert_with(|| watch::channel(()).0).subscribe()
     }
 
+    /// The jobs that somebody watches.
+    pub(crate) fn watched(&self) -> Vec<JobKey> {
+        let mut watched = self.lock();
+        watched.retain(|_, sender| sender.receiver_count() > 0);
+        watched.keys().cloned().collect()
+    }
+
     /// Wakes the watchers of a job.
     pub(crate) fn wake(&self, key: &JobKey) {
         let mut watched = self.lock();
@@ -48,6 +55,7 @@ mod tests {
         let key = JobKey::new(Project::default(), JobId::new("j-1").unwrap());
         hub.wake(&key);
         let (mut first, mut second) = (hub.watch(&key), hub.watch(&key));
+        assert_eq!(hub.watched(), [key.clone()]);
         hub.wake(&key);
         hub.wake(&key);
         first.changed().await.unwrap();
@@ -56,5 +64,7 @@ mod tests {
         drop((first, second));
         hub.wake(&key);
         assert!(hub.lock().is_empty());
+        drop(hub.watch(&key));
+        assert!(hub.watched().is_empty() && hub.lock().is_empty());
     }
 }

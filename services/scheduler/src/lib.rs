@@ -8,6 +8,9 @@
 //! The one invariant: nobody is told of anything that is not stored. The desk is one task; it owns the core, and a core
 //! whose changes could not be stored is thrown away. The process may be killed at any moment.
 //!
+//! Of several schedulers over one database one leads. Those that follow have no desk: they answer what they read, and pass the rest on
+//! (`replica`, `relay`, `follow`).
+//!
 //! Deliberately absent: decisions (`attune-scheduler-core`), SQL (`attune-store`), the layout of bytes
 //! (`attune-artifacts`), the words of the contract (`attune-proto`), and everything that trains.
 
@@ -17,6 +20,10 @@ mod error;
 mod clock;
 
 mod guard;
+
+mod follow;
+mod relay;
+mod replica;
 
 mod context;
 mod front;
@@ -53,4 +60,4 @@ pub use attune_store::Database;
 pub use config::{Auth, CallLimits, Config, Limits, Timings, Tls, Tokens};
 pub use error::Error;
 pub use guard::{Oidc, new_token};
-pub use server::{Leader, serve};
+pub use server::{Scheduler, serve};

@@ -1,12 +1,13 @@
-//! What a test plants at a fail point: `kill` ends the process as `kill -9` does; anything else is a database that
-//! cannot be written now. And a defect, for a test to find: nobody looks at epochs.
+//! What a test plants at a fail point: `kill` ends the process as `kill -9` does; `lost` is a write that the disk
+//! may have lost; anything else is a database that cannot be written now. And a defect, for a test to find: nobody looks at epochs.
 
 /// The failure, unless the process ends here.
 pub(crate) fn failure(what: Option<&str>) -> attune_store::Error {
     if what == Some("kill") {
         let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     }
-    attune_store::Error::Unavailable("a test planted this failure".to_owned())
+    let why = "a test planted this failure".to_owned();
+    if what == Some("lost") { attune_store::Error::NotDurable(why) } else { attune_store::Error::Unavailable(why) }
 }
 
 /// A push with the newest attempt of its job in place of the one that it names.

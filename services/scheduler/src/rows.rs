@@ -94,6 +94,10 @@ pub(crate) struct JobDocument {
     #[serde(default)]
     is_staged: bool,
     #[serde(default)]
+    may_fail: u32,
+    #[serde(default)]
+    n_stages_failed: u32,
+    #[serde(default)]
     parent: Option<JobId>,
     state: String,
     reason: String,
@@ -101,6 +105,8 @@ pub(crate) struct JobDocument {
     n_failed: u32,
     n_offers_lost: u32,
     pub(crate) checkpoint: Option<CheckpointDocument>,
+    #[serde(default)]
+    pub(crate) older: Option<CheckpointDocument>,
     progress: Step,
     outputs: BTreeSet<Digest>,
     pending: BTreeSet<JobId>,
@@ -122,12 +128,24 @@ struct MemoryDocument {
     full_pass: u64,
 }
 
-/// The checkpoint that the next attempt goes on from.
+/// A checkpoint that the next attempt may go on from.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CheckpointDocument {
     pub(crate) digest: Digest,
     pub(crate) step: Step,
     epoch: Epoch,
+}
+
+impl From<core::Checkpoint> for CheckpointDocument {
+    fn from(core::Checkpoint { digest, step, epoch }: core::Checkpoint) -> Self {
+        Self { digest, step, epoch }
+    }
+}
+
+impl From<CheckpointDocument> for core::Checkpoint {
+    fn from(CheckpointDocument { digest, step, epoch }: CheckpointDocument) -> Self {
+        Self { digest, step, epoch }
+    }
 }
 
 impl JobDocument {
@@ -157,17 +175,16 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         share: job.request.share,
         memory: MemoryDocument { base, own, pass, full_pass },
         is_staged: job.request.is_staged,
+        may_fail: job.request.may_fail,
+        n_stages_failed: job.n_stages_failed,
         parent: job.request.parent.clone(),
         state: job.state.to_string(),
         reason: job.reason.to_string(),
         cohort: job.cohort,
         n_failed: job.n_failed,
         n_offers_lost: job.n_offers_lost,
-        checkpoint: job.checkpoint.map(|checkpoint| CheckpointDocument {
-            digest: checkpoint.digest,
-            step: checkpoint.step,
-            epoch: checkpoint.epoch,
-        }),
+        checkpoint: job.checkpoint.map(Into::into),
+        older: job.older.map(Into::into),
         progress: job.progress,
         outputs: job.outputs.clone(),
         pending: job.pending.clone(),
@@ -202,6 +219,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
             share: read.share,
             memory: core::Memory { base, own, pass, full_pass },
             is_staged: read.is_staged,
+            may_fail: read.may_fail,
             parent: read.parent,
         },
         state: read.state.parse()?,
@@ -210,13 +228,11 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
         cohort: read.cohort,
         n_failed: read.n_failed,
         n_offers_lost: read.n_offers_lost,
-        checkpoint: read.checkpoint.map(|checkpoint| core::Checkpoint {
-            digest: checkpoint.digest,
-            step: checkpoint.step,
-            epoch: checkpoint.epoch,
-        }),
+        checkpoint: read.checkpoint.map(Into::into),
+        older: read.older.map(Into::into),
         progress: read.progress,
         outputs: read.outputs,
+        n_stages_failed: read.n_stages_failed,
         pending: read.pending,
         workers: read.workers,
         lost_workers: read.lost_workers,
@@ -331,6 +347,7 @@ mod tests {
                 share: Some(digest(3)),
                 memory: core::Memory { base: 1, own: 2, pass: 3, full_pass: 4 },
                 is_staged: true,
+                may_fail: 2,
                 parent: Some(JobId::new("j-00").unwrap()),
                 ..core::Request::default()
             },
@@ -341,8 +358,10 @@ mod tests {
             n_failed: 1,
             n_offers_lost: 2,
             checkpoint: Some(core::Checkpoint { digest: digest(1), step: Step(10), epoch: Epoch(4) }),
+            older: Some(core::Checkpoint { digest: digest(5), step: Step(8), epoch: Epoch(3) }),
             progress: Step(10),
             outputs: BTreeSet::from([digest(2)]),
+            n_stages_failed: 1,
             pending: BTreeSet::new(),
             workers: BTreeSet::from([name("w-1")]),
             lost_workers: BTreeSet::from([name("w-0")]),

@@ -13,7 +13,7 @@ use attune_proto::v1::job_service_server::JobServiceServer;
 use attune_proto::v1::method_service_server::MethodServiceServer;
 use attune_proto::v1::token_service_server::TokenServiceServer;
 use attune_proto::v1::worker_service_server::WorkerServiceServer;
-use attune_store::Store;
+use attune_store::{Database, Store};
 use attune_telemetry::{Task, TaskGroup};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
@@ -27,7 +27,8 @@ use crate::config::{Auth, Config, Tls};
 use crate::context::Context;
 use crate::desk::Desk;
 use crate::error::Error;
-use crate::front::Front;
+use crate::follow;
+use crate::front::{Front, Letter};
 use crate::guard::{self, GuardLayer};
 use crate::hub::Hub;
 use crate::incoming;
@@ -48,50 +49,56 @@ const SUPPLIERS_LIMIT: Duration = Duration::from_secs(60 * 60 + 60);
 /// Jobs that may wait for their old checkpoints to be deleted.
 const WAITING_SWEEPS: usize = 1024;
 
-/// How often a scheduler that waits to lead looks whether another one still does.
-const LOOK: Duration = Duration::from_millis(250);
-
-/// A scheduler that holds its database and serves nobody yet.
-pub struct Leader {
+/// A scheduler that has its database, and serves nobody yet.
+pub struct Scheduler {
     config: Config,
     store: Store,
 }
 
-impl Leader {
-    /// Takes the database.
+impl Scheduler {
+    /// Takes the database, to lead.
     ///
     /// # Errors
     /// [`Error::Store`] when another scheduler holds it, or when it cannot be opened.
-    pub async fn take(config: Config) -> Result<Self, Error> {
+    pub async fn lead(config: Config) -> Result<Self, Error> {
         let store = Store::open(&config.database).await?;
         Ok(Self { config, store })
     }
 
-    /// Takes the database as soon as no other scheduler holds it; none if `shutdown` is done first. A server that does not answer is
-    /// waited for as well.
+    /// Opens the database beside a scheduler that leads, to follow it, and to lead when it is gone; none if `shutdown` is done first. A
+    /// server that does not answer is waited for. A file of SQLite cannot be read beside who leads, and neither can a database whose
+    /// schema is older than this version's: that is waited for as well.
     ///
     /// # Errors
     /// [`Error::Store`] when it cannot be opened for another reason.
-    pub async fn wait(config: Config, shutdown: impl Future<Output = ()>) -> Result<Option<Self>, Error> {
-        let take = async {
+    pub async fn stand_by(config: Config, shutdown: impl Future<Output = ()>) -> Result<Option<Self>, Error> {
+        use attune_store::Error as E;
+        let open = async {
             let mut said = None;
             loop {
-                match Store::open(&config.database).await {
+                let opened = match &config.database {
+                    Database::Postgres(_) => match Store::follow(&config.database).await {
+                        Err(E::Behind { .. }) => Store::open(&config.database).await,
+                        followed => followed,
+                    },
+                    Database::Sqlite(_) => Store::open(&config.database).await,
+                };
+                match opened {
                     Ok(store) => return Ok(store),
-                    Err(error) if error.is_retryable() || matches!(error, attune_store::Error::Locked { .. }) => {
+                    Err(error) if error.is_retryable() || matches!(error, E::Locked { .. }) => {
                         let why = error.to_string();
                         if said.as_ref() != Some(&why) {
-                            tracing::info!(why, "this scheduler stands by");
+                            tracing::info!(why, "this scheduler stands by, and answers nobody");
                             said = Some(why);
                         }
-                        tokio::time::sleep(LOOK).await;
+                        tokio::time::sleep(follow::LOOK).await;
                     }
                     Err(error) => return Err(error),
                 }
             }
         };
         tokio::select! {
-            taken = take => Ok(Some(Self { store: taken?, config })),
+            opened = open => Ok(Some(Self { store: opened?, config })),
             () = shutdown => Ok(None),
         }
     }
@@ -109,12 +116,68 @@ impl Leader {
     }
 }
 
-/// Takes the database and serves; see [`Leader`].
+/// Takes the database, leads and serves; see [`Scheduler`].
 ///
 /// # Errors
-/// Those of [`Leader::take`] and [`Leader::serve`].
+/// Those of [`Scheduler::lead`] and [`Scheduler::serve`].
 pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    Leader::take(config).await?.serve(listener, shutdown).await
+    Scheduler::lead(config).await?.serve(listener, shutdown).await
+}
+
+/// What a scheduler begins when it leads.
+struct Lead {
+    config: Config,
+    context: Arc<Context>,
+    letters: mpsc::Receiver<Letter>,
+    /// The tasks that go on until the last connection has ended.
+    inner: TaskGroup,
+    /// The task that has workers.
+    suppliers: TaskGroup,
+    /// Where it is reached.
+    url: String,
+}
+
+impl Lead {
+    async fn begin(self) -> Result<(), Error> {
+        let Self { config, context, letters, inner, suppliers, url } = self;
+        if let Auth::Tokens(tokens) = &config.auth {
+            guard::first_admin(&context.store, tokens.admin_file.as_deref()).await?;
+        }
+        let (prune, to_prune) = mpsc::channel(WAITING_SWEEPS);
+        let due = Arc::new(Notify::new());
+        let (store, hub) = (context.store.clone(), context.hub.clone());
+        let desk = Desk::open(&config, store, hub, Clock::start(), prune, Arc::clone(&due)).await?;
+        inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(letters, inner.stop()));
+        keep(&inner, "checkpoints", sweep::checkpoints(Arc::clone(&context), to_prune));
+        keep(&inner, "housekeeping", sweep::keep_house(Arc::clone(&context), config.timings));
+        keep(&inner, "limits", limits::keep(Arc::clone(&context)));
+        keep(&inner, "stages", stages::follow(Arc::clone(&context), due));
+        // Workers that end with the scheduler still have something to say to it.
+        let supplying = Box::pin(providers::follow(Arc::clone(&context), config.pools, suppliers.stop()));
+        suppliers.spawn(Task::new("workers"), async move {
+            supplying.await;
+            Ok::<_, std::convert::Infallible>(())
+        });
+        let word = guard::new_token();
+        context.store.announce(&url, word.expose()).await?;
+        context.replica.lead(word);
+        // What the one has stored that led before, after the last look at it.
+        for key in context.hub.watched() {
+            context.hub.wake(&key);
+        }
+        context.guard.has_revoked();
+        tracing::info!(url, "this scheduler leads");
+        Ok(())
+    }
+}
+
+/// Goes on with something until the group ends.
+fn keep(group: &TaskGroup, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+    let work = Box::pin(work);
+    group.spawn(Task::new(name).abort_on_cancel(), async move {
+        work.await;
+        Ok::<_, std::convert::Infallible>(())
+    });
 }
 
 async fn run(
@@ -130,53 +193,38 @@ async fn run(
             Some(found.map_err(|source| Error::DataRoot { path: path.clone(), source })?)
         }
     };
-    if let Auth::Tokens(tokens) = &config.auth {
-        guard::first_admin(&store, tokens.admin_file.as_deref()).await?;
-    }
     let blobs = BlobStore::open(&config.artifacts).await?;
     let (front, letters) = Front::new(config.limits.waiting_requests);
-    let (prune, to_prune) = mpsc::channel(WAITING_SWEEPS);
     let hub = Hub::default();
-    let due = Arc::new(Notify::new());
-    let desk = Desk::open(&config, store.clone(), hub.clone(), Clock::start(), prune, Arc::clone(&due)).await?;
-
     // Two groups: connections end first, then what they speak with.
-    let (connections, inner) = (TaskGroup::new(), TaskGroup::new());
+    let (connections, inner, suppliers) = (TaskGroup::new(), TaskGroup::new(), TaskGroup::new());
     let stop = inner.stop();
-    inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(letters, stop.clone()));
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
     context.guard.open().await?;
-    let sweeping = sweep::checkpoints(Arc::clone(&context), to_prune);
-    inner.spawn(Task::new("sweep").abort_on_cancel(), async move {
-        sweeping.await;
-        Ok::<_, std::convert::Infallible>(())
-    });
-
-    let keeping = Box::pin(sweep::keep_house(Arc::clone(&context), config.timings));
-    inner.spawn(Task::new("housekeeping").abort_on_cancel(), async move {
-        keeping.await;
-        Ok::<_, std::convert::Infallible>(())
-    });
-
-    let limiting = Box::pin(limits::keep(Arc::clone(&context)));
-    inner.spawn(Task::new("limits").abort_on_cancel(), async move {
-        limiting.await;
-        Ok::<_, std::convert::Infallible>(())
-    });
-
-    let making = Box::pin(stages::follow(Arc::clone(&context), due));
-    inner.spawn(Task::new("stages").abort_on_cancel(), async move {
-        making.await;
-        Ok::<_, std::convert::Infallible>(())
-    });
-
-    // Workers that end with the scheduler still have something to say to it.
-    let suppliers = TaskGroup::new();
-    let supplying = Box::pin(providers::follow(Arc::clone(&context), config.pools.clone(), suppliers.stop()));
-    suppliers.spawn(Task::new("workers"), async move {
-        supplying.await;
-        Ok::<_, std::convert::Infallible>(())
-    });
+    let url = match &config.advertise {
+        Some(url) => url.clone(),
+        None => {
+            let scheme = if config.tls.is_some() { "https" } else { "http" };
+            format!("{scheme}://{}", listener.local_addr().map_err(|error| Error::Server(error.into()))?)
+        }
+    };
+    let lead = Lead {
+        config: config.clone(),
+        context: Arc::clone(&context),
+        letters,
+        inner: inner.clone(),
+        suppliers: suppliers.clone(),
+        url,
+    };
+    if store.leads() {
+        Box::pin(lead.begin()).await?;
+    } else {
+        let context = Arc::clone(&context);
+        inner.spawn(Task::new("follow").abort_on_cancel().shutdown_on_error(), async move {
+            follow::until_leading(&context).await?;
+            Box::pin(lead.begin()).await
+        });
+    }
 
     let grace = config.timings.shutdown_grace;
     let end = {

@@ -3,7 +3,7 @@
 //! What follows is found by the recipe from what is stored, and asked of the desk like anything that a person asks. The desk says
 //! when to look; nothing is kept here. A stage's id follows from its job's and its name, so that it cannot be made twice.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +11,11 @@ use attune_proto::error::{Class, faults, invalid_argument};
 use attune_proto::v1;
 use attune_scheduler_core::{Answer, Cause, Input, JobKey, Look, Refusal};
 use attune_spec::Fault;
+use attune_spec::id::{Digest, Project};
 use attune_spec::job::JobSpec;
-use attune_spec::stages::{self, Next, Outcome, StageSpec};
+use attune_spec::stages::{self, Made, Next, Outcome, StageSpec};
 use attune_store::job::{Filter, Job, Order, Stage, State};
+use serde_json::Value;
 use tokio::sync::Notify;
 use tonic::Status;
 
@@ -27,6 +29,11 @@ use crate::{log, status, view};
 const AGAIN: Duration = Duration::from_secs(1);
 /// Rows that are read at once.
 const ROWS: u32 = 500;
+/// What a job's report is to it, and the file in it.
+const REPORT: &str = "report";
+const REPORT_FILE: &str = "report.json";
+/// Largest report that is read.
+const REPORT_BYTES_MAX: u64 = 16 << 20;
 
 /// Looks at the jobs that are due, until the desk is gone.
 pub(crate) async fn follow(context: Arc<Context>, due: Arc<Notify>) {
@@ -69,11 +76,21 @@ async fn advance(context: &Context, key: &JobKey) -> Result<(), Status> {
 async fn look(context: &Context, key: &JobKey, row: &Job) -> Result<Option<(Look, Extra)>, Status> {
     let spec = spec(row)?;
     let rows = made(context, row).await?;
-    let (done, open) = (outcomes(&rows), open(&rows));
-    match stages::next(&spec, &done, &open) {
+    let mut seen = seen(&rows);
+    let mut next = apart(&spec, &seen, stages::next).await?;
+    if matches!(next, Ok(Next::Done(_))) && stages::manner(&spec).is_ok_and(|manner| manner.compares_losses) {
+        for outcome in &mut seen.done {
+            if let Some(report) = outcome.outputs.get(REPORT) {
+                outcome.losses = losses(context, &row.project, report).await?;
+            }
+        }
+        next = apart(&spec, &seen, stages::next).await?;
+    }
+    match next {
         Ok(Next::Wait) => Ok(Some((Look::Wait, Extra::default()))),
         Ok(Next::Done(result)) => {
-            let stage = rows.iter().find(|row| row.stage.as_ref().is_some_and(|stage| stage.name == result));
+            let is_it = |stage: &Stage| result.as_ref() == Some(&stage.name);
+            let stage = rows.iter().find(|row| row.stage.as_ref().is_some_and(is_it));
             let outputs = stage.map(|row| ledger::outputs(&row.outputs)).unwrap_or_default();
             let tags = ledger::tags(row, &outputs);
             Ok(Some((Look::Done, Extra { outputs, tags, ..Extra::default() })))
@@ -88,6 +105,17 @@ async fn look(context: &Context, key: &JobKey, row: &Job) -> Result<Option<(Look
         }
         Err(found) => Ok(Some((Look::Broken(Cause::SpecFault), broken("the next stage", &found)))),
     }
+}
+
+/// Asks the recipe on a thread of its own: a thousand stages are a thousand job files.
+async fn apart<T: Send + 'static>(
+    spec: &JobSpec,
+    made: &Made,
+    ask: impl FnOnce(&JobSpec, &Made) -> T + Send + 'static,
+) -> Result<T, Status> {
+    let (spec, made) = (spec.clone(), made.clone());
+    let asked = tokio::task::spawn_blocking(move || ask(&spec, &made)).await;
+    asked.map_err(|error| Class::Internal.status(format!("the stages of a job were not found: {error}")))
 }
 
 /// Makes a stage; or says why that can never be.
@@ -107,7 +135,7 @@ async fn make(context: &Context, parent: &JobKey, stage: StageSpec) -> Result<Op
     let stage = Stage { parent: parent.job.clone(), name };
     let request = admit::request(&admitted, Some(&stage));
     let job = Box::new(admit::new_job(admitted, key, Some(stage), None)?);
-    context.front.submit(Submission { job, request, id: None }).await?;
+    context.front.submit(Submission { job, request, id: None, record: None }).await?;
     Ok(None)
 }
 
@@ -129,7 +157,7 @@ pub(crate) async fn shown(context: &Context, row: &Job) -> Result<Vec<v1::JobSta
         return Ok(Vec::new());
     }
     let rows = made(context, row).await?;
-    let known = stages::known(&spec, &outcomes(&rows)).unwrap_or_default();
+    let known = apart(&spec, &seen(&rows), |spec, made| stages::known(spec, &made.done)).await?.unwrap_or_default();
     let show = |stage: StageSpec| {
         let job = rows.iter().find(|row| row.stage.as_ref().is_some_and(|own| own.name == stage.name));
         v1::JobStage {
@@ -161,18 +189,46 @@ async fn made(context: &Context, parent: &Job) -> Result<Vec<Job>, Status> {
     }
 }
 
-/// What has succeeded.
-fn outcomes(rows: &[Job]) -> Vec<Outcome> {
-    let succeeded = rows.iter().filter(|row| row.state == State::Succeeded);
-    let outcome = |row: &Job| {
-        let outputs = ledger::outputs(&row.outputs).into_iter().map(|output| (output.role, output.digest)).collect();
-        Some(Outcome { stage: row.stage.as_ref()?.name.clone(), outputs })
-    };
-    succeeded.filter_map(outcome).collect()
+/// What has become of stages, but for their losses.
+fn seen(rows: &[Job]) -> Made {
+    let mut made = Made::default();
+    for row in rows {
+        let Some(Stage { name, .. }) = row.stage.clone() else { continue };
+        match row.state {
+            State::Succeeded => {
+                let outputs = ledger::outputs(&row.outputs).into_iter().map(|output| (output.role, output.digest));
+                made.done.push(Outcome { stage: name, outputs: outputs.collect(), losses: BTreeMap::new() });
+            }
+            State::Failed | State::Cancelled => _ = made.failed.insert(name),
+            _ => _ = made.open.insert(name),
+        }
+    }
+    made
 }
 
-/// What was made and has not succeeded.
-fn open(rows: &[Job]) -> BTreeSet<attune_spec::id::Name> {
-    let open = rows.iter().filter(|row| row.state != State::Succeeded);
-    open.filter_map(|row| Some(row.stage.as_ref()?.name.clone())).collect()
+/// The last loss on each validation set, as a job's report has them; none from a report that cannot be read.
+async fn losses(context: &Context, project: &Project, report: &Digest) -> Result<BTreeMap<String, f64>, Status> {
+    let read = match admit::file_of(context, project, report, REPORT_FILE, REPORT_BYTES_MAX).await {
+        Ok(read) => read,
+        Err(error) => match status::artifacts(error, REPORT) {
+            gone if Class::of(&gone) == Class::NotFound => Err(gone.message().to_owned()),
+            status => return Err(status),
+        },
+    };
+    let value = read.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).map_err(|error| error.to_string()));
+    let report = value.unwrap_or_else(|error| {
+        tracing::warn!(%error, %report, "the report of a stage was not read: it has no losses");
+        Value::Null
+    });
+    let mut last = BTreeMap::new();
+    for measured in report["validation"].as_array().into_iter().flatten() {
+        for (set, loss) in measured["loss"].as_object().into_iter().flatten() {
+            match loss.as_f64().filter(|loss| loss.is_finite()) {
+                Some(loss) => _ = last.insert(set.clone(), loss),
+                // What is no number is written as none; one that was better before is not what came out.
+                None => _ = last.remove(set),
+            }
+        }
+    }
+    Ok(last)
 }

@@ -16,7 +16,7 @@ pub(crate) fn store(error: attune_store::Error) -> Status {
         E::StaleEpoch { .. } => Class::StaleEpoch,
         E::Conflict(_) | E::InUse(_) => Class::Conflict,
         E::Invalid(message) => return invalid_argument(&[Fault::new("", message.clone())]),
-        E::Unavailable(_) => Class::Unavailable,
+        E::Unavailable(_) | E::Follows | E::Replaced { .. } => Class::Unavailable,
         E::Corrupt(_) => Class::Corrupt,
         _ => Class::Internal,
     };

@@ -123,10 +123,13 @@ async fn tidy(context: &Context, timings: &Timings) -> Result<(), Box<dyn std::e
 async fn prune(context: &Context, key: &JobKey) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let row = context.store.job(&key.project, &key.job).await?;
     let spec: JobSpec = serde_json::from_value(row.resolved.clone())?;
-    let current = JobDocument::read(&row.core)?.checkpoint.map(|checkpoint| checkpoint.digest);
+    let document = JobDocument::read(&row.core)?;
+    // A job that has ended is not gone on with.
+    let older = document.older.filter(|_| row.finished.is_none());
+    let needed: Vec<Digest> = [document.checkpoint, older].into_iter().flatten().map(|of| of.digest).collect();
     let filter = Filter { kinds: vec![Kind::Checkpoint.to_string()], job: Some(key.job.clone()), ..Filter::default() };
     let made = context.store.artifacts(&key.project, &filter, None, ROWS).await?.items;
-    let old = old(&made, key, spec.tune.checkpoint.keep, current);
+    let old = old(&made, key, spec.tune.checkpoint.keep, &needed);
     if old.is_empty() {
         return Ok(());
     }
@@ -135,8 +138,9 @@ async fn prune(context: &Context, key: &JobKey) -> Result<(), Box<dyn std::error
     Ok(())
 }
 
-/// The checkpoints of a job beyond those with the `keep` highest steps; never the one that the next attempt goes on from.
-fn old(made: &[Artifact], key: &JobKey, keep: u32, current: Option<Digest>) -> Vec<Digest> {
+/// The checkpoints of a job beyond those with the `keep` highest steps; never those that the next attempt may go on
+/// from.
+fn old(made: &[Artifact], key: &JobKey, keep: u32, needed: &[Digest]) -> Vec<Digest> {
     let step = |artifact: &Artifact| {
         let own = artifact.commits.iter().filter(|commit| commit.maker.job == key.job);
         own.map(|commit| log::number(&commit.maker.record, "checkpoint_step")).max()
@@ -144,5 +148,5 @@ fn old(made: &[Artifact], key: &JobKey, keep: u32, current: Option<Digest>) -> V
     let mut by_step: Vec<_> = made.iter().map(|artifact| (step(artifact), artifact.digest)).collect();
     by_step.sort_unstable();
     let kept = by_step.len().saturating_sub(keep.max(1) as usize);
-    by_step.into_iter().take(kept).map(|(_, digest)| digest).filter(|digest| Some(*digest) != current).collect()
+    by_step.into_iter().take(kept).map(|(_, digest)| digest).filter(|digest| !needed.contains(digest)).collect()
 }

@@ -63,6 +63,9 @@ pub(crate) enum Heard {
 /// components go side by side anyhow.
 const CANDLE_THREADS: (&str, &str) = ("CANDLE_NUM_THREADS", "1");
 
+/// The most that a process can be preferred by when the kernel looks for one to kill.
+const FIRST_TO_GO: &str = "1000";
+
 /// A running process.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -94,6 +97,10 @@ impl Child {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
+        if let Some(id) = process.id() {
+            // Where memory runs out this one goes, and its agent lives to say so. A kernel without this chooses by itself.
+            drop(std::fs::write(format!("/proc/{id}/oom_score_adj"), FIRST_TO_GO));
+        }
         let missing = || std::io::Error::other("the new process has no pipes");
         Ok(Self {
             group: process.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw),
@@ -187,12 +194,28 @@ async fn next<R: AsyncRead + Unpin>(lines: &mut Option<Lines<BufReader<R>>>) -> 
 
 /// How many processes of this process's control group were killed because memory ran out; 0 where nobody counts.
 pub(crate) fn memory_kills() -> u64 {
-    let group = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let Some(path) = group.lines().find_map(|line| line.strip_prefix("0::")) else { return 0 };
-    let events = Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/')).join("memory.events");
-    let events = std::fs::read_to_string(events).unwrap_or_default();
-    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    counted_kills(&groups, Path::new("/sys/fs/cgroup"))
+}
+
+/// The same of the groups of `/proc/PID/cgroup`, which lie below `root`: the second version of control groups counts in one file, the
+/// first in another below a folder for memory.
+fn counted_kills(groups: &str, root: &Path) -> u64 {
+    let files = groups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?.trim_start_matches('/'));
+        let of_memory = controllers.split(',').any(|name| name == "memory");
+        match (controllers.is_empty(), of_memory) {
+            (true, _) => Some(root.join(path).join("memory.events")),
+            (_, true) => Some(root.join("memory").join(path).join("memory.oom_control")),
+            _ => None,
+        }
+    });
+    let count = |file: PathBuf| {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok())
+    };
+    files.filter_map(count).sum()
 }
 
 #[cfg(test)]
@@ -223,6 +246,22 @@ mod tests {
         assert_eq!(all(&mut child).await, (vec!["got \"hello\"".to_owned()], Exit::Code(7)));
         assert_eq!(child.log().len(), LOG_LINES_MAX);
         assert_eq!(child.log().last().unwrap(), "log 60");
+    }
+
+    #[test]
+    fn kills_for_want_of_memory_are_counted_by_either_version_of_control_groups() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = root.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("a/b/memory.events", "low 0\nmax 7\noom 3\noom_kill 2\n");
+        write("memory/c/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n");
+        for (groups, expected) in [("0::/a/b", 2), ("8:pids:/c\n4:memory:/c\n0::/", 5), ("0::/nowhere\n3:cpuset:/c", 0)]
+        {
+            assert_eq!(counted_kills(groups, root.path()), expected, "{groups}");
+        }
     }
 
     #[tokio::test]

@@ -117,6 +117,13 @@ fn error(what: &str, status: Status) -> artifacts::Error {
     let doing = format!("{what}: {}", status.message());
     match class {
         Class::NotFound => artifacts::Error::NotFound { what: what.to_owned(), place },
+        // Not the asker's fault, and another attempt may ask for something else.
+        Class::Corrupt => artifacts::Error::Corrupt {
+            what: what.to_owned(),
+            place,
+            expected: "bytes of the digests that its manifest names".to_owned(),
+            found: status.message().to_owned(),
+        },
         Class::StorageFull => artifacts::Error::Full { place, source: status.into() },
         Class::PermissionDenied | Class::Unauthenticated => {
             artifacts::Error::Denied { place, doing, source: status.into() }

@@ -11,6 +11,7 @@ mod autopeft_stack;
 mod mam;
 mod pipeline;
 mod prereq_tune;
+mod sweep;
 
 use crate::fault::{Fault, FieldPath};
 use crate::id::Name;
@@ -37,9 +38,30 @@ pub trait Recipe: Send + Sync {
         Ok(Vec::new())
     }
 
-    /// The stage whose results are the job's; the last one if it names none.
-    fn result(&self) -> Option<&Name> {
+    /// The stage that the recipe names as the one whose results are the job's.
+    fn named_result(&self) -> Option<&Name> {
         None
+    }
+
+    /// The stage whose results are the job's, when all of `stages` have ended: the one that is named, or the last.
+    fn result(&self, stages: &[StageSpec], done: &[Outcome]) -> Option<Name> {
+        let _ = done;
+        self.named_result().or_else(|| stages.last().map(|stage| &stage.name)).cloned()
+    }
+
+    /// The most stages that wait or run at a time.
+    fn at_once(&self) -> usize {
+        usize::MAX
+    }
+
+    /// How many stages may fail or be cancelled while the others go on.
+    fn may_fail(&self) -> u32 {
+        0
+    }
+
+    /// Whether it asks for the losses of stages that have succeeded, when all have ended.
+    fn compares_losses(&self) -> bool {
+        false
     }
 
     /// Where in the job file that stands which is at `path` in a stage's job; `name` and `after` are the stage's own.
@@ -55,5 +77,6 @@ pub static RECIPES: Registry<dyn Recipe> = Registry::new(
         entry::<mam::Mam>(),
         entry::<pipeline::Pipeline>(),
         entry::<prereq_tune::PrereqTune>(),
+        entry::<sweep::Sweep>(),
     ],
 );

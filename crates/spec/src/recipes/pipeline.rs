@@ -30,16 +30,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::Recipe;
-use super::parts::read;
 use super::parts::set::{put, says};
+use super::parts::{FIELDS, read};
 use crate::fault::{Fault, FieldPath};
 use crate::id::Name;
 use crate::job::{JobSpec, Outputs};
 use crate::method::{BuildCx, Card, Method, Point};
 use crate::stages::StageSpec;
-
-/// The fields of the file that a stage may set.
-const FIELDS: [&str; 8] = ["base", "data", "tune", "resources", "limits", "outputs", "labels", "priority"];
 
 /// Parameters of the recipe.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -122,7 +119,7 @@ impl Recipe for Pipeline {
         if faults.is_empty() { Ok(made) } else { Err(faults) }
     }
 
-    fn result(&self) -> Option<&Name> {
+    fn named_result(&self) -> Option<&Name> {
         self.config.result.as_ref()
     }
 

@@ -4,7 +4,7 @@ use attune_spec::id::{Epoch, JobId, Project, Seq};
 use serde_json::Value;
 use sqlx::{AnyConnection, Row as _};
 
-use super::{Store, artifacts, row};
+use super::{Store, artifacts, audit, row};
 use crate::attempt::{Attempt, Cohort};
 use crate::change::{Applied, Write};
 use crate::error::{Error, Result, db};
@@ -78,6 +78,7 @@ pub(super) async fn carry_out(connection: &mut AnyConnection, write: &Write, app
             }
             artifacts::move_tag(connection, project, tag, *digest, job.as_ref(), *now, applied).await?;
         }
+        Write::Audit(record) => audit::append(connection, record).await?,
         Write::Counter { name, value } => raise_counter(connection, name, *value).await?,
         Write::Rule { kind, name, value } => put_rule(connection, kind, name, value.as_ref()).await?,
     }

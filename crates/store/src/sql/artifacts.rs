@@ -8,8 +8,9 @@ use sqlx::{AnyConnection, Row as _};
 
 use super::jobs::{PAGE_ROWS, bad_token};
 use super::query::Query;
-use super::{Store, apply, row};
+use super::{Store, apply, audit, row};
 use crate::artifact::{Artifact, Commit, Deleted, Direction, File, Filter, Lineage, Maker, NewArtifact};
+use crate::audit::Record;
 use crate::change::{Applied, Write};
 use crate::error::{Error, Result, db};
 use crate::event::NewEvent;
@@ -168,14 +169,17 @@ impl Store {
             .collect()
     }
 
-    /// Removes a tag, and appends `tag.removed`.
+    /// Removes a tag, and appends `tag.removed`; with the record of the call that asked for it.
     ///
     /// # Errors
     /// [`Error::NotFound`].
-    pub async fn untag(&self, project: &Project, tag: &Tag, now: UtcMs) -> Result<Applied> {
+    pub async fn untag(&self, project: &Project, tag: &Tag, now: UtcMs, record: Option<&Record>) -> Result<Applied> {
         let mut transaction = self.begin().await?;
         let mut applied = Applied::default();
-        let removed = remove_tag(&mut transaction, project, tag, now, &mut applied).await;
+        let mut removed = remove_tag(&mut transaction, project, tag, now, &mut applied).await;
+        if removed.is_ok() {
+            removed = audit::append_some(&mut transaction, record).await;
+        }
         transaction.end(removed).await?;
         Ok(applied)
     }
@@ -224,7 +228,7 @@ impl Store {
     }
 
     /// Deletes an artifact's row, and appends `artifact.deleted`. With `force` also when tags name it (they go too) or
-    /// something visible was made from it (that keeps saying so).
+    /// something visible was made from it (that keeps saying so). The record of the call that asked for it goes with it.
     ///
     /// # Errors
     /// [`Error::InUse`] while an unfinished job uses it or made it, or while a tag names it or a visible artifact was
@@ -235,9 +239,15 @@ impl Store {
         digest: Digest,
         force: bool,
         now: UtcMs,
+        record: Option<&Record>,
     ) -> Result<(Deleted, Applied)> {
         let mut transaction = self.begin().await?;
-        let deleted = delete(&mut transaction, project, digest, force, now).await;
+        let mut deleted = delete(&mut transaction, project, digest, force, now).await;
+        if deleted.is_ok()
+            && let Err(error) = audit::append_some(&mut transaction, record).await
+        {
+            deleted = Err(error);
+        }
         transaction.end(deleted).await
     }
 }

@@ -1,8 +1,8 @@
 //! The audit log: appended to, read backwards, forgotten in time.
 
 use attune_spec::id::Project;
-use sqlx::Row as _;
 use sqlx::any::AnyRow;
+use sqlx::{AnyConnection, Row as _};
 
 use super::jobs::{PAGE_ROWS, bad_token};
 use super::query::Query;
@@ -29,29 +29,49 @@ fn recorded(found: &AnyRow) -> Result<Recorded> {
     })
 }
 
+/// Appends a record in a transaction.
+pub(super) async fn append(connection: &mut AnyConnection, record: &Record) -> Result<()> {
+    fail::fail_point!("store::before_record", |what| {
+        if what.as_deref() == Some("kill") {
+            std::process::abort();
+        }
+        Err(crate::Error::Unavailable("a test planted this failure".to_owned()))
+    });
+    sqlx::query(
+        "INSERT INTO audit (time_ms, caller, name, peer, project, rpc, target, outcome) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+    )
+    .bind(record.time.0)
+    .bind(&record.caller)
+    .bind(&record.name)
+    .bind(&record.peer)
+    .bind(record.project.as_ref().map(Project::as_str))
+    .bind(&record.rpc)
+    .bind(&record.target)
+    .bind(&record.outcome)
+    .execute(connection)
+    .await
+    .map_err(db)
+    .map(drop)
+}
+
+/// The same, where there is a record.
+pub(super) async fn append_some(connection: &mut AnyConnection, record: Option<&Record>) -> Result<()> {
+    match record {
+        Some(record) => append(connection, record).await,
+        None => Ok(()),
+    }
+}
+
 impl Store {
-    /// Appends a record.
+    /// Appends a record of a call that changed nothing; so may a store that follows.
     ///
     /// # Errors
     /// [`crate::Error::Unavailable`].
     pub async fn append_audit(&self, record: &Record) -> Result<()> {
-        let mut transaction = self.begin().await?;
-        let done = sqlx::query(
-            "INSERT INTO audit (time_ms, caller, name, peer, project, rpc, target, outcome) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-        )
-        .bind(record.time.0)
-        .bind(&record.caller)
-        .bind(&record.name)
-        .bind(&record.peer)
-        .bind(record.project.as_ref().map(Project::as_str))
-        .bind(&record.rpc)
-        .bind(&record.target)
-        .bind(&record.outcome)
-        .execute(&mut *transaction)
-        .await
-        .map_err(db);
-        transaction.end(done).await.map(drop)
+        let mut transaction = self.begin_beside().await?;
+        let done = append(&mut transaction, record).await;
+        transaction.end(done).await
     }
 
     /// Records in an order, at most `rows` of them: those about one project where one is given, else all.

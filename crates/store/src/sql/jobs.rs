@@ -175,6 +175,18 @@ impl Store {
         Ok(Unfinished { jobs, cohorts, attempts, counters, rules })
     }
 
+    /// The largest id of a job that has no parent, in any project.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`], [`Error::Corrupt`].
+    pub async fn last_job(&self) -> Result<Option<JobId>> {
+        let rows = sqlx::query("SELECT job FROM jobs WHERE parent IS NULL ORDER BY job DESC LIMIT 1")
+            .fetch_all(&mut *self.readers.acquire().await.map_err(db)?)
+            .await
+            .map_err(db)?;
+        rows.first().map(|row| row::parsed(row, "job")).transpose()
+    }
+
     /// Jobs that have not ended although a limit of time that they set themselves has passed.
     ///
     /// # Errors

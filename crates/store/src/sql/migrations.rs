@@ -11,6 +11,19 @@ pub(super) struct Steps<'s> {
     steps: &'s [&'static str],
 }
 
+impl Steps<'_> {
+    /// Refuses a database that has run more steps than this binary knows.
+    pub(super) fn knows(&self, done: usize) -> Result<()> {
+        let known = self.steps.len();
+        if done <= known {
+            return Ok(());
+        }
+        Err(Error::Schema(format!(
+            "the database has schema {done}, newer than {known}, the newest that this binary knows; use a newer binary"
+        )))
+    }
+}
+
 /// SQLite's.
 pub(super) const SQLITE: Steps<'_> = Steps {
     table: "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER NOT NULL PRIMARY KEY, sql TEXT NOT NULL) STRICT",
@@ -29,24 +42,31 @@ pub(super) const POSTGRES: Steps<'_> = Steps {
         include_str!("../../../../migrations/postgres/0001_control_plane.sql"),
         include_str!("../../../../migrations/postgres/0002_access.sql"),
         include_str!("../../../../migrations/postgres/0003_rules.sql"),
+        include_str!("../../../../migrations/postgres/0004_leader.sql"),
     ],
 };
 
-/// Runs the steps that the database lacks.
-pub(super) async fn migrate(connection: &mut AnyConnection, to: &Steps<'_>) -> Result<()> {
+/// How many steps the database lacks; all of them where it has no table of steps. For those that only read.
+///
+/// # Errors
+/// [`Error::Schema`] for steps that this binary does not know.
+pub(super) async fn lacking(connection: &mut AnyConnection, to: &Steps<'_>) -> Result<usize> {
+    let there = sqlx::query("SELECT to_regclass('schema_steps') IS NOT NULL AS there");
+    let there = there.fetch_one(&mut *connection).await.map_err(db)?;
+    if !there.try_get::<bool, _>("there").map_err(db)? {
+        return Ok(to.steps.len());
+    }
+    Ok(to.steps.len() - run(connection, to).await?)
+}
+
+/// How many steps the database has run, all of which this binary knows.
+async fn run(connection: &mut AnyConnection, to: &Steps<'_>) -> Result<usize> {
     let steps = to.steps;
-    sqlx::query(to.table).execute(&mut *connection).await.map_err(db)?;
     let rows = sqlx::query("SELECT step, sql FROM schema_steps ORDER BY step")
         .fetch_all(&mut *connection)
         .await
         .map_err(db)?;
-    if rows.len() > steps.len() {
-        return Err(Error::Schema(format!(
-            "the database has schema {}, newer than {}, the newest that this binary knows; use a newer binary",
-            rows.len(),
-            steps.len()
-        )));
-    }
+    to.knows(rows.len())?;
     for (index, row) in rows.iter().enumerate() {
         let (step, sql): (i64, String) = (row.try_get("step").map_err(db)?, row.try_get("sql").map_err(db)?);
         if usize::try_from(step) != Ok(index + 1) || sql != steps[index] {
@@ -57,7 +77,14 @@ pub(super) async fn migrate(connection: &mut AnyConnection, to: &Steps<'_>) -> R
             )));
         }
     }
-    for (index, &sql) in steps.iter().enumerate().skip(rows.len()) {
+    Ok(rows.len())
+}
+
+/// Runs the steps that the database lacks.
+pub(super) async fn migrate(connection: &mut AnyConnection, to: &Steps<'_>) -> Result<()> {
+    sqlx::query(to.table).execute(&mut *connection).await.map_err(db)?;
+    let done = run(connection, to).await?;
+    for (index, &sql) in to.steps.iter().enumerate().skip(done) {
         let mut transaction = connection.begin().await.map_err(db)?;
         sqlx::raw_sql(sql).execute(&mut *transaction).await.map_err(db)?;
         sqlx::query("INSERT INTO schema_steps (step, sql) VALUES ($1, $2)")

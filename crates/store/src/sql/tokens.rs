@@ -1,12 +1,13 @@
 //! Tokens: given out, found, revoked.
 
 use attune_spec::id::Project;
-use sqlx::Row as _;
 use sqlx::any::AnyRow;
+use sqlx::{AnyConnection, Row as _};
 
 use super::jobs::{PAGE_ROWS, bad_token};
 use super::query::Query;
-use super::{Store, row};
+use super::{Store, audit, row};
+use crate::audit::Record;
 use crate::error::{Error, Result, db};
 use crate::job::Page;
 use crate::time::UtcMs;
@@ -28,31 +29,14 @@ fn token(found: &AnyRow) -> Result<Token> {
 }
 
 impl Store {
-    /// Stores a new token.
+    /// Stores a new token, with the record of the call that asked for it, if a call did.
     ///
     /// # Errors
     /// [`Error::Conflict`] when its id is taken.
-    pub async fn create_token(&self, new: &Token) -> Result<()> {
+    pub async fn create_token(&self, new: &Token, record: Option<&Record>) -> Result<()> {
         let mut transaction = self.begin().await?;
-        let done = sqlx::query(
-            "INSERT INTO tokens (token, hash, name, project, role, creator, created_ms, expires_ms, revoked_ms, used_ms) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING",
-        )
-        .bind(&new.id)
-        .bind(new.hash.to_string())
-        .bind(new.name.as_str())
-        .bind(new.project.as_ref().map(Project::as_str))
-        .bind(new.role.as_str())
-        .bind(&new.creator)
-        .bind(new.created.0)
-        .bind(new.expires.map(|time| time.0))
-        .bind(new.revoked.map(|time| time.0))
-        .bind(new.used.map(|time| time.0))
-        .execute(&mut *transaction)
-        .await
-        .map_err(db);
-        let is_new = transaction.end(done).await?.rows_affected() == 1;
-        if is_new { Ok(()) } else { Err(Error::Conflict(format!("token {:?} exists already", new.id))) }
+        let done = create(&mut transaction, new, record).await;
+        transaction.end(done).await
     }
 
     /// The token with an id, valid or not.
@@ -86,26 +70,38 @@ impl Store {
         Ok(Page { items, next })
     }
 
-    /// Ends a token's validity now, if it has not ended before.
+    /// Ends a token's validity now, if it has not ended before, with the record of the call that asked for it.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub async fn revoke_token(&self, id: &str, now: UtcMs) -> Result<()> {
-        self.change_token("UPDATE tokens SET revoked_ms = $2 WHERE token = $1 AND revoked_ms IS NULL", id, now).await
+    pub async fn revoke_token(&self, id: &str, now: UtcMs, record: Option<&Record>) -> Result<()> {
+        let mut transaction = self.begin().await?;
+        let update = sqlx::query("UPDATE tokens SET revoked_ms = $2 WHERE token = $1 AND revoked_ms IS NULL");
+        let mut done = update.bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db).map(drop);
+        if done.is_ok() {
+            done = audit::append_some(&mut transaction, record).await;
+        }
+        transaction.end(done).await
     }
 
-    /// Notes that a token was used; an earlier time changes nothing.
+    /// How many tokens were ever revoked: whoever holds streams open under them looks when it grows.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub async fn n_revoked(&self) -> Result<u64> {
+        let found = sqlx::query("SELECT COUNT(*) AS n FROM tokens WHERE revoked_ms IS NOT NULL");
+        row::unsigned(&found.fetch_one(&self.readers).await.map_err(db)?, "n")
+    }
+
+    /// Notes that a token was used; an earlier time changes nothing. A store that follows may do so.
     ///
     /// # Errors
     /// [`Error::Unavailable`].
     pub async fn token_used(&self, id: &str, now: UtcMs) -> Result<()> {
-        let update = "UPDATE tokens SET used_ms = $2 WHERE token = $1 AND (used_ms IS NULL OR used_ms < $2)";
-        self.change_token(update, id, now).await
-    }
-
-    async fn change_token(&self, update: &'static str, id: &str, now: UtcMs) -> Result<()> {
-        let mut transaction = self.begin().await?;
-        let done = sqlx::query(update).bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db);
+        let mut transaction = self.begin_beside().await?;
+        let update =
+            sqlx::query("UPDATE tokens SET used_ms = $2 WHERE token = $1 AND (used_ms IS NULL OR used_ms < $2)");
+        let done = update.bind(id).bind(now.0).execute(&mut *transaction).await.map_err(db);
         transaction.end(done).await.map(drop)
     }
 
@@ -124,4 +120,28 @@ impl Store {
         .await;
         found.map(|found| found.is_some()).map_err(db)
     }
+}
+
+async fn create(connection: &mut AnyConnection, new: &Token, record: Option<&Record>) -> Result<()> {
+    let done = sqlx::query(
+        "INSERT INTO tokens (token, hash, name, project, role, creator, created_ms, expires_ms, revoked_ms, used_ms) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING",
+    )
+    .bind(&new.id)
+    .bind(new.hash.to_string())
+    .bind(new.name.as_str())
+    .bind(new.project.as_ref().map(Project::as_str))
+    .bind(new.role.as_str())
+    .bind(&new.creator)
+    .bind(new.created.0)
+    .bind(new.expires.map(|time| time.0))
+    .bind(new.revoked.map(|time| time.0))
+    .bind(new.used.map(|time| time.0))
+    .execute(&mut *connection)
+    .await
+    .map_err(db)?;
+    if done.rows_affected() == 0 {
+        return Err(Error::Conflict(format!("token {:?} exists already", new.id)));
+    }
+    audit::append_some(connection, record).await
 }

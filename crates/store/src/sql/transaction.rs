@@ -9,7 +9,7 @@ use std::ops::{Deref, DerefMut};
 use sqlx::pool::PoolConnection;
 use sqlx::{Any, AnyConnection, AnyPool};
 
-use super::Held;
+use super::{Held, postgres};
 use crate::error::{Result, db};
 
 /// Rolled back unless [`commit`](Self::commit) is reached.
@@ -21,19 +21,32 @@ pub(super) struct WriteTransaction {
 impl WriteTransaction {
     /// Takes what lets one write at a time at once, so that the transaction cannot fail half way for it.
     pub(super) async fn begin(writer: &AnyPool, held: &Held) -> Result<Self> {
+        match held {
+            Held::Sqlite(_) => Self::open(writer, "BEGIN IMMEDIATE").await,
+            Held::Postgres(lock) => {
+                let mut transaction = Self::open(writer, "BEGIN").await?;
+                match lock.enter(&mut transaction).await {
+                    Ok(()) => Ok(transaction),
+                    Err(error) => Err(transaction.abandon(error).await),
+                }
+            }
+        }
+    }
+
+    /// The same over PostgreSQL, in anybody's term.
+    pub(super) async fn begin_beside(writer: &AnyPool) -> Result<Self> {
+        let mut transaction = Self::open(writer, "BEGIN").await?;
+        match postgres::term(&mut transaction).await {
+            Ok(_) => Ok(transaction),
+            Err(error) => Err(transaction.abandon(error).await),
+        }
+    }
+
+    async fn open(writer: &AnyPool, begin: &'static str) -> Result<Self> {
         let connection = writer.acquire().await.map_err(db)?;
         // In doubt from before the statement is sent until it is known to have failed.
         let mut transaction = Self { connection, is_open: true };
-        let begin = match held {
-            Held::Sqlite(_) => "BEGIN IMMEDIATE",
-            Held::Postgres(_) => "BEGIN",
-        };
         sqlx::query(begin).execute(&mut *transaction.connection).await.map_err(db)?;
-        if let Held::Postgres(lock) = held
-            && let Err(error) = lock.enter(&mut transaction).await
-        {
-            return Err(transaction.abandon(error).await);
-        }
         Ok(transaction)
     }
 

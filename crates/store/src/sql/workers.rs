@@ -7,7 +7,8 @@ use serde_json::Value;
 use sqlx::Row as _;
 
 use super::query::Query;
-use super::{Store, row};
+use super::{Store, audit, row};
+use crate::audit::Record;
 use crate::error::{Error, Result, db};
 use crate::time::UtcMs;
 
@@ -21,14 +22,21 @@ pub struct HeldJob {
 }
 
 impl Store {
-    /// Makes a worker id its owner's, for good. The first who asks gets it.
+    /// Makes a worker id its owner's, for good, with the record of the call that asked for it. The first who asks gets it. Gives whether
+    /// it is the owner's from now on only; nothing is stored otherwise.
     ///
     /// # Errors
     /// [`Error::Conflict`] when it is another's.
-    pub async fn claim_worker(&self, worker: &WorkerId, owner: &str, now: UtcMs) -> Result<()> {
+    pub async fn claim_worker(
+        &self,
+        worker: &WorkerId,
+        owner: &str,
+        now: UtcMs,
+        record: Option<&Record>,
+    ) -> Result<bool> {
         let taken = || Error::Conflict(format!("worker id {:?} belongs to another credential", worker.as_str()));
         match self.owner(worker).await? {
-            Some(known) if known == owner => return Ok(()),
+            Some(known) if known == owner => return Ok(false),
             Some(_) => return Err(taken()),
             None => {}
         }
@@ -42,9 +50,15 @@ impl Store {
         .execute(&mut *transaction)
         .await
         .map_err(db);
-        let is_new = transaction.end(done).await?.rows_affected() == 1;
+        let mut done = done.map(|done| done.rows_affected() == 1);
+        if let Ok(true) = done
+            && let Err(error) = audit::append_some(&mut transaction, record).await
+        {
+            done = Err(error);
+        }
+        let is_new = transaction.end(done).await?;
         let is_own = is_new || self.owner(worker).await?.is_some_and(|known| known == owner);
-        if is_own { Ok(()) } else { Err(taken()) }
+        if is_own { Ok(is_new) } else { Err(taken()) }
     }
 
     /// Whose a worker id is.

@@ -31,14 +31,14 @@ pub(crate) async fn a_token_is_found_until_it_ends_and_its_secret_nowhere(store:
     assert_eq!(store.token("aa").await.unwrap(), None);
     assert!(!store.has_admin(UtcMs(0)).await.unwrap());
     let admin = Token { expires: Some(UtcMs(5000)), ..token("aa", None, Role::Admin) };
-    store.create_token(&admin).await.unwrap();
-    assert!(matches!(store.create_token(&admin).await, Err(Error::Conflict(_))));
+    store.create_token(&admin, None).await.unwrap();
+    assert!(matches!(store.create_token(&admin, None).await, Err(Error::Conflict(_))));
     assert_eq!(store.token("aa").await.unwrap(), Some(admin.clone()));
     for (now, is_valid) in [(1000, true), (4999, true), (5000, false)] {
         assert_eq!((admin.is_valid(UtcMs(now)), store.has_admin(UtcMs(now)).await.unwrap()), (is_valid, is_valid));
     }
     // The admin of one project gives out no tokens of others.
-    store.create_token(&token("bb", Some("default"), Role::Admin)).await.unwrap();
+    store.create_token(&token("bb", Some("default"), Role::Admin), None).await.unwrap();
     assert!(!store.has_admin(UtcMs(6000)).await.unwrap());
 
     for (time, used) in [(3000, 3000), (2000, 3000), (4000, 4000)] {
@@ -47,18 +47,18 @@ pub(crate) async fn a_token_is_found_until_it_ends_and_its_secret_nowhere(store:
     }
     // The first end counts; one that is not there is nobody's.
     for time in [4500, 4600] {
-        store.revoke_token("aa", UtcMs(time)).await.unwrap();
+        store.revoke_token("aa", UtcMs(time), None).await.unwrap();
         let revoked = store.token("aa").await.unwrap().unwrap();
         assert_eq!((revoked.revoked, revoked.is_valid(UtcMs(1))), (Some(UtcMs(4500)), false));
     }
-    store.revoke_token("' OR 1=1 --", UtcMs(1)).await.unwrap();
+    store.revoke_token("' OR 1=1 --", UtcMs(1), None).await.unwrap();
     assert_eq!(store.token("bb").await.unwrap().unwrap().revoked, None);
     assert!(!store.has_admin(UtcMs(1)).await.unwrap());
 }
 
 pub(crate) async fn tokens_are_listed_by_project(store: Arc<Store>) {
     for (id, project) in [("a", Some("default")), ("b", None), ("c", Some("other")), ("d", Some("default"))] {
-        store.create_token(&token(id, project, Role::Viewer)).await.unwrap();
+        store.create_token(&token(id, project, Role::Viewer), None).await.unwrap();
     }
     let ids = async |project: Option<&Project>, page: Option<&str>| {
         let page = store.tokens(project, page, 2).await.unwrap();
@@ -75,9 +75,9 @@ pub(crate) async fn tokens_are_listed_by_project(store: Arc<Store>) {
 pub(crate) async fn a_worker_id_is_its_first_owners(store: Arc<Store>) {
     let worker = WorkerId::new("w1").unwrap();
     assert_eq!(store.owner(&worker).await.unwrap(), None);
-    store.claim_worker(&worker, "token/gpu", UtcMs(1)).await.unwrap();
-    store.claim_worker(&worker, "token/gpu", UtcMs(2)).await.unwrap();
-    let refused = store.claim_worker(&worker, "token/other", UtcMs(3)).await.unwrap_err();
+    store.claim_worker(&worker, "token/gpu", UtcMs(1), None).await.unwrap();
+    store.claim_worker(&worker, "token/gpu", UtcMs(2), None).await.unwrap();
+    let refused = store.claim_worker(&worker, "token/other", UtcMs(3), None).await.unwrap_err();
     assert!(matches!(refused, Error::Conflict(_)), "{refused}");
     assert_eq!(store.owner(&worker).await.unwrap().as_deref(), Some("token/gpu"));
     // Of many who ask at once for one id, one gets it.
@@ -85,7 +85,7 @@ pub(crate) async fn a_worker_id_is_its_first_owners(store: Arc<Store>) {
     let mut asks = tokio::task::JoinSet::new();
     for n in 0..20 {
         let (store, worker) = (Arc::clone(&store), contested.clone());
-        asks.spawn(async move { store.claim_worker(&worker, &format!("token/{n}"), UtcMs(4)).await.is_ok() });
+        asks.spawn(async move { store.claim_worker(&worker, &format!("token/{n}"), UtcMs(4), None).await.is_ok() });
     }
     let won = asks.join_all().await.into_iter().filter(|won| *won).count();
     assert_eq!(won, 1);
@@ -93,8 +93,8 @@ pub(crate) async fn a_worker_id_is_its_first_owners(store: Arc<Store>) {
 
 pub(crate) async fn what_a_worker_holds_is_what_its_owner_may_read(store: Arc<Store>) {
     let worker = WorkerId::new("w1").unwrap();
-    store.claim_worker(&worker, "token/gpu", UtcMs(1)).await.unwrap();
-    store.claim_worker(&WorkerId::new("w2").unwrap(), "token/other", UtcMs(1)).await.unwrap();
+    store.claim_worker(&worker, "token/gpu", UtcMs(1), None).await.unwrap();
+    store.claim_worker(&WorkerId::new("w2").unwrap(), "token/other", UtcMs(1), None).await.unwrap();
     for n in [1, 2] {
         store.apply(&[Write::Artifact(Box::new(artifact(n, &[])))]).await.unwrap();
     }
@@ -137,8 +137,9 @@ pub(crate) async fn what_a_worker_holds_is_what_its_owner_may_read(store: Arc<St
     assert_eq!(held("token/gpu").await, [""; 0]);
 }
 
-pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store: Arc<Store>) {
-    let record = |n: i64, project: Option<&str>| Record {
+/// A record of a call.
+pub(crate) fn record(n: i64, project: Option<&str>) -> Record {
+    Record {
         time: UtcMs(n * 1000),
         caller: "aa".to_owned(),
         name: "anna".to_owned(),
@@ -147,7 +148,10 @@ pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store:
         rpc: "JobService/CancelJob".to_owned(),
         target: format!("j-{n}"),
         outcome: "OK".to_owned(),
-    };
+    }
+}
+
+pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store: Arc<Store>) {
     for n in 1..=5 {
         store.append_audit(&record(n, (n != 3).then_some(if n == 4 { "other" } else { "default" }))).await.unwrap();
     }
@@ -170,4 +174,54 @@ pub(crate) async fn the_audit_log_is_read_backwards_and_forgotten_in_time(store:
     assert_eq!(store.forget_audit(UtcMs(4000), 2).await.unwrap(), 2);
     assert_eq!(store.forget_audit(UtcMs(4000), 2).await.unwrap(), 1);
     assert_eq!(read(None, Order::Oldest, None).await, ("j-4 j-5".to_owned(), None));
+}
+
+/// A record is there with its change, and neither is there without the other.
+pub(crate) async fn a_record_is_stored_with_its_change_or_neither_is(store: Arc<Store>) {
+    let mut n = 0;
+    let mut next = || {
+        n += 1;
+        record(n, None)
+    };
+    let targets = async || -> Vec<String> {
+        let page = store.audit(None, Order::Oldest, None, 100).await.unwrap();
+        page.items.into_iter().map(|found| found.record.target).collect()
+    };
+    // What takes effect.
+    let job = new_job("j-1");
+    store.create_job(&job, &[Write::Audit(Box::new(next()))], None).await.unwrap();
+    store.create_token(&token("aa", None, Role::Admin), Some(&next())).await.unwrap();
+    store.revoke_token("aa", UtcMs(5), Some(&next())).await.unwrap();
+    let worker = WorkerId::new("w1").unwrap();
+    assert!(store.claim_worker(&worker, "token/gpu", UtcMs(1), Some(&next())).await.unwrap());
+    let made = Box::new(artifact(1, &[1]));
+    store.apply(&[Write::Artifact(made), Write::Audit(Box::new(next()))]).await.unwrap();
+    let tag: attune_spec::id::Tag = "a:b".parse().unwrap();
+    let moves = Write::Tag {
+        project: project(),
+        tag: tag.clone(),
+        digest: digest(1),
+        expected: None,
+        job: None,
+        now: UtcMs(1),
+    };
+    store.apply(&[moves, Write::Audit(Box::new(next()))]).await.unwrap();
+    store.untag(&project(), &tag, UtcMs(2), Some(&next())).await.unwrap();
+    store.delete_artifact(&project(), digest(1), false, UtcMs(3), Some(&next())).await.unwrap();
+    let expected: Vec<String> = (1..=8).map(|n| format!("j-{n}")).collect();
+    assert_eq!(targets().await, expected);
+
+    // What is refused, before the record or after it.
+    let audit = || Write::Audit(Box::new(record(99, None)));
+    let counter = |value| Write::Counter { name: "c", value };
+    store.apply(&[counter(5)]).await.unwrap();
+    assert!(store.apply(&[audit(), counter(4)]).await.is_err());
+    assert!(store.create_job(&job, &[audit()], None).await.is_err());
+    assert!(store.create_token(&token("aa", None, Role::Admin), Some(&record(99, None))).await.is_err());
+    assert!(store.claim_worker(&worker, "token/other", UtcMs(1), Some(&record(99, None))).await.is_err());
+    assert!(store.untag(&project(), &tag, UtcMs(2), Some(&record(99, None))).await.is_err());
+    assert!(store.delete_artifact(&project(), digest(1), false, UtcMs(3), Some(&record(99, None))).await.is_err());
+    // What is so already.
+    assert!(!store.claim_worker(&worker, "token/gpu", UtcMs(1), Some(&record(99, None))).await.unwrap());
+    assert_eq!(targets().await, expected);
 }

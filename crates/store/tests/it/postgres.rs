@@ -150,3 +150,75 @@ async fn a_newer_schema_and_a_server_that_is_not_there_are_refused() {
     let missing = Store::open(&of(url, "missing")).await.unwrap_err();
     assert!(missing.to_string().contains("database \"missing\" does not exist"), "{missing}");
 }
+
+/// A store that follows sees what the one that leads commits, changes nothing, and leads when that is gone.
+#[tokio::test]
+async fn who_follows_reads_and_leads_when_nobody_else_does() {
+    let Some(database) = fresh().await else { return };
+    let early = Store::follow(&database).await.unwrap_err();
+    assert!(matches!(early, Error::Behind { lacking: 4 }) && !early.is_retryable(), "{early}");
+    let leader = Store::open(&database).await.unwrap();
+    leader.announce("http://one:7070", "word").await.unwrap();
+    let follower = Store::follow(&database).await.unwrap();
+    assert!(leader.leads() && !follower.leads() && !follower.lead().await.unwrap());
+    let announced = follower.announced().await.unwrap().unwrap();
+    assert_eq!((announced.term, announced.url.as_str(), announced.word.as_str()), (1, "http://one:7070", "word"));
+
+    let job = suite::new_job("j-1");
+    leader.create_job(&job, &[], None).await.unwrap();
+    assert_eq!(follower.job(&job.project, &job.job).await.unwrap().job, job.job);
+    let moved = follower.moved(&job.project, &[job.job.clone(), suite::id("j-9")]).await.unwrap();
+    assert_eq!(moved, [attune_store::Moved { job: job.job.clone(), events: 1, metrics: 0 }]);
+    for refused in [
+        follower.create_job(&suite::new_job("j-2"), &[], None).await.map(drop).unwrap_err(),
+        follower.announce("http://two:7070", "").await.unwrap_err(),
+        follower.may_write().await.unwrap_err(),
+    ] {
+        assert!(matches!(refused, Error::Follows), "{refused}");
+    }
+
+    // One that ends in good order is nobody's leader any more.
+    leader.close().await;
+    assert_eq!(follower.announced().await.unwrap().unwrap().url, "");
+    while !follower.lead().await.unwrap() {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    assert!(follower.leads() && follower.lead().await.unwrap());
+    follower.create_job(&suite::new_job("j-2"), &[], None).await.unwrap();
+    assert_eq!(follower.announced().await.unwrap().unwrap().term, 2);
+    assert!(matches!(Store::open(&database).await, Err(Error::Locked { .. })));
+}
+
+/// What is no state a follower writes as well, in turn with who leads.
+#[tokio::test]
+async fn who_follows_writes_refusals_down() {
+    let Some(database) = fresh().await else { return };
+    let leader = Store::open(&database).await.unwrap();
+    let follower = Store::follow(&database).await.unwrap();
+    let mut writes = tokio::task::JoinSet::new();
+    for n in 0..20 {
+        let store = if n % 2 == 0 { leader.clone() } else { follower.clone() };
+        writes.spawn(async move { store.append_audit(&crate::access::record(n, None)).await });
+    }
+    assert!(writes.join_all().await.into_iter().all(|done| done.is_ok()));
+    let found = follower.audit(None, attune_store::job::Order::Oldest, None, 100).await.unwrap().items;
+    assert_eq!(found.len(), 20);
+    assert_eq!(follower.n_revoked().await.unwrap(), 0);
+}
+
+/// A follower that does not know what a newer one has made of the database reads no further.
+#[tokio::test]
+async fn who_follows_an_unknown_schema_says_so() {
+    let Some(database) = fresh().await else { return };
+    let leader = Store::open(&database).await.unwrap();
+    let follower = Store::follow(&database).await.unwrap();
+    let mut server = direct(&database).await;
+    server
+        .execute("INSERT INTO schema_steps (step, sql) SELECT MAX(step) + 1, 'later' FROM schema_steps")
+        .await
+        .unwrap();
+    assert!(matches!(follower.announced().await, Err(Error::Schema(_))));
+    assert!(matches!(Store::follow(&database).await, Err(Error::Schema(_))));
+    leader.close().await;
+    assert!(matches!(follower.lead().await, Err(Error::Schema(_))) && !follower.leads());
+}

@@ -50,6 +50,41 @@ async fn a_dropped_store_loses_no_acknowledged_change() {
 }
 
 #[tokio::test]
+async fn a_log_that_is_torn_anywhere_keeps_what_was_acknowledged_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("attune.db");
+    let store = Store::open(&path.clone().into()).await.unwrap();
+    let log = folder.path().join("attune.db-wal");
+    // After each acknowledged change: how long the log is.
+    let mut acknowledged = Vec::new();
+    for job in ["j-1", "j-2", "j-3", "j-4"] {
+        store.create_job(&suite::new_job(job), &[], None).await.unwrap();
+        acknowledged.push((std::fs::metadata(&log).unwrap().len(), job));
+    }
+    let (database, whole) = (std::fs::read(&path).unwrap(), std::fs::read(&log).unwrap());
+    let first = acknowledged[0].0;
+    let last = whole.len() as u64;
+    let edges = acknowledged.iter().flat_map(|(end, _)| [end - 1, *end, end + 1]);
+    let cuts = (first..last).step_by(1511).chain(edges).filter(|cut| *cut <= last);
+    for (number, cut) in cuts.enumerate() {
+        // What was not written yet when the power went is missing, or is anything.
+        for tail in [0, 3000] {
+            let torn = folder.path().join(format!("torn-{number}-{tail}.db"));
+            std::fs::write(&torn, &database).unwrap();
+            let mut left = whole[..cut as usize].to_vec();
+            left.resize(left.len() + tail, 0xa5);
+            std::fs::write(folder.path().join(format!("torn-{number}-{tail}.db-wal")), left).unwrap();
+            let found = Store::open(&torn.into()).await.unwrap();
+            for (end, job) in &acknowledged {
+                let job = suite::new_job(job);
+                let stored = found.job(&job.project, &job.job).await;
+                assert_eq!(stored.is_ok(), *end <= cut, "{cut} of {last} bytes, {end}: {stored:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_second_scheduler_is_kept_out_until_the_first_is_gone() {
     let folder = tempfile::tempdir().unwrap();
     let path: Database = folder.path().join("attune.db").into();

@@ -42,6 +42,7 @@ macro_rules! cases {
             a_worker_id_is_its_first_owners,
             what_a_worker_holds_is_what_its_owner_may_read,
             the_audit_log_is_read_backwards_and_forgotten_in_time,
+            a_record_is_stored_with_its_change_or_neither_is,
             what_is_said_of_projects_and_workers_comes_back,
             jobs_whose_time_is_over_are_found,
             files_that_several_artifacts_have_are_kept_once,
@@ -51,9 +52,9 @@ macro_rules! cases {
 pub(crate) use cases;
 
 pub(crate) use crate::access::{
-    a_token_is_found_until_it_ends_and_its_secret_nowhere, a_worker_id_is_its_first_owners,
-    the_audit_log_is_read_backwards_and_forgotten_in_time, tokens_are_listed_by_project,
-    what_a_worker_holds_is_what_its_owner_may_read,
+    a_record_is_stored_with_its_change_or_neither_is, a_token_is_found_until_it_ends_and_its_secret_nowhere,
+    a_worker_id_is_its_first_owners, the_audit_log_is_read_backwards_and_forgotten_in_time,
+    tokens_are_listed_by_project, what_a_worker_holds_is_what_its_owner_may_read,
 };
 
 pub(crate) use crate::rules::{
@@ -184,6 +185,7 @@ pub(crate) async fn a_job_is_created_read_and_listed(store: Arc<Store>) {
         assert_eq!(created.events.len(), 1);
         assert_eq!(created.events[0].event.kind, "job.created");
     }
+    assert_eq!(store.last_job().await.unwrap(), Some(id("j-3")));
     let stored = store.job(&project(), &id("j-2")).await.unwrap();
     assert_eq!((stored.version, stored.epoch, stored.state), (1, Epoch(0), State::Queued));
     assert_eq!(stored.labels, new_job("j-2").labels);
@@ -534,7 +536,10 @@ pub(crate) async fn projects_do_not_see_each_other(store: Arc<Store>) {
     assert!(metrics.items.is_empty());
     assert!(matches!(store.artifact(&other, digest(1)).await, Err(Error::NotFound { .. })));
     assert!(matches!(store.resolve_tag(&other, &tag("a")).await, Err(Error::NotFound { .. })));
-    assert!(matches!(store.delete_artifact(&other, digest(1), true, UtcMs(1)).await, Err(Error::NotFound { .. })));
+    assert!(matches!(
+        store.delete_artifact(&other, digest(1), true, UtcMs(1), None).await,
+        Err(Error::NotFound { .. })
+    ));
     let theirs = NewJob { project: other.clone(), inputs: vec![input("base", 1)], ..new_job("j-1") };
     assert!(matches!(store.create_job(&theirs, &[], None).await, Err(Error::NotFound { .. })));
     assert_eq!(store.last_event(&other).await.unwrap(), Seq(0));
@@ -592,8 +597,8 @@ pub(crate) async fn tags_move_and_leave_a_trail(store: Arc<Store>) {
     assert_eq!(store.resolve_tag(&project(), &tag("a:b")).await.unwrap(), digest(2));
     assert!(matches!(store.apply(&[to(9, None)]).await, Err(Error::NotFound { .. })));
     assert_eq!(store.tags(&project()).await.unwrap(), [(tag("a:b"), digest(2))]);
-    store.untag(&project(), &tag("a:b"), UtcMs(2)).await.unwrap();
-    assert!(matches!(store.untag(&project(), &tag("a:b"), UtcMs(2)).await, Err(Error::NotFound { .. })));
+    store.untag(&project(), &tag("a:b"), UtcMs(2), None).await.unwrap();
+    assert!(matches!(store.untag(&project(), &tag("a:b"), UtcMs(2), None).await, Err(Error::NotFound { .. })));
     let moves: Vec<_> = store
         .events(&project(), None, Seq(2), 10)
         .await
@@ -622,12 +627,12 @@ pub(crate) async fn deletion_spares_what_is_needed(store: Arc<Store>) {
     store.commit_artifact(made_by(artifact(3, &[1]), "j-1", 1)).await.unwrap();
 
     for n in [1, 3] {
-        let used = store.delete_artifact(&project(), digest(n), true, UtcMs(1)).await.unwrap_err();
+        let used = store.delete_artifact(&project(), digest(n), true, UtcMs(1), None).await.unwrap_err();
         assert!(used.to_string().contains("\"j-1\", which has not ended"), "{used}");
     }
-    let tagged = store.delete_artifact(&project(), digest(2), false, UtcMs(1)).await.unwrap_err();
+    let tagged = store.delete_artifact(&project(), digest(2), false, UtcMs(1), None).await.unwrap_err();
     assert!(matches!(&tagged, Error::InUse(text) if text.contains("a:latest")), "{tagged}");
-    let (deleted, applied) = store.delete_artifact(&project(), digest(2), true, UtcMs(1)).await.unwrap();
+    let (deleted, applied) = store.delete_artifact(&project(), digest(2), true, UtcMs(1), None).await.unwrap();
     // The blob that 1 and 3 hold too is no orphan.
     assert_eq!(deleted.orphans, [digest(102)]);
     assert_eq!(deleted.tags, [tag("a")]);
@@ -636,13 +641,13 @@ pub(crate) async fn deletion_spares_what_is_needed(store: Arc<Store>) {
     assert!(matches!(store.artifact(&project(), digest(2)).await, Err(Error::NotFound { .. })));
 
     finish(&store, "j-1").await;
-    let made = store.delete_artifact(&project(), digest(1), false, UtcMs(1)).await.unwrap_err();
+    let made = store.delete_artifact(&project(), digest(1), false, UtcMs(1), None).await.unwrap_err();
     assert!(matches!(&made, Error::InUse(text) if text.contains("was made from")), "{made}");
-    store.delete_artifact(&project(), digest(1), true, UtcMs(1)).await.unwrap();
+    store.delete_artifact(&project(), digest(1), true, UtcMs(1), None).await.unwrap();
     // What was made from it still says so.
     let edges = store.lineage(&project(), digest(3), Direction::Causes, 5).await.unwrap().edges;
     assert_eq!(edges.iter().map(|edge| edge.cause).collect::<Vec<_>>(), [digest(1)]);
-    let (last, _) = store.delete_artifact(&project(), digest(3), false, UtcMs(1)).await.unwrap();
+    let (last, _) = store.delete_artifact(&project(), digest(3), false, UtcMs(1), None).await.unwrap();
     assert_eq!(last.orphans, [digest(103), digest(200)]);
 }
 

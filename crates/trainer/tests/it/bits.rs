@@ -256,7 +256,7 @@ fn a_stopped_run_goes_on_to_the_same_bytes() {
     }
 }
 
-fn checkpoint(outside: &Outside) -> PathBuf {
+pub(crate) fn checkpoint(outside: &Outside) -> PathBuf {
     let events = outside.events.lock().unwrap();
     let last = events.iter().rev().find_map(|event| match event {
         Event::Checkpoint { folder, .. } => Some(folder.clone()),

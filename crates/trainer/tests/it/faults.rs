@@ -144,6 +144,27 @@ fn an_exploding_run_fails_as_numeric_and_names_the_tensor() {
     assert!(message.contains("is not finite at step"), "{message}");
 }
 
+/// A base whose attentions say nothing to the rest of it: what is trained in them can learn nothing, and the run says so.
+#[test]
+fn a_run_whose_adapter_gets_no_signal_names_the_tensor() {
+    let small = Small::with_weights();
+    let file = small.path("base/model.safetensors");
+    let mut weights = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    for layer in 0..2 {
+        let weight = weights.get_mut(&format!("model.layers.{layer}.self_attn.o_proj.weight")).unwrap();
+        *weight = weight.zeros_like().unwrap();
+    }
+    candle_core::safetensors::save(&weights, &file).unwrap();
+    let of = |targets: &'static str| {
+        [("tune.from_scratch", "false"), ("tune.adapter.targets", targets), ("tune.adapter.dropout", "0")]
+    };
+    let (class, message) = fail(&small, &of("q_proj"), None);
+    assert_eq!(class, FailureClass::NoGradient, "{message}");
+    let expected = "was zero in each of the first 8 steps; it does not learn";
+    assert!(message.contains("q_proj") && message.ends_with(expected), "{message}");
+    small.finish(small.plan(&of("down_proj")), 1);
+}
+
 #[test]
 fn a_checkpoint_that_is_not_whole_or_not_of_this_plan_is_refused() {
     let small = Small::new();

@@ -8,6 +8,7 @@ mod audits;
 mod bits;
 mod calibration;
 mod cohort;
+mod every;
 mod faults;
 mod gangs;
 mod outputs;

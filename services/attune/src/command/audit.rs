@@ -60,15 +60,13 @@ fn show(records: &[v1::AuditRecord], out: &mut Out) -> Result<(), Failure> {
     }
     let mut table = Table::new(["TIME", "WHO", "TOKEN", "PROJECT", "CALL", "ABOUT", "ANSWER"].map(Column::left));
     for record in records {
-        // What others wrote may not steer a terminal.
-        let plain = |text: &str| text.chars().flat_map(char::escape_debug).collect::<String>();
         table.row([
             words::time(record.time.as_ref()).unwrap_or_default(),
-            plain(&record.name),
-            plain(&record.caller),
+            record.name.clone(),
+            record.caller.clone(),
             record.project.clone(),
             record.rpc.clone(),
-            plain(&record.target),
+            record.target.clone(),
             record.outcome.clone(),
         ]);
     }

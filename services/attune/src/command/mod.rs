@@ -89,7 +89,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
     let server = &arguments.global.server;
     match arguments.command {
         Command::Up(arguments) => up::up(&arguments),
-        Command::Scheduler(arguments) => up::scheduler(&arguments),
+        Command::Scheduler(arguments) => up::scheduler(&arguments, server),
         Command::Worker(arguments) => up::worker(&arguments, server),
         Command::Submit(arguments) => submit::run(&arguments, server, out),
         Command::Jobs(command) => jobs::run(&command, server, out),

@@ -197,8 +197,7 @@ fn forecast(forecast: Option<&v1::Forecast>, out: &mut Out) -> Result<(), Failur
         "parameters  {} of {} train ({share:.2} %)",
         forecast.trainable_parameters, forecast.total_parameters
     ))?;
-    // The program itself, its libraries and the data it has read come on top.
-    let memory = format!("{} for weights, training state and activations", words::bytes(forecast.memory_bytes));
+    let memory = format!("{} at the peak of a process", words::bytes(forecast.memory_bytes));
     out.line(&format!("memory      {}", known(forecast.memory_bytes, memory)))?;
     out.line(&format!("steps       {}", known(forecast.steps, forecast.steps.to_string())))?;
     out.line(&format!("tokens      {}", known(forecast.tokens, forecast.tokens.to_string())))?;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use attune_scheduler::{Database, Leader, Tls};
+use attune_scheduler::{Database, Tls};
 use attune_telemetry::{Logging, Stop, TaskGroup};
 
 use crate::print::Failure;
@@ -55,9 +55,13 @@ pub(crate) struct Scheduler {
     /// Where artifacts are kept: a folder or s3://bucket/prefix.
     #[arg(long, value_name = "FOLDER|URL")]
     artifacts: String,
-    /// Waits while another scheduler has the database, and takes over when that one is gone. It listens from then on.
+    /// Follows while another scheduler leads on the same database of PostgreSQL: answers what it reads, passes the rest on to that
+    /// one (as a client, with --ca, --cert and --key), and takes over when that one is gone. On a file of SQLite it only waits.
     #[arg(long)]
     standby: bool,
+    /// The URL at which other schedulers reach this one; by default that of --listen.
+    #[arg(long, value_name = "URL", env = "ATTUNE_ADVERTISE")]
+    advertise: Option<String>,
     /// The server's certificate with its chain (PEM): connections are encrypted then, and no other is answered.
     #[arg(long, value_name = "FILE", env = "ATTUNE_TLS_CERT", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -154,7 +158,7 @@ fn home() -> Result<PathBuf, Failure> {
         .ok_or_else(|| Failure::usage("there is no home folder; name one with --data-dir FOLDER"))
 }
 
-pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
+pub(super) fn scheduler(arguments: &Scheduler, server: &Server) -> Result<(), Failure> {
     log()?;
     block_on(async {
         let tls = arguments.tls()?;
@@ -163,17 +167,19 @@ pub(super) fn scheduler(arguments: &Scheduler) -> Result<(), Failure> {
         let (database, artifacts) = (arguments.database.clone(), arguments.artifacts.clone());
         let mut config = arguments.arguments.config(database, artifacts.clone(), &url)?;
         config.tls = tls;
-        let leader = if arguments.standby {
-            Leader::wait(config, stack::asked_to_end()).await.map(|leader| leader.map(Box::new))
+        config.advertise = arguments.advertise.clone();
+        config.peers = server.tls()?;
+        let scheduler = if arguments.standby {
+            attune_scheduler::Scheduler::stand_by(config, stack::asked_to_end()).await.map(|some| some.map(Box::new))
         } else {
-            Leader::take(config).await.map(|leader| Some(Box::new(leader)))
+            attune_scheduler::Scheduler::lead(config).await.map(|one| Some(Box::new(one)))
         };
-        let Some(leader) = leader.map_err(|error| Failure::caused(&error))? else { return Ok(()) };
+        let Some(scheduler) = scheduler.map_err(|error| Failure::caused(&error))? else { return Ok(()) };
         let listener = arguments.arguments.bind(scheme == "https").await?;
         if let Ok(address) = listener.local_addr() {
             tracing::info!(target: "attune", url = format!("{scheme}://{address}"), artifacts, "listening");
         }
-        let served = leader.serve(listener, stack::asked_to_end()).await;
+        let served = scheduler.serve(listener, stack::asked_to_end()).await;
         served.map_err(|error| Failure::caused(&error))
     })
 }

@@ -1,18 +1,22 @@
 //! `attune workers`: the fleet.
 
+use std::path::PathBuf;
+
 use attune_proto::{Client, v1};
+use attune_scheduler::providers::{self, Account, Defaults};
 use serde_json::json;
 
 use crate::print::{Column, Failure, Out, Table, note};
-use crate::remote::{Server, block_on};
-use crate::words;
+use crate::remote::{DEFAULT_ADDRESS, Server, block_on, read};
+use crate::{stack, words};
 
 /// Lists workers, keeps new work from them and lets it to them again.
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = "Examples:
   attune workers list
   attune workers drain gpu-17         for maintenance: its jobs write a checkpoint and go on elsewhere
-  attune workers uncordon gpu-17      afterwards")]
+  attune workers uncordon gpu-17      afterwards
+  attune workers render gpu.yaml      what the engine is asked for a worker of this file")]
 pub(crate) enum Command {
     /// Lists the workers that are known.
     List,
@@ -22,6 +26,31 @@ pub(crate) enum Command {
     Drain(One),
     /// Lets new work to a worker again.
     Uncordon(One),
+    /// Shows what an engine (Kubernetes, Slurm, this machine) would be asked for one worker: the Job's manifest, or the command line.
+    Render(Render),
+}
+
+/// Of which pool, and what.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  attune workers render gpu.yaml
+  attune workers render gpu.yaml | kubectl create --dry-run=server -f -
+  attune workers render gpu.yaml --rights ops:attune | kubectl apply -f -")]
+pub(crate) struct Render {
+    /// The file that `attune scheduler --provider` is given.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Shows what Kubernetes must allow the scheduler instead: a role, and its binding to the service account as which it runs.
+    #[arg(long, value_name = "[NAMESPACE:]ACCOUNT", value_parser = account)]
+    rights: Option<Account>,
+}
+
+fn account(text: &str) -> Result<Account, String> {
+    let (namespace, name) = text.split_once(':').map_or((None, text), |(namespace, name)| (Some(namespace), name));
+    if name.is_empty() || namespace.is_some_and(str::is_empty) {
+        return Err("expected the name of a service account, such as attune or ops:attune".to_owned());
+    }
+    Ok(Account { namespace: namespace.map(str::to_owned), name: name.to_owned() })
 }
 
 /// Which worker.
@@ -34,12 +63,12 @@ pub(crate) struct One {
 
 pub(super) fn run(command: &Command, server: &Server, out: &mut Out) -> Result<(), Failure> {
     block_on(async {
-        let client = server.connect().await?;
         match command {
-            Command::List => list(&client, out).await,
-            Command::Cordon(one) => cordon(&client, &one.worker, false, out).await,
-            Command::Drain(one) => cordon(&client, &one.worker, true, out).await,
-            Command::Uncordon(one) => uncordon(&client, &one.worker, out).await,
+            Command::List => list(&server.connect().await?, out).await,
+            Command::Cordon(one) => cordon(&server.connect().await?, &one.worker, false, out).await,
+            Command::Drain(one) => cordon(&server.connect().await?, &one.worker, true, out).await,
+            Command::Uncordon(one) => uncordon(&server.connect().await?, &one.worker, out).await,
+            Command::Render(asked) => render(asked, out),
         }
     })
 }
@@ -135,4 +164,26 @@ async fn uncordon(client: &Client, worker: &str, out: &mut Out) -> Result<(), Fa
     client.retrying(ask).await?;
     note(&format!("{worker} gets new work again"));
     if out.is_json() { out.document(&json!({"id": worker, "cordoned": false})) } else { Ok(()) }
+}
+
+fn render(asked: &Render, out: &mut Out) -> Result<(), Failure> {
+    let file = asked.file.display().to_string();
+    let defaults = Defaults {
+        program: stack::program()?.path,
+        server: Some(format!("http://{DEFAULT_ADDRESS}")),
+        needs_token: false,
+    };
+    let pool = providers::read(&read(&asked.file)?, &defaults).map_err(|faults| Failure::invalid(&file, faults))?;
+    let text = match &asked.rights {
+        Some(account) => pool
+            .provider
+            .rights(account)
+            .ok_or_else(|| Failure::usage(format!("{file}: its engine has no accounts; --rights is for Kubernetes")))?,
+        None => pool.rendered(),
+    };
+    if out.is_json() {
+        out.document(&json!({"pool": pool.pool.name.as_str(), "rendered": text}))
+    } else {
+        out.text(&text)
+    }
 }

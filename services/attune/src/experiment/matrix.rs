@@ -1,9 +1,9 @@
 //! Which jobs a grid is of: a job file, axes along which some of its fields differ, and for one that is too large to run a search.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use attune_search::{SEARCHES, Search, Space};
+use attune_spec::axis::{self, Axis, Choice};
 use attune_spec::id::Step;
 use attune_spec::job::read_yaml;
 use attune_spec::method::{BuildCx, MethodRef};
@@ -55,29 +55,6 @@ pub(crate) struct Shown {
     pub(crate) mean_over: Vec<String>,
 }
 
-/// What differs from job to job: either values of one field, or named sets of fields.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Axis {
-    /// Its name.
-    pub(crate) name: String,
-    /// The field that takes each of a list of values.
-    #[serde(default)]
-    field: Option<String>,
-    /// Whether a search takes values that are neighbours in the list for alike; lists of numbers are if it is left out.
-    #[serde(default)]
-    ordered: Option<bool>,
-    /// A list of values of the field, or names with the fields that each sets.
-    values: Values,
-}
-
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(untagged)]
-enum Values {
-    Listed(Vec<Value>),
-    Named(serde_json::Map<String, Value>),
-}
-
 /// One job of the grid: its place on each axis, and what it changes in the job file.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Cell {
@@ -120,7 +97,7 @@ impl Matrix {
     /// The values of an axis, in the order of the file.
     pub(crate) fn values(&self, axis: &str) -> Vec<String> {
         let axis = self.vary.iter().find(|known| known.name == axis);
-        axis.map_or_else(Vec::new, |axis| axis.choices().into_iter().map(|(name, _)| name).collect())
+        axis.map_or_else(Vec::new, |axis| axis.choices().into_iter().map(|choice| choice.name).collect())
     }
 
     /// The axes by which neither rows are made nor means taken.
@@ -135,21 +112,10 @@ impl Matrix {
             faults.push(Fault::new("version", format!("is {}; this build reads version 1", self.version)));
         }
         let vary = FieldPath::from("vary");
-        if self.vary.is_empty() {
-            faults.push(Fault::new(vary.clone(), "is empty; expected at least one axis"));
-        }
-        let mut seen: BTreeMap<&str, usize> = BTreeMap::new();
+        faults.extend(axis::faults(&self.vary, &vary));
         if let Some(index) = self.vary.iter().position(|axis| axis.name == THEN) {
             let message = format!("is {THEN:?}, which jobs that are run once more are known by; call it otherwise");
             faults.push(Fault::new(vary.index(index).field("name"), message));
-        }
-        for (index, axis) in self.vary.iter().enumerate() {
-            let path = vary.index(index);
-            if let Some(other) = seen.insert(&axis.name, index) {
-                let message = format!("is {:?}, as `vary[{other}]` is called; give each its own", axis.name);
-                faults.push(Fault::new(path.field("name"), message));
-            }
-            faults.extend(axis.faults(&path));
         }
         let known = |name: &&String| !self.vary.iter().any(|axis| axis.name == **name);
         for name in self.report.rows.iter().chain(&self.report.mean_over).filter(known) {
@@ -165,7 +131,7 @@ impl Matrix {
                 }
             }
             None => {
-                let jobs = self.vary.iter().map(|axis| axis.choices().len()).fold(1usize, usize::saturating_mul);
+                let jobs = axis::size(&self.vary);
                 if jobs > JOBS_MAX {
                     let message = format!("makes {jobs} jobs; expected at most {JOBS_MAX}, or a `search` among them");
                     faults.push(Fault::new(vary, message));
@@ -186,7 +152,7 @@ impl Matrix {
 
     /// Its axes, as a search sees them.
     pub(crate) fn space(&self) -> Space {
-        let axis = |axis: &Axis| attune_search::Axis { values: axis.choices().len(), ordered: axis.is_ordered() };
+        let axis = |axis: &Axis| attune_search::Axis { values: axis.len(), ordered: axis.is_ordered() };
         Space::new(self.vary.iter().map(axis).collect())
     }
 
@@ -194,9 +160,9 @@ impl Matrix {
     pub(crate) fn cell(&self, place: &[usize]) -> Cell {
         let mut cell = Cell { place: Vec::new(), set: Vec::new() };
         for (axis, &index) in self.vary.iter().zip(place) {
-            if let Some((value, set)) = axis.choices().into_iter().nth(index) {
-                cell.place.push((axis.name.clone(), value));
-                cell.set.extend(set);
+            if let Some(Choice { name, set, .. }) = axis.choices().into_iter().nth(index) {
+                cell.place.push((axis.name.clone(), name));
+                cell.set.extend(set.iter().map(|(field, value)| Assignment::new(field, value)));
             }
         }
         cell
@@ -212,70 +178,14 @@ impl Matrix {
 
     /// All jobs, those of the first value of the first axis first.
     pub(crate) fn cells(&self) -> Vec<Cell> {
-        let mut cells = vec![Cell { place: Vec::new(), set: Vec::new() }];
-        for axis in &self.vary {
-            let choices = axis.choices();
-            let extended = cells.iter().flat_map(|cell| {
-                choices.iter().map(|(value, set)| {
-                    let mut cell = cell.clone();
-                    cell.place.push((axis.name.clone(), value.clone()));
-                    cell.set.extend(set.iter().cloned());
-                    cell
-                })
-            });
-            cells = extended.collect();
-        }
-        cells
-    }
-}
-
-impl Axis {
-    fn faults(&self, path: &FieldPath) -> Vec<Fault> {
-        let fault = |field: &str, message: &str| vec![Fault::new(path.field(field), message)];
-        match (&self.values, &self.field) {
-            (Values::Listed(values), _) if values.is_empty() => fault("values", "is empty; expected one or more"),
-            (Values::Named(values), _) if values.is_empty() => fault("values", "is empty; expected one or more"),
-            (Values::Listed(_), None) => fault("field", "is missing: a list of values needs the field that takes them"),
-            (Values::Named(_), Some(_)) => {
-                fault("field", "is given, but the values are named and say their fields themselves")
-            }
-            (Values::Named(values), None) => {
-                let wrong = values.iter().filter(|(_, set)| !set.is_object());
-                let message =
-                    |name: &str| format!("is no mapping of fields to values, such as `{name}: {{tune.seed: 1}}`");
-                wrong.map(|(name, _)| Fault::new(path.field("values").field(name), message(name))).collect()
-            }
-            (Values::Listed(_), Some(_)) => Vec::new(),
-        }
-    }
-
-    fn is_ordered(&self) -> bool {
-        let of_numbers = matches!(&self.values, Values::Listed(values) if values.iter().all(Value::is_number));
-        self.ordered.unwrap_or(of_numbers)
-    }
-
-    /// Its values by name, with the fields that each sets.
-    fn choices(&self) -> Vec<(String, Vec<Assignment>)> {
-        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        match &self.values {
-            Values::Listed(values) => {
-                let field = self.field.as_deref().unwrap_or_default();
-                values.iter().map(|value| (text(value), vec![Assignment::new(field, value)])).collect()
-            }
-            Values::Named(values) => {
-                let set = |fields: &Value| {
-                    let fields = fields.as_object().into_iter().flatten();
-                    fields.map(|(field, value)| Assignment::new(field, value)).collect()
-                };
-                values.iter().map(|(name, fields)| (name.clone(), set(fields))).collect()
-            }
-        }
+        axis::product(&self.vary).iter().map(|place| self.cell(place)).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use attune_architecture::{Architecture, Site, SiteId, targets};
+    use attune_spec::axis::Values;
     use attune_spec::job::Targets;
     use attune_spec::method::SiteKind;
 
@@ -320,21 +230,15 @@ version: 2
 name: small
 job: ./job.yaml
 vary:
-  - {name: a, values: [1]}
-  - {name: a, field: tune.seed, values: {x: {tune.steps: 1}}}
-  - {name: b, values: {x: 3}}
-  - {name: c, field: tune.seed, values: []}
+  - {name: a, field: tune.seed, values: [1]}
+  - {name: a, field: tune.steps, values: [2]}
 report: {rows: d}
 ";
         let faults: Vec<String> = matrix(wrong).faults().iter().map(ToString::to_string).collect();
         let expected = [
             "`version` is 2; this build reads version 1",
-            "`vary[0].field` is missing: a list of values needs the field that takes them",
             "`vary[1].name` is \"a\", as `vary[0]` is called; give each its own",
-            "`vary[1].field` is given, but the values are named and say their fields themselves",
-            "`vary[2].values.x` is no mapping of fields to values, such as `x: {tune.seed: 1}`",
-            "`vary[3].values` is empty; expected one or more",
-            "`report` names the axis \"d\"; the axes are a, a, b, c",
+            "`report` names the axis \"d\"; the axes are a, a",
         ];
         assert_eq!(faults, expected);
     }

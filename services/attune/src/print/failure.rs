@@ -6,6 +6,8 @@ use attune_proto::Class;
 use attune_spec::Fault;
 use serde_json::json;
 
+use super::plain;
+
 /// The exit status of a job or call that failed.
 pub(crate) const FAILED: u8 = 1;
 /// The exit status of wrong usage or an invalid file.
@@ -89,9 +91,9 @@ impl Failure {
 
     fn text(&self, colour: bool) -> String {
         let (red, cyan, end) = if colour { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
-        let mut text = format!("{red}error:{end} {}\n", self.message);
+        let mut text = format!("{red}error:{end} {}\n", plain(&self.message));
         for fault in &self.faults {
-            text.push_str(&format!("  {fault}\n"));
+            text.push_str(&format!("  {}\n", plain(&fault.to_string())));
         }
         if let Some(hint) = &self.hint {
             text.push_str(&format!("\n{cyan}hint:{end} {hint}\n"));

@@ -4,7 +4,7 @@ use std::io::{BufWriter, Stdout, Write};
 
 use serde::Serialize;
 
-use super::{Failure, Table};
+use super::{Failure, Table, plain};
 
 /// Standard output.
 pub(crate) struct Out {
@@ -28,9 +28,9 @@ impl Out {
         self.stdout.write_all(text.as_bytes()).map_err(|error| Failure::output(&error))
     }
 
-    /// Text and a line break.
+    /// Text and a line break; nothing in it steers a terminal.
     pub(crate) fn line(&mut self, text: &str) -> Result<(), Failure> {
-        self.text(text)?;
+        self.text(&plain(text))?;
         self.text("\n")
     }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::plain;
+
 /// A column: its heading, and which side its cells keep to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Column {
@@ -34,9 +36,9 @@ impl Table {
         Self { columns: columns.into_iter().collect(), rows: Vec::new() }
     }
 
-    /// Adds a row. Line breaks in a cell become spaces.
+    /// Adds a row. Line breaks in a cell become spaces, and nothing in it steers a terminal.
     pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
-        let flat = |cell: String| if cell.contains(['\n', '\r']) { cell.replace(['\n', '\r'], " ") } else { cell };
+        let flat = |cell: String| plain(&cell.replace(['\n', '\r'], " ")).into_owned();
         self.rows.push(cells.into_iter().map(|cell| flat(cell.into())).collect());
     }
 }

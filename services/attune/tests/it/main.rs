@@ -9,6 +9,7 @@ mod fairness;
 mod generate;
 mod help;
 mod methods;
+mod render;
 mod server;
 mod support;
 mod validate;

@@ -33,7 +33,7 @@ pub enum Outcome {
 pub enum Look {
     /// All stages that can be made are made.
     Wait,
-    /// All stages have succeeded and no other follows.
+    /// All stages have succeeded, but for as many as may fail, and no other follows.
     Done,
     /// The next stage cannot be made.
     Broken(Cause),

@@ -126,7 +126,7 @@ pub fn gang_whole(core: &Core) -> Result<(), Broken> {
     Ok(())
 }
 
-/// A job of stages is never granted, and a stage runs only while the job that it belongs to is not final, but for the time that
+/// A job of stages is never granted and goes on while no more of them have failed than may, and a stage runs only while the job that it belongs to is not final, but for the time that
 /// stopping takes.
 ///
 /// # Errors
@@ -137,6 +137,8 @@ pub fn stages_belong(core: &Core) -> Result<(), Broken> {
         let holds_nothing =
             !job.request.is_staged || (job.epoch.0 == 0 && (job.state == State::Waiting || job.state.is_final()));
         holds(NAME, holds_nothing, || format!("{} has stages and is {}", job.key, job.state))?;
+        let may_go_on = job.state.is_final() || job.n_stages_failed <= job.request.may_fail;
+        holds(NAME, may_go_on, || format!("{} goes on, {} of its stages having failed", job.key, job.n_stages_failed))?;
         let Some(parent) = job.parent().filter(|_| !job.state.is_final()) else { continue };
         let is_open =
             core.job(&parent).is_some_and(|parent| !parent.state.is_final() && parent.pending.contains(&job.key.job));

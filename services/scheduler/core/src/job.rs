@@ -49,6 +49,8 @@ pub struct Request {
     /// Whether it consists of other jobs, its stages: it holds no device, and ends when somebody has seen that the last one has
     /// succeeded, or when one has not.
     pub is_staged: bool,
+    /// How many of its stages may fail or be cancelled while the others go on.
+    pub may_fail: u32,
     /// The job of the same project that it is a stage of.
     pub parent: Option<JobId>,
 }
@@ -64,6 +66,7 @@ impl Default for Request {
             share: None,
             memory: Memory::default(),
             is_staged: false,
+            may_fail: 0,
             parent: None,
         }
     }
@@ -105,13 +108,17 @@ pub struct Job {
     pub n_offers_lost: u32,
     /// The newest committed checkpoint.
     pub checkpoint: Option<Checkpoint>,
+    /// The one before it, which the job goes on from when the newest turns out to be damaged.
+    pub older: Option<Checkpoint>,
     /// The highest step of any committed checkpoint. A higher one is progress.
     pub progress: Step,
     /// What the attempt of this epoch committed as results.
     pub outputs: BTreeSet<Digest>,
-    /// The jobs that it comes after, or the stages that it has so far, which have not succeeded yet; of a job without stages empty
-    /// exactly when it has left `Waiting` for the queue.
+    /// The jobs that it comes after, or the stages that it has so far, which have not succeeded yet and may still; of a job without
+    /// stages empty exactly when it has left `Waiting` for the queue.
     pub pending: BTreeSet<JobId>,
+    /// Stages that have ended without success; no more than may fail while it has not ended.
+    pub n_stages_failed: u32,
     /// The workers of its newest gang, which have its inputs on their disks.
     pub workers: BTreeSet<WorkerId>,
     /// Workers that were lost while they ran it, since the last progress.

@@ -113,7 +113,7 @@ impl Reason {
     pub fn words(self) -> String {
         let text = match self {
             Self::DependencyPending => "a job that it comes after has not succeeded yet",
-            Self::StagesPending => "its stages have not all succeeded yet",
+            Self::StagesPending => "its stages have not all ended yet",
             Self::Submitted => "submitted",
             Self::DependenciesMet => "all jobs that it comes after have succeeded",
             Self::Resumed => "resumed",

@@ -140,7 +140,7 @@ impl History {
         let after = after.filter(|_| !is_staged).map(id).into_iter().collect();
         let request = Request { after, is_staged, parent, ..Request::default() };
         let id = attune_store::job::Request { id: format!("r-{}", self.n_jobs), body: Digest::from_bytes([0; 32]) };
-        let submission = Submission { job: Box::new(job), request, id: Some(id) };
+        let submission = Submission { job: Box::new(job), request, id: Some(id), record: None };
         let (row, _) = self.desk.submit(submission).await.unwrap().unwrap();
         assert_eq!(row.job.as_str(), format!("j-{:04}", self.n_jobs));
     }

@@ -20,7 +20,7 @@ use attune_telemetry::Stop;
 use tokio::sync::{Notify, mpsc};
 use tonic::Status;
 
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::config::Config;
 use crate::error::Error;
 use crate::front::{Ask, Letter, Reply, Seen, Standing, Stock, Submission};
@@ -64,6 +64,9 @@ impl Desk {
     ) -> Result<Self, Error> {
         let settings = config.settings();
         let (core, ledger) = restore(&store, settings, clock).await?;
+        if let Some(last) = store.last_job().await? {
+            clock::ids_follow(&last);
+        }
         tracing::info!(jobs = core.jobs().count(), cohorts = core.cohorts().count(), "scheduler restored");
         let desk = Self {
             settings,
@@ -143,8 +146,9 @@ impl Desk {
                 self.relay(&worker, &peer);
                 (Ok(Reply::Written), vec![])
             }
-            Ask::Delete { project, digest } => {
-                let deleted = self.store.delete_artifact(&project, digest, false, Clock::utc()).await;
+            Ask::Delete { project, digest, record } => {
+                let now = Clock::utc();
+                let deleted = self.store.delete_artifact(&project, digest, false, now, record.as_deref()).await;
                 (deleted.map(|(deleted, _)| Reply::Deleted(deleted)).map_err(status::store), vec![])
             }
             Ask::Blocked(key) => (Ok(Reply::Blocked(self.core.blocked(&key))), vec![]),
@@ -277,7 +281,7 @@ impl Desk {
         &mut self,
         submission: Submission,
     ) -> Result<Result<(attune_store::job::Job, Vec<Action>), Status>, Error> {
-        let Submission { job, request, id } = submission;
+        let Submission { job, request, id, record } = submission;
         let before = match &id {
             Some(id) => self.store.job_of_request(&job.project, id).await,
             None => match self.store.job(&job.project, &job.job).await {
@@ -310,7 +314,8 @@ impl Desk {
         if let Answer::Refused(refusal) = &effects.answer {
             return Ok(Err(status::refusal(refusal)));
         }
-        let extra = Extra { new_job: Some(job), ..Extra::default() };
+        let writes = record.map(Write::Audit).into_iter().collect();
+        let extra = Extra { new_job: Some(job), writes, ..Extra::default() };
         let transaction = self.ledger.record(&effects.changes, extra, Clock::utc());
         let stored = self.commit_as(transaction, id.as_ref()).await?;
         Ok(stored.and_then(|job| {
@@ -364,8 +369,11 @@ impl Desk {
                 self.tell_due();
                 Ok(Ok(job))
             }
-            // Whoever leads now goes on from the database; so would this one, and be refused again.
-            Err(error @ attune_store::Error::Replaced { .. }) => Err(error.into()),
+            // Whoever leads now goes on from the database; so would this one, and be refused again. And a disk that has lost a
+            // write once says nothing of it when it is asked again: who starts anew reads what is really there.
+            Err(error @ (attune_store::Error::Replaced { .. } | attune_store::Error::NotDurable(_))) => {
+                Err(error.into())
+            }
             Err(error) => {
                 tracing::error!(%error, "a change could not be stored; the scheduler starts anew from the database");
                 self.reload().await?;

@@ -11,14 +11,20 @@ use tonic::codegen::Bytes;
 use tonic::codegen::http::HeaderMap;
 
 /// A body until `end` is done, and then the status that it says.
-pub(super) struct Cut {
+pub(crate) struct Cut {
     inner: Option<Body>,
     end: BoxFuture<'static, Status>,
+    broken: Option<Status>,
 }
 
 impl Cut {
-    pub(super) fn new(inner: Body, end: BoxFuture<'static, Status>) -> Self {
-        Self { inner: Some(inner), end }
+    pub(crate) fn new(inner: Body, end: BoxFuture<'static, Status>) -> Self {
+        Self { inner: Some(inner), end, broken: None }
+    }
+
+    /// The same, which ends with a status where whoever writes it breaks off, and not without one.
+    pub(crate) fn or_broken(self, status: Status) -> Self {
+        Self { broken: Some(status), ..self }
     }
 }
 
@@ -33,13 +39,24 @@ impl http_body::Body for Cut {
                 self.inner = None;
                 return Poll::Ready(None);
             }
+            Poll::Ready(Some(Err(error))) => {
+                self.inner = None;
+                return Poll::Ready(Some(match self.broken.take() {
+                    Some(status) => last(&status),
+                    None => Err(error),
+                }));
+            }
             Poll::Ready(frame) => return Poll::Ready(frame),
             Poll::Pending => {}
         }
         let Poll::Ready(status) = self.end.as_mut().poll(cx) else { return Poll::Pending };
         // Whoever writes the answer learns by it that nobody reads.
         self.inner = None;
-        let mut trailers = HeaderMap::new();
-        Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
+        Poll::Ready(Some(last(&status)))
     }
+}
+
+fn last(status: &Status) -> Result<Frame<Bytes>, Status> {
+    let mut trailers = HeaderMap::new();
+    status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))
 }

@@ -6,10 +6,12 @@ use attune_proto::Class;
 use attune_proto::convert::id::field;
 use attune_spec::id::Project;
 use attune_store::UtcMs;
+use attune_store::audit::Record;
 use attune_store::token::{Role, Token};
 use tonic::{Request, Status};
 
 use super::rules::Rule;
+use crate::clock::Clock;
 
 /// Characters of what a call is about that are written down: a digest, a tag, or the beginning of what is neither.
 const TARGET_CHARS: usize = 128;
@@ -52,6 +54,10 @@ pub(crate) struct About {
     pub(crate) target: String,
     /// Whether it asked for a project that is not the caller's.
     pub(crate) is_foreign: bool,
+    /// What was called, `JobService/CreateJob`.
+    rpc: &'static str,
+    /// Whether its record is stored, with the change that it asked for.
+    pub(crate) is_recorded: bool,
 }
 
 impl Caller {
@@ -193,6 +199,37 @@ impl Caller {
     /// Notes the project that the call is about where that is not the request's.
     pub(crate) fn concerns_project(&self, project: Option<&Project>) {
         self.noted().project = project.cloned();
+    }
+
+    /// Notes what is called.
+    pub(super) fn calls(&self, rpc: &'static str) {
+        self.noted().rpc = rpc;
+    }
+
+    /// The record of the call with its answer; nothing where nobody is asked who they are.
+    pub(super) fn record_of(&self, rpc: &str, outcome: tonic::Code) -> Option<Record> {
+        let (caller, about) = (self.id()?.to_owned(), self.about());
+        Some(Record {
+            time: Clock::utc(),
+            caller,
+            name: self.name().to_owned(),
+            peer: self.peer().to_owned(),
+            project: about.project,
+            rpc: rpc.to_owned(),
+            target: about.target,
+            outcome: super::code_name(outcome),
+        })
+    }
+
+    /// The record of the change that the call asks for, which is stored with it: that it was made.
+    pub(crate) fn record(&self) -> Option<Box<Record>> {
+        let rpc = self.about().rpc;
+        self.record_of(rpc, tonic::Code::Ok).map(Box::new)
+    }
+
+    /// Notes that the record is stored, with the change.
+    pub(crate) fn is_recorded(&self) {
+        self.noted().is_recorded = true;
     }
 
     /// What the call turned out to be about.

@@ -27,7 +27,7 @@ pub(crate) async fn first_admin(store: &Store, file: Option<&Path>) -> Result<()
             return Err(Error::Auth(format!("{} holds no token; remove it, and one is made", file.display())));
         };
         if store.token(id).await?.is_none() {
-            store.create_token(&admin(id.to_owned(), token::hash(secret))).await?;
+            store.create_token(&admin(id.to_owned(), token::hash(secret)), None).await?;
             tracing::info!(token = id, file = %file.display(), "the token of a file is an admin's now");
         }
     }
@@ -40,7 +40,7 @@ pub(crate) async fn first_admin(store: &Store, file: Option<&Path>) -> Result<()
     };
     let Minted { id, hash, whole } = mint();
     write(file, &whole).await.map_err(|source| Error::AdminFile { path: file.to_owned(), source })?;
-    store.create_token(&admin(id.clone(), hash)).await?;
+    store.create_token(&admin(id.clone(), hash), None).await?;
     tracing::info!(token = id, file = %file.display(), "the first admin's token was written to a file");
     Ok(())
 }
@@ -119,7 +119,7 @@ mod tests {
         std::fs::write(&file, format!("{}\n", minted.whole.expose())).unwrap();
         first_admin(&store, Some(&file)).await.unwrap();
         assert!(store.has_admin(Clock::utc()).await.unwrap());
-        store.revoke_token(&minted.id, Clock::utc()).await.unwrap();
+        store.revoke_token(&minted.id, Clock::utc(), None).await.unwrap();
         // It is not made valid again, and its file is not written over.
         first_admin(&store, Some(&file)).await.unwrap_err();
         assert!(!store.has_admin(Clock::utc()).await.unwrap());

@@ -18,6 +18,8 @@ use tower::{Layer, Service};
 use super::body::Cut;
 use super::rules::{self, Rule};
 use super::{Caller, Guard, nobody};
+use crate::relay;
+use crate::replica::Lead;
 
 /// Puts the guard before services.
 #[derive(Debug, Clone)]
@@ -58,10 +60,16 @@ where
         let mut inner = std::mem::replace(&mut self.inner, ready);
         let guard = Arc::clone(&self.guard);
         async move {
-            let peer = peer(&request);
+            let passed_on = guard.replica.passed_on(request.headers_mut());
+            let peer = passed_on.as_ref().and_then(|by| by.peer.clone()).unwrap_or_else(|| peer(&request));
             let rule = rules::of_path(request.uri().path());
             if rule.is_some_and(|rule| rule.is_public) {
                 return inner.call(request).await;
+            }
+            if rule.is_some_and(|rule| rule.is_led)
+                && let Some(lead) = guard.replica.other()
+            {
+                return Ok(elsewhere(&guard, rule, lead, request, &peer, passed_on.is_some()).await);
             }
             let (rule, caller) = match admit(&guard, rule, request.headers(), &peer).await {
                 Ok(admitted) => admitted,
@@ -85,6 +93,34 @@ where
     }
 }
 
+/// The answer of the scheduler that leads. It looks at the credential itself; where it cannot be asked, nobody learns so without one.
+async fn elsewhere(
+    guard: &Guard,
+    rule: Option<&'static Rule>,
+    lead: Result<Arc<Lead>, Status>,
+    request: Request<Body>,
+    peer: &str,
+    is_passed_on: bool,
+) -> Response<Body> {
+    let headers = request.headers().clone();
+    let answer = match lead {
+        Ok(_) if is_passed_on => {
+            let message = "the call was passed on to a scheduler that does not lead; try again in a moment, and see that \
+                           --advertise of each scheduler leads to itself alone";
+            Err(Class::Unavailable.status(message))
+        }
+        Ok(lead) => relay::pass_on(&guard.replica, lead, request, peer).await,
+        Err(nobody) => Err(nobody),
+    };
+    match answer {
+        Ok(answer) => answer,
+        Err(away) => match admit(guard, rule, &headers, peer).await {
+            Ok(_) => away.into_http(),
+            Err(refused) => refused.into_http(),
+        },
+    }
+}
+
 /// The answer to a call that may be made, written down if it changed something or was refused.
 async fn answer<E>(
     guard: Arc<Guard>,
@@ -105,8 +141,11 @@ async fn answer<E>(
         },
     };
     let code = code(answer.headers());
-    let is_refused = code == Code::PermissionDenied || caller.about().is_foreign;
-    if rule.is_recorded || is_refused {
+    let about = caller.about();
+    let is_refused = code == Code::PermissionDenied || about.is_foreign;
+    // A change is stored with its record. What was answered otherwise is written down beside it.
+    let is_told = about.is_recorded && code == Code::Ok;
+    if (rule.is_recorded && !is_told) || is_refused {
         guard.record(&caller, short(rule), code).await;
     }
     Ok(if rule.lasts && !guard.is_open() { cut(answer, guard, caller) } else { answer })
@@ -122,6 +161,7 @@ async fn admit(
     let caller = guard.identify(bearer(headers), peer, rule.map_or("", short)).await?;
     guard.count(&caller)?;
     let rule = rule.ok_or_else(|| Class::Unimplemented.status("this server answers no such call"))?;
+    caller.calls(short(rule));
     if caller.may(rule) {
         return Ok((rule, caller));
     }

@@ -34,14 +34,16 @@ use tonic::Status;
 
 use crate::clock::Clock;
 use crate::config::{Auth, Config};
+use crate::replica::Replica;
 
+pub(crate) use body::Cut;
 pub(crate) use caller::{Caller, received};
 pub(crate) use first::first_admin;
 pub(crate) use layer::GuardLayer;
 pub use oidc::Oidc;
 pub(crate) use pace::Pace;
 pub use token::new_token;
-pub(crate) use token::{Minted, mint};
+pub(crate) use token::{Minted, is_same_secret, mint};
 
 /// How exactly the last use of a token is known.
 const USE_IS_KNOWN_TO: Duration = Duration::from_secs(60);
@@ -54,6 +56,7 @@ const REFUSALS: (f64, f64) = (0.5, 30.0);
 #[derive(Debug)]
 pub(crate) struct Guard {
     store: Store,
+    replica: Arc<Replica>,
     auth: Auth,
     tasks: TaskGroup,
     /// The hash of the secret that workers of this process have.
@@ -74,7 +77,7 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    pub(crate) fn new(store: Store, config: &Config, tasks: TaskGroup) -> Self {
+    pub(crate) fn new(store: Store, replica: Arc<Replica>, config: &Config, tasks: TaskGroup) -> Self {
         let limits = config.limits.calls;
         let (local, provider) = match &config.auth {
             Auth::Open => (None, None),
@@ -85,6 +88,7 @@ impl Guard {
         };
         Self {
             store,
+            replica,
             auth: config.auth.clone(),
             tasks,
             local,
@@ -210,23 +214,11 @@ impl Guard {
         }
     }
 
-    /// Writes a call down.
+    /// Writes down a call that changed nothing; what a change is stored with is its own record.
     pub(crate) async fn record(&self, caller: &Caller, rpc: &str, outcome: tonic::Code) {
-        if self.is_open() {
-            return;
+        if let Some(record) = caller.record_of(rpc, outcome) {
+            self.write(record).await;
         }
-        let about = caller.about();
-        self.write(Record {
-            time: Clock::utc(),
-            caller: caller.id().unwrap_or_default().to_owned(),
-            name: caller.name().to_owned(),
-            peer: caller.peer().to_owned(),
-            project: about.project,
-            rpc: rpc.to_owned(),
-            target: about.target,
-            outcome: code_name(outcome),
-        })
-        .await;
     }
 
     /// Writes down that a token was shown with another secret, or after its end. It is not waited for: the answer takes no longer
@@ -266,14 +258,20 @@ impl Guard {
         wait
     }
 
-    /// Makes a worker id the caller's, or says that it is another's.
+    /// Makes a worker id the caller's, or says that it is another's. One that becomes the caller's is written down with that.
     pub(crate) async fn claim(
         &self,
         caller: &Caller,
         worker: &attune_spec::id::WorkerId,
     ) -> Result<(), attune_store::Error> {
         match caller.owner() {
-            Some(owner) => self.store.claim_worker(worker, owner, Clock::utc()).await,
+            Some(owner) => {
+                let record = caller.record();
+                if self.store.claim_worker(worker, owner, Clock::utc(), record.as_deref()).await? {
+                    caller.is_recorded();
+                }
+                Ok(())
+            }
             None => Ok(()),
         }
     }

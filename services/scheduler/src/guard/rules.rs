@@ -15,12 +15,14 @@ pub(crate) struct Rule {
     pub(crate) worker: bool,
     /// Whether it changes something, and is written down.
     pub(crate) is_recorded: bool,
+    /// Whether only the scheduler that leads answers it: it changes something, or tells what no database holds.
+    pub(crate) is_led: bool,
     /// Whether it may last: it ends with the validity of its caller's credential.
     pub(crate) lasts: bool,
 }
 
 const fn rule(rpc: &'static str) -> Rule {
-    Rule { rpc, is_public: false, user: None, worker: false, is_recorded: false, lasts: false }
+    Rule { rpc, is_public: false, user: None, worker: false, is_recorded: false, is_led: false, lasts: false }
 }
 
 const fn public(rpc: &'static str) -> Rule {
@@ -45,7 +47,11 @@ impl Rule {
     }
 
     const fn recorded(self) -> Self {
-        Self { is_recorded: true, ..self }
+        Self { is_recorded: true, ..self.led() }
+    }
+
+    const fn led(self) -> Self {
+        Self { is_led: true, ..self }
     }
 
     const fn lasting(self) -> Self {
@@ -63,7 +69,8 @@ impl Rule {
 
 /// Every call that this server answers.
 pub(crate) const RULES: &[Rule] = &[
-    submitter("attune.v1.ArtifactService/QueryMissingBlobs").or_worker(),
+    // What has arrived of blobs is kept in memory, by the one that is pushed to.
+    submitter("attune.v1.ArtifactService/QueryMissingBlobs").or_worker().led(),
     submitter("attune.v1.ArtifactService/PushArtifact").or_worker().recorded().lasting(),
     viewer("attune.v1.ArtifactService/PullArtifact").or_worker().lasting(),
     viewer("attune.v1.ArtifactService/GetArtifact"),
@@ -73,12 +80,13 @@ pub(crate) const RULES: &[Rule] = &[
     viewer("attune.v1.ArtifactService/GetLineage"),
     admin("attune.v1.ArtifactService/DeleteArtifact").recorded(),
     admin("attune.v1.AuditService/ListAuditRecords"),
-    viewer("attune.v1.FleetService/ListWorkers"),
+    // Who is connected, and what is occupied, the one knows that leads.
+    viewer("attune.v1.FleetService/ListWorkers").led(),
     // For admins of all projects; the service asks for that.
     admin("attune.v1.FleetService/CordonWorker").recorded(),
     admin("attune.v1.FleetService/UncordonWorker").recorded(),
-    viewer("attune.v1.FleetService/ListProjects"),
-    viewer("attune.v1.FleetService/GetProject"),
+    viewer("attune.v1.FleetService/ListProjects").led(),
+    viewer("attune.v1.FleetService/GetProject").led(),
     admin("attune.v1.FleetService/SetProjectPolicy").recorded(),
     submitter("attune.v1.JobService/CreateJob").recorded(),
     viewer("attune.v1.JobService/GetJob"),
@@ -97,7 +105,7 @@ pub(crate) const RULES: &[Rule] = &[
     admin("attune.v1.TokenService/RevokeToken").recorded(),
     viewer("attune.v1.TokenService/GetCaller").or_worker(),
     // What a worker says on its stream is checked message by message, and its registration is written down there.
-    rule("attune.v1.WorkerService/Connect").or_worker().lasting(),
+    rule("attune.v1.WorkerService/Connect").or_worker().led().lasting(),
     // Whoever watches over the server asks whether it lives, and learns nothing else.
     public("grpc.health.v1.Health/Check"),
     public("grpc.health.v1.Health/Watch"),
@@ -159,6 +167,17 @@ mod tests {
             assert_eq!(rule.is_public, rule.rpc.starts_with("grpc.health."), "{}", rule.rpc);
             assert!(rule.is_public || rule.user.is_some() || rule.worker, "{} is nobody's", rule.rpc);
         }
+    }
+
+    #[test]
+    fn what_changes_something_is_for_the_one_that_leads() {
+        for rule in RULES {
+            assert!(rule.is_led || !rule.is_recorded, "{}", rule.rpc);
+            assert!(!rule.is_led || rule.rpc.starts_with("attune."), "{}", rule.rpc);
+        }
+        let led = RULES.iter().filter(|rule| rule.is_led && !rule.is_recorded).map(|rule| rule.rpc.rsplit('/').next());
+        let names: Vec<_> = led.flatten().collect();
+        assert_eq!(names, ["QueryMissingBlobs", "ListWorkers", "ListProjects", "GetProject", "Connect"]);
     }
 
     #[test]

@@ -61,6 +61,11 @@ pub(crate) fn whole_hash(token: &Secret) -> blake3::Hash {
     blake3::Hash::from_bytes(blake3::derive_key(PURPOSE, token.expose().as_bytes()))
 }
 
+/// Whether two secrets are the same, in a time that does not say where they differ.
+pub(crate) fn is_same_secret(a: &Secret, b: &Secret) -> bool {
+    whole_hash(a) == whole_hash(b)
+}
+
 /// Whether two hashes are the same, in a time that does not say where they differ.
 pub(crate) fn same(a: Digest, b: Digest) -> bool {
     blake3::Hash::from_bytes(*a.as_bytes()) == blake3::Hash::from_bytes(*b.as_bytes())

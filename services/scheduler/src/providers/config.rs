@@ -7,10 +7,14 @@ use std::time::Duration;
 
 use attune_scheduler_core::Devices;
 use attune_scheduler_core::supply::{Pool, REQUEST_LABEL};
-use attune_spec::Fault;
 use attune_spec::id::Name;
+use attune_spec::{Fault, FieldPath};
 use serde::Deserialize;
+use serde_json::Value;
 
+use super::fields;
+#[cfg(feature = "kubernetes")]
+use super::kubernetes::Kubernetes;
 use super::launch::Launch;
 use super::processes::Processes;
 use super::slurm::{Settings, Slurm};
@@ -28,7 +32,6 @@ pub struct Defaults {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Written {
     name: String,
     #[serde(default)]
@@ -47,10 +50,11 @@ struct Written {
     key: Option<PathBuf>,
     processes: Option<WrittenProcesses>,
     slurm: Option<WrittenSlurm>,
+    kubernetes: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 struct WrittenWorker {
     devices: u32,
     cards: u32,
@@ -65,13 +69,11 @@ impl Default for WrittenWorker {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct WrittenProcesses {
     work_dir: PathBuf,
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct WrittenSlurm {
     bin: Option<PathBuf>,
     partition: Option<String>,
@@ -110,17 +112,23 @@ const OWN_OPTIONS: [&str; 17] = [
 ];
 
 /// Faults as they are found.
-struct Reader {
-    faults: Vec<Fault>,
+pub(super) struct Reader {
+    pub(super) faults: Vec<Fault>,
 }
 
 impl Reader {
-    fn fault(&mut self, path: &str, what: impl Into<String>) {
+    pub(super) fn fault(&mut self, path: &str, what: impl Into<String>) {
         self.faults.push(Fault::new(path, what));
     }
 
     /// A time such as `300s`, or what is meant without.
-    fn time(&mut self, path: &str, text: Option<&String>, default: Duration, (least, most): (u64, u64)) -> Duration {
+    pub(super) fn time(
+        &mut self,
+        path: &str,
+        text: Option<&String>,
+        default: Duration,
+        (least, most): (u64, u64),
+    ) -> Duration {
         let Some(text) = text else { return default };
         let read = text.parse::<jiff::SignedDuration>().ok().and_then(|time| Duration::try_from(time).ok());
         match read.filter(|time| (Duration::from_secs(least)..=Duration::from_secs(most)).contains(time)) {
@@ -132,42 +140,56 @@ impl Reader {
         }
     }
 
-    fn absolute(&mut self, path: &str, file: Option<&PathBuf>) {
+    pub(super) fn absolute(&mut self, path: &str, file: Option<&PathBuf>) {
         if let Some(file) = file.filter(|file| !file.is_absolute()) {
             self.fault(path, format!("is {:?}; expected a path from the root, for workers start elsewhere", file));
         }
     }
 }
 
-const DAY: u64 = 24 * 60 * 60;
+pub(super) const DAY: u64 = 24 * 60 * 60;
 
 /// Reads the description of a pool.
 ///
 /// # Errors
 /// All its faults, with their field paths.
 pub fn read(text: &str, defaults: &Defaults) -> Result<WorkerPool, Vec<Fault>> {
-    let written: Written =
-        serde_saphyr::from_str(text).map_err(|error| vec![Fault::new("", format!("cannot be read: {error}"))])?;
+    let value =
+        attune_spec::job::read_yaml(text).map_err(|error| vec![Fault::new("", format!("cannot be read: {error}"))])?;
+    let written: Written = fields::read(&value, FieldPath::root())?;
     let mut reader = Reader { faults: Vec::new() };
     let pool = reader.pool(&written);
     let launch = reader.launch(&written, defaults);
-    let look = Duration::from_secs(if written.slurm.is_some() { 10 } else { 1 });
+    let look = Duration::from_secs(if written.is_elsewhere() { 10 } else { 1 });
     let look = reader.time("look", written.look.as_ref(), look, (1, 60 * 60));
-    let engine = reader.engine(&written);
+    let engine = reader.engine(&written, defaults);
     let (Some(pool), Some(engine), true) = (pool, engine, reader.faults.is_empty()) else {
         return Err(reader.faults);
     };
     let provider: Arc<dyn WorkerProvider> = match engine {
         Engine::Processes { work_dir } => Arc::new(Processes::new(pool.clone(), launch, work_dir)),
         Engine::Slurm(settings) => Arc::new(Slurm::new(pool.clone(), launch, *settings)),
+        #[cfg(feature = "kubernetes")]
+        Engine::Kubernetes(settings) => Arc::new(Kubernetes::new(pool.clone(), launch, *settings)),
     };
     Ok(WorkerPool { pool, look, provider })
 }
 
 /// Who starts the workers.
 enum Engine {
-    Processes { work_dir: PathBuf },
+    Processes {
+        work_dir: PathBuf,
+    },
     Slurm(Box<Settings>),
+    #[cfg(feature = "kubernetes")]
+    Kubernetes(Box<super::kubernetes::Settings>),
+}
+
+impl Written {
+    /// Whether workers run on other machines than the scheduler.
+    const fn is_elsewhere(&self) -> bool {
+        self.slurm.is_some() || self.kubernetes.is_some()
+    }
 }
 
 impl Reader {
@@ -198,7 +220,7 @@ impl Reader {
 
     fn launch(&mut self, written: &Written, defaults: &Defaults) -> Launch {
         let Written { program, server, token_file, ca, cert, key, .. } = written;
-        let own = defaults.server.as_ref().filter(|_| written.slurm.is_none());
+        let own = defaults.server.as_ref().filter(|_| !written.is_elsewhere());
         let server = server.as_ref().or(own).cloned();
         match &server {
             Some(server) if server.contains("://") => {}
@@ -207,13 +229,20 @@ impl Reader {
             }
             None => self.fault("server", "is missing; expected the scheduler's URL, as workers reach it"),
         }
-        if defaults.needs_token && token_file.is_none() {
+        let is_mounted = written.kubernetes.is_some();
+        if defaults.needs_token && token_file.is_none() && !is_mounted {
             let message = "is missing; expected the file of a worker's token, for callers are asked who they are";
             self.fault("token_file", message);
         }
         let files = [("program", program), ("token_file", token_file), ("ca", ca), ("cert", cert), ("key", key)];
         for (path, file) in files {
             self.absolute(path, file.as_ref());
+            if is_mounted && file.is_some() && path != "program" {
+                self.fault(
+                    path,
+                    "is a file of a machine; expected `kubernetes.token`, `.ca` or `.identity`, which Pods are given",
+                );
+            }
         }
         if cert.is_some() != key.is_some() {
             self.fault(if cert.is_some() { "key" } else { "cert" }, "is missing; one comes with the other");
@@ -228,18 +257,38 @@ impl Reader {
         }
     }
 
-    fn engine(&mut self, written: &Written) -> Option<Engine> {
-        match (&written.processes, &written.slurm) {
-            (Some(WrittenProcesses { work_dir }), None) => {
+    fn engine(&mut self, written: &Written, defaults: &Defaults) -> Option<Engine> {
+        match (&written.processes, &written.slurm, &written.kubernetes) {
+            (Some(WrittenProcesses { work_dir }), None, None) => {
                 self.absolute("processes.work_dir", Some(work_dir));
                 Some(Engine::Processes { work_dir: work_dir.clone() })
             }
-            (None, Some(slurm)) => Some(Engine::Slurm(Box::new(self.slurm(slurm, written.worker.devices)))),
-            (None, None) | (Some(_), Some(_)) => {
-                self.fault("", "names none or both of `processes` and `slurm`; expected one");
+            (None, Some(slurm), None) => Some(Engine::Slurm(Box::new(self.slurm(slurm, written.worker.devices)))),
+            (None, None, Some(value)) => self.kubernetes(value, written, defaults),
+            _ => {
+                self.fault("", "names none or several of `processes`, `slurm` and `kubernetes`; expected one");
                 None
             }
         }
+    }
+
+    #[cfg(feature = "kubernetes")]
+    fn kubernetes(&mut self, value: &Value, written: &Written, defaults: &Defaults) -> Option<Engine> {
+        let defaults = super::kubernetes::Meant {
+            cpu: written.worker.devices,
+            program: written.program.clone(),
+            needs_token: defaults.needs_token,
+        };
+        let settings = super::kubernetes::Settings::read(self, value, defaults)?;
+        Some(Engine::Kubernetes(Box::new(settings)))
+    }
+
+    #[cfg(not(feature = "kubernetes"))]
+    fn kubernetes(&mut self, _: &Value, _: &Written, _: &Defaults) -> Option<Engine> {
+        let what =
+            "needs a build that speaks to Kubernetes: `cargo install --path services/attune --features kubernetes`";
+        self.fault("kubernetes", what);
+        None
     }
 
     fn slurm(&mut self, written: &WrittenSlurm, devices: u32) -> Settings {

@@ -1,10 +1,21 @@
 //! The command line of a worker that an engine starts.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_scheduler_core::supply::{Pool, REQUEST_LABEL, RequestId};
+
+/// A command line as a shell would read it, for people: no shell sees it.
+pub(super) fn shown<'a>(words: impl IntoIterator<Item = &'a OsStr>) -> String {
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./:=@,%+".contains(letter);
+    let quoted = |word: &OsStr| {
+        let word = word.to_string_lossy();
+        let is_plain = !word.is_empty() && word.chars().all(is_plain);
+        if is_plain { word.into_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    };
+    words.into_iter().map(quoted).collect::<Vec<_>>().join(" ") + "\n"
+}
 
 /// How workers of a pool are started. Secrets are named by their files and never written out.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,11 +1,14 @@
-//! Workers from engines that own machines: this machine itself, Slurm.
+//! Workers from engines that own machines: this machine itself, Slurm, Kubernetes.
 //!
 //! What to ask for and what to give back is decided in `attune_scheduler_core::supply`; here it is done, and engines are asked what
 //! they have. Attune manages no machines: an engine starts `attune worker` where and when it can, and ends it.
 
 mod config;
 mod engine;
+mod fields;
 mod follow;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod launch;
 mod processes;
 mod slurm;
@@ -16,6 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attune_scheduler_core::supply::{Pool, RequestId, Standing};
+
+use crate::clock;
 
 pub use config::{Defaults, read};
 pub(crate) use follow::follow;
@@ -30,6 +35,15 @@ pub struct ProviderError {
     pub doing: &'static str,
     /// The answer, or why there was none.
     pub why: String,
+}
+
+/// As whom a scheduler asks an engine that knows accounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    /// The namespace that it belongs to; that of the workers if absent.
+    pub namespace: Option<String>,
+    /// Its name there.
+    pub name: String,
 }
 
 /// An engine that starts workers of one pool. Each worker must carry the label
@@ -63,6 +77,15 @@ pub trait WorkerProvider: fmt::Debug + Send + Sync {
     /// When the engine does not do it.
     async fn withdraw(&self, request: &RequestId) -> Result<(), ProviderError>;
 
+    /// What the engine would be asked for this request, as text in the engine's own language.
+    fn rendered(&self, request: &RequestId) -> String;
+
+    /// What the engine must allow `account` so that a scheduler of that account can ask it, in the engine's own language; nothing where
+    /// it has none for that.
+    fn rights(&self, _account: &Account) -> Option<String> {
+        None
+    }
+
     /// The scheduler ends in good order and answers until this returns. Whatever does not outlive it ends now.
     async fn close(&self) {}
 }
@@ -76,4 +99,11 @@ pub struct WorkerPool {
     pub look: Duration,
     /// The engine.
     pub provider: Arc<dyn WorkerProvider>,
+}
+
+impl WorkerPool {
+    /// What the engine would be asked for one worker, of a request that nobody has made.
+    pub fn rendered(&self) -> String {
+        self.provider.rendered(&clock::shown_request_id())
+    }
 }

@@ -4,6 +4,7 @@
 //! input is a pipe that closes when it goes, however it goes, and they then stop at a checkpoint and end.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
-use super::launch::Launch;
+use super::launch::{Launch, shown};
 use super::{ProviderError, WorkerProvider};
 
 /// Time beyond their grace for workers to end with the scheduler.
@@ -53,6 +54,13 @@ impl Processes {
     pub(super) fn new(pool: Pool, launch: Launch, work_dir: PathBuf) -> Self {
         Self { pool, launch, work_dir, running: Mutex::default() }
     }
+
+    /// The arguments of a worker in folder `number`.
+    fn arguments(&self, request: &RequestId, number: u32) -> Vec<OsString> {
+        let mut arguments = self.launch.arguments(&self.pool, request, &self.work_dir.join(number.to_string()));
+        arguments.push("--until-stdin-closes".into());
+        arguments
+    }
 }
 
 fn failed(doing: &'static str) -> impl FnOnce(std::io::Error) -> ProviderError {
@@ -81,12 +89,11 @@ impl WorkerProvider for Processes {
         let mut running = self.running.lock().await;
         let taken: Vec<u32> = running.values().map(|worker| worker.number).collect();
         let number = (1..).find(|number| !taken.contains(number)).unwrap_or_default();
-        let folder = self.work_dir.join(number.to_string());
         let mut command = Command::new(&self.launch.program);
         for name in secret::VARIABLES.into_iter().chain(NOT_THEIRS) {
             command.env_remove(name);
         }
-        command.args(self.launch.arguments(&self.pool, request, &folder)).arg("--until-stdin-closes");
+        command.args(self.arguments(request, number));
         // A group of its own: an interrupt from a terminal is the scheduler's, who ends its workers in order.
         command.stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0).kill_on_drop(false);
         let child = command.spawn().map_err(failed("start a worker"))?;
@@ -106,6 +113,11 @@ impl WorkerProvider for Processes {
             Some(worker) => worker.child.start_kill().map_err(failed("end a worker")),
             None => Ok(()),
         }
+    }
+
+    fn rendered(&self, request: &RequestId) -> String {
+        let arguments = self.arguments(request, 1);
+        shown([self.launch.program.as_os_str()].into_iter().chain(arguments.iter().map(OsString::as_os_str)))
     }
 
     async fn close(&self) {

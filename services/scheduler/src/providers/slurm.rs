@@ -11,14 +11,14 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use attune_scheduler_core::supply::{Pool, RequestId, Standing};
 use tokio::sync::Mutex;
 
 use super::engine::call;
-use super::launch::Launch;
+use super::launch::{Launch, shown};
 use super::{ProviderError, WorkerProvider};
 
 const ENGINE: &str = "Slurm";
@@ -101,6 +101,16 @@ impl Slurm {
         all
     }
 
+    /// All that `sbatch` is told: its options, the script, and the worker's command line.
+    fn arguments(&self, request: &RequestId, script: &Path) -> Vec<OsString> {
+        let folder = self.settings.work_dir.join(request.to_string());
+        let mut arguments: Vec<OsString> = self.options(request).into_iter().map(OsString::from).collect();
+        arguments.extend([script.into(), self.launch.program.clone().into()]);
+        arguments.extend(self.launch.arguments(&self.pool, request, &folder));
+        arguments.push("--discard-work-dir".into());
+        arguments
+    }
+
     /// Sends a signal to a job, or ends it; one that is gone is none to complain about.
     async fn cancel(&self, doing: &'static str, request: &RequestId, options: &[&str]) -> Result<(), ProviderError> {
         let Some(number) = self.numbers.lock().await.get(request).cloned() else { return Ok(()) };
@@ -172,12 +182,7 @@ impl WorkerProvider for Slurm {
             |error: std::io::Error| ProviderError { engine: ENGINE, doing, why: format!("the script: {error}") };
         let mut script = tempfile::NamedTempFile::new().map_err(unwritten)?;
         script.write_all(self.script().as_bytes()).map_err(unwritten)?;
-        let folder = self.settings.work_dir.join(request.to_string());
-        let mut arguments: Vec<OsString> = self.options(request).into_iter().map(OsString::from).collect();
-        arguments.extend([script.path().into(), self.launch.program.clone().into()]);
-        arguments.extend(self.launch.arguments(&self.pool, request, &folder));
-        arguments.push("--discard-work-dir".into());
-        let said = call((ENGINE, doing), &self.program("sbatch"), arguments).await?;
+        let said = call((ENGINE, doing), &self.program("sbatch"), self.arguments(request, script.path())).await?;
         // The number, and behind a semicolon a cluster's name where there are several.
         let number = said.trim().split(';').next().unwrap_or_default();
         if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -194,6 +199,12 @@ impl WorkerProvider for Slurm {
 
     async fn withdraw(&self, request: &RequestId) -> Result<(), ProviderError> {
         self.cancel("end a worker", request, &[]).await
+    }
+
+    fn rendered(&self, request: &RequestId) -> String {
+        let (program, arguments) = (self.program("sbatch"), self.arguments(request, "SCRIPT".as_ref()));
+        let words = [program.as_os_str()].into_iter().chain(arguments.iter().map(OsString::as_os_str));
+        format!("{}\n# SCRIPT\n{}", shown(words), self.script())
     }
 }
 

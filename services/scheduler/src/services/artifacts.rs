@@ -174,7 +174,7 @@ impl ArtifactService for Artifacts {
         let digest = find(&self.context, &project, &named).await?;
         let previous = self.tagged(&project, &tag).await?;
         let write = Write::Tag { project: project.clone(), tag, digest, expected, job: None, now: Clock::utc() };
-        self.context.front.write(vec![write]).await?;
+        self.context.front.write_for(&caller, vec![write]).await?;
         let artifact = whole(&self.context, &project, digest).await?;
         let previous_digest = previous.map(|digest| digest.to_string()).unwrap_or_default();
         Ok(Response::new(v1::TagArtifactResponse { artifact: Some(artifact), previous_digest }))
@@ -189,8 +189,9 @@ impl ArtifactService for Artifacts {
         let tag = field::<Tag>("tag", &request.tag).map_err(invalid)?;
         caller.concerns(&tag);
         let previous = self.tagged(&project, &tag).await?;
-        match self.context.store.untag(&project, &tag, Clock::utc()).await {
-            Ok(_) | Err(attune_store::Error::NotFound { .. }) => {}
+        match self.context.store.untag(&project, &tag, Clock::utc(), caller.record().as_deref()).await {
+            Ok(_) => caller.is_recorded(),
+            Err(attune_store::Error::NotFound { .. }) => {}
             Err(error) => return Err(status::store(error)),
         }
         let previous_digest = previous.map(|digest| digest.to_string()).unwrap_or_default();
@@ -255,7 +256,7 @@ impl ArtifactService for Artifacts {
             }
             Err(error) => return Err(status::store(error)),
         }
-        let deleted = self.context.front.delete(project.clone(), digest).await?;
+        let deleted = self.context.front.delete(&caller, project.clone(), digest).await?;
         sweep::bytes(&self.context, &project, &[digest], &deleted.orphans).await;
         Ok(Response::new(v1::DeleteArtifactResponse { deleted: true }))
     }

@@ -16,6 +16,7 @@ use super::{invalid, page_size};
 use crate::context::Context;
 use crate::front::{Seen, Standing};
 use crate::guard::{Caller, received};
+use crate::ledger::Extra;
 use crate::status;
 
 /// Workers or projects of a page.
@@ -30,8 +31,8 @@ pub(crate) struct FleetDesk {
 
 impl FleetDesk {
     /// A step that people ask for.
-    async fn step(&self, input: Input) -> Result<(), Status> {
-        match self.context.front.step(input).await? {
+    async fn step(&self, caller: &Caller, input: Input) -> Result<(), Status> {
+        match self.context.front.step_for(caller, input, Extra::default()).await? {
             Answer::Done | Answer::Repeated => Ok(()),
             Answer::Refused(refusal) => Err(status::refusal(&refusal)),
         }
@@ -41,7 +42,8 @@ impl FleetDesk {
         caller.concerns(&worker);
         for_all_projects(caller)?;
         let worker: WorkerId = field("worker_id", worker).map_err(invalid)?;
-        match self.context.front.step(Input::Cordon { worker: worker.clone(), on, drains }).await? {
+        let input = Input::Cordon { worker: worker.clone(), on, drains };
+        match self.context.front.step_for(caller, input, Extra::default()).await? {
             Answer::Done | Answer::Repeated => Ok(()),
             Answer::Refused(_) => Err(Class::NotFound.status(format!("no worker {worker} is known"))),
         }
@@ -192,7 +194,7 @@ impl FleetService for FleetDesk {
         let (project, policy) = (caller.project(&name)?, policy(asked)?);
         caller.concerns(&project);
         let policy = Some(policy).filter(|policy| *policy != Policy::default());
-        self.step(Input::SetPolicy { project: project.clone(), policy }).await?;
+        self.step(&caller, Input::SetPolicy { project: project.clone(), policy }).await?;
         Ok(Response::new(v1::SetProjectPolicyResponse { project: Some(self.standing(&project).await?) }))
     }
 }

@@ -23,7 +23,8 @@ use crate::clock;
 use crate::context::Context;
 use crate::front::Submission;
 use crate::guard::{Caller, received};
-use crate::{forecast, stages, status, view};
+use crate::ledger::Extra;
+use crate::{forecast, relay, stages, status, view};
 
 /// Longest request id.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -56,12 +57,13 @@ impl Jobs {
         self.context.store.job(&key.project, &key.job).await.map_err(status::store)
     }
 
-    /// A job as it is now; a queued one with what it waits for.
+    /// A job as it is now; a queued one with what it waits for, which the one knows that leads.
     async fn now(&self, key: &JobKey) -> Result<v1::Job, Status> {
         let row = self.row(key).await?;
         let mut job = self.show(&row)?;
         job.stages = stages::shown(&self.context, &row).await?;
         if job.state() == JobState::Queued
+            && self.context.replica.other().is_none()
             && let Some(blocked) = self.context.front.blocked(key.clone()).await?
         {
             job.message = format!("{}; {}", job.message, waits_for(blocked));
@@ -74,9 +76,9 @@ impl Jobs {
     }
 
     /// Steers a job. One that the core has forgotten is final, and is refused with its state.
-    async fn steer(&self, key: &JobKey, input: Input, wish: &str) -> Result<v1::Job, Status> {
+    async fn steer(&self, caller: &Caller, key: &JobKey, input: Input, wish: &str) -> Result<v1::Job, Status> {
         let row = self.row(key).await?;
-        match self.context.front.step(input).await? {
+        match self.context.front.step_for(caller, input, Extra::default()).await? {
             Answer::Done | Answer::Repeated => self.now(key).await,
             Answer::Refused(attune_scheduler_core::Refusal::UnknownJob { .. }) => {
                 let message = format!("job {key} has {}; {wish}", row.state);
@@ -88,14 +90,20 @@ impl Jobs {
 
     async fn submit(
         &self,
+        caller: &Caller,
         admitted: Admitted,
         key: JobKey,
         id: attune_store::job::Request,
         retry_of: Option<JobId>,
     ) -> Result<v1::Job, Status> {
         let request = admit::request(&admitted, None);
-        let job = Box::new(admit::new_job(admitted, key, None, retry_of)?);
-        let stored = self.context.front.submit(Submission { job, request, id: Some(id) }).await?;
+        let job = Box::new(admit::new_job(admitted, key.clone(), None, retry_of)?);
+        let submission = Submission { job, request, id: Some(id), record: caller.record() };
+        let stored = self.context.front.submit(submission).await?;
+        // Another one is what the same request made before.
+        if stored.job == key.job {
+            caller.is_recorded();
+        }
         self.show(&stored)
     }
 
@@ -141,14 +149,27 @@ impl JobService for Jobs {
         }
         let admitted = admit::admit(&self.context, &project, spec).await?;
         let forecast = forecast::of(&admitted);
-        let job = self.submit(admitted, JobKey::new(project, clock::job_id()), id, None).await?;
+        let key = JobKey::new(project, clock::job_id());
+        caller.concerns(&key.job);
+        let job = self.submit(&caller, admitted, key, id, None).await?;
         caller.concerns(&job.job_id);
         Ok(Response::new(v1::CreateJobResponse { job: Some(job), forecast }))
     }
 
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobResponse>, Status> {
+        let metadata = request.metadata().clone();
         let (caller, request) = received(request)?;
-        let job = self.now(&key(&caller, &request.project, &request.job_id)?).await?;
+        let mut job = self.now(&key(&caller, &request.project, &request.job_id)?).await?;
+        if job.state() == JobState::Queued
+            && let Some(lead) = self.context.replica.other()
+        {
+            if let Ok(lead) = lead
+                && let Some(answer) = relay::job(&lead, &metadata, caller.peer(), request).await
+            {
+                return Ok(Response::new(answer));
+            }
+            job.message = format!("{}; no scheduler leads that would say what it waits for", job.message);
+        }
         Ok(Response::new(v1::GetJobResponse { job: Some(job) }))
     }
 
@@ -191,14 +212,14 @@ impl JobService for Jobs {
         if self.row(&key).await?.state == State::Cancelled {
             return Ok(Response::new(v1::CancelJobResponse { job: Some(self.now(&key).await?) }));
         }
-        let job = self.steer(&key, Input::Cancel { key: key.clone() }, "a final state never changes").await?;
+        let job = self.steer(&caller, &key, Input::Cancel { key: key.clone() }, "a final state never changes").await?;
         Ok(Response::new(v1::CancelJobResponse { job: Some(job) }))
     }
 
     async fn pause_job(&self, request: Request<v1::PauseJobRequest>) -> Result<Response<v1::PauseJobResponse>, Status> {
         let (caller, request) = received(request)?;
         let key = key(&caller, &request.project, &request.job_id)?;
-        let job = self.steer(&key, Input::Pause { key: key.clone() }, "a final state never changes").await?;
+        let job = self.steer(&caller, &key, Input::Pause { key: key.clone() }, "a final state never changes").await?;
         Ok(Response::new(v1::PauseJobResponse { job: Some(job) }))
     }
 
@@ -208,7 +229,7 @@ impl JobService for Jobs {
     ) -> Result<Response<v1::ResumeJobResponse>, Status> {
         let (caller, request) = received(request)?;
         let key = key(&caller, &request.project, &request.job_id)?;
-        let job = self.steer(&key, Input::Resume { key: key.clone() }, "a final state never changes").await?;
+        let job = self.steer(&caller, &key, Input::Resume { key: key.clone() }, "a final state never changes").await?;
         Ok(Response::new(v1::ResumeJobResponse { job: Some(job) }))
     }
 
@@ -228,14 +249,14 @@ impl JobService for Jobs {
                     .map_err(|error| status::unreadable(&crate::Error::Restore(error.to_string())))?;
                 let admitted = admit::admit(&self.context, &key.project, spec).await?;
                 let new = JobKey::new(key.project.clone(), clock::job_id());
-                self.submit(admitted, new, id, Some(key.job)).await?
+                self.submit(&caller, admitted, new, id, Some(key.job)).await?
             }
             State::Succeeded => {
                 let message =
                     format!("job {key} has succeeded; only a job that failed or was cancelled is tried again");
                 return Err(attune_proto::Class::IllegalState.status(message));
             }
-            _ => self.steer(&key, Input::Retry { key: key.clone() }, "retry it again").await?,
+            _ => self.steer(&caller, &key, Input::Retry { key: key.clone() }, "retry it again").await?,
         };
         Ok(Response::new(v1::RetryJobResponse { job: Some(job) }))
     }

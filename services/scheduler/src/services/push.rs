@@ -96,7 +96,7 @@ pub(crate) async fn push(
         fail::fail_point!("scheduler::before_artifact_row", |what| Err(status::store(crate::planted::failure(
             what.as_deref()
         ))));
-        commit(context, header).await?;
+        commit(context, caller, header).await?;
     }
     let artifact = whole(context, &project, digest).await?;
     Ok(v1::PushArtifactResponse { artifact: Some(artifact), created: !was_visible })
@@ -273,7 +273,7 @@ impl Chunks {
 }
 
 /// Makes the artifact visible.
-async fn commit(context: &Context, header: Header) -> Result<(), Status> {
+async fn commit(context: &Context, caller: &Caller, header: Header) -> Result<(), Status> {
     let Header { project, manifest, tags, attempt } = header;
     let maker = attempt.as_ref().map(|attempt| Maker {
         job: attempt.key.job.clone(),
@@ -298,11 +298,12 @@ async fn commit(context: &Context, header: Header) -> Result<(), Status> {
         now: Clock::utc(),
     });
     let Some(Attempt { key, epoch, worker, commit, role, .. }) = attempt else {
-        return context.front.write(vec![Write::Artifact(artifact)]).await;
+        return context.front.write_for(caller, vec![Write::Artifact(artifact)]).await;
     };
     let digest = manifest.digest();
     let extra = Extra { artifact: Some(artifact), role, ..Extra::default() };
-    match context.front.step_with(Input::Commit { key, epoch, worker, commit, digest }, extra).await? {
+    let input = Input::Commit { key, epoch, worker, commit, digest };
+    match context.front.step_for(caller, input, extra).await? {
         Answer::Done | Answer::Repeated => Ok(()),
         Answer::Refused(refusal) => Err(status::refusal(&refusal)),
     }

@@ -103,7 +103,8 @@ impl TokenService for Tokens {
         caller.concerns(&id);
         let creator = caller.id().unwrap_or_default().to_owned();
         let token = Token { id, hash, name, project, role, creator, created: now, expires, revoked: None, used: None };
-        self.context.store.create_token(&token).await.map_err(status::store)?;
+        self.context.store.create_token(&token, caller.record().as_deref()).await.map_err(status::store)?;
+        caller.is_recorded();
         let secret = whole.expose().to_owned();
         Ok(Response::new(v1::CreateTokenResponse { token: Some(view(&token)), secret }))
     }
@@ -139,7 +140,9 @@ impl TokenService for Tokens {
                 .ok_or_else(|| Class::NotFound.status(format!("token {:?} does not exist", request.token_id)))
         };
         caller.concerns_project(find().await?.project.as_ref());
-        self.context.store.revoke_token(&request.token_id, Clock::utc()).await.map_err(status::store)?;
+        let (store, record) = (&self.context.store, caller.record());
+        store.revoke_token(&request.token_id, Clock::utc(), record.as_deref()).await.map_err(status::store)?;
+        caller.is_recorded();
         self.context.guard.has_revoked();
         Ok(Response::new(v1::RevokeTokenResponse { token: Some(view(&find().await?)) }))
     }

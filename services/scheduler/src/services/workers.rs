@@ -160,6 +160,7 @@ impl Connection {
 
     /// Makes sure that nobody else's credential speaks for the worker.
     async fn claim(&self, worker: &WorkerId) -> Result<(), End> {
+        self.caller.concerns(worker);
         let claimed = self.context.guard.claim(&self.caller, worker).await;
         let (outcome, end) = match claimed {
             Ok(()) => (tonic::Code::Ok, Ok(())),
@@ -168,8 +169,9 @@ impl Connection {
             }
             Err(error) => return Err(End::Failed(status::store(error))),
         };
-        self.caller.concerns(worker);
-        self.context.guard.record(&self.caller, "WorkerService/Connect", outcome).await;
+        if !self.caller.about().is_recorded {
+            self.context.guard.record(&self.caller, "WorkerService/Connect", outcome).await;
+        }
         end
     }
 

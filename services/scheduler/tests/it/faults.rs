@@ -93,3 +93,62 @@ async fn bytes_without_a_row_are_not_seen() {
     assert!(crate::fixtures::push(&client, &made, None, &["t"]).await.unwrap().created);
     scenario.teardown();
 }
+
+/// The record of a change and the change are stored together, or neither is.
+#[tokio::test]
+async fn no_change_without_its_record_and_no_record_without_its_change() {
+    let scenario = fail::FailScenario::setup();
+    let server = Server::guarded(|_| {});
+    let admin = server.admin().await;
+    let records = async || -> Vec<(String, String, String)> {
+        let asked = v1::ListAuditRecordsRequest { order_by: v1::AuditOrder::SequenceAsc as i32, ..Default::default() };
+        let list = admin.audit().list_audit_records(asked).await.unwrap().into_inner().records;
+        list.into_iter().map(|record| (record.rpc, record.target, record.outcome)).collect()
+    };
+    let record = |rpc: &str, target: &str, outcome: &str| (rpc.to_owned(), target.to_owned(), outcome.to_owned());
+    let set = || v1::SetProjectPolicyRequest {
+        project: "a".to_owned(),
+        policy: Some(v1::ProjectPolicy { weight: Some(7), ..Default::default() }),
+    };
+    let weight = async || {
+        let asked = v1::GetProjectRequest { project: "a".to_owned() };
+        let project = admin.fleet().get_project(asked).await.unwrap().into_inner().project.unwrap();
+        project.policy.unwrap().weight()
+    };
+    // The record cannot be stored: the change is not made, and the refusal is written down, which is a record of its own.
+    fail::cfg("store::before_record", "1*return").unwrap();
+    let refused = admin.fleet().set_project_policy(set()).await.unwrap_err();
+    assert_eq!(Class::of(&refused), Class::Unavailable);
+    assert_eq!(weight().await, 1);
+    let rpc = "FleetService/SetProjectPolicy";
+    assert_eq!(records().await, [record(rpc, "a", "UNAVAILABLE")]);
+    // Both are stored, and nobody is told: the record is there without the answer.
+    fail::cfg("scheduler::after_transaction", "1*return").unwrap();
+    assert_eq!(Class::of(&admin.fleet().set_project_policy(set()).await.unwrap_err()), Class::Unavailable);
+    assert_eq!(weight().await, 7);
+    let told = [
+        record(rpc, "a", "UNAVAILABLE"),
+        record(rpc, "a", "OK"),
+        // What was answered all the same.
+        record(rpc, "a", "UNAVAILABLE"),
+    ];
+    assert_eq!(records().await, told);
+    // Well: once.
+    admin.fleet().set_project_policy(set()).await.unwrap();
+    assert_eq!(records().await.len(), 4);
+
+    // So for tokens, which no desk decides on.
+    fail::cfg("store::before_record", "1*return").unwrap();
+    let token = || v1::CreateTokenRequest {
+        project: "a".to_owned(),
+        name: "n".to_owned(),
+        role: v1::TokenRole::Viewer as i32,
+        ..Default::default()
+    };
+    admin.tokens().create_token(token()).await.unwrap_err();
+    let list = admin.tokens().list_tokens(v1::ListTokensRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.tokens.len(), 1, "the admin's alone");
+    let made = admin.tokens().create_token(token()).await.unwrap().into_inner().token.unwrap();
+    assert_eq!(records().await[5..], [record("TokenService/CreateToken", &made.token_id, "OK")]);
+    scenario.teardown();
+}

@@ -33,8 +33,8 @@ const IDENTITIES: [(&str, Option<Identity>); 8] = [
 
 /// Things that calls can be about.
 #[derive(Debug, Clone)]
-struct Things {
-    job: String,
+pub(crate) struct Things {
+    pub(crate) job: String,
     digest: String,
     tag: String,
     token: String,
@@ -42,8 +42,8 @@ struct Things {
 }
 
 /// A call, and what is expected of it.
-struct Row {
-    rpc: &'static str,
+pub(crate) struct Row {
+    pub(crate) rpc: &'static str,
     /// The lowest role that is answered.
     lowest: TokenRole,
     /// What is answered about things that are there.
@@ -53,7 +53,7 @@ struct Row {
     /// What a worker that holds nothing is answered.
     worker: Code,
     /// The message.
-    make: fn(&str, &Things) -> Vec<u8>,
+    pub(crate) make: fn(&str, &Things) -> Vec<u8>,
 }
 
 fn bytes(message: &impl prost::Message) -> Vec<u8> {
@@ -91,7 +91,7 @@ fn row(rpc: &'static str, lowest: TokenRole, there: Code, absent: Code, make: fn
 }
 
 #[allow(clippy::needless_update, reason = "some of the messages that are made alike have more fields")]
-fn table() -> Vec<Row> {
+pub(crate) fn table() -> Vec<Row> {
     use Code::{FailedPrecondition, InvalidArgument, NotFound, Ok};
     use TokenRole::{Admin, Submitter, Viewer};
     let validate = |project: &str, _: &Things| {
@@ -195,7 +195,12 @@ impl Row {
 }
 
 /// Makes a call with bytes; what comes first of its answer.
-async fn call(channel: &Channel, secret: Option<&Secret>, rpc: &str, message: Vec<u8>) -> Result<Vec<u8>, Status> {
+pub(crate) async fn call(
+    channel: &Channel,
+    secret: Option<&Secret>,
+    rpc: &str,
+    message: Vec<u8>,
+) -> Result<Vec<u8>, Status> {
     let mut grpc = tonic::client::Grpc::new(channel.clone());
     grpc.ready().await.unwrap();
     let mut request = Request::new(futures::stream::iter([message]));
@@ -228,7 +233,7 @@ fn blurred(answer: &Result<Vec<u8>, Status>, things: &Things) -> (Code, String) 
 }
 
 /// New things in the project of a client.
-async fn things(server: &Server, admin: &Client, client: &Client, number: usize) -> Things {
+pub(crate) async fn things(server: &Server, admin: &Client, client: &Client, number: usize) -> Things {
     let made = create(client, &format!("r{number}"), &job()).await.unwrap();
     let (content, tag) = (format!("content {number}"), format!("t{number}"));
     let artifact = bundle(Kind::Report, &[("a", content.as_bytes())], Causes::default());
@@ -247,11 +252,19 @@ async fn things(server: &Server, admin: &Client, client: &Client, number: usize)
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_call_by_everybody_about_ones_own_and_others_things() {
-    let server = Server::guarded(|config| {
-        config.limits.calls.calls_per_second = 100_000;
-        config.limits.calls.calls_at_once = 100_000;
-        config.limits.calls.failures_at_once = 100_000;
-    });
+    let server = Server::guarded(boundless);
+    everybody(&server, &server.url()).await;
+}
+
+/// Lets everybody call as often as they like.
+pub(crate) fn boundless(config: &mut attune_scheduler::Config) {
+    config.limits.calls.calls_per_second = 100_000;
+    config.limits.calls.calls_at_once = 100_000;
+    config.limits.calls.failures_at_once = 100_000;
+}
+
+/// Makes every call by everybody at `url`, about things that are made at `server`.
+pub(crate) async fn everybody(server: &Server, url: &str) {
     let admin = server.admin().await;
     let of_a = admin.for_project(Project::new("a").unwrap());
     for project in ["a", "b"] {
@@ -264,7 +277,7 @@ async fn every_call_by_everybody_about_ones_own_and_others_things() {
             None => None,
         });
     }
-    let channel = tonic::transport::Endpoint::from_shared(server.url()).unwrap().connect().await.unwrap();
+    let channel = tonic::transport::Endpoint::from_shared(url.to_owned()).unwrap().connect().await.unwrap();
     let absent = Things {
         job: "j-0000000000000000zz".to_owned(),
         digest: format!("blake3:{}", "0".repeat(64)),
@@ -279,7 +292,7 @@ async fn every_call_by_everybody_about_ones_own_and_others_things() {
             // What a call may have changed is made anew for the next one.
             if matches!(identity, Some((Some("a"), role)) if row.allows(*role)) || made == 0 {
                 made += 1;
-                there = things(&server, &admin, &of_a, made).await;
+                there = things(server, &admin, &of_a, made).await;
             }
             let expect = |asked: &str, answer: &Result<Vec<u8>, Status>, expected: Code| {
                 if code(answer) != expected {

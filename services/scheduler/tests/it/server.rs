@@ -7,7 +7,7 @@ use std::time::Duration;
 use attune_proto::client::Options;
 use attune_proto::v1::{self, ListMethodsRequest};
 use attune_proto::{Client, Secret};
-use attune_scheduler::{Auth, Config, Error, Tokens, serve};
+use attune_scheduler::{Auth, Config, Error, Scheduler, Tokens, serve};
 use tokio::sync::oneshot;
 
 /// Longest time for anything that a test waits for.
@@ -18,6 +18,8 @@ pub(crate) struct Server {
     pub(crate) folder: Arc<tempfile::TempDir>,
     address: SocketAddr,
     config: Config,
+    /// Whether it follows another one, and leads when that is gone.
+    stands_by: bool,
     stop: Option<oneshot::Sender<()>>,
     ended: Option<oneshot::Receiver<Result<(), Error>>>,
     // A runtime of its own, so that killing it leaves nothing of it behind.
@@ -47,9 +49,18 @@ impl Server {
         let folder = Arc::new(tempfile::tempdir().unwrap());
         let mut config = config(&folder);
         change(&mut config);
+        Self::start_of(folder, config, false)
+    }
+
+    /// Another one that follows this one, over the same database of PostgreSQL.
+    pub(crate) fn follower(&self) -> Self {
+        Self::start_of(Arc::clone(&self.folder), self.config.clone(), true)
+    }
+
+    fn start_of(folder: Arc<tempfile::TempDir>, config: Config, stands_by: bool) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let mut server = Self { folder, address, config, stop: None, ended: None, runtime: None };
+        let mut server = Self { folder, address, config, stands_by, stop: None, ended: None, runtime: None };
         server.run(listener);
         server
     }
@@ -119,13 +130,21 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         let (end, ended) = oneshot::channel();
-        let config = self.config.clone();
+        let (config, stands_by) = (self.config.clone(), self.stands_by);
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
             let shutdown = async {
                 let _ = stopped.await;
             };
-            let _ = end.send(serve(config, listener, shutdown).await);
+            if !stands_by {
+                let _ = end.send(serve(config, listener, shutdown).await);
+                return;
+            }
+            let _ = end.send(match Scheduler::stand_by(config, std::future::pending()).await {
+                Ok(Some(scheduler)) => scheduler.serve(listener, shutdown).await,
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            });
         });
         (self.stop, self.ended, self.runtime) = (Some(stop), Some(ended), Some(runtime));
     }

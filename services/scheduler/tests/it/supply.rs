@@ -49,6 +49,10 @@ impl WorkerProvider for Engine {
         Ok(())
     }
 
+    fn rendered(&self, request: &RequestId) -> String {
+        request.to_string()
+    }
+
     async fn close(&self) {
         *self.is_closed.lock().unwrap() = true;
     }

@@ -9,6 +9,9 @@ use crate::fault::Fault;
 use crate::job::{JobSpec, ReadError, read_stage};
 use crate::method::Catalogue;
 
+/// The fields of the file that a stage may have different.
+pub(crate) const FIELDS: [&str; 8] = ["base", "data", "tune", "resources", "limits", "outputs", "labels", "priority"];
+
 /// A stage's job of its fields.
 ///
 /// # Errors

@@ -132,7 +132,8 @@ impl Core {
     /// now on: that happens once at most, and shows whose fault it was.
     pub(super) fn fail_attempt(&mut self, key: &JobKey, failure: Failure<'_>, draft: &mut Draft) {
         let Failure { cause, lost, is_shared } = failure;
-        if let State::Stopping(stop) = self.jobs[key].state {
+        let state = self.jobs[key].state;
+        if let State::Stopping(stop) = state {
             // It was to end anyway; what it had committed is there.
             return self.settle_stop(key, stop, draft);
         }
@@ -140,6 +141,12 @@ impl Core {
         let quarantine_after = self.settings.quarantine_after as usize;
         let (is_spared, is_packed_again) = (!self.has(Plant::InnocentsCharged), self.has(Plant::SoloForgotten));
         let job = self.edit(key, draft);
+        // What it was to begin with is damaged. That may be an input, but then the older checkpoint costs little.
+        if (state, cause) == (State::Starting, Cause::Corrupt)
+            && let Some(older) = job.older.take()
+        {
+            job.checkpoint = Some(older);
+        }
         if is_shared && is_spared && cause != Cause::OfferLost && job.shares().is_some() {
             job.solo = !is_packed_again;
             job.n_offers_lost = 0;

@@ -34,6 +34,10 @@ impl Core {
         let job = self.edit(key, draft);
         match *commit {
             Commit::Checkpoint(step) => {
+                // The same bytes again are no other checkpoint to go back to.
+                if let Some(before) = job.checkpoint.filter(|before| before.digest != *digest) {
+                    job.older = Some(before);
+                }
                 job.checkpoint = Some(Checkpoint { digest: *digest, step, epoch: *epoch });
                 if step > job.progress {
                     job.progress = step;

@@ -1,7 +1,7 @@
 //! Jobs that consist of other jobs: a stage joins its parent, its end moves the parent, the parent's end ends it.
 //!
-//! Which stage follows is not decided here. A parent is *due* when one of its stages was made or has succeeded, until somebody
-//! has looked at its row as it then was: a look that something overtook changes nothing, so that no stage's end is missed.
+//! Which stage follows is not decided here. A parent is *due* when one of its stages was made or has ended, until somebody has
+//! looked at its row as it then was: a look that something overtook changes nothing, so that no stage's end is missed.
 
 use crate::step::Draft;
 use crate::{Answer, Core, Event, EventKind, JobKey, Look, Reason, Refusal, Request, State, Stop};
@@ -30,13 +30,17 @@ impl Core {
 
     /// Moves a parent, one of whose stages has ended.
     pub(super) fn stage_ended(&mut self, parent: &JobKey, stage: &JobKey, draft: &mut Draft) {
-        if self.jobs[stage].state != State::Succeeded {
+        let state = self.jobs[stage].state;
+        let failed = u32::from(state != State::Succeeded);
+        let job = self.edit(parent, draft);
+        job.n_stages_failed = job.n_stages_failed.saturating_add(failed);
+        if job.n_stages_failed > job.request.may_fail {
             return self.move_to(parent, State::Failed, Reason::StageFailed, draft);
         }
+        job.pending.remove(&stage.job);
         self.await_no_more(parent, stage);
-        self.edit(parent, draft).pending.remove(&stage.job);
         self.due.insert(parent.clone());
-        self.tell_stage(parent, stage, State::Succeeded, draft);
+        self.tell_stage(parent, stage, state, draft);
     }
 
     /// Ends the stages of a job that ended without success; nothing for other jobs.
@@ -74,7 +78,7 @@ impl Core {
         }
         match look {
             Look::Wait if job.pending.is_empty() => return wrong("it has no stage to wait for"),
-            Look::Done if !job.pending.is_empty() => return wrong("its stages have not all succeeded"),
+            Look::Done if !job.pending.is_empty() => return wrong("its stages have not all ended"),
             Look::Wait if !self.due.remove(key) => return Ok(Answer::Repeated),
             Look::Wait => {}
             Look::Done => self.move_to(key, State::Succeeded, Reason::Finished, draft),

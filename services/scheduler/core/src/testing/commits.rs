@@ -119,3 +119,36 @@ fn results_of_a_replaced_attempt_are_not_the_jobs() {
     desk.done(finished(&key, 2, Outcome::Succeeded));
     assert_eq!(desk.row(&key).outputs.len(), 1);
 }
+
+/// What an attempt was to begin with is damaged: the next one begins with the checkpoint before it, and what it makes again is new.
+#[test]
+fn a_damaged_checkpoint_is_replaced_by_the_one_before_it() {
+    let mut desk = Desk::new();
+    desk.register("w", 8, Vec::new());
+    let max_attempts = std::num::NonZeroU32::new(100).unwrap();
+    let key = desk.submit("j", crate::Request { max_attempts, ..crate::Request::default() });
+    desk.done(running(&key, 1));
+    for step in [10, 20, 30] {
+        desk.done(checkpoint(&key, 1, step));
+    }
+    let next = |desk: &mut Desk, epoch, cause| {
+        desk.done(failed(&key, epoch, cause));
+        desk.done(Input::Retry { key: key.clone() });
+        let row = desk.row(&key);
+        assert_eq!((row.epoch, row.state), (Epoch(epoch + 1), crate::State::Starting));
+        row.checkpoint.map(|checkpoint| checkpoint.step)
+    };
+    // While it runs, damage is in what it stores, and a process that dies says nothing of its checkpoint.
+    assert_eq!(next(&mut desk, 1, Cause::Corrupt), Some(Step(30)));
+    assert_eq!(next(&mut desk, 2, Cause::Hung), Some(Step(30)));
+    assert_eq!(next(&mut desk, 3, Cause::Corrupt), Some(Step(20)));
+    // There is none before that, and the job is not taken back to its beginning.
+    assert_eq!(next(&mut desk, 4, Cause::Corrupt), Some(Step(20)));
+    desk.done(running(&key, 5));
+    desk.done(checkpoint(&key, 5, 30));
+    let row = desk.row(&key);
+    let steps = [row.older, row.checkpoint].map(|checkpoint| checkpoint.map(|of| (of.step, of.epoch)));
+    assert_eq!(steps, [Some((Step(20), Epoch(1))), Some((Step(30), Epoch(5)))]);
+    desk.restart();
+    assert_eq!(desk.row(&key).older.map(|older| older.step), Some(Step(20)));
+}

@@ -107,6 +107,39 @@ fn a_stage_that_fails_fails_its_parent_and_ends_the_others() {
     }
 }
 
+/// As many stages as may fail leave the others alone; one more ends them all.
+#[test]
+fn some_stages_may_fail() {
+    for too_many in [false, true] {
+        let mut desk = Desk::new();
+        desk.register("w", 9, Vec::new());
+        let parent = desk.submit("p", Request { may_fail: 2, ..staged() });
+        let stages: Vec<JobKey> = ["a", "b", "c", "d"].map(|name| stage(&mut desk, &parent, name)).into();
+        for stage in &stages {
+            desk.done(running(stage, 1));
+        }
+        desk.done(failed(&stages[0], 1, Cause::DataFault));
+        assert_eq!((desk.state(&parent), due(&desk)), ("waiting stages_pending".to_owned(), vec!["p"]));
+        desk.restart();
+        desk.done(Input::Cancel { key: stages[1].clone() });
+        desk.done(finished(&stages[1], 1, Outcome::Stopped));
+        assert_eq!(desk.state(&stages[2]), "running started");
+        if too_many {
+            desk.done(failed(&stages[2], 1, Cause::DataFault));
+            assert_eq!(desk.state(&parent), "failed stage_failed");
+            assert_eq!(desk.state(&stages[3]), "stopping(cancel) parent_ended");
+            continue;
+        }
+        desk.done(finished(&stages[2], 1, Outcome::Succeeded));
+        let early = look(&desk, &parent, Look::Done);
+        assert!(matches!(desk.refused(early), Refusal::WrongState { .. }), "a stage runs");
+        desk.done(finished(&stages[3], 1, Outcome::Succeeded));
+        let done = look(&desk, &parent, Look::Done);
+        desk.done(done);
+        assert_eq!(desk.state(&parent), "succeeded finished");
+    }
+}
+
 #[test]
 fn cancelling_a_parent_cancels_its_stages() {
     let (mut desk, parent, first) = begun();
