@@ -200,7 +200,6 @@ async fn run(
     let (connections, inner, suppliers) = (TaskGroup::new(), TaskGroup::new(), TaskGroup::new());
     let stop = inner.stop();
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
-    context.guard.open().await?;
     let url = match &config.advertise {
         Some(url) => url.clone(),
         None => {
@@ -226,6 +225,7 @@ async fn run(
         });
     }
 
+    context.guard.open().await?;
     let grace = config.timings.shutdown_grace;
     let end = {
         let (connections, stop, suppliers) = (connections.clone(), stop.clone(), suppliers.clone());

@@ -194,7 +194,7 @@ pub(crate) async fn a_record_is_stored_with_its_change_or_neither_is(store: Arc<
     store.revoke_token("aa", UtcMs(5), Some(&next())).await.unwrap();
     let worker = WorkerId::new("w1").unwrap();
     assert!(store.claim_worker(&worker, "token/gpu", UtcMs(1), Some(&next())).await.unwrap());
-    let made = Box::new(artifact(1, &[1]));
+    let made = Box::new(artifact(1, &[]));
     store.apply(&[Write::Artifact(made), Write::Audit(Box::new(next()))]).await.unwrap();
     let tag: attune_spec::id::Tag = "a:b".parse().unwrap();
     let moves = Write::Tag {

@@ -256,7 +256,7 @@ async fn a_follower_of_nobody_reads() {
     }
     pair.leader.stop().await.unwrap();
     let holder = waits.await.unwrap().unwrap();
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
 
     let found = get(&client, &made.job_id).await.unwrap();
     assert!(found.message.ends_with("; no scheduler leads that would say what it waits for"), "{found:?}");
@@ -293,8 +293,8 @@ async fn a_call_goes_one_hop_and_no_longer_than_its_deadline() {
     let announce = async |url: &str| {
         let mut direct = pair.postgres.direct().await;
         sqlx::query("UPDATE terms SET leader = $1").bind(url.to_owned()).execute(&mut direct).await.unwrap();
-        // Twice as long as one that follows takes to see it.
-        tokio::time::sleep(Duration::from_millis(600)).await;
+        // Many times as long as one that follows takes to see it.
+        tokio::time::sleep(Duration::from_secs(3)).await;
     };
     announce(&pair.follower.url()).await;
     let list = || v1::ListWorkersRequest::default();
@@ -337,7 +337,7 @@ async fn a_follower_of_nobody_tells_strangers_nothing() {
     }
     pair.leader.stop().await.unwrap();
     let _holder = waits.await.unwrap().unwrap();
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     for (secret, expected) in [
         (None, Code::Unauthenticated),
         (Some(Secret::new("attune_0")), Code::Unauthenticated),
