@@ -37,15 +37,15 @@ pub struct Config {
     pub pools: Vec<WorkerPool>,
 }
 
-/// How connections are encrypted.
+/// How connections are encrypted: files of PEM, which may be renewed while the scheduler runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tls {
-    /// The server's certificate with its chain, as PEM.
-    pub certificate: String,
-    /// Its key, as PEM.
-    pub key: Secret,
-    /// Certificates of the authorities that must vouch for every client, as PEM; clients show none if absent.
-    pub client_ca: Option<String>,
+    /// The server's certificate with its chain.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// Certificates of the authorities that must vouch for every client; clients show none if absent.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// Whether callers are asked who they are.
@@ -129,13 +129,15 @@ pub struct Timings {
     pub audit_kept: Option<Duration>,
     /// How long a new connection may take to say what it wants: its first bytes, its handshake, the registration of a worker.
     pub greeting_limit: Duration,
+    /// How often the files of certificates are looked at.
+    pub certificates: Duration,
     /// How long a call may take that is one question and one answer, and how long the next part of a push may take to come.
     pub call_limit: Duration,
 }
 
 impl Default for Timings {
     /// Leases of 10 s with heartbeats every 3 s, 30 s to stop, waits of 2 s to 5 min, 2 s to gather lanes, 10 s to end; a look for what
-    /// nobody needs every hour, a day for pushes, events and the audit log for ever; 10 s to say what one wants and 2 min for a
+    /// nobody needs every hour, a day for pushes, events and the audit log for ever; 10 s to say what one wants, as long between looks at certificates, and 2 min for a
     /// call.
     fn default() -> Self {
         let backoff = Backoff::default();
@@ -153,6 +155,7 @@ impl Default for Timings {
             events_kept: None,
             audit_kept: None,
             greeting_limit: Duration::from_secs(10),
+            certificates: Duration::from_secs(10),
             call_limit: Duration::from_secs(120),
         }
     }

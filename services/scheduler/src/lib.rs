@@ -17,6 +17,7 @@
 mod config;
 mod error;
 
+mod certificates;
 mod clock;
 
 mod guard;

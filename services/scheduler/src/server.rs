@@ -19,11 +19,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tonic::transport::Server;
 use tonic::transport::server::{Router, TcpIncoming};
-use tonic::transport::{self, Certificate, ServerTlsConfig};
 use tower::layer::util::{Identity, Stack};
 
+use crate::certificates::Certificates;
 use crate::clock::Clock;
-use crate::config::{Auth, Config, Tls};
+use crate::config::{Auth, Config};
 use crate::context::Context;
 use crate::desk::Desk;
 use crate::error::Error;
@@ -193,6 +193,10 @@ async fn run(
             Some(found.map_err(|source| Error::DataRoot { path: path.clone(), source })?)
         }
     };
+    let certificates = match &config.tls {
+        Some(files) => Some(Arc::new(Certificates::open(files).await?)),
+        None => None,
+    };
     let blobs = BlobStore::open(&config.artifacts).await?;
     let (front, letters) = Front::new(config.limits.waiting_requests);
     let hub = Hub::default();
@@ -200,6 +204,9 @@ async fn run(
     let (connections, inner, suppliers) = (TaskGroup::new(), TaskGroup::new(), TaskGroup::new());
     let stop = inner.stop();
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
+    if let Some(certificates) = &certificates {
+        keep(&inner, "certificates", Arc::clone(certificates).keep(config.timings.certificates));
+    }
     let url = match &config.advertise {
         Some(url) => url.clone(),
         None => {
@@ -243,7 +250,15 @@ async fn run(
     };
     let accepted = TcpIncoming::from(listener).with_nodelay(Some(true));
     let incoming = incoming::connections(accepted, config.limits.connections, config.timings.greeting_limit);
-    let served = route(&config, &context).await?.serve_with_incoming_shutdown(incoming, end);
+    let routes = route(&context).await?;
+    let served = async {
+        let Some(certificates) = certificates else {
+            return routes.serve_with_incoming_shutdown(incoming, end).await;
+        };
+        let (patience, at_once) = (config.timings.greeting_limit, config.limits.connections);
+        let encrypted = Box::pin(certificates.encrypt(incoming, patience, at_once));
+        routes.serve_with_incoming_shutdown(encrypted, end).await
+    };
     let limited = async {
         connections.stop().requested().await;
         tokio::time::sleep(grace).await;
@@ -267,7 +282,7 @@ async fn run(
 }
 
 /// All services of the port.
-async fn route(config: &Config, context: &Arc<Context>) -> Result<Router<Stack<GuardLayer, Identity>>, Error> {
+async fn route(context: &Arc<Context>) -> Result<Router<Stack<GuardLayer, Identity>>, Error> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -289,20 +304,7 @@ async fn route(config: &Config, context: &Arc<Context>) -> Result<Router<Stack<G
     health.set_serving::<FleetServiceServer<FleetDesk>>().await;
     health.set_serving::<TokenServiceServer<Tokens>>().await;
     health.set_serving::<AuditServiceServer<Audit>>().await;
-    let mut server = Server::builder();
-    if let Some(Tls { certificate, key, client_ca }) = &config.tls {
-        let mut tls = ServerTlsConfig::new()
-            .identity(transport::Identity::from_pem(certificate, key.expose()))
-            .timeout(config.timings.greeting_limit);
-        if let Some(ca) = client_ca {
-            tls = tls.client_ca_root(Certificate::from_pem(ca));
-        }
-        let unusable = |error: transport::Error| {
-            let deepest = std::iter::successors(Some(&error as &dyn std::error::Error), |at| at.source()).last();
-            Error::Tls(deepest.map(ToString::to_string).unwrap_or_default())
-        };
-        server = server.tls_config(tls).map_err(unusable)?;
-    }
+    let server = Server::builder();
     Ok(server
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))

@@ -211,7 +211,7 @@ impl Adapter for Adalora {
             return Ok(None);
         }
         let off = |tensor: &Tensor| -> attune_points::Result<Tensor> {
-            let product = ops::matmul(&tensor, &tensor.t()?)?;
+            let product = ops::matmul(tensor, &tensor.t()?)?;
             let unit = Tensor::eye(product.dim(0)?, product.dtype(), &Device::Cpu)?;
             // Where there is nothing off, the root has no derivative.
             Ok(((product - unit)?.sqr()?.sum_all()? + f64::from(f32::MIN_POSITIVE))?.sqrt()?)

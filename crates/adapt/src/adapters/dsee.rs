@@ -221,7 +221,7 @@ impl Adapter for Dsee {
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let b_or = tensors.get(B)?;
         let a_ri = (tensors.get(A)? * self.scale())?;
-        let low_oi = (weight.dense(b_or.dtype())? + ops::matmul(&b_or, &a_ri)?)?;
+        let low_oi = (weight.dense(b_or.dtype())? + ops::matmul(b_or, &a_ri)?)?;
         let weight = sparse::added(&low_oi, tensors.get(INDICES)?, tensors.get(VALUES)?)?;
         Ok(Merged::Weight { weight, bias: None })
     }

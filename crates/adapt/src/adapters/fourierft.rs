@@ -93,13 +93,16 @@ impl Default for Config {
     }
 }
 
+/// Places by the sizes of a weight and their number.
+type Known = BTreeMap<((usize, usize), usize), Places>;
+
 /// The frequencies of waves, by rows and by columns.
 type Places = Arc<[(usize, usize)]>;
 
 pub(super) struct Fourierft {
     config: Config,
     /// Those that were drawn for a shape: all linears of it have the same.
-    places: Mutex<BTreeMap<((usize, usize), usize), Places>>,
+    places: Mutex<Known>,
 }
 
 impl Fourierft {

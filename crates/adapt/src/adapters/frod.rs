@@ -148,7 +148,7 @@ fn within(w_oi: &Tensor, v_ii: &Tensor) -> attune_points::Result<(Tensor, Tensor
     let inverse: Vec<f64> = values.iter().map(|s| if *s > least { 1.0 / s } else { 0.0 }).collect();
     // W V^-T, where V = P s Q: V^-T = P s^-1 Q.
     let inverse_k = Tensor::new(inverse, &Device::Cpu)?;
-    let b_oi = ops::matmul(&w_oi, &ops::matmul(&of.u.broadcast_mul(&inverse_k)?, &of.v)?)?;
+    let b_oi = ops::matmul(w_oi, &ops::matmul(&of.u.broadcast_mul(&inverse_k)?, &of.v)?)?;
     let mu_i = b_oi.sqr()?.sum(0)?.sqrt()?;
     let lengths = mu_i.to_vec1::<f64>()?.into_iter().map(|mu| if mu > 1e-12 { 1.0 / mu } else { 0.0 });
     let lengths = Tensor::new(lengths.collect::<Vec<_>>(), &Device::Cpu)?;

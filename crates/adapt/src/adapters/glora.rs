@@ -292,7 +292,7 @@ impl WeightMap for Glora {
             OfColumn::Vector => tensors.get(C.whole)?.clone(),
             OfColumn::None => return Ok(made),
         };
-        Ok((made + ops::matmul(&w_oi, &c_i1)?.flatten_all()?)?)
+        Ok((made + ops::matmul(w_oi, &c_i1)?.flatten_all()?)?)
     }
 }
 

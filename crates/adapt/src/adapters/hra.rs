@@ -153,7 +153,7 @@ impl Hra {
             let above_rr = (Tensor::triu2(rank, u_ir.dtype(), u_ir.device())? - &one_rr)?;
             orthogonal::inverse(&((gram_rr * above_rr)? + (one_rr * 0.5)?)?.unsqueeze(0)?)?
         };
-        Ok((ops::matmul(&w_oi, &u_ir)?, ops::matmul(&t_rr.squeeze(0)?, &back_ri)?))
+        Ok((ops::matmul(w_oi, &u_ir)?, ops::matmul(&t_rr.squeeze(0)?, &back_ri)?))
     }
 }
 

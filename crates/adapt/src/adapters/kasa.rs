@@ -121,7 +121,7 @@ impl Kasa {
 /// How far the rows of a matrix are from orthonormal ones: the length of `m m^T - 1`. None where they are: it has no slope there.
 fn skewness(m_rk: &Tensor) -> attune_points::Result<Option<Tensor>> {
     let one_rr = Tensor::eye(m_rk.dim(0)?, m_rk.dtype(), m_rk.device())?;
-    let square = (ops::matmul(&m_rk, &m_rk.t()?)? - one_rr)?.sqr()?.sum_all()?;
+    let square = (ops::matmul(m_rk, &m_rk.t()?)? - one_rr)?.sqr()?.sum_all()?;
     let is_zero = square.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0;
     Ok(if is_zero { None } else { Some(square.sqrt()?) })
 }

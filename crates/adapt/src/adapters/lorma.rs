@@ -134,8 +134,8 @@ impl Lorma {
     fn factors(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<(Tensor, Tensor)> {
         let (a_rd, b_dr) = (tensors.get(A)?, tensors.get(B)?);
         Ok(match self.config.side {
-            Side::Output => (b_dr.clone(), ops::matmul(&a_rd, w_oi)?),
-            Side::Input => (ops::matmul(&w_oi, b_dr)?, a_rd.clone()),
+            Side::Output => (b_dr.clone(), ops::matmul(a_rd, w_oi)?),
+            Side::Input => (ops::matmul(w_oi, b_dr)?, a_rd.clone()),
         })
     }
 }
@@ -207,7 +207,7 @@ impl WeightMap for Lorma {
         let t_dd = (shift(&ops::matmul(tensors.get(B)?, tensors.get(A)?)?)? * self.scale())?;
         Ok(match self.config.side {
             Side::Output => ops::matmul(&t_dd, w_oi)?,
-            Side::Input => ops::matmul(&w_oi, &t_dd)?,
+            Side::Input => ops::matmul(w_oi, &t_dd)?,
         })
     }
 }

@@ -139,10 +139,10 @@ impl Osf {
     /// The factors that train, `U_ok` and `V_ki`, with gradients as they shall be.
     fn factors(&self, tensors: &Locals) -> attune_points::Result<(Tensor, Tensor)> {
         let u_ok = self.projected(tensors.get(U)?, |d_ok| match optional(tensors, U_HIGH) {
-            Some(h_op) => &d_ok - ops::matmul(&h_op, &ops::matmul(&h_op.t()?.contiguous()?, &d_ok)?)?,
+            Some(h_op) => &d_ok - ops::matmul(h_op, &ops::matmul(&h_op.t()?.contiguous()?, &d_ok)?)?,
             None => {
                 let own_ok = tensors.get(U_START).map_err(candle_core::Error::wrap)?;
-                ops::matmul(&own_ok, &ops::matmul(&own_ok.t()?.contiguous()?, &d_ok)?)
+                ops::matmul(own_ok, &ops::matmul(&own_ok.t()?.contiguous()?, &d_ok)?)
             }
         })?;
         let v_ki = self.projected(tensors.get(V)?, |d_ki| match optional(tensors, V_HIGH) {

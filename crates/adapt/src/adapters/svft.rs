@@ -154,7 +154,7 @@ impl Svft {
         let left = if self.is_diagonal() {
             ops::scale_columns(u_ok, tensors.get(VALUES)?)?
         } else {
-            ops::matmul(&u_ok, &self.between(u_ok.dim(1)?, tensors)?)?
+            ops::matmul(u_ok, &self.between(u_ok.dim(1)?, tensors)?)?
         };
         Ok((left, v_ki.clone()))
     }

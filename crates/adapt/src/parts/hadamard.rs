@@ -27,7 +27,7 @@ impl<'a> Pairs<'a> {
     /// Shapes that do not fit.
     pub(crate) fn dense(&self) -> Result<Tensor> {
         let ([p_or, q_os], [a_ri, b_si]) = (self.left, self.right);
-        Ok((ops::matmul(&p_or, a_ri)? * ops::matmul(&q_os, b_si)?)?)
+        Ok((ops::matmul(p_or, a_ri)? * ops::matmul(q_os, b_si)?)?)
     }
 
     /// Factors whose product it is, `[o, r s]` and `[r s, i]`: their numbers are the products of a row's (a column's) numbers of

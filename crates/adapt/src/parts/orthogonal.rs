@@ -66,7 +66,7 @@ pub(crate) fn series(q_nbb: &Tensor, terms: u32) -> Result<Tensor> {
     let one_bb = Tensor::eye(q_nbb.dim(2)?, q_nbb.dtype(), q_nbb.device())?;
     let mut sum = (q_nbb * 2.0)?.broadcast_add(&one_bb)?;
     if terms > 2 {
-        let mut power = ops::matmul(&q_nbb, q_nbb)?;
+        let mut power = ops::matmul(q_nbb, q_nbb)?;
         sum = (sum + (&power * 2.0)?)?;
         for _ in 3..terms - 1 {
             power = ops::matmul(&power, q_nbb)?;

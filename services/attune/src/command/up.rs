@@ -77,11 +77,11 @@ impl Scheduler {
     /// How connections are encrypted.
     fn tls(&self) -> Result<Option<Tls>, Failure> {
         let (Some(certificate), Some(key)) = (&self.tls_cert, &self.tls_key) else { return Ok(None) };
-        Ok(Some(Tls {
-            certificate: remote::certificates(certificate)?,
-            key: remote::key(key)?,
-            client_ca: self.tls_client_ca.as_deref().map(remote::certificates).transpose()?,
-        }))
+        // What is wrong with a file now is said by its name.
+        remote::certificates(certificate)?;
+        remote::key(key)?;
+        self.tls_client_ca.as_deref().map(remote::certificates).transpose()?;
+        Ok(Some(Tls { certificate: certificate.clone(), key: key.clone(), client_ca: self.tls_client_ca.clone() }))
     }
 }
 

@@ -40,13 +40,45 @@ impl Authority {
     }
 }
 
+/// Files of certificates, which may be renewed.
+struct Files {
+    folder: tempfile::TempDir,
+}
+
+impl Files {
+    fn new((certificate, key): &(String, Secret), client_ca: Option<&Authority>) -> (Self, attune_scheduler::Tls) {
+        let files = Self { folder: tempfile::tempdir().unwrap() };
+        files.write("cert.pem", certificate);
+        files.write("key.pem", key.expose());
+        if let Some(authority) = client_ca {
+            files.write("ca.pem", &authority.pem);
+        }
+        let path = |name: &str| files.folder.path().join(name);
+        let client_ca = client_ca.map(|_| path("ca.pem"));
+        let tls = attune_scheduler::Tls { certificate: path("cert.pem"), key: path("key.pem"), client_ca };
+        (files, tls)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.folder.path().join(name), text).unwrap();
+    }
+}
+
 /// A server with this certificate.
-fn server((certificate, key): (String, Secret), client_ca: Option<&Authority>) -> Server {
-    let client_ca = client_ca.map(|authority| authority.pem.clone());
-    let tls = attune_scheduler::Tls { certificate, key, client_ca };
+fn server(pair: (String, Secret), client_ca: Option<&Authority>) -> Server {
+    let (files, tls) = Files::new(&pair, client_ca);
+    let server = server_of(tls);
+    // It reads them while it starts.
+    server.admin_secret();
+    drop(files);
+    server
+}
+
+fn server_of(tls: attune_scheduler::Tls) -> Server {
     Server::guarded(|config| {
         config.tls = Some(tls);
         config.timings.greeting_limit = Duration::from_millis(400);
+        config.timings.certificates = Duration::from_millis(50);
     })
 }
 
@@ -164,10 +196,76 @@ async fn a_key_that_does_not_fit_is_said_at_the_start() {
     {
         let folder = tempfile::tempdir().unwrap();
         let mut config = crate::server::config(&folder);
-        config.tls = Some(attune_scheduler::Tls { certificate, key, client_ca: None });
+        let (_files, tls) = Files::new(&(certificate, key), None);
+        config.tls = Some(tls);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ended = attune_scheduler::serve(config, listener, std::future::pending()).await.unwrap_err().to_string();
         assert!(ended.starts_with("no encrypted connection can be made with this certificate and key: "), "{ended}");
         assert!(!ended.contains("canary"), "{ended}");
     }
+}
+
+/// Asks until the answer is as wanted.
+async fn until(server: &Server, tls: Tls, fits: impl Fn(&Result<v1::GetCallerResponse, String>) -> bool) {
+    let secret = server.admin_secret();
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    loop {
+        let answer = ask(server, "https", Some(secret.clone()), tls.clone()).await;
+        if fits(&answer) {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{answer:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_for_new_connections_and_a_bad_one_for_none() {
+    let (old, new) = (Authority::new("one"), Authority::new("two"));
+    let (files, tls) = Files::new(&old.vouch(&["127.0.0.1"], false), None);
+    let server = server_of(tls);
+    let secret = server.admin_secret();
+    let url = server.url().replace("http://", "https://");
+    until(&server, trusting(&old), Result::is_ok).await;
+    let options = Options { token: Some(secret), tls: trusting(&old), retries: 0, ..Options::default() };
+    let standing = Client::connect(&url, options).await.unwrap();
+    let calls = async || standing.tokens().get_caller(v1::GetCallerRequest::default()).await;
+    calls().await.unwrap();
+
+    // Half a file, a key that belongs to another certificate, and none: the old pair serves on.
+    let (certificate, key) = new.vouch(&["127.0.0.1"], false);
+    for (name, text) in
+        [("cert.pem", &certificate[..certificate.len() / 2]), ("cert.pem", certificate.as_str()), ("key.pem", "no key")]
+    {
+        files.write(name, text);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        until(&server, trusting(&old), Result::is_ok).await;
+    }
+    std::fs::remove_file(files.folder.path().join("key.pem")).unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    until(&server, trusting(&old), Result::is_ok).await;
+
+    files.write("key.pem", key.expose());
+    until(&server, trusting(&new), Result::is_ok).await;
+    until(&server, trusting(&old), |answer| answer.as_ref().is_err_and(|why| why.contains("UnknownIssuer"))).await;
+    // What stood before stands.
+    calls().await.unwrap();
+}
+
+#[tokio::test]
+async fn authorities_of_clients_are_renewed() {
+    let (servers, old, new) = (Authority::new("one"), Authority::new("two"), Authority::new("three"));
+    let (files, tls) = Files::new(&servers.vouch(&["127.0.0.1"], false), Some(&old));
+    let server = server_of(tls);
+    let with =
+        |authority: &Authority| Tls { identity: Some(authority.vouch(&["worker-1"], false)), ..trusting(&servers) };
+    let (of_old, of_new) = (with(&old), with(&new));
+    until(&server, of_old.clone(), Result::is_ok).await;
+    until(&server, of_new.clone(), Result::is_err).await;
+    files.write("ca.pem", "nobody");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    until(&server, of_old.clone(), Result::is_ok).await;
+    files.write("ca.pem", &new.pem);
+    until(&server, of_new, Result::is_ok).await;
+    until(&server, of_old, Result::is_err).await;
 }
