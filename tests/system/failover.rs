@@ -1,5 +1,6 @@
 //! Two schedulers on one database of PostgreSQL, of which one leads: `kill -9` of whoever leads, and of the database, and the job still
 //! succeeds, once, with the adapter of an undisturbed run.
+#![expect(clippy::disallowed_methods, reason = "what watches beside the test is asked for what it saw")]
 
 use attune_proto::Client;
 use attune_proto::client::Options;

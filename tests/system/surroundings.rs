@@ -1,6 +1,7 @@
 //! What surrounds processes and may turn on them: a calendar that jumps, a disk that fills up, memory that runs out.
 //!
 //! Not every machine lets a test have these. Where it does not, they are none, and the reason is printed.
+#![expect(clippy::disallowed_methods, reason = "what is left to the kernel has no end that can be waited for")]
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

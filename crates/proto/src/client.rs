@@ -79,8 +79,7 @@ pub struct Client {
 
 #[derive(Debug)]
 struct Servers {
-    urls: String,
-    channels: RwLock<Vec<Channel>>,
+    channels: Vec<Channel>,
     /// Which one is spoken to, counted on with each turn.
     at: AtomicUsize,
 }
@@ -138,11 +137,15 @@ impl Client {
     /// # Errors
     /// [`ConnectError::Url`]. Must be called within a tokio runtime.
     pub fn lazy(urls: &str, options: Options) -> Result<Self, ConnectError> {
-        let channels = RwLock::new(channels(urls, &options)?);
-        let servers = Servers { urls: urls.to_owned(), channels, at: AtomicUsize::new(0) };
+        Ok(Self::of(channels(urls, &options)?, 0, options))
+    }
+
+    /// A client that speaks to the server at this place first.
+    fn of(channels: Vec<Channel>, at: usize, options: Options) -> Self {
+        let servers = Servers { channels, at: AtomicUsize::new(at) };
         let bearer = Bearer::default();
         bearer.show(options.token.as_ref());
-        Ok(Self { servers: Arc::new(servers), options: Arc::new(options), bearer })
+        Self { servers: Arc::new(servers), options: Arc::new(options), bearer }
     }
 
     /// A client of the servers at `urls`, separated by commas, connected to the first that answers.
@@ -150,21 +153,20 @@ impl Client {
     /// # Errors
     /// [`ConnectError`]; that of the last one if none answers.
     pub async fn connect(urls: &str, options: Options) -> Result<Self, ConnectError> {
-        let client = Self::lazy(urls, options)?;
-        let mut outcome = Ok(());
+        let mut channels = channels(urls, &options)?;
+        let mut unreachable = None;
         for (at, url) in urls.split(',').map(str::trim).enumerate() {
-            match endpoint(url, &client.options)?.connect().await {
+            match endpoint(url, &options)?.connect().await {
                 Ok(channel) => {
-                    client.servers.channels.write().unwrap_or_else(PoisonError::into_inner)[at] = channel;
-                    client.servers.at.store(at, Ordering::Relaxed);
-                    return Ok(client);
+                    channels[at] = channel;
+                    return Ok(Self::of(channels, at, options));
                 }
                 Err(error) => {
-                    outcome = Err(ConnectError::Unreachable { url: url.to_owned(), reason: deepest(&error) });
+                    unreachable = Some(ConnectError::Unreachable { url: url.to_owned(), reason: deepest(&error) });
                 }
             }
         }
-        outcome.map(|()| client)
+        unreachable.map_or_else(|| Ok(Self::of(channels, 0, options)), Err)
     }
 
     /// Speaks to the next server from now on, where there are several.
@@ -172,20 +174,9 @@ impl Client {
         self.servers.at.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Makes new connections with this from now on, as do the clones of this client; calls that run go on by the old ones.
-    ///
-    /// # Errors
-    /// [`ConnectError`] when none can be made with it; the client is as it was then.
-    pub fn renew(&self, tls: &Tls) -> Result<(), ConnectError> {
-        let options = Options { tls: tls.clone(), ..(*self.options).clone() };
-        let renewed = channels(&self.servers.urls, &options)?;
-        *self.servers.channels.write().unwrap_or_else(PoisonError::into_inner) = renewed;
-        Ok(())
-    }
-
     /// The connection to the server that is spoken to now; what goes by it carries no credential of this client.
     pub fn channel(&self) -> Channel {
-        let channels = self.servers.channels.read().unwrap_or_else(PoisonError::into_inner);
+        let channels = &self.servers.channels;
         channels[self.servers.at.load(Ordering::Relaxed) % channels.len()].clone()
     }
 

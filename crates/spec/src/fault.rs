@@ -20,10 +20,15 @@ impl FieldPath {
         Self(text.into())
     }
 
-    /// The field `name` inside this one.
+    /// The field `name` inside this one. Somebody may have chosen the name: what would steer a terminal or turn text around is shown
+    /// as `?`.
     #[must_use]
     pub fn field(&self, name: &str) -> Self {
-        if self.0.is_empty() { Self(name.to_owned()) } else { Self(format!("{}.{name}", self.0)) }
+        let is_hidden = |c: char| {
+            c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        };
+        let shown = name.replace(is_hidden, "?");
+        if self.0.is_empty() { Self(shown) } else { Self(format!("{}.{shown}", self.0)) }
     }
 
     /// The entry `index` of this list.

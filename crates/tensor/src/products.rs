@@ -256,7 +256,9 @@ mod tests {
         let op = Product { a: Side::Plain, b: Side::Turned };
         let (by_x, by_w) = op.bwd(&x, &w, &y, &dy).unwrap();
         assert!(by_x.is_some() && by_w.is_none());
-        assert!(op.bwd(&w, &x, &y, &dy).unwrap().0.is_none());
+        let turned = ops::linear(&w, &x, None).unwrap();
+        let by_w = op.bwd(&w, &x, &turned, &turned.ones_like().unwrap()).unwrap();
+        assert!(by_w.0.is_none() && by_w.1.is_some());
     }
 
     #[test]

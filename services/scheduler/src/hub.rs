@@ -55,7 +55,7 @@ mod tests {
         let key = JobKey::new(Project::default(), JobId::new("j-1").unwrap());
         hub.wake(&key);
         let (mut first, mut second) = (hub.watch(&key), hub.watch(&key));
-        assert_eq!(hub.watched(), [key.clone()]);
+        assert_eq!(hub.watched(), std::slice::from_ref(&key));
         hub.wake(&key);
         hub.wake(&key);
         first.changed().await.unwrap();

@@ -145,6 +145,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(clippy::disallowed_methods, reason = "what waits is asked for its result")]
     async fn whoever_leads_is_known_until_another_does() {
         let replica = Arc::new(Replica::new(Tls::default()));
         let nobody = replica.other().unwrap().unwrap_err();

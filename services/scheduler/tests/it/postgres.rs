@@ -1,4 +1,5 @@
 //! Databases of PostgreSQL, where `ATTUNE_TEST_POSTGRES` names a server on which they may be made (`tests/services/postgres.sh`).
+#![expect(clippy::print_stderr, reason = "who skips a test says why")]
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

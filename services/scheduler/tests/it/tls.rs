@@ -65,8 +65,8 @@ impl Files {
 }
 
 /// A server with this certificate.
-fn server(pair: (String, Secret), client_ca: Option<&Authority>) -> Server {
-    let (files, tls) = Files::new(&pair, client_ca);
+fn server(pair: &(String, Secret), client_ca: Option<&Authority>) -> Server {
+    let (files, tls) = Files::new(pair, client_ca);
     let server = server_of(tls);
     // It reads them while it starts.
     server.admin_secret();
@@ -110,7 +110,7 @@ fn trusting(authority: &Authority) -> Tls {
 #[tokio::test]
 async fn a_server_is_believed_if_the_right_authority_vouches_for_its_name_now() {
     let (authority, other) = (Authority::new("one"), Authority::new("two"));
-    let right = server(authority.vouch(&["127.0.0.1"], false), None);
+    let right = server(&authority.vouch(&["127.0.0.1"], false), None);
     let secret = Some(right.admin_secret());
     let caller = ask(&right, "https", secret.clone(), trusting(&authority)).await.unwrap();
     assert_eq!((caller.name.as_str(), caller.role()), ("admin", TokenRole::Admin));
@@ -122,10 +122,10 @@ async fn a_server_is_believed_if_the_right_authority_vouches_for_its_name_now() 
     assert!(strange.contains("invalid peer certificate: UnknownIssuer"), "{strange}");
     let system = ask(&right, "https", secret.clone(), Tls::default()).await.unwrap_err();
     assert!(system.contains("invalid peer certificate") || system.contains("native certs"), "{system}");
-    let expired = server(authority.vouch(&["127.0.0.1"], true), None);
+    let expired = server(&authority.vouch(&["127.0.0.1"], true), None);
     let late = ask(&expired, "https", secret.clone(), trusting(&authority)).await.unwrap_err();
     assert!(late.contains("certificate expired"), "{late}");
-    let misnamed = server(authority.vouch(&["scheduler.example"], false), None);
+    let misnamed = server(&authority.vouch(&["scheduler.example"], false), None);
     let wrong = ask(&misnamed, "https", secret.clone(), trusting(&authority)).await.unwrap_err();
     assert!(wrong.contains("certificate not valid for name \"127.0.0.1\""), "{wrong}");
 }
@@ -133,7 +133,7 @@ async fn a_server_is_believed_if_the_right_authority_vouches_for_its_name_now() 
 #[tokio::test]
 async fn nobody_speaks_in_the_clear_by_mistake() {
     let authority = Authority::new("one");
-    let encrypted = server(authority.vouch(&["127.0.0.1"], false), None);
+    let encrypted = server(&authority.vouch(&["127.0.0.1"], false), None);
     let secret = encrypted.admin_secret();
     // In the clear to a port that is not.
     let refused = ask(&encrypted, "http", Some(secret.clone()), Tls::default()).await.unwrap_err();
@@ -150,7 +150,7 @@ async fn nobody_speaks_in_the_clear_by_mistake() {
 #[tokio::test]
 async fn a_client_needs_a_certificate_where_one_is_asked_for() {
     let (servers, clients) = (Authority::new("one"), Authority::new("two"));
-    let mutual = server(servers.vouch(&["127.0.0.1"], false), Some(&clients));
+    let mutual = server(&servers.vouch(&["127.0.0.1"], false), Some(&clients));
     let secret = Some(mutual.admin_secret());
     let with = |identity| Tls { identity: Some(identity), ..trusting(&servers) };
     let caller = ask(&mutual, "https", secret.clone(), with(clients.vouch(&["worker-1"], false))).await.unwrap();
@@ -168,7 +168,7 @@ async fn a_client_needs_a_certificate_where_one_is_asked_for() {
 #[tokio::test]
 async fn a_handshake_has_its_time() {
     let authority = Authority::new("one");
-    let server = server(authority.vouch(&["127.0.0.1"], false), None);
+    let server = server(&authority.vouch(&["127.0.0.1"], false), None);
     server.admin_secret();
     let address = server.url().replace("http://", "");
     // Nothing, garbage, and one byte after the other.
