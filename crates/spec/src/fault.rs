@@ -17,18 +17,14 @@ impl FieldPath {
 
     /// A path from its written form.
     pub fn parse(text: impl Into<String>) -> Self {
-        Self(text.into())
+        let text = text.into();
+        Self(if text.contains(is_hidden) { shown(&text) } else { text })
     }
 
-    /// The field `name` inside this one. Somebody may have chosen the name: what would steer a terminal or turn text around is shown
-    /// as `?`.
+    /// The field `name` inside this one.
     #[must_use]
     pub fn field(&self, name: &str) -> Self {
-        let is_hidden = |c: char| {
-            c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-        };
-        let shown = name.replace(is_hidden, "?");
-        if self.0.is_empty() { Self(shown) } else { Self(format!("{}.{shown}", self.0)) }
+        if self.0.is_empty() { Self(shown(name)) } else { Self(format!("{}.{}", self.0, shown(name))) }
     }
 
     /// The entry `index` of this list.
@@ -51,6 +47,16 @@ impl FieldPath {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// Whether a character would steer a terminal or turn text around; others may have chosen the names of fields.
+fn is_hidden(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// A name with `?` for what is not shown.
+fn shown(name: &str) -> String {
+    name.replace(is_hidden, "?")
 }
 
 impl fmt::Display for FieldPath {
@@ -100,6 +106,9 @@ mod tests {
         assert_eq!(path.as_str(), "tune.stack[0].rank");
         assert_eq!(FieldPath::from("a").join(&FieldPath::from("[1].b")).as_str(), "a[1].b");
         assert_eq!(FieldPath::root().to_string(), "(document)");
+        let steering = "a\0b\u{1b}[31m\u{202e}";
+        assert_eq!(FieldPath::from("labels").field(steering).as_str(), "labels.a?b?[31m?");
+        assert_eq!(FieldPath::parse(steering).as_str(), "a?b?[31m?");
     }
 
     #[test]

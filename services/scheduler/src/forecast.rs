@@ -22,7 +22,7 @@ const GRADIENT_BYTES: u64 = 4;
 
 /// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch. Measured as
 /// what jobs of several sizes took beside the rest, in the development profile.
-const PROCESS_BYTES: u64 = 120 << 20;
+const PROCESS_BYTES: u64 = 112 << 20;
 
 /// What training takes of memory; nothing when the base's structure is not known here.
 pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
