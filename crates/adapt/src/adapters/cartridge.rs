@@ -15,7 +15,8 @@
 //!
 //! # Cost
 //! `2*(length - sinks)*k` parameters an attention, where keys and values of a row are `k` wide; `length` keys more for each query, no
-//! query more. A start from a text takes one pass over `length` tokens. It does not merge.
+//! query more. A start from a text takes one pass over `length` tokens. It does not merge. With 128 rows and documents of 256 a step
+//! takes some 2.2 of LoRA's by the clock: a query looks at twice as many keys as it has before it there on average.
 //!
 //! # Limits
 //! Started from a text of `length` tokens it is the base with that text before every document, but for rounding. With all of them

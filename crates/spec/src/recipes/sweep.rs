@@ -168,6 +168,24 @@ impl Sweep {
         if faults.is_empty() { Ok(StageSpec { name, job, after: Vec::new() }) } else { Err(faults) }
     }
 
+    /// Where the field stands that leads through this path, if nothing but it does: the file has nothing there.
+    fn field_through(&self, file: &Value, choices: &[Choice], path: &FieldPath) -> Option<FieldPath> {
+        let pointer: String =
+            path.as_str().split(['.', '[']).map(|part| format!("/{}", part.trim_end_matches(']'))).collect();
+        if file.pointer(&pointer).is_some() {
+            return None;
+        }
+        let leads = |field: &str| field.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with(['.', '[']));
+        choices.iter().enumerate().find_map(|(index, choice)| {
+            let (field, _) = choice.set.iter().find(|(field, _)| leads(field))?;
+            let own = vary().index(index);
+            Some(match &self.config.vary[index].values {
+                Values::Listed(_) => own.field("field"),
+                Values::Named(_) => own.join(&choice.path).field(field),
+            })
+        })
+    }
+
     /// What a job is judged by: less is better.
     fn loss(&self, outcome: &Outcome) -> Option<f64> {
         let Outcome { losses, .. } = outcome;
@@ -214,15 +232,17 @@ impl Recipe for Sweep {
         if !faults.is_empty() {
             return Err(faults);
         }
+        let common = json!(job);
         let mut made = Vec::new();
         for number in 1..=axis::size(&self.config.vary) {
             let choices = self.choices(number).unwrap_or_default();
             let name = name_of(number, &choices);
             match self.stage(job, name.clone(), &choices) {
                 Ok(stage) => made.push(stage),
-                Err(found) => faults.extend(
-                    found.into_iter().map(|Fault { path, message }| Fault::new(self.place(&name, &path), message)),
-                ),
+                Err(found) => faults.extend(found.into_iter().map(|Fault { path, message }| {
+                    let of_field = self.field_through(&common, &choices, &path);
+                    Fault::new(of_field.unwrap_or_else(|| self.place(&name, &path)), message)
+                })),
             }
         }
         let is_judged = made.iter().all(|stage| !stage.job.data.validation.is_empty());
@@ -416,6 +436,13 @@ recipe:
     fn a_fault_is_told_where_it_was_written() {
         let lr = "{name: lr, field: tune.optimizer.lr, values: [1e-4, 2e-3, 0.01]}";
         let cases = [
+            (
+                "tune.optimizer.lr",
+                "tune.optimzer.lr",
+                "`recipe.vary[1].field` is not a known field; did you mean \"optimizer\"?",
+            ),
+            ("tune.steps: 20", "tune.stps: 20", "`recipe.vary[0].values.dora.tune.stps` is not a known field"),
+            ("tune.steps: 20", "tune.stps.x: 20", "`recipe.vary[0].values.dora.tune.stps.x` is not a known field"),
             ("2e-3, ", "-2e-3, ", "`recipe.vary[1].values[1]` is -0.002"),
             (
                 "method: dora, rank: 8",

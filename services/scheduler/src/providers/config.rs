@@ -156,6 +156,9 @@ pub(super) const DAY: u64 = 24 * 60 * 60;
 pub fn read(text: &str, defaults: &Defaults) -> Result<WorkerPool, Vec<Fault>> {
     let value =
         attune_spec::job::read_yaml(text).map_err(|error| vec![Fault::new("", format!("cannot be read: {error}"))])?;
+    if !value.is_object() {
+        return Err(vec![Fault::new("", "is no mapping of fields; expected one that starts like `name: gpus`")]);
+    }
     let written: Written = fields::read(&value, FieldPath::root())?;
     let mut reader = Reader { faults: Vec::new() };
     let pool = reader.pool(&written);
