@@ -1,4 +1,5 @@
-//! Every adapter in a whole job: on a base in bf16, with packed batches that accumulate, and all of its validation set measured.
+//! Every adapter in a whole job: on a base in f32, where it may take part as another weight, and in bf16, where what stands on rows stays
+//! there; with packed batches that accumulate, and all of its validation set measured.
 
 use std::collections::BTreeSet;
 
@@ -74,13 +75,13 @@ fn every_adapter_has_a_job() {
 }
 
 /// Whole on one rank, and stopped in the middle and ended on two: the same bytes.
-fn same_bytes(of: &[&str]) {
+fn same_bytes(of: &[&str], precision: &str) {
     let small = Small::with_weights();
     for adapter in of {
         let prompts = ["-prompt", "prompt-"].iter().any(|part| adapter.contains(part));
         let plan = small.plan(&[
             ("tune.from_scratch", "false"),
-            ("tune.precision", "bf16"),
+            ("tune.precision", precision),
             ("tune.adapter", adapter),
             ("tune.accumulation", "2"),
             ("tune.batch_tokens", if prompts { "256" } else { "128" }),
@@ -103,12 +104,28 @@ fn same_bytes(of: &[&str]) {
     }
 }
 
-#[test]
-fn adapters_have_the_same_bytes_resumed_and_on_ranks() {
-    same_bytes(&FURTHER[..FURTHER.len() / 2]);
+/// One of two halves, so that they run side by side.
+fn half(second: bool) -> &'static [&'static str] {
+    let (one, two) = FURTHER.split_at(FURTHER.len() / 2);
+    if second { two } else { one }
 }
 
 #[test]
-fn further_adapters_have_the_same_bytes_resumed_and_on_ranks() {
-    same_bytes(&FURTHER[FURTHER.len() / 2..]);
+fn adapters_on_bf16_have_the_same_bytes_resumed_and_on_ranks() {
+    same_bytes(half(false), "bf16");
+}
+
+#[test]
+fn further_adapters_on_bf16_have_the_same_bytes_resumed_and_on_ranks() {
+    same_bytes(half(true), "bf16");
+}
+
+#[test]
+fn adapters_on_f32_have_the_same_bytes_resumed_and_on_ranks() {
+    same_bytes(half(false), "f32");
+}
+
+#[test]
+fn further_adapters_on_f32_have_the_same_bytes_resumed_and_on_ranks() {
+    same_bytes(half(true), "f32");
 }
