@@ -6,6 +6,8 @@
 //!
 //! Deliberately absent: readers of bytes that are named by a digest which was checked before.
 
+use std::convert::Infallible;
+use std::fs;
 use std::sync::LazyLock;
 
 use attune_architecture::Architecture;
@@ -20,7 +22,7 @@ use attune_spec::method::Catalogue;
 use attune_spec::stages;
 use bytes::Bytes;
 use prost::Message as _;
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 /// A reader of untrusted bytes.
 pub type Target = fn(&[u8]);
@@ -29,10 +31,12 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("adapter_config", adapter_config),
     ("chat_template", chat_template),
+    ("csv", csv),
     ("job_file", job_file),
     ("job_message", job_message),
     ("manifest", manifest),
     ("model_config", model_config),
+    ("parquet", parquet),
     ("rows", rows),
     ("safetensors_header", safetensors_header),
     ("tokenizer", tokenizer),
@@ -43,9 +47,16 @@ fn conversation() -> [Message; 2] {
     [Message::new("user", "What is <b>a & b</b>?"), Message::new("assistant", "Both.\n")]
 }
 
-/// `adapter_config.json` of an adapter in PEFT's layout.
+/// `adapter_config.json` of an adapter in PEFT's layout, and what it says of modules.
 pub fn adapter_config(bytes: &[u8]) {
     let Ok(config) = peft::LoraConfig::parse(bytes) else { return };
+    config.beyond_plain();
+    if let Ok(patterns) = config.patterns() {
+        for module in ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "h.3.attn.c_attn"] {
+            assert!(patterns.rank(module) > 0, "{module} has no rank");
+            assert!(!patterns.alpha(module).is_nan() && !patterns.scaling(module).is_nan(), "{module} has no scaling");
+        }
+    }
     // A base that is named by a local path is read, and never written.
     let Ok(written) = config.render() else { return };
     let again = peft::LoraConfig::parse(written.as_bytes()).expect("what was written can be read");
@@ -73,6 +84,19 @@ pub fn job_file(bytes: &[u8]) {
     let written = serde_json::to_value(&spec).expect("what was read can be written");
     let again = read::read_value(&written, Catalogue::embedded()).expect("what was written can be read");
     assert_eq!(spec, again);
+    // What it names is what is replaced, all of it and nothing else.
+    let mut replaced = Vec::new();
+    let mut same = spec.clone();
+    let kept: Result<(), Infallible> = same.replace_references(|reference| {
+        replaced.push(reference.to_string());
+        Ok(reference.clone())
+    });
+    kept.expect("nothing was refused");
+    assert_eq!(spec, same);
+    let mut named: Vec<_> = spec.references().iter().map(|(_, reference)| reference.to_string()).collect();
+    named.sort();
+    replaced.sort();
+    assert_eq!(named, replaced);
     // Refused or not, it comes to an end.
     let _ = stages::known(&spec, &[]);
 }
@@ -95,6 +119,12 @@ pub fn manifest(bytes: &[u8]) {
     let (files, causes) = (manifest.files().to_vec(), manifest.causes().clone());
     let again = Manifest::new(manifest.kind(), files, causes).expect("what was read can be written");
     assert_eq!(again, manifest);
+    let blobs = manifest.blobs();
+    for file in manifest.files() {
+        assert_eq!(manifest.file(&file.path), Some(file));
+        assert!(blobs.contains(&file.blob()), "{} has no blob", file.path);
+    }
+    assert!(manifest.size_bytes() >= blobs.iter().map(|blob| blob.size_bytes).max().unwrap_or_default());
 }
 
 /// `config.json` of a model folder.
@@ -113,19 +143,38 @@ pub fn model_config(bytes: &[u8]) {
 
 /// A file of rows in JSON Lines: read, understood, made tokens.
 pub fn rows(bytes: &[u8]) {
-    static ENCODER: LazyLock<Encoder> = LazyLock::new(|| {
-        let tokenizer = byte_level(&["<|im_start|>", "<|im_end|>", "<|endoftext|>"]);
-        Encoder::new(tokenizer, Some("chatml"), 256, TooLong::Truncate).expect("it has the template's tokens")
+    documents("rows.jsonl", bytes);
+}
+
+/// A file of rows in CSV.
+pub fn csv(bytes: &[u8]) {
+    documents("rows.csv", bytes);
+}
+
+/// A file of rows in Parquet.
+pub fn parquet(bytes: &[u8]) {
+    documents("rows.parquet", bytes);
+}
+
+/// Reads a file as one of rows, twice, with a chat template and without.
+fn documents(name: &str, bytes: &[u8]) {
+    static ENCODERS: LazyLock<[Encoder; 2]> = LazyLock::new(|| {
+        [Some("chatml"), None].map(|template| {
+            let tokenizer = byte_level(&["<|im_start|>", "<|im_end|>", "<|endoftext|>"]);
+            Encoder::new(tokenizer, template, 256, TooLong::Truncate).expect("it has the template's tokens")
+        })
     });
-    let source = Source::in_memory("rows.jsonl", Bytes::copy_from_slice(bytes)).expect("the name says the format");
+    let source = Source::in_memory(name, Bytes::copy_from_slice(bytes)).expect("the name says the format");
     let reading = Reading { form: None, on_bad_row: OnBadRow::Skip, rows: None };
-    let Ok(found) = Dataset::read(&source, &ENCODER, reading) else { return };
-    for document in found.documents() {
-        assert_eq!(document.ids.len(), document.trained.len());
-        assert!((1..=256).contains(&document.ids.len()), "a document of {} tokens", document.ids.len());
+    for encoder in &*ENCODERS {
+        let Ok(found) = Dataset::read(&source, encoder, reading) else { continue };
+        for document in found.documents() {
+            assert_eq!(document.ids.len(), document.trained.len());
+            assert!((1..=256).contains(&document.ids.len()), "a document of {} tokens", document.ids.len());
+        }
+        let again = Dataset::read(&source, encoder, reading).expect("it was read a moment ago");
+        assert_eq!(found.digest(), again.digest());
     }
-    let again = Dataset::read(&source, &ENCODER, reading).expect("it was read a moment ago");
-    assert_eq!(found.digest(), again.digest());
 }
 
 /// The header of a safetensors file.
@@ -139,17 +188,26 @@ pub fn safetensors_header(bytes: &[u8]) {
     assert!(ranges.last().is_none_or(|range| range.end == bytes.len() as u64), "a tensor ends beyond the file");
 }
 
-/// `tokenizer.json` and, after a byte of zero, `tokenizer_config.json` with the chat template.
+/// The files of a model folder that say how text becomes tokens, with a byte of zero between them: `tokenizer.json`,
+/// `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`, of which the later ones may be missing.
 pub fn tokenizer(bytes: &[u8]) {
-    let mut parts = bytes.splitn(2, |byte| *byte == 0);
-    let (tokens, config) = (parts.next().unwrap_or_default(), parts.next().unwrap_or(b"{}"));
-    let config = serde_json::from_slice(config).unwrap_or(Value::Null);
-    let Ok(tokenizer) = Tokenizer::from_json(tokens, &config) else { return };
+    const FILES: [&str; 4] =
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    for (name, part) in FILES.into_iter().zip(bytes.splitn(FILES.len(), |byte| *byte == 0)) {
+        fs::write(folder.path().join(name), part).expect("the file can be written");
+    }
+    let Ok(tokenizer) = Tokenizer::open(folder.path()) else { return };
+    for special in tokenizer.specials().all() {
+        let _ = tokenizer.id(special);
+    }
     if let Ok(ids) = tokenizer.encode("One text,\u{a0}zwei Ärger: 3,14 <|im_end|>\n", true) {
         assert!(ids.iter().all(|id| *id < tokenizer.vocabulary()), "a token beyond the vocabulary");
         let _ = tokenizer.decode(&ids, true);
     }
-    if let Ok(Some(template)) = tokenizer.chat_template() {
+    let template = tokenizer.chat_template().ok().flatten();
+    if let Some(template) = &template {
         let _ = template.prompt(&conversation());
     }
+    tokenizer.stops(template.as_ref());
 }

@@ -194,10 +194,11 @@ impl LoraConfig {
     /// The file's text: sorted keys, two spaces of indent, as PEFT writes it.
     ///
     /// # Errors
-    /// [`Error::Refused`] when the base is named by a local path, which means nothing on another machine, or a number
-    /// is not finite.
+    /// [`Error::Refused`] when the base is named by a local path, which means nothing on another machine, a number is not finite,
+    /// or it was read of another method, whose keys would be lost.
     pub fn render(&self) -> Result<String> {
-        let mut faults = Vec::new();
+        let of_another = "is another method's, which is not written as plain LoRA";
+        let mut faults: Vec<Fault> = self.others.iter().map(|key| Fault::new(*key, of_another)).collect();
         if let Some(base) = &self.base_model_name_or_path
             && !is_hub_id(base)
             && base.parse::<attune_spec::id::Digest>().is_err()
@@ -308,6 +309,8 @@ mod tests {
         assert!(parse("{\"rank_pattern\": {\"q\": 0}}").contains("`rank_pattern` has the rank 0 for \"q\""));
         assert!(parse("{\"r\": -1}").contains("cannot be read"));
         assert!(parse(&"[".repeat(100_000)).contains("cannot be read"));
+        let of_another = LoraConfig::parse(b"{\"use_qalora\": true}").unwrap().render().unwrap_err().to_string();
+        assert!(of_another.contains("`use_qalora` is another method's"), "{of_another}");
         let odd = br#"{"use_dora": true, "bias": "all", "modules_to_save": ["lm_head"], "layer_replication": [[0, 1]],
             "target_parameters": ["experts.up"], "trainable_token_indices": [1], "lora_bias": true, "fan_in_fan_out": true,
             "use_qalora": true, "use_bdlora": null, "alora_invocation_tokens": [3]}"#;
