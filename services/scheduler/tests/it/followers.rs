@@ -47,7 +47,8 @@ impl Pair {
     }
 
     async fn of(postgres: Postgres, leader: Server) -> Self {
-        connected(&leader.url()).await;
+        // A connection says only that it listens: it leads when it answers, and until then the other one could.
+        answering(&leader.url()).await;
         let follower = leader.follower();
         connected(&follower.url()).await;
         let pair = Self { postgres, leader, follower };
@@ -74,6 +75,19 @@ impl Pair {
         let mut direct = self.postgres.direct().await;
         direct.fetch_one("SELECT leader FROM terms").await.unwrap().get("leader")
     }
+}
+
+/// Waits until somebody at `url` answers a call, be it by a refusal.
+async fn answering(url: &str) {
+    connected(url).await;
+    let client = Client::lazy(url, Options { retries: 0, ..Options::default() }).unwrap();
+    for _ in 0..400 {
+        match client.fleet().list_workers(v1::ListWorkersRequest::default()).await {
+            Err(status) if status.code() == Code::Unavailable => tokio::time::sleep(Duration::from_millis(25)).await,
+            _ => return,
+        }
+    }
+    panic!("nobody answers at {url}");
 }
 
 async fn connected(url: &str) -> Channel {
