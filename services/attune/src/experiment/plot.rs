@@ -1,4 +1,4 @@
-//! The picture of a grid: loss against the parameters that train, a panel for each column of its table.
+//! The picture of a grid: loss against what a job cost, a panel for each column of its table and each kind of cost.
 
 use std::fmt::Write as _;
 
@@ -28,12 +28,38 @@ impl Label {
     }
 }
 
+/// What a job cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cost {
+    /// Parameters that train.
+    Parameters,
+    /// Seconds of training.
+    Seconds,
+    /// The most memory of its process, in MiB.
+    Mebibytes,
+}
+
+impl Cost {
+    /// Every kind, in the order of the panels.
+    pub(crate) const ALL: [Self; 3] = [Self::Parameters, Self::Seconds, Self::Mebibytes];
+
+    const fn title(self) -> &'static str {
+        match self {
+            Self::Parameters => "parameters that train",
+            Self::Seconds => "seconds of training",
+            Self::Mebibytes => "MiB of memory at most",
+        }
+    }
+}
+
 /// Points and what they are of.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Panel {
     /// What the losses are of.
     pub(crate) title: String,
-    /// Parameters, loss and name of each point; one without a name is small.
+    /// What they are drawn against, on an axis of powers.
+    pub(crate) cost: Cost,
+    /// Cost, loss and name of each point; one without a name is small.
     pub(crate) points: Vec<(f64, f64, String)>,
 }
 
@@ -45,18 +71,21 @@ pub(crate) fn svg(title: &str, panels: &[Panel]) -> String {
          font-family=\"sans-serif\" font-size=\"11\">\n<title>{}</title>\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
         escaped(title)
     );
-    for (index, Panel { title, points }) in panels.iter().enumerate() {
-        let points: Vec<(f64, f64, &str)> = points.iter().map(|(x, y, name)| (x.max(1.0), *y, name.as_str())).collect();
+    for (index, Panel { title, cost, points }) in panels.iter().enumerate() {
+        let least = if *cost == Cost::Parameters { 1.0 } else { 1e-3 };
+        let points: Vec<(f64, f64, &str)> =
+            points.iter().map(|(x, y, name)| (x.max(least), *y, name.as_str())).collect();
         let _ = writeln!(svg, "<g transform=\"translate(0 {})\">", PANEL.1 * index as f64);
-        panel(&mut svg, title, &points);
+        panel(&mut svg, title, *cost, &points);
         svg.push_str("</g>\n");
     }
     svg.push_str("</svg>\n");
     svg
 }
 
-fn panel(svg: &mut String, column: &str, points: &[(f64, f64, &str)]) {
-    let _ = writeln!(svg, "<text x=\"{LEFT}\" y=\"20\" font-size=\"14\">{}</text>", escaped(column));
+fn panel(svg: &mut String, column: &str, cost: Cost, points: &[(f64, f64, &str)]) {
+    let title = format!("{column}: loss by {}", cost.title());
+    let _ = writeln!(svg, "<text x=\"{LEFT}\" y=\"20\" font-size=\"14\">{}</text>", escaped(&title));
     if points.is_empty() {
         return;
     }
@@ -67,13 +96,13 @@ fn panel(svg: &mut String, column: &str, points: &[(f64, f64, &str)]) {
     let at_y = |loss: f64| PANEL.1 - BOTTOM - (loss - y0) / (y1 - y0) * (PANEL.1 - TOP - BOTTOM);
     let (bottom, right) = (PANEL.1 - BOTTOM, PANEL.0 - RIGHT);
     let _ = writeln!(svg, "<path d=\"M{LEFT} {TOP}V{bottom}H{right}\" fill=\"none\" stroke=\"#444\"/>");
-    for power in x0.ceil() as i32..=x1.floor() as i32 {
-        let x = at_x(f64::from(power));
+    for mark in powers(x0, x1) {
+        let x = at_x(mark.log10());
         let _ = writeln!(
             svg,
             "<path d=\"M{x:.1} {TOP}V{bottom}\" stroke=\"#ddd\"/><text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
             bottom + 16.0,
-            thousands(power)
+            thousands(mark)
         );
     }
     let step = nice((y1 - y0) / MARKS);
@@ -92,10 +121,11 @@ fn panel(svg: &mut String, column: &str, points: &[(f64, f64, &str)]) {
     }
     let _ = writeln!(
         svg,
-        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">parameters that train</text>\
+        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>\
          <text transform=\"translate(14 {:.1}) rotate(-90)\" text-anchor=\"middle\">validation loss</text>",
         f64::midpoint(LEFT, right),
         PANEL.1 - 12.0,
+        cost.title(),
         f64::midpoint(TOP, bottom)
     );
     let places = points.iter().zip(&logs).map(|((_, loss, name), log)| (at_x(*log), at_y(*loss), *name));
@@ -156,10 +186,22 @@ fn nice(step: f64) -> f64 {
     [1.0, 2.0, 5.0].into_iter().map(|digit| digit * power).find(|nice| *nice >= step).unwrap_or(10.0 * power)
 }
 
-/// A power of ten as people write it.
-fn thousands(power: i32) -> String {
-    let unit = ["", " k", " M", " G", " T"].get((power.max(0) / 3) as usize).copied().unwrap_or_default();
-    format!("{}{unit}", 10u32.pow(power.max(0) as u32 % 3))
+/// Where an axis of powers has marks between two logarithms: at powers of ten, or of a short one at 1, 2 and 5 times these.
+fn powers(from: f64, to: f64) -> Vec<f64> {
+    let digits: &[f64] = if to - from > 2.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let tens = from.floor() as i32..=to.ceil() as i32;
+    let all = tens.flat_map(|power| digits.iter().map(move |digit| digit * 10f64.powi(power)));
+    all.filter(|mark| (from..=to).contains(&mark.log10())).collect()
+}
+
+/// A number with one digit that counts, as people write it.
+fn thousands(number: f64) -> String {
+    let power = number.log10().floor();
+    if power < 0.0 {
+        return format!("{number:.*}", -power as usize);
+    }
+    let group = (power as usize / 3).min(4);
+    format!("{:.0}{}", number / 1000f64.powi(group as i32), ["", " k", " M", " G", " T"][group])
 }
 
 fn escaped(text: &str) -> String {
@@ -188,6 +230,8 @@ mod tests {
     #[test]
     fn marks_are_round() {
         assert_eq!([0.013, 0.2, 0.7, 3.0].map(nice), [0.02, 0.2, 1.0, 5.0]);
-        assert_eq!([0, 2, 3, 5, 6].map(thousands), ["1", "100", "1 k", "100 k", "1 M"]);
+        assert_eq!([0.05, 1.0, 200.0, 1e3, 5e5, 1e6].map(thousands), ["0.05", "1", "200", "1 k", "500 k", "1 M"]);
+        assert_eq!(powers(2.0, 5.1), [1e2, 1e3, 1e4, 1e5]);
+        assert_eq!(powers(1.4, 2.5), [50.0, 100.0, 200.0]);
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use super::curve::{self, Reached};
 use super::matrix::Matrix;
-use super::plot::Panel;
+use super::plot::{Cost, Panel};
 use super::record::Record;
 use crate::words;
 
@@ -43,6 +43,8 @@ pub(crate) struct Row {
     pub(crate) parameters: Runs,
     speed: Runs,
     memory: Runs,
+    /// What the runs of each column cost, by [`Cost::ALL`].
+    costs: Vec<[Runs; 3]>,
     /// How soon they were nearly their best, in the order of the columns.
     reached: Vec<Soon>,
 }
@@ -111,7 +113,17 @@ impl Compared {
                     seconds: runs(&|record, reached| curve::seconds(record, reached.steps)),
                 }
             };
+            let costs = |(at, set): &(Vec<String>, String)| {
+                let here = || own.iter().filter(|record| place(record) == *at && record.validation.contains_key(set));
+                let of = |cost: &dyn Fn(&Record) -> f64| Runs(here().map(|record| cost(record)).collect());
+                Cost::ALL.map(|kind| match kind {
+                    Cost::Parameters => of(&|record| record.trained_parameters as f64),
+                    Cost::Seconds => of(&|record| curve::seconds(record, record.steps)),
+                    Cost::Mebibytes => of(&|record| record.peak_memory_bytes as f64 / f64::from(1 << 20)),
+                })
+            };
             rows.push(Row {
+                costs: keys.iter().map(costs).collect(),
                 reached: keys.iter().map(soon).collect(),
                 losses: keys.iter().map(loss).collect(),
                 parameters: runs(&|record| record.trained_parameters as f64),
@@ -129,15 +141,16 @@ impl Compared {
         Self { columns, rows, failed: failed.collect() }
     }
 
-    /// As points, a panel for each column.
+    /// As points, a panel for each column and each kind of cost.
     pub(crate) fn panels(&self) -> Vec<Panel> {
-        let point =
-            |row: &Row, index: usize| Some((row.parameters.mean()?, row.losses.get(index)?.mean()?, row.value.clone()));
-        let panel = |(index, title): (usize, &String)| Panel {
-            title: title.clone(),
-            points: self.rows.iter().filter_map(|row| point(row, index)).collect(),
+        let panel = |(index, title): (usize, &String), kind: usize| {
+            let point = |row: &Row| {
+                Some((row.costs.get(index)?[kind].mean()?, row.losses.get(index)?.mean()?, row.value.clone()))
+            };
+            Panel { title: title.clone(), cost: Cost::ALL[kind], points: self.rows.iter().filter_map(point).collect() }
         };
-        self.columns.iter().enumerate().map(panel).collect()
+        let columns = self.columns.iter().enumerate();
+        columns.flat_map(|column| (0..Cost::ALL.len()).map(move |kind| panel(column, kind))).collect()
     }
 
     /// As Markdown, with what was run above it.
@@ -317,6 +330,18 @@ report: {mean_over: [seed]}
         // A thousand tokens at 500 a second in ten steps.
         assert!(page.contains("| `lora` | 2.0000, 4 steps, 0.8 s |"), "{page}");
         assert!(page.contains("| `full` | 2.0000, 8 steps, 1.6 s |"), "{page}");
+    }
+
+    #[test]
+    fn losses_are_drawn_against_parameters_time_and_memory() {
+        let records = [("lora", 10, 2.0), ("full", 900, 1.5)]
+            .map(|(method, parameters, loss)| of(&[("method", method), ("data", "a")], parameters, &[("a", loss)]));
+        let all: Vec<&Record> = records.iter().collect();
+        let panels = Compared::of(&matrix(), &all).panels();
+        assert_eq!(panels.iter().map(|panel| panel.cost).collect::<Vec<_>>(), Cost::ALL);
+        let of_full: Vec<(f64, f64)> = panels.iter().map(|panel| (panel.points[0].0, panel.points[0].1)).collect();
+        // A thousand tokens at 500 a second, in 64 MiB.
+        assert_eq!(of_full, [(900.0, 1.5), (2.0, 1.5), (64.0, 1.5)]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use attune_search::Place;
 use attune_search::front::{front, hypervolume, reference};
 
 use super::matrix::{Cell, Matrix};
-use super::plot::Panel;
+use super::plot::{Cost, Panel};
 use super::record::Record;
 
 /// A job of a search.
@@ -50,7 +50,7 @@ pub(crate) fn panels(matrix: &Matrix, seen: &[Seen]) -> Vec<Panel> {
         let name = if best.contains(&&seen.place) { format!("{}", index + 1) } else { String::new() };
         Some((seen.record.trained_parameters as f64, loss, name))
     });
-    vec![Panel { title: matrix.name.clone(), points: points.collect() }]
+    vec![Panel { title: matrix.name.clone(), cost: Cost::Parameters, points: points.collect() }]
 }
 
 /// As Markdown.
