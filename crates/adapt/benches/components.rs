@@ -116,6 +116,7 @@ const METHODS: &[&str] = &[
     r#"{"method": "adalora", "rank": 16, "target_rank": 8}"#,
     r#"{"method": "adamss"}"#,
     r#"{"method": "adaption-prompt"}"#,
+    r#"{"method": "alora", "rank": 16, "tokens": [7]}"#,
     r#"{"method": "beft"}"#,
     r#"{"method": "boft", "block_size": 8}"#,
     r#"{"method": "bone", "rank": 32}"#,
@@ -127,6 +128,7 @@ const METHODS: &[&str] = &[
     r#"{"method": "chain-of-lora", "rank": 6, "links": 3}"#,
     r#"{"method": "clover", "block": 16}"#,
     r#"{"method": "compacter"}"#,
+    r#"{"method": "context-aware-prompt", "tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]}"#,
     r#"{"method": "deft", "rank": 16}"#,
     r#"{"method": "delora", "rank": 16}"#,
     r#"{"method": "dora", "rank": 16}"#,
@@ -135,6 +137,7 @@ const METHODS: &[&str] = &[
     r#"{"method": "flora-tucker"}"#,
     r#"{"method": "fourierft"}"#,
     r#"{"method": "frod"}"#,
+    r#"{"method": "full"}"#,
     r#"{"method": "glora"}"#,
     r#"{"method": "gralora", "rank": 16}"#,
     r#"{"method": "hira", "rank": 16}"#,
@@ -142,6 +145,7 @@ const METHODS: &[&str] = &[
     r#"{"method": "ia3"}"#,
     r#"{"method": "kasa", "rank": 16}"#,
     r#"{"method": "lily", "rank": 32}"#,
+    r#"{"method": "ln-tuning"}"#,
     r#"{"method": "loha", "rank": 8}"#,
     r#"{"method": "lokr", "rank": 16}"#,
     r#"{"method": "loldu", "rank": 128}"#,
@@ -176,12 +180,20 @@ const METHODS: &[&str] = &[
     r#"{"method": "svft", "bands": 16}"#,
     r#"{"method": "taps"}"#,
     r#"{"method": "tinylora"}"#,
+    r#"{"method": "trainable-tokens", "tokens": [1, 2, 3, 4, 5, 6, 7, 8]}"#,
     r#"{"method": "unilora", "rank": 16}"#,
     r#"{"method": "vblora", "vectors": 64, "length": 16}"#,
     r#"{"method": "vectorfit"}"#,
     r#"{"method": "vera"}"#,
     r#"{"method": "waveft"}"#,
 ];
+
+/// Methods that mix what others add, and three of which: these are frozen, and run as well.
+const MIXING: &[(&str, &str)] = &[
+    (r#"{"method": "adapterfusion"}"#, r#"{"method": "bottleneck", "reduction": 8, "width": 0}"#),
+    (r#"{"method": "xlora", "adapters": 3}"#, r#"{"method": "lora", "rank": 16}"#),
+];
+const MIXED: usize = 3;
 
 /// A component on the sites that it takes by itself, and how many parameters train.
 struct Measured {
@@ -190,26 +202,47 @@ struct Measured {
     parameters: usize,
 }
 
+/// A fresh component at its sites, with its tensors.
+fn banked(base: &Base, adapter: Arc<dyn Adapter>, attachments: Vec<Attachment>, train: bool) -> (Slot, Bank) {
+    let sites = base.architecture().sites();
+    let weight = |at: &Attachment| {
+        let site = sites.iter().find(|site| site.id == at.site).unwrap();
+        Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
+    };
+    let fresh = slot::fresh(&*adapter, None, &attachments, weight, &Stats::none(), &Rng::new(1, "init")).unwrap();
+    let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets: vec![Arc::new(fresh.own)], train };
+    (Slot::new(adapter, attachments), bank)
+}
+
 impl Measured {
     fn new(base: &Arc<Base>, method: &MethodRef) -> Self {
-        let card = ADAPTERS.card(&method.method).unwrap();
+        let (adapter, attachments) = Self::placed(base, method, method);
+        Self::of(base, vec![banked(base, adapter, attachments, true)])
+    }
+
+    /// One that mixes what some others add.
+    fn mixing(base: &Arc<Base>, method: &MethodRef, other: &MethodRef) -> Self {
+        let others = (0..MIXED).map(|_| Self::placed(base, other, method));
+        let mut banks: Vec<_> =
+            others.map(|(adapter, attachments)| banked(base, adapter, attachments, false)).collect();
+        let (adapter, attachments) = Self::placed(base, method, method);
+        banks.push(banked(base, adapter, attachments, true));
+        Self::of(base, banks)
+    }
+
+    /// A component on the sites that `like` takes by itself.
+    fn placed(base: &Arc<Base>, method: &MethodRef, like: &MethodRef) -> (Arc<dyn Adapter>, Vec<Attachment>) {
+        let card = ADAPTERS.card(&like.method).unwrap();
         let takes = |site: &Site| card.applies.contains(&site.offers());
         let sites = targets::resolve(&Targets::from(card.targets), None, base.architecture(), takes).unwrap();
         let adapter = build(method);
         let attachments = adapter.attach(base.architecture(), &sites).unwrap();
-        Self::of(base, adapter.into(), attachments)
+        (adapter.into(), attachments)
     }
 
-    fn of(base: &Arc<Base>, adapter: Arc<dyn Adapter>, attachments: Vec<Attachment>) -> Self {
-        let sites = base.architecture().sites();
-        let weight = |at: &Attachment| {
-            let site = sites.iter().find(|site| site.id == at.site).unwrap();
-            Ok(Box::new(base.weight(site)) as Box<dyn Weight + '_>)
-        };
-        let fresh = slot::fresh(&*adapter, None, &attachments, weight, &Stats::none(), &Rng::new(1, "init")).unwrap();
-        let slot = Slot::new(adapter, attachments);
-        let bank = Bank { slot: "skill".into(), kind: BankKind::Adapter, sets: vec![Arc::new(fresh.own)], train: true };
-        let mut theta = Theta::single([bank]);
+    fn of(base: &Arc<Base>, banks: Vec<(Slot, Bank)>) -> Self {
+        let (slots, banks): (Vec<_>, Vec<_>) = banks.into_iter().unzip();
+        let mut theta = Theta::single(banks);
         // Away from its start, so that nothing is multiplied with zeros.
         let mut rng = Rng::new(1, "moved");
         let trained: Vec<_> = theta.trained().map(|(id, tensor)| (id, tensor.clone())).collect();
@@ -218,7 +251,7 @@ impl Measured {
             theta.put(id, (tensor + noise).unwrap());
         }
         let parameters = trained.iter().map(|(_, tensor)| tensor.elem_count()).sum();
-        Self { model: Model::new(Arc::clone(base), Stack::new(vec![slot])), theta, parameters }
+        Self { model: Model::new(Arc::clone(base), Stack::new(slots)), theta, parameters }
     }
 }
 
@@ -247,18 +280,25 @@ fn main() {
     let mut layouts = vec![Layout::new(); PARTS];
     for example in 0..DOCUMENTS {
         let mut rng = Rng::new(9, "document").sub(example);
-        let ids: Vec<u32> = (0..=LENGTH).map(|_| rng.below(4096) as u32).collect();
+        let mut ids: Vec<u32> = (0..=LENGTH).map(|_| rng.below(4096) as u32).collect();
+        // Which calls what waits for it.
+        ids[0] = 7;
         let rows =
             (0..LENGTH).map(|row| (Row::Token(ids[row]), if row + 1 == LENGTH { NO_LABEL } else { ids[row + 1] }));
         layouts[example as usize % PARTS].push(Source { example, ..Source::default() }, rows.collect::<Vec<_>>());
     }
     let lora = Measured::new(&base, &method(r#"{"method": "lora", "rank": 16, "alpha": 32}"#));
     let (hidden, attachments) = Lora::hidden(base.architecture(), &lora);
-    let mut all = vec![("lora by its graph".to_owned(), Measured::of(&base, Arc::new(hidden), attachments))];
+    let mut all = vec![(
+        "lora by its graph".to_owned(),
+        Measured::of(&base, vec![banked(&base, Arc::new(hidden), attachments, true)]),
+    )];
     let named: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
-    let methods = METHODS.iter().map(|text| method(text));
-    let methods = methods.filter(|method| named.is_empty() || named.contains(&method.method));
+    let asked = |method: &MethodRef| named.is_empty() || named.contains(&method.method);
+    let methods = METHODS.iter().map(|text| method(text)).filter(asked);
     all.extend(methods.map(|method| (method.method.clone(), Measured::new(&base, &method))));
+    let mixing = MIXING.iter().map(|(text, other)| (method(text), method(other))).filter(|(method, _)| asked(method));
+    all.extend(mixing.map(|(method, other)| (method.method.clone(), Measured::mixing(&base, &method, &other))));
     println!("LoRA of rank 16 has {} parameters", lora.parameters);
     println!(
         "| method | parameters, of LoRA's | ms a step | against LoRA's | by processor time |\n|---|---|---|---|---|"
