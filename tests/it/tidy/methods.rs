@@ -132,6 +132,8 @@ const ABROAD: &[(&str, &[&str], &str)] = &[
     ("crates/spec/src/recipes/mam.rs", &["prefix-tuning", "bottleneck"], "what a preset is a stack of"),
     ("crates/spec/src/recipes/autopeft_stack.rs", &["prefix-tuning", "bottleneck"], "what a preset is a stack of"),
     ("crates/spec/src/recipes/asymmetric_lora.rs", &["lora", "orthonormal"], "what a preset is a stack of"),
+    ("crates/adapt/src/adapters/adalora.rs", &["orthogonal"], "a parameter of its own, not the start"),
+    ("crates/adapt/src/adapters/adamss.rs", &["orthogonal"], "PEFT's word for how its tensors start"),
     ("crates/architecture/src/rope_config.rs", &["linear", "dynamic"], "Hugging Face's words for rope scaling"),
     ("crates/architecture/src/site.rs", &["linear"], "a kind of site, not the schedule"),
     ("services/attune/src/demo/world.rs", &["mora"], "the end of a town's name"),

@@ -6,23 +6,28 @@
 //! y_to = x_ti W_oi^T + s · (drop(x_ti) A_ri^T) B_or^T
 //! s    = alpha / r        or, with rslora,  alpha / sqrt(r)
 //! y_to = … + s · d_o      with `bias`
+//! ∂A <- (B^T B + δ 1)^-1 ∂A        ∂B <- ∂B (A A^T + δ 1)^-1        with `preconditioned`
 //! ```
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, f32; both train, or as `trains` says one of them; A starts uniform in ±1/sqrt(i) (Kaiming with
 //! a = sqrt(5)), B at 0. `drop` is dropout on the component's input. The learning rate of B is `b_lr` times that of all else. With `bias`,
-//! `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not decay.
+//! `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not decay. `preconditioned` gradients are
+//! divided by Gram matrices of the other factor, δ being `damping`, before they are clipped and the optimiser sees them: the product
+//! then moves alike however it is split into factors. Beside `trains: b` that is the projected gradient of LoRA-FA.
 //!
 //! # Cost
 //! `r*(i+o)` parameters per linear, `r*o` or `r*i` where one factor trains, and `o` more with `bias`; `2 r (i+o)` extra FLOPs per token
-//! forward. With `bias` it is not computed within the product of the linear's own weight.
+//! forward. With `bias` it is not computed within the product of the linear's own weight. `preconditioned` steps invert two `r` by `r`
+//! matrices a linear and multiply by them, `2 r² (i+o)` FLOPs a step, and are steps of the component's own: beside no other rule of steps.
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight. Where B alone trains, the change
 //! stays in the rows that A spans. A `bias` merges where the linear has one; else it stays beside the base.
 //!
 //! # Departures
-//! none; agrees with PEFT. `rank_pattern` and `alpha_pattern` name whole paths, not patterns: reading a PEFT folder resolves
+//! Agrees with PEFT; its optimisers `riemannian` and, beside `trains: b`, `lorafa` are `preconditioned` here, with clipping after it rather
+//! than before, and without LoRA-FA's division by s², from which a step of Adam does not depend. `rank_pattern` and `alpha_pattern` name whole paths, not patterns: reading a PEFT folder resolves
 //! its patterns.
 //!
 //! # Paper
@@ -30,13 +35,16 @@
 //! by the root of the rank: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. Kalajdzievski, 2023. One factor alone:
 //! Asymmetry in Low-Rank Adapters of Foundation Models. Zhu, Greenewald, Nadjahi, Sáez de Ocáriz Borde, Gabrielsson, Choshen,
 //! Ghassemi, Yurochkin, Solomon, 2024, with `init: {method: orthonormal}` and twice the rank. Two rates: LoRA+: Efficient Low Rank
-//! Adaptation of Large Models. Hayou, Ghosh, Yu, 2024.
+//! Adaptation of Large Models. Hayou, Ghosh, Yu, 2024. Preconditioned steps: Riemannian Preconditioned LoRA for Fine-Tuning Foundation
+//! Models. Zhang, Pilanci, 2024; beside a frozen A: LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning.
+//! Zhang, Zhang, Shi, Chu, Li, 2023.
 
 use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
 use attune_artifacts::formats::peft::LoraConfig;
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained};
+use attune_points::engine::StepRule;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -49,6 +57,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::parts::dropout::dropped;
+use crate::parts::preconditioned::Preconditioned;
 use crate::parts::scaling::{self, Scaling};
 use crate::parts::starts::{self, Start};
 use crate::parts::{factors, keys};
@@ -93,6 +102,11 @@ pub(super) struct Config {
     b_lr: f64,
     /// Adds a trained bias to what B gives, scaled as that is.
     bias: bool,
+    /// Divides the gradient of each factor by what the other one makes of a change.
+    preconditioned: bool,
+    /// What is added to the diagonal of what a gradient is divided by.
+    #[schemars(range(min = 1e-12, max = 1e3))]
+    damping: f64,
     /// Rank at single sites, by whole path.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     rank_pattern: BTreeMap<String, u32>,
@@ -112,6 +126,8 @@ impl Default for Config {
             trains: Trains::Both,
             b_lr: 1.0,
             bias: false,
+            preconditioned: false,
+            damping: 1e-2,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
         }
@@ -124,6 +140,8 @@ pub(super) struct Lora {
     trains: Trains,
     b_lr: f64,
     bias: bool,
+    /// What is added to the diagonals, if gradients are preconditioned.
+    damping: Option<f64>,
     /// The map of each site that has a scaling of its own.
     own: BTreeMap<String, Rows>,
     /// The map of all others.
@@ -168,10 +186,11 @@ impl Method for Lora {
 
 impl Lora {
     fn new(config: Config) -> Self {
-        let Config { rank, alpha, dropout, rslora, trains, b_lr, bias, rank_pattern, alpha_pattern } = config;
+        let Config { rank, alpha, dropout, rslora, trains, b_lr, bias, rank_pattern, alpha_pattern, .. } = config;
         let scaling = Scaling { rank, alpha, rslora, ranks: rank_pattern, alphas: alpha_pattern };
         let rows = |scale| Rows { scale, dropout, bias };
-        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout, trains, b_lr, bias }
+        let damping = config.preconditioned.then_some(config.damping);
+        Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout, trains, b_lr, bias, damping }
     }
 
     /// Of these ranks at these sites, with 1 as the factor on products: what most sites have stands for all.
@@ -218,6 +237,11 @@ impl Adapter for Lora {
 
     fn port(&self, at: &Attachment) -> Port<'_> {
         Port::Delta(self.rows_at(at.site.as_str()))
+    }
+
+    fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
+        let damping = self.damping?;
+        Some(Box::new(Preconditioned::new(of, (A, B), damping)))
     }
 
     fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {

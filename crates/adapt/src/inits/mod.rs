@@ -9,6 +9,7 @@ mod loftq;
 mod lora_ga;
 mod mica;
 mod olora;
+mod orthogonal;
 mod orthonormal;
 mod pissa;
 
@@ -28,6 +29,7 @@ pub static INITS: Registry<dyn Init> = Registry::new(
         entry::<lora_ga::LoraGa>(),
         entry::<mica::Mica>(),
         entry::<olora::Olora>(),
+        entry::<orthogonal::Orthogonal>(),
         entry::<orthonormal::Orthonormal>(),
         entry::<pissa::Pissa>(),
     ],

@@ -17,6 +17,7 @@ pub(crate) mod linears;
 pub(crate) mod mixing;
 pub(crate) mod orthogonal;
 pub(crate) mod own;
+pub(crate) mod preconditioned;
 pub(crate) mod prompt;
 pub(crate) mod scaling;
 pub(crate) mod search;

@@ -24,10 +24,11 @@ use crate::{build, fail};
 
 type Run = fn() -> Result<(), Failed>;
 
-const TRIALS: [(&str, Run); 8] = [
+const TRIALS: [(&str, Run); 9] = [
     ("a_change_of_mica_is_at_right_angles_to_what_the_base_does_most", smallest_directions),
     ("a_named_start_replaces_the_own_one", named),
     ("a_start_and_what_it_takes_out_are_the_base", together),
+    ("an_orthogonal_start_is_away_from_zero_on_both_sides_and_its_product_is_zero", orthogonal),
     ("an_orthonormal_start_has_rows_of_length_one_that_are_at_right_angles", orthonormal),
     ("both_factors_of_a_start_away_from_zero_learn_in_the_first_step", first_step),
     ("pissa_takes_out_the_largest_singular_values", largest_values),
@@ -187,10 +188,39 @@ fn gradient_of_a(start: Value) -> Result<f64, Failed> {
 
 /// With B at zero, A waits for it.
 fn first_step() -> Result<(), Failed> {
-    for start in taking() {
+    for start in taking().into_iter().chain([json!({"method": "orthogonal"})]) {
         assert!(gradient_of_a(start)? > 1e-6);
     }
     assert_eq!(gradient_of_a(json!({"method": "kaiming"}))?, 0.0);
+    Ok(())
+}
+
+fn orthogonal() -> Result<(), Failed> {
+    let started = Started::new(small()?, json!({"method": "orthogonal"}))?;
+    let of = |local: &str| -> Vec<&Tensor> {
+        started.fresh.own.iter().filter(|(name, _)| name.local() == local).map(|(_, tensor)| tensor).collect()
+    };
+    let (down, up) = (of("lora_A"), of("lora_B"));
+    assert_eq!((down.len(), up.len()), (started.attachments.len(), started.attachments.len()));
+    for (a, b) in down.into_iter().zip(up) {
+        for factor in [a, b] {
+            let square: f32 = factor.sqr()?.mean_all()?.to_scalar()?;
+            assert!((0.03..0.3).contains(&square.sqrt()), "numbers of {} on average", square.sqrt());
+        }
+        assert!(largest(&b.matmul(a)?) < 1e-6 * largest(a).max(1.0), "the product is {}", largest(&b.matmul(a)?));
+    }
+    // Halves of an odd rank are none.
+    let setup = Setup::new(build(json!({"method": "lora", "rank": 3})).map_err(fail)?, "q_proj", DType::F32);
+    let fresh = slot::fresh(
+        &*setup.adapter,
+        Some(&*init(json!({"method": "orthogonal"}))?),
+        &setup.attachments,
+        |at| setup.weight(at),
+        &Stats::none(),
+        &Rng::new(1, "init"),
+    );
+    let error = fresh.map(|_| ()).expect_err("accepted").to_string();
+    assert!(error.contains("is 3: expected an even one"), "{error}");
     Ok(())
 }
 

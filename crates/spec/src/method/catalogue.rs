@@ -182,7 +182,7 @@ mod tests {
 
     use super::*;
     use crate::method::card::Merges;
-    use crate::method::document::RuleDocument;
+    use crate::method::document::{ManualDocument, RuleDocument};
 
     fn catalogue() -> Catalogue {
         let schema = json!({
@@ -223,6 +223,7 @@ mod tests {
             }],
             defaults: json!({"rank": 8, "alpha": 0.5}),
             schema,
+            manual: ManualDocument::default(),
         }])
     }
 

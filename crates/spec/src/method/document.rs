@@ -33,6 +33,22 @@ pub struct RuleDocument {
     pub path: String,
 }
 
+/// What the head of a method's file says of it: Markdown whose only marks are fences around formulas and `` `names` ``.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManualDocument {
+    /// Its equations.
+    pub update: String,
+    /// What the letters in them stand for.
+    pub symbols: String,
+    /// What it takes beside the base: time, memory, parameters.
+    pub cost: String,
+    /// Where it cannot be used, or is no use.
+    pub limits: String,
+    /// What differs from its paper or from other implementations.
+    pub departures: String,
+}
+
 /// Everything about a method that leaves its file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -101,6 +117,9 @@ pub struct MethodDocument {
     pub defaults: Value,
     /// JSON Schema of the parameters.
     pub schema: Value,
+    /// What its file says of it; empty until the description is written.
+    #[serde(default)]
+    pub manual: ManualDocument,
 }
 
 impl MethodDocument {
@@ -148,6 +167,7 @@ impl MethodDocument {
                 .collect(),
             defaults,
             schema,
+            manual: ManualDocument::default(),
         }
     }
 

@@ -13,5 +13,5 @@ pub mod schema;
 
 pub use card::{Card, LAYERS, Merges, Paper, Point, Rule, SiteKind};
 pub use catalogue::Catalogue;
-pub use document::MethodDocument;
+pub use document::{ManualDocument, MethodDocument};
 pub use registry::{BuildCx, Entry, Method, MethodRef, Registry, Words, entry};

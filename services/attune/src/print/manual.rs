@@ -1,6 +1,8 @@
 //! A method's entry in the manual, from its description.
 
-use attune_spec::method::{Merges, MethodDocument, Point};
+use std::fmt::Write as _;
+
+use attune_spec::method::{ManualDocument, Merges, MethodDocument, Point};
 use serde_json::{Map, Value};
 
 use super::{Column, Table};
@@ -10,13 +12,26 @@ const WIDTH: usize = 96;
 /// Width of the names before facts.
 const NAME_WIDTH: usize = 12;
 
-/// The entry of a method: what it is, what it costs, its parameters, and how a job file names it.
+/// The entry of a method: what it is, its equations, what it costs, its parameters, and how a job file names it.
 pub(crate) fn page(method: &MethodDocument) -> String {
     let mut page = format!("{} ({})\n\n", method.name, method.point.as_str());
     page.push_str(&indented(&method.summary, "  ", "  "));
     page.push('\n');
     for (name, text) in facts(method) {
         page.push_str(&indented(&text, &format!("  {name:<NAME_WIDTH$}"), &" ".repeat(NAME_WIDTH + 2)));
+    }
+    let ManualDocument { update, symbols, cost, limits, departures } = &method.manual;
+    for (title, text) in [
+        ("What it computes", update),
+        ("Symbols", symbols),
+        ("Cost", cost),
+        ("Limits", limits),
+        ("Differs from its paper or others", departures),
+    ] {
+        if !text.is_empty() {
+            let _ = writeln!(page, "\n{title}");
+            page.push_str(&plain(text));
+        }
     }
     page.push_str("\nParameters\n");
     let parameters = parameters(method);
@@ -66,7 +81,7 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
         };
         let shared =
             if method.shared.is_empty() { String::new() } else { format!(", and {} that all share", method.shared) };
-        facts.push(("Cost", format!("{cost} trained parameters at a site {widths}{shared}")));
+        facts.push(("Trains", format!("{cost} parameters at a site {widths}{shared}")));
     }
     if let Some(why) = &method.moves {
         facts.push(("Starts", format!("away from the base: {why}")));
@@ -114,7 +129,8 @@ fn parameters(method: &MethodDocument) -> Vec<[String; 5]> {
     let row = |(name, schema): (&String, &Value)| {
         let resolved = resolve(schema, &method.schema);
         let meaning = [schema, resolved].into_iter().find_map(|at| at.get("description")?.as_str());
-        let default = method.defaults.get(name).map_or_else(|| "none".to_owned(), written);
+        let default = method.defaults.get(name).filter(|default| !default.is_null());
+        let default = default.map_or_else(|| "none".to_owned(), written);
         [name.clone(), kind(resolved, &method.schema), default, range(resolved), meaning.unwrap_or_default().to_owned()]
     };
     properties.into_iter().flatten().map(row).collect()
@@ -196,7 +212,8 @@ fn pairs(fields: &Map<String, Value>) -> String {
 /// The method with its defaults, where a job file names it.
 fn example(method: &MethodDocument) -> String {
     let mut named = Map::from_iter([("method".to_owned(), Value::from(method.name.as_str()))]);
-    named.extend(method.defaults.as_object().cloned().unwrap_or_default());
+    let defaults = method.defaults.as_object().cloned().unwrap_or_default();
+    named.extend(defaults.into_iter().filter(|(_, default)| !default.is_null()));
     let named = pairs(&named);
     match method.point {
         Point::Adapter => format!("  tune:\n    adapter: {{{named}}}\n"),
@@ -216,6 +233,29 @@ fn example(method: &MethodDocument) -> String {
         Point::Recipe => format!("  kind: recipe\n  recipe: {{{named}}}\n"),
         Point::Search => format!("  search: {{{named}}}\n"),
     }
+}
+
+/// Markdown as plain text: formulas between fences as they stand, paragraphs wrapped.
+fn plain(markdown: &str) -> String {
+    let (mut text, mut paragraph, mut is_formula) = (String::new(), String::new(), false);
+    for line in markdown.lines().chain([""]) {
+        let is_fence = line.starts_with("```");
+        if is_formula && !is_fence {
+            let _ = writeln!(text, "{}", format!("    {line}").trim_end());
+            continue;
+        }
+        if !is_fence && !line.is_empty() {
+            paragraph.push_str(line);
+            paragraph.push(' ');
+            continue;
+        }
+        if !paragraph.is_empty() {
+            text.push_str(&indented(&paragraph, "  ", "  "));
+            paragraph.clear();
+        }
+        is_formula ^= is_fence;
+    }
+    text
 }
 
 /// Prose, wrapped; the first line after `first`, the others after `rest`.
@@ -263,6 +303,19 @@ mod tests {
             let named = method.schema.get("properties").and_then(Value::as_object).into_iter().flatten();
             assert!(named.into_iter().all(|(name, _)| page.contains(&format!("  {name} "))), "{page}");
         }
+    }
+
+    #[test]
+    fn formulas_stand_as_they_are_and_paragraphs_are_wrapped() {
+        let text = "Two words\nof one line.\n```text\ny =  W x\n\n  + b\n```\nThen `b`.\n\nAnd more.";
+        insta::assert_snapshot!(plain(text), @r"
+          Two words of one line.
+            y =  W x
+
+              + b
+          Then `b`.
+          And more.
+        ");
     }
 
     #[test]

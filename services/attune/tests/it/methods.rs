@@ -27,7 +27,7 @@ fn a_method_reads_like_an_entry_of_a_manual() {
 
       Decides     which attachments at which sites, with which tensors, and what do they merge to?
       Sites       linear; all-linear where a slot names none
-      Cost        rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a") trained
+      Trains      rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a")
                   parameters at a site of input width i and output width o
       Merges      into the base's weight, as a low-rank change
       Base        of whole numbers, or in few bits (`tune.quantization`)
@@ -36,21 +36,57 @@ fn a_method_reads_like_an_entry_of_a_manual() {
                   Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen
                   (2021)
 
+    What it computes
+        y_to = x_ti W_oi^T + s · (drop(x_ti) A_ri^T) B_or^T
+        s    = alpha / r        or, with rslora,  alpha / sqrt(r)
+        y_to = … + s · d_o      with `bias`
+        ∂A <- (B^T B + δ 1)^-1 ∂A        ∂B <- ∂B (A A^T + δ 1)^-1        with `preconditioned`
+
+    Symbols
+      `lora_A` `A_ri` and `lora_B` `B_or`, f32; both train, or as `trains` says one of them; A
+      starts uniform in ±1/sqrt(i) (Kaiming with a = sqrt(5)), B at 0. `drop` is dropout on the
+      component's input. The learning rate of B is `b_lr` times that of all else. With `bias`,
+      `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not
+      decay. `preconditioned` gradients are divided by Gram matrices of the other factor, δ being
+      `damping`, before they are clipped and the optimiser sees them: the product then moves alike
+      however it is split into factors. Beside `trains: b` that is the projected gradient of
+      LoRA-FA.
+
+    Cost
+      `r*(i+o)` parameters per linear, `r*o` or `r*i` where one factor trains, and `o` more with
+      `bias`; `2 r (i+o)` extra FLOPs per token forward. With `bias` it is not computed within the
+      product of the linear's own weight. `preconditioned` steps invert two `r` by `r` matrices a
+      linear and multiply by them, `2 r² (i+o)` FLOPs a step, and are steps of the component's own:
+      beside no other rule of steps.
+
+    Limits
+      With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight.
+      Where B alone trains, the change stays in the rows that A spans. A `bias` merges where the
+      linear has one; else it stays beside the base.
+
+    Differs from its paper or others
+      Agrees with PEFT; its optimisers `riemannian` and, beside `trains: b`, `lorafa` are
+      `preconditioned` here, with clipping after it rather than before, and without LoRA-FA's
+      division by s², from which a step of Adam does not depend. `rank_pattern` and `alpha_pattern`
+      name whole paths, not patterns: reading a PEFT folder resolves its patterns.
+
     Parameters
-      NAME           TYPE                     DEFAULT  RANGE          MEANING
-      rank           whole number             8        1 ..= 4096     Rank of the change.
-      alpha          number                   8        0 ..= 1000000  Numerator of the scaling.
-      dropout        number                   0        0 ..= 0.99     Share of the component's input that is dropped in training.
-      rslora         true | false             false                   Scales by `alpha / sqrt(rank)` instead of `alpha / rank`.
-      trains         both | b | a             both                    Which factors train.
-      b_lr           number                   1        0 ..= 1000000  Factor on the learning rate of B (LoRA+ has some 16).
-      bias           true | false             false                   Adds a trained bias to what B gives, scaled as that is.
-      rank_pattern   mapping to whole number  none                    Rank at single sites, by whole path.
-      alpha_pattern  mapping to number        none                    Alpha at single sites, by whole path.
+      NAME            TYPE                     DEFAULT  RANGE           MEANING
+      rank            whole number             8        1 ..= 4096      Rank of the change.
+      alpha           number                   8        0 ..= 1000000   Numerator of the scaling.
+      dropout         number                   0        0 ..= 0.99      Share of the component's input that is dropped in training.
+      rslora          true | false             false                    Scales by `alpha / sqrt(rank)` instead of `alpha / rank`.
+      trains          both | b | a             both                     Which factors train.
+      b_lr            number                   1        0 ..= 1000000   Factor on the learning rate of B (LoRA+ has some 16).
+      bias            true | false             false                    Adds a trained bias to what B gives, scaled as that is.
+      preconditioned  true | false             false                    Divides the gradient of each factor by what the other one makes of a change.
+      damping         number                   0.01     1e-12 ..= 1000  What is added to the diagonal of what a gradient is divided by.
+      rank_pattern    mapping to whole number  none                     Rank at single sites, by whole path.
+      alpha_pattern   mapping to number        none                     Alpha at single sites, by whole path.
 
     In a job file
       tune:
-        adapter: {method: lora, rank: 8, alpha: 8, dropout: 0, rslora: false, trains: both, b_lr: 1, bias: false}
+        adapter: {method: lora, rank: 8, alpha: 8, dropout: 0, rslora: false, trains: both, b_lr: 1, bias: false, preconditioned: false, damping: 0.01}
     --- stderr
     "#);
     insta::assert_snapshot!(run(&["methods", "show", "cosine"]).all(), @r"
@@ -62,6 +98,22 @@ fn a_method_reads_like_an_entry_of_a_manual() {
       the end.
 
       Decides     how does the learning rate run over time?
+
+    What it computes
+        d < w: d / w        else: (1 + cos(π (d - w) / (n - w))) / 2
+
+    Symbols
+      `d` finished updates, `n` updates of the run, `w` updates of the warm-up; the factor is on the
+      learning rate.
+
+    Cost
+      None.
+
+    Limits
+      0 at the end of the run; half way at the half of the time after the warm-up.
+
+    Differs from its paper or others
+      none; agrees with the scheduler of the same name in `transformers`.
 
     Parameters
       NAME    TYPE    DEFAULT  RANGE             MEANING

@@ -114,7 +114,7 @@ fn all_faults_are_said_at_once_with_their_paths() {
     error: job.yaml has 6 faults
       `tune.adapter.alpha` is "high"; expected a number
       `tune.adapter.rank` is -4; expected 1 or more
-      `tune.adapter.targest` is not a known field; known are rank, alpha, dropout, rslora, trains, b_lr, bias, rank_pattern, alpha_pattern
+      `tune.adapter.targest` is not a known field; known are rank, alpha, dropout, rslora, trains, b_lr, bias, preconditioned, damping, rank_pattern, alpha_pattern
       `tune.batch_token` is not a known field; did you mean "batch_tokens"?
       `tune.optimizer.method` is "adamv", which no method of point optimizer is called; known are adamw; did you mean "adamw"?
       `tune.steps` is "ten"; expected nothing or a whole number

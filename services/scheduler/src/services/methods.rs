@@ -5,7 +5,7 @@ use attune_proto::convert::structure::to_struct;
 use attune_proto::v1::method_service_server::MethodService;
 use attune_proto::v1::{self, ExtensionPoint};
 use attune_proto::words::Word as _;
-use attune_spec::method::{Catalogue, Merges, MethodDocument, SiteKind};
+use attune_spec::method::{Catalogue, ManualDocument, Merges, MethodDocument, SiteKind};
 use attune_spec::{Fault, FieldPath};
 use serde_json::Value;
 use tonic::{Request, Response, Status};
@@ -67,7 +67,13 @@ fn card(document: &MethodDocument) -> v1::Method {
             .collect(),
         schema: None,
         defaults: None,
+        manual: None,
     }
+}
+
+fn manual(document: &MethodDocument) -> v1::MethodManual {
+    let ManualDocument { update, symbols, cost, limits, departures } = document.manual.clone();
+    v1::MethodManual { update, symbols, cost, limits, departures }
 }
 
 #[tonic::async_trait]
@@ -118,6 +124,7 @@ impl MethodService for Methods {
         let method = v1::Method {
             schema: Some(object("schema", &document.schema)?),
             defaults: Some(object("defaults", &document.defaults)?),
+            manual: Some(manual(document)),
             ..card(document)
         };
         Ok(Response::new(v1::GetMethodResponse { method: Some(method) }))
