@@ -59,7 +59,7 @@ pub(crate) struct Panel {
     pub(crate) title: String,
     /// What they are drawn against, on an axis of powers.
     pub(crate) cost: Cost,
-    /// Cost, loss and name of each point; one without a name is small.
+    /// Cost, above 0, loss and name of each point; one without a name is small.
     pub(crate) points: Vec<(f64, f64, String)>,
 }
 
@@ -72,9 +72,7 @@ pub(crate) fn svg(title: &str, panels: &[Panel]) -> String {
         escaped(title)
     );
     for (index, Panel { title, cost, points }) in panels.iter().enumerate() {
-        let least = if *cost == Cost::Parameters { 1.0 } else { 1e-3 };
-        let points: Vec<(f64, f64, &str)> =
-            points.iter().map(|(x, y, name)| (x.max(least), *y, name.as_str())).collect();
+        let points: Vec<(f64, f64, &str)> = points.iter().map(|(x, y, name)| (*x, *y, name.as_str())).collect();
         let _ = writeln!(svg, "<g transform=\"translate(0 {})\">", PANEL.1 * index as f64);
         panel(&mut svg, title, *cost, &points);
         svg.push_str("</g>\n");
@@ -186,22 +184,29 @@ fn nice(step: f64) -> f64 {
     [1.0, 2.0, 5.0].into_iter().map(|digit| digit * power).find(|nice| *nice >= step).unwrap_or(10.0 * power)
 }
 
-/// Where an axis of powers has marks between two logarithms: at powers of ten, or of a short one at 1, 2 and 5 times these.
+/// Where an axis of powers has marks between two logarithms: at powers of ten, or of a short one at 1, 2 and 5 times these, or of a very
+/// short one at even distances.
 fn powers(from: f64, to: f64) -> Vec<f64> {
+    if to - from < 0.8 {
+        let (first, last) = (10f64.powf(from), 10f64.powf(to));
+        let step = nice((last - first) / MARKS);
+        let numbers = (first / step).ceil() as u64..=(last / step).floor() as u64;
+        return numbers.map(|number| number as f64 * step).collect();
+    }
     let digits: &[f64] = if to - from > 2.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
     let tens = from.floor() as i32..=to.ceil() as i32;
     let all = tens.flat_map(|power| digits.iter().map(move |digit| digit * 10f64.powi(power)));
     all.filter(|mark| (from..=to).contains(&mark.log10())).collect()
 }
 
-/// A number with one digit that counts, as people write it.
+/// A number as people write it, with three digits that count at most.
 fn thousands(number: f64) -> String {
-    let power = number.log10().floor();
-    if power < 0.0 {
-        return format!("{number:.*}", -power as usize);
-    }
-    let group = (power as usize / 3).min(4);
-    format!("{:.0}{}", number / 1000f64.powi(group as i32), ["", " k", " M", " G", " T"][group])
+    let group = ((number.max(1.0).log10() + 1e-9) as usize / 3).min(4);
+    let scaled = number / 1000f64.powi(group as i32);
+    let digits = (2.0 - scaled.log10().floor()).clamp(0.0, 6.0) as usize;
+    let text = format!("{scaled:.digits$}");
+    let text = if digits > 0 { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    format!("{text}{}", ["", " k", " M", " G", " T"][group])
 }
 
 fn escaped(text: &str) -> String {
@@ -233,5 +238,7 @@ mod tests {
         assert_eq!([0.05, 1.0, 200.0, 1e3, 5e5, 1e6].map(thousands), ["0.05", "1", "200", "1 k", "500 k", "1 M"]);
         assert_eq!(powers(2.0, 5.1), [1e2, 1e3, 1e4, 1e5]);
         assert_eq!(powers(1.4, 2.5), [50.0, 100.0, 200.0]);
+        assert_eq!(powers(2.1, 2.5), [150.0, 200.0, 250.0, 300.0]);
+        assert_eq!([150.0, 1500.0, 12.5, 999.0].map(thousands), ["150", "1.5 k", "12.5", "999"]);
     }
 }

@@ -115,9 +115,12 @@ impl Compared {
             };
             let costs = |(at, set): &(Vec<String>, String)| {
                 let here = || own.iter().filter(|record| place(record) == *at && record.validation.contains_key(set));
-                let of = |cost: &dyn Fn(&Record) -> f64| Runs(here().map(|record| cost(record)).collect());
+                // What was not measured is 0.
+                let of = |cost: &dyn Fn(&Record) -> f64| {
+                    Runs(here().map(|record| cost(record)).filter(|cost| *cost > 0.0).collect())
+                };
                 Cost::ALL.map(|kind| match kind {
-                    Cost::Parameters => of(&|record| record.trained_parameters as f64),
+                    Cost::Parameters => of(&|record| record.trained_parameters.max(1) as f64),
                     Cost::Seconds => of(&|record| curve::seconds(record, record.steps)),
                     Cost::Mebibytes => of(&|record| record.peak_memory_bytes as f64 / f64::from(1 << 20)),
                 })
@@ -128,7 +131,9 @@ impl Compared {
                 losses: keys.iter().map(loss).collect(),
                 parameters: runs(&|record| record.trained_parameters as f64),
                 speed: runs(&|record| record.tokens_per_second),
-                memory: runs(&|record| record.peak_memory_bytes as f64),
+                memory: Runs(
+                    own.iter().map(|record| record.peak_memory_bytes as f64).filter(|peak| *peak > 0.0).collect(),
+                ),
                 value,
             });
         }

@@ -48,7 +48,7 @@ pub(crate) fn panels(matrix: &Matrix, seen: &[Seen]) -> Vec<Panel> {
     let points = seen.iter().enumerate().filter_map(|(index, seen)| {
         let [loss, _] = outcome(&seen.record)?;
         let name = if best.contains(&&seen.place) { format!("{}", index + 1) } else { String::new() };
-        Some((seen.record.trained_parameters as f64, loss, name))
+        Some((seen.record.trained_parameters.max(1) as f64, loss, name))
     });
     vec![Panel { title: matrix.name.clone(), cost: Cost::Parameters, points: points.collect() }]
 }
