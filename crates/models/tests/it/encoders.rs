@@ -19,10 +19,14 @@ pub(crate) const CASES: [&str; 5] = ["bert", "bert_sequence", "bert_tokens", "ll
 const TOLERANCE: f64 = 1e-4;
 
 fn open(case: &str) -> Model {
+    open_in(case, Precision::F32)
+}
+
+fn open_in(case: &str, precision: Precision) -> Model {
     let change = |architecture: Architecture| -> Result<Architecture, Fault> {
         Ok(if case == "llama_bidirectional" { architecture.bidirectional() } else { architecture })
     };
-    Model::new(Base::open_as(&golden(case), Precision::F32, change, 0).unwrap(), Stack::default())
+    Model::new(Base::open_as(&golden(case), precision, change, 0).unwrap(), Stack::default())
 }
 
 fn pooled(case: &str, pooling: Pooling) -> Model {
@@ -51,6 +55,21 @@ fn heads_are_read_from_the_class() {
             HeadKind::Sequence { labels: 3, row: PooledRow::Last },
         ]
     );
+}
+
+/// Of rows behind the last block, in the root of the mean square; the bound is that of decoders' logits.
+#[test]
+fn bases_of_bf16_are_the_references_within_the_precision_of_bf16() {
+    for case in CASES {
+        let expected = Golden::open(case, "expected.safetensors").unwrap();
+        let (model, layout, theta) = (open_in(case, Precision::Bf16), expected.layout(), Theta::default());
+        let hidden = model.hidden(&Pass { theta: &theta, layout: &layout, dropout: None }).unwrap();
+        let last = (0..).take_while(|block| expected.has(&format!("hidden.{block}"))).last().unwrap();
+        let reference = expected.tensor(&format!("hidden.{last}"));
+        let size = |tensor: &Tensor| tensor.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let off = size(&(&hidden[2 * last] - reference).unwrap()) / size(reference);
+        assert!((1e-5..0.028).contains(&off), "{case}: off by a factor of {off}");
+    }
 }
 
 #[test]

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use attune_models::generate::generate;
 use attune_models::{Auxiliary as _, Base, LoadBalance, Model, Pass, Routing, Stack};
 use attune_points::generate::{Finish, Sampling};
-use attune_points::{Grads, TensorId, TensorName, Theta};
+use attune_points::layout::{NO_LABEL, Source};
+use attune_points::{Grads, Layout, Row, TensorId, TensorName, Theta};
 use attune_spec::job::Precision;
+use candle_core::Tensor;
 
 use crate::support::{CrossEntropy, Golden, all_trained, difference, golden, largest};
 
@@ -126,6 +128,50 @@ fn gradients_of_all_weights_are_the_references() {
     assert!(compared > 240, "{compared} tensors");
 }
 
+#[test]
+fn gradients_by_input_embeddings_are_the_references() {
+    let (mut compared, id) = (0, TensorId::input_embeddings());
+    for file in ["expected.safetensors", "packed.safetensors"] {
+        for (case, expected) in all_files(file) {
+            let (model, layout, theta) = (model(case), expected.layout(), Theta::default());
+            let mut sink = Grads::wanting([id.clone()]);
+            let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+            model.grad(&pass, &CrossEntropy, 1.0 / layout.counts().tokens as f64, &mut sink).unwrap();
+            let reference = expected.tensor("grad.inputs_embeds");
+            let off = difference(sink.get(&id).unwrap(), reference) / largest(reference);
+            assert!(off < TOLERANCE, "{case}/{file}: off by a factor of {off}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 32, "{compared} files");
+}
+
+/// Weights, operands of products and what is kept are rounded by 2^-9 at most, in the root of the mean square by 0.11 %; logits have gone
+/// through some forty roundings, which add up in quadrature to 0.7 %. Four times that is the bound, of how much logits differ from one
+/// another; losses, which are means of many, keep it without the factor. In mixtures probabilities of experts are rounded as well, and a
+/// row may go to another one: twice that.
+#[test]
+fn bases_of_bf16_are_the_references_within_the_precision_of_bf16() {
+    let mut compared = 0;
+    for (case, expected) in all_files("expected.safetensors") {
+        let base = Base::open(&golden(case), Precision::Bf16).unwrap();
+        let (model, layout, theta) = (Model::new(base, Stack::default()), expected.layout(), Theta::default());
+        let pass = Pass { theta: &theta, layout: &layout, dropout: None };
+        let (found, reference) = (model.logits(&pass).unwrap(), expected.tensor("logits"));
+        let size = |tensor: &Tensor| tensor.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let spread = reference.broadcast_sub(&reference.mean_all().unwrap()).unwrap();
+        let off = size(&(found - reference).unwrap()) / size(&spread);
+        let loss = model.score(&pass, &CrossEntropy).unwrap().mean();
+        let off_loss = (loss / expected.float("loss") - 1.0).abs();
+        let by: f32 = if model.base().architecture().experts.is_some() { 2.0 } else { 1.0 };
+        assert!(off > 1e-5, "{case}: nothing was rounded");
+        assert!(off < by * 0.028, "{case}: logits are off by a factor of {off}");
+        assert!(off_loss < f64::from(by) * 0.007, "{case}: the loss is off by a factor of {off_loss}");
+        compared += 1;
+    }
+    assert!(compared >= 20, "{compared} files");
+}
+
 /// The loss of `auxiliary.safetensors` is the mean cross-entropy plus the coefficient times the balance.
 #[test]
 fn routing_and_the_balance_are_the_references_and_their_gradient_reaches_routers() {
@@ -194,6 +240,16 @@ fn greedy_generation_with_a_cache_is_the_references() {
         assert_eq!(generated.tokens, reference, "{case}");
         assert_eq!(streamed, reference, "{case}");
         assert_eq!(generated.finish, Finish::Length);
+        // What was chosen was ahead by far more than what logits may differ by, and they differ by no more.
+        assert!(expected.float("margin") > 10.0 * TOLERANCE, "{case}");
+        let rows = prompt.iter().chain(&reference).map(|id| (Row::Token(*id), NO_LABEL)).collect::<Vec<_>>();
+        let mut layout = Layout::new();
+        layout.push(Source::default(), rows);
+        let theta = Theta::default();
+        let whole = model.logits(&Pass { theta: &theta, layout: &layout, dropout: None }).unwrap();
+        let chosen_by = whole.narrow(0, prompt.len() - 1, reference.len()).unwrap();
+        let off = difference(&chosen_by, expected.tensor("logits"));
+        assert!(off < TOLERANCE, "{case}: logits are off by {off}");
         compared += 1;
     }
     assert_eq!(compared, 22);

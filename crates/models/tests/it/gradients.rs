@@ -126,6 +126,65 @@ fn gradients_by_input_embeddings_add_up_to_that_of_the_table() {
     assert_eq!(difference(alone.get(&input).unwrap(), &dx_td), 0.0);
 }
 
+/// Parameters moved along a direction by so much.
+fn along(theta: &Theta, direction: &[(TensorId, Tensor)], by: f64) -> Theta {
+    let mut moved = theta.clone();
+    for (id, tensor) in direction {
+        let held = theta.get(id).unwrap();
+        moved.put(id, (held + (tensor.to_dtype(held.dtype()).unwrap() * by).unwrap()).unwrap());
+    }
+    moved
+}
+
+fn dot(gradients: &Grads, direction: &[(TensorId, Tensor)]) -> f64 {
+    let product = |(id, tensor): &(TensorId, Tensor)| {
+        let found = gradients.get(id).unwrap().to_dtype(DType::F64).unwrap();
+        (found * tensor).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap()
+    };
+    direction.iter().map(product).sum()
+}
+
+/// `H v = (∇L(θ + εv) - ∇L(θ - εv)) / 2ε` to ε² and rounding by ε: in 64 bits it is symmetric and the second difference of the loss, and
+/// passes in 32 bits have a hundredth of it at a step of a hundredth.
+#[test]
+fn differences_of_gradients_are_products_with_the_hessian() {
+    let wide = model(TINY, DType::F64, vec![low_rank(3, 0.0, true)]).in_f64();
+    let fast = model(TINY, DType::F32, vec![low_rank(3, 0.0, true)]);
+    let layout = documents(&[0, 1, 2, 3]);
+    let start = |(model, dtype): (&Model, DType)| {
+        let mut theta = Theta::single([bank(vec![set(model, 0, 1)])]);
+        let held: Vec<_> = theta.trained().map(|(id, tensor)| (id, tensor.clone())).collect();
+        for (id, tensor) in held {
+            theta.put(&id, tensor.to_dtype(dtype).unwrap());
+        }
+        theta
+    };
+    let direction = |seed: u64| -> Vec<(TensorId, Tensor)> {
+        let mut rng = Rng::new(seed, "direction");
+        let of = |(id, tensor): (TensorId, &Tensor)| (id, rng.normal_tensor(tensor.dims(), 0.3, DType::F64).unwrap());
+        start((&fast, DType::F32)).trained().map(of).collect()
+    };
+    let (u, v) = (direction(1), direction(2));
+    let product = |of: (&Model, DType), v: &[(TensorId, Tensor)], step: f64, with: &[(TensorId, Tensor)]| -> f64 {
+        let at = |by: f64| {
+            let moved = along(&start(of), v, by);
+            dot(&grad(of.0, Pass { theta: &moved, layout: &layout, dropout: None }, &CrossEntropy).0, with)
+        };
+        (at(step) - at(-step)) / (2.0 * step)
+    };
+    let loss = |by: f64| {
+        let moved = along(&start((&wide, DType::F64)), &v, by);
+        0.3 * wide.score(&Pass { theta: &moved, layout: &layout, dropout: None }, &CrossEntropy).unwrap().loss_sum
+    };
+    let exact = product((&wide, DType::F64), &v, 1e-4, &v);
+    let second = (loss(1e-3) - 2.0 * loss(0.0) + loss(-1e-3)) / 1e-6;
+    assert!((exact - second).abs() < 1e-4 * exact.abs(), "{exact} against {second}");
+    let (uhv, vhu) = (product((&wide, DType::F64), &v, 1e-4, &u), product((&wide, DType::F64), &u, 1e-4, &v));
+    assert!((uhv - vhu).abs() < 1e-6 * exact.abs(), "{uhv} against {vhu}");
+    let in_32_bits = product((&fast, DType::F32), &v, 1e-2, &v);
+    assert!((in_32_bits - exact).abs() < 1e-2 * exact.abs(), "{in_32_bits} against {exact}");
+}
+
 /// The second copy of each text has other parameters and moved embeddings; gradients come from both.
 #[test]
 fn copies_with_other_parameters_and_moved_embeddings_have_the_gradients_of_the_graphs_and_of_differences() {

@@ -231,6 +231,23 @@ fn a_run_goes_through_its_phases_and_learns() {
     assert_eq!(losses.len(), 4, "before, at 10, at 20, after");
     assert!(losses[3] < 0.9 * losses[0], "{losses:?}");
     assert_eq!(metric(&events, "train/loss").len(), 30);
+    let speed = metric(&events, "train/tokens_per_second");
+    for work in ["gemm", "attention", "elementwise", "adapter", "head", "optimizer", "data", "collective", "other"] {
+        assert_eq!(metric(&events, &format!("time/{work}")).len(), 30, "{work}");
+    }
+    // What a step took is all in the kinds of its work: rows over their sum are its speed.
+    let of_step = |event: &Event| match event {
+        Event::Metrics { metrics, .. } => {
+            let times = metrics.iter().filter(|metric| metric.name.starts_with("time/"));
+            Some(times.map(|metric| metric.value).sum::<f64>()).filter(|sum| *sum > 0.0)
+        }
+        _ => None,
+    };
+    let spent: Vec<f64> = events.iter().filter_map(of_step).collect();
+    let rows: Vec<f64> = speed.iter().zip(&spent).map(|(speed, seconds)| speed * seconds).collect();
+    assert!(rows.iter().all(|rows| (rows - rows.round()).abs() < 0.01 && *rows >= 1.0), "{rows:?}");
+    let gemm: f64 = metric(&events, "time/gemm").iter().sum();
+    assert!(gemm > 0.0 && gemm < spent.iter().sum(), "products took {gemm} s");
     let utilisation = metric(&events, "train/mfu");
     assert!(utilisation.len() == 30 && utilisation.iter().all(|share| *share > 0.0), "{utilisation:?}");
     assert!(files.keys().any(|name| name == "Result/adapter_model.safetensors"), "{:?}", files.keys());
@@ -276,6 +293,37 @@ fn more_ranks_give_the_same_bytes() {
             assert_eq!(small.finish(plan.clone(), ranks).1, one, "{name} on {ranks} ranks");
         }
     }
+}
+
+/// Says what every kind of run makes in three steps, on as many threads as its process has.
+#[test]
+#[ignore = "a part of `the_number_of_threads_changes_no_byte`, which runs it in processes of its own"]
+#[expect(clippy::print_stdout, reason = "what it has to say")]
+fn what_every_kind_makes() {
+    let small = Small::with_weights();
+    for (name, changes) in KINDS {
+        let (_, files) = small.finish(small.plan(&[changes, &[("tune.steps", "3")]].concat()), 1);
+        let mut hash = blake3::Hasher::new();
+        for (file, bytes) in files {
+            hash.update(file.as_bytes()).update(&bytes);
+        }
+        println!("made {name}: {}", hash.finalize());
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_byte() {
+    let made = |threads: &str| -> Vec<String> {
+        let mut own = std::process::Command::new(std::env::current_exe().unwrap());
+        own.args(["--exact", "bits::what_every_kind_makes", "--ignored", "--nocapture"]);
+        let output = own.env("RAYON_NUM_THREADS", threads).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().filter_map(|line| Some(line.split_once("made ")?.1.to_owned())).collect()
+    };
+    let (one, three) = (made("1"), made("3"));
+    assert_eq!(one.len(), KINDS.len());
+    assert_eq!(one, three);
 }
 
 /// What is trained to be smooth says nearly the same where its inputs are moved, and what is not says something else; without a
