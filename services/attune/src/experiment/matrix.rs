@@ -53,6 +53,8 @@ pub(crate) struct Shown {
     pub(crate) rows: Option<String>,
     /// Axes over which means are taken, such as seeds.
     pub(crate) mean_over: Vec<String>,
+    /// Validation sets that are not of the task: they show what runs keep of what the base knew.
+    pub(crate) general: Vec<String>,
 }
 
 /// One job of the grid: its place on each axis, and what it changes in the job file.
@@ -125,6 +127,10 @@ impl Matrix {
         match &self.search {
             Some(_) => {
                 faults.extend(self.search().err().unwrap_or_default());
+                if !self.report.general.is_empty() {
+                    let message = "names sets by which whole grids are compared, which a search is not; leave it out";
+                    faults.push(Fault::new("report.general", message));
+                }
                 if !self.report.mean_over.is_empty() {
                     let message = "takes means over an axis, of which a search sees single jobs; leave it out";
                     faults.push(Fault::new("report.mean_over", message));

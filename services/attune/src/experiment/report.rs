@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::curve::{self, Reached};
+use super::kept;
 use super::matrix::Matrix;
 use super::plot::{Cost, Panel};
 use super::record::Record;
@@ -12,6 +13,12 @@ use crate::words;
 /// Numbers of runs that differ in nothing but what means are taken over.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Runs(Vec<f64>);
+
+impl FromIterator<f64> for Runs {
+    fn from_iter<I: IntoIterator<Item = f64>>(numbers: I) -> Self {
+        Self(numbers.into_iter().collect())
+    }
+}
 
 impl Runs {
     /// Their mean; nothing of no runs.
@@ -210,6 +217,7 @@ impl Compared {
             line(&mut page, &cells);
         }
         self.soon(matrix, &mut page);
+        page.push_str(&kept::markdown(matrix, records));
         if !self.failed.is_empty() {
             page.push_str("\nNot done:\n\n");
             for (place, error) in &self.failed {

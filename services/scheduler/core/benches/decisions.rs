@@ -12,11 +12,12 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
+use attune_scheduler_core::supply::{Pool, Supply};
 use attune_scheduler_core::{
     Core, Device, Devices, Effects, Input, JobKey, Outcome, Request, Resources, Session, Settings, State, Timestamp,
     Wanted,
 };
-use attune_spec::id::{JobId, Project, WorkerId};
+use attune_spec::id::{JobId, Name, Project, WorkerId};
 
 const ROUNDS: usize = 200;
 
@@ -80,6 +81,26 @@ impl Bench {
         Some(longest)
     }
 
+    /// What a supply that just began wants of an engine that has nothing yet and may be asked for a thousand workers.
+    fn supply(&self, at: u64) -> Duration {
+        let pool = Pool {
+            name: Name::new("cards").unwrap(),
+            devices: Devices { n_cpu: 4, n_cuda: 8 },
+            labels: BTreeMap::new(),
+            min: 0,
+            max: 1000,
+            idle: Duration::from_secs(60),
+            start: Duration::from_secs(600),
+        };
+        let listed = BTreeMap::from([(pool.name.clone(), Some(BTreeMap::new()))]);
+        let mut supply = Supply::new(vec![pool]);
+        let begun = Instant::now();
+        let orders = supply.step(&self.core, listed, Timestamp::from_millis(self.now + at));
+        let took = begun.elapsed();
+        assert!(!orders.is_empty(), "jobs wait, and nobody is asked for");
+        took
+    }
+
     fn heartbeat(&mut self, at: usize) -> Duration {
         let worker = self.core.workers().nth(at).unwrap().id.clone();
         let session = self.core.worker(&worker).unwrap().session;
@@ -128,6 +149,8 @@ fn main() {
     told("a heartbeat", took);
     let took = (0..ROUNDS).map(|_| bench.step(Input::Tick).1).collect();
     told("a tick", took);
+    let took = (0..ROUNDS / 10).map(|at| bench.supply(at as u64));
+    told("how many workers to ask an engine for", took.collect());
     let asked: Vec<JobKey> = bench.core.queue().step_by(queued.div_ceil(ROUNDS)).cloned().collect();
     let took = asked.iter().map(|key| {
         let begun = Instant::now();

@@ -62,15 +62,20 @@ pub(super) fn need(core: &Core, pools: &[&Pool], coming: &[(usize, Option<Reques
         }
     }
     need.workers = taken;
-    // A gang that waits for others to end keeps those that are free for it.
-    for key in &waiting {
-        let Some(ask) = core.ask(key) else { continue };
-        let wishes = ask.resources.device.kinds().iter().map(|kind| (*kind, ask.resources.n_devices.get()));
-        for (kind, n_devices) in wishes {
-            let able = seats::able(&seats, (kind, n_devices, &ask.resources.labels));
-            need.workers.extend(able.map(|idx| seats[idx].worker.clone()));
-        }
+    // A gang that waits for others to end keeps those that are free for it. Of long queues most jobs wish for the same.
+    let asks = waiting.iter().filter_map(|key| core.ask(key));
+    let wishes: BTreeSet<seats::Wish<'_>> = asks
+        .flat_map(|ask| {
+            let (kinds, n_devices) = (ask.resources.device.kinds(), ask.resources.n_devices.get());
+            kinds.iter().map(move |kind| (*kind, n_devices, &ask.resources.labels))
+        })
+        .collect();
+    let mut kept = vec![false; seats.len()];
+    for wish in wishes {
+        seats::able(&seats, wish).for_each(|idx| kept[idx] = true);
     }
+    let kept = seats.iter().zip(kept).filter(|(_, is_kept)| *is_kept);
+    need.workers.extend(kept.map(|(seat, _)| seat.worker.clone()));
     need
 }
 
