@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use attune_spec::method::{Catalogue, MethodDocument, Point};
+use attune_spec::method::{Catalogue, Merges, MethodDocument, Point, SiteKind};
 use serde_json::{Value, json};
 
 use crate::advise::{Advice, Goal, RULES, Rules, Task};
@@ -14,6 +14,7 @@ use crate::words;
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = "Examples:
   attune methods list --point adapter
+  attune methods list --point adapter --site linear --merges --peft
   attune methods show lora
   attune methods advise --task classification --examples 500 --short-of time")]
 pub(crate) enum Command {
@@ -70,9 +71,48 @@ pub(crate) struct List {
     /// Only methods of this extension point, such as adapter or optimizer.
     #[arg(long, value_name = "POINT")]
     point: Option<PointName>,
+    /// Only methods that can be put on sites of this kind.
+    #[arg(long, value_name = "KIND")]
+    site: Option<SiteName>,
+    /// Only methods that can be merged into the base.
+    #[arg(long)]
+    merges: bool,
+    /// Only methods whose adapters are kept in PEFT's layout.
+    #[arg(long)]
+    peft: bool,
+    /// Only methods that work where linears of the base are held in few bits.
+    #[arg(long)]
+    few_bits: bool,
     /// Only methods whose name, aliases or summary contain this text.
     #[arg(value_name = "TEXT")]
     text: Option<String>,
+}
+
+/// A kind of site as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SiteName {
+    /// Linears.
+    Linear,
+    /// Tables of embeddings.
+    Embedding,
+    /// Norms.
+    Norm,
+    /// Whole attentions.
+    Attention,
+    /// Whole MLPs.
+    Mlp,
+}
+
+impl SiteName {
+    const fn kind(self) -> SiteKind {
+        match self {
+            Self::Linear => SiteKind::Linear,
+            Self::Embedding => SiteKind::Embedding,
+            Self::Norm => SiteKind::Norm,
+            Self::Attention => SiteKind::Attention,
+            Self::Mlp => SiteKind::Mlp,
+        }
+    }
 }
 
 /// Which method is described.
@@ -113,7 +153,13 @@ fn list_methods(list: &List, out: &mut Out) -> Result<(), Failure> {
         Catalogue::embedded().documents().filter(|method| matches(method, list)).collect();
     found.sort_by_key(|method| method.point);
     if out.is_json() {
-        let entry = |method: &&MethodDocument| json!({"name": method.name, "point": method.point, "aliases": method.aliases, "summary": method.summary});
+        let entry = |method: &&MethodDocument| {
+            let (few_bits, sites) = (method.on_quantized(), &method.applies);
+            json!({
+                "name": method.name, "point": method.point, "aliases": method.aliases, "summary": method.summary, "sites": sites,
+                "merges": method.merges, "peft_type": method.peft_type, "few_bits": few_bits,
+            })
+        };
         return out.document(&found.iter().map(entry).collect::<Value>());
     }
     let mut table = Table::new([Column::left("NAME"), Column::left("POINT"), Column::left("SUMMARY")]);
@@ -124,11 +170,15 @@ fn list_methods(list: &List, out: &mut Out) -> Result<(), Failure> {
 }
 
 fn matches(method: &MethodDocument, list: &List) -> bool {
-    let of_point = list.point.is_none_or(|point| point.0 == method.point);
-    let Some(text) = &list.text else { return of_point };
-    let text = text.to_lowercase();
-    let texts = [&method.name, &method.summary].into_iter().chain(&method.aliases);
-    of_point && texts.into_iter().any(|own| own.to_lowercase().contains(&text))
+    let can_merge = matches!(method.merges, Merges::Factors | Merges::Weight);
+    let text = list.text.as_ref().map(|text| text.to_lowercase());
+    let texts = || [&method.name, &method.summary].into_iter().chain(&method.aliases);
+    list.point.is_none_or(|point| point.0 == method.point)
+        && list.site.is_none_or(|site| method.applies.contains(&site.kind()))
+        && (!list.merges || can_merge)
+        && (!list.peft || method.peft_type.is_some())
+        && (!list.few_bits || method.on_quantized() == Some(true))
+        && text.is_none_or(|text| texts().any(|own| own.to_lowercase().contains(&text)))
 }
 
 fn show_method(name: &str, out: &mut Out) -> Result<(), Failure> {
@@ -185,12 +235,31 @@ mod tests {
         assert!("adaptor".parse::<PointName>().unwrap_err().ends_with("did you mean \"adapter\"?"));
     }
 
+    const ALL: List = List { point: None, site: None, merges: false, peft: false, few_bits: false, text: None };
+
+    fn found(list: &List) -> Vec<&'static str> {
+        let all = Catalogue::embedded().documents().filter(|method| matches(method, list));
+        all.map(|method| method.name.as_str()).collect()
+    }
+
+    #[test]
+    fn the_list_can_be_narrowed_by_what_methods_can_do() {
+        let has = |list: &List, name: &str| found(list).contains(&name);
+        let on_mlps = List { site: Some(SiteName::Mlp), ..ALL };
+        assert!(has(&on_mlps, "bottleneck") && !has(&on_mlps, "lora"));
+        let merging = List { merges: true, site: Some(SiteName::Linear), ..ALL };
+        assert!(has(&merging, "lora") && !has(&merging, "loramoe") && !has(&merging, "cosine"));
+        let in_peft = List { peft: true, ..ALL };
+        assert!(has(&in_peft, "lora") && !has(&in_peft, "dsee"));
+        let beside_few_bits = List { few_bits: true, point: Some(PointName(Point::Adapter)), ..ALL };
+        assert!(has(&beside_few_bits, "lora") && !has(&beside_few_bits, "full"));
+    }
+
     #[test]
     fn the_list_can_be_narrowed() {
         let count = |point: Option<&str>, text: Option<&str>| {
             let point = point.map(|point| point.parse().unwrap());
-            let list = List { point, text: text.map(str::to_owned) };
-            Catalogue::embedded().documents().filter(|method| matches(method, &list)).count()
+            found(&List { point, text: text.map(str::to_owned), ..ALL }).len()
         };
         assert!(count(None, None) > count(Some("adapter"), None));
         assert!(count(Some("adapter"), Some("LOW-RANK adaptation")) > 0);
