@@ -32,10 +32,13 @@ CASES = {
         dict(target_modules="all-linear", use_dora=True, rank_pattern={"down_proj": 2}, alpha_pattern={"k_proj": 3}),
         "model.layers.1.mlp.down_proj",
     ),
+    "llama_embedded": ("llama", dict(target_modules=["embed_tokens", "q_proj"], rank_pattern={"embed_tokens": 3}, alpha_pattern={"embed_tokens": 5}), "model.embed_tokens"),
+    # Its head is the table's: PEFT adds to what is looked up and to no logits, so that merged it would be another model.
+    "gpt2_embedded": ("gpt2", dict(target_modules=["wte", "c_proj"], fan_in_fan_out=True), None),
     "gpt2_dora": ("gpt2", dict(target_modules="all-linear", use_dora=True, use_rslora=True, fan_in_fan_out=True), "transformer.h.0.attn.c_proj"),
 }
 # The order in which the cases came, so that a new one changes no other's numbers.
-SEEDS = ["llama_some", "llama_all_linear", "llama_patterns", "qwen2_some_rslora", "qwen2_all_linear", "gpt2_all_linear", "qwen2_dora", "gpt2_dora"]
+SEEDS = ["llama_some", "llama_all_linear", "llama_patterns", "qwen2_some_rslora", "qwen2_all_linear", "gpt2_all_linear", "qwen2_dora", "gpt2_dora", "llama_embedded", "gpt2_embedded"]
 
 
 def randomise(model, g):

@@ -31,6 +31,9 @@ const REPEATING: &str = "LORA";
 /// what a folder means, does not depend on them.
 const SAVES: &str = ".lora_velora_embed";
 
+/// How the names end of weights of the base that PEFT keeps beside adapters at tables of tokens.
+const OF_BASE: &str = ".base_layer.weight";
+
 /// An adapter folder, read but not yet attached to a base.
 #[derive(Debug)]
 pub struct Folder {
@@ -42,6 +45,8 @@ pub struct Folder {
     pub ranges: Option<Vec<[u32; 2]>>,
     path: std::path::PathBuf,
     tensors: BTreeMap<String, Tensor>,
+    /// Weights of the base, by module.
+    of_base: BTreeMap<String, Tensor>,
 }
 
 /// Reads an adapter folder. Tensors of floats are widened to 32 bits.
@@ -54,13 +59,15 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     // The header is checked as untrusted input before anything is mapped.
     let header = safetensors::Header::read(&file)?;
     let mapped = Mapped::open(&file)?;
-    let mut tensors = BTreeMap::new();
+    let (mut tensors, mut of_base) = (BTreeMap::new(), BTreeMap::new());
     for (name, info) in header.tensors() {
         if info.dtype == Dtype::I32 {
             tensors.insert(name.clone(), integers(&file, info)?);
         } else if let Some(tensor) = mapped.get_number(name)? {
             let tensor = tensor.to_numbers()?;
-            if !is_off(name, &tensor) && !name.ends_with(SAVES) {
+            if let Some(module) = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(OF_BASE)) {
+                of_base.insert(module.to_owned(), tensor);
+            } else if !is_off(name, &tensor) && !name.ends_with(SAVES) {
                 tensors.insert(name.clone(), tensor);
             }
         }
@@ -75,7 +82,8 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
         unsupported(vec![Fault::new("peft_type", message)])
     })?;
     let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
-    Ok(Folder { method, targets, ranges: ranges_of(&config, folder)?, path: folder.to_owned(), tensors })
+    let ranges = ranges_of(&config, folder)?;
+    Ok(Folder { method, targets, ranges, path: folder.to_owned(), tensors, of_base })
 }
 
 /// What [`read`] would say of layers that are repeated.
@@ -139,6 +147,12 @@ fn modules(tensors: &BTreeMap<String, Tensor>) -> Vec<String> {
 }
 
 impl Folder {
+    /// Weights of the base that the folder has beside the adapter, by module, in 32 bits: PEFT keeps tables of tokens so that an adapter
+    /// goes with those that it was trained beside. They have to be the base's own.
+    pub fn of_base(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.of_base.iter().map(|(module, weight)| (module.as_str(), weight))
+    }
+
     /// The parameters of `adapter` at `attachments`, which were made from the folder's own method and targets.
     ///
     /// # Errors

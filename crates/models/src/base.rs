@@ -506,6 +506,10 @@ impl Weight for SiteWeight<'_> {
         Ok(Some(self.base.vector(&name)?.to_dtype(dtype)?))
     }
 
+    fn is_tied(&self) -> bool {
+        self.site.place == Place::Embedding && self.base.architecture().tied
+    }
+
     fn unquantized(&self) -> Option<Unquantized<'_>> {
         self.base.unquantized(&self.base.tensor_name(self.site.id.as_str(), "weight"))
     }

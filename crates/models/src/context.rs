@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use attune_architecture::{NormKind, Site, SiteId};
@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::attention::RowPlan;
 use crate::base::Base;
 use crate::dropout::{Dropout, RowMasks};
-use crate::pass::{alone, places, sequence};
+use crate::pass::{alone, lookups, places, sequence};
 use crate::stack::{self, Stack};
 
 /// Tensors whose gradient is asked for in the pass at hand, as leaves of the local graph.
@@ -340,6 +340,33 @@ impl<'a> GraphCx<'a> {
             [x_td] => Ok(x_td.clone()),
             _ => Ok(Tensor::cat(&made, 0)?.index_select(&Tensor::new(from, &Device::Cpu)?, 0)?),
         }
+    }
+
+    /// The embeddings `x_td` with what components add to those of tokens at `site`.
+    pub(crate) fn add_lookups(&self, site: &Site, mut x_td: Tensor) -> Result<Tensor> {
+        for (binding, at, port) in self.attached(&site.id) {
+            let Port::Lookup(map) = port else { continue };
+            let bound = binding.rows.on(self.layout);
+            let set_at = |row: usize| set_of(&bound, row as u32);
+            let sets: BTreeSet<u32> = (0..self.layout.n_rows()).filter_map(set_at).collect();
+            // Nothing, then the rows of each set's tokens.
+            let (width, mut end) = (x_td.dim(1)?, 1);
+            let mut made = vec![Tensor::zeros((1, width), x_td.dtype(), x_td.device())?];
+            let mut from = vec![0u32; self.layout.n_rows()];
+            for set in sets {
+                let rows = self.layout.rows().iter().enumerate().filter(|(row, _)| set_at(*row) == Some(set));
+                let (tokens, of_rows) = lookups::tokens(rows);
+                if tokens.is_empty() {
+                    continue;
+                }
+                made.push(lookups::rows_of(map, &tokens, width, &self.locals(binding.slot, set, at)?)?);
+                of_rows.into_iter().for_each(|(row, place)| from[row] = end + place as u32);
+                end += tokens.len() as u32;
+            }
+            let added_td = Tensor::cat(&made, 0)?.index_select(&Tensor::new(from, &Device::Cpu)?, 0)?;
+            x_td = (x_td + added_td)?;
+        }
+        Ok(x_td)
     }
 
     /// The rows `x_td` with what components add to them by their places at `site`.

@@ -169,6 +169,8 @@ pub enum Port<'a> {
     /// Rows in place of some of a table's own, wherever the table is used: where tokens are looked up, and where it is the weight of
     /// a head.
     Table(&'a dyn TableMap),
+    /// Rows added to the embeddings of tokens where these are looked up.
+    Lookup(&'a dyn LookupMap),
     /// Rows added to those of each document by their places in it, at the table of tokens or where the stream enters an attention.
     Places(&'a dyn PlacesMap),
     /// Other rows in place of the stream's behind a block, or behind the table of tokens, made of them and of rows that the component
@@ -341,6 +343,17 @@ pub trait TableMap: Send + Sync {
     /// # Errors
     /// A tensor that was not declared, or shapes that do not fit.
     fn graph(&self, tensors: &Locals) -> Result<Tensor>;
+}
+
+/// Rows that are added to the embeddings of tokens where these are looked up, by the tokens alone. Logits do not see them, nor do rows
+/// that are no tokens.
+pub trait LookupMap: Send + Sync {
+    /// The rows `[K, D]` that K different tokens, `tokens_k` of whole numbers of 32 bits, get, in differentiable operations only and
+    /// valid in f64.
+    ///
+    /// # Errors
+    /// A tensor that was not declared, or shapes that do not fit.
+    fn of_tokens(&self, tokens_k: &Tensor, tensors: &Locals) -> Result<Tensor>;
 }
 
 /// Rows that are added to those of each document by their places: to the embeddings at the table of tokens, or to the stream before

@@ -36,6 +36,11 @@ pub trait Weight: Send + Sync {
         Ok(None)
     }
 
+    /// Whether another operator computes with the same numbers, as a head does that is tied to the table of tokens.
+    fn is_tied(&self) -> bool {
+        false
+    }
+
     /// What it was before it was quantised, if it is held in few bits and that can still be read.
     fn unquantized(&self) -> Option<Unquantized<'_>> {
         None

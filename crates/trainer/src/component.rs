@@ -19,7 +19,7 @@ use attune_spec::job::plan::PlanSlot;
 use attune_spec::method::{BuildCx, Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
 use attune_tensor::Rng;
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -167,9 +167,40 @@ impl Component {
         stands_on(read.ranges.as_deref(), base.architecture(), path)?;
         let at = Attached::new(&read.method, &read.targets, None, base, path, cx)?;
         let params = read.params(&*at.adapter, &at.attachments)?;
+        beside_its_tables(&read, base, path)?;
         let (held, requantized) = (held::read(folder)?, held::read_less(folder, &at.attachments)?);
         Ok(Self { held, requantized, ..at.with(params) })
     }
+}
+
+/// Whether the tables of tokens that an adapter's folder has of its base are this one's, as near as their types let them be.
+///
+/// # Errors
+/// A fault at `path`.
+fn beside_its_tables(read: &peft::Folder, base: &Base, path: &FieldPath) -> Result<(), Error> {
+    /// Twice what a number of 16 bits is off by.
+    const ROUNDING: f64 = 1.0 / 128.0;
+    for (module, theirs) in read.of_base() {
+        let name = base.tensor_name(module, "weight");
+        let own = base.tensor(&name, DType::F32);
+        let largest = |tensor: &Tensor| -> candle_core::Result<f64> {
+            Ok(f64::from(tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?))
+        };
+        let is_own = match &own {
+            Ok(own) if own.dims() == theirs.dims() => {
+                let off = (own - theirs).and_then(|off| largest(&off));
+                off? <= ROUNDING * largest(own)?
+            }
+            _ => false,
+        };
+        if !is_own {
+            let message = format!(
+                "was trained beside other numbers of {module} than the base has, which its folder keeps: expected the base that it was trained on"
+            );
+            return Err(Error::Faults(vec![Fault::new(path.clone(), message)]));
+        }
+    }
+    Ok(())
 }
 
 /// Whether the layers of the base are those that an adapter's folder says: the same path is another layer else.

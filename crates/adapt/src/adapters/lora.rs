@@ -6,13 +6,15 @@
 //! y_to = x_ti W_oi^T + s · (drop(x_ti) A_ri^T) B_or^T
 //! s    = alpha / r        or, with rslora,  alpha / sqrt(r)
 //! y_to = … + s · d_o      with `bias`
+//! e_d  = W_vd[token] + s · B_dr A_rv[:, token]      at a table of tokens
 //! ∂A <- (B^T B + δ 1)^-1 ∂A        ∂B <- ∂B (A A^T + δ 1)^-1        with `preconditioned`
 //! ```
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, f32; both train, or as `trains` says one of them; A starts uniform in ±1/sqrt(i) (Kaiming with
 //! a = sqrt(5)), B at 0. `drop` is dropout on the component's input. The learning rate of B is `b_lr` times that of all else. With `bias`,
-//! `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not decay. `preconditioned` gradients are
+//! At a table of tokens `lora_embedding_A` `A_rv` and `lora_embedding_B` `B_dr` are for what is looked up alone, without dropout and bias: A
+//! starts at 0 and B normal. `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not decay. `preconditioned` gradients are
 //! divided by Gram matrices of the other factor, δ being `damping`, before they are clipped and the optimiser sees them: the product
 //! then moves alike however it is split into factors. Beside `trains: b` that is the projected gradient of LoRA-FA.
 //!
@@ -23,7 +25,8 @@
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight. Where B alone trains, the change
-//! stays in the rows that A spans. A `bias` merges where the linear has one; else it stays beside the base.
+//! stays in the rows that A spans. A `bias` merges where the linear has one; else it stays beside the base, and so does what is added at a
+//! table of tokens that is the head's as well.
 //!
 //! # Departures
 //! Agrees with PEFT; its optimisers `riemannian` and, beside `trains: b`, `lorafa` are `preconditioned` here, with clipping after it rather
@@ -41,9 +44,11 @@
 
 use std::collections::BTreeMap;
 
-use attune_architecture::{Architecture, Site};
+use attune_architecture::{Architecture, Place, Site, SiteKind as Kind};
 use attune_artifacts::formats::peft::LoraConfig;
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained};
+use attune_points::adapter::{
+    Adapter, Attachment, BaseEdit, FusedRows, LookupMap, Merged, Peft, Port, RowCx, RowMap, Trained,
+};
 use attune_points::engine::StepRule;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
@@ -65,6 +70,8 @@ use crate::parts::{factors, keys};
 const A: &str = "lora_A";
 const B: &str = "lora_B";
 const BIAS: &str = "lora_bias";
+const TABLE_A: &str = "lora_embedding_A";
+const TABLE_B: &str = "lora_embedding_B";
 
 /// Which factors train.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -162,7 +169,7 @@ impl Method for Lora {
             authors: "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen",
             year: 2021,
         }),
-        applies: &[SiteKind::Linear],
+        applies: &[SiteKind::Linear, SiteKind::Embedding],
         targets: "all-linear",
         parameters: "rank*(i*(trains != \"b\") + o*(trains != \"a\")) + o*(bias and trains != \"a\")",
         merges: Merges::Factors,
@@ -206,20 +213,56 @@ impl Lora {
     fn rows_at(&self, site: &str) -> &Rows {
         self.own.get(site).unwrap_or(&self.rows)
     }
+
+    /// The factors at a table of tokens, the one that is read by tokens last: starts of pairs are not for these.
+    fn at_table(&self, site: &Site, (vocab, width): (usize, usize)) -> Result<Attachment, Fault> {
+        if site.place != Place::Embedding {
+            let message = format!("names {}, which is no table of tokens; expected linears and that table", site.id);
+            return Err(Fault::new("targets", message));
+        }
+        let rank = factors::within(self.scaling.rank_at(site.id.as_str()), site, (vocab, width))?;
+        let quiet = Some("its tokens may not occur");
+        let by_tokens = TensorSpec { quiet, ..TensorSpec::trained(TABLE_A, [rank, vocab]) };
+        let tensors = vec![TensorSpec::trained(TABLE_B, [width, rank]), by_tokens];
+        Ok(Attachment { site: site.id.clone(), tensors })
+    }
+}
+
+/// Whether an attachment is at a table of tokens.
+fn is_table(at: &Attachment) -> bool {
+    at.tensors.iter().any(|spec| spec.local == TABLE_A)
 }
 
 impl Adapter for Lora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let mut attachments = factors::attach(sites, A, B, |site| self.scaling.rank_at(site))?;
+        let of_linears = |site: &Site| {
+            factors::attach(std::slice::from_ref(site), A, B, |site| self.scaling.rank_at(site))
+                .map(|mut at| at.remove(0))
+        };
+        let (mut attachments, mut faults) = (Vec::with_capacity(sites.len()), Vec::new());
+        for site in sites {
+            let attached = match site.kind {
+                Kind::Embedding { vocab, width } => self.at_table(site, (vocab, width)).map_err(|fault| vec![fault]),
+                _ => of_linears(site),
+            };
+            match attached {
+                Ok(attachment) => attachments.push(attachment),
+                Err(found) => faults.extend(found),
+            }
+        }
+        if !faults.is_empty() {
+            return Err(faults);
+        }
         if self.bias {
-            for tensors in attachments.iter_mut().map(|at| &mut at.tensors) {
+            for tensors in attachments.iter_mut().filter(|at| !is_table(at)).map(|at| &mut at.tensors) {
                 let output = tensors.iter().find(|spec| spec.local == B).map_or(0, |spec| spec.shape[0]);
                 tensors.push(TensorSpec { decay: false, ..TensorSpec::trained(BIAS, [output]) });
             }
         }
         for spec in attachments.iter_mut().flat_map(|at| &mut at.tensors) {
-            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) == (spec.local != A);
-            if spec.local != A {
+            let is_a = [A, TABLE_A].contains(&spec.local);
+            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) == !is_a;
+            if !is_a {
                 spec.lr_factor = self.b_lr;
             }
         }
@@ -232,20 +275,37 @@ impl Adapter for Lora {
                            start away from 0";
             return Err(Error::Refused(message.to_owned()));
         }
-        starts::each(at, rng, |spec| if spec.local == A { Start::kaiming(spec) } else { Start::Constant(0.0) })
+        starts::each(at, rng, |spec| match spec.local {
+            A => Start::kaiming(spec),
+            TABLE_B => Start::Normal(1.0),
+            _ => Start::Constant(0.0),
+        })
     }
 
     fn port(&self, at: &Attachment) -> Port<'_> {
-        Port::Delta(self.rows_at(at.site.as_str()))
+        let rows = self.rows_at(at.site.as_str());
+        if is_table(at) { Port::Lookup(rows) } else { Port::Delta(rows) }
     }
 
     fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
         let damping = self.damping?;
-        Some(Box::new(Preconditioned::new(of, (A, B), damping)))
+        let attachments = of.attachments.iter().copied().filter(|at| !is_table(at)).collect();
+        let of_linears = Trained { slot: of.slot, attachments, steps: of.steps };
+        Some(Box::new(Preconditioned::new(&of_linears, (A, B), damping)))
     }
 
     fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let scale = self.rows_at(at.site.as_str()).scale;
+        if is_table(at) {
+            if weight.is_tied() {
+                return Ok(Merged::No(
+                    "the table of tokens is the head's as well, which what is looked up does not concern",
+                ));
+            }
+            let (a_rv, b_dr) = (tensors.get(TABLE_A)?, tensors.get(TABLE_B)?);
+            let change_vd = (ops::matmul(&a_rv.t()?.contiguous()?, &b_dr.t()?.contiguous()?)? * scale)?;
+            return Ok(Merged::Weight { weight: (weight.dense(a_rv.dtype())? + change_vd)?, bias: None });
+        }
         let (left, right) = (tensors.get(B)?.clone(), tensors.get(A)?.clone());
         if !self.bias {
             return Ok(Merged::Factors { left, right, scale });
@@ -260,7 +320,16 @@ impl Adapter for Lora {
 
     fn peft(&self) -> Option<Peft> {
         let config = LoraConfig { lora_dropout: self.dropout, lora_bias: self.bias, ..self.scaling.lora_config() };
-        Some(scaling::peft(&config, vec![(A, "lora_A.weight"), (B, "lora_B.weight"), (BIAS, "lora_B.bias")]))
+        Some(scaling::peft(
+            &config,
+            vec![
+                (A, "lora_A.weight"),
+                (B, "lora_B.weight"),
+                (BIAS, "lora_B.bias"),
+                (TABLE_A, TABLE_A),
+                (TABLE_B, TABLE_B),
+            ],
+        ))
     }
 }
 
@@ -275,6 +344,13 @@ impl RowMap for Rows {
 
     fn fused(&self) -> Option<FusedRows> {
         (!self.bias).then_some(FusedRows::LowRank { down: A, up: B, scale: self.scale, dropout: self.dropout })
+    }
+}
+
+impl LookupMap for Rows {
+    fn of_tokens(&self, tokens_k: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let a_rk = tensors.get(TABLE_A)?.index_select(tokens_k, 1)?;
+        Ok(ops::linear(&(a_rk.t()?.contiguous()? * self.scale)?, tensors.get(TABLE_B)?, None)?)
     }
 }
 
@@ -393,6 +469,41 @@ mod tests {
         assert!(of_nothing.iter().all(|row| *row == scaled));
         let without = lora.merge(&at, &locals, &Biased(w, None)).unwrap();
         assert!(matches!(without, Merged::No(why) if why.contains("has no bias")));
+    }
+
+    #[test]
+    fn what_is_looked_up_merges_where_no_head_has_the_same_table() {
+        struct Table(Tensor, bool);
+        impl Weight for Table {
+            fn shape(&self) -> (usize, usize) {
+                Weight::shape(&self.0)
+            }
+
+            fn rows(&self, rows: std::ops::Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
+                self.0.rows(rows, dtype)
+            }
+
+            fn is_tied(&self) -> bool {
+                self.1
+            }
+        }
+        let normal = |name: &str, shape: &[usize]| Rng::new(1, name).normal_tensor(shape, 1.0, DType::F64).unwrap();
+        let lora = Lora::new(Config { rank: 2, alpha: 6.0, ..Config::default() });
+        let locals = Locals::new("wte", [(TABLE_A, normal("a", &[2, 7])), (TABLE_B, normal("b", &[4, 2]))]);
+        let spec = TensorSpec::trained;
+        let site = attune_architecture::SiteId::new("wte");
+        let at = Attachment { site, tensors: vec![spec(TABLE_B, [4, 2]), spec(TABLE_A, [2, 7])] };
+        let Merged::Weight { weight, bias: None } =
+            lora.merge(&at, &locals, &Table(normal("w", &[7, 4]), false)).unwrap()
+        else {
+            panic!("no weight")
+        };
+        let all = Tensor::arange(0u32, 7, &Device::Cpu).unwrap();
+        let added = lora.rows.of_tokens(&all, &locals).unwrap();
+        let off = ((weight - normal("w", &[7, 4])).unwrap() - added).unwrap().abs().unwrap();
+        assert!(off.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-12);
+        let tied = lora.merge(&at, &locals, &Table(normal("w", &[7, 4]), true)).unwrap();
+        assert!(matches!(tied, Merged::No(why) if why.contains("is the head's as well")));
     }
 
     #[test]

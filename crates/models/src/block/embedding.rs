@@ -68,7 +68,9 @@ impl Embedding {
                 cx.kernels.add(added.mat(), x_td.view_mut().into_sub_rows(rows.start, rows.end));
             }
         }
-        cx.add_places(site(&self.sites, Place::Embedding)?, x_td.view_mut())?;
+        let table = site(&self.sites, Place::Embedding)?;
+        cx.add_lookups(table, x_td.view_mut())?;
+        cx.add_places(table, x_td.view_mut())?;
         Ok(x_td)
     }
 
@@ -89,7 +91,7 @@ impl Block for Embedding {
         let ids = tokens(cx.layout, architecture.vocab)?;
         let table = site(&self.sites, Place::Embedding)?;
         let known_td = cx.looked_up(table, look_up(&table.id, &ids, cx)?)?;
-        let mut x_td = cx.add_places(table, cx.begin(table, known_td)?)?;
+        let mut x_td = cx.add_places(table, cx.add_lookups(table, cx.begin(table, known_td)?)?)?;
         let tracked = cx.tracked.get(&TensorId::input_embeddings()).map(|added| added.as_tensor());
         if let Some(added_td) = tracked.or(cx.theta.input.as_ref()) {
             let (got, expected) = (added_td.dims2()?, x_td.dims2()?);
@@ -139,7 +141,9 @@ impl Block for Embedding {
             dx_td = cx.arena.zeros(x_td.n_rows(), x_td.n_cols());
             cx.norm_vjp(norm, x_td.view(), Given::All, dy_td.view(), dx_td.view_mut(), sinks)?;
         }
-        cx.places_vjp(site(&self.sites, Place::Embedding)?, dx_td.view(), sinks)?;
+        let table = site(&self.sites, Place::Embedding)?;
+        cx.places_vjp(table, dx_td.view(), sinks)?;
+        cx.lookups_vjp(table, dx_td.view(), sinks)?;
         for (part, rows) in cx.parts_of(Given::All) {
             let dx = dx_td.view().sub_rows(rows.start, rows.end);
             if wants(&*sinks[part], &TensorId::input_embeddings()) {

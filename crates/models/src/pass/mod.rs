@@ -23,6 +23,7 @@ pub(crate) mod branch;
 pub(crate) mod forms;
 pub(crate) mod linear;
 pub(crate) mod local;
+pub(crate) mod lookups;
 pub(crate) mod norm;
 pub(crate) mod places;
 pub(crate) mod prefix;

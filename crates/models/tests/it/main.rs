@@ -12,6 +12,7 @@ mod folder;
 mod generating;
 mod golden;
 mod gradients;
+mod lookups;
 mod low_rank;
 mod passes;
 mod places;

@@ -10,7 +10,7 @@ use attune_trainer::run::{End, run};
 use crate::support::{Outside, Small, files, metric};
 
 /// Kinds of jobs, by what they change of the small one: an adapter of each port, full tuning, an objective over pairs.
-pub(crate) const KINDS: [(&str, &[(&str, &str)]); 59] = [
+pub(crate) const KINDS: [(&str, &[(&str, &str)]); 60] = [
     ("lora", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
     ("pissa", &[("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1, init: {method: pissa}}")]),
     ("few bits", &[FEW[0], FEW[1], ("tune.adapter", "{method: lora, rank: 4, alpha: 8, dropout: 0.1}")]),
@@ -53,6 +53,7 @@ pub(crate) const KINDS: [(&str, &[(&str, &str)]); 59] = [
     ("kore", &[("tune.adapter", "{method: lora, rank: 4, trains: b, init: {method: kore, domains: [greetings]}}")]),
     ("b alone", &[("tune.adapter", "{method: lora, trains: b, b_lr: 4, init: {method: orthonormal}}")]),
     ("preconditioned", &[("tune.adapter", "{method: lora, preconditioned: true, init: {method: orthogonal}}")]),
+    ("tokens", &[("tune.adapter", "{method: lora, rank: 4, targets: [embed_tokens, q_proj]}")]),
     ("full", &[("tune.adapter", "{method: full}")]),
     ("full by parts", &[("tune.adapter", "{method: full}"), ("tune.matmul", "high")]),
     (
