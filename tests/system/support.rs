@@ -218,6 +218,23 @@ impl Cluster {
         }
     }
 
+    /// The program in a mount namespace of its own, where `/etc/hosts` is `file`; none where this machine lets nobody have
+    /// one.
+    pub(crate) fn attune_with_hosts(file: &Path) -> Option<Command> {
+        let own = |script: &str| {
+            let mut command = Command::new("unshare");
+            command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]).arg(file);
+            command
+        };
+        let mount = "mount --bind \"$1\" /etc/hosts";
+        if !own(mount).output().is_ok_and(|output| output.status.success()) {
+            return None;
+        }
+        let mut command = own(&format!("{mount} && shift && exec \"$@\""));
+        command.arg(env!("CARGO_BIN_EXE_attune")).env_remove("ATTUNE_SERVER").env("NO_COLOR", "1");
+        Some(command)
+    }
+
     fn scheduler_arguments(&self, command: &mut Command, port: u16) {
         let database = self.database.clone().unwrap_or_else(|| self.path("database/attune.db").display().to_string());
         command
@@ -242,9 +259,14 @@ impl Cluster {
 
     /// Starts another worker beside it.
     pub(crate) fn another_worker(&self, name: &str) -> Process {
+        self.another_worker_with(name, &[])
+    }
+
+    /// The same with variables.
+    pub(crate) fn another_worker_with(&self, name: &str, variables: &[(&str, &str)]) -> Process {
         let mut command = attune();
         command.args(["worker", "--server", &self.url(), "--name", name, "--work-dir"]).arg(self.path(name));
-        Process::start(&mut command, &self.path("worker.log"))
+        Process::start(command.envs(variables.iter().copied()), &self.path("worker.log"))
     }
 
     /// A client of the scheduler.

@@ -1,6 +1,23 @@
 //! Why an exchange did not happen.
 
+use std::fmt;
 use std::time::Duration;
+
+/// What bytes on a wire hash to: enough to find that they are others than were sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Checksum(pub [u8; 16]);
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Checksum({self})")
+    }
+}
 
 /// An exchange that did not happen. The group is of no further use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +50,20 @@ pub enum Error {
         exchange: u64,
         /// For how long.
         within: Duration,
+    },
+    /// Bytes are not those that were sent: a bit was lost in a memory or on the way.
+    #[error(
+        "what rank {rank} sent with digest {sent} came with digest {came}, at exchange {exchange}: it has lost a bit"
+    )]
+    Damaged {
+        /// The rank that sent them.
+        rank: u32,
+        /// The exchange, counted from 0.
+        exchange: u64,
+        /// What they hashed to where they were sent.
+        sent: Checksum,
+        /// What they hash to here.
+        came: Checksum,
     },
     /// A group did not come together.
     #[error("rank {rank} was not met within {within:?}: {why}")]
@@ -67,7 +98,7 @@ impl Error {
     pub const fn is_of_a_lost_rank(&self) -> bool {
         match self {
             Self::Gone { .. } | Self::Late { .. } | Self::Silent { .. } | Self::Unmet { .. } => true,
-            Self::Twice { .. } | Self::Unexpected { .. } => false,
+            Self::Damaged { .. } | Self::Twice { .. } | Self::Unexpected { .. } => false,
         }
     }
 }

@@ -12,11 +12,12 @@ pub mod error;
 pub mod local;
 pub mod mesh;
 
-pub use error::Error;
+pub use error::{Checksum, Error};
 pub use local::{LocalRank, group, group_within};
 pub use mesh::{Listening, Mesh, Patience, Peer};
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 /// What one rank sends into an exchange: the parts of the shards that it owns.
 pub type Parts<T> = Vec<(u32, T)>;
@@ -34,6 +35,12 @@ pub trait Collective<T: Clone + Send>: Send {
     /// # Errors
     /// [`Error`] if a rank is gone, does not come in time, or sends a shard that another has sent.
     fn exchange(&mut self, parts: Parts<T>) -> Result<Parts<T>, Error>;
+
+    /// How long this process has waited for each process of the group since it was last asked, by number; empty where the
+    /// group is one process.
+    fn take_waits(&mut self) -> Vec<Duration> {
+        Vec::new()
+    }
 }
 
 /// What one process sends into an exchange.
@@ -55,6 +62,16 @@ impl Letters {
     }
 }
 
+/// What came of an exchange between processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heard {
+    /// What each process sent here, by number.
+    pub letters: Vec<Vec<u8>>,
+    /// How long each process's letter was waited for after this process's own were sent; nothing for one that had come
+    /// before.
+    pub waits: Vec<Duration>,
+}
+
 /// One process's handle to the processes of its run.
 pub trait Wire: Send {
     /// This process's number, from 0.
@@ -67,8 +84,9 @@ pub trait Wire: Send {
     /// until all processes have called it.
     ///
     /// # Errors
-    /// [`Error`] if a process is gone, says nothing any more, or does not come in time. The wire is of no further use then.
-    fn exchange(&mut self, letters: Letters) -> Result<Vec<Vec<u8>>, Error>;
+    /// [`Error`] if a process is gone, says nothing any more, does not come in time, or if what it sent came as something
+    /// else. The wire is of no further use then.
+    fn exchange(&mut self, letters: Letters) -> Result<Heard, Error>;
 }
 
 /// Whether the micro-batch `part` is of `rank` of `size`. Ranks take turns: what is computed at one time is added up one after the

@@ -134,6 +134,11 @@ impl<T: Clone + Send> Collective<T> for LocalRank<T> {
         self.shared.changed.notify_all();
         result.unwrap_or(Err(Error::Gone { rank: self.rank(), exchange }))
     }
+
+    /// Those of the process, for the first of its ranks that asks.
+    fn take_waits(&mut self) -> Vec<Duration> {
+        self.shared.lock().outer.as_mut().map(|outer| outer.take_waits()).unwrap_or_default()
+    }
 }
 
 /// The first rank that has sent nothing and never will.

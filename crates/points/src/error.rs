@@ -68,6 +68,9 @@ pub enum Error {
     /// Another process or thread of the run is not there any more, or says nothing; why, it knows itself.
     #[error("{0}")]
     LostRank(String),
+    /// What another process sent came as something else; both digests are in the message.
+    #[error("{0}")]
+    Damaged(String),
     /// A request that this engine cannot serve, with what would do.
     #[error("{0}")]
     Refused(String),

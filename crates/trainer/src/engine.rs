@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::BitOrAssign;
 use std::sync::Arc;
+use std::time::Duration;
 
 use attune_collective::owns;
 use attune_data::Loader;
@@ -20,6 +21,7 @@ use attune_spec::id::Step;
 use attune_tensor::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::agreement::Waits;
 use crate::answers::{Judge, Judged};
 use crate::checkpoint::{self, Buffers};
 use crate::gang::Ranks;
@@ -59,8 +61,8 @@ pub(crate) enum Message {
     Said(#[serde(with = "crate::gang::said")] Tensors),
     /// What the answers to a micro-batch are worth.
     Judged(Judged),
-    /// What a rank's parameters hash to.
-    Values([u8; 32]),
+    /// What a rank's parameters have hashed to, and how long its process has waited for each.
+    Values { digest: [u8; 32], waits: Vec<Duration> },
     /// A micro-batch's gradient and loss, and what the rank was asked for. Between processes it goes in pieces. The
     /// last: what is skipped has no number in the format.
     #[serde(skip)]
@@ -137,6 +139,10 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) wishes: Wishes,
     /// What any rank was, by the last sum: all ranks agree on it.
     pub(crate) agreed: Wishes,
+    /// What the parameters of all steps so far hash to, where others have the same.
+    pub(crate) witnessed: [u8; 32],
+    /// How long this process has waited for each since all last showed theirs.
+    pub(crate) waits: Waits,
 }
 
 impl RankEngine<'_> {

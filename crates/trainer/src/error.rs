@@ -32,13 +32,20 @@ pub enum Error {
     /// The processes of a run cannot be told of each other.
     #[error("the processes of the run cannot meet: {0}")]
     Meeting(String),
-    /// Ranks that make the same updates have other parameters: a bit was lost somewhere.
-    #[error("after step {step} the parameters of rank {rank} are not those of rank {own}: one of them has lost a bit")]
+    /// Ranks that train the same parameters have had others: a bit was lost somewhere.
+    #[error(
+        "up to step {step} the parameters of rank {rank}, with digest {digest}, were not those of rank {own}, with digest \
+         {own_digest}: one of them has lost a bit"
+    )]
     Diverged {
         /// This rank.
         own: u32,
+        /// What its parameters hash to, those of all steps.
+        own_digest: blake3::Hash,
         /// The first rank that differs from it.
         rank: u32,
+        /// What the parameters of that one hash to.
+        digest: blake3::Hash,
         /// Steps done.
         step: Step,
     },
@@ -105,9 +112,10 @@ impl Error {
             Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
             Self::Pass(Pass::LostRank(_)) => FailureClass::LostRank,
             Self::Collective(error) if error.is_of_a_lost_rank() => FailureClass::LostRank,
-            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) | Self::Meeting(_) | Self::Diverged { .. } => {
-                FailureClass::Internal
-            }
+            Self::Diverged { .. }
+            | Self::Pass(Pass::Damaged(_))
+            | Self::Collective(attune_collective::Error::Damaged { .. }) => FailureClass::Corrupt,
+            Self::Pass(_) | Self::Collective(_) | Self::Panic(_) | Self::Meeting(_) => FailureClass::Internal,
         }
     }
 

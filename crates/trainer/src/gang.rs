@@ -10,8 +10,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
-use attune_collective::{Collective, Error, Letters, Listening, LocalRank, Parts, Patience, Wire, in_order};
+use attune_collective::{Collective, Error, Heard, Letters, Listening, LocalRank, Parts, Patience, Wire, in_order};
 use attune_points::engine::LossReport;
 use attune_points::{GradSink as _, Grads, Region, TensorId, TensorSpec};
 use attune_spec::id::Digest;
@@ -32,6 +33,7 @@ use crate::protocol::{Request, Seat};
 /// Nobody else is heard of, or one cannot be reached.
 pub(crate) fn join(seat: &Seat, control: &dyn Control) -> Result<Option<Box<dyn Wire>>, crate::Error> {
     let listening = Listening::bind(seat.host).map_err(crate::Error::io(format!("a port of {}", seat.host)))?;
+    fail::fail_point!("trainer::before_meeting");
     let Some(peers) = control.meet(&listening.peer())? else { return Ok(None) };
     Ok(Some(Box::new(listening.join(seat.rank, &peers, Patience::default())?)))
 }
@@ -48,7 +50,7 @@ struct Likeness {
 /// A wire on a thread of its own: what is sent travels while this process computes.
 struct Line {
     say: Sender<Letters>,
-    hear: Receiver<Result<Vec<Vec<u8>>, Error>>,
+    hear: Receiver<Result<Heard, Error>>,
 }
 
 impl Line {
@@ -71,7 +73,7 @@ impl Line {
     }
 
     /// What comes of the exchange that was begun first.
-    fn finish(&self) -> Result<Vec<Vec<u8>>, Error> {
+    fn finish(&self) -> Result<Heard, Error> {
         self.hear.recv().unwrap_or_else(|_| Err(unclear(0, &"the thread of the wire is gone")))
     }
 }
@@ -99,6 +101,8 @@ pub(crate) struct Gang {
     owners: BTreeMap<TensorId, u32>,
     exchange: u64,
     sum: Sum,
+    /// How long each process was waited for.
+    waits: Vec<Duration>,
 }
 
 /// What an engine needs of the ranks beside its own.
@@ -132,7 +136,7 @@ impl Gang {
         let own = Likeness { plan, ranks: request.ranks, code_version, kernel_profile };
         let (rank, size) = (wire.rank(), wire.size());
         let (owners, line) = (owners(specs, size), Line::over(wire));
-        let mut gang = Self { line, rank, size, owners, exchange: 0, sum: Sum::default() };
+        let mut gang = Self { line, rank, size, owners, exchange: 0, sum: Sum::default(), waits: Vec::new() };
         for (rank, theirs) in (0..).zip(gang.tell_all::<Likeness>(&own)?) {
             let differs = if theirs.kernel_profile != own.kernel_profile {
                 format!("by {:?}, this one by {:?}", theirs.kernel_profile, own.kernel_profile)
@@ -157,7 +161,15 @@ impl Gang {
         }
         self.exchange += 1;
         self.line.start(letters);
-        self.line.finish()
+        self.heard()
+    }
+
+    /// What comes of the exchange that was begun first.
+    fn heard(&mut self) -> Result<Vec<Vec<u8>>, Error> {
+        let Heard { letters, waits } = self.line.finish()?;
+        self.waits.resize(waits.len(), Duration::ZERO);
+        self.waits.iter_mut().zip(waits).for_each(|(sum, wait)| *sum += wait);
+        Ok(letters)
     }
 
     /// What each process says, by number, where each says one thing to all.
@@ -282,7 +294,7 @@ impl Gang {
         if !std::mem::take(&mut self.sum.is_travelling) {
             return Ok(());
         }
-        for (rank, bytes) in (0..).zip(self.line.finish()?) {
+        for (rank, bytes) in (0..).zip(self.heard()?) {
             let (((report, wishes), pieces), values): (Told<(Option<LossReport>, Wishes)>, _) = unpack(rank, &bytes)?;
             self.sum.agreed |= wishes;
             if let Some(report) = report {
@@ -373,6 +385,10 @@ impl Collective<Message> for Gang {
         } else {
             self.tell(&parts)
         }
+    }
+
+    fn take_waits(&mut self) -> Vec<Duration> {
+        std::mem::take(&mut self.waits)
     }
 }
 

@@ -34,6 +34,7 @@ pub mod component;
 pub mod control;
 pub mod run;
 
+mod agreement;
 mod answers;
 mod calibration;
 mod checkpoint;

@@ -234,6 +234,8 @@ pub enum FailureClass {
     Io,
     /// A disk was full.
     DiskFull,
+    /// Bytes are not those that were there before: a memory, a disk or a wire has lost a bit.
+    Corrupt,
     /// A fault of this program.
     Internal,
 }
@@ -243,7 +245,7 @@ impl FailureClass {
     pub const fn is_retryable(self) -> bool {
         match self {
             Self::Input | Self::NotFinite | Self::NoGradient => false,
-            Self::Memory | Self::LostRank | Self::Io | Self::DiskFull | Self::Internal => true,
+            Self::Memory | Self::LostRank | Self::Io | Self::DiskFull | Self::Corrupt | Self::Internal => true,
         }
     }
 }

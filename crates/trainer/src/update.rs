@@ -12,7 +12,7 @@ use attune_optim::clip;
 use attune_points::engine::{Batch, Engine as _, LossReport, Renewed, gradients_on};
 use attune_points::optimizer::UpdateCx;
 use attune_points::{Entries, Error, GradSink as _, Grads, Locals, Owner, Result, TensorId, TensorSpec};
-use attune_tensor::{autograd, bytes};
+use attune_tensor::autograd;
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
@@ -21,7 +21,11 @@ use crate::guard::{self, Squares};
 
 /// An error of another rank, as a step sees it.
 pub(crate) fn of_ranks(error: &attune_collective::Error) -> Error {
-    if error.is_of_a_lost_rank() { Error::LostRank(error.to_string()) } else { Error::Refused(error.to_string()) }
+    match error {
+        attune_collective::Error::Damaged { .. } => Error::Damaged(error.to_string()),
+        error if error.is_of_a_lost_rank() => Error::LostRank(error.to_string()),
+        error => Error::Refused(error.to_string()),
+    }
 }
 
 impl RankEngine<'_> {
@@ -127,6 +131,7 @@ impl RankEngine<'_> {
 
     /// Clips, and applies the optimiser; the gradient's norm before.
     pub(crate) fn updated(&mut self, gradients: &Grads) -> Result<f64> {
+        self.witness()?;
         let watch = Stopwatch::start();
         let number = self.step.next();
         let (mut squares, mut values) = (Squares::new(), BTreeMap::new());
@@ -217,33 +222,6 @@ impl RankEngine<'_> {
         }
         let value = Tensor::from_vec(values, spec.shape.as_slice(), &Device::Cpu)?;
         self.theta.put(tensor, value);
-        Ok(())
-    }
-
-    /// Makes sure that all ranks are where this one is.
-    ///
-    /// # Errors
-    /// [`crate::Error::Diverged`] if the parameters of one differ from this one's.
-    pub(crate) fn agree(&mut self) -> std::result::Result<(), crate::Error> {
-        if self.collective.size() == 1 {
-            return Ok(());
-        }
-        let mut hash = blake3::Hasher::new();
-        for (id, value) in self.theta.trained() {
-            hash.update(id.to_string().as_bytes());
-            hash.update(&bytes::of_f32(&value.flatten_all().and_then(|value| value.to_vec1::<f32>())?));
-        }
-        let own = self.collective.rank();
-        #[cfg(feature = "failpoints")]
-        if own == 1 && fail::eval("trainer::bit_lost", |_| ()).is_some() {
-            hash.update(&[1]);
-        }
-        let values = *hash.finalize().as_bytes();
-        for (rank, message) in self.exchange(vec![(own, Message::Values(values))])? {
-            if !matches!(message, Message::Values(theirs) if theirs == values) {
-                return Err(crate::Error::Diverged { own, rank, step: self.step });
-            }
-        }
         Ok(())
     }
 }

@@ -58,6 +58,7 @@ pub(crate) fn cause(class: FailureClass, has_faults: bool) -> FailureCause {
         FailureClass::DiskFull => FailureCause::DiskFull,
         FailureClass::Io => FailureCause::StoreUnavailable,
         FailureClass::LostRank => FailureCause::RankLost,
+        FailureClass::Corrupt => FailureCause::Corrupt,
         FailureClass::Internal => FailureCause::Internal,
     }
 }

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use super::Peer;
 
 /// What a connection begins with.
-const MAGIC: [u8; 8] = *b"attune\x00\x01";
+const MAGIC: [u8; 8] = *b"attune\x00\x02";
 /// What the shared key is derived for.
 const CONTEXT: &str = "attune 2026-11 a connection between two processes of a run";
 

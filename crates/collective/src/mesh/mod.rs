@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
-use crate::{Letters, Wire};
+use crate::{Heard, Letters, Wire};
 use line::{Inbox, Line};
 
 /// Wait between tries to reach a process, and between looks for one that connects.
@@ -230,7 +230,7 @@ impl Wire for Mesh {
         self.lines.len() as u32
     }
 
-    fn exchange(&mut self, mut letters: Letters) -> Result<Vec<Vec<u8>>, Error> {
+    fn exchange(&mut self, mut letters: Letters) -> Result<Heard, Error> {
         let (size, own, number) = (self.lines.len(), self.rank as usize, self.exchange);
         self.exchange += 1;
         // Each begins with its neighbour, so that not all write to the same one at once.
@@ -244,7 +244,7 @@ impl Wire for Mesh {
             }
         }
         let mut heard = self.inbox.take(self.rank, number, self.patience)?;
-        heard[own] = letters.take(own).into_owned();
+        heard.letters[own] = letters.take(own).into_owned();
         Ok(heard)
     }
 }

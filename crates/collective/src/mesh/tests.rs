@@ -42,7 +42,7 @@ fn each_gets_what_each_sent_to_it_in_every_exchange() {
                     vec![(from * 16 + to) as u8; ((from * 7 + to * 3 + round) % 5 * 1000) as usize]
                 };
                 let rank = mesh.rank();
-                let heard = mesh.exchange(Letters::Each((0..size).map(|to| text(rank, to)).collect())).unwrap();
+                let heard = mesh.exchange(Letters::Each((0..size).map(|to| text(rank, to)).collect())).unwrap().letters;
                 let expected: Vec<Vec<u8>> = (0..size).map(|from| text(from, rank)).collect();
                 assert!(heard == expected, "rank {rank} of {size}, round {round}");
             }
@@ -54,7 +54,7 @@ fn each_gets_what_each_sent_to_it_in_every_exchange() {
 fn what_is_larger_than_any_buffer_goes_both_ways_at_once() {
     let sums = run(2, patience(20_000), |mut mesh| {
         let heard = mesh.exchange(Letters::All(vec![mesh.rank() as u8 + 1; 32 << 20])).unwrap();
-        heard.iter().map(|bytes| bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>()).collect::<Vec<_>>()
+        heard.letters.iter().map(|bytes| bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>()).collect::<Vec<_>>()
     });
     let (one, two) = (32 << 20, 64 << 20);
     assert_eq!(sums, [[one, two], [one, two]]);
@@ -120,7 +120,7 @@ fn strangers_are_turned_away_and_change_nothing() {
                 let peers = &peers;
                 scope.spawn(move || {
                     let mut mesh = listening.join(rank, peers, patience(5_000)).unwrap();
-                    mesh.exchange(Letters::All(vec![rank as u8])).unwrap()
+                    mesh.exchange(Letters::All(vec![rank as u8])).unwrap().letters
                 })
             };
             let threads: Vec<_> = (0..).zip(all).map(start).collect();
@@ -149,5 +149,68 @@ fn a_process_that_is_not_there_is_named() {
     });
     for end in ends {
         assert!(matches!(&end, Error::Unmet { rank: 2, .. }), "{end}");
+    }
+}
+
+#[test]
+fn how_long_is_waited_for_whom_is_known() {
+    let late = Duration::from_millis(400);
+    let waits = run(3, patience(5_000), |mut mesh| {
+        mesh.exchange(Letters::All(Vec::new())).unwrap();
+        if mesh.rank() == 1 {
+            std::thread::sleep(late);
+        }
+        mesh.exchange(Letters::All(Vec::new())).unwrap().waits
+    });
+    for (rank, waits) in waits.iter().enumerate() {
+        assert_eq!(waits[rank], Duration::ZERO, "nobody waits for itself");
+        // The first exchange ends for all at about the same time: what is left of it is small beside the lateness.
+        let of_the_late = if rank == 1 { Duration::ZERO..late / 2 } else { late / 2..Duration::MAX };
+        assert!(of_the_late.contains(&waits[1]), "rank {rank}: {waits:?}");
+        assert!([0, 2].iter().all(|other| waits[*other] < late / 2), "rank {rank}: {waits:?}");
+    }
+}
+
+/// Passes on what comes from `from` to `to`, with one bit of it turned over.
+fn turning_a_bit(mut from: TcpStream, mut to: TcpStream, at: usize) {
+    let (mut passed, mut buffer) = (0, [0; 4096]);
+    while let Ok(n @ 1..) = from.read(&mut buffer) {
+        if (passed..passed + n).contains(&at) {
+            buffer[at - passed] ^= 0x10;
+        }
+        passed += n;
+        if to.write_all(&buffer[..n]).is_err() {
+            return;
+        }
+    }
+}
+
+/// F27: a bit that is lost on the way between two processes is found, wherever in a message it was.
+#[test]
+fn a_bit_that_is_lost_on_the_way_is_found_before_anybody_uses_it() {
+    // The one that connects says 8 + 4 + 32 + 32 bytes before its first frame, whose number, digest and text follow.
+    let greeting = 8 + 4 + 32 + 32;
+    for at in [3, 16, 31, 32, 32 + 5000, 32 + 99_999].map(|place| greeting + place) {
+        let (mut all, mut peers) = listening(2);
+        let between = TcpListener::bind((LOCAL, 0)).unwrap();
+        let direct = std::mem::replace(&mut peers[0].address, between.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (near, far) = (between.accept().unwrap().0, TcpStream::connect(direct).unwrap());
+            let back = (far.try_clone().unwrap(), near.try_clone().unwrap());
+            std::thread::spawn(move || turning_a_bit(back.0, back.1, usize::MAX));
+            turning_a_bit(near, far, at);
+        });
+        let text = vec![7; 100_000];
+        let first = std::thread::scope(|scope| {
+            let (second, peers, text) = (all.pop().unwrap(), &peers, &text);
+            scope.spawn(move || second.join(1, peers, patience(5_000)).unwrap().exchange(Letters::All(text.clone())));
+            all.pop().unwrap().join(0, peers, patience(5_000)).unwrap().exchange(Letters::All(Vec::new()))
+        });
+        let Err(error @ Error::Damaged { rank: 1, exchange: 0, sent, came }) = first else {
+            panic!("at byte {at}: {:?}", first.map(|heard| heard.letters[1] == text))
+        };
+        assert!(sent != came && !error.is_of_a_lost_rank(), "{error}");
+        let words = error.to_string();
+        assert!(words.contains(&sent.to_string()) && words.contains(&came.to_string()), "{words}");
     }
 }

@@ -1,6 +1,7 @@
 //! The loop of a run: rehearse, evaluate, step, save, write the results.
 
 mod kept;
+mod told;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,12 +11,13 @@ use attune_collective::local;
 use attune_data::Packing;
 use attune_data::loader::largest;
 use attune_models::pass::Stopwatch;
-use attune_points::engine::{Engine, LossReport, StepReport};
+use attune_points::engine::{Engine, LossReport};
 use attune_points::mixing::Feedback;
 use attune_points::{Owner, TensorId, TensorName, View};
 use attune_spec::id::{Step, Tokens};
 use attune_spec::job::plan::ROWS_PER_PASS;
 
+use crate::agreement::{self, Waits};
 use crate::answers::{self, Judged};
 use crate::checkpoint::{self, Measured, State};
 use crate::control::Control;
@@ -147,6 +149,10 @@ struct Rank<'a> {
     speed: (u64, Duration),
     /// Where that time went.
     spent: Spent,
+    /// Whether the last thing done was a step: all ranks begin the next one at once then.
+    is_settled: bool,
+    /// The rank that was last said to hold the others up.
+    straggler: Option<u32>,
 }
 
 impl<'a> Rank<'a> {
@@ -177,6 +183,8 @@ impl<'a> Rank<'a> {
             step: Step(0),
             wishes: Wishes::default(),
             agreed: Wishes::default(),
+            witnessed: [0; 32],
+            waits: Waits::default(),
         };
         let mut made = Self {
             request,
@@ -197,6 +205,8 @@ impl<'a> Rank<'a> {
             watch: Stopwatch::start(),
             speed: (0, Duration::ZERO),
             spent: Spent::default(),
+            is_settled: false,
+            straggler: None,
             engine: {
                 if let (Some(state), Some(folder)) = (&resumed, &request.resume) {
                     kept::restore(&mut engine, state, folder)?;
@@ -261,11 +271,18 @@ impl<'a> Rank<'a> {
             self.step()?;
             let (done, plan) = (self.engine.step, &self.request.plan);
             let due = |every: Option<u64>| every.is_some_and(|every| done.0.is_multiple_of(every));
+            let agreed = self.engine.agreed;
+            let is_kept = agreed.stop || agreed.checkpoint || due(plan.checkpoint_every) || done == total;
+            if is_kept || due(Some(agreement::EVERY)) {
+                let waits = self.engine.agree()?;
+                self.tell_waits(&waits);
+            }
             if due(plan.evaluate_every) && done < total {
                 fail::fail_point!("trainer::before_evaluation", |_| std::process::abort());
                 self.measure()?;
+                self.is_settled = false;
             }
-            if self.engine.agreed.stop && done < total {
+            if agreed.stop && done < total {
                 // One that leaves is alone, or all would have to know.
                 if self.engine.collective.size() > 1 || !self.control.leave_requested() {
                     self.save()?;
@@ -273,9 +290,9 @@ impl<'a> Rank<'a> {
                 self.emit(Event::Stopped { step: done });
                 return Ok(self.speaks().then_some(End::Stopped(done)));
             }
-            if (due(plan.checkpoint_every) || self.engine.agreed.checkpoint) && done < total {
-                self.engine.agree()?;
+            if (due(plan.checkpoint_every) || agreed.checkpoint) && done < total {
                 self.save()?;
+                self.is_settled = false;
             }
         }
         if self.validation.last().is_none_or(|last| last.step != total) {
@@ -351,58 +368,13 @@ impl<'a> Rank<'a> {
         self.finite("loss", report.loss.loss_sum)?;
         self.tokens = Tokens(self.tokens.0 + report.n_rows);
         self.engine.loader.hear(Feedback::of(&report.loss));
+        fail::fail_point!("trainer::after_step");
         let took = self.watch.elapsed() - before;
+        self.engine.count_waits(took, std::mem::replace(&mut self.is_settled, true));
         self.speed = (self.speed.0 + report.n_rows, self.speed.1 + took);
         self.spent += self.engine.spent;
         self.report(&report, lr, took);
         Ok(())
-    }
-
-    /// Model FLOP utilisation: the share of the fastest product of this machine that the operations which a model needs reach.
-    /// All ranks of this process compute here, side by side; what is computed again to save memory counts for nothing.
-    fn utilisation(&self, flops: f64, took: Duration) -> f64 {
-        flops * f64::from(self.request.ranks) / took.as_secs_f64().max(1e-9) / self.gemm_peak()
-    }
-
-    fn gemm_peak(&self) -> f64 {
-        let base = self.engine.shared.model.base();
-        kernel::gemm_peak(base.arena().kernels(), base.activations())
-    }
-
-    fn report(&self, report: &StepReport, lr: f64, took: Duration) {
-        let (step, total_steps) = (self.engine.step, self.prepared.shared.total_steps);
-        let tokens_per_second = report.n_rows as f64 / took.as_secs_f64().max(1e-9);
-        let mean_seconds = self.speed.1.as_secs_f64() / (self.speed.0.max(1) as f64) * report.n_rows as f64;
-        let eta_seconds = mean_seconds * (total_steps.0 - step.0) as f64;
-        let metric = |name: String, value: f64| Metric { name, value };
-        let denominator = self.engine.shared.objective.denominator();
-        let mut metrics = vec![
-            metric("train/loss".to_owned(), report.loss.loss_sum / denominator.of(report.loss.counts)),
-            metric("train/tokens_per_second".to_owned(), tokens_per_second),
-            metric("train/mfu".to_owned(), self.utilisation(self.engine.spent.flops, took)),
-        ];
-        if self.rule.takes_gradients() {
-            metrics.push(metric("train/grad_norm".to_owned(), report.grad_norm));
-            metrics.push(metric("train/lr".to_owned(), lr));
-        }
-        for (name, sum) in &report.loss.beside {
-            metrics.push(metric(format!("train/{name}"), sum / denominator.of(report.loss.counts)));
-        }
-        let rules = self.prepared.shared.judge.iter().flat_map(|judge| self.engine.judged.metrics(&judge.rules));
-        metrics.extend(rules.chain(report.metrics.iter().cloned()).map(|(name, value)| metric(name, value)));
-        for (domain, (loss, counts)) in self.prepared.domains.iter().zip(&report.loss.by_domain) {
-            if counts.tokens > 0 {
-                metrics.push(metric(format!("data/{}/loss", domain.name), loss / denominator.of(*counts)));
-            }
-        }
-        for (domain, tokens) in self.prepared.domains.iter().zip(&self.engine.loader.counters().tokens) {
-            metrics.push(metric(format!("data/{}/tokens", domain.name), *tokens as f64));
-        }
-        for (work, time) in self.engine.spent.shares(took) {
-            metrics.push(metric(format!("time/{work}"), time.as_secs_f64()));
-        }
-        self.emit(Event::Metrics { step, tokens: self.tokens, metrics });
-        self.emit(Event::Progress { step, total_steps, tokens: self.tokens, tokens_per_second, eta_seconds });
     }
 
     /// Measures the validation loss and keeps it.
