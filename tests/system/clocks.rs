@@ -1,7 +1,7 @@
 //! Calendars that jump by hours and days, on every node: nothing that runs is given up for it, nothing that is lost is waited for, and
 //! what is numbered goes on being numbered upwards.
 //!
-//! What people state as a date follows the calendar and is no part of this: the end of a token or a certificate, a job's deadline.
+//! How long a job has run does not depend on it either. What people state as a date follows the calendar and is no part of this: the end of a token or a certificate, a job's deadline.
 
 use attune_proto::v1::{self, FailureCause, JobState};
 use tokio::time::{Duration, Instant};
@@ -26,8 +26,10 @@ async fn a_calendar_that_jumps_decides_nothing() {
     let Some(calendar) = calendar else { return };
     let base = format!("base={}", prepare(&cluster).await);
     let file = cluster.path("world/chat.yaml");
-    let set: Vec<&str> =
+    let mut set: Vec<&str> =
         SMALL.into_iter().chain([base.as_str(), "tune.steps=300", "tune.checkpoint.every_steps=50"]).collect();
+    // An hour passes for the calendar, and a few seconds for the job.
+    set.push("limits.run_seconds=1800");
     calendar.jump("+1d");
     let undisturbed = cluster.submit(&file, &set);
     let expected = outputs(&cluster.ends(&undisturbed, JobState::Succeeded).await);

@@ -1,11 +1,23 @@
 //! The only place of this room that reads a clock, and the only source of names that depend on one.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use attune_scheduler_core::Timestamp;
 use attune_scheduler_core::supply::RequestId;
 use attune_spec::id::{JobId, Name};
 use attune_store::UtcMs;
+
+/// The calendar as it was when this process first looked, and how far the monotonic clock has gone since.
+static ANCHOR: OnceLock<(UtcMs, std::time::Instant)> = OnceLock::new();
+
+/// A moment, by both clocks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    /// What people read.
+    pub(crate) date: UtcMs,
+    /// What spans of time are measured by: the date, if nobody had set the calendar since this process started.
+    pub(crate) steady: UtcMs,
+}
 
 /// The two clocks: a monotonic one that decisions are made by, and the calendar, for records that people read.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +35,15 @@ impl Clock {
     /// The time for the core.
     pub(crate) fn now(&self) -> Timestamp {
         Timestamp::from_millis(u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// This moment.
+    #[expect(clippy::disallowed_methods, reason = "the other reader of the monotonic clock")]
+    pub(crate) fn moment() -> Moment {
+        let date = Self::utc();
+        let (first, start) = ANCHOR.get_or_init(|| (date, std::time::Instant::now()));
+        let since = i64::try_from(start.elapsed().as_millis()).unwrap_or(i64::MAX);
+        Moment { date, steady: UtcMs(first.0.saturating_add(since)) }
     }
 
     /// The calendar's time, for records only.
@@ -133,5 +154,7 @@ mod tests {
         let clock = Clock::start();
         assert!(clock.now() <= clock.now());
         assert!(Clock::utc() > UtcMs(1_600_000_000_000));
+        let (first, second) = (Clock::moment(), Clock::moment());
+        assert!(first.steady <= second.steady && first.steady.0.abs_diff(first.date.0) < 60_000);
     }
 }

@@ -18,6 +18,7 @@ use attune_store::job::{JobChange, NewJob};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::clock::Moment;
 use crate::error::Error;
 use crate::{log, rows};
 
@@ -119,7 +120,7 @@ impl Ledger {
     }
 
     /// Makes the transaction of a step that took effect.
-    pub(crate) fn record(&mut self, changes: &[Change], extra: Extra, now: UtcMs) -> Transaction {
+    pub(crate) fn record(&mut self, changes: &[Change], extra: Extra, now: Moment) -> Transaction {
         let mut out = Transaction::default();
         let mut extra = extra;
         for change in changes {
@@ -129,8 +130,8 @@ impl Ledger {
                     out.writes.push(Write::Counter { name: NEXT_ORDER, value: counters.next_order });
                 }
                 Change::Job(job) => self.job(job, changes, &mut extra, now, &mut out),
-                Change::Cohort(cohort) => out.writes.push(write_cohort(cohort, now, None)),
-                Change::CohortEnded(cohort) => out.writes.push(write_cohort(cohort, now, Some(now))),
+                Change::Cohort(cohort) => out.writes.push(write_cohort(cohort, now.date, None)),
+                Change::CohortEnded(cohort) => out.writes.push(write_cohort(cohort, now.date, Some(now.date))),
                 Change::Commit(Committed { commit, key, .. }) => {
                     out.writes.extend(extra.artifact.take().map(Write::Artifact));
                     if matches!(commit, Commit::Checkpoint(_)) {
@@ -147,7 +148,8 @@ impl Ledger {
         out
     }
 
-    fn job(&mut self, job: &Job, changes: &[Change], extra: &mut Extra, now: UtcMs, out: &mut Transaction) {
+    fn job(&mut self, job: &Job, changes: &[Change], extra: &mut Extra, moment: Moment, out: &mut Transaction) {
+        let now = moment.date;
         let entry = self.entries.entry(job.key.clone()).or_default();
         let about = |change: &&Change| matches!(change, Change::Event(event) if event.key == job.key);
         let mut events: Vec<NewEvent> = Vec::new();
@@ -195,12 +197,12 @@ impl Ledger {
                     {
                         attempt.outcome = Some(reason.to_string());
                         attempt.message.clone_from(&text);
-                        attempt.ended = Some(now);
+                        attempt.ended = Some(moment.steady);
                         after.push(Write::Attempt(Box::new(attempt)));
                     }
                     let mut worker = None;
                     if *to == State::Starting {
-                        let attempt = new_attempt(event, changes, now);
+                        let attempt = new_attempt(event, changes, moment.steady);
                         worker = attempt.workers.first().cloned();
                         entry.attempt = Some(attempt.clone());
                         entry.outputs.clear();

@@ -16,7 +16,8 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(crate) async fn keep(context: Arc<Context>) {
     loop {
         tokio::time::sleep(LOOK).await;
-        let overdue = match context.store.overdue(Clock::utc()).await {
+        let now = Clock::moment();
+        let overdue = match context.store.overdue(now.date, now.steady).await {
             Ok(overdue) => overdue,
             Err(error) => {
                 tracing::warn!(%error, "limits of time were not looked at");

@@ -187,19 +187,21 @@ impl Store {
         rows.first().map(|row| row::parsed(row, "job")).transpose()
     }
 
-    /// Jobs that have not ended although a limit of time that they set themselves has passed.
+    /// Jobs that have not ended although a limit of time that they set themselves has passed: a date, by `now`, or a time of
+    /// running, by `steady`, which is of the clock that the times of attempts are of.
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Corrupt`].
-    pub async fn overdue(&self, now: UtcMs) -> Result<Vec<(Project, JobId, Overdue)>> {
+    pub async fn overdue(&self, now: UtcMs, steady: UtcMs) -> Result<Vec<(Project, JobId, Overdue)>> {
         let rows = sqlx::query(
             "SELECT project, job, deadline_ms FROM jobs WHERE finished_ms IS NULL \
              AND (run_limit_ms IS NOT NULL OR deadline_ms IS NOT NULL) \
              AND (deadline_ms <= $1 OR run_limit_ms <= \
-                  (SELECT COALESCE(SUM(COALESCE(a.ended_ms, $1) - a.started_ms), 0) FROM attempts a \
+                  (SELECT COALESCE(SUM(COALESCE(a.ended_ms, $2) - a.started_ms), 0) FROM attempts a \
                    WHERE a.project = jobs.project AND a.job = jobs.job)) ORDER BY project, job",
         )
         .bind(now.0)
+        .bind(steady.0)
         .fetch_all(&mut *self.readers.acquire().await.map_err(db)?)
         .await
         .map_err(db)?;

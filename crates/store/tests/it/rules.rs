@@ -56,7 +56,7 @@ pub(crate) async fn jobs_whose_time_is_over_are_found(store: Arc<Store>) {
     let overdue = |now: i64| {
         let store = Arc::clone(&store);
         async move {
-            let found = store.overdue(UtcMs(now)).await.unwrap();
+            let found = store.overdue(UtcMs(now), UtcMs(now)).await.unwrap();
             found.into_iter().map(|(_, job, limit)| (job.to_string(), limit)).collect::<Vec<_>>()
         }
     };

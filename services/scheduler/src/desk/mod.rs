@@ -235,7 +235,7 @@ impl Desk {
         if let Some((worker, session)) = gone {
             self.links.remove(&worker, session);
         }
-        let now = Clock::utc();
+        let now = Clock::moment();
         let transaction = match effects.answer {
             Answer::Done => self.ledger.record(&effects.changes, extra, now),
             Answer::Repeated | Answer::Refused(_) => self.ledger.record(&effects.changes, Extra::default(), now),
@@ -316,7 +316,7 @@ impl Desk {
         }
         let writes = record.map(Write::Audit).into_iter().collect();
         let extra = Extra { new_job: Some(job), writes, ..Extra::default() };
-        let transaction = self.ledger.record(&effects.changes, extra, Clock::utc());
+        let transaction = self.ledger.record(&effects.changes, extra, Clock::moment());
         let stored = self.commit_as(transaction, id.as_ref()).await?;
         Ok(stored.and_then(|job| {
             let job = job.ok_or_else(|| attune_proto::Class::Internal.status("the submitted job was not stored"))?;
