@@ -20,7 +20,8 @@ use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-pub use crate::endpoint::{ConnectError, Tls};
+pub use crate::certificate::ends_soon;
+pub use crate::endpoint::{ConnectError, Tls, TlsFiles};
 use crate::endpoint::{deepest, endpoint};
 use crate::v1::{
     self, artifact_service_client::ArtifactServiceClient, audit_service_client::AuditServiceClient,
@@ -79,7 +80,10 @@ pub struct Client {
 
 #[derive(Debug)]
 struct Servers {
-    channels: Vec<Channel>,
+    urls: String,
+    channels: RwLock<Vec<Channel>>,
+    /// What new connections are made with.
+    tls: Mutex<Tls>,
     /// Which one is spoken to, counted on with each turn.
     at: AtomicUsize,
 }
@@ -137,12 +141,13 @@ impl Client {
     /// # Errors
     /// [`ConnectError::Url`]. Must be called within a tokio runtime.
     pub fn lazy(urls: &str, options: Options) -> Result<Self, ConnectError> {
-        Ok(Self::of(channels(urls, &options)?, 0, options))
+        Ok(Self::of(urls, channels(urls, &options)?, 0, options))
     }
 
     /// A client that speaks to the server at this place first.
-    fn of(channels: Vec<Channel>, at: usize, options: Options) -> Self {
-        let servers = Servers { channels, at: AtomicUsize::new(at) };
+    fn of(urls: &str, channels: Vec<Channel>, at: usize, options: Options) -> Self {
+        let (channels, tls) = (RwLock::new(channels), Mutex::new(options.tls.clone()));
+        let servers = Servers { urls: urls.to_owned(), channels, tls, at: AtomicUsize::new(at) };
         let bearer = Bearer::default();
         bearer.show(options.token.as_ref());
         Self { servers: Arc::new(servers), options: Arc::new(options), bearer }
@@ -159,14 +164,14 @@ impl Client {
             match endpoint(url, &options)?.connect().await {
                 Ok(channel) => {
                     channels[at] = channel;
-                    return Ok(Self::of(channels, at, options));
+                    return Ok(Self::of(urls, channels, at, options));
                 }
                 Err(error) => {
                     unreachable = Some(ConnectError::Unreachable { url: url.to_owned(), reason: deepest(&error) });
                 }
             }
         }
-        unreachable.map_or_else(|| Ok(Self::of(channels, 0, options)), Err)
+        unreachable.map_or_else(|| Ok(Self::of(urls, channels, 0, options)), Err)
     }
 
     /// Speaks to the next server from now on, where there are several.
@@ -176,13 +181,40 @@ impl Client {
 
     /// The connection to the server that is spoken to now; what goes by it carries no credential of this client.
     pub fn channel(&self) -> Channel {
-        let channels = &self.servers.channels;
+        let channels = self.servers.channels.read().unwrap_or_else(PoisonError::into_inner);
         channels[self.servers.at.load(Ordering::Relaxed) % channels.len()].clone()
     }
 
     /// Proves who calls by another token from now on; so do the clones of this client.
     pub fn present(&self, token: &Secret) {
         self.bearer.show(Some(token));
+    }
+
+    /// What new connections are made with.
+    pub fn tls(&self) -> Tls {
+        self.servers.tls.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads the files again that certificates are from; whether they are others. Then new connections are made with those, by the
+    /// clones of this client as well; what goes on goes on. Files that cannot be used change nothing.
+    ///
+    /// # Errors
+    /// [`ConnectError::Tls`] if they cannot be.
+    pub async fn renew(&self) -> Result<bool, ConnectError> {
+        let before = self.tls();
+        if before.files == TlsFiles::default() {
+            return Ok(false);
+        }
+        let urls = &self.servers.urls;
+        let failed = |reason| ConnectError::Tls { url: urls.clone(), reason };
+        let tls = before.files.read().await.map_err(failed)?;
+        if tls == before {
+            return Ok(false);
+        }
+        let renewed = channels(urls, &Options { tls: tls.clone(), ..(*self.options).clone() })?;
+        *self.servers.channels.write().unwrap_or_else(PoisonError::into_inner) = renewed;
+        *self.servers.tls.lock().unwrap_or_else(PoisonError::into_inner) = tls;
+        Ok(true)
     }
 
     /// The project that this client speaks for.
@@ -496,7 +528,7 @@ mod tests {
         for bad in ["", "not a url", "127.0.0.1:7070", "http://", "ftp://127.0.0.1:7070"] {
             assert!(matches!(Client::lazy(bad, Options::default()), Err(ConnectError::Url { .. })), "{bad}");
         }
-        let tls = Tls { ca: Some("no certificate".to_owned()), identity: None };
+        let tls = Tls { ca: Some("no certificate".to_owned()), ..Tls::default() };
         let options = Options { tls, ..Options::default() };
         let error = Client::lazy("http://127.0.0.1:7070", options).unwrap_err();
         assert!(matches!(error, ConnectError::Clear { .. }), "{error}");

@@ -1,10 +1,12 @@
 //! Where a server is, and what an encrypted connection to it is made with.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
 use crate::Secret;
+use crate::certificate::ends_soon;
 use crate::client::Options;
 
 /// What an encrypted connection is made with.
@@ -14,9 +16,51 @@ pub struct Tls {
     pub ca: Option<String>,
     /// The certificate that this client shows, as PEM with its chain, and its key.
     pub identity: Option<(String, Secret)>,
+    /// Where these were read from, if they may be renewed there.
+    pub files: TlsFiles,
+}
+
+/// The files of a [`Tls`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Of its authorities.
+    pub ca: Option<PathBuf>,
+    /// Of its certificate and that one's key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl TlsFiles {
+    /// What is in them now.
+    ///
+    /// # Errors
+    /// One that cannot be read, or that holds something else, by its name.
+    pub(crate) async fn read(&self) -> Result<Tls, String> {
+        let read = async |path: &PathBuf, mark: &str| {
+            let text = tokio::fs::read_to_string(path).await.map_err(|error| format!("{}: {error}", path.display()))?;
+            let is_whole = text.contains(mark);
+            if is_whole { Ok(text) } else { Err(format!("{} has no line with {mark:?}", path.display())) }
+        };
+        const CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----";
+        let ca = match &self.ca {
+            Some(path) => Some(read(path, CERTIFICATE).await?),
+            None => None,
+        };
+        let identity = match &self.identity {
+            Some((certificate, key)) => {
+                Some((read(certificate, CERTIFICATE).await?, Secret::new(read(key, "PRIVATE KEY-----").await?)))
+            }
+            None => None,
+        };
+        Ok(Tls { ca, identity, files: self.clone() })
+    }
 }
 
 impl Tls {
+    /// [`ends_soon`] of the certificate that this client shows.
+    pub fn ends_soon(&self, now: i64) -> Option<String> {
+        self.identity.as_ref().and_then(|(certificate, _)| ends_soon(certificate, now))
+    }
+
     fn is_given(&self) -> bool {
         self.ca.is_some() || self.identity.is_some()
     }

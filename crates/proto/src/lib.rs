@@ -32,6 +32,7 @@ pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Largest piece of a blob or file in one message of a stream.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 
+mod certificate;
 pub mod client;
 pub mod convert;
 mod endpoint;

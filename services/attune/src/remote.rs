@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use attune_artifacts::Cache;
-use attune_proto::client::{Options, Tls};
+use attune_proto::client::{Options, Tls, TlsFiles};
 use attune_proto::convert::id;
 use attune_proto::words::Word as _;
 use attune_proto::{Client, Secret, v1};
@@ -114,7 +114,8 @@ impl Server {
             (Some(cert), Some(key)) => Some((certificates(cert)?, self::key(key)?)),
             _ => None,
         };
-        Ok(Tls { ca: self.ca.as_deref().map(certificates).transpose()?, identity })
+        let files = TlsFiles { ca: self.ca.clone(), identity: self.cert.clone().zip(self.key.clone()) };
+        Ok(Tls { ca: self.ca.as_deref().map(certificates).transpose()?, identity, files })
     }
 
     /// The file that holds the token, if it is from there.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use attune_proto::client::ends_soon;
 use futures::{Stream, StreamExt as _};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -16,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::clock::Clock;
 use crate::config::Tls;
 use crate::error::Error;
 
@@ -42,10 +44,16 @@ impl Certificates {
     /// Looks at the files again and again, as often as `interval` says.
     pub(crate) async fn keep(self: Arc<Self>, interval: Duration) {
         // What was read at the start is read once more, which does no harm.
-        let mut last = None;
+        let (mut last, mut told) = (None, None);
         loop {
             tokio::time::sleep(interval).await;
             let read = Seen::read(&self.files).await;
+            let ends = read.as_ref().ok().and_then(Seen::ends_soon);
+            if let Some(when) = ends.as_ref().filter(|when| told.as_ref() != Some(*when)) {
+                let certificate = self.files.certificate.display();
+                tracing::warn!(%certificate, when, "a certificate ends soon; put a renewed one in its place");
+            }
+            told = ends;
             if last.as_ref() == Some(&read) {
                 continue;
             }
@@ -108,6 +116,13 @@ struct Seen {
 }
 
 impl Seen {
+    /// What is to be said of when the first of the certificates ends, if it is soon.
+    fn ends_soon(&self) -> Option<String> {
+        let now = Clock::utc().0 / 1000;
+        let of = |pem: &Vec<u8>| ends_soon(std::str::from_utf8(pem).ok()?, now);
+        of(&self.certificate).or_else(|| self.client_ca.as_ref().and_then(of))
+    }
+
     async fn read(files: &Tls) -> Result<Self, String> {
         Ok(Self {
             certificate: read(&files.certificate).await?,

@@ -4,6 +4,7 @@
 //! one that leads knows from which address the call came first. The word proves nothing else: who calls is still the credential's.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use attune_proto::client::{Options, Tls};
 use attune_proto::{Class, Client, Secret};
@@ -81,6 +82,30 @@ impl Replica {
             Ok(Arc::new(Lead { announced, client }))
         });
         self.state.send_replace(State::Follows(lead));
+    }
+
+    /// Reads the files again that connections to the one that leads are made with, as often as `interval` says.
+    pub(crate) async fn keep(self: Arc<Self>, interval: Duration) {
+        let mut last = None;
+        loop {
+            tokio::time::sleep(interval).await;
+            let client = match &*self.state.borrow() {
+                State::Follows(Ok(lead)) => lead.client.clone(),
+                State::Follows(Err(_)) | State::Leads(_) => continue,
+            };
+            let why = match client.renew().await {
+                Ok(true) => {
+                    tracing::info!("new connections to the scheduler that leads use renewed certificates");
+                    None
+                }
+                Ok(false) => None,
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(why) = why.as_ref().filter(|why| last.as_ref() != Some(*why)) {
+                tracing::error!(why, "certificates have changed and cannot be used; new connections use the old ones");
+            }
+            last = why;
+        }
     }
 
     /// Nothing if this scheduler leads; else the one that does, or why it cannot be asked.

@@ -104,7 +104,7 @@ async fn ask(server: &Server, scheme: &str, token: Option<Secret>, tls: Tls) -> 
 }
 
 fn trusting(authority: &Authority) -> Tls {
-    Tls { ca: Some(authority.pem.clone()), identity: None }
+    Tls { ca: Some(authority.pem.clone()), ..Tls::default() }
 }
 
 #[tokio::test]
