@@ -24,11 +24,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use crate::attempt::{News, Wire};
+use crate::clock;
 use crate::cohort::{self, Killed, Node, Order};
 use crate::meeting::Meeting;
 use crate::node::{self, Home};
 use crate::offer::{spec_fault, task};
 use crate::outbox::Outbox;
+use crate::strays::{self, Family};
 use crate::{Config, Error};
 
 /// Messages that may wait for the network; a scheduler that is further behind counts as gone.
@@ -41,6 +43,8 @@ const ORDERS_MAX: usize = 64;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest wait before the next try to connect.
 const RECONNECT_WAIT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How often certificates are read anew.
+const RENEW_INTERVAL: Duration = Duration::from_secs(10);
 /// Time for processes and reports to end once the agent must go.
 const LEAVE_TIME: Duration = Duration::from_secs(5);
 
@@ -51,7 +55,10 @@ const LEAVE_TIME: Duration = Duration::from_secs(5);
 /// [`Error`]: the folder cannot be used, or the scheduler refuses this worker for good. A scheduler that is not there is
 /// waited for.
 pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
+    strays::adopt();
     let home = Home::open(&config.work_dir)?;
+    // What an earlier agent left behind that was killed itself.
+    Family::new(&home.attempts, None).end().await;
     let client = Client::lazy(&config.scheduler, config.connection.clone())?;
     let node = Arc::new(Node {
         client,
@@ -81,10 +88,40 @@ pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
         lease: None,
         leaving: None,
     };
+    let renewing = agent.node.client.clone();
+    agent.group.spawn(Background::new("certificates").abort_on_cancel(), async move {
+        renew(renewing).await;
+        Ok::<_, std::convert::Infallible>(())
+    });
     let end = agent.serve(inbox, &stop).await;
     agent.leave().await;
     drop(home);
     end
+}
+
+/// Sees to it that new connections are made with the certificates that there are now, and says when one ends soon.
+async fn renew(client: Client) {
+    let (mut failed, mut told) = (None, None);
+    loop {
+        let why = match client.renew().await {
+            Ok(true) => {
+                tracing::info!("new connections use renewed certificates");
+                None
+            }
+            Ok(false) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(why) = why.as_ref().filter(|why| failed.as_ref() != Some(*why)) {
+            tracing::error!(why, "certificates have changed and cannot be used; new connections use the old ones");
+        }
+        failed = why;
+        let ends = client.tls().ends_soon(clock::unix_ms() as i64 / 1000);
+        if let Some(when) = ends.as_ref().filter(|when| told.as_ref() != Some(*when)) {
+            tracing::warn!(when, "the certificate of this worker ends soon; put a renewed one in its place");
+        }
+        told = ends;
+        tokio::time::sleep(RENEW_INTERVAL).await;
+    }
 }
 
 /// A cohort on this node.
@@ -495,6 +532,7 @@ impl Agent {
         if self.leaving.is_some() {
             return Err((v1::LeaseRefusal::Draining, "the worker is leaving".to_owned()));
         }
+        node::has_room().map_err(|message| (v1::LeaseRefusal::Busy, message))?;
         let is_card = offer.device == v1::DeviceKind::Cuda as i32;
         let all = if is_card { self.cards.len() as u32 } else { self.config.devices };
         let alike = self.cohorts.values().filter(|cohort| cohort.device == offer.device);

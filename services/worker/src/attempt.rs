@@ -24,7 +24,7 @@ use crate::upload::{Item, Stored, UploadError, Uploader};
 const REPORT_INTERVAL: Duration = Duration::from_millis(300);
 /// Most metric points that wait for a report.
 const METRICS_MAX: usize = 4096;
-/// Most lines of the log that an attempt passes on as notes.
+/// Most notes that an attempt's process passes on; its log is counted by itself.
 const NOTES_MAX: usize = 500;
 
 /// An accepted offer.
@@ -307,6 +307,14 @@ impl Lane {
             Event::Progress { step, total_steps, tokens, tokens_per_second, eta_seconds } => {
                 self.last_step = Instant::now();
                 self.step = step.0;
+                // A defect of this process that a job sets off by its name, once all have heard that it runs.
+                #[cfg(feature = "failpoints")]
+                if self.step >= 50
+                    && let Some(Some(name)) = fail::eval("worker::poisoned", |name| name)
+                    && self.task.name == name
+                {
+                    kill_this_process();
+                }
                 self.uploader.progress(step, tokens, tokens_per_second);
                 self.progress = Some(v1::JobProgress {
                     step: step.0,
@@ -381,11 +389,20 @@ impl Lane {
         replaced
     }
 
-    pub(crate) async fn note(&mut self, severity: v1::Severity, topic: String, message: String) {
+    /// Passes on what its process has to say.
+    async fn note(&mut self, severity: v1::Severity, topic: String, message: String) {
         self.notes += 1;
-        if self.notes > NOTES_MAX {
-            return;
+        if self.notes <= NOTES_MAX {
+            self.tell(severity, topic, message).await;
         }
+    }
+
+    /// Passes on a line of the log, of which there are no more than there may be.
+    pub(crate) async fn log(&mut self, severity: v1::Severity, line: String) {
+        self.tell(severity, "log".to_owned(), line).await;
+    }
+
+    async fn tell(&mut self, severity: v1::Severity, topic: String, message: String) {
         self.flush().await;
         let message = self.task.words(message);
         let note = v1::JobNote { severity: severity as i32, topic, message, step: self.step, fields: None };

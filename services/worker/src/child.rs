@@ -5,18 +5,27 @@ use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use attune_proto::secret;
-use nix::sys::signal::{Signal, killpg};
+use futures::future::OptionFuture;
 use nix::unistd::Pid;
 use serde::Serialize;
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWriteExt as _, BufReader, Lines};
-use tokio::process::{Child as Process, ChildStdin, Command};
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::{Child as Process, ChildStderr, ChildStdin, ChildStdout, Command};
+use tokio::time::{Instant, sleep_until};
+
+use crate::log::{Lines, Pace, Taken};
+use crate::strays::{self, Family};
 
 /// Lines of the log that a failure carries.
 const LOG_LINES_MAX: usize = 50;
 /// Longest line of the log that is kept.
 const LOG_LINE_BYTES_MAX: usize = 2000;
+/// Longest message of a process: it holds a few names for each file or fault that it tells of.
+const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// Longest time for which a pipe of a process that has ended is read: somebody else may hold it open.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// How the process is started.
 #[derive(Debug, Clone)]
@@ -53,8 +62,12 @@ impl From<ExitStatus> for Exit {
 pub(crate) enum Heard {
     /// A line on its standard output.
     Line(String),
+    /// A line on its standard output that is longer than any message.
+    TooLong,
     /// A line in its log.
     Log(String),
+    /// So many lines of its log are passed on to nobody: there are too many.
+    Dropped(u64),
     /// It ended, and nothing of what it wrote is left.
     Exited(Exit),
 }
@@ -70,11 +83,16 @@ const FIRST_TO_GO: &str = "1000";
 #[derive(Debug)]
 pub(crate) struct Child {
     process: Process,
-    group: Option<Pid>,
+    id: Option<Pid>,
+    /// All that it starts, itself included, until nothing of that is left.
+    family: Option<Family>,
     input: ChildStdin,
-    lines: Option<Lines<BufReader<tokio::process::ChildStdout>>>,
-    errors: Option<Lines<BufReader<tokio::process::ChildStderr>>>,
+    lines: Lines<ChildStdout>,
+    errors: Lines<ChildStderr>,
     log: VecDeque<String>,
+    pace: Pace,
+    /// How it ended, and until when what it wrote is read.
+    exit: Option<(Exit, Instant)>,
 }
 
 impl Child {
@@ -90,6 +108,7 @@ impl Child {
             .args(&program.arguments)
             .env(name, std::env::var_os(name).unwrap_or_else(|| one.into()))
             .envs(program.variables.iter().map(|(name, value)| (name, value)))
+            .env(strays::MARK, folder)
             .current_dir(folder)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -101,20 +120,24 @@ impl Child {
             // Where memory runs out this one goes, and its agent lives to say so. A kernel without this chooses by itself.
             drop(std::fs::write(format!("/proc/{id}/oom_score_adj"), FIRST_TO_GO));
         }
+        let id = process.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
         let missing = || std::io::Error::other("the new process has no pipes");
         Ok(Self {
-            group: process.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw),
+            family: Some(Family::new(folder, id)),
+            id,
             input: process.stdin.take().ok_or_else(missing)?,
-            lines: Some(BufReader::new(process.stdout.take().ok_or_else(missing)?).lines()),
-            errors: Some(BufReader::new(process.stderr.take().ok_or_else(missing)?).lines()),
+            lines: Lines::new(process.stdout.take().ok_or_else(missing)?, MESSAGE_BYTES_MAX),
+            errors: Lines::new(process.stderr.take().ok_or_else(missing)?, LOG_LINE_BYTES_MAX),
             log: VecDeque::new(),
+            pace: Pace::new(Instant::now()),
+            exit: None,
             process,
         })
     }
 
     /// The process id.
     pub(crate) fn id(&self) -> u32 {
-        self.group.map_or(0, |group| group.as_raw().unsigned_abs())
+        self.id.map_or(0, |id| id.as_raw().unsigned_abs())
     }
 
     /// The largest resident memory that the process has had; 0 where nobody counts.
@@ -136,35 +159,58 @@ impl Child {
     /// What the process does next. Can be cancelled.
     pub(crate) async fn hear(&mut self) -> Heard {
         loop {
+            let is_over = self.errors.is_over() && self.lines.is_over();
+            if let Some((exit, _)) = self.exit.filter(|_| is_over) {
+                return match self.pace.take_dropped() {
+                    Some(n_dropped) => Heard::Dropped(n_dropped),
+                    None => Heard::Exited(exit),
+                };
+            }
+            let silent: OptionFuture<_> = self.exit.map(|(_, until)| sleep_until(until)).into();
+            // By chance where both are there: a flood of one does not keep the other from being heard.
             tokio::select! {
-                biased;
-                line = next(&mut self.errors) => match line {
-                    Some(line) => {
-                        let line: String = line.chars().take(LOG_LINE_BYTES_MAX).collect();
-                        if self.log.len() == LOG_LINES_MAX {
-                            self.log.pop_front();
-                        }
-                        self.log.push_back(line.clone());
-                        return Heard::Log(line);
+                line = self.errors.next(), if !self.errors.is_over() => {
+                    let Some(line) = line else { continue };
+                    let mut text = line.text;
+                    if line.cut > 0 {
+                        text.push_str(&format!(" … and {} bytes", line.cut));
                     }
-                    None => self.errors = None,
+                    if self.log.len() == LOG_LINES_MAX {
+                        self.log.pop_front();
+                    }
+                    self.log.push_back(text.clone());
+                    if self.pace.take(Instant::now()) == Taken::Passed {
+                        return Heard::Log(text);
+                    }
+                }
+                n_dropped = self.pace.dropped() => return Heard::Dropped(n_dropped),
+                line = self.lines.next(), if !self.lines.is_over() => match line {
+                    Some(line) if line.cut > 0 => return Heard::TooLong,
+                    Some(line) => return Heard::Line(line.text),
+                    None => {}
                 },
-                line = next(&mut self.lines) => match line {
-                    Some(line) => return Heard::Line(line),
-                    None => self.lines = None,
-                },
-                status = self.process.wait(), if self.errors.is_none() && self.lines.is_none() => {
-                    return Heard::Exited(status.map_or(Exit::Code(-1), Exit::from));
+                status = self.process.wait(), if self.exit.is_none() => {
+                    self.exit = Some((status.map_or(Exit::Code(-1), Exit::from), Instant::now() + LAST_WORDS));
+                    // What it has left behind would hold its pipes open.
+                    self.kill();
+                }
+                Some(()) = silent => {
+                    self.errors.close();
+                    self.lines.close();
                 }
             }
         }
     }
 
-    /// Kills the whole group.
-    pub(crate) fn kill(&self) {
-        if let Some(group) = self.group {
-            // No such group: all of it has ended before.
-            let _ = killpg(group, Signal::SIGKILL);
+    /// Kills the process and everything that it started.
+    pub(crate) fn kill(&mut self) {
+        self.family.iter_mut().for_each(Family::kill);
+    }
+
+    /// Kills what is left of it, and waits until nothing is.
+    pub(crate) async fn clear(&mut self) {
+        if let Some(family) = self.family.take() {
+            family.end().await;
         }
     }
 
@@ -180,15 +226,6 @@ impl Drop for Child {
         if self.process.id().is_some() {
             self.kill();
         }
-    }
-}
-
-/// The next line; `None` at the end, never for a pipe that is closed already.
-async fn next<R: AsyncRead + Unpin>(lines: &mut Option<Lines<BufReader<R>>>) -> Option<String> {
-    match lines {
-        // A line that is no text ends the pipe: the process is ours and writes text.
-        Some(lines) => lines.next_line().await.unwrap_or_default(),
-        None => std::future::pending().await,
     }
 }
 
@@ -231,7 +268,7 @@ mod tests {
         loop {
             match child.hear().await {
                 Heard::Line(line) => lines.push(line),
-                Heard::Log(_) => {}
+                Heard::Log(_) | Heard::Dropped(_) | Heard::TooLong => {}
                 Heard::Exited(exit) => return (lines, exit),
             }
         }

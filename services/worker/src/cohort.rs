@@ -85,7 +85,7 @@ pub(crate) async fn run(node: Arc<Node>, tasks: Vec<Task>, mut orders: mpsc::Rec
         memory_kills: memory_kills(),
     };
     if let Err(killed) = cohort.go(&mut orders).await {
-        // The process dies with its handle, before anybody hears of it.
+        cohort.clear().await;
         cohort.child = None;
         cohort.uploads.clear();
         for lane in &mut cohort.lanes {
@@ -152,10 +152,18 @@ impl Cohort {
             return Ok(());
         }
         let exit = self.drive(orders).await?;
+        self.clear().await;
         self.rest(orders).await?;
         self.linger(orders).await?;
         self.settle(exit).await;
         Ok(())
+    }
+
+    /// Sees to it that nothing of the process is left, before anybody hears of its end.
+    async fn clear(&mut self) {
+        if let Some(child) = &mut self.child {
+            child.clear().await;
+        }
     }
 
     /// What the process is to do for a lane; nothing when the lane has ended.
@@ -310,10 +318,21 @@ impl Cohort {
             tokio::select! {
                 heard = child.hear() => match heard {
                     Heard::Line(line) => self.line(&line).await,
+                    Heard::TooLong => {
+                        let message = "the training process said something that is longer than any message";
+                        self.end(failure::of(v1::FailureCause::Internal, message));
+                    }
                     Heard::Log(line) => {
                         tracing::debug!(folder = %self.folder.display(), "{line}");
                         for lane in self.lanes.iter_mut().filter(|lane| lane.is_running()) {
-                            lane.note(v1::Severity::Info, "log".to_owned(), line.clone()).await;
+                            lane.log(v1::Severity::Info, line.clone()).await;
+                        }
+                    }
+                    Heard::Dropped(n_lines) => {
+                        tracing::warn!(folder = %self.folder.display(), n_lines, "lines of a log were dropped");
+                        let message = format!("dropped {n_lines} lines: the training process writes more than is passed on");
+                        for lane in self.lanes.iter_mut().filter(|lane| !lane.is_over()) {
+                            lane.log(v1::Severity::Warning, message.clone()).await;
                         }
                     }
                     Heard::Exited(exit) => return Ok(exit),
@@ -384,7 +403,7 @@ impl Cohort {
 
     /// Makes the process do nothing more for a lane that has ended: the others go on.
     async fn leave(&mut self, place: usize) {
-        match &self.child {
+        match &mut self.child {
             Some(child) if self.lanes.iter().all(Lane::is_over) => child.kill(),
             _ => self.say(place, Command::Leave).await,
         }
@@ -393,7 +412,7 @@ impl Cohort {
     /// Kills the process; its end is heard later.
     fn end(&mut self, why: v1::Failure) {
         self.ended.get_or_insert(why);
-        if let Some(child) = &self.child {
+        if let Some(child) = &mut self.child {
             child.kill();
         }
     }

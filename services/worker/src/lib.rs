@@ -8,7 +8,7 @@
 //! decisions about jobs (the scheduler's core), and the store's keys (bytes move through the artifact service).
 //!
 //! Reading order: [`Config`], `agent` (the stream to the scheduler), `cohort` (one process and its lanes), `attempt` (one of
-//! them), `child` (the process itself), `upload` and [`transfer`] (artifacts).
+//! them), `child` (the process itself), `strays` (what it leaves behind), `upload` and [`transfer`] (artifacts).
 
 pub mod transfer;
 
@@ -20,10 +20,12 @@ mod cohort;
 mod config;
 mod error;
 mod failure;
+mod log;
 mod meeting;
 mod node;
 mod offer;
 mod outbox;
+mod strays;
 mod upload;
 
 pub use agent::run;

@@ -110,6 +110,19 @@ pub(crate) fn free(taken: &[u32], all: u32, count: u32) -> Result<Vec<u32>, Stri
     Ok((0..all).filter(|number| !taken.contains(number)).take(count as usize).collect())
 }
 
+/// Files that a new attempt needs beside those that are open: its pipes, what is fetched and what is stored.
+const FILES: usize = 32;
+
+/// Whether the system still lets this process open files and start others; or what it lacks.
+pub(crate) fn has_room() -> Result<(), String> {
+    let files: std::io::Result<Vec<_>> = (0..FILES).map(|_| fs::File::open("/dev/null")).collect();
+    files.map_err(|error| format!("the worker cannot open {FILES} more files: {error}"))?;
+    // Threads and processes count as one.
+    let thread = std::thread::Builder::new().spawn(|| {});
+    let thread = thread.map_err(|error| format!("the worker cannot start another process: {error}"))?;
+    thread.join().map_err(|_| "the worker cannot start another process".to_owned())
+}
+
 /// Memory that processes of this machine may use.
 fn memory_bytes() -> u64 {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();

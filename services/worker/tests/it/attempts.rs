@@ -196,3 +196,48 @@ async fn a_worker_without_a_free_device_refuses() {
         .await;
     assert_eq!((refused.cohort_id, refused.refusal()), (2, v1::LeaseRefusal::Busy));
 }
+
+/// F14: what stores is away while the scheduler is there. The attempt goes on, and its worker is heard of, until there is no more
+/// patience; then the failure says what was missing.
+#[tokio::test]
+async fn a_store_that_stays_away_is_waited_for_and_then_named() {
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let script = r#"
+running
+made checkpoint-1 one
+say "{\"event\":\"checkpoint\",\"step\":1,\"folder\":\"$work/checkpoint-1\"}"
+for i in $(seq 2 1000); do progress $i; sleep 0.05; done
+"#;
+    let ttl = Duration::from_millis(900);
+    let world = world(script, |config, state| {
+        config.store_patience = PATIENCE;
+        *state.ttl.lock().unwrap() = ttl;
+        state.refuse.lock().unwrap().extend([Class::Unavailable; 1000]);
+    })
+    .await;
+    let began = tokio::time::Instant::now();
+    world.scheduler.offer(1, &[]);
+    let failure = world.scheduler.failure().await;
+    assert!(began.elapsed() >= PATIENCE, "{:?}", began.elapsed());
+    assert_eq!(failure.cause(), FailureCause::StoreUnavailable);
+    assert!(failure.message.contains("could not be stored: refused by the test"), "{failure:?}");
+    let (mut beats, mut steps) = (0, Vec::new());
+    for said in world.scheduler.said() {
+        match said {
+            Said::Heartbeat(_) => beats += 1,
+            Said::AttemptReport(report) => {
+                steps.extend(report.report.and_then(|report| match report {
+                    Report::Progress(progress) => Some(progress.step),
+                    _ => None,
+                }));
+            }
+            _ => {}
+        }
+    }
+    assert!(beats >= 10, "{beats} heartbeats in more than three leases");
+    assert!(steps.len() > 3 && steps.is_sorted() && steps.last() > Some(&20), "training went on: {steps:?}");
+    let tries = 1000 - world.scheduler.0.refuse.lock().unwrap().len();
+    // 250, 500, 1000 and 2000 ms apart.
+    assert!((3..=6).contains(&tries), "{tries} tries");
+    assert_eq!(*world.scheduler.0.connections.borrow(), 1);
+}

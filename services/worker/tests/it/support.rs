@@ -151,6 +151,11 @@ impl Scheduler {
         }
     }
 
+    /// What agents have said so far, oldest first.
+    pub(crate) fn said(&self) -> Vec<Said> {
+        self.0.said.lock().unwrap().clone()
+    }
+
     /// Forgets what was said.
     pub(crate) fn forget(&self) {
         let mut said = self.0.said.lock().unwrap();
@@ -319,7 +324,14 @@ impl artifacts::ArtifactService for Scheduler {
 pub(crate) struct World {
     pub(crate) scheduler: Scheduler,
     pub(crate) stop: Stop,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    /// The folder of both.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
 }
 
 /// Starts both; the agent runs `script` with the request on the first line of its input.
@@ -354,7 +366,7 @@ progress() { say "{\"event\":\"progress\",\"step\":$1,\"total_steps\":3,\"tokens
         group.spawn(Task::new("agent"), agent)
     });
     scheduler.connection(1).await;
-    World { scheduler, stop, _folder: folder }
+    World { scheduler, stop, folder }
 }
 
 /// Waits until the agent has ended.
