@@ -16,6 +16,26 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
 
 /// What every client of HTTP/2 says first, in bytes; a handshake of TLS is longer.
 const FIRST_BYTES: usize = 24;
+/// Wait after a connection that the system has no room for: whoever it was waits in line meanwhile.
+const NO_ROOM_WAIT: Duration = Duration::from_millis(100);
+/// Files that are kept for what is no connection: the database, blobs, a log. Of few files half.
+const OTHER_FILES: u64 = 512;
+
+/// How many connections there may be with the files that the system lets this process have, of which it takes as many as it
+/// may first.
+pub(crate) fn most(asked: usize) -> usize {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return asked };
+    let files = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    let room = usize::try_from(files - OTHER_FILES.min(files / 2)).unwrap_or(asked);
+    if room < asked {
+        tracing::warn!(files, asked, room, "fewer connections than asked for: the system allows no more files");
+    }
+    room.min(asked)
+}
 
 /// Connections of a port: at most `max` at once, of which one address has half at most, each with its first bytes within `patience`.
 pub(crate) fn connections(
@@ -25,7 +45,7 @@ pub(crate) fn connections(
 ) -> impl Stream<Item = Result<Connection>> {
     let room = Arc::new(Room { max, taken: Mutex::default() });
     incoming.filter_map(move |accepted| {
-        let connection = accepted.map(|stream| {
+        let accepted = accepted.map(|stream| {
             let peer = stream.peer_addr().ok()?.ip().to_canonical();
             let Some(seat) = room.take(peer) else {
                 // It is closed, and whoever it was tries again.
@@ -34,7 +54,17 @@ pub(crate) fn connections(
             };
             Some(Connection { stream, read: 0, deadline: Some(Box::pin(sleep(patience))), _seat: seat })
         });
-        std::future::ready(connection.transpose())
+        async move {
+            match accepted {
+                Ok(connection) => connection.map(Ok),
+                // The port stands, and so do the connections that are there: one that did not come about ends nothing.
+                Err(error) => {
+                    tracing::warn!(%error, "a connection was not taken in");
+                    sleep(NO_ROOM_WAIT).await;
+                    None
+                }
+            }
+        }
     })
 }
 

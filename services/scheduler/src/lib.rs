@@ -54,6 +54,7 @@ mod services;
 
 pub mod providers;
 
+mod frames;
 mod incoming;
 mod server;
 

@@ -15,6 +15,7 @@ use attune_proto::v1::token_service_server::TokenServiceServer;
 use attune_proto::v1::worker_service_server::WorkerServiceServer;
 use attune_store::{Database, Store};
 use attune_telemetry::{Task, TaskGroup};
+use futures::TryStreamExt as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tonic::transport::Server;
@@ -28,6 +29,7 @@ use crate::context::Context;
 use crate::desk::Desk;
 use crate::error::Error;
 use crate::follow;
+use crate::frames::Counted;
 use crate::front::{Front, Letter};
 use crate::guard::{self, GuardLayer};
 use crate::hub::Hub;
@@ -204,6 +206,7 @@ async fn run(
     let (connections, inner, suppliers) = (TaskGroup::new(), TaskGroup::new(), TaskGroup::new());
     let stop = inner.stop();
     let context = Arc::new(Context::new(&config, data_root, store.clone(), blobs, front, hub, connections.clone()));
+    keep(&inner, "certificates to others", Arc::clone(&context.replica).keep(config.timings.certificates));
     if let Some(certificates) = &certificates {
         keep(&inner, "certificates", Arc::clone(certificates).keep(config.timings.certificates));
     }
@@ -249,15 +252,16 @@ async fn run(
         }
     };
     let accepted = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let incoming = incoming::connections(accepted, config.limits.connections, config.timings.greeting_limit);
+    let most = incoming::most(config.limits.connections);
+    let incoming = incoming::connections(accepted, most, config.timings.greeting_limit);
     let routes = route(&context).await?;
     let served = async {
         let Some(certificates) = certificates else {
-            return routes.serve_with_incoming_shutdown(incoming, end).await;
+            return routes.serve_with_incoming_shutdown(incoming.map_ok(Counted::new), end).await;
         };
         let (patience, at_once) = (config.timings.greeting_limit, config.limits.connections);
         let encrypted = Box::pin(certificates.encrypt(incoming, patience, at_once));
-        routes.serve_with_incoming_shutdown(encrypted, end).await
+        routes.serve_with_incoming_shutdown(encrypted.map_ok(Counted::new), end).await
     };
     let limited = async {
         connections.stop().requested().await;

@@ -27,6 +27,8 @@ mod frame {
     pub(super) const HEADERS: u8 = 1;
     pub(super) const RST_STREAM: u8 = 3;
     pub(super) const SETTINGS: u8 = 4;
+    pub(super) const PING: u8 = 6;
+    pub(super) const WINDOW_UPDATE: u8 = 8;
     pub(super) const CONTINUATION: u8 = 9;
     pub(super) const END_HEADERS: u8 = 4;
 }
@@ -35,6 +37,9 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
+
+/// More than a connection may send of frames that carry nothing.
+const MANY_FRAMES: usize = 100_000;
 
 /// `POST /` over `http`, by their places in HPACK's table.
 const REQUEST: [u8; 3] = [0x83, 0x86, 0x84];
@@ -77,11 +82,20 @@ async fn floods_of_frames_end_the_connection_that_sends_them() {
     let headers = [0, 1, b'a', 1, b'b'].repeat(3000);
     let unending = (0..1000).map(|_| frame(frame::CONTINUATION, 0, 1, &headers));
     let begun = frame(frame::HEADERS, 0, 1, &REQUEST);
+    // A call that is begun and never comes to a message.
+    let opened = frame(frame::HEADERS, frame::END_HEADERS, 1, &REQUEST);
+    let empty = (0..MANY_FRAMES).map(|_| frame(frame::DATA, 0, 1, &[]));
     let on_no_stream = (0..100).map(|_| frame(frame::DATA, 0, 1, &[]));
     for (what, frames) in [
         ("streams that are reset at once", resets.collect::<Vec<_>>()),
         ("headers without an end", std::iter::once(begun).chain(unending).collect()),
         ("data of no stream", on_no_stream.collect()),
+        // A13: what is cheap to send and has to be answered, or looked at.
+        ("pings", vec![frame(frame::PING, 0, 0, &[7; 8]); MANY_FRAMES]),
+        ("settings", vec![frame(frame::SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 100]); MANY_FRAMES]),
+        ("settings that say nothing", vec![frame(frame::SETTINGS, 0, 0, &[]); MANY_FRAMES]),
+        ("windows that grow by a byte", vec![frame(frame::WINDOW_UPDATE, 0, 0, &1_u32.to_be_bytes()); MANY_FRAMES]),
+        ("data without any", std::iter::once(opened).chain(empty).collect()),
     ] {
         flood(&server, &frames).await;
         let asked = tokio::time::timeout(LIMIT, is_well(&client)).await;
