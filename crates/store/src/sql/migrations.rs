@@ -129,6 +129,59 @@ mod tests {
         assert!(matches!(edited, Error::Schema(_)), "{edited}");
     }
 
+    /// A schema as the database itself describes it.
+    async fn described(connection: &mut AnyConnection) -> Vec<String> {
+        let all = sqlx::query("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name");
+        all.fetch_all(connection).await.unwrap().iter().map(|row| row.try_get("sql").unwrap()).collect()
+    }
+
+    async fn file(path: &std::path::Path) -> AnyConnection {
+        sqlx::any::install_default_drivers();
+        let mut connection = AnyConnection::connect(&format!("sqlite:{}?mode=rwc", path.display())).await.unwrap();
+        sqlx::raw_sql("PRAGMA journal_mode = wal").execute(&mut connection).await.unwrap();
+        connection
+    }
+
+    /// F39: a database of each earlier version, whose upgrade is killed after each statement: what the next process finds on the
+    /// disk is brought up to date, and is what a new database has.
+    #[tokio::test]
+    async fn an_upgrade_that_is_killed_anywhere_is_made_again() {
+        let steps = SQLITE.steps;
+        let mut fresh = memory().await;
+        migrate_to(&mut fresh, steps).await.unwrap();
+        let expected = described(&mut fresh).await;
+        let mut n_killed = 0;
+        for (before, step) in (0..steps.len()).map(|done| (&steps[..done], steps[done])) {
+            // Comments may hold what ends a statement.
+            let code: String = step.lines().map(|line| line.split("--").next().unwrap().to_owned() + "\n").collect();
+            let statements: Vec<&str> = code.split(';').map(str::trim).filter(|text| !text.is_empty()).collect();
+            for n_done in 0..=statements.len() {
+                let (folder, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+                let mut connection = file(&folder.path().join("a.db")).await;
+                migrate_to(&mut connection, before).await.unwrap();
+                let mut transaction = sqlx::Acquire::begin(&mut connection).await.unwrap();
+                for statement in &statements[..n_done] {
+                    let statement = sqlx::AssertSqlSafe((*statement).to_owned());
+                    sqlx::raw_sql(statement).execute(&mut *transaction).await.unwrap();
+                }
+                // What a process leaves that is killed at this moment.
+                for found in std::fs::read_dir(folder.path()).unwrap() {
+                    let found = found.unwrap();
+                    // What is shared between processes is made anew by the first.
+                    if !found.file_name().to_string_lossy().ends_with("-shm") {
+                        std::fs::copy(found.path(), killed.path().join(found.file_name())).unwrap();
+                    }
+                }
+                drop(transaction);
+                let mut next = file(&killed.path().join("a.db")).await;
+                migrate_to(&mut next, steps).await.unwrap();
+                assert_eq!(described(&mut next).await, expected, "step {}, {n_done} statements", before.len() + 1);
+                n_killed += 1;
+            }
+        }
+        assert!(n_killed > 20, "{n_killed}");
+    }
+
     #[tokio::test]
     async fn a_step_that_fails_leaves_the_schema_before_it() {
         let mut connection = memory().await;
