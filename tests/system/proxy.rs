@@ -35,7 +35,12 @@ pub(crate) struct Proxy {
 impl Proxy {
     /// A network to `port` of this machine, in fair weather.
     pub(crate) async fn start(port: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at(([127, 0, 0, 1], 0).into(), port).await
+    }
+
+    /// The same at an address.
+    pub(crate) async fn start_at(at: SocketAddr, port: u16) -> Self {
+        let listener = TcpListener::bind(at).await.unwrap();
         let (address, (weather, seen)) = (listener.local_addr().unwrap(), watch::channel(Weather::Fair));
         tokio::spawn(async move {
             while let Ok((from, _)) = listener.accept().await {
@@ -56,6 +61,10 @@ impl Proxy {
             }
         });
         Self { address, weather }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     pub(crate) fn url(&self) -> String {

@@ -80,3 +80,51 @@ async fn statistics_are_an_artifact_that_other_jobs_name() {
     let failed = cluster.ends(&wrong, JobState::Failed).await;
     assert!(failed.message.contains("`tune.statistics` is of data"), "{}", failed.message);
 }
+
+/// F43: whatever comes in between, each time the job gets ahead by a checkpoint before it makes way again.
+#[tokio::test]
+async fn a_storm_of_urgent_jobs_lets_the_others_get_ahead() {
+    const URGENT: usize = 8;
+    let cluster = Cluster::start().await;
+    let base = prepare(&cluster).await;
+    let file = cluster.path("world/chat.yaml");
+    let mut job = job(&base);
+    job.extend(["tune.steps=400", "tune.checkpoint.every_steps=10"].map(str::to_owned));
+    let undisturbed = cluster.submit(&file, &set(&job, &[]));
+    let expected = outputs(&cluster.ends(&undisturbed, JobState::Succeeded).await);
+
+    let id = cluster.submit(&file, &set(&job, &[]));
+    cluster.wait(&id, "run", |job| job.state() == JobState::Running).await;
+    let mut urgent: Vec<String> = Vec::new();
+    let (mut checkpoints, mut epoch) = (Vec::new(), 1);
+    let ended = loop {
+        let now = cluster.wait(&id, "answer", |_| true).await;
+        if now.epoch > epoch {
+            epoch = now.epoch;
+            checkpoints.push(now.checkpoint.clone());
+        }
+        if now.end_time.is_some() {
+            break now;
+        }
+        // There is always one that wants the device.
+        let is_over = match urgent.last() {
+            Some(last) => cluster.wait(last, "answer", |_| true).await.end_time.is_some(),
+            None => true,
+        };
+        if is_over && urgent.len() < URGENT {
+            let name = format!("name=urgent-{}", urgent.len());
+            urgent.push(cluster.submit(&file, &set(&job, &["priority=5", "tune.steps=2", &name])));
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    };
+    assert_eq!((ended.state(), ended.failed_attempts), (JobState::Succeeded, 0), "{ended:#?}");
+    assert_eq!(outputs(&ended), expected);
+    assert_eq!(urgent.len(), URGENT);
+    assert!(!checkpoints.is_empty(), "it made way");
+    assert!(checkpoints.iter().all(|checkpoint| !checkpoint.is_empty()), "{checkpoints:?}");
+    let distinct: std::collections::BTreeSet<&String> = checkpoints.iter().collect();
+    assert_eq!(distinct.len(), checkpoints.len(), "each attempt but the first goes on from a checkpoint of its own");
+    for id in urgent {
+        cluster.ends(&id, JobState::Succeeded).await;
+    }
+}
