@@ -309,7 +309,7 @@ impl Lane {
                 self.step = step.0;
                 // A defect of this process that a job sets off by its name, once all have heard that it runs.
                 #[cfg(feature = "failpoints")]
-                if self.step >= 50
+                if self.step >= 20
                     && let Some(Some(name)) = fail::eval("worker::poisoned", |name| name)
                     && self.task.name == name
                 {

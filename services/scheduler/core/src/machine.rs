@@ -340,6 +340,7 @@ impl Core {
             order: job.order,
             resources,
             prefer: &job.workers,
+            avoid: &job.lost_workers,
             share: self.share_key(job),
             gathers,
             memory,

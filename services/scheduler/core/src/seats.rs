@@ -87,18 +87,25 @@ impl<'s> Seats<'s> {
         })
     }
 
-    /// The best gang of the first of these kinds that has one: where the job ran before, then the tightest holes.
+    /// The best gang of the first of these kinds that has one: where the job ran before, then the tightest holes, then those
+    /// that were lost with it.
     pub(crate) fn gang(&mut self, ask: &Ask<'s>, kinds: &[Device]) -> Option<(Device, Vec<usize>)> {
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
         kinds.iter().find_map(|&kind| {
-            let before = ask.prefer.iter().filter_map(|worker| self.by_worker.get(worker).copied());
+            let before = ask.prefer.difference(ask.avoid).filter_map(|worker| self.by_worker.get(worker).copied());
             let before: BTreeSet<(u32, &WorkerId, usize)> =
                 before.map(|idx| (self.free[idx].of(kind), self.seats[idx].worker, idx)).collect();
             let open = self.open((kind, n_devices, &ask.resources.labels));
             let first = before.iter().filter(|(free, worker, _)| *free >= n_devices && open.has(*free, worker));
-            let rest = open.by_free.range(n_devices..).flat_map(|(_, alike)| alike.iter());
-            let rest = rest.filter(|(worker, _)| !ask.prefer.contains(**worker)).map(|(_, idx)| *idx);
-            let gang: Vec<usize> = first.map(|seat| seat.2).chain(rest).take(n_workers).collect();
+            let all = || open.by_free.range(n_devices..).flat_map(|(_, alike)| alike.iter());
+            let is_other = |worker: &WorkerId| !ask.prefer.contains(worker) && !ask.avoid.contains(worker);
+            let rest = all().filter(|(worker, _)| is_other(worker)).map(|(_, idx)| *idx);
+            let gang = first.map(|seat| seat.2).chain(rest).take(n_workers);
+            let mut gang: Vec<usize> = gang.collect();
+            if gang.len() < n_workers && !ask.avoid.is_empty() {
+                let last = all().filter(|(worker, _)| ask.avoid.contains(**worker)).map(|(_, idx)| *idx);
+                gang.extend(last.take(n_workers - gang.len()));
+            }
             (gang.len() == n_workers).then_some((kind, gang))
         })
     }

@@ -10,7 +10,8 @@
 //! what the device's memory is expected to hold. They wait a moment for one another first; meanwhile they keep their place
 //! like any job that waits.
 //! Among workers that will do, one that ran the job before is taken first (it has the inputs on its disk), then the one
-//! with the fewest free devices of the kind, so that large holes stay for large shares.
+//! with the fewest free devices of the kind, so that large holes stay for large shares. One that was lost while it ran the
+//! job is taken when no other will do: it may be the worker's fault, and if it is the job's it shows by a few of them.
 
 mod line;
 #[cfg(test)]
@@ -40,6 +41,8 @@ pub struct Ask<'a> {
     pub resources: &'a Resources,
     /// The workers that ran it last.
     pub prefer: &'a BTreeSet<WorkerId>,
+    /// The workers that were lost while they ran it: others are taken before them.
+    pub avoid: &'a BTreeSet<WorkerId>,
     /// Jobs of one project with the same key and the same resources may be placed together.
     pub share: Option<&'a Digest>,
     /// Whether it still waits for others to be placed with.

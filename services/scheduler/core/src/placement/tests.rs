@@ -9,8 +9,11 @@ type Asked = (JobKey, Resources, BTreeSet<WorkerId>, Option<Digest>, bool, Memor
 
 fn ask((key, resources, prefer, share, gathers, memory, priority, order): &Asked) -> Ask<'_> {
     let (priority, order) = (*priority, *order);
-    Ask { key, priority, order, resources, prefer, share: share.as_ref(), gathers: *gathers, memory: *memory }
+    let (share, avoid) = (share.as_ref(), &NOBODY);
+    Ask { key, priority, order, resources, prefer, avoid, share, gathers: *gathers, memory: *memory }
 }
+
+static NOBODY: BTreeSet<WorkerId> = BTreeSet::new();
 
 type Tenants = BTreeMap<Project, (Policy, Usage)>;
 

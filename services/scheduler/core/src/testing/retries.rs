@@ -115,6 +115,32 @@ fn a_job_that_loses_three_distinct_workers_is_quarantined() {
     assert_eq!(desk.state(&key), "failed quarantined(worker_lost)");
 }
 
+/// F44: where others are free, the next one to meet it is another one; where none is, one that it has met.
+#[test]
+fn a_job_meets_another_worker_after_it_has_lost_one() {
+    let mut desk = Desk::new();
+    let key = desk.submit("poison", request(100));
+    let all = ["a", "b", "c", "d"];
+    let mut met = Vec::new();
+    for name in all {
+        desk.register(name, 1, Vec::new());
+    }
+    for _ in 0..3 {
+        let row = desk.row(&key);
+        let (epoch, name) = (row.epoch, row.workers.first().unwrap().clone());
+        desk.done(Input::AttemptRunning { key: key.clone(), epoch, worker: name.clone() });
+        met.push(name.as_str().to_owned());
+        // It comes back at once, without the attempt.
+        desk.register(name.as_str(), 1, Vec::new());
+        if met.len() < 3 {
+            assert_eq!(desk.state(&key), "backoff failure(worker_lost)", "{met:?}");
+            desk.done(Input::Retry { key: key.clone() });
+        }
+    }
+    assert_eq!(desk.state(&key), "failed quarantined(worker_lost)");
+    assert_eq!(met, all[..3], "three different ones");
+}
+
 #[test]
 fn one_bad_worker_does_not_condemn_a_job() {
     let mut desk = Desk::new();
