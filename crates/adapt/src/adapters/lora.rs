@@ -261,7 +261,7 @@ impl Adapter for Lora {
         }
         for spec in attachments.iter_mut().flat_map(|at| &mut at.tensors) {
             let is_a = [A, TABLE_A].contains(&spec.local);
-            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) == !is_a;
+            spec.train = self.trains == Trains::Both || (self.trains == Trains::B) != is_a;
             if !is_a {
                 spec.lr_factor = self.b_lr;
             }

@@ -296,37 +296,6 @@ fn more_ranks_give_the_same_bytes() {
     }
 }
 
-/// Says what every kind of run makes in three steps, on as many threads as its process has.
-#[test]
-#[ignore = "a part of `the_number_of_threads_changes_no_byte`, which runs it in processes of its own"]
-#[expect(clippy::print_stdout, reason = "what it has to say")]
-fn what_every_kind_makes() {
-    let small = Small::with_weights();
-    for (name, changes) in KINDS {
-        let (_, files) = small.finish(small.plan(&[changes, &[("tune.steps", "3")]].concat()), 1);
-        let mut hash = blake3::Hasher::new();
-        for (file, bytes) in files {
-            hash.update(file.as_bytes()).update(&bytes);
-        }
-        println!("made {name}: {}", hash.finalize());
-    }
-}
-
-#[test]
-fn the_number_of_threads_changes_no_byte() {
-    let made = |threads: &str| -> Vec<String> {
-        let mut own = std::process::Command::new(std::env::current_exe().unwrap());
-        own.args(["--exact", "bits::what_every_kind_makes", "--ignored", "--nocapture"]);
-        let output = own.env("RAYON_NUM_THREADS", threads).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let text = String::from_utf8(output.stdout).unwrap();
-        text.lines().filter_map(|line| Some(line.split_once("made ")?.1.to_owned())).collect()
-    };
-    let (one, three) = (made("1"), made("3"));
-    assert_eq!(one.len(), KINDS.len());
-    assert_eq!(one, three);
-}
-
 /// What is trained to be smooth says nearly the same where its inputs are moved, and what is not says something else; without a
 /// way to move there is no difference, for dropout drops the same of all copies.
 #[test]

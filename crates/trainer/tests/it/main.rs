@@ -19,4 +19,5 @@ mod reference;
 mod searches;
 mod support;
 mod surgery;
+mod threads;
 mod turns;
