@@ -175,6 +175,7 @@ impl<'a> Rank<'a> {
             judged: Judged::default(),
             company,
             step: Step(0),
+            scheduled: (Step(0), shared.total_steps),
             wishes: Wishes::default(),
             agreed: Wishes::default(),
         };
@@ -345,6 +346,7 @@ impl<'a> Rank<'a> {
     fn step(&mut self) -> Result<(), Error> {
         let before = self.watch.elapsed();
         self.engine.spent = Spent::default();
+        self.engine.scheduled = self.rule.scheduled(self.engine.step, self.engine.shared.total_steps);
         let lr = self.engine.lr();
         let report = self.rule.step(self.engine.step, &mut self.engine)?;
         self.engine.step = self.engine.step.next();
