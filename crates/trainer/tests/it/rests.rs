@@ -1,11 +1,13 @@
-//! What an optimiser keeps, and where a schedule stands, where components have steps of their own: vectors that rest, links that begin anew.
+//! What an optimiser keeps, and where a schedule stands, where components have steps of their own: vectors that rest, links that begin anew; and what
+//! such components leave in the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use attune_spec::id::Step;
 use attune_tensor::Mapped;
 use attune_trainer::protocol::Event;
 use attune_trainer::run::{End, run};
+use candle_core::Device;
 
 use crate::bits::checkpoint;
 use crate::support::{Outside, Small, metric};
@@ -49,7 +51,7 @@ fn the_schedule_begins_anew_with_each_link() {
     let rates = |adapter: &str| {
         let changes = [
             ("tune.adapter", adapter),
-            ("tune.schedule", "{method: linear}"),
+            ("tune.schedule", "{method: linear, warmup: 0}"),
             ("tune.steps", "9"),
             ("tune.batch_tokens", "128"),
         ];
@@ -60,4 +62,52 @@ fn the_schedule_begins_anew_with_each_link() {
     assert!(chain[..3] == chain[3..6] && chain[..3] == chain[6..] && chain[0] > chain[2], "{chain:?}");
     let plain = rates("{method: lora, rank: 2}");
     assert!(plain.windows(2).all(|pair| pair[0] > pair[1]), "{plain:?}");
+}
+
+/// The folder that a job of 10 steps leaves, as it is read, and the shapes of its tensors by their names.
+fn left(small: &Small, adapter: &str) -> (attune_adapt::peft::Folder, BTreeMap<String, Vec<usize>>) {
+    let files = small.finish(small.plan(&[("tune.adapter", adapter)]), 1).1;
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::write(folder.path().join(name), &files[&format!("Result/{name}")]).unwrap();
+    }
+    let tensors =
+        candle_core::safetensors::load(folder.path().join("adapter_model.safetensors"), &Device::Cpu).unwrap();
+    let shapes = tensors.into_iter().map(|(name, tensor)| (name, tensor.dims().to_vec())).collect();
+    (attune_adapt::peft::read(folder.path()).unwrap(), shapes)
+}
+
+/// Of 14 linears 3 stay open: the others are not in the file, and the folder says which are.
+#[test]
+fn what_is_closed_is_absent_from_the_file() {
+    let small = Small::new();
+    let adapter =
+        "{method: selective-lora, rank: 2, most: 0.2, before: 0, every: 1, penalty: 0, start: 0.5, score_lr: 1}";
+    let (folder, shapes) = left(&small, adapter);
+    assert_eq!((shapes.len(), folder.targets.entries().len()), (3 * 4, 3), "{shapes:?}");
+    assert_eq!(folder.method.method, "selective-lora");
+}
+
+/// The ranks behind the one that is left are not in the file either, and PEFT's own keys say what is.
+#[test]
+fn a_file_has_the_rank_that_is_left() {
+    let small = Small::new();
+    let (folder, shapes) =
+        left(&small, "{method: elastic-lora, rank: 4, step: 1, smallest: 1, alpha: 8, left: smallest}");
+    let ranks: Vec<usize> =
+        shapes.iter().filter(|(name, _)| name.contains("lora_A")).map(|(_, shape)| shape[0]).collect();
+    assert_eq!((ranks, shapes.len()), (vec![1; 14], 28));
+    assert_eq!(folder.method.params["extracted"], true);
+    let (whole, _) = left(&small, "{method: elastic-lora, rank: 4, step: 1, smallest: 1, alpha: 8, left: largest}");
+    assert!(!whole.method.params.contains_key("extracted"));
+}
+
+/// Few kept numbers are there with their places, and the share of entries that do not change is said.
+#[test]
+fn a_file_has_the_numbers_that_were_kept() {
+    let small = Small::new();
+    let (folder, shapes) = left(&small, "{method: roselora, rank: 2, keep: 0.1, ends: 0.5}");
+    assert_eq!(shapes.len(), 14 * 4);
+    let share = folder.method.params["sparsity"].as_f64().unwrap();
+    assert!((0.9..1.0).contains(&share), "{share}");
 }
