@@ -429,19 +429,19 @@ mod tests {
             let readers = partner.readers(&second, d).unwrap();
             assert_eq!(readers[0].dims(), [16, d]);
             let one = Tensor::eye(d, DType::F64, &Device::Cpu).unwrap();
-            for head in 0..heads {
+            for (head, reader) in readers.iter().enumerate() {
                 let own = |x: &Tensor| x.narrow(0, head * d, d).unwrap();
                 let (u, v) = (
-                    readers[head].matmul(&wide(L).get(head).unwrap()).unwrap(),
+                    reader.matmul(&wide(L).get(head).unwrap()).unwrap(),
                     wide(K).get(head).unwrap().matmul(&own(&whole)).unwrap(),
                 );
                 assert!(largest(&(u.t().unwrap().matmul(&u).unwrap() - &one).unwrap()) < 1e-4);
                 assert!(largest(&(v.matmul(&v.t().unwrap()).unwrap() - &one).unwrap()) < 1e-4);
-                let before = readers[head].matmul(&own(&whole)).unwrap();
+                let before = reader.matmul(&own(&whole)).unwrap();
                 let values = u.t().unwrap().matmul(&before).unwrap().matmul(&v.t().unwrap()).unwrap();
                 let all = linalg::svd(&before).unwrap().s.narrow(0, 0, d).unwrap();
                 assert!(largest(&(values - one.broadcast_mul(&all).unwrap()).unwrap()) < 1e-4 * largest(&all));
-                let change = (readers[head].matmul(&own(&made)).unwrap() - before).unwrap();
+                let change = (reader.matmul(&own(&made)).unwrap() - before).unwrap();
                 let by_hand = u.matmul(&core.get(head).unwrap()).unwrap().matmul(&v).unwrap();
                 assert!(largest(&(change - &by_hand).unwrap()) < 1e-4 * largest(&by_hand));
             }
