@@ -12,8 +12,8 @@ use crate::engine::StepRule;
 use crate::error::{Error, Result};
 use crate::forms::AsWeight;
 use crate::layout::{Doc, Layout};
-use crate::params::{Locals, TensorSpec};
-use crate::stats::Stats;
+use crate::params::{Locals, Params, TensorSpec};
+use crate::stats::{Stats, StatsRequest};
 use crate::weight::Weight;
 
 /// What an adapter puts at one site.
@@ -54,15 +54,21 @@ pub trait Adapter: Send + Sync {
         Ok(None)
     }
 
+    /// What it wants measured at its sites, on the job's data and without itself, before it starts. Nothing for most.
+    fn calibrate(&self) -> Vec<StatsRequest> {
+        Vec::new()
+    }
+
     /// A text, as tokens, whose keys and values at its attentions it wants to know before it starts. None for most.
     fn reads(&self) -> Option<&[u32]> {
         None
     }
 
-    /// Starting values as in [`Adapter::init`], where it is known what attentions made of the text that it [reads](Adapter::reads).
+    /// Starting values as in [`Adapter::init`], where it is known what it wants [measured](Adapter::calibrate) and what attentions made
+    /// of the text that it [reads](Adapter::reads).
     ///
     /// # Errors
-    /// As for [`Adapter::init`]; a text that `stats` does not have.
+    /// As for [`Adapter::init`]; what `stats` does not have.
     fn init_by(
         &self,
         at: &Attachment,
@@ -71,6 +77,12 @@ pub trait Adapter: Send + Sync {
         rng: &mut Rng,
     ) -> Result<(Locals, BaseEdit)> {
         self.init(at, weight, rng)
+    }
+
+    /// Whether it takes out of the base's own weights, at all of its sites, what it finds to be least in them: a second such component would take out the same
+    /// once more. Few do.
+    fn truncates(&self) -> bool {
+        false
     }
 
     /// How the component takes part in the computation at `at`.
@@ -103,6 +115,16 @@ pub trait Adapter: Send + Sync {
     /// Whatever computing it raises.
     fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> Result<Merged>;
 
+    /// The same component without what a run that has ended left of it that does nothing: an adapter of fewer sites or smaller tensors that
+    /// computes what this one does with these parameters. It is what a folder holds. None where there is nothing of the kind, as for
+    /// most.
+    ///
+    /// # Errors
+    /// Parameters that are not those of `at`.
+    fn compacted(&self, _at: &[Attachment], _params: &Params) -> Result<Option<Compacted>> {
+        Ok(None)
+    }
+
     /// How the adapter is written down in Hugging Face PEFT's layout; `None` if its result is a whole model.
     fn peft(&self) -> Option<Peft>;
 
@@ -114,6 +136,16 @@ pub trait Adapter: Send + Sync {
 
 /// Gives the base weight at an attachment.
 pub type WeightOf<'f, 'w> = dyn Fn(&Attachment) -> Result<Box<dyn Weight + 'w>> + Sync + 'f;
+
+/// An adapter with its parameters, in place of a larger one that computes the same.
+pub struct Compacted {
+    /// The adapter.
+    pub adapter: Box<dyn Adapter>,
+    /// Where it is attached.
+    pub attachments: Vec<Attachment>,
+    /// Its parameters.
+    pub params: Params,
+}
 
 /// A component that trains, as a step rule of its own gets to know it.
 pub struct Trained<'a> {

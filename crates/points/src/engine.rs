@@ -1,7 +1,7 @@
 //! What one optimiser step may ask of the machinery, and the point `StepRule` that asks.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use attune_spec::id::Step;
@@ -265,6 +265,26 @@ pub trait Engine {
     /// A gradient that is not finite, missing (connection guard) or always zero (signal guard).
     fn update(&mut self, gradients: Grads) -> Result<f64>;
 
+    /// The same for all tensors but those that rest: their values, and what the optimiser keeps of them, stay as they are, and their gradients
+    /// do not count in the norm.
+    ///
+    /// # Errors
+    /// As for [`Engine::update`]; [`Error::Refused`] by an engine that lets nothing rest.
+    fn update_but(&mut self, gradients: Grads, resting: &BTreeSet<TensorId>) -> Result<f64> {
+        match resting.first() {
+            None => self.update(gradients),
+            Some(id) => Err(Error::Refused(format!("{id} cannot rest here"))),
+        }
+    }
+
+    /// The base's own weight at a site, `[o, i]` in 32 bits.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] by an engine that has none at hand; a weight that cannot be read.
+    fn weight(&self, site: &str) -> Result<Tensor> {
+        Err(Error::Refused(format!("the weight of {site} is not at hand here")))
+    }
+
     /// The gradient of the job's loss over a batch, then one update by it: its norm before clipping, and the loss. Nobody sees the
     /// gradient, so an engine of several ranks need not give it to all of them.
     ///
@@ -322,6 +342,12 @@ pub trait StepRule: Send {
     /// makes no backward pass either.
     fn takes_gradients(&self) -> bool {
         true
+    }
+
+    /// Where a step stands in the schedule of the learning rate, and how many steps that has: the job's own for most, less for one that begins
+    /// it anew on the way.
+    fn scheduled(&self, step: Step, all: Step) -> (Step, Step) {
+        (step, all)
     }
 
     /// Does one step.

@@ -82,12 +82,13 @@ impl Begun {
         Ok(Self { at, method: method.clone(), init, budget, path: path.clone() })
     }
 
-    /// What its start and its budget want measured, each with the field that says so.
+    /// What its start, or the component itself without one, and its budget want measured, each with the field that says so.
     pub(crate) fn calibrates(&self) -> Vec<(FieldPath, StatsRequest)> {
         let of = |path: FieldPath, wanted: Vec<StatsRequest>| wanted.into_iter().map(move |one| (path.clone(), one));
         let init = self.init.iter().flat_map(|init| of(self.path.field("init"), init.calibrate()));
+        let own = self.init.is_none().then(|| of(self.path.clone(), self.at.adapter.calibrate()));
         let budget = self.budget.iter().flat_map(|budget| of(BUDGET.into(), budget.calibrate()));
-        init.chain(budget).collect()
+        init.chain(own.into_iter().flatten()).chain(budget).collect()
     }
 
     /// The text that its own start wants to be read, as tokens.
@@ -142,7 +143,8 @@ impl Begun {
 
     /// The same in a later attempt of a run, whose checkpoint has the values. What they are of an initialisation is not computed again.
     pub(crate) fn resume(self, name: &str, seed: u64, base: &Base) -> Result<Component, Error> {
-        if self.init.is_none() && self.reads().is_none() {
+        let looks = self.reads().is_some() || !self.at.adapter.calibrate().is_empty();
+        if self.init.is_none() && !looks {
             return self.start(name, seed, base, &Stats::none());
         }
         let fresh = slot::blank(self.init.as_deref(), &self.at.attachments)?;
@@ -329,7 +331,7 @@ fn blended_at(site: &SiteId, before: &[Slot]) -> Vec<usize> {
 ///
 /// # Errors
 /// A fault at `path`.
-pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) -> Result<(), Error> {
+fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) -> Result<(), Error> {
     let is_branch = |other: &Slot, site: &SiteId| {
         other.at(site).is_some_and(|at| matches!(other.adapter().port(at), Port::Branch(_)))
     };
@@ -358,6 +360,24 @@ pub(crate) fn has_what_it_mixes(slot: &Slot, before: &[Slot], path: &FieldPath) 
     Ok(())
 }
 
+/// Whether a slot fits those before it.
+///
+/// # Errors
+/// A fault at `path`: of one that lacks [what it mixes](has_what_it_mixes), and of one that takes something out of a weight that another one has taken
+/// out already.
+pub(crate) fn fits(slot: &Slot, before: &[Slot], path: &FieldPath) -> Result<(), Error> {
+    let others = || before.iter().filter(|other| other.adapter().truncates() && slot.adapter().truncates());
+    if let Some(at) = slot.attachments().find(|at| others().any(|other| other.at(&at.site).is_some())) {
+        let message = format!(
+            "takes the least of the weight out of {}, as an adapter before it does already: together they would take it out twice; expected one of \
+             them there",
+            at.site
+        );
+        return Err(Error::Faults(vec![Fault::new(path.clone(), message)]));
+    }
+    has_what_it_mixes(slot, before, path)
+}
+
 /// Adapter folders on a base, the first one innermost, frozen: what a model that speaks is made of. Weights that a component
 /// makes are made once, as texts go through the model token by token; they take as much memory as those of its sites in 32 bits.
 /// Weights that an adapter's start quantised anew are so in the base that comes back.
@@ -371,7 +391,7 @@ pub fn frozen<'f>(mut base: Base, folders: impl IntoIterator<Item = &'f Path>) -
     for (index, folder) in folders.into_iter().enumerate() {
         let path = FieldPath::from("adapter").index(index);
         let Component { slot, params, kind, requantized, .. } = Component::read(folder, &base, &path, &cx)?;
-        has_what_it_mixes(&slot, &slots, &path)?;
+        fits(&slot, &slots, &path)?;
         if let Some(less) = requantized {
             base = few::requantized(&base, &slot, &less)?;
         }

@@ -1,6 +1,6 @@
 //! The engine of one rank: batches, passes, sums over shards, updates.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::BitOrAssign;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +19,7 @@ use attune_points::schedule::Schedule;
 use attune_points::{Entries, Error, GradSink, Grads, Layout, Params, Result, Tap, TensorId, TensorSpec, Theta};
 use attune_spec::id::Step;
 use attune_tensor::Rng;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::agreement::Waits;
@@ -135,6 +136,8 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) company: Option<Company<'a>>,
     /// Steps done.
     pub(crate) step: Step,
+    /// Where the next step stands in the schedule, and how many steps that has.
+    pub(crate) scheduled: (Step, Step),
     /// What this rank was asked for; told to the others with the next gradients.
     pub(crate) wishes: Wishes,
     /// What any rank was, by the last sum: all ranks agree on it.
@@ -435,12 +438,21 @@ impl Engine for RankEngine<'_> {
     }
 
     fn update(&mut self, gradients: Grads) -> Result<f64> {
-        self.updated(&gradients)
+        self.updated(&gradients, &BTreeSet::new())
+    }
+
+    fn update_but(&mut self, gradients: Grads, resting: &BTreeSet<TensorId>) -> Result<f64> {
+        self.updated(&gradients, resting)
+    }
+
+    fn weight(&self, site: &str) -> Result<Tensor> {
+        let base = self.shared.model.base();
+        base.tensor(&base.tensor_name(site, "weight"), DType::F32)
     }
 
     fn update_by(&mut self, batch: &Batch) -> Result<(f64, LossReport)> {
         let (gradients, loss) = self.added_up_for_update(batch)?;
-        Ok((self.updated(&gradients)?, loss))
+        Ok((self.updated(&gradients, &BTreeSet::new())?, loss))
     }
 
     fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {

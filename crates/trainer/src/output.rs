@@ -8,7 +8,7 @@ use attune_adapt::joined::joined;
 use attune_adapt::{held, peft};
 use attune_artifacts::formats::card::Card;
 use attune_models::{Base, Slot, export, stack};
-use attune_points::adapter::{Merged, Port};
+use attune_points::adapter::{Compacted, Merged, Port};
 use attune_points::{BankKind, TensorName, Theta, Weight};
 use attune_spec::job::MergedInto;
 use attune_spec::job::plan::Input;
@@ -141,7 +141,12 @@ fn adapter(
     let card = card(request, at, base_name, state);
     let beside = theta.beside.get(&(at as u16));
     match beside.and_then(|beside| params(theta, usize::from(*beside))) {
-        None => peft::write(folder, slot.adapter(), &attachments, &trained, architecture, base_name, &card)?,
+        None => match slot.adapter().compacted(&attachments, &trained)? {
+            None => peft::write(folder, slot.adapter(), &attachments, &trained, architecture, base_name, &card)?,
+            Some(Compacted { adapter, attachments, params }) => {
+                peft::write(folder, &*adapter, &attachments, &params, architecture, base_name, &card)?;
+            }
+        },
         Some(beside) => {
             let whole = joined(slot.adapter(), &attachments, &trained, beside, architecture)?;
             let (adapter, attachments) = (&*whole.adapter, &whole.attachments);

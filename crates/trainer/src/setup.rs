@@ -233,7 +233,7 @@ pub(crate) fn prepare(
             }
             Slotted::Begun(begun) => begun.start(planned.name.as_str(), plan.seed, &base, &stats)?,
         };
-        component::has_what_it_mixes(&made.slot, &slots, &path)?;
+        component::fits(&made.slot, &slots, &path)?;
         if is_fresh {
             component::made_of_blended(&mut made, (&slots, &banks), &base, &path)?;
         }

@@ -4,7 +4,7 @@
 //! Processes of a gang share this work: each adds up the gradients of its own tensors, has their optimiser's buffers, makes
 //! their new values and gives them to all. No bit depends on who does it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use attune_models::pass::Stopwatch;
 use attune_models::stack;
@@ -31,7 +31,8 @@ pub(crate) fn of_ranks(error: &attune_collective::Error) -> Error {
 impl RankEngine<'_> {
     /// The learning rate that the next update starts from.
     pub(crate) fn lr(&self) -> f64 {
-        self.shared.optimizer.lr() * self.shared.schedule.factor(self.step, self.shared.total_steps)
+        let (at, all) = self.scheduled;
+        self.shared.optimizer.lr() * self.shared.schedule.factor(at, all)
     }
 
     /// Adds the gradients of losses that components have on their own tensors.
@@ -129,8 +130,8 @@ impl RankEngine<'_> {
         self.collective.gang().is_none_or(|gang| gang.has(id))
     }
 
-    /// Clips, and applies the optimiser; the gradient's norm before.
-    pub(crate) fn updated(&mut self, gradients: &Grads) -> Result<f64> {
+    /// Clips, and applies the optimiser to all tensors but those that rest; the gradient's norm before.
+    pub(crate) fn updated(&mut self, gradients: &Grads, resting: &BTreeSet<TensorId>) -> Result<f64> {
         self.witness()?;
         let watch = Stopwatch::start();
         let number = self.step.next();
@@ -148,11 +149,12 @@ impl RankEngine<'_> {
         if !is_silent {
             self.guard.check(number.0, &squares, |id| self.shared.specs.get(id).and_then(|spec| spec.quiet))?;
         }
+        squares.retain(|id, _| !resting.contains(id));
         let norm = clip::norm(squares.into_values().flatten());
         let factor = clip::factor(norm, self.shared.max_grad_norm);
         let lr = self.lr();
         let shared = self.shared;
-        let work = self.buffers.iter_mut().filter_map(|(id, buffers)| {
+        let work = self.buffers.iter_mut().filter(|(id, _)| !resting.contains(*id)).filter_map(|(id, buffers)| {
             let (gradient, spec) = (values.remove(id)?, shared.specs.get(id)?);
             Some((id, gradient, buffers, spec))
         });

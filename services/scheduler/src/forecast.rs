@@ -137,7 +137,8 @@ fn statistics(admitted: &Admitted) -> Option<u64> {
     let inits = plan.stack.iter().filter_map(|slot| Some((slot, slot.init.as_ref()?)));
     let trained = plan.stack.iter().filter(|slot| slot.train);
     let budget = trained.filter_map(|slot| Some((slot, plan.budget.as_ref()?)));
-    for (slot, asks) in inits.chain(budget) {
+    let own = plan.stack.iter().filter_map(|slot| Some((slot, slot.method.as_ref().filter(|_| slot.init.is_none())?)));
+    for (slot, asks) in inits.chain(budget).chain(own) {
         let document = Catalogue::embedded().get(&asks.method)?;
         let mut sites = admit::sites(slot, architecture).ok()?;
         if document.trains_base {

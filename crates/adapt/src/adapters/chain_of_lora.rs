@@ -5,7 +5,8 @@
 //! ```text
 //! y_to = x_ti W_oi^T + s · Σ_k (drop(x_ti) A_k^T) B_k^T                   k = 1 … links                  s = alpha / rank
 //! ```
-//! where in the k-th of as many equal shares of the steps A_k and B_k learn, from a fresh start, and all others stay.
+//! where in the k-th of as many equal shares of the steps A_k and B_k learn, from a fresh start, and all others stay. The optimiser and the schedule of
+//! the learning rate begin anew with each link.
 //!
 //! # Symbols
 //! `lora_A`, the rows of all A_k, and `lora_B`, the columns of all B_k; f32, trained, `rank` a link. A starts uniform in ±1/sqrt(i), B at 0.
@@ -19,13 +20,14 @@
 //! With B = 0 it is the base, bit for bit. With a single link it is LoRA. The end of a link changes nothing of what the model says.
 //!
 //! # Departures
-//! What links have learned is not added to the base but kept beside it, all in one: its file is LoRA's of all their ranks. The optimiser starts anew with each link;
-//! the learning rate's schedule is the job's, and does not.
+//! What links have learned is not added to the base but kept beside it, all in one: its file is LoRA's of all their ranks. Links have one rank, not
+//! smaller and smaller ones.
 //!
 //! # Paper
 //! Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning. Xia, Qin, Hazan, 2024.
 
 use attune_architecture::{Architecture, Site};
+use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained};
 use attune_points::engine::{self, Engine, Job, Renewed, Source, StepReport, StepRule};
 use attune_points::{Locals, Owner, TensorId, TensorName, Weight};
@@ -135,8 +137,9 @@ impl Adapter for ChainOfLora {
 
     fn peft(&self) -> Option<Peft> {
         let Config { rank, alpha, dropout, links } = self.config;
-        let lora = (rank * links, alpha * f64::from(links), dropout);
-        Some(own::as_lora(Self::CARD.name, &self.config, lora))
+        let (r, lora_alpha) = (rank * links, alpha * f64::from(links));
+        let lora = LoraConfig { r, lora_alpha, lora_dropout: dropout, ..LoraConfig::default() };
+        Some(own::as_lora(Self::CARD.name, &self.config, &lora))
     }
 }
 
@@ -177,6 +180,11 @@ impl Chain {
         }
     }
 
+    /// The first step of a link, or of the next one that has any.
+    fn begins(&self, link: u64) -> u64 {
+        (link * self.steps).div_ceil(self.links)
+    }
+
     /// The link that learns at a step.
     fn link(&self, step: u64) -> usize {
         (step.min(self.steps - 1) * self.links / self.steps) as usize
@@ -202,6 +210,12 @@ impl Chain {
 impl StepRule for Chain {
     fn misfit(&self, job: &Job<'_>) -> Option<String> {
         anew::misfit(job)
+    }
+
+    fn scheduled(&self, step: Step, _: Step) -> (Step, Step) {
+        let link = self.link(step.0) as u64;
+        let (first, end) = (self.begins(link), self.begins(link + 1));
+        (Step(step.0.saturating_sub(first)), Step(end - first))
     }
 
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> attune_points::Result<StepReport> {
@@ -329,10 +343,17 @@ mod tests {
         let links = |steps: u64, links: u32| {
             let config = Config { links, ..Config::default() };
             let chain = Chain::new(&config, &Trained { slot: 0, attachments: Vec::new(), steps: Step(steps) });
-            (0..=steps).map(|step| chain.link(step)).collect::<Vec<_>>()
+            let scheduled = (0..steps).map(|step| {
+                let (at, all) = chain.scheduled(Step(step), Step(steps));
+                (at.0, all.0)
+            });
+            ((0..=steps).map(|step| chain.link(step)).collect::<Vec<_>>(), scheduled.collect::<Vec<_>>())
         };
-        assert_eq!(links(7, 3), [0, 0, 0, 1, 1, 2, 2, 2]);
-        assert_eq!(links(2, 4), [0, 2, 2]);
+        let (of_seven, of_two) = (links(7, 3), links(2, 4));
+        assert_eq!(of_seven.0, [0, 0, 0, 1, 1, 2, 2, 2]);
+        // Each link has a schedule of its own, as long as it is.
+        assert_eq!(of_seven.1, [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2), (0, 2), (1, 2)]);
+        assert_eq!(of_two, (vec![0, 2, 2], vec![(0, 1), (0, 1)]));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! A low-rank change, and a handful of single entries where the weight itself stands out of its own low rank; for small budgets, in which entries that
-//! were exceptional before are let be so in another way.
+//! were exceptional before are let be so in another way. The base beside them may be pruned on the way, by what has been learned until then.
 //!
 //! # Update
 //! ```text
@@ -11,31 +11,42 @@
 //!                R <- R, and the first rows of the triangle of W - L R - D, five more
 //! (p, q)(k):     where D is largest, then where W - L R is
 //! ```
+//! With `prune`, at the share `prunes_at` of the steps, that share of all entries of all linears goes whose sum is least, and the rest of the steps
+//! trains what is left:
+//! ```text
+//! W'_oi = M_oi W_oi + s (B A)_oi + D_oi                or, with `mask_delta`, M_oi (W_oi + s (B A)_oi + D_oi)                  y_to = x_ti W'_oi^T
+//! M_oi  = [|W_oi + s (B A)_oi + D_oi| is not among the least]                              D_oi = Σ_k v_k [o = p(k), i = q(k)]
+//! ```
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, and `values` `v_k`, f32, trained; A starts uniform in ±1/sqrt(i), B and v at 0. `indices` the flat places
-//! i p(k) + q(k), i64, ascending, never trained.
+//! i p(k) + q(k), i64, ascending, never trained. With `prune`, `mask` M, a bit for each entry, 64 of them an i64, all 1 until it prunes.
 //!
 //! # Cost
 //! `r*(i+o) + entries` parameters per linear, and places of as many as the latter beside them; `2 r (i+o) + 2 entries` extra FLOPs per token forward.
-//! The search takes some `20 rounds² i o` FLOPs a weight, once.
+//! The search takes some `20 rounds² i o` FLOPs a weight, once. With `prune`, each pass makes another weight in place of it, forward and in reverse, at
+//! `2 r i o` FLOPs each, and the gradient by it; where it prunes, three such sums of each weight.
 //!
 //! # Limits
-//! With B = 0 and v = 0 it is the base, bit for bit. With v = 0 it is LoRA.
+//! With B = 0 and v = 0 it is the base, bit for bit, until that is pruned. With v = 0 it is LoRA. Merged, a weight has that many zeros only with
+//! `mask_delta`; without, the change fills them.
 //!
 //! # Departures
-//! Of the paper's two sparsities it is the one of the change: the base is not pruned, nor are heads. The authors search for a hundred rounds; five directions a
-//! round, some ten are enough where a weight is of low rank beside what stands out.
+//! The base is pruned entry by entry; heads and channels as a whole, by gates that are learned, are not here. It goes on after that with the optimiser's
+//! numbers and the schedule that it has. The authors search for a hundred rounds; five directions a round, some ten are enough where a weight is of low
+//! rank beside what stands out.
 //!
 //! # Paper
 //! DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models. Chen, Chen, Chen, Awadallah, Wang, Cheng, 2023. The
 //! search: Greedy Bilateral Sketch, Completion & Smoothing. Zhou, Tao, 2013.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
-use attune_points::{Locals, TensorSpec, Weight};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, Trained, WeightMap};
+use attune_points::engine::{self, Engine, StepReport, StepRule};
+use attune_points::{Locals, Owner, TensorId, TensorName, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::id::Step;
+use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -43,9 +54,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::parts::dropout::dropped;
+use crate::parts::masks::{self, MASK};
 use crate::parts::sparse::{INDICES, VALUES};
 use crate::parts::starts::{self, Start};
-use crate::parts::{factors, linears, own, sparse};
+use crate::parts::{anew, factors, linears, own, sparse};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
@@ -91,12 +103,31 @@ pub(super) struct Config {
     /// The least that an entry stands out by in it.
     #[schemars(range(min = 0.0, max = 1e6))]
     threshold: f64,
+    /// Share of the base's weights that goes on the way; 0 for none.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    prune: f64,
+    /// Share of the job's steps after which it goes.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    prunes_at: f64,
+    /// Lets the change, too, be 0 where the weight has gone.
+    mask_delta: bool,
 }
 
 impl Default for Config {
-    /// The paper's entries and threshold, and LoRA's rank; the rounds are ours.
+    /// The paper's entries and threshold, and LoRA's rank, on a base that stays whole; the rounds are ours.
     fn default() -> Self {
-        Self { rank: 8, alpha: 8.0, dropout: 0.0, entries: 64, search: Search::Decomposed, rounds: 10, threshold: 0.01 }
+        Self {
+            rank: 8,
+            alpha: 8.0,
+            dropout: 0.0,
+            entries: 64,
+            search: Search::Decomposed,
+            rounds: 10,
+            threshold: 0.01,
+            prune: 0.0,
+            prunes_at: 0.5,
+            mask_delta: false,
+        }
     }
 }
 
@@ -115,11 +146,26 @@ impl Method for Dsee {
         targets: "all-linear",
         parameters: "rank*(i+o) + entries",
         merges: Merges::Weight,
+        rules: &[
+            Rule {
+                when: "prune > 0",
+                require: "dropout == 0",
+                message: "is for a change on rows, and with `prune` it is made within the weight; expected 0",
+                path: "dropout",
+            },
+            Rule {
+                when: "mask_delta",
+                require: "prune > 0",
+                message: "is true, and nothing is pruned: expected `prune` beside it",
+                path: "mask_delta",
+            },
+        ],
         ..Card::new(
             "dsee",
             Point::Adapter,
             "A low-rank change, and a handful of single entries where the weight itself stands out of its own low rank; for small budgets, \
-             in which entries that were exceptional before are let be so in another way.",
+             in which entries that were exceptional before are let be so in another way. The base beside them may be pruned on the way, by \
+             what has been learned until then.",
         )
     };
     type Config = Config;
@@ -133,6 +179,10 @@ impl Method for Dsee {
 impl Dsee {
     fn scale(&self) -> f64 {
         self.config.alpha / f64::from(self.config.rank)
+    }
+
+    fn prunes(&self) -> bool {
+        self.config.prune > 0.0
     }
 }
 
@@ -196,34 +246,39 @@ impl Adapter for Dsee {
                 let message = format!("is {count}; {} is {o} by {i}, so {} is the most", site.id, o * i);
                 return Err(Fault::new("entries", message));
             }
-            Ok(vec![
+            let tensors = [
                 TensorSpec::trained(A, [r, i]),
                 TensorSpec::trained(B, [o, r]),
                 TensorSpec::trained(VALUES, [count]),
                 TensorSpec::fixed(INDICES, [count]),
-            ])
+            ];
+            Ok(tensors.into_iter().chain(self.prunes().then(|| masks::spec(o * i))).collect())
         })
     }
 
     fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
         let places = self.config.places(weight, self.config.entries as usize, rng)?;
-        starts::each(at, rng, |spec| match spec.local {
-            A => Start::kaiming(spec),
-            INDICES => Start::Is(places.clone()),
+        let (o, i) = weight.shape();
+        let mask = if self.prunes() { Some(masks::whole(o * i)?) } else { None };
+        starts::each(at, rng, |spec| match (spec.local, &mask) {
+            (A, _) => Start::kaiming(spec),
+            (INDICES, _) => Start::Is(places.clone()),
+            (MASK, Some(mask)) => Start::Is(mask.clone()),
             _ => Start::Constant(0.0),
         })
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
-        Port::Delta(self)
+        if self.prunes() { Port::Weight(self) } else { Port::Delta(self) }
+    }
+
+    fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
+        self.prunes().then(|| Box::new(Pruning::new(&self.config, self.scale(), of)) as Box<dyn StepRule>)
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
-        let b_or = tensors.get(B)?;
-        let a_ri = (tensors.get(A)? * self.scale())?;
-        let low_oi = (weight.dense(b_or.dtype())? + ops::matmul(b_or, &a_ri)?)?;
-        let weight = sparse::added(&low_oi, tensors.get(INDICES)?, tensors.get(VALUES)?)?;
-        Ok(Merged::Weight { weight, bias: None })
+        let w_oi = weight.dense(tensors.get(B)?.dtype())?;
+        Ok(Merged::Weight { weight: WeightMap::graph(self, &w_oi, tensors)?, bias: None })
     }
 
     fn peft(&self) -> Option<Peft> {
@@ -246,11 +301,107 @@ impl RowMap for Dsee {
     }
 }
 
+/// A weight with a low-rank change and single entries added to it.
+fn summed(w_oi: &Tensor, tensors: &Locals, scale: f64) -> attune_points::Result<Tensor> {
+    let low_oi = (w_oi + (ops::matmul(tensors.get(B)?, tensors.get(A)?)? * scale)?)?;
+    sparse::added(&low_oi, tensors.get(INDICES)?, tensors.get(VALUES)?)
+}
+
+impl WeightMap for Dsee {
+    fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
+        if self.config.mask_delta {
+            return masks::kept(&summed(w_oi, tensors, self.scale())?, tensors);
+        }
+        summed(&masks::kept(w_oi, tensors)?, tensors, self.scale())
+    }
+}
+
+/// The usual steps, after one of which the least entries of all weights go.
+struct Pruning {
+    share: f64,
+    scale: f64,
+    /// The number of steps after which.
+    at: u64,
+    places: Vec<Place>,
+}
+
+/// A weight that is pruned, and what is added to it.
+struct Place {
+    site: String,
+    slot: u16,
+}
+
+impl Pruning {
+    fn new(config: &Config, scale: f64, of: &Trained<'_>) -> Self {
+        let at = (config.prunes_at * of.steps.0 as f64).round() as u64;
+        let places = of.attachments.iter().map(|at| Place { site: at.site.to_string(), slot: of.slot });
+        Self { share: config.prune, scale, at: at.clamp(1, of.steps.0.max(1)), places: places.collect() }
+    }
+
+    /// The sizes of all entries of a weight as what they sum up to, as whole numbers in their order.
+    fn sizes(&self, place: &Place, engine: &dyn Engine) -> attune_points::Result<Vec<u32>> {
+        let of = |local: &'static str| Ok((local, anew::held(engine.theta(), &place.id(local))?));
+        let tensors = [A, B, VALUES, INDICES].into_iter().map(of).collect::<attune_points::Result<Vec<_>>>()?;
+        let tensors = Locals::new(place.site.as_str(), tensors);
+        let sum_oi = summed(&engine.weight(&place.site)?, &tensors, self.scale)?;
+        // Numbers of 32 bits that are not negative are in the order of their bits.
+        Ok(sum_oi.abs()?.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    }
+
+    /// Which entries of each weight stay, and how many of all go.
+    fn masks(&self, engine: &dyn Engine) -> attune_points::Result<(Vec<Tensor>, u64)> {
+        let mut all = 0;
+        for place in &self.places {
+            all += self.sizes(place, engine)?.len() as u64;
+        }
+        let gone = (self.share * all as f64).round() as u64;
+        let pieces = |take: &mut dyn FnMut(&[u32])| {
+            self.places.iter().try_for_each(|place| {
+                take(&self.sizes(place, engine)?);
+                Ok(())
+            })
+        };
+        let (least, mut equal) = masks::threshold(all - gone, pieces)?;
+        let mask = |place: &Place| {
+            let stays = |size: u32| {
+                let first = size == least && equal > 0;
+                equal -= u64::from(first);
+                size > least || first
+            };
+            masks::packed(&self.sizes(place, engine)?.into_iter().map(stays).collect::<Vec<_>>())
+        };
+        Ok((self.places.iter().map(mask).collect::<attune_points::Result<_>>()?, gone))
+    }
+}
+
+impl Place {
+    fn id(&self, local: &str) -> TensorId {
+        TensorId { owner: Owner::Bank { slot: self.slot, set: 0 }, name: TensorName::new(&*self.site, local) }
+    }
+}
+
+impl StepRule for Pruning {
+    fn step(&mut self, step: Step, engine: &mut dyn Engine) -> attune_points::Result<StepReport> {
+        let mut report = engine::usual_step(engine)?;
+        if step.next().0 == self.at {
+            let (masks, gone) = self.masks(engine)?;
+            let mut theta = engine.theta().clone();
+            for (place, mask) in self.places.iter().zip(masks) {
+                theta.put(&place.id(MASK), mask);
+            }
+            engine.set(theta);
+            report.metrics.push(("pruned".to_owned(), gone as f64));
+        }
+        Ok(report)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use attune_architecture::SiteId;
 
     use super::*;
+    use crate::parts::toy::Toy;
 
     fn normal(name: &str, shape: &[usize]) -> Tensor {
         Rng::new(1, name).normal_tensor(shape, 1.0, DType::F64).unwrap()
@@ -316,12 +467,63 @@ mod tests {
         let Merged::Weight { weight, .. } = dsee.merge(&at, &locals, &w).unwrap() else { panic!("no weight") };
         let (x, layout) = (normal("x", &[3, 6]), attune_points::Layout::new());
         let cx = RowCx { site: &at.site, output: 5, dropout: None, layout: &layout, rows: None };
-        let rows = dsee.graph(&x, &locals, &cx).unwrap();
+        let rows = RowMap::graph(&dsee, &x, &locals, &cx).unwrap();
         let by_hand = x.matmul(&(&weight - &w).unwrap().t().unwrap()).unwrap();
         assert!(largest(&(rows - by_hand).unwrap()) < 1e-12);
         let low = (locals.get(B).unwrap().matmul(locals.get(A).unwrap()).unwrap() * 1.5).unwrap();
         let single = ((weight - w).unwrap() - low).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let places: Vec<usize> = (0..30).filter(|&at| single[at].abs() > 1e-12).collect();
         assert_eq!(places, [1, 8, 9, 29]);
+    }
+
+    /// Two weights of different sizes: what goes is the least of both together, by what they are with what was learned.
+    #[test]
+    fn the_least_of_all_weights_go_once_and_never_come_back() {
+        let config = Config { prune: 0.4, prunes_at: 0.5, rank: 1, entries: 3, ..Config::default() };
+        let of = |mask_delta| Dsee { config: Config { mask_delta, ..config.clone() } };
+        let at = |site: &str, (o, i): (usize, usize)| {
+            let factors = vec![TensorSpec::trained(A, [1, i]), TensorSpec::trained(B, [o, 1])];
+            let own = [factors, vec![TensorSpec::trained(VALUES, [3]), TensorSpec::fixed(INDICES, [3])]].concat();
+            Attachment { site: SiteId::new(site), tensors: [own, vec![masks::spec(o * i)]].concat() }
+        };
+        let shapes = [("up", (6, 5)), ("down", (5, 8))];
+        let weight = |site: &str, (o, i): (usize, usize)| {
+            (normal(site, &[o, i]).to_dtype(DType::F32).unwrap() * if site == "up" { 0.1 } else { 1.0 }).unwrap()
+        };
+        let start = |site: &str, local: &str| {
+            let (_, (o, i)) = shapes.into_iter().find(|(name, _)| *name == site).unwrap();
+            match local {
+                INDICES => Tensor::new(&[0i64, 7, 9], &Device::Cpu).unwrap(),
+                MASK => masks::whole(o * i).unwrap(),
+                // The first entry of both is what was learned alone.
+                VALUES => Tensor::new(&[50f32, 0.0, 0.0], &Device::Cpu).unwrap(),
+                A => Tensor::zeros((1, i), DType::F32, &Device::Cpu).unwrap(),
+                _ => Tensor::zeros((o, 1), DType::F32, &Device::Cpu).unwrap(),
+            }
+        };
+        let mut toy = Toy::new(shapes.map(|(site, shape)| at(site, shape)).to_vec(), start, 0.1, |_, _| None);
+        toy.weights = shapes.iter().map(|(site, shape)| ((*site).to_owned(), weight(site, *shape))).collect();
+        let mut rule = of(false).step_rule(&toy.trained(4)).unwrap();
+        let stays = |toy: &Toy| shapes.map(|(site, (o, i))| masks::unpacked(&toy.value(site, MASK), o * i).unwrap());
+        let mut told = Vec::new();
+        for step in 0..4 {
+            assert_eq!(stays(&toy).concat().into_iter().filter(|stays| *stays).count(), if step < 2 { 70 } else { 42 });
+            told.extend(rule.step(Step(step), &mut toy).unwrap().metrics);
+        }
+        assert_eq!(told, [("pruned".to_owned(), 28.0)]);
+        let [up, down] = stays(&toy);
+        assert!(up[0] && down[0], "what was learned counts");
+        // The small weight loses nearly all of it, and the large one little.
+        assert!(up.iter().filter(|stays| **stays).count() < 10 && down.iter().filter(|stays| **stays).count() > 32);
+        for mask_delta in [true, false] {
+            let (dsee, w) = (of(mask_delta), weight("up", (6, 5)));
+            let local = |local: &'static str| (local, toy.value("up", local));
+            let b = normal("b", &[6, 1]).to_dtype(DType::F32).unwrap();
+            let a = normal("a", &[1, 5]).to_dtype(DType::F32).unwrap();
+            let locals = Locals::new("up", [(A, a), (B, b), local(VALUES), local(INDICES), local(MASK)]);
+            let made = WeightMap::graph(&dsee, &w, &locals).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let zeros = made.iter().zip(&up).filter(|(made, stays)| **made == 0.0 && !**stays).count();
+            assert_eq!(zeros, if mask_delta { up.iter().filter(|stays| !**stays).count() } else { 0 });
+        }
     }
 }

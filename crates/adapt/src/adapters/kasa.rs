@@ -18,8 +18,8 @@
 //! decomposition of each weight before the first step.
 //!
 //! # Limits
-//! It starts as the base without its smallest singular values, which is not the base. Twice at one linear
-//! it takes the same out twice. With all d the same, no losses of its own and nothing taken out it would be LoRA.
+//! It starts as the base without its smallest singular values, which is not the base. Beside another component that takes something out of the same linear it
+//! is refused: it would take the same out twice. With all d the same, no losses of its own and nothing taken out it would be LoRA.
 //!
 //! # Departures
 //! Computes what PEFT does, and its losses over all linears. PEFT takes the values out of the base in place, so that what it saves says nothing
@@ -159,6 +159,10 @@ impl Adapter for Kasa {
             LEFT => Start::Is(left.clone()),
             _ => Start::Is(smallest.v.clone()),
         })
+    }
+
+    fn truncates(&self) -> bool {
+        true
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! # Symbols
-//! `loldu_z` `z_r`, f32, trained, D of the first r pivots at the start, or with `start` `uniform` uniform in half their mean size; `loldu_sigma`, alpha / r at the
-//! start, trained unless `train_scale` is off. `loldu_start` what their product starts as, `loldu_L` `L_or` and `loldu_U` `U_ri` never train. A
+//! `loldu_z` `z_r`, f32, trained, D of the first r pivots at the start, or with `start` by their mean size m: `uniform` in ±m/2, `normal` with standard
+//! deviation m/2, `constant` m; `loldu_sigma`, alpha / r at the start, trained unless `train_scale` is off. `loldu_start` what their product starts as, `loldu_L` `L_or` and `loldu_U` `U_ri` never train. A
 //! pivot of less than a millionth of the largest has nothing in U, and its number no effect.
 //!
 //! # Cost
@@ -61,6 +61,10 @@ enum Numbers {
     Pivots,
     /// Uniform, in half the mean size of the pivots to both sides of 0.
     Uniform,
+    /// Normal, with half the mean size of the pivots as standard deviation.
+    Normal,
+    /// The mean size of the pivots, all of them.
+    Constant,
 }
 
 /// Parameters of LoLDU.
@@ -151,12 +155,12 @@ impl Adapter for Loldu {
         let by = |pivot: f64| if pivot.abs() > LEAST * most { 1.0 / pivot } else { 0.0 };
         let inverse = Tensor::new(pivots[..r].iter().map(|pivot| by(*pivot)).collect::<Vec<f64>>(), &Device::Cpu)?;
         let u_ri = u_ki.narrow(0, 0, r)?.broadcast_mul(&inverse.unsqueeze(1)?)?;
+        let mean = pivots[..r].iter().map(|pivot| pivot.abs()).sum::<f64>() / r as f64;
         let z = match self.config.start {
             Numbers::Pivots => Tensor::new(&pivots[..r], &Device::Cpu)?.to_dtype(DType::F32)?,
-            Numbers::Uniform => {
-                let mean = pivots[..r].iter().map(|pivot| pivot.abs()).sum::<f64>() / r as f64;
-                rng.named(Z).uniform_tensor(r, mean / 2.0, DType::F32)?
-            }
+            Numbers::Uniform => rng.named(Z).uniform_tensor(r, mean / 2.0, DType::F32)?,
+            Numbers::Normal => rng.named(Z).normal_tensor(r, mean / 2.0, DType::F32)?,
+            Numbers::Constant => Tensor::full(mean as f32, r, &Device::Cpu)?,
         };
         let sigma = Tensor::new(&[(self.config.alpha / r as f64) as f32], &Device::Cpu)?;
         let from = z.broadcast_mul(&sigma)?;
@@ -247,11 +251,32 @@ mod tests {
 
     #[test]
     fn it_starts_as_the_base_whatever_its_numbers_start_as_and_on_both_sides_of_a_square() {
-        for (shape, start) in [([7, 5], Numbers::Pivots), ([5, 7], Numbers::Uniform), ([6, 6], Numbers::Uniform)] {
+        for (shape, start) in [
+            ([7, 5], Numbers::Pivots),
+            ([5, 7], Numbers::Uniform),
+            ([6, 6], Numbers::Uniform),
+            ([7, 5], Numbers::Normal),
+            ([5, 7], Numbers::Constant),
+        ] {
             let w = normal("w", &shape);
             let (loldu, at, locals) = started(Config { rank: 4, start, ..Config::default() }, &w);
             assert_eq!(largest(&change(&loldu, &at, &locals, &w)), 0.0);
         }
+    }
+
+    #[test]
+    fn numbers_start_by_the_size_of_the_pivots() {
+        let w = normal("w", &[40, 40]);
+        let of = |start| {
+            let (_, _, locals) = started(Config { rank: 40, start, ..Config::default() }, &w);
+            locals.get(Z).unwrap().to_vec1::<f32>().unwrap()
+        };
+        let pivots = of(Numbers::Pivots);
+        let mean = pivots.iter().map(|z| z.abs()).sum::<f32>() / 40.0;
+        assert!(of(Numbers::Constant).iter().all(|z| (z - mean).abs() < 1e-5 * mean));
+        assert!(of(Numbers::Uniform).iter().all(|z| z.abs() <= mean / 2.0));
+        let spread = (of(Numbers::Normal).iter().map(|z| z * z).sum::<f32>() / 40.0).sqrt();
+        assert!((spread / mean - 0.5).abs() < 0.2, "{spread} of {mean}");
     }
 
     #[test]

@@ -6,24 +6,26 @@
 //! W'_oi = T_oo W_oi      with side output                  W'_oi = W_oi T_ii      with side input               d = o or i
 //! T_dd  = 1 + s · B_dr A_rd                                                       with kind plus
 //! T_dd  = s · shift(B_dr A_rd)        shift(M)_jk = M_j,(k - j) mod d             with kind shift
+//! T_dd  = s · B_dr A_rd                                                           with kind plain
+//! T_dd  = 1 + D_dd                                                                with kind complete
 //! y_to  = x_ti W'_oi^T                                                            s = alpha / r
 //! ```
 //!
 //! # Symbols
 //! `lorma_A` `A_rd` and `lorma_B` `B_dr`, f32, trained. With plus A starts uniform in ±1/sqrt(d), B at 0. With shift B starts uniform in
-//! ±1/sqrt(r) but for a first column of 1, A at 0 but for a first entry of 1, and both over sqrt(s).
+//! ±1/sqrt(r) but for a first column of 1, A at 0 but for a first entry of 1, and both over sqrt(s). With plain B starts uniform in ±1/sqrt(r), A as its
+//! pseudo-inverse over s: T is a projection. `lorma_D` `D_dd`, trained, 0 at the start, stands in place of both with complete.
 //!
 //! # Cost
-//! `2 r d` parameters per linear. Each pass makes `W'` twice, forward and reverse: at `4 r o i` FLOPs with plus, whose
-//! products never have d by d values, at `2 d o i` with shift; and the gradient by it, `2 i o` FLOPs per token.
+//! `2 r d` parameters per linear, `d²` with complete. Each pass makes `W'` twice, forward and reverse: at `4 r o i` FLOPs with plus and plain, whose
+//! products never have d by d values, at `2 d o i` with shift and complete; and the gradient by it, `2 i o` FLOPs per token.
 //!
 //! # Limits
-//! Both start as the base, shift bit for bit where s is 1. With plus the change is `s B (A W)`, or `s (W B) A`: of rank r, in the
+//! All but plain start as the base, shift bit for bit where s is 1; plain starts as what a projection of rank r leaves of it. With plus the change is `s B (A W)`, or `s (W B) A`: of rank r, in the
 //! space of rows, or of columns, of W. With shift T has any rank, and merges to a weight.
 //!
 //! # Departures
-//! T without the 1 and without the shift, which starts as a projection and not as the base, and a T of all its d² numbers are the
-//! paper's comparisons, and not here.
+//! none; plain and complete are the paper's comparisons.
 //!
 //! # Paper
 //! LoRMA: Low-Rank Multiplicative Adaptation for LLMs. Bihany, Patel, Modi, 2025.
@@ -33,8 +35,8 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
-use attune_tensor::ops;
 use attune_tensor::rng::Rng;
+use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -44,6 +46,7 @@ use crate::parts::{linears, own};
 
 const A: &str = "lorma_A";
 const B: &str = "lorma_B";
+const D: &str = "lorma_D";
 
 /// Parameters of LoRMA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -80,6 +83,10 @@ enum Kind {
     Plus,
     /// Their product with row j rotated by j places, which has any rank.
     Shift,
+    /// Their product alone, which starts as a projection: what is left of the base has their rank.
+    Plain,
+    /// 1 plus a whole matrix, and no factors.
+    Complete,
 }
 
 impl Default for Config {
@@ -102,12 +109,12 @@ impl Method for Lorma {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: r#"2*rank*(o*(side == "output") + i*(side == "input"))"#,
+        parameters: r#"if(kind == "complete", if(side == "output", o*o, i*i), 2*rank*if(side == "output", o, i))"#,
         merges: Merges::Factors,
         rules: &[Rule {
-            when: r#"kind == "shift""#,
+            when: r#"kind == "shift" or kind == "plain""#,
             require: "alpha > 0",
-            message: "is 0, with which nothing is left of the weight; expected more with kind shift",
+            message: "is 0, with which nothing is left of the weight; expected more with kinds shift and plain",
             path: "alpha",
         }],
         ..Card::new(
@@ -148,6 +155,9 @@ impl Adapter for Lorma {
                 Side::Output => output,
                 Side::Input => input,
             };
+            if self.config.kind == Kind::Complete {
+                return Ok(vec![TensorSpec::trained(D, [d, d])]);
+            }
             if rank > d {
                 let message = format!("is {rank}; {} is multiplied on a side of {d}, which is the most", site.id);
                 return Err(Fault::new("rank", message));
@@ -157,7 +167,7 @@ impl Adapter for Lorma {
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
-        if self.config.kind == Kind::Plus {
+        if matches!(self.config.kind, Kind::Plus | Kind::Complete) {
             return starts::each(
                 at,
                 rng,
@@ -166,6 +176,14 @@ impl Adapter for Lorma {
         }
         let rank = self.config.rank as usize;
         let d = at.tensors.first().map_or(0, |spec| spec.shape[1]);
+        if self.config.kind == Kind::Plain {
+            let b_dr = rng.named(B).uniform_tensor((d, rank), 1.0 / (rank as f64).sqrt(), DType::F32)?;
+            // B has as many columns as its rank, but for chance: (B^T B)⁻¹ B^T.
+            let wide = b_dr.to_dtype(DType::F64)?;
+            let turned = wide.t()?.contiguous()?;
+            let a_rd = (ops::matmul(&linalg::inverse(&ops::matmul(&turned, &wide)?)?, &turned)? / self.scale())?;
+            return starts::each(at, rng, |spec| Start::Is(if spec.local == A { a_rd.clone() } else { b_dr.clone() }));
+        }
         // The product's first column is 1, which the shift makes the diagonal.
         let bound = 1.0 / (rank as f64).sqrt();
         let rest = rng.named(B).uniform_tensor((d, rank - 1), bound, DType::F32)?;
@@ -178,18 +196,25 @@ impl Adapter for Lorma {
         starts::each(at, rng, |spec| Start::Is(if spec.local == A { a_rd.clone() } else { b_dr.clone() }))
     }
 
+    fn truncates(&self) -> bool {
+        self.config.kind == Kind::Plain
+    }
+
     fn port(&self, _: &Attachment) -> Port<'_> {
         Port::Weight(self)
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
-        let w_oi = weight.dense(tensors.get(A)?.dtype())?;
+        let own = if self.config.kind == Kind::Complete { D } else { A };
+        let w_oi = weight.dense(tensors.get(own)?.dtype())?;
         match self.config.kind {
             Kind::Plus => {
                 let (left, right) = self.factors(&w_oi, tensors)?;
                 Ok(Merged::Factors { left, right, scale: self.scale() })
             }
-            Kind::Shift => Ok(Merged::Weight { weight: self.graph(&w_oi, tensors)?, bias: None }),
+            Kind::Shift | Kind::Plain | Kind::Complete => {
+                Ok(Merged::Weight { weight: self.graph(&w_oi, tensors)?, bias: None })
+            }
         }
     }
 
@@ -200,14 +225,19 @@ impl Adapter for Lorma {
 
 impl WeightMap for Lorma {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
-        if self.config.kind == Kind::Plus {
+        let with = |t_dd: &Tensor| match self.config.side {
+            Side::Output => ops::matmul(t_dd, w_oi),
+            Side::Input => ops::matmul(w_oi, t_dd),
+        };
+        let product = || {
             let (left, right) = self.factors(w_oi, tensors)?;
-            return Ok((w_oi + (ops::matmul(&left, &right)? * self.scale())?)?);
-        }
-        let t_dd = (shift(&ops::matmul(tensors.get(B)?, tensors.get(A)?)?)? * self.scale())?;
-        Ok(match self.config.side {
-            Side::Output => ops::matmul(&t_dd, w_oi)?,
-            Side::Input => ops::matmul(w_oi, &t_dd)?,
+            Ok::<_, attune_points::Error>((ops::matmul(&left, &right)? * self.scale())?)
+        };
+        Ok(match self.config.kind {
+            Kind::Plus => (w_oi + product()?)?,
+            Kind::Plain => product()?,
+            Kind::Shift => with(&(shift(&ops::matmul(tensors.get(B)?, tensors.get(A)?)?)? * self.scale())?)?,
+            Kind::Complete => (w_oi + with(tensors.get(D)?)?)?,
         })
     }
 }
@@ -294,6 +324,34 @@ mod tests {
                 other => panic!("{other:?}"),
             };
             assert!(difference(&made, &merged) < 1e-12);
+        }
+    }
+
+    /// `T W` of a projection: it starts away from the base, by what is beyond its rank, and does nothing more when done twice.
+    #[test]
+    fn plain_starts_as_a_projection_and_not_as_the_base() {
+        for (side, d) in [(Side::Output, 4), (Side::Input, 6)] {
+            let config = Config { rank: 2, alpha: 3.0, side, kind: Kind::Plain };
+            let (lorma, locals) = (Lorma { config: config.clone() }, started(&config, d));
+            assert!(lorma.truncates());
+            let w = normal("w", [4, 6]).to_dtype(DType::F32).unwrap();
+            let once = lorma.graph(&w, &locals).unwrap();
+            assert!(difference(&once, &w) > 0.1 && difference(&lorma.graph(&once, &locals).unwrap(), &once) < 1e-5);
+            let values = linalg::svd(&once).unwrap().s.to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+            assert!(values[1] > 0.1 && values[2] < 1e-5, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn complete_is_any_matrix_and_starts_as_the_base() {
+        for (side, d) in [(Side::Output, 4), (Side::Input, 6)] {
+            let lorma = Lorma { config: Config { side, kind: Kind::Complete, ..Config::default() } };
+            let (w, t) = (normal("w", [4, 6]), normal("t", [d, d]));
+            let one = Tensor::eye(d, DType::F64, &Device::Cpu).unwrap();
+            let of = |change: Tensor| lorma.graph(&w, &Locals::new("q_proj", [(D, change)])).unwrap();
+            let by_hand = if side == Side::Output { t.matmul(&w) } else { w.matmul(&t) }.unwrap();
+            assert!(difference(&of((&t - &one).unwrap()), &by_hand) < 1e-12);
+            assert_eq!(difference(&of(t.zeros_like().unwrap()), &w), 0.0);
         }
     }
 }

@@ -99,6 +99,7 @@ impl Method for Poly {
         targets: "all-linear",
         parameters: "skills*rank*(i + o) + tasks*splits*skills",
         merges: Merges::Factors,
+        stays_beside: "tasks > 1 and task == null",
         peft_type: Some(PEFT_TYPE),
         ..Card::new(
             "poly",

@@ -11,7 +11,9 @@
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, f32, trained; A starts uniform in ±1/sqrt(i), B at 0. I the importance of each of their numbers, kept with
-//! the run. `t_i` and `t_f` are `begins` and `ends` of the job's steps. `drop` is dropout on the input.
+//! the run. `t_i` and `t_f` are `begins` and `ends` of the job's steps. `drop` is dropout on the input. In the file of a run that has ended,
+//! `lora_A_values`, f32, and `lora_A_indices`, i64, ascending flat places, of `⌈keep i⌉` numbers a row stand for A, and those of `⌈keep o⌉` a column for B,
+//! where that is shorter, with the share of entries of the weights that do not change, `sparsity`; they train as they are.
 //!
 //! # Cost
 //! `r*(i+o)` parameters per linear, as LoRA's, and as many importances beside them; `2 r (i+o)` extra FLOPs per token forward, and a selection
@@ -21,7 +23,7 @@
 //! With B = 0 it is the base, bit for bit. With `keep` 1 it is LoRA. A share of at most r · keep² of the weight's entries change in the end.
 //!
 //! # Departures
-//! Bounds on numbers and a stop at a small loss, which the authors have for edits alone, are not here. Factors are stored whole.
+//! Bounds on numbers and a stop at a small loss, which the authors have for edits alone, are not here.
 //!
 //! # Paper
 //! RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for Knowledge Editing and Fine-tuning. Wang, Liu,
@@ -30,15 +32,17 @@
 use std::collections::BTreeMap;
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained};
+use attune_points::adapter::{
+    Adapter, Attachment, BaseEdit, Compacted, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained,
+};
 use attune_points::engine::{self, Engine, Source, StepReport, StepRule, Tensors};
-use attune_points::{Error, Locals, Owner, TensorId, TensorName, Theta, Weight};
+use attune_points::{Error, Locals, Owner, Params, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +51,10 @@ use crate::parts::{factors, own, sparse};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
+const A_VALUES: &str = "lora_A_values";
+const A_INDICES: &str = "lora_A_indices";
+const B_VALUES: &str = "lora_B_values";
+const B_INDICES: &str = "lora_B_indices";
 
 /// Parameters of RoseLoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -74,12 +82,17 @@ pub(super) struct Config {
     /// Share of the job's steps after which no more go.
     #[schemars(range(min = 0.0, max = 1.0))]
     ends: f64,
+    /// Share of the entries of all its weights that do not change, where factors are their numbers and the places of these: what folders of a run that
+    /// has ended say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    sparsity: Option<f64>,
 }
 
 impl Default for Config {
     /// The authors' values for edits, whose 25 steps begin with 3 and end with 5 that let none go.
     fn default() -> Self {
-        Self { rank: 8, alpha: 32.0, dropout: 0.0, keep: 0.05, smoothing: 0.8, begins: 0.1, ends: 0.8 }
+        Self { rank: 8, alpha: 32.0, dropout: 0.0, keep: 0.05, smoothing: 0.8, begins: 0.1, ends: 0.8, sparsity: None }
     }
 }
 
@@ -124,14 +137,36 @@ impl Roselora {
     fn scale(&self) -> f64 {
         self.config.alpha / f64::from(self.config.rank)
     }
+
+    /// `A_ri` and `B_or`, however they are held.
+    fn factors(&self, tensors: &Locals, (o, i): (usize, usize)) -> attune_points::Result<(Tensor, Tensor)> {
+        if self.config.sparsity.is_none() {
+            return Ok((tensors.get(A)?.clone(), tensors.get(B)?.clone()));
+        }
+        let whole = |shape: (usize, usize), [values, places]: [&str; 2]| {
+            let values_n = tensors.get(values)?;
+            let zero = Tensor::zeros(shape, values_n.dtype(), values_n.device())?;
+            sparse::added(&zero, tensors.get(places)?, values_n)
+        };
+        let r = self.config.rank as usize;
+        Ok((whole((r, i), [A_VALUES, A_INDICES])?, whole((o, r), [B_VALUES, B_INDICES])?))
+    }
 }
 
 impl Adapter for Roselora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        factors::attach(sites, A, B, |_| self.config.rank)
+        let mut attachments = factors::attach(sites, A, B, |_| self.config.rank)?;
+        if self.config.sparsity.is_some() {
+            attachments.iter_mut().for_each(|at| at.tensors = self.config.sparse(at));
+        }
+        Ok(attachments)
     }
 
     fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+        if self.config.sparsity.is_some() {
+            let message = "`sparsity` is what folders of a run that has ended say: leave it out";
+            return Err(Error::Refused(message.to_owned()));
+        }
         factors::kaiming(at, rng)
     }
 
@@ -140,11 +175,43 @@ impl Adapter for Roselora {
     }
 
     fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
-        (self.config.keep < 1.0).then(|| Box::new(Pruning::new(&self.config, of)) as Box<dyn StepRule>)
+        let prunes = self.config.keep < 1.0 && self.config.sparsity.is_none();
+        prunes.then(|| Box::new(Pruning::new(&self.config, of)) as Box<dyn StepRule>)
     }
 
-    fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        Ok(Merged::Factors { left: tensors.get(B)?.clone(), right: tensors.get(A)?.clone(), scale: self.scale() })
+    fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
+        let (right, left) = self.factors(tensors, weight.shape())?;
+        Ok(Merged::Factors { left, right, scale: self.scale() })
+    }
+
+    fn compacted(&self, at: &[Attachment], params: &Params) -> attune_points::Result<Option<Compacted>> {
+        if self.config.sparsity.is_some() || !self.config.is_shorter(at) {
+            return Ok(None);
+        }
+        let (mut attachments, mut own) = (at.to_vec(), Params::new());
+        let (mut still, mut all) = (0, 0);
+        for at in &mut attachments {
+            let (site, tensors) = (at.site.clone(), self.config.sparse(at));
+            let held = |local: &str| {
+                let name = TensorName::new(site.as_str(), local);
+                params.get(&name).cloned().ok_or_else(|| Error::Refused(format!("{name} has no value")))
+            };
+            let (a_ri, b_or) = (held(A)?, held(B)?);
+            // A run that was ended before its last choice has more of them.
+            let (Some(of_a), Some(of_b)) = (self.config.kept(&a_ri, false)?, self.config.kept(&b_or, true)?) else {
+                return Ok(None);
+            };
+            for (spec, tensor) in tensors.iter().zip([of_a.0, of_a.1, of_b.0, of_b.1]) {
+                own.insert_declared(spec, site.as_str(), tensor);
+            }
+            let change = ops::matmul(&b_or, &a_ri)?.flatten_all()?.to_vec1::<f32>()?;
+            still += change.iter().filter(|by| **by == 0.0).count();
+            all += change.len();
+            at.tensors = tensors;
+        }
+        let sparsity = Some(still as f64 / all.max(1) as f64);
+        let adapter = Box::new(Self { config: Config { sparsity, ..self.config.clone() } });
+        Ok(Some(Compacted { adapter, attachments, params: own }))
     }
 
     fn peft(&self) -> Option<Peft> {
@@ -154,12 +221,60 @@ impl Adapter for Roselora {
 
 impl RowMap for Roselora {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
-        let h_tr = ops::linear(&dropped(x_ti, self.config.dropout, cx)?, tensors.get(A)?, None)?;
-        Ok(ops::linear(&(h_tr * self.scale())?, tensors.get(B)?, None)?)
+        let (a_ri, b_or) = self.factors(tensors, (cx.output, x_ti.dim(1)?))?;
+        let h_tr = ops::linear(&dropped(x_ti, self.config.dropout, cx)?, &a_ri, None)?;
+        Ok(ops::linear(&(h_tr * self.scale())?, &b_or, None)?)
     }
 
     fn fused(&self) -> Option<FusedRows> {
-        Some(FusedRows::LowRank { down: A, up: B, scale: self.scale(), dropout: self.config.dropout })
+        let whole = FusedRows::LowRank { down: A, up: B, scale: self.scale(), dropout: self.config.dropout };
+        self.config.sparsity.is_none().then_some(whole)
+    }
+}
+
+impl Config {
+    /// The tensors of the kept numbers of a pair of factors, in place of those of the pair.
+    fn sparse(&self, at: &Attachment) -> Vec<TensorSpec> {
+        let of = |local: &str| {
+            at.tensors.iter().find(|spec| spec.local == local).map_or([0, 0], |spec| [spec.shape[0], spec.shape[1]])
+        };
+        let ([r, i], [o, _]) = (of(A), of(B));
+        let (a, b) = (r * count(self.keep, i), r * count(self.keep, o));
+        let quiet = at.tensors.iter().find_map(|spec| spec.quiet);
+        let values = |local, n: usize| TensorSpec { quiet, ..TensorSpec::trained(local, [n]) };
+        let places = |local, n: usize| TensorSpec::fixed(local, [n]);
+        vec![values(A_VALUES, a), places(A_INDICES, a), values(B_VALUES, b), places(B_INDICES, b)]
+    }
+
+    /// Whether the kept numbers of all factors, of 32 bits, and their places, of 64, take less than the factors.
+    fn is_shorter(&self, at: &[Attachment]) -> bool {
+        let numbers =
+            |specs: &[TensorSpec]| specs.iter().map(|spec| spec.shape.iter().product::<usize>()).sum::<usize>();
+        let whole: usize = at.iter().map(|at| numbers(&at.tensors)).sum();
+        let kept: usize = at.iter().map(|at| numbers(&self.sparse(at)) / 2).sum();
+        3 * kept < whole
+    }
+
+    /// The numbers of a factor that are not 0, and as many others as make up each row's, or column's, share, with their places in order. None if one has
+    /// more than its share.
+    fn kept(&self, factor: &Tensor, columns: bool) -> attune_points::Result<Option<(Tensor, Tensor)>> {
+        let (rows, width) = factor.dims2()?;
+        let numbers = factor.flatten_all()?.to_vec1::<f32>()?;
+        let (lines, long) = if columns { (width, rows) } else { (rows, width) };
+        let share = count(self.keep, long);
+        let mut places = Vec::with_capacity(lines * share);
+        for line in 0..lines {
+            let at = |n: usize| if columns { n * width + line } else { line * width + n };
+            let sizes: Vec<f32> = (0..long).map(|n| numbers[at(n)].abs()).collect();
+            if sizes.iter().filter(|size| **size != 0.0).count() > share {
+                return Ok(None);
+            }
+            places.extend(sparse::largest(&sizes, share).into_iter().map(at));
+        }
+        places.sort_unstable();
+        let values: Vec<f32> = places.iter().map(|place| numbers[*place]).collect();
+        let places: Vec<i64> = places.into_iter().map(|place| place as i64).collect();
+        Ok(Some((Tensor::new(values, &Device::Cpu)?, Tensor::new(places, &Device::Cpu)?)))
     }
 }
 
@@ -298,8 +413,6 @@ impl StepRule for Pruning {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn at() -> Attachment {
@@ -391,5 +504,63 @@ mod tests {
             state.insert("up.lora_A".to_owned(), wrong);
         };
         assert!(refused(of_shape).contains("expected [2, 20]"));
+    }
+
+    /// Kept numbers and their places are the same factors, and no more of them than there may be.
+    #[test]
+    fn a_run_that_has_ended_leaves_the_numbers_that_were_kept() {
+        let rose = Roselora { config: Config { rank: 2, keep: 0.1, ..Config::default() } };
+        let (whole, mut rule) = (at(), pruning(&rose.config, 10));
+        let mut params = Params::new();
+        let (a, b) = (normal("a", &[2, 20]), normal("b", &[12, 2]));
+        for (spec, tensor) in whole.tensors.iter().zip([&a, &b]) {
+            params.insert_declared(spec, "up", tensor.clone());
+        }
+        let one = std::slice::from_ref(&whole);
+        assert!(rose.compacted(one, &params).unwrap().is_none(), "before its last choice");
+        for (factor, value) in [(0, &a), (1, &b)] {
+            rule.factors[factor].weigh(value, &value.ones_like().unwrap(), 0.8).unwrap();
+            let thinned = rule.factors[factor].thinned(value, rose.config.keep).unwrap();
+            params.insert(rule.factors[factor].id.name.clone(), thinned);
+        }
+        let Compacted { adapter, attachments, params: kept } = rose.compacted(one, &params).unwrap().unwrap();
+        let shapes: Vec<&[usize]> = attachments[0].tensors.iter().map(|spec| spec.shape.as_slice()).collect();
+        // Two of 20 in each of two rows, two of 12 in each of two columns.
+        assert_eq!(shapes, [[4]; 4]);
+        assert!(kept.is_fixed(&TensorName::new("up", A_INDICES)) && !kept.is_fixed(&TensorName::new("up", A_VALUES)));
+        let locals = |params: &Params, at: &Attachment| {
+            let of = |spec: &TensorSpec| (spec.local, params.get(&spec.name("up")).unwrap().clone());
+            Locals::new("up", at.tensors.iter().map(of))
+        };
+        let product = |adapter: &dyn Adapter, params: &Params, at: &Attachment| {
+            let base = Tensor::zeros((12, 20), DType::F32, &Device::Cpu).unwrap();
+            match adapter.merge(at, &locals(params, at), &base).unwrap() {
+                Merged::Factors { left, right, scale } => (left.matmul(&right).unwrap() * scale).unwrap(),
+                other => panic!("{other:?}"),
+            }
+        };
+        let (before, after) = (product(&rose, &params, &whole), product(&*adapter, &kept, &attachments[0]));
+        assert_eq!(before.to_vec2::<f32>().unwrap(), after.to_vec2::<f32>().unwrap());
+        let said = adapter.peft().unwrap().config["attune"].clone();
+        let still = before.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().filter(|by| **by == 0.0).count();
+        assert_eq!((&said["keep"], said["sparsity"].as_f64()), (&0.1.into(), Some(still as f64 / 240.0)));
+        // At least what two thin rows and columns a rank leave.
+        assert!(still >= 240 - 2 * 2 * 2);
+        let x = normal("x", &[3, 20]);
+        let layout = attune_points::Layout::new();
+        let cx = RowCx { site: &whole.site, output: 12, dropout: None, layout: &layout, rows: None };
+        let Port::Delta(map) = adapter.port(&attachments[0]) else { panic!("no rows") };
+        let (rows, by_hand) =
+            (map.graph(&x, &locals(&kept, &attachments[0]), &cx).unwrap(), x.matmul(&after.t().unwrap()).unwrap());
+        assert!(map.fused().is_none() && adapter.compacted(&attachments, &kept).unwrap().is_none());
+        let off = (rows - by_hand).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        assert!(off.to_scalar::<f32>().unwrap() < 1e-5);
+    }
+
+    #[test]
+    fn factors_are_whole_where_places_would_take_more() {
+        let whole = at();
+        let of = |keep: f64| Config { rank: 2, keep, ..Config::default() }.is_shorter(std::slice::from_ref(&whole));
+        assert_eq!([0.05, 0.3, 0.4, 1.0].map(of), [true, true, false, false]);
     }
 }

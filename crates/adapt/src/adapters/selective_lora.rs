@@ -13,7 +13,7 @@
 //! `score_lr` times the rate of all else; `open`, f32, 1 at the start, never trained. Factors have no gradient where their linear is off, c has one everywhere.
 //!
 //! # Cost
-//! `r*(i+o) + 1` parameters per linear while it trains, those of the linears that are on in the end; the others' are 0 in the result.
+//! `r*(i+o) + 1` parameters per linear while it trains, those of the linears that are on in the end; the others are absent from its file.
 //! `2 r (i+o)` extra FLOPs per token forward.
 //!
 //! # Limits
@@ -28,9 +28,9 @@
 //! Fine Tuning without Catastrophic Forgetting via Selective Low Rank Adaptation. Bafghi, Bagwell, Ravichandran, Shrivastava, Raissi, 2025.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, Trained};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Compacted, Merged, Peft, Port, RowCx, RowMap, Trained};
 use attune_points::engine::StepRule;
-use attune_points::{Locals, TensorSpec, Weight};
+use attune_points::{Locals, Params, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
@@ -188,6 +188,14 @@ impl Adapter for SelectiveLora {
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
         let left = tensors.get(B)?.broadcast_mul(&self.gates().gate(tensors)?)?;
         Ok(Merged::Factors { left, right: tensors.get(A)?.clone(), scale: self.scale() })
+    }
+
+    fn compacted(&self, at: &[Attachment], params: &Params) -> attune_points::Result<Option<Compacted>> {
+        let opened = self.gates().opened(at, params)?;
+        Ok(opened.map(|(attachments, params)| {
+            let adapter = Box::new(Self { config: self.config.clone() });
+            Compacted { adapter, attachments, params }
+        }))
     }
 
     fn peft(&self) -> Option<Peft> {

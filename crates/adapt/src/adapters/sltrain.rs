@@ -4,11 +4,11 @@
 //! # Update
 //! ```text
 //! W'_oi = W_oi + s · B_or A_ri + Σ_k v_k e_p(k) e_q(k)^T          k = 1 … ⌊density i o⌋                    s = alpha / r
-//! y_to  = x_ti W'_oi^T
+//! y_to  = x_ti W'_oi^T                                                   with `replaces`, W'_oi without W_oi
 //! ```
 //!
 //! # Symbols
-//! `lora_A` `A_ri` and `lora_B` `B_or`, and `values` `v_k`, f32, trained; A starts uniform in ±1/sqrt(i), B and v at 0. `indices` the flat places
+//! `lora_A` `A_ri` and `lora_B` `B_or`, and `values` `v_k`, f32, trained; A starts uniform in ±1/sqrt(i), B and v at 0, with `replaces` v as A. `indices` the flat places
 //! i p(k) + q(k), i64, drawn once without repeats, ascending, never trained.
 //!
 //! # Cost
@@ -16,10 +16,11 @@
 //! reverse, at `2 r o i` FLOPs each, and the gradient by it, `2 i o` FLOPs per token; no more than one linear's is there at a time.
 //!
 //! # Limits
-//! With B = 0 and v = 0 it is the base, bit for bit. With v = 0 it is LoRA; with B = 0 a fixed sparse change.
+//! With B = 0 and v = 0 it is the base, bit for bit. With v = 0 it is LoRA; with B = 0 a fixed sparse change. With `replaces` nothing is left of the base at its
+//! sites: that is for models from nothing.
 //!
 //! # Departures
-//! The paper trains the sum in place of the weight, from nothing: here the weight stays, frozen, and entries start at 0 in place of at random.
+//! The paper trains the sum in place of the weight, from nothing: that is `replaces`; else the weight stays, frozen, and entries start at 0.
 //!
 //! # Paper
 //! SLTrain: A Sparse Plus Low-Rank Approach for Parameter and Memory Efficient Pretraining. Han, Li, Huang, Hong, Takeda, Jawanpuria,
@@ -57,12 +58,14 @@ pub(super) struct Config {
     /// Share of the entries of a weight that train by themselves; one at least.
     #[schemars(range(min = 0.0, max = 1.0))]
     density: f64,
+    /// Stands in the place of the weight, and not beside it: for a model that is trained from nothing.
+    replaces: bool,
 }
 
 impl Default for Config {
-    /// The paper's share of entries and LoRA's rank.
+    /// The paper's share of entries and LoRA's rank, beside the weight.
     fn default() -> Self {
-        Self { rank: 8, alpha: 8.0, density: 0.03 }
+        Self { rank: 8, alpha: 8.0, density: 0.03, replaces: false }
     }
 }
 
@@ -118,8 +121,13 @@ impl Adapter for Sltrain {
         starts::each(at, rng, |spec| match spec.local {
             A => Start::kaiming(spec),
             INDICES => Start::Is(places.clone()),
+            VALUES if self.config.replaces => Start::Uniform(1.0 / (i as f64).sqrt()),
             _ => Start::Constant(0.0),
         })
+    }
+
+    fn truncates(&self) -> bool {
+        self.config.replaces
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -140,7 +148,8 @@ impl WeightMap for Sltrain {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         // The scaling goes on the thin side.
         let a_ri = (tensors.get(A)? * (self.config.alpha / f64::from(self.config.rank)))?;
-        let low_oi = (w_oi + ops::matmul(tensors.get(B)?, &a_ri)?)?;
+        let product_oi = ops::matmul(tensors.get(B)?, &a_ri)?;
+        let low_oi = if self.config.replaces { product_oi } else { (w_oi + product_oi)? };
         sparse::added(&low_oi, tensors.get(INDICES)?, tensors.get(VALUES)?)
     }
 }
@@ -164,7 +173,7 @@ mod tests {
     }
 
     fn of(alpha: f64) -> Sltrain {
-        Sltrain { config: Config { rank: 2, alpha, density: 0.2 } }
+        Sltrain { config: Config { rank: 2, alpha, density: 0.2, replaces: false } }
     }
 
     fn largest(x: &Tensor) -> f64 {
@@ -216,5 +225,22 @@ mod tests {
         };
         assert!(drawn(1).is_sorted_by(|a, b| a < b) && drawn(1).iter().all(|place| (0..30).contains(place)));
         assert!(drawn(1) == drawn(1) && drawn(1) != drawn(2));
+    }
+
+    #[test]
+    fn in_the_place_of_the_weight_it_is_the_same_sum_without_it_and_starts_sparse() {
+        let (w, values) = (normal("w", &[5, 6]), normal("v", &[3]));
+        let alone = Sltrain { config: Config { replaces: true, ..of(3.0).config } };
+        let tensors = locals(&[1, 8, 29], &values);
+        let beside = (of(3.0).graph(&w, &tensors).unwrap() - &w).unwrap();
+        assert!(largest(&(alone.graph(&w, &tensors).unwrap() - beside).unwrap()) < 1e-12);
+        let specs = [TensorSpec::trained(A, [2, 6]), TensorSpec::trained(B, [5, 2])].into_iter();
+        let sparse = [TensorSpec::trained(VALUES, [9]), TensorSpec::fixed(INDICES, [9])];
+        let at = Attachment { site: SiteId::new("up"), tensors: specs.chain(sparse).collect() };
+        let (started, _) = alone.init(&at, &w, &mut Rng::new(1, "init")).unwrap();
+        let made = alone.graph(&w.to_dtype(DType::F32).unwrap(), &started).unwrap().flatten_all().unwrap();
+        let made = made.to_vec1::<f32>().unwrap();
+        let (zeros, bound) = (made.iter().filter(|entry| **entry == 0.0).count(), 1.0 / 6f32.sqrt());
+        assert!(zeros == 21 && made.iter().all(|entry| entry.abs() <= bound), "{made:?}");
     }
 }

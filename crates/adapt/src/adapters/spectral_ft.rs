@@ -6,6 +6,7 @@
 //! W_oi = U_op diag(S_p) V_pi + rest                         W'_oi = (U + F)_op diag(S_p) (V + G)_pi + rest
 //! F_op = X_oq Y_qp,  G_pi = P_pq Q_qi                        or, with `inner_rank` 0, F and G themselves
 //! y_to = x_ti W_oi^T + (x_ti R^T) L^T                       L = [X, U diag(S) P],  R = [Y diag(S) (V + G); Q]
+//! with `truncate_residual`                                  W'_oi without `rest`
 //! ```
 //!
 //! # Symbols
@@ -19,12 +20,12 @@
 //! before the first step.
 //!
 //! # Limits
-//! With F = G = 0 it is the base, bit for bit. What a weight does between directions that are none of the p changes only where both ends do,
+//! With F = G = 0 it is the base, bit for bit; with `truncate_residual` the nearest weight of rank p to it. What a weight does between directions that are none of the p changes only where both ends do,
 //! by `F diag(S) G`. With all directions and `inner_rank` 0 it is any change of both sides' vectors.
 //!
 //! # Departures
 //! The authors' code leaves the rest of the weight out, so that it starts as an approximation of the base; here the rest stays, as in the
-//! paper's equation. Vectors are kept with the adapter.
+//! paper's equation, unless `truncate_residual` says otherwise. Vectors are kept with the adapter.
 //!
 //! # Paper
 //! Spectral-Aware Low-Rank Adaptation for Speaker Verification. Li, Mak, Pilanci, Lee, Meng, 2025.
@@ -68,12 +69,14 @@ pub(super) struct Config {
     /// Rounds of a randomised decomposition, which is much faster than the exact one where `rank` is small; exact if left out.
     #[schemars(range(min = 1, max = 64))]
     iterations: Option<u32>,
+    /// Leaves out what the weight has beyond these directions, so that it starts as the nearest one of their rank.
+    truncate_residual: bool,
 }
 
 impl Default for Config {
-    /// The paper's values.
+    /// The paper's values, and all of the weight.
     fn default() -> Self {
-        Self { rank: 256, inner_rank: 16, iterations: None }
+        Self { rank: 256, inner_rank: 16, iterations: None, truncate_residual: false }
     }
 }
 
@@ -175,11 +178,19 @@ impl Adapter for SpectralFt {
         })
     }
 
-    fn port(&self, at: &Attachment) -> Port<'_> {
-        if self.is_thin(at) { Port::Delta(self) } else { Port::Weight(self) }
+    fn truncates(&self) -> bool {
+        self.config.truncate_residual
     }
 
-    fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
+    fn port(&self, at: &Attachment) -> Port<'_> {
+        if self.is_thin(at) && !self.config.truncate_residual { Port::Delta(self) } else { Port::Weight(self) }
+    }
+
+    fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
+        if self.config.truncate_residual {
+            let w_oi = weight.dense(tensors.get(S)?.dtype())?;
+            return Ok(Merged::Weight { weight: WeightMap::graph(self, &w_oi, tensors)?, bias: None });
+        }
         let (left, right) = self.factors(tensors)?;
         Ok(Merged::Factors { left, right, scale: 1.0 })
     }
@@ -199,7 +210,12 @@ impl RowMap for SpectralFt {
 impl WeightMap for SpectralFt {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
         let (left, right) = self.factors(tensors)?;
-        Ok((w_oi + ops::matmul(&left, &right)?)?)
+        let change_oi = ops::matmul(&left, &right)?;
+        if self.config.truncate_residual {
+            let leading_oi = ops::matmul(&tensors.get(U)?.broadcast_mul(tensors.get(S)?)?, tensors.get(V)?)?;
+            return Ok((leading_oi + change_oi)?);
+        }
+        Ok((w_oi + change_oi)?)
     }
 }
 
@@ -233,7 +249,7 @@ mod tests {
                 (RIGHT_INNER, normal("q", &[q, 5])),
             ],
         });
-        (SpectralFt { config: Config { rank, inner_rank, iterations: None } }, Locals::new("up", locals))
+        (SpectralFt { config: Config { rank, inner_rank, ..Config::default() } }, Locals::new("up", locals))
     }
 
     /// `(U + F) diag(S) (V + G)` and what is left of the weight, by hand.
@@ -265,6 +281,31 @@ mod tests {
     }
 
     #[test]
+    fn without_the_rest_it_is_the_changed_vectors_alone_and_starts_as_the_nearest_of_their_rank() {
+        let w = normal("w", &[7, 5]);
+        for inner_rank in [2, 0] {
+            let (spectral, locals) = moved(&w, 3, inner_rank);
+            let whole = WeightMap::graph(&spectral, &w, &locals).unwrap();
+            let config = Config { truncate_residual: true, ..spectral.config };
+            let alone = WeightMap::graph(&SpectralFt { config: config.clone() }, &w, &locals).unwrap();
+            let triples = linalg::svd(&w).unwrap();
+            let part = |start: usize, count: usize| {
+                let of = triples.triples(start, count).unwrap();
+                of.u.broadcast_mul(&of.s).unwrap().matmul(&of.v).unwrap()
+            };
+            // What is missing is the rest of the weight, whatever was learned.
+            assert!(largest(&((whole - alone).unwrap() - part(3, 2)).unwrap()) < 1e-12);
+            let still = locals.iter().map(|(name, tensor)| {
+                let fixed = [U, S, V].contains(&name);
+                (name, if fixed { tensor.clone() } else { tensor.zeros_like().unwrap() })
+            });
+            let still = Locals::new("up", still.collect::<Vec<_>>());
+            let start = WeightMap::graph(&SpectralFt { config }, &w, &still).unwrap();
+            assert!(largest(&(start - part(0, 3)).unwrap()) < 1e-12);
+        }
+    }
+
+    #[test]
     fn columns_stay_among_those_of_the_vectors_and_of_what_is_added_to_them() {
         let w = normal("w", &[7, 5]);
         let (spectral, locals) = moved(&w, 3, 2);
@@ -292,7 +333,7 @@ mod tests {
     fn it_starts_as_the_weight_and_more_inner_rank_than_directions_is_refused() {
         let w = normal("w", &[7, 5]);
         for (rank, inner_rank) in [(4, 2), (0, 0)] {
-            let spectral = SpectralFt { config: Config { rank, inner_rank, iterations: None } };
+            let spectral = SpectralFt { config: Config { rank, inner_rank, ..Config::default() } };
             let sites = Site {
                 kind: attune_architecture::SiteKind::Linear { output: 7, input: 5, bias: false, transposed: false },
                 ..site()
@@ -303,7 +344,7 @@ mod tests {
             let made = WeightMap::graph(&spectral, &narrow, &locals).unwrap();
             assert_eq!(made.to_vec2::<f32>().unwrap(), narrow.to_vec2::<f32>().unwrap());
         }
-        let spectral = SpectralFt { config: Config { rank: 2, inner_rank: 3, iterations: None } };
+        let spectral = SpectralFt { config: Config { rank: 2, inner_rank: 3, ..Config::default() } };
         let fault = spectral.attach(&architecture(), &[site()]).unwrap_err().remove(0).to_string();
         assert!(fault.starts_with("`inner_rank` is 3; model.layers.0.self_attn.q_proj has 2 directions"), "{fault}");
     }

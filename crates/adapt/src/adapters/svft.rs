@@ -5,26 +5,28 @@
 //! ```text
 //! W_oi = U_ok diag(S_k) V_ki             y_to = x_ti W_oi^T + ((x_ti V_ki^T) M_kk^T) U_ok^T
 //! M_kk = Σ_n m_n e_p(n) e_q(n)^T         |p - q| ≤ bands, or as many places as that, at random or of the best aligned pairs
+//! M_kk = sigmoid(g) Σ_n …                with `start` `kaiming`
 //! ```
 //!
 //! # Symbols
 //! `svft_values` `m_n`, f32, trained, 0 at the start, row after row; `svft_U` `U_ok` and `svft_V` `V_ki`, never trained: the vectors of the k
-//! largest singular values, all of them with `rank` 0. `svft_indices` the places k p(n) + q(n), ascending, i64, where they are no band. The alignment
-//! of a pair is |u_p · v_q|.
+//! largest singular values, all of them with `rank` 0; with `refill`, others that are drawn at right angles to these make up all that there can be.
+//! `svft_indices` the places k p(n) + q(n), ascending, i64, where they are no band. The alignment of a pair is |u_p · v_q|, with `signed` u_p · v_q.
+//! With `start` `kaiming` m_n starts normal with standard deviation sqrt(2/n) of n numbers, behind `svft_gate` g, trained, 0 at the start.
 //!
 //! # Cost
-//! `k (2 bands + 1) - bands (bands + 1)` parameters per linear, and `k (i + o)` numbers that never train beside them, which for all k of a square
+//! `k (2 bands + 1) - bands (bands + 1)` parameters per linear, one more behind a gate, and `k (i + o)` numbers that never train beside them, which for all k of a square
 //! weight is twice its size. Rows go through the vectors, `2 k (i+o)` FLOPs a token, where that is cheaper than the weight, `k (i+o) < i*o`; else
 //! each pass makes the new weight of the site, twice at `2 k o i` FLOPs (and `2 k² o` where `M` is no diagonal), and the gradient by it. A decomposition of each weight before the
 //! first step.
 //!
 //! # Limits
-//! With m = 0 it is the base, bit for bit. With `bands` 0 the weight keeps its singular vectors, and their values train. The change stays in
+//! With m = 0 it is the base, bit for bit; with `start` `kaiming` it starts away from it. With `bands` 0 the weight keeps its singular vectors, and their values train. The change stays in
 //! the span of the vectors on both sides.
 //!
 //! # Departures
-//! Entries start at 0; the authors' code can start them at random behind a gate, away from the base. Alignment is for square weights, by its size and
-//! not its sign, and a place comes once. A cut of the rank is not filled up with other vectors. Vectors are kept with the adapter.
+//! Alignment is for square weights, by its size where nothing else is said, and a place comes once. A cut of the rank leaves the weight whole. Vectors are kept
+//! with the adapter.
 //!
 //! # Paper
 //! SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors. Lingam, Tejaswi, Vavre, Shetty, Gudur, Ghosh, Dimakis, Choi, Bojchevski,
@@ -35,7 +37,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
-use attune_tensor::linalg::Svd;
+use attune_tensor::linalg::{self, Svd};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -47,6 +49,7 @@ use crate::parts::starts::{self, Start};
 use crate::parts::{linears, own, sparse, spectral};
 
 const VALUES: &str = "svft_values";
+const GATE: &str = "svft_gate";
 const INDICES: &str = "svft_indices";
 const U: &str = "svft_U";
 const V: &str = "svft_V";
@@ -62,6 +65,17 @@ enum Pattern {
     Random,
     /// Where a left and a right vector are nearest to one direction; for square weights.
     TopK,
+}
+
+/// What entries start as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Values {
+    /// 0.
+    #[default]
+    Zero,
+    /// Random, behind a gate that is trained and half open at first: not the base.
+    Kaiming,
 }
 
 /// Parameters of SVFT.
@@ -80,12 +94,26 @@ pub(super) struct Config {
     /// Rounds of a randomised decomposition, which is much faster than the exact one where `rank` is small; exact if left out.
     #[schemars(range(min = 1, max = 64))]
     iterations: Option<u32>,
+    /// Fills up vectors that `rank` leaves out with random ones at right angles to all others.
+    refill: bool,
+    /// Prefers pairs in one direction to those in opposite ones, with `top_k`.
+    signed: bool,
+    /// What entries start as.
+    start: Values,
 }
 
 impl Default for Config {
     /// The paper's plain form.
     fn default() -> Self {
-        Self { pattern: Pattern::Banded, bands: 0, rank: 0, iterations: None }
+        Self {
+            pattern: Pattern::Banded,
+            bands: 0,
+            rank: 0,
+            iterations: None,
+            refill: false,
+            signed: false,
+            start: Values::Zero,
+        }
     }
 }
 
@@ -102,7 +130,7 @@ impl Method for Svft {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "(rank + (rank == 0)*min(o, i))*(2*bands + 1) - bands*(bands + 1)",
+        parameters: r#"if(rank == 0 or refill, min(o, i), rank)*(2*bands + 1) - bands*(bands + 1) + (start == "kaiming")"#,
         merges: Merges::Factors,
         ..Card::new(
             "svft",
@@ -141,18 +169,27 @@ impl Svft {
         }
     }
 
+    /// The entries, behind their gate.
+    fn values(&self, tensors: &Locals) -> attune_points::Result<Tensor> {
+        let values_n = tensors.get(VALUES)?;
+        match self.config.start {
+            Values::Zero => Ok(values_n.clone()),
+            Values::Kaiming => Ok(values_n.broadcast_mul(&(tensors.get(GATE)?.neg()?.exp()? + 1.0)?.recip()?)?),
+        }
+    }
+
     /// `M_kk`, where it is not a diagonal.
     fn between(&self, k: usize, tensors: &Locals) -> attune_points::Result<Tensor> {
-        let values_n = tensors.get(VALUES)?;
+        let values_n = self.values(tensors)?;
         let zero_kk = Tensor::zeros((k, k), values_n.dtype(), values_n.device())?;
-        sparse::added(&zero_kk, &self.places(k, tensors)?, values_n)
+        sparse::added(&zero_kk, &self.places(k, tensors)?, &values_n)
     }
 
     /// What the change is the product of: `U_ok M_kk` and `V_ki`.
     fn factors(&self, tensors: &Locals) -> attune_points::Result<(Tensor, Tensor)> {
         let (u_ok, v_ki) = (tensors.get(U)?, tensors.get(V)?);
         let left = if self.is_diagonal() {
-            ops::scale_columns(u_ok, tensors.get(VALUES)?)?
+            ops::scale_columns(u_ok, &self.values(tensors)?)?
         } else {
             ops::matmul(u_ok, &self.between(u_ok.dim(1)?, tensors)?)?
         };
@@ -167,7 +204,8 @@ impl Svft {
             Pattern::Random => sparse::some(k * k, count, &rng.named(INDICES)).map(Some),
             Pattern::TopK => {
                 // Of u_p and v_q.
-                let alignment_kk = ops::matmul(&triples.u.t()?, &triples.v.t()?)?.abs()?;
+                let alignment_kk = ops::matmul(&triples.u.t()?, &triples.v.t()?)?;
+                let alignment_kk = if self.config.signed { alignment_kk } else { alignment_kk.abs()? };
                 let scores: Vec<f32> = alignment_kk.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 let mut places: Vec<i64> =
                     sparse::largest(&scores, count).into_iter().map(|place| place as i64).collect();
@@ -178,6 +216,21 @@ impl Svft {
     }
 }
 
+/// Singular triples, and random vectors at right angles to theirs, of no value, up to `k`.
+fn filled(own: Svd, k: usize, rng: &Rng) -> attune_points::Result<Svd> {
+    let known = own.s.dim(0)?;
+    if known >= k {
+        return Ok(own);
+    }
+    let beside = |name: &str, vectors_wn: &Tensor| {
+        let drawn = rng.named(name).normal_tensor((vectors_wn.dim(0)?, k - known), 1.0, DType::F64)?;
+        let (all_wk, _) = linalg::qr(&Tensor::cat(&[vectors_wn, &drawn], 1)?)?;
+        Ok::<_, attune_points::Error>(Tensor::cat(&[vectors_wn, &all_wk.narrow(1, known, k - known)?], 1)?)
+    };
+    let (u, v) = (beside("left", &own.u)?, beside("right", &own.v.t()?.contiguous()?)?.t()?.contiguous()?);
+    Ok(Svd { u, s: own.s.pad_with_zeros(0, 0, k - known)?, v })
+}
+
 /// The flat places of the diagonal and of `bands` beside it on each side, row after row.
 fn band(k: usize, bands: usize) -> Vec<i64> {
     let row = |p: usize| (p.saturating_sub(bands)..(p + bands + 1).min(k)).map(move |q| (p * k + q) as i64);
@@ -186,10 +239,11 @@ fn band(k: usize, bands: usize) -> Vec<i64> {
 
 impl Adapter for Svft {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let Config { pattern, bands, rank, .. } = self.config;
+        let Config { pattern, bands, rank, refill, start, .. } = self.config;
         let bands = bands as usize;
         linears::attach(sites, |site, o, i| {
             let k = spectral::triples(rank, site, (o, i))?;
+            let k = if refill { o.min(i) } else { k };
             if bands >= k {
                 let message = format!(
                     "is {bands}, beside the diagonal of a matrix {k} wide at {}; expected less than {k}",
@@ -210,18 +264,23 @@ impl Adapter for Svft {
             if pattern != Pattern::Banded {
                 tensors.push(TensorSpec::fixed(INDICES, [count]));
             }
+            if start == Values::Kaiming {
+                tensors.push(TensorSpec { decay: false, ..TensorSpec::trained(GATE, [1]) });
+            }
             Ok(tensors)
         })
     }
 
     fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
         let shape = |local| at.tensors.iter().find(|spec| spec.local == local).map_or(0, |spec| spec.shape[0]);
-        let triples = spectral::leading(weight, shape(V), self.config.iterations, rng)?;
+        let own = if self.config.rank == 0 { shape(V) } else { self.config.rank as usize };
+        let triples = filled(spectral::leading(weight, own, self.config.iterations, rng)?, shape(V), rng)?;
         let places = self.chosen(&triples, shape(VALUES), rng)?;
         starts::each(at, rng, |spec| match (spec.local, &places) {
             (U, _) => Start::Is(triples.u.clone()),
             (V, _) => Start::Is(triples.v.clone()),
             (INDICES, Some(places)) => Start::Is(places.clone()),
+            (VALUES, _) if self.config.start == Values::Kaiming => Start::Normal((2.0 / spec.shape[0] as f64).sqrt()),
             _ => Start::Constant(0.0),
         })
     }
@@ -248,7 +307,7 @@ impl RowMap for Svft {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, _: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let h_tk = ops::linear(x_ti, tensors.get(V)?, None)?;
         let mixed_tk = if self.is_diagonal() {
-            ops::scale_columns(&h_tk, tensors.get(VALUES)?)?
+            ops::scale_columns(&h_tk, &self.values(tensors)?)?
         } else {
             ops::linear(&h_tk, &self.between(h_tk.dim(1)?, tensors)?, None)?
         };
@@ -394,5 +453,52 @@ mod tests {
         let between = between.matmul(&locals.get(V).unwrap().t().unwrap()).unwrap().flatten_all().unwrap();
         let found = between.index_select(&Tensor::new(band(6, 1), &Device::Cpu).unwrap(), 0).unwrap();
         assert!(largest(&(found - planted.get(VALUES).unwrap()).unwrap()) < 1e-5);
+    }
+
+    #[test]
+    fn vectors_that_are_left_out_are_filled_up_at_right_angles() {
+        let w = normal("w", &[7, 5], DType::F64);
+        let config = Config { rank: 2, refill: true, ..Config::default() };
+        let (_, locals) = started(&config, &w, 5, 5);
+        let (u, v) = (locals.get(U).unwrap(), locals.get(V).unwrap());
+        let one = Tensor::eye(5, DType::F64, &Device::Cpu).unwrap();
+        for square in [u.t().unwrap().matmul(u).unwrap(), v.matmul(&v.t().unwrap()).unwrap()] {
+            assert!(largest(&(square - &one).unwrap()) < 1e-5);
+        }
+        let all = linalg::svd(&w).unwrap();
+        let two = |x: &Tensor| x.narrow(1, 0, 2).unwrap();
+        assert!(largest(&(two(u) - two(&all.u)).unwrap()) < 1e-5);
+        // The others are none of the weight's own.
+        let third = all.u.narrow(1, 2, 1).unwrap().t().unwrap().matmul(&u.narrow(1, 2, 3).unwrap()).unwrap();
+        assert!(third.abs().unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap().iter().all(|by| *by < 0.999));
+    }
+
+    #[test]
+    fn entries_behind_a_gate_start_away_from_the_base_by_half_of_them() {
+        let w = normal("w", &[40, 40], DType::F64);
+        let config = Config { start: Values::Kaiming, bands: 1, ..Config::default() };
+        let count = band(40, 1).len();
+        let mut at = attachment((40, 40), 40, count, Pattern::Banded);
+        at.tensors.push(TensorSpec::trained(GATE, [1]));
+        let svft = Svft { config };
+        let (locals, _) = svft.init(&at, &w, &mut Rng::new(1, "init")).unwrap();
+        let values = locals.get(VALUES).unwrap().to_vec1::<f32>().unwrap();
+        let spread = (values.iter().map(|m| f64::from(m * m)).sum::<f64>() / count as f64).sqrt();
+        assert!((spread / (2.0 / count as f64).sqrt() - 1.0).abs() < 0.2, "{spread}");
+        let halved = svft.values(&locals).unwrap().to_vec1::<f32>().unwrap();
+        assert!(halved.iter().zip(&values).all(|(half, whole)| (half - whole / 2.0).abs() < 1e-6));
+    }
+
+    #[test]
+    fn pairs_in_opposite_directions_come_last_where_signs_count() {
+        let w = normal("w", &[6, 6], DType::F64);
+        let least = |signed| {
+            let (_, locals) = started(&Config { pattern: Pattern::TopK, signed, ..Config::default() }, &w, 6, 12);
+            let scores = locals.get(U).unwrap().t().unwrap().matmul(&locals.get(V).unwrap().t().unwrap()).unwrap();
+            let scores = scores.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+            let chosen = locals.get(INDICES).unwrap().to_vec1::<i64>().unwrap();
+            chosen.into_iter().map(|place| scores[place as usize]).fold(f64::MAX, f64::min)
+        };
+        assert!(least(true) > 0.0 && least(false) < 0.0);
     }
 }

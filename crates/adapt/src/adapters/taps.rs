@@ -12,7 +12,7 @@
 //! no gradient where its linear is off, c has one everywhere.
 //!
 //! # Cost
-//! `i*o + 1` parameters per linear while it trains, those of the linears that are on in the end; the others' are 0 in the result. Each pass makes
+//! `i*o + 1` parameters per linear while it trains, those of the linears that are on in the end; the others are absent from its file. Each pass makes
 //! `W'` twice (forward and reverse), and the gradient by it, `2 i o` FLOPs per token.
 //!
 //! # Limits
@@ -27,9 +27,9 @@
 //! Task Adaptive Parameter Sharing for Multi-Task Learning. Wallingford, Li, Achille, Ravichandran, Fowlkes, Bhotika, Soatto, 2022.
 
 use attune_architecture::{Architecture, Site};
-use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, Trained, WeightMap};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Compacted, Merged, Peft, Port, Trained, WeightMap};
 use attune_points::engine::StepRule;
-use attune_points::{Locals, TensorSpec, Weight};
+use attune_points::{Locals, Params, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
@@ -142,6 +142,14 @@ impl Adapter for Taps {
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let w_oi = weight.dense(tensors.get(DELTA)?.dtype())?;
         Ok(Merged::Weight { weight: self.graph(&w_oi, tensors)?, bias: None })
+    }
+
+    fn compacted(&self, at: &[Attachment], params: &Params) -> attune_points::Result<Option<Compacted>> {
+        let opened = self.gates().opened(at, params)?;
+        Ok(opened.map(|(attachments, params)| {
+            let adapter = Box::new(Self { config: self.config.clone() });
+            Compacted { adapter, attachments, params }
+        }))
     }
 
     fn peft(&self) -> Option<Peft> {

@@ -5,7 +5,7 @@
 //! ```text
 //! W_oi = U_ok diag(S_k) V_ki                     y_to = x_ti W_oi^T + b_o + ((x_ti V_ki^T) ∘ d_k) U_ok^T + e_o
 //! s    ← smoothing · s + (1 - smoothing) · mean |d|, of each d and e by itself                at every check
-//! then the largest s of all linears, a share `freeze` of them, rest until the next check
+//! then the largest s of all linears, a share `freeze` of them, rest until the next check: values and what the optimiser keeps of them stay
 //! ```
 //!
 //! # Symbols
@@ -23,16 +23,18 @@
 //! With d = e = 0 it is the base, bit for bit. The weight's singular vectors stay. With `freeze` 0 nothing ever rests.
 //!
 //! # Departures
-//! Trains what the vectors change by, which is the same but for weight decay, which pulls to the base here. A vector that rests has
-//! its gradient's moments go on. When checks begin, how often and how many they are is said by shares of the job, by numbers of our own.
+//! Trains what the vectors change by, which is the same but for weight decay, which pulls to the base here. An optimiser that corrects young moments
+//! counts the steps in which a vector rests. When checks begin, how often and how many they are is said by shares of the job, by numbers of our own.
 //! Biases that are not there are not added.
 //!
 //! # Paper
 //! VectorFit: Adaptive Singular & Bias Vector Fine-Tuning of Pre-trained Foundation Models. Hegde, Kaur, Tiwari, 2025.
 
+use std::collections::BTreeSet;
+
 use attune_architecture::{Architecture, Site, SiteKind as Kind};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, Trained, WeightMap};
-use attune_points::engine::{self, Engine, StepReport, StepRule, Tensors};
+use attune_points::engine::{self, Engine, Source, StepReport, StepRule, Tensors};
 use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Error, Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
@@ -234,6 +236,11 @@ impl Resting {
         (since.is_multiple_of(self.every) && number <= self.checks).then_some(number == self.checks)
     }
 
+    /// Those that rest.
+    fn resting(&self) -> BTreeSet<TensorId> {
+        self.vectors.iter().filter(|vector| vector.rests).map(|vector| vector.id.clone()).collect()
+    }
+
     /// Chooses which rest, by how far each has moved.
     fn check(&mut self, theta: &Theta) -> attune_points::Result<()> {
         for vector in &mut self.vectors {
@@ -257,20 +264,23 @@ impl Vector {
 
 impl StepRule for Resting {
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> attune_points::Result<StepReport> {
+        let were = self.resting();
         match self.check_before(step.0) {
             Some(false) => self.check(engine.theta())?,
             Some(true) => self.vectors.iter_mut().for_each(|vector| vector.rests = false),
             None => {}
         }
-        let before = engine.theta().clone();
-        let report = engine::usual_step(engine)?;
-        if self.vectors.iter().any(|vector| vector.rests) {
-            let mut theta = engine.theta().clone();
-            for vector in self.vectors.iter().filter(|vector| vector.rests) {
-                theta.put(&vector.id, vector.held(&before)?);
-            }
-            engine.set(theta);
-        }
+        let resting = self.resting();
+        let mut report = if resting.is_empty() {
+            engine::usual_step(engine)?
+        } else {
+            let batch = engine.batch(Source::Train)?;
+            let (gradients, loss) = engine::gradients_on(engine, &batch)?;
+            let grad_norm = engine.update_but(gradients, &resting)?;
+            StepReport { loss, grad_norm, n_rows: batch.n_rows, ..StepReport::default() }
+        };
+        let told = were.symmetric_difference(&resting);
+        report.metrics.extend(told.map(|id| (format!("rests/{id}"), f64::from(u8::from(resting.contains(id))))));
         Ok(report)
     }
 
@@ -302,6 +312,7 @@ mod tests {
     use attune_tensor::linalg;
 
     use super::*;
+    use crate::parts::toy::Toy;
 
     fn at(site: &str, (o, i): (usize, usize)) -> Attachment {
         let k = o.min(i);
@@ -385,5 +396,35 @@ mod tests {
             (0..100).filter_map(|step| rule.check_before(step).map(|last| (step, last))).collect();
         assert_eq!(found, [(10, false), (15, false), (20, false), (25, true)]);
         assert_eq!(rule.count, 1);
+    }
+
+    #[test]
+    fn a_vector_that_rests_is_told_of_and_takes_no_part_in_the_update() {
+        let attachments = vec![at("a", (2, 2)), at("b", (2, 2))];
+        let start = |_: &str, _: &str| Tensor::new(&[0f32, 0.0], &Device::Cpu).unwrap();
+        // One vector is pulled far more than all others.
+        let gradient = |_: &Theta, id: &TensorId| {
+            let pull = if id.name == TensorName::new("b", SIGMA) { 100f32 } else { 1.0 };
+            Some(Tensor::new(&[pull, pull], &Device::Cpu).unwrap())
+        };
+        let mut toy = Toy::new(attachments, start, 0.01, gradient);
+        let config = Config { freeze: 0.25, begins: 0.2, every: 0.2, checks: 2, ..Config::default() };
+        let vectorfit = Vectorfit { config };
+        let mut rule = vectorfit.step_rule(&toy.trained(10)).unwrap();
+        let mut told = Vec::new();
+        for step in 0..10 {
+            let before = [toy.value("b", SIGMA), toy.value("a", SIGMA)];
+            told.push(rule.step(Step(step), &mut toy).unwrap().metrics);
+            let moved = [toy.value("b", SIGMA), toy.value("a", SIGMA)].map(|x| x.to_vec1::<f32>().unwrap());
+            let before = before.map(|x| x.to_vec1::<f32>().unwrap());
+            assert_eq!((moved[0] == before[0], moved[1] == before[1]), ((2..6).contains(&step), false), "at {step}");
+        }
+        let name = format!("rests/b.{SIGMA}");
+        let expected = |step: usize| match step {
+            2 => vec![(name.clone(), 1.0)],
+            6 => vec![(name.clone(), 0.0)],
+            _ => Vec::new(),
+        };
+        assert!((0..10).all(|step| told[step] == expected(step)), "{told:?}");
     }
 }

@@ -41,7 +41,7 @@ use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Paper, Point};
 use attune_tensor::linalg::{self, Svd};
 use attune_tensor::rng::Rng;
-use candle_core::{DType, Device, Tensor};
+use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +84,14 @@ pub(super) struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { mode: Mode::Ipm, examples: 256, domains: None, rows: Rows::Tokens, damp: 0.01, iterations: None }
+        Self {
+            mode: Mode::Ipm,
+            examples: 256,
+            domains: None,
+            rows: Rows::Tokens,
+            damp: calibration::DAMP,
+            iterations: None,
+        }
     }
 }
 
@@ -124,19 +131,6 @@ impl Method for Corda {
     }
 }
 
-impl Corda {
-    /// `C'`.
-    fn damped(&self, sum_ii: &Tensor, documents: u64) -> attune_points::Result<Tensor> {
-        let c_ii = (sum_ii.to_dtype(DType::F64)? / documents as f64)?;
-        let input = c_ii.dim(0)?;
-        let unit_ii = Tensor::eye(input, DType::F64, &Device::Cpu)?;
-        let mean = (&c_ii * &unit_ii)?.sum_all()?.to_scalar::<f64>()? / input as f64;
-        // Where nothing was read but zeros, all directions are alike.
-        let mean = if mean > 0.0 { mean } else { 1.0 };
-        Ok((c_ii + (unit_ii * (self.config.damp * mean))?)?)
-    }
-}
-
 impl Init for Corda {
     fn calibrate(&self) -> Vec<StatsRequest> {
         vec![self.request.clone()]
@@ -157,7 +151,7 @@ impl Init for Corda {
         let (a, _) = factors::pair(at)?;
         let (rank, scale) = (a.shape[0], factors::scale(of, at)?);
         let found = stats.covariance(&self.request, &at.site)?;
-        let c_ii = self.damped(&found.sum_ii, found.documents)?;
+        let c_ii = calibration::damped(found, self.config.damp)?;
         let ordered_oi = weight.dense(DType::F64)?.matmul(&c_ii)?;
         let slice = match (self.config.mode, self.config.iterations) {
             (Mode::Ipm, Some(rounds)) => {

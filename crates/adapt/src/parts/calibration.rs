@@ -7,7 +7,7 @@ use attune_points::{Error, Result};
 use attune_spec::method::BuildCx;
 use attune_spec::{Fault, FieldPath, suggest};
 use attune_tensor::ops;
-use candle_core::{DType, Tensor, TensorId};
+use candle_core::{DType, Device, Tensor, TensorId};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -64,6 +64,23 @@ pub(crate) fn centred(found: &Covariance) -> Result<Tensor> {
     let mean_i = (&found.sum_i / found.rows as f64)?;
     let outer_ii = ops::matmul(&mean_i.unsqueeze(1)?, &found.sum_i.unsqueeze(0)?)?;
     Ok((found.sum_ii.to_dtype(DType::F64)? - outer_ii)?)
+}
+
+/// What is added to a covariance that is inverted, in its mean variance, where nothing else is said.
+pub(crate) const DAMP: f64 = 0.01;
+
+/// The covariance a document, in f64, with `damp` times its mean variance added to each: one that has an inverse.
+///
+/// # Errors
+/// Whatever the operations raise.
+pub(crate) fn damped(found: &Covariance, damp: f64) -> Result<Tensor> {
+    let c_ii = (found.sum_ii.to_dtype(DType::F64)? / found.documents as f64)?;
+    let input = c_ii.dim(0)?;
+    let unit_ii = Tensor::eye(input, DType::F64, &Device::Cpu)?;
+    let mean = (&c_ii * &unit_ii)?.sum_all()?.to_scalar::<f64>()? / input as f64;
+    // Where nothing was read but zeros, all directions are alike.
+    let mean = if mean > 0.0 { mean } else { 1.0 };
+    Ok((c_ii + (unit_ii * (damp * mean))?)?)
 }
 
 /// What is made of each of some statistics, once for those that share a tensor, in parallel.

@@ -2,7 +2,7 @@
 
 use attune_points::adapter::{Attachment, Trained};
 use attune_points::engine::{self, Engine, Source, StepReport, StepRule};
-use attune_points::{Error, Locals, Owner, Result, TensorId, TensorName, TensorSpec, Theta};
+use attune_points::{Error, Locals, Owner, Params, Result, TensorId, TensorName, TensorSpec, Theta};
 use attune_spec::id::Step;
 use candle_core::{DType, Device, Tensor};
 
@@ -57,6 +57,43 @@ impl Gates {
         let score = tensors.get(SCORE)?;
         let open = tensors.iter().find(|(local, _)| *local == OPEN).map(|(_, open)| open);
         Ok((self.hard(score, open)? + (score - score.detach())?)?)
+    }
+}
+
+impl Gates {
+    /// The attachments whose gates are open, with their parameters: all that such a component does. None if all are open. One stays where none is,
+    /// for a component is somewhere.
+    ///
+    /// # Errors
+    /// Parameters that are not those of `at`.
+    pub(crate) fn opened(&self, at: &[Attachment], params: &Params) -> Result<Option<(Vec<Attachment>, Params)>> {
+        let value = |at: &Attachment, local: &str| {
+            let found = at.tensors.iter().find(|spec| spec.local == local).map(|spec| spec.name(at.site.as_str()));
+            found.and_then(|name| params.get(&name))
+        };
+        let is_open = |at: &Attachment| {
+            let score = value(at, SCORE).ok_or_else(|| Error::Refused(format!("{} has no score", at.site)))?;
+            let hard = self.hard(score, value(at, OPEN))?.to_dtype(DType::F32)?;
+            Ok(hard.to_vec1::<f32>()? == [1.0])
+        };
+        let mut open = at.iter().map(is_open).collect::<Result<Vec<bool>>>()?;
+        if open.iter().all(|open| *open) || open.len() == 1 {
+            return Ok(None);
+        }
+        if !open.contains(&true) {
+            open[0] = true;
+        }
+        let attachments: Vec<Attachment> =
+            at.iter().zip(open).filter(|(_, open)| *open).map(|(at, _)| at.clone()).collect();
+        let mut own = Params::new();
+        for at in &attachments {
+            for spec in &at.tensors {
+                let held = value(at, spec.local);
+                let held = held.ok_or_else(|| Error::Refused(format!("{} has no {}", at.site, spec.local)))?;
+                own.insert_declared(spec, at.site.as_str(), held.clone());
+            }
+        }
+        Ok(Some((attachments, own)))
     }
 }
 
@@ -301,6 +338,27 @@ mod tests {
             assert!(on || delta == [0.0, 0.0]);
             assert_eq!(told[at + 1], (format!("on/site_{at}"), f64::from(u8::from(on))));
         }
+    }
+
+    #[test]
+    fn what_is_off_is_no_more_part_of_it() {
+        let gates = Gates { penalty: 1.0, ..GATES };
+        let toy = planted(gates);
+        let whole = (*toy.theta.banks[0].sets[0]).clone();
+        assert!(gates.opened(&toy.attachments, &whole).unwrap().is_none(), "all are on");
+        let with = |scores: [f32; 4]| {
+            let mut params = whole.clone();
+            for (at, score) in scores.into_iter().enumerate() {
+                params
+                    .insert(TensorName::new(format!("site_{at}"), SCORE), Tensor::new(&[score], &Device::Cpu).unwrap());
+            }
+            let (attachments, own) = gates.opened(&toy.attachments, &params).unwrap().unwrap();
+            assert_eq!(own.len(), 3 * attachments.len());
+            assert!(attachments.iter().all(|at| own.is_fixed(&TensorName::new(at.site.as_str(), OPEN))));
+            attachments.iter().map(|at| at.site.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(with([0.0, 0.1, 0.09, 0.3]), ["site_1", "site_3"]);
+        assert_eq!(with([0.0; 4]), ["site_0"]);
     }
 
     #[test]

@@ -23,11 +23,9 @@ pub(crate) fn peft(method: &str, config: &impl Serialize) -> Peft {
     Peft { config, tensors: PeftTensors::Each(Vec::new()) }
 }
 
-/// The layout of a method whose tensors are LoRA's of some rank, numerator of the scaling and dropout: PEFT reads it as that, and we read
-/// the method.
-pub(crate) fn as_lora(method: &str, config: &impl Serialize, (r, lora_alpha, lora_dropout): (u32, f64, f64)) -> Peft {
-    let lora = LoraConfig { r, lora_alpha, lora_dropout, ..LoraConfig::default() };
-    let mut made = scaling::peft(&lora, vec![("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight")]);
+/// The layout of a method whose tensors are LoRA's: PEFT reads it as that, and we read the method.
+pub(crate) fn as_lora(method: &str, config: &impl Serialize, lora: &LoraConfig) -> Peft {
+    let mut made = scaling::peft(lora, vec![("lora_A", "lora_A.weight"), ("lora_B", "lora_B.weight")]);
     made.config.extend(peft(method, config).config.remove_entry(KEY));
     made
 }

@@ -1,5 +1,6 @@
 //! An engine for tests of steps: parameters whose gradients a function says, updated down the slope.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use attune_points::adapter::{Attachment, Trained};
@@ -23,6 +24,8 @@ pub(crate) struct Toy {
     /// Tensors that started anew, and how many of their entries.
     pub(crate) renewed: Vec<(String, usize)>,
     pub(crate) step: u64,
+    /// The base's own weights.
+    pub(crate) weights: BTreeMap<String, Tensor>,
     gradient: Box<Gradient>,
 }
 
@@ -47,7 +50,7 @@ impl Toy {
         }
         let bank = Bank { slot: "x".into(), kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: true };
         let (theta, gradient) = (Theta::single([bank]), Box::new(gradient));
-        Self { theta, attachments, lr, renewed: Vec::new(), step: 0, gradient }
+        Self { theta, attachments, lr, renewed: Vec::new(), step: 0, weights: BTreeMap::new(), gradient }
     }
 
     pub(crate) fn trained(&self, steps: u64) -> Trained<'_> {
@@ -115,7 +118,11 @@ impl Engine for Toy {
     }
 
     fn update(&mut self, gradients: Grads) -> Result<f64> {
-        for (id, gradient) in gradients.iter() {
+        self.update_but(gradients, &BTreeSet::new())
+    }
+
+    fn update_but(&mut self, gradients: Grads, resting: &BTreeSet<TensorId>) -> Result<f64> {
+        for (id, gradient) in gradients.iter().filter(|(id, _)| !resting.contains(*id)) {
             let (Some(gradient), Some(value)) = (gradient, self.theta.get(id)) else {
                 return Err(Error::Refused(format!("{id} has no gradient")));
             };
@@ -123,6 +130,10 @@ impl Engine for Toy {
             self.theta.put(id, moved);
         }
         Ok(0.0)
+    }
+
+    fn weight(&self, site: &str) -> Result<Tensor> {
+        self.weights.get(site).cloned().ok_or_else(|| Error::Refused(format!("{site} has no weight")))
     }
 
     fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {

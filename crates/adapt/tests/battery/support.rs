@@ -86,8 +86,14 @@ impl Setup {
         let model = Model::new(base, stack);
         let model = if dtype == DType::F64 { model.in_f64() } else { model };
         let mut setup = Self { model: Arc::new(model), adapter, attachments, theta: Theta::default() };
+        let asked = setup.adapter.calibrate();
         let stats = match setup.adapter.reads() {
-            None => Stats::none(),
+            None if asked.is_empty() => Stats::none(),
+            // What linears read shows in 32 bits alone; the weights are the same.
+            None => {
+                let narrow = Base::random(setup.model.base().architecture().clone(), 5, DType::F32).unwrap();
+                stats(&Model::new(narrow, Stack::default()), &asked, &sites, &[batch()])
+            }
             Some(tokens) => of_text(&setup.model, tokens, &sites),
         };
         let params =

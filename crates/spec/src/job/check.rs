@@ -131,9 +131,11 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     budget(spec, catalogue, &mut faults);
     quantization(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
-        let method = slot.method.as_deref().and_then(|method| catalogue.get(method));
-        if let Some(method) = method.filter(|method| method.merges == Merges::No) {
-            let message = format!("is true, but `{path}` is {}, which cannot be merged into the base", method.name);
+        if let Some(method) = slot.method_ref().filter(|method| catalogue.stays_beside(method)) {
+            let always = catalogue.get(&method.method).is_some_and(|document| document.merges == Merges::No);
+            let so = if always { "" } else { " with these parameters" };
+            let message =
+                format!("is true, but `{path}` is {}, which cannot be merged into the base{so}", method.method);
             faults.push(Fault::new("outputs.merged", message));
         }
     }

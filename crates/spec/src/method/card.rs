@@ -204,6 +204,8 @@ pub struct Card {
     pub moves: Option<&'static str>,
     /// Whether it can be merged.
     pub merges: Merges,
+    /// When it cannot although others of its kind can, as a condition on its parameters; empty for never.
+    pub stays_beside: &'static str,
     /// Whether it trains the base's own weights, so that its result is a whole model.
     pub trains_base: bool,
     /// `peft_type` in Hugging Face PEFT's layout, where PEFT has the method.
@@ -238,6 +240,7 @@ impl Card {
             own_base: "",
             moves: None,
             merges: Merges::NotApplicable,
+            stays_beside: "",
             trains_base: false,
             peft_type: None,
             rules: &[],

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use jsonschema::Validator;
 use serde_json::{Map, Value, json};
 
-use super::card::Point;
+use super::card::{Merges, Point};
 use super::document::MethodDocument;
 use super::registry::MethodRef;
 use super::{expression, schema};
@@ -119,6 +119,13 @@ impl Catalogue {
         document.is_some_and(|document| expression::holds(&document.own_base, &params).unwrap_or(true))
     }
 
+    /// Whether a component with these parameters has to stay beside the base.
+    pub fn stays_beside(&self, named: &MethodRef) -> bool {
+        let Some(document) = self.get(&named.method) else { return false };
+        let holds = |condition: &str| expression::holds(condition, &self.resolve(named).params).unwrap_or(true);
+        document.merges == Merges::No || (!document.stays_beside.is_empty() && holds(&document.stays_beside))
+    }
+
     /// Bytes that a linear's weight of `output` by `input` numbers takes in a format of few bits.
     pub fn stored_bytes(&self, format: &MethodRef, output: usize, input: usize) -> Option<f64> {
         let document = self.get(&format.method).filter(|document| !document.stored_bytes.is_empty())?;
@@ -213,6 +220,7 @@ mod tests {
             own_base: String::new(),
             moves: None,
             merges: Merges::Factors,
+            stays_beside: String::new(),
             trains_base: false,
             peft_type: None,
             rules: vec![RuleDocument {

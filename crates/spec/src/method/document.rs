@@ -107,6 +107,9 @@ pub struct MethodDocument {
     pub moves: Option<String>,
     /// Whether it can be merged.
     pub merges: Merges,
+    /// When it cannot although others of its kind can, as a condition; empty for never.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub stays_beside: String,
     /// Whether it trains the base's own weights, so that its result is a whole model.
     pub trains_base: bool,
     /// `peft_type` in PEFT's layout.
@@ -153,6 +156,7 @@ impl MethodDocument {
             own_base: card.own_base.to_owned(),
             moves: card.moves.map(str::to_owned),
             merges: card.merges,
+            stays_beside: card.stays_beside.to_owned(),
             trains_base: card.trains_base,
             peft_type: card.peft_type.as_ref().map(own),
             rules: card

@@ -2,12 +2,13 @@
 //!
 //! The one invariant: every number of a run stands beside the base's and the reference's, of the same items, drawn at once.
 //!
-//! Reading order: [`bootstrap`] (how sure a number is), [`groups`], [`toxicity`] and [`spectrum`] (what is looked at), [`verdict`] (what it
+//! Reading order: [`bootstrap`] (how sure a number is), [`groups`], [`toxicity`], [`balance`] and [`spectrum`] (what is looked at), [`verdict`] (what it
 //! comes to), `measure` (what models say), [`report`].
 //!
 //! # Paper
 //! Low-rank finetuning for LLMs: A fairness perspective. Das, Romanelli, Tran, Reza, Kailkhura, Fioretto, 2024.
 
+pub mod balance;
 pub mod bootstrap;
 pub mod groups;
 pub mod report;
@@ -24,6 +25,7 @@ use attune_spec::job::{OnBadRow, TooLong};
 
 pub use measure::Folder;
 
+use self::balance::{Balance, Moved};
 use self::bootstrap::Bootstrap;
 use self::groups::{Decision, Gaps};
 use self::measure::{Scored, Trained};
@@ -108,6 +110,14 @@ struct Seen {
     decisions: Vec<Decision>,
     /// Scores of the texts to each prompt.
     said: Vec<Vec<f64>>,
+}
+
+impl Seen {
+    /// What was learned since the base against what was kept, by how likely tokens are.
+    fn balance(&self, base: &Self) -> Option<Balance> {
+        let moved = |base: Of, own: Of| Moved { base: (-base.loss).exp(), tuned: (-own.loss).exp() };
+        Balance::of(moved(base.of_target, self.of_target), moved(base.of_known?, self.of_known?))
+    }
 }
 
 impl Audit<'_> {
@@ -217,9 +227,11 @@ impl Audit<'_> {
             known: seen.of_known,
             gaps: (!seen.decisions.is_empty()).then(|| Gaps::of(&seen.decisions)),
             toxicity: Toxicity::of(seen.said.iter().map(Vec::as_slice)),
+            balance: None,
             verdicts: Vec::new(),
         };
         let Some((base, held)) = beside else { return told };
+        told.balance = seen.balance(base);
         let mut verdict = |name: &'static str, items: usize, of: &dyn Fn(&Seen, &[usize]) -> Option<f64>| {
             let metric = |seen: &'_ Seen, items: &[usize]| of(seen, items);
             let (of_base, of_run) = (|items: &[usize]| metric(base, items), |items: &[usize]| metric(seen, items));

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use super::balance::Balance;
 use super::groups::Gaps;
 use super::spectrum::Change;
 use super::toxicity::Toxicity;
@@ -31,6 +32,9 @@ pub struct Told {
     pub gaps: Option<Gaps>,
     /// What it says by itself.
     pub toxicity: Option<Toxicity>,
+    /// Of a run, what was learned against what was kept: of the geometric means of its tokens' probabilities, on the target's and on known texts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balance: Option<Balance>,
     /// Of a run, each metric beside the base and the reference.
     pub verdicts: Vec<(&'static str, Verdict)>,
 }
@@ -90,6 +94,7 @@ impl Report {
             self.resamples
         );
         self.models(&mut page);
+        self.balances(&mut page);
         self.verdicts(&mut page);
         self.spectra(&mut page);
         page
@@ -128,6 +133,20 @@ impl Report {
             ];
             let cells: Vec<String> = std::iter::once(format!("`{}`", told.name)).chain(cells.map(number)).collect();
             row(page, &cells);
+        }
+    }
+
+    fn balances(&self, page: &mut String) {
+        let found: Vec<(&Told, Balance)> = self.runs.iter().filter_map(|told| Some((told, told.balance?))).collect();
+        if found.is_empty() {
+            return;
+        }
+        page.push('\n');
+        row(page, &["run", "adaptation", "retention", "harmonic mean"]);
+        row(page, &["---", "---:", "---:", "---:"]);
+        for (told, Balance { adaptation, retention, harmonic }) in found {
+            let numbers = [adaptation, retention, harmonic].map(|number| format!("{number:.2}"));
+            row(page, &std::iter::once(format!("`{}`", told.name)).chain(numbers).collect::<Vec<_>>());
         }
     }
 

@@ -181,6 +181,7 @@ impl<'a> Rank<'a> {
             judged: Judged::default(),
             company,
             step: Step(0),
+            scheduled: (Step(0), shared.total_steps),
             wishes: Wishes::default(),
             agreed: Wishes::default(),
             witnessed: [0; 32],
@@ -362,6 +363,7 @@ impl<'a> Rank<'a> {
     fn step(&mut self) -> Result<(), Error> {
         let before = self.watch.elapsed();
         self.engine.spent = Spent::default();
+        self.engine.scheduled = self.rule.scheduled(self.engine.step, self.engine.shared.total_steps);
         let lr = self.engine.lr();
         let report = self.rule.step(self.engine.step, &mut self.engine)?;
         self.engine.step = self.engine.step.next();

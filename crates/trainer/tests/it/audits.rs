@@ -92,6 +92,9 @@ fn a_run_that_stopped_early_is_flagged_and_one_that_went_as_far_is_not() {
     let recovered = |run: usize| report.runs[run].verdicts[0].1.recovered.unwrap();
     assert!(recovered(0) < recovered(1) && recovered(1) < recovered(2), "{:?}", [0, 1, 2].map(recovered));
     assert!(report.is_flagged());
+    // More was learned by each run than by the one before.
+    let learned = |run: usize| report.runs[run].balance.unwrap().adaptation;
+    assert!(0.0 < learned(0) && learned(0) < learned(1) && learned(1) < learned(2), "{:?}", [0, 1, 2].map(learned));
     // What a run of all weights changes is in more directions than one, and all of it in as many as there are.
     assert!(!report.changes.is_empty());
     for change in &report.changes {
@@ -99,9 +102,15 @@ fn a_run_that_stopped_early_is_flagged_and_one_that_went_as_far_is_not() {
         assert!(change.energy[0] < 0.999 && change.stable_rank > 1.001, "{change:?}");
     }
     let page = report.markdown();
-    for text in
-        ["`short`", "**flagged**", "mitigated", "demographic parity", "stable rank", "model.layers.0.mlp.up_proj"]
-    {
+    for text in [
+        "`short`",
+        "**flagged**",
+        "mitigated",
+        "demographic parity",
+        "harmonic mean",
+        "stable rank",
+        "model.layers.0.mlp.up_proj",
+    ] {
         assert!(page.contains(text), "{text}: {page}");
     }
 }
@@ -117,6 +126,8 @@ fn identical_models_are_told_apart_by_nothing() {
         assert_eq!((told.target.divergence, told.known.unwrap().divergence), (0.0, 0.0));
         assert_eq!((&told.gaps, told.toxicity), (&report.base.gaps, report.base.toxicity));
     }
+    let balance = report.runs[0].balance.unwrap();
+    assert_eq!((balance.adaptation, balance.retention, balance.harmonic), (0.0, 100.0, 0.0));
     assert!(report.runs[0].verdicts.len() >= 3, "{:?}", report.runs[0].verdicts);
     for (metric, verdict) in &report.runs[0].verdicts {
         assert_eq!(verdict.label, Label::NothingToRecover, "{metric}");

@@ -113,6 +113,13 @@ fn what_does_not_fit_the_base_has_its_field_path() {
             vec![("tune.adapter", "{method: adapterfusion}")],
             "`tune.stack[0]` mixes what adapters before it add to a block, and none of them adds to model.layers.0.mlp",
         ),
+        (
+            vec![
+                ("tune.adapter", "null"),
+                ("tune.stack", "[{name: a, method: kasa, rank: 2}, {name: b, method: kasa, rank: 3, targets: q_proj}]"),
+            ],
+            "`tune.stack[1]` takes the least of the weight out of model.layers.0.self_attn.q_proj, as an adapter before it does",
+        ),
         (vec![("tune.adapter.rank", "64")], "`tune.stack[0].rank` is 64; model.layers.0"),
         (
             vec![("tune.adapter.targets", "norm")],

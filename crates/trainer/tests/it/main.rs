@@ -16,6 +16,7 @@ mod peft_steps;
 mod prompts;
 mod quantized;
 mod reference;
+mod rests;
 mod searches;
 mod support;
 mod surgery;

@@ -1,19 +1,27 @@
 //! Of changes by few numbers within what is fixed: a weight's own vectors, banks of vectors, places that are drawn.
 
+use std::collections::BTreeMap;
+
 use attune_adapt::ADAPTERS;
-use attune_points::adapter::Merged;
+use attune_models::{Base, Model, Pass};
+use attune_points::adapter::{Attachment, Merged};
+use attune_points::{TensorName, Theta};
+use attune_spec::job::Targets;
+use attune_spec::method::SiteKind;
 use attune_tensor::linalg;
 use candle_core::{DType, Device, Tensor};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::{Own, PLAIN, rank};
-use crate::support::{self, Setup, largest};
-use crate::{build, fail, gradient_of, merged_of};
+use crate::support::{self, Setup, batch, difference, largest};
+use crate::{build, cost_of, fail, gradient_of, merged_of};
 
 pub(super) const OWN: &[(&str, Own)] = &[
     ("banks::every_form_has_exact_gradients_and_merges", forms),
+    ("banks::options_have_exact_gradients_merge_and_count_their_tensors", options),
     ("banks::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("clover::one_of_a_pair_stands_for_both", pairs),
     ("clover::a_heads_rows_stay_in_the_span_of_its_own", own_rows),
     ("kasa::where_nothing_trained_yet_the_smallest_singular_values_are_gone", smallest_gone),
     ("loldu::a_change_of_full_rank_is_a_diagonal_between_triangles", between_triangles),
@@ -219,6 +227,78 @@ fn sparse_and_low() -> Result<(), Failed> {
     assert_eq!((numbers, plain_numbers), (112, 112));
     assert!(entries == plain_entries && entries == 32 * 24);
     assert!(own >= 12 && plain == 2, "rank {own} and {plain}");
+    Ok(())
+}
+
+/// Options of methods that change what trains, or what it starts as: exact gradients, one with what is merged, and as many numbers as their cards say.
+fn options() -> Result<(), Failed> {
+    for method in [
+        json!({"method": "clover", "block": 4, "core": "diagonal"}),
+        json!({"method": "loldu", "rank": 6, "start": "normal"}),
+        json!({"method": "loldu", "rank": 6, "start": "constant"}),
+        json!({"method": "lorma", "rank": 2, "kind": "plain", "side": "input"}),
+        json!({"method": "lorma", "kind": "complete"}),
+        json!({"method": "lorma", "kind": "complete", "side": "input"}),
+        json!({"method": "mora", "rank": 2, "form": "group"}),
+        json!({"method": "mora", "rank": 2, "form": "group_share"}),
+        json!({"method": "mora", "rank": 2, "form": "share", "every": 5}),
+        json!({"method": "nora", "rank": 6, "inner_rank": 2, "alpha": 2, "reconstruct": true}),
+        json!({"method": "nora", "rank": 6, "inner_rank": 2, "alpha": 2, "inputs": true}),
+        json!({"method": "sltrain", "rank": 2, "replaces": true}),
+        json!({"method": "spectral-ft", "rank": 6, "inner_rank": 2, "truncate_residual": true}),
+        json!({"method": "svft", "bands": 1, "rank": 5, "refill": true}),
+        json!({"method": "svft", "bands": 1, "start": "kaiming"}),
+    ] {
+        let card = method["method"].as_str().and_then(|name| ADAPTERS.card(name)).ok_or("no card")?;
+        gradient_of(card, method.clone()).map_err(|why| format!("{method}: {why:?}"))?;
+        cost_of(card, &method).map_err(|why| format!("{method}: {why:?}"))?;
+        merged_of(card, method)?;
+    }
+    Ok(())
+}
+
+/// Values and outputs in pairs: one half of each has tensors, it starts as the base, and what is merged is what it computes.
+fn pairs() -> Result<(), Failed> {
+    let method = json!({"method": "clover", "block": 6, "pairs": true});
+    let base = Base::random(support::architecture(), 5, DType::F64)?;
+    let targets = Targets::Many(["q_proj", "k_proj", "v_proj", "o_proj"].map(str::to_owned).to_vec());
+    let mut setup = Setup::on(base, build(method).map_err(fail)?, &targets, &[SiteKind::Linear], DType::F64);
+    let has = |at: &Attachment| at.tensors.iter().any(|spec| spec.local == "clover_L");
+    let of_pairs = setup.attachments.iter().filter(|at| has(at)).map(|at| at.site.as_str()).collect::<Vec<_>>();
+    assert_eq!(of_pairs, ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]);
+    assert_eq!(setup.attachments.len(), 6);
+    let off = Pass { theta: &setup.theta.adapters_off(), layout: &batch(), dropout: None };
+    assert_eq!(difference(&setup.logits(&batch())?, &setup.model.logits(&off)?), 0.0);
+    setup.disturb(0.1);
+    let unmerged = setup.logits(&batch())?;
+    let base = setup.model.base();
+    let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    for info in base.architecture().tensors() {
+        tensors.insert(info.name.clone(), base.tensor(&TensorName::from_path(&info.name), DType::F64)?);
+    }
+    for at in &setup.attachments {
+        let site = base.architecture().site(at.site.as_str()).ok_or("no site")?;
+        let locals = attune_models::stack::locals(at, &setup.params())?;
+        let Merged::Weight { weight, bias } = setup.adapter.merge(at, &locals, &base.weight(&site))? else {
+            return Err("no weight".into());
+        };
+        tensors.insert(format!("{}.weight", at.site), weight);
+        tensors.insert(format!("{}.bias", at.site), bias.ok_or("no bias")?);
+    }
+    let merged = Model::new(Base::from_tensors(base.architecture().clone(), &tensors)?, Default::default()).in_f64();
+    let merged = merged.logits(&Pass { theta: &Theta::default(), layout: &batch(), dropout: None })?;
+    assert!(difference(&merged, &unmerged) < 1e-12 * (1.0 + largest(&unmerged)));
+    let architecture = support::architecture();
+    let refused = |block: u32, site: &str| -> Result<String, Failed> {
+        let adapter = build(json!({"method": "clover", "block": block, "pairs": true})).map_err(fail)?;
+        let site = architecture.site(site).ok_or("no site")?;
+        let faults = adapter.attach(&architecture, &[site]).err().ok_or("accepted")?;
+        Ok(faults[0].to_string())
+    };
+    let alone = refused(6, "model.layers.0.self_attn.o_proj")?;
+    assert!(alone.starts_with("`targets` names model.layers.0.self_attn.o_proj without the linear"), "{alone}");
+    let narrow = refused(4, "model.layers.0.self_attn.v_proj")?;
+    assert!(narrow.starts_with("`block` is 4; heads of model.layers.0.self_attn.v_proj are 6 wide"), "{narrow}");
     Ok(())
 }
 

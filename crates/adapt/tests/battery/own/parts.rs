@@ -41,6 +41,11 @@ fn changed(method: Value, by: f64) -> Result<(Tensor, Tensor, usize), Failed> {
 fn forms() -> Result<(), Failed> {
     for method in [
         json!({"method": "dsee", "rank": 2, "entries": 30, "search": "random"}),
+        json!({"method": "dsee", "rank": 2, "entries": 30, "prune": 0.5}),
+        json!({"method": "dsee", "rank": 2, "entries": 30, "prune": 0.5, "mask_delta": true}),
+        json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "masked": true}),
+        json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "narrowest": 0.5}),
+        json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "masked": true, "sparsity": 0.4}),
         json!({"method": "poet", "block_size": 2, "terms": 0, "every": 0}),
         json!({"method": "poet", "block_size": 7, "cover": "single"}),
         json!({"method": "spectral-ft", "rank": 5, "inner_rank": 0}),
@@ -62,6 +67,23 @@ fn refusals() -> Result<(), Failed> {
             "`entries` is 769; model.layers.1.mlp.up_proj is 32 by 24, so 768 is the most",
         ),
         (json!({"method": "dsee", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
+        (
+            json!({"method": "dsee", "prune": 0.5, "dropout": 0.1}),
+            "`tune.adapter.dropout` is for a change on rows, and with `prune`",
+        ),
+        (json!({"method": "dsee", "mask_delta": true}), "`tune.adapter.mask_delta` is true, and nothing is pruned"),
+        (
+            json!({"method": "elastic-lora", "masked": true, "dropout": 0.1}),
+            "`tune.adapter.dropout` is for a change on rows",
+        ),
+        (
+            json!({"method": "elastic-lora", "rank": 4, "smallest": 1, "ranks": {"up_proj": 4}}),
+            "`ranks` names \"up_proj\", which is none of its sites",
+        ),
+        (
+            json!({"method": "elastic-lora", "rank": 4, "smallest": 2, "step": 1, "ranks": {UP: 1}}),
+            "`ranks` has 1 for \"model.layers.1.mlp.up_proj\"; expected one of [4, 3, 2]",
+        ),
         (json!({"method": "elastic-lora", "smallest": 33}), "`tune.adapter.smallest` is more than the largest rank"),
         (json!({"method": "poet", "terms": 1}), "`tune.adapter.terms` is 1, with which nothing turns"),
         (
@@ -91,6 +113,11 @@ fn refusals() -> Result<(), Failed> {
         };
         assert!(found.starts_with(start), "{method}: {found}");
     }
+    let halves = build(json!({"method": "elastic-lora", "rank": 4, "smallest": 1, "step": 1, "ranks": {UP: 2}}));
+    let architecture = support::architecture();
+    let sites = [UP, "model.layers.1.mlp.gate_proj"].into_iter().filter_map(|path| architecture.site(path));
+    let faults = halves.map_err(fail)?.attach(&architecture, &sites.collect::<Vec<_>>()).err().ok_or("accepted")?;
+    assert!(faults[0].to_string().contains("which reads the same rows"), "{}", faults[0]);
     Ok(())
 }
 

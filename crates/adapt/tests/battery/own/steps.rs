@@ -1,5 +1,6 @@
 //! Of methods whose steps are their own: what they have shows after some of them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use attune_models::{Base, Pass};
@@ -22,6 +23,7 @@ use crate::{build, fail};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("chain_of_lora::what_a_link_has_learned_stays_while_the_next_learns", links),
     ("context_aware_prompt::no_token_moves_further_than_its_bound", within_bounds),
+    ("dsee_and_elastic_lora::as_many_entries_of_weights_are_0_in_the_end_as_were_to_go", zeros),
     ("elastic_lora::a_part_of_its_rank_does_most_of_what_the_whole_does", parts_of_a_rank),
     ("poet::rounds_go_further_and_singular_values_stay", rounds),
     ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
@@ -119,13 +121,22 @@ impl Engine for Slope {
     }
 
     fn update(&mut self, gradients: Grads) -> Result<f64> {
-        for (id, gradient) in gradients.iter() {
+        self.update_but(gradients, &BTreeSet::new())
+    }
+
+    fn update_but(&mut self, gradients: Grads, resting: &BTreeSet<TensorId>) -> Result<f64> {
+        for (id, gradient) in gradients.iter().filter(|(id, _)| !resting.contains(*id)) {
             let gradient = gradient.ok_or_else(|| Error::Refused(format!("{id} has no gradient")))?;
             let value = self.setup.theta.get(id).ok_or_else(|| Error::Refused(format!("{id} has no value")))?;
             let moved = (value - (gradient * self.lr)?)?;
             self.setup.theta.put(id, moved);
         }
         Ok(0.0)
+    }
+
+    fn weight(&self, site: &str) -> Result<Tensor> {
+        let base = self.setup.model.base();
+        base.tensor(&base.tensor_name(site, "weight"), DType::F32)
     }
 
     fn gather(&mut self, mine: Vec<(u32, Tensors)>) -> Result<Vec<(u32, Tensors)>> {
@@ -398,5 +409,46 @@ fn within_bounds() -> std::result::Result<(), Failed> {
         let moved = furthest(method, targets, applies)?;
         assert!(moved.iter().any(|moved| *moved > 1.0), "{moved:?}");
     }
+    Ok(())
+}
+
+/// Which share of the entries of all linears is 0 after some steps, and how far the loss went down in the last of them.
+fn gone(method: Value) -> std::result::Result<(f64, f64), Failed> {
+    let mut slope = Slope::new(method, "all-linear", 0.05)?;
+    let layout = Arc::clone(&slope.layout);
+    let mut losses = Vec::new();
+    slope.run(20, |step, slope| {
+        let pass = Pass { theta: &slope.setup.theta, layout: &layout, dropout: None };
+        if step >= 10 {
+            losses.push(slope.setup.model.score(&pass, &CrossEntropy)?.loss_sum);
+        }
+        Ok(())
+    })?;
+    let (mut zeros, mut all) = (0, 0);
+    for at in &slope.setup.attachments {
+        let weight = slope.setup.weight(at)?.dense(DType::F32)?;
+        let locals = attune_models::stack::locals(at, &slope.setup.params())?;
+        let made = match slope.setup.adapter.merge(at, &locals, &weight)? {
+            Merged::Factors { left, right, scale } => (&weight + (left.matmul(&right)? * scale)?)?,
+            Merged::Weight { weight, .. } => weight,
+            other => return Err(format!("{other:?} does not merge").into()),
+        };
+        let made = made.flatten_all()?.to_vec1::<f32>()?;
+        zeros += made.iter().filter(|entry| **entry == 0.0).count();
+        all += made.len();
+    }
+    Ok((zeros as f64 / all as f64, 1.0 - losses[9] / losses[0]))
+}
+
+fn zeros() -> std::result::Result<(), Failed> {
+    for method in [
+        json!({"method": "dsee", "rank": 2, "entries": 20, "prune": 0.5, "mask_delta": true}),
+        json!({"method": "elastic-lora", "rank": 2, "step": 1, "smallest": 1, "sparsity": 0.5, "masked": true}),
+    ] {
+        let (own, progress) = gone(method.clone())?;
+        assert_eq!(own, 0.5, "{method}");
+        assert!(progress > 0.0, "{method}: the loss went down by {progress} since");
+    }
+    assert_eq!(gone(json!({"method": PLAIN, "rank": 2}))?.0, 0.0);
     Ok(())
 }
