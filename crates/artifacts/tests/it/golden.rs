@@ -41,17 +41,24 @@ fn every_adapter_of_peft_is_read_with_its_ranks() {
         }
         assert!(config.beyond_plain().is_empty(), "{name}");
         let patterns = config.patterns().unwrap();
-        let mut modules: BTreeMap<&str, [Option<&[usize]>; 2]> = BTreeMap::new();
-        // What PEFT compresses by, on the way back, is no factor.
-        let factors = header.tensors().iter().filter(|(tensor, _)| !tensor.ends_with(".lora_velora_embed"));
+        let mut modules: BTreeMap<String, [Option<&[usize]>; 2]> = BTreeMap::new();
+        // What PEFT compresses by, on the way back, is no factor, and neither are tables of the base.
+        let others = [".lora_velora_embed", ".base_layer.weight"];
+        let factors = header.tensors().iter().filter(|(tensor, _)| others.iter().all(|end| !tensor.ends_with(end)));
         for (tensor, info) in factors {
-            let (module, factor) = peft::parse_tensor_name(tensor).unwrap_or_else(|| panic!("{name}: {tensor}"));
+            // Those of a table of tokens are spelt otherwise.
+            let spelt = match tensor.split_once(".lora_embedding_") {
+                Some((module, letter)) => format!("{module}.lora_{letter}.weight"),
+                None => tensor.clone(),
+            };
+            let (module, factor) = peft::parse_tensor_name(&spelt).unwrap_or_else(|| panic!("{name}: {tensor}"));
+            let module = module.to_owned();
             assert_eq!(info.dtype, Dtype::F32);
             modules.entry(module).or_default()[usize::from(factor == Factor::B)] = Some(&info.shape);
         }
         assert!(!modules.is_empty(), "{name}");
         for (module, shapes) in modules {
-            let rank = patterns.rank(module) as usize;
+            let rank = patterns.rank(&module) as usize;
             let [Some([a_r, _]), Some([_, b_r])] = shapes else { panic!("{name}: {module} has {shapes:?}") };
             assert_eq!((*a_r, *b_r), (rank, rank), "{name}: {module}");
         }

@@ -10,7 +10,6 @@ const ASKED: &str = "ATTUNE_TEST_SAYS_WHAT_RUNS_MAKE";
 
 /// Says what every kind of run makes in three steps, on as many threads as its process has, where it is asked.
 #[test]
-#[expect(clippy::print_stdout, reason = "what it has to say")]
 fn what_every_kind_makes() {
     if std::env::var_os(ASKED).is_none() {
         return;

@@ -26,7 +26,7 @@ fn a_method_reads_like_an_entry_of_a_manual() {
       choice, cheap to train, to store and to serve.
 
       Decides     which attachments at which sites, with which tensors, and what do they merge to?
-      Sites       linear; all-linear where a slot names none
+      Sites       linear, embedding; all-linear where a slot names none
       Trains      rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a")
                   parameters at a site of input width i and output width o
       Merges      into the base's weight, as a low-rank change
@@ -40,17 +40,19 @@ fn a_method_reads_like_an_entry_of_a_manual() {
         y_to = x_ti W_oi^T + s · (drop(x_ti) A_ri^T) B_or^T
         s    = alpha / r        or, with rslora,  alpha / sqrt(r)
         y_to = … + s · d_o      with `bias`
+        e_d  = W_vd[token] + s · B_dr A_rv[:, token]      at a table of tokens
         ∂A <- (B^T B + δ 1)^-1 ∂A        ∂B <- ∂B (A A^T + δ 1)^-1        with `preconditioned`
 
     Symbols
       `lora_A` `A_ri` and `lora_B` `B_or`, f32; both train, or as `trains` says one of them; A
       starts uniform in ±1/sqrt(i) (Kaiming with a = sqrt(5)), B at 0. `drop` is dropout on the
-      component's input. The learning rate of B is `b_lr` times that of all else. With `bias`,
-      `lora_bias` `d_o` belongs to B: it starts at 0, trains where B does, at its rate, and does not
-      decay. `preconditioned` gradients are divided by Gram matrices of the other factor, δ being
-      `damping`, before they are clipped and the optimiser sees them: the product then moves alike
-      however it is split into factors. Beside `trains: b` that is the projected gradient of
-      LoRA-FA.
+      component's input. The learning rate of B is `b_lr` times that of all else. With `bias`, At a
+      table of tokens `lora_embedding_A` `A_rv` and `lora_embedding_B` `B_dr` are for what is looked
+      up alone, without dropout and bias: A starts at 0 and B normal. `lora_bias` `d_o` belongs to
+      B: it starts at 0, trains where B does, at its rate, and does not decay. `preconditioned`
+      gradients are divided by Gram matrices of the other factor, δ being `damping`, before they are
+      clipped and the optimiser sees them: the product then moves alike however it is split into
+      factors. Beside `trains: b` that is the projected gradient of LoRA-FA.
 
     Cost
       `r*(i+o)` parameters per linear, `r*o` or `r*i` where one factor trains, and `o` more with
@@ -62,7 +64,8 @@ fn a_method_reads_like_an_entry_of_a_manual() {
     Limits
       With B = 0 it is the base, bit for bit. With r = min(i, o) it can be any change of the weight.
       Where B alone trains, the change stays in the rows that A spans. A `bias` merges where the
-      linear has one; else it stays beside the base.
+      linear has one; else it stays beside the base, and so does what is added at a table of tokens
+      that is the head's as well.
 
     Differs from its paper or others
       Agrees with PEFT; its optimisers `riemannian` and, beside `trains: b`, `lorafa` are
