@@ -77,7 +77,7 @@ fn changed(config: &str) -> (Model, Theta, Model) {
         (info.name, if is_table { (tensor + &rows_vd).unwrap() } else { tensor })
     });
     let expected =
-        Model::new(Base::from_tensors(architecture.clone(), &tensors.collect()).unwrap(), Default::default());
+        Model::new(Base::from_tensors(architecture, &tensors.collect()).unwrap(), Default::default());
     (with, theta, expected)
 }
 
