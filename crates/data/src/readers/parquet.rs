@@ -4,6 +4,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use ::parquet::column::page::Page;
+use ::parquet::errors::ParquetError;
 use ::parquet::file::reader::{FileReader, SerializedFileReader};
 use ::parquet::record::reader::RowIter;
 use ::parquet::record::{Field, Row as Record};
@@ -29,12 +31,40 @@ impl Reader {
                 Input::File(file) => Box::new(SerializedFileReader::new(file)?),
                 Input::Bytes(bytes) => Box::new(SerializedFileReader::new(bytes)?),
             };
+            dictionaries(&*reader)?;
             let rows_total = reader.metadata().file_metadata().num_rows();
             Ok((RowIter::from_file_into(reader), rows_total))
         })?;
         let rows_total = u64::try_from(rows_total).map_err(|_| damaged(name, "it says a negative number of rows"))?;
         Ok(Self { name: Arc::clone(name), rows, number: 0, rows_total, done: false })
     }
+}
+
+/// Looks at the size of every dictionary before it is read: the library makes room for as many values as a page says that it has, which
+/// a few bytes can say of billions. A value takes a byte at least.
+fn dictionaries(reader: &dyn FileReader) -> ::parquet::errors::Result<()> {
+    for group in 0..reader.num_row_groups() {
+        let group = reader.get_row_group(group)?;
+        for column in 0..group.num_columns() {
+            let mut pages = group.get_column_page_reader(column)?;
+            while let Some(page) = pages.peek_next_page()? {
+                if !page.is_dict {
+                    pages.skip_next_page()?;
+                    continue;
+                }
+                if let Some(Page::DictionaryPage { buf, num_values, .. }) = pages.get_next_page()?
+                    && num_values as usize > buf.len()
+                {
+                    let name = group.metadata().column(column).column_path().string();
+                    let (bytes, said) = (buf.len(), num_values);
+                    return Err(ParquetError::General(format!(
+                        "column {name:?} says {said} values of a dictionary of {bytes} bytes"
+                    )));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn damaged(name: &str, words: &str) -> Error {
@@ -195,6 +225,14 @@ mod tests {
         row_group.close().unwrap();
         writer.close().unwrap();
         insta::assert_snapshot!(read(bytes)[0], @r#"1: {"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello"}]}"#);
+    }
+
+    /// A fuzzer found it: 250 bytes for which the library would make room for nine gigabytes.
+    #[test]
+    fn a_dictionary_of_more_values_than_bytes_is_refused() {
+        let file = "../../fuzz/corpus/parquet/regression-dictionary-of-more-values-than-bytes";
+        let found = read(std::fs::read(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap());
+        assert!(found[0].contains("values of a dictionary of"), "{found:?}");
     }
 
     #[test]

@@ -76,8 +76,7 @@ fn changed(config: &str) -> (Model, Theta, Model) {
         let is_table = info.name == table.weight();
         (info.name, if is_table { (tensor + &rows_vd).unwrap() } else { tensor })
     });
-    let expected =
-        Model::new(Base::from_tensors(architecture, &tensors.collect()).unwrap(), Default::default());
+    let expected = Model::new(Base::from_tensors(architecture, &tensors.collect()).unwrap(), Default::default());
     (with, theta, expected)
 }
 
