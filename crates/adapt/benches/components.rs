@@ -217,7 +217,11 @@ fn banked(base: &Base, adapter: Arc<dyn Adapter>, attachments: Vec<Attachment>, 
 impl Measured {
     fn new(base: &Arc<Base>, method: &MethodRef) -> Self {
         let (adapter, attachments) = Self::placed(base, method, method);
-        Self::of(base, vec![banked(base, adapter, attachments, true)])
+        let (slot, bank) = banked(base, adapter, attachments, true);
+        if ADAPTERS.card(&method.method).unwrap().trains_base {
+            return Self::of(base, Vec::new(), vec![Bank { kind: BankKind::Weights, ..bank }]);
+        }
+        Self::of(base, vec![slot], vec![bank])
     }
 
     /// One that mixes what some others add.
@@ -227,7 +231,8 @@ impl Measured {
             others.map(|(adapter, attachments)| banked(base, adapter, attachments, false)).collect();
         let (adapter, attachments) = Self::placed(base, method, method);
         banks.push(banked(base, adapter, attachments, true));
-        Self::of(base, banks)
+        let (slots, banks) = banks.into_iter().unzip();
+        Self::of(base, slots, banks)
     }
 
     /// A component on the sites that `like` takes by itself.
@@ -240,8 +245,7 @@ impl Measured {
         (adapter.into(), attachments)
     }
 
-    fn of(base: &Arc<Base>, banks: Vec<(Slot, Bank)>) -> Self {
-        let (slots, banks): (Vec<_>, Vec<_>) = banks.into_iter().unzip();
+    fn of(base: &Arc<Base>, slots: Vec<Slot>, banks: Vec<Bank>) -> Self {
         let mut theta = Theta::single(banks);
         // Away from its start, so that nothing is multiplied with zeros.
         let mut rng = Rng::new(1, "moved");
@@ -289,10 +293,8 @@ fn main() {
     }
     let lora = Measured::new(&base, &method(r#"{"method": "lora", "rank": 16, "alpha": 32}"#));
     let (hidden, attachments) = Lora::hidden(base.architecture(), &lora);
-    let mut all = vec![(
-        "lora by its graph".to_owned(),
-        Measured::of(&base, vec![banked(&base, Arc::new(hidden), attachments, true)]),
-    )];
+    let (slot, bank) = banked(&base, Arc::new(hidden), attachments, true);
+    let mut all = vec![("lora by its graph".to_owned(), Measured::of(&base, vec![slot], vec![bank]))];
     let named: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
     let asked = |method: &MethodRef| named.is_empty() || named.contains(&method.method);
     let methods = METHODS.iter().map(|text| method(text)).filter(asked);
