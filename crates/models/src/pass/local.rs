@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use attune_architecture::Site;
 use attune_points::adapter::{DropoutMask, RowCx};
-use attune_points::{Error, Locals, Result, TensorId};
+use attune_points::{Error, GradSink, Locals, Result, TensorId};
 use attune_tensor::autograd;
 use attune_tensor::view::{MatRef, ViewMut};
 use candle_core::{DType, Device, Tensor, Var};
@@ -44,6 +44,15 @@ pub(crate) fn write(tensor: &Tensor, mut to: ViewMut<'_, f32>, add: bool) -> Res
         } else {
             to.row(row).copy_from_slice(values);
         }
+    }
+    Ok(())
+}
+
+/// Gives a sink the gradients by a component's leaves, from that by the rows that were made of them.
+pub(crate) fn pull(made: &Tensor, by: &Tensor, leaves: &[(TensorId, Var)], sink: &mut dyn GradSink) -> Result<()> {
+    let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
+    for ((id, _), gradient) in leaves.iter().zip(autograd::pull(&all, &[(made, by)])?) {
+        gradient.map(|gradient| regions::put(&mut *sink, id, &gradient)).transpose()?;
     }
     Ok(())
 }

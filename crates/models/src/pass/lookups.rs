@@ -7,13 +7,11 @@ use std::collections::BTreeMap;
 use attune_architecture::{Site, SiteId};
 use attune_points::adapter::{LookupMap, Port};
 use attune_points::{Error, Locals, Result, Row, TensorId};
-use attune_tensor::autograd;
 use attune_tensor::view::{View, ViewMut};
 use candle_core::{Device, Tensor, Var};
 
 use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks};
-use crate::regions;
 
 type Added<'a> = Placed<'a, &'a dyn LookupMap>;
 
@@ -103,12 +101,8 @@ impl<'a> PassCx<'a> {
                 to.iter_mut().zip(dx_td.row(row)).for_each(|(sum, dx)| *sum += dx);
             }
             let rows_kd = rows_of(placed.port, &tokens, width, &local::locals(self.parts, &placed, &leaves)?)?;
-            let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
             let sums_kd = Tensor::from_vec(sums, (tokens.len(), width), &Device::Cpu)?;
-            let gradients = autograd::pull(&all, &[(&rows_kd, &sums_kd)])?;
-            for ((id, _), gradient) in leaves.iter().zip(gradients) {
-                gradient.map(|gradient| regions::put(&mut *sinks[placed.part], id, &gradient)).transpose()?;
-            }
+            local::pull(&rows_kd, &sums_kd, &leaves, &mut *sinks[placed.part])?;
         }
         Ok(())
     }

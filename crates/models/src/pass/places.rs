@@ -5,14 +5,12 @@
 use attune_architecture::{Site, SiteId};
 use attune_points::adapter::{PlacesMap, Port};
 use attune_points::{Result, Row, TensorId};
-use attune_tensor::autograd;
 use attune_tensor::view::{View, ViewMut};
 use candle_core::{Device, Tensor, Var};
 
 use crate::pass::arena::Rows;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks};
 use crate::pass::{local, sequence};
-use crate::regions;
 
 type Added<'a> = Placed<'a, &'a dyn PlacesMap>;
 
@@ -127,12 +125,8 @@ impl<'a> PassCx<'a> {
                 to.iter_mut().zip(dx_td.row(row)).for_each(|(sum, dx)| *sum += dx);
             }
             let rows_pd = placed.port.graph(&local::locals(self.parts, &placed, &leaves)?)?;
-            let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
             let sums_pd = Tensor::from_vec(sums, (count, width), &Device::Cpu)?;
-            let gradients = autograd::pull(&all, &[(&rows_pd, &sums_pd)])?;
-            for ((id, _), gradient) in leaves.iter().zip(gradients) {
-                gradient.map(|gradient| regions::put(&mut *sinks[placed.part], id, &gradient)).transpose()?;
-            }
+            local::pull(&rows_pd, &sums_pd, &leaves, &mut *sinks[placed.part])?;
         }
         Ok(())
     }

@@ -13,7 +13,6 @@ use std::ops::Range;
 use attune_architecture::{Site, SiteId};
 use attune_points::adapter::{Port, TableMap};
 use attune_points::{Error, Result, Row, TensorId};
-use attune_tensor::autograd;
 use attune_tensor::kernels::{Gemm, Operand};
 use attune_tensor::view::{MatMut, MatRef, View, ViewMut};
 use candle_core::{Device, Tensor, Var};
@@ -22,7 +21,6 @@ use crate::pass::arena::Mat;
 use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Placed, Sinks};
 use crate::pass::weight::Weighed;
-use crate::regions;
 
 /// A component with rows in a table.
 pub(crate) type Table<'a> = Placed<'a, &'a dyn TableMap>;
@@ -108,11 +106,7 @@ impl<'a> PassCx<'a> {
     ) -> Result<()> {
         let rows_kd = self.rows_of(table, leaves)?;
         let by_rows = Tensor::from_vec(by_rows, rows_kd.dims2()?, &Device::Cpu)?;
-        let all: Vec<&Var> = leaves.iter().map(|(_, var)| var).collect();
-        let gradients = autograd::pull(&all, &[(&rows_kd, &by_rows)])?;
-        for ((id, _), gradient) in leaves.iter().zip(gradients) {
-            gradient.map(|gradient| regions::put(&mut *sinks[table.part], id, &gradient)).transpose()?;
-        }
+        local::pull(&rows_kd, &by_rows, leaves, &mut *sinks[table.part])?;
         Ok(())
     }
 

@@ -76,31 +76,27 @@ pub(crate) fn markdown(matrix: &Matrix, records: &[&Record]) -> String {
         general.join(", "),
         matrix.rows()
     );
-    let mut line = |name: &str, runs: &[&Kept], after: bool| {
-        let mean =
-            |of: &dyn Fn(&Kept) -> f64| Runs::from_iter(runs.iter().map(|kept| of(kept))).mean().unwrap_or_default();
-        let now = |likelihood: &Likelihood| if after { likelihood.after } else { likelihood.before };
-        let (task, kept) = (mean(&|kept| now(&kept.task)), mean(&|kept| now(&kept.general)));
-        let (gained, lost) =
-            (mean(&|kept| now(&kept.task) - kept.task.before), mean(&|kept| now(&kept.general) - kept.general.before));
+    let mean = |runs: &[&Kept], of: &dyn Fn(&Kept) -> f64| {
+        Runs::from_iter(runs.iter().map(|kept| of(kept))).mean().unwrap_or_default()
+    };
+    let mut line = |name: &str, runs: &[&Kept], of: fn(&Likelihood) -> f64| {
+        let (task, kept) = (mean(runs, &|kept| of(&kept.task)), mean(runs, &|kept| of(&kept.general)));
+        let gained = task - mean(runs, &|kept| kept.task.before);
+        let lost = kept - mean(runs, &|kept| kept.general.before);
         let h = harmonic(task, kept);
         let _ = writeln!(page, "| {name} | {gained:+.4} | {lost:+.4} | {task:.4} | {kept:.4} | {h:.4} |");
-        h
     };
-    line("the base", &done.iter().map(|(_, kept)| kept).collect::<Vec<_>>(), false);
-    let mut rows: Vec<(String, Vec<&Kept>, f64)> = Vec::new();
+    line("the base", &done.iter().map(|(_, kept)| kept).collect::<Vec<_>>(), |likelihood| likelihood.before);
+    let mut rows: Vec<(String, Vec<&Kept>)> = Vec::new();
     for value in matrix.values(matrix.rows()) {
         let own = done.iter().filter(|(record, _)| record.place.get(matrix.rows()) == Some(&value));
-        let own: Vec<&Kept> = own.map(|(_, kept)| kept).collect();
-        if !own.is_empty() {
-            let of = |of: &dyn Fn(&Kept) -> f64| own.iter().map(|kept| of(kept)).sum::<f64>() / own.len() as f64;
-            let h = harmonic(of(&|kept| kept.task.after), of(&|kept| kept.general.after));
-            rows.push((format!("`{value}`"), own, h));
-        }
+        rows.push((format!("`{value}`"), own.map(|(_, kept)| kept).collect()));
     }
-    rows.sort_by(|a, b| b.2.total_cmp(&a.2));
-    for (name, runs, _) in &rows {
-        line(name, runs, true);
+    rows.retain(|(_, runs)| !runs.is_empty());
+    let h = |runs: &[&Kept]| harmonic(mean(runs, &|kept| kept.task.after), mean(runs, &|kept| kept.general.after));
+    rows.sort_by(|(_, a), (_, b)| h(b).total_cmp(&h(a)));
+    for (name, runs) in &rows {
+        line(name, runs, |likelihood| likelihood.after);
     }
     page
 }
