@@ -31,13 +31,13 @@ async fn a_damaged_checkpoint_is_found_and_the_one_before_it_gone_on_from() {
     let base = format!("base={}", prepare(&cluster).await);
     let file = cluster.path("world/chat.yaml");
     let set: Vec<&str> =
-        SMALL.into_iter().chain([base.as_str(), "tune.steps=400", "tune.checkpoint.every_steps=50"]).collect();
+        SMALL.into_iter().chain([base.as_str(), "tune.steps=600", "tune.checkpoint.every_steps=200"]).collect();
     let undisturbed = cluster.submit(&file, &set);
     let expected = outputs(&cluster.ends(&undisturbed, JobState::Succeeded).await);
 
     let id = cluster.submit(&file, &set);
     let mut digests = Vec::new();
-    // From the second checkpoint on there is one to go back to.
+    // From the second checkpoint on there is one to go back to, and there is no third that could be stored meanwhile.
     cluster
         .wait(&id, "checkpoints", |job| {
             if !job.checkpoint.is_empty() && digests.last() != Some(&job.checkpoint) {
@@ -48,7 +48,6 @@ async fn a_damaged_checkpoint_is_found_and_the_one_before_it_gone_on_from() {
         .await;
     let child = Pid::from_raw(cluster.worker.as_ref().unwrap().children()[0]);
     kill(child, Signal::SIGSTOP).unwrap();
-    // What it had announced is stored by now, or is not told of any more.
     let waits = cluster.wait(&id, "answer", |_| true).await;
     flip(&cluster, &waits.checkpoint);
     kill(child, Signal::SIGKILL).unwrap();

@@ -13,6 +13,7 @@ pub mod budgets;
 pub mod inits;
 mod parts;
 
+pub mod headed;
 pub mod held;
 pub mod joined;
 pub mod peft;

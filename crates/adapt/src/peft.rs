@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use attune_architecture::{Architecture, Place as At};
+use attune_architecture::{Architecture, HeadKind, Place as At};
 use attune_artifacts::formats::peft::{CARD_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_hub_id};
 use attune_artifacts::formats::safetensors::{self, Dtype};
 use attune_points::adapter::{Adapter, Attachment, Peft, PeftTensors, Port};
@@ -17,7 +17,7 @@ use attune_tensor::Mapped;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value};
 
-use crate::adapters::FROM_PEFT;
+use crate::adapters::{self, FROM_PEFT};
 use crate::error::Error;
 
 /// How the names begin of tensors that belong to the whole base model: without a module's path.
@@ -31,6 +31,12 @@ const REPEATING: &str = "LORA";
 /// what a folder means, does not depend on them.
 const SAVES: &str = ".lora_velora_embed";
 
+/// The key of modules that are kept whole.
+const SAVED: &str = "modules_to_save";
+
+/// The key of what the model is for.
+const TASK: &str = "task_type";
+
 /// How the names end of weights of the base that PEFT keeps beside adapters at tables of tokens.
 const OF_BASE: &str = ".base_layer.weight";
 
@@ -43,10 +49,23 @@ pub struct Folder {
     pub targets: Targets,
     /// The ranges whose layers are those of the base that it was trained on, where that repeats layers of the one that it names.
     pub ranges: Option<Vec<[u32; 2]>>,
+    /// The modules that it keeps whole beside the adapter, as a component of their own.
+    pub saved: Option<Box<Self>>,
     path: std::path::PathBuf,
     tensors: BTreeMap<String, Tensor>,
     /// Weights of the base, by module.
     of_base: BTreeMap<String, Tensor>,
+}
+
+/// A component as a folder keeps it.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    /// The component.
+    pub adapter: &'a dyn Adapter,
+    /// Where it is.
+    pub attachments: &'a [Attachment],
+    /// Its tensors.
+    pub params: &'a Params,
 }
 
 /// Reads an adapter folder. Tensors of floats are widened to 32 bits.
@@ -54,12 +73,14 @@ pub struct Folder {
 /// # Errors
 /// [`Error`] naming the file and the key or tensor at fault.
 pub fn read(folder: &Path) -> Result<Folder, Error> {
-    let config = read_config(folder)?;
+    let mut config = read_config(folder)?;
+    let saved = saved_modules(&mut config)
+        .map_err(|fault| Error::Unsupported { folder: folder.to_owned(), faults: vec![fault] })?;
     let file = folder.join(WEIGHTS_FILE);
     // The header is checked as untrusted input before anything is mapped.
     let header = safetensors::Header::read(&file)?;
     let mapped = Mapped::open(&file)?;
-    let (mut tensors, mut of_base) = (BTreeMap::new(), BTreeMap::new());
+    let (mut tensors, mut of_base, mut kept) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, info) in header.tensors() {
         if info.dtype == Dtype::I32 {
             tensors.insert(name.clone(), integers(&file, info)?);
@@ -67,12 +88,31 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
             let tensor = tensor.to_numbers()?;
             if let Some(module) = name.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(OF_BASE)) {
                 of_base.insert(module.to_owned(), tensor);
+            } else if of_saved(name, &saved).is_some() {
+                kept.insert(name.clone(), tensor);
             } else if !is_off(name, &tensor) && !name.ends_with(SAVES) {
                 tensors.insert(name.clone(), tensor);
             }
         }
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
+    let ranges = ranges_of(&config, folder)?;
+    let of = |(method, targets), tensors, of_base, saved| Folder {
+        method,
+        targets,
+        ranges: ranges.clone(),
+        saved,
+        path: folder.to_owned(),
+        tensors,
+        of_base,
+    };
+    let modules_of = |kept: &BTreeMap<String, Tensor>| {
+        let modules: BTreeSet<&str> = kept.keys().filter_map(|name| of_saved(name, &saved)).collect();
+        adapters::saved(modules.into_iter().map(str::to_owned).collect())
+    };
+    if config.get("target_modules") == Some(&adapters::nowhere()) && !kept.is_empty() {
+        return Ok(of(modules_of(&kept), kept, BTreeMap::new(), None));
+    }
     let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
     let mut of_type = FROM_PEFT.iter().filter(|reader| reader.peft_type.is_none_or(|known| known == peft_type));
     let reader = of_type.find(|reader| (reader.claims)(&config)).ok_or_else(|| {
@@ -81,9 +121,23 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
         let message = format!("is {peft_type:?}; this version reads {}", known.join(", "));
         unsupported(vec![Fault::new("peft_type", message)])
     })?;
-    let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
-    let ranges = ranges_of(&config, folder)?;
-    Ok(Folder { method, targets, ranges, path: folder.to_owned(), tensors, of_base })
+    let own = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
+    let saved = (!kept.is_empty()).then(|| Box::new(of(modules_of(&kept), kept, BTreeMap::new(), None)));
+    Ok(of(own, tensors, of_base, saved))
+}
+
+/// Takes the modules that are kept whole out of a configuration, so that it is of the adapter alone.
+fn saved_modules(config: &mut Map<String, Value>) -> Result<Vec<String>, Fault> {
+    let said = config.insert(SAVED.to_owned(), Value::Null).unwrap_or_default();
+    let names: Result<Option<Vec<String>>, _> = serde_json::from_value(said.clone());
+    names.map(Option::unwrap_or_default).map_err(|_| Fault::new(SAVED, format!("is {said}; expected names of modules")))
+}
+
+/// The module of a tensor, if it is one of these or in one of them.
+fn of_saved<'n>(name: &'n str, saved: &[String]) -> Option<&'n str> {
+    let (module, _) = name.strip_prefix(PREFIX)?.rsplit_once('.')?;
+    let within = |name: &String| format!(".{module}.").contains(&format!(".{name}."));
+    saved.iter().any(within).then_some(module)
 }
 
 /// What [`read`] would say of layers that are repeated.
@@ -286,6 +340,7 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
                     format!("{PREFIX}{}.{suffix}", at.site)
                 }
                 PeftTensors::Prompt(name) => (*name).to_owned(),
+                PeftTensors::Saved => format!("{PREFIX}{}.{}", at.site, spec.local),
                 PeftTensors::Whole(names) => {
                     let name = names.iter().find(|(local, _)| *local == spec.local);
                     name.map_or(spec.local, |(_, name)| name).to_owned()
@@ -311,16 +366,15 @@ fn places<'a>(adapter: &dyn Adapter, attachments: &'a [Attachment]) -> Vec<Place
     places
 }
 
-/// Writes an adapter folder. `base_name` is a hub id or a digest, never a local path. The same parameters give the same
-/// bytes.
+/// Writes an adapter folder, with modules that were trained whole beside the adapter. `base_name` is a hub id or a digest, never a
+/// local path. The same parameters give the same bytes.
 ///
 /// # Errors
 /// [`Error::Unsupported`] if the method has no such layout or the base is named by a path; whatever writing raises.
 pub fn write(
     folder: &Path,
-    adapter: &dyn Adapter,
-    attachments: &[Attachment],
-    params: &Params,
+    Part { adapter, attachments, params }: Part<'_>,
+    saved: Option<Part<'_>>,
     architecture: &Architecture,
     base_name: &str,
     card: &str,
@@ -355,6 +409,10 @@ pub fn write(
             config.insert("target_modules".to_owned(), name.into());
             config.insert((*key).to_owned(), attached.len().into());
         }
+        PeftTensors::Saved => {
+            config.insert("target_modules".to_owned(), adapters::nowhere());
+            config.insert(SAVED.to_owned(), target_modules(attachments, architecture).into());
+        }
         PeftTensors::Prompt(_) | PeftTensors::Whole(_) => {
             let (heads, width) = (architecture.heads, architecture.hidden);
             let sizes = [("num_layers", architecture.layers), ("num_attention_heads", heads), ("token_dim", width)];
@@ -385,6 +443,12 @@ pub fn write(
         }
         config.insert(REPEATS.to_owned(), serde_json::json!(ranges));
     }
+    if let Some(saved) = saved {
+        config.insert(SAVED.to_owned(), target_modules(saved.attachments, architecture).into());
+    }
+    if let Some(task) = config.get_mut(TASK) {
+        *task = task_type(architecture).into();
+    }
     // Said where the method has such a key; PEFT looks at it layer by layer and lets it pass for plain linears.
     if let Some(flag) = config.get_mut("fan_in_fan_out") {
         *flag = any_transposed(attachments, architecture).into();
@@ -392,9 +456,14 @@ pub fn write(
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
 
     let mut wholes: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
-    if let PeftTensors::Prompt(name) | PeftTensors::Joined(name) = peft.tensors {
-        wholes.insert(name.to_owned(), made_rows(adapter, attachments, params)?);
-    } else {
+    let own = match peft.tensors {
+        PeftTensors::Prompt(name) | PeftTensors::Joined(name) => {
+            wholes.insert(name.to_owned(), made_rows(adapter, attachments, params)?);
+            None
+        }
+        _ => Some(Part { adapter, attachments, params }),
+    };
+    for Part { adapter, attachments, params } in own.into_iter().chain(saved) {
         for place in places(adapter, attachments) {
             let tensor = params.get(&place.name);
             let tensor = tensor.ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
@@ -433,6 +502,16 @@ pub fn write(
         std::fs::write(folder.join(name), text).map_err(|error| io(&folder.join(name), error))?;
     }
     Ok(())
+}
+
+/// What PEFT calls what a model of this head is for.
+fn task_type(architecture: &Architecture) -> &'static str {
+    match architecture.head {
+        HeadKind::Tokens => "CAUSAL_LM",
+        HeadKind::Sequence { .. } => "SEQ_CLS",
+        HeadKind::Rows { .. } => "TOKEN_CLS",
+        HeadKind::Embedding(_) => "FEATURE_EXTRACTION",
+    }
 }
 
 /// The rows before documents, or the keys and values before theirs, as a component makes them of its parameters.

@@ -1,6 +1,7 @@
 //! What stands above the trunk: a vocabulary, classes, or a vector per document.
 
 use attune_spec::Fault;
+use attune_spec::job::{HeadSpec, HeadTask};
 
 use crate::decoder::{Architecture, NormPlacement};
 use crate::site::{Place, Site, SiteKind};
@@ -72,6 +73,24 @@ impl Architecture {
         self.tied &= head == HeadKind::Tokens;
         self.head = head;
         Ok(self)
+    }
+
+    /// The same trunk under a head over the classes of a job. A document's class is asked of its first row where rows see all others,
+    /// else of its last.
+    ///
+    /// # Errors
+    /// A head that this family has no modules for.
+    pub fn over(self, head: &HeadSpec) -> Result<Self, Fault> {
+        let labels = head.labels.len();
+        let row = if self.causal { PooledRow::Last } else { PooledRow::First };
+        let head = match head.task {
+            HeadTask::Classification => HeadKind::Sequence { labels, row },
+            HeadTask::TokenClassification => HeadKind::Rows { labels },
+        };
+        let family = self.family;
+        self.with_head(head).map_err(|_| {
+            Fault::new("tune.head", format!("is given, but models of family {family} have no classifier here"))
+        })
     }
 
     /// The same model with rows that see all rows of their document, as encoders' do, without windows.

@@ -15,6 +15,9 @@ const ALL_LINEAR: &str = "all-linear";
 /// Every site.
 const ALL: &str = "all";
 
+/// The linears of the head: the one that gives logits, and the pooler before it, where there is one.
+const HEAD: &str = "head";
+
 /// The sites of `architecture` that `targets` names and `exclude` does not, in forward order. `applies` says which
 /// kinds of site the method can adapt; others that an entry catches along the way are left out, but an entry that
 /// catches nothing else is a fault.
@@ -84,6 +87,8 @@ fn names(entry: &str, site: &Site) -> bool {
         matches!(site.kind, SiteKind::Linear { .. }) && site.layer.is_some() && site.place != Place::Router
     } else if entry == ALL {
         true
+    } else if entry == HEAD {
+        matches!(site.place, Place::Head | Place::Pooler | Place::Classifier)
     } else if entry.contains('*') {
         glob(entry, id)
     } else {
@@ -118,7 +123,7 @@ fn no_site(entry: &str, sites: &[Site], architecture: &Architecture) -> String {
         }
     }
     let candidates =
-        std::iter::once(ALL_LINEAR).chain(roles.iter().copied()).chain(sites.iter().map(|s| s.id.as_str()));
+        [ALL_LINEAR, HEAD].into_iter().chain(roles.iter().copied()).chain(sites.iter().map(|s| s.id.as_str()));
     let hint = suggest::hint(entry, candidates);
     format!(
         "{entry:?} matches no site of this {} model of {} layers{hint} (modules: {})",

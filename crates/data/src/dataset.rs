@@ -5,7 +5,8 @@ use attune_spec::job::{Form, OnBadRow};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::encode::{Encoded, Encoder};
+use crate::classes::Labelled;
+use crate::encode::{Classed, Encoded, Encoder};
 use crate::error::Error;
 use crate::forms;
 use crate::origin::{BadRow, BadRows, Reason, RowFault};
@@ -51,6 +52,10 @@ pub struct Report {
 pub struct Dataset {
     ids: Vec<u32>,
     trained: Vec<bool>,
+    /// The class of each row, and which of two texts it is of, where there are classes.
+    classed: Option<Classed>,
+    /// The rows that have classes.
+    labelled: Option<Labelled>,
     /// Where each document ends in `ids`.
     ends: Vec<usize>,
     /// The roles of the documents of each row.
@@ -65,8 +70,19 @@ pub struct Document<'a> {
     pub view: View,
     /// The tokens.
     pub ids: &'a [u32],
-    /// Which of them are learned.
+    /// Which of them are learned, or have a class.
     pub trained: &'a [bool],
+    /// What has classes.
+    pub classed: Option<ClassedRows<'a>>,
+}
+
+/// What a document has beside its tokens where there are classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClassedRows<'a> {
+    /// The class of each row, [`attune_points::layout::NO_LABEL`] for those that have none.
+    pub labels: &'a [u32],
+    /// Which of two texts each token belongs to.
+    pub types: &'a [u32],
 }
 
 impl Document<'_> {
@@ -100,7 +116,7 @@ impl Dataset {
                 break;
             }
             if form.is_none() {
-                form = first_form(&file, &batch)?;
+                form = first_form(&file, &batch, encoder)?;
             }
             let encode = |row: readers::Item| -> Result<Vec<Encoded>, BadRow> {
                 let row = row?;
@@ -120,7 +136,8 @@ impl Dataset {
                 return Err(Error::BadRows(Box::new(dataset.bad)));
             }
         }
-        dataset.finish(file, form)
+        let labelled = encoder.classes().map(|classes| classes.of);
+        Ok(Self { labelled, ..dataset.finish(file, form)? })
     }
 
     /// Number of rows.
@@ -163,7 +180,12 @@ impl Dataset {
     fn document(&self, index: usize, view: View) -> Document<'_> {
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
         let range = start..self.ends[index];
-        Document { view, ids: &self.ids[range.clone()], trained: &self.trained[range] }
+        let classed = self.classed.as_ref();
+        let classed = classed.map(|classed| ClassedRows {
+            labels: &classed.labels[range.clone()],
+            types: &classed.types[range.clone()],
+        });
+        Document { view, ids: &self.ids[range.clone()], trained: &self.trained[range], classed }
     }
 
     /// What reading the file found.
@@ -176,14 +198,22 @@ impl Dataset {
         self.documents().map(|document| document.ids.len())
     }
 
-    /// A digest of tokens, marks and borders: what a run saw, however the file was stored.
+    /// The rows of its documents that have classes, where there are some.
+    pub const fn labelled(&self) -> Option<Labelled> {
+        self.labelled
+    }
+
+    /// A digest of tokens, marks, classes and borders: what a run saw, however the file was stored.
     pub fn digest(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();
-        for Document { ids, trained, .. } in self.documents() {
+        for Document { ids, trained, classed, .. } in self.documents() {
             hasher.update(&(ids.len() as u64).to_le_bytes());
             for (id, trained) in ids.iter().zip(trained) {
                 hasher.update(&id.to_le_bytes());
                 hasher.update(&[u8::from(*trained)]);
+            }
+            for number in classed.iter().flat_map(|classed| classed.labels.iter().chain(classed.types)) {
+                hasher.update(&number.to_le_bytes());
             }
         }
         *hasher.finalize().as_bytes()
@@ -191,17 +221,24 @@ impl Dataset {
 }
 
 /// The form that the first readable row's columns say.
-fn first_form(file: &str, batch: &[readers::Item]) -> Result<Option<Form>, Error> {
+fn first_form(file: &str, batch: &[readers::Item], encoder: &Encoder) -> Result<Option<Form>, Error> {
     let Some(row) = batch.iter().find_map(|row| row.as_ref().ok()) else { return Ok(None) };
-    forms::recognise(&row.fields)
-        .map(Some)
-        .map_err(|words| Error::File { file: file.to_owned(), message: format!("its columns {words}") })
+    let form = match encoder.classes() {
+        Some(classes) => forms::classified(classes.of, &row.fields),
+        None => forms::recognise(&row.fields),
+    };
+    form.map(Some).map_err(|words| Error::File { file: file.to_owned(), message: format!("its columns {words}") })
 }
 
 /// The roles of the documents of a row.
 const fn views(form: Form) -> &'static [View] {
     match form {
-        Form::Chat | Form::PromptCompletion | Form::Alpaca | Form::Text => &[View::Main],
+        Form::Chat
+        | Form::PromptCompletion
+        | Form::Alpaca
+        | Form::Text
+        | Form::Classification
+        | Form::TokenClassification => &[View::Main],
         Form::Preference => &[View::Chosen, View::Rejected],
     }
 }
@@ -210,6 +247,7 @@ const fn views(form: Form) -> &'static [View] {
 struct Building {
     ids: Vec<u32>,
     trained: Vec<bool>,
+    classed: Option<Classed>,
     ends: Vec<usize>,
     truncated: u64,
     bad: BadRows,
@@ -223,6 +261,11 @@ impl Building {
                 for encoded in documents {
                     self.ids.extend(&encoded.ids);
                     self.trained.extend(&encoded.trained);
+                    if let Some(Classed { labels, types }) = encoded.classed {
+                        let all = self.classed.get_or_insert_with(|| Classed { labels: Vec::new(), types: Vec::new() });
+                        all.labels.extend(labels);
+                        all.types.extend(types);
+                    }
                     self.ends.push(self.ids.len());
                 }
             }
@@ -231,7 +274,7 @@ impl Building {
     }
 
     fn finish(self, file: String, form: Option<Form>) -> Result<Dataset, Error> {
-        let Self { ids, trained, ends, truncated, bad } = self;
+        let Self { ids, trained, classed, ends, truncated, bad } = self;
         let (false, Some(form)) = (ends.is_empty(), form) else {
             let message = match bad.first.first() {
                 None => "holds no row".to_owned(),
@@ -241,9 +284,9 @@ impl Building {
             };
             return Err(Error::NoRows { file, message });
         };
-        // The first token of a document is never predicted.
+        // The first token of a document is never predicted, but may have a class.
         let firsts = std::iter::once(0).chain(ends.iter().copied().take(ends.len() - 1));
-        let unpredicted = firsts.filter(|&start| trained[start]).count();
+        let unpredicted = if classed.is_some() { 0 } else { firsts.filter(|&start| trained[start]).count() };
         let report = Report {
             file,
             form,
@@ -253,7 +296,7 @@ impl Building {
             truncated,
             bad,
         };
-        Ok(Dataset { ids, trained, ends, views: views(form), report })
+        Ok(Dataset { ids, trained, classed, labelled: None, ends, views: views(form), report })
     }
 }
 
@@ -285,7 +328,7 @@ pub(crate) mod tests {
     fn documents_keep_their_order_and_their_marks() {
         let dataset = texts(&["ab".to_owned(), "c".to_owned()]);
         let documents: Vec<Document<'_>> = dataset.documents().collect();
-        let document = |ids, trained| Document { view: View::Main, ids, trained };
+        let document = |ids, trained| Document { view: View::Main, ids, trained, classed: None };
         assert_eq!(documents, [document(&[97, 98, 256], &[true; 3]), document(&[99, 256], &[true; 2])]);
         assert_eq!(dataset.report().trained_tokens, 3);
         assert_ne!(dataset.digest(), texts(&["a".to_owned(), "bc".to_owned()]).digest());
@@ -338,7 +381,10 @@ pub(crate) mod tests {
         let dataset = read(text, "a.jsonl", OnBadRow::Fail, None).unwrap();
         assert_eq!((dataset.len(), dataset.report().form, dataset.report().rows), (2, Form::Preference, 2));
         let documents: Vec<Document<'_>> = dataset.row(0).collect();
-        assert_eq!(documents[0], Document { view: View::Chosen, ids: &[97, 98, 256], trained: &[false, true, true] });
+        assert_eq!(
+            documents[0],
+            Document { view: View::Chosen, ids: &[97, 98, 256], trained: &[false, true, true], classed: None }
+        );
         assert_eq!((documents[1].view, documents[1].ids), (View::Rejected, &[97, 99, 100, 256][..]));
         assert_eq!((dataset.tokens_of(0), dataset.tokens_of(1)), (7, 4));
     }

@@ -5,13 +5,15 @@
 //! prompt. Where no template writes an end, the end-of-text token is appended and learned: a model that is never taught to
 //! stop does not stop.
 
+use attune_points::layout::NO_LABEL;
 use attune_spec::job::TooLong;
 
+use crate::classes::{self, Classes};
 use crate::error::Error;
 use crate::forms::{self, Conversation, Message, Record};
 use crate::origin::{Reason, RowFault};
 use crate::template::ChatTemplate;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, Whole};
 
 /// The built-in template that a job may name in place of its text.
 const BUILT_IN_NAME_MAX: usize = 32;
@@ -23,6 +25,7 @@ pub struct Encoder {
     template: Option<ChatTemplate>,
     max_length: usize,
     too_long: TooLong,
+    classes: Option<Classes>,
 }
 
 /// A row as tokens.
@@ -30,10 +33,21 @@ pub struct Encoder {
 pub struct Encoded {
     /// The tokens.
     pub ids: Vec<u32>,
-    /// Which of them are to be learned.
+    /// Which of them are to be learned, or have a class.
     pub trained: Vec<bool>,
+    /// What has classes.
+    pub classed: Option<Classed>,
     /// Whether the end was cut off.
     pub truncated: bool,
+}
+
+/// What a document has beside its tokens where there are classes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Classed {
+    /// The class of each row, [`attune_points::layout::NO_LABEL`] for those that have none.
+    pub labels: Vec<u32>,
+    /// Which of two texts each token belongs to.
+    pub types: Vec<u32>,
 }
 
 impl Encoder {
@@ -55,7 +69,22 @@ impl Encoder {
             }
             Some(text) => Some(ChatTemplate::compile("data.template", text, tokenizer.specials())?),
         };
-        Ok(Self { tokenizer, template, max_length: max_length as usize, too_long })
+        Ok(Self { tokenizer, template, max_length: max_length as usize, too_long, classes: None })
+    }
+
+    /// The same for rows with the classes of a head.
+    #[must_use]
+    pub fn with_classes(self, classes: Option<Classes>) -> Self {
+        Self { classes, ..self }
+    }
+
+    pub(crate) const fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// The classes that rows have, if any.
+    pub fn classes(&self) -> Option<&Classes> {
+        self.classes.as_ref()
     }
 
     /// The tokeniser.
@@ -79,8 +108,38 @@ impl Encoder {
                 let sides = pair.iter().map(|side| self.encode(side)).collect::<Result<Vec<_>, _>>()?;
                 return Ok(sides.into_iter().flatten().collect());
             }
+            Record::Classified { text, pair, label } => {
+                let classes = self.known()?;
+                let number = classes.number(label)?;
+                let whole = self.whole(|limit| self.tokenizer.whole(text, pair.as_deref(), limit))?;
+                let labels = classes.on_document(number, whole.ids.len());
+                return Ok(vec![classed(whole, labels)?]);
+            }
+            Record::Tagged { words, tags } => {
+                let classes = self.known()?;
+                let numbers = tags.iter().map(|tag| classes.number(tag)).collect::<Result<Vec<u32>, _>>()?;
+                let whole = self.whole(|limit| self.tokenizer.worded(words, limit))?;
+                let labels = classes::on_words(&numbers, &whole.words);
+                return Ok(vec![classed(whole, labels)?]);
+            }
         };
         Ok(vec![self.fitted(encoded)?])
+    }
+
+    /// The classes, which rows with a class need.
+    fn known(&self) -> Result<&Classes, RowFault> {
+        let message = "has a class, and nothing says which there are: expected `tune.head`";
+        self.classes.as_ref().ok_or_else(|| RowFault::new(Reason::UnknownLabel, message))
+    }
+
+    /// A document with what surrounds it, of no more than the longest length.
+    fn whole(&self, of: impl FnOnce(Option<usize>) -> Result<Whole, Error>) -> Result<Whole, RowFault> {
+        let limit = (self.too_long == TooLong::Truncate).then_some(self.max_length);
+        let whole = of(limit).map_err(|error| RowFault::new(Reason::Tokenizer, error.to_string()))?;
+        if whole.ids.len() > self.max_length {
+            return Err(too_long(whole.ids.len(), self.max_length));
+        }
+        Ok(whole)
     }
 
     /// A document of no more than the longest length that has something to learn.
@@ -88,11 +147,7 @@ impl Encoder {
         if encoded.ids.len() > self.max_length {
             let (length, limit) = (encoded.ids.len(), self.max_length);
             match self.too_long {
-                TooLong::Refuse => {
-                    let message =
-                        format!("has {length} tokens; `data.max_length` is {limit} (`too_long: truncate` cuts it)");
-                    return Err(RowFault::new(Reason::TooLong, message));
-                }
+                TooLong::Refuse => return Err(too_long(length, limit)),
                 TooLong::Truncate => {
                     encoded.ids.truncate(limit);
                     encoded.trained.truncate(limit);
@@ -121,7 +176,7 @@ impl Encoder {
             spans.peek().is_some_and(|span| span.start <= piece.bytes.start)
         });
         let trained = trained.collect();
-        Ok(Encoded { ids: pieces.iter().map(|piece| piece.id).collect(), trained, truncated: false })
+        Ok(Encoded { ids: pieces.iter().map(|piece| piece.id).collect(), trained, classed: None, truncated: false })
     }
 
     fn instruction(&self, instruction: &str, input: &str, output: &str) -> Result<Encoded, RowFault> {
@@ -145,12 +200,29 @@ impl Encoder {
             ids.push(eos);
             trained.push(true);
         }
-        Ok(Encoded { ids, trained, truncated: false })
+        Ok(Encoded { ids, trained, classed: None, truncated: false })
     }
 
     fn pieces(&self, text: &str, begin: bool) -> Result<Vec<crate::tokenizer::Piece>, RowFault> {
         self.tokenizer.pieces(text, begin).map_err(|error| RowFault::new(Reason::Tokenizer, error.to_string()))
     }
+}
+
+/// A document with the labels of its rows, of which one has to have some.
+fn classed(whole: Whole, labels: Vec<u32>) -> Result<Encoded, RowFault> {
+    let Whole { ids, types, truncated, .. } = whole;
+    let trained: Vec<bool> = labels.iter().map(|label| *label != NO_LABEL).collect();
+    if !trained.contains(&true) {
+        let why = if truncated { " in the first `data.max_length` of its tokens" } else { "" };
+        let message = format!("no token of the row has a class{why}");
+        return Err(RowFault::new(Reason::NoTrainedToken, message));
+    }
+    Ok(Encoded { ids, trained, classed: Some(Classed { labels, types }), truncated })
+}
+
+fn too_long(length: usize, limit: usize) -> RowFault {
+    let message = format!("has {length} tokens; `data.max_length` is {limit} (`too_long: truncate` cuts it)");
+    RowFault::new(Reason::TooLong, message)
 }
 
 #[cfg(test)]

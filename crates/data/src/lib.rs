@@ -7,7 +7,7 @@
 //! Deliberately absent: models, tensors, the control plane. Files are read as a whole when a run starts.
 //!
 //! Reading order: [`source`], `readers` and `forms` (rows), [`template`] and [`tokenizer`] (text to tokens), [`encode`],
-//! [`dataset`], [`mixing`], [`stream`] (which document comes next), [`loader`] (packing), [`preview`].
+//! [`classes`], [`dataset`], [`mixing`], [`stream`] (which document comes next), [`loader`] (packing), [`preview`].
 
 pub mod error;
 pub mod origin;
@@ -19,6 +19,7 @@ pub mod source;
 pub mod template;
 pub mod tokenizer;
 
+pub mod classes;
 pub mod dataset;
 pub mod encode;
 
@@ -29,6 +30,7 @@ pub mod stream;
 pub mod preview;
 
 pub use attune_points::View;
+pub use classes::{Classes, Labelled};
 pub use dataset::{Dataset, Reading};
 pub use encode::Encoder;
 pub use error::Error;

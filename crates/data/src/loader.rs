@@ -13,6 +13,7 @@ use attune_spec::id::Step;
 use attune_spec::job::plan::Length;
 use serde::{Deserialize, Serialize};
 
+use crate::classes::Labelled;
 use crate::dataset::{Dataset, Document};
 use crate::error::Error;
 use crate::stream::{Counters, Drawn, Stream};
@@ -140,7 +141,8 @@ impl Loader {
             self.stream.take(domain, tokens);
             push(&mut layout, data, domain, index);
         }
-        layout.begun_with(&self.packing.before)
+        let labelled = self.domains.iter().find_map(|domain| domain.data.labelled());
+        begun(&layout, &self.packing.before, labelled)
     }
 
     /// Tells what the step showed, for the mixing method.
@@ -215,12 +217,16 @@ impl Loader {
     }
 }
 
-/// Appends the documents of a row, which are a group; the label of a token is the next one where that is learned.
+/// Appends the documents of a row, which are a group; the label of a token is its class, or the next token where that is learned.
 fn push(layout: &mut Layout, data: &Dataset, domain: usize, index: usize) {
     let group = layout.docs().last().map_or(0, |doc| doc.group + 1);
-    for Document { view, ids, trained } in data.row(index) {
+    for Document { view, ids, trained, classed } in data.row(index) {
         let next = ids.iter().zip(trained).skip(1).map(|(id, trained)| if *trained { *id } else { NO_LABEL });
-        let rows = ids.iter().map(|id| Row::Token(*id)).zip(next.chain([NO_LABEL]));
+        let labels: Vec<u32> = match classed {
+            Some(classed) => classed.labels.to_vec(),
+            None => next.chain([NO_LABEL]).collect(),
+        };
+        let rows = ids.iter().map(|id| Row::Token(*id)).zip(labels);
         let source = DocSource {
             example: index as u64,
             view,
@@ -229,7 +235,23 @@ fn push(layout: &mut Layout, data: &Dataset, domain: usize, index: usize) {
             ..DocSource::default()
         };
         layout.push(source, rows);
+        if let Some(classed) = classed {
+            layout.typed(classed.types);
+        }
     }
+}
+
+/// The batch with these rows before those of each document. A class that is asked of the first row is asked of the first of these: what
+/// gives it reads the first row, whatever that is, as PEFT's models do.
+fn begun(layout: &Layout, before: &[Row], labelled: Option<Labelled>) -> Layout {
+    let mut begun = layout.begun_with(before);
+    if let (Some(Labelled::First), 1..) = (labelled, before.len()) {
+        let starts: Vec<usize> = begun.docs().iter().map(|doc| doc.rows.start as usize).collect();
+        for start in starts {
+            begun.swap_labels(start, start + before.len());
+        }
+    }
+    begun
 }
 
 /// The documents of a validation set in file order, each after the rows `before`, packed into batches of at most `tokens`.
@@ -239,11 +261,11 @@ pub fn in_order(data: &Dataset, tokens: usize, before: &[Row]) -> Vec<Layout> {
     for index in 0..data.len() {
         let documents = layout.docs().len() + data.row(index).count();
         if layout.n_rows() > 0 && layout.n_rows() + data.tokens_of(index) + documents * before.len() > tokens {
-            layouts.push(std::mem::take(&mut layout).begun_with(before));
+            layouts.push(begun(&std::mem::take(&mut layout), before, data.labelled()));
         }
         push(&mut layout, data, 0, index);
     }
-    layouts.push(layout.begun_with(before));
+    layouts.push(begun(&layout, before, data.labelled()));
     layouts
 }
 
@@ -324,6 +346,19 @@ mod tests {
             assert_eq!(labels.last(), Some(&NO_LABEL));
         }
         assert_eq!(batch.counts, batch.parts.iter().map(|(_, layout)| layout.counts()).sum());
+    }
+
+    #[test]
+    fn a_class_of_the_first_row_is_asked_of_the_first_row_before_it() {
+        let mut layout = Layout::new();
+        for labels in [[3, NO_LABEL], [1, NO_LABEL]] {
+            layout.push(DocSource::default(), labels.map(|label| (Row::Token(7), label)));
+        }
+        let before = [0, 1].map(|index| Row::Virtual { slot: 0, index });
+        let first = begun(&layout, &before, Some(Labelled::First));
+        assert_eq!(first.labels(), [3, NO_LABEL, NO_LABEL, NO_LABEL, 1, NO_LABEL, NO_LABEL, NO_LABEL]);
+        assert_eq!(begun(&layout, &before, Some(Labelled::Words)), layout.begun_with(&before));
+        assert_eq!(begun(&layout, &[], Some(Labelled::First)), layout);
     }
 
     #[test]

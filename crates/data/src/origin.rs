@@ -58,6 +58,8 @@ pub enum Reason {
     EmptyText,
     /// A message's role is not one of a conversation's.
     UnknownRole,
+    /// A class is not one of the head's.
+    UnknownLabel,
     /// The chat template refused the conversation or does not reproduce the assistant's text.
     Template,
     /// The tokeniser refused the text.
@@ -81,6 +83,7 @@ impl Reason {
             Self::WrongType => "wrong_type",
             Self::EmptyText => "empty_text",
             Self::UnknownRole => "unknown_role",
+            Self::UnknownLabel => "unknown_label",
             Self::Template => "template",
             Self::Tokenizer => "tokenizer",
             Self::NoTrainedToken => "no_trained_token",

@@ -1,16 +1,22 @@
 //! Looks at data before it is trained on: rendered rows with their marks, lengths, and the exact order of tokens.
 
+use attune_points::layout::NO_LABEL;
 use serde::Serialize;
 
+use crate::classes::Classes;
 use crate::dataset::{Dataset, Document, Report};
 use crate::error::Error;
 use crate::tokenizer::Tokenizer;
 
-/// The text of a document with what is learned between `⟦` and `⟧`.
+/// The text of a document with what is learned between `⟦` and `⟧`; where there are classes, each token that has one stands there, with
+/// its class.
 ///
 /// # Errors
 /// [`Error::Encode`] for ids outside of the vocabulary.
-pub fn marked(document: Document<'_>, tokenizer: &Tokenizer) -> Result<String, Error> {
+pub fn marked(document: Document<'_>, tokenizer: &Tokenizer, classes: Option<&Classes>) -> Result<String, Error> {
+    if let (Some(classed), Some(classes)) = (document.classed, classes) {
+        return with_classes(document.ids, classed.labels, tokenizer, classes);
+    }
     let mut text = String::new();
     let mut start = 0;
     while start < document.ids.len() {
@@ -25,6 +31,22 @@ pub fn marked(document: Document<'_>, tokenizer: &Tokenizer) -> Result<String, E
             text.push_str(&part);
         }
         start += length;
+    }
+    Ok(text)
+}
+
+fn with_classes(ids: &[u32], labels: &[u32], tokenizer: &Tokenizer, classes: &Classes) -> Result<String, Error> {
+    let mut text = String::new();
+    let mut start = 0;
+    while start < ids.len() {
+        if let Some(name) = classes.names.get(labels[start] as usize) {
+            text.push_str(&format!("⟦{}: {name}⟧", tokenizer.decode(&ids[start..=start], true)?));
+            start += 1;
+        } else {
+            let length = labels[start..].iter().take_while(|label| **label == NO_LABEL).count().max(1);
+            text.push_str(&tokenizer.decode(&ids[start..start + length], true)?);
+            start += length;
+        }
     }
     Ok(text)
 }
@@ -77,6 +99,8 @@ mod tests {
     use attune_points::View;
 
     use super::*;
+    use crate::classes::Labelled;
+    use crate::dataset::ClassedRows;
     use crate::dataset::tests::texts;
     use crate::tokenizer::byte_level;
 
@@ -84,9 +108,13 @@ mod tests {
     fn marks_and_numbers_are_shown() {
         let data = texts(&["ab".to_owned(), "cdef".to_owned()]);
         let tokenizer = byte_level(&["<|endoftext|>"]);
-        assert_eq!(marked(data.documents().next().unwrap(), &tokenizer).unwrap(), "⟦ab<|endoftext|>⟧");
-        let part = Document { view: View::Main, ids: &[97, 98, 99], trained: &[false, true, false] };
-        assert_eq!(marked(part, &tokenizer).unwrap(), "a⟦b⟧c");
+        assert_eq!(marked(data.documents().next().unwrap(), &tokenizer, None).unwrap(), "⟦ab<|endoftext|>⟧");
+        let part = Document { view: View::Main, ids: &[97, 98, 99], trained: &[false, true, false], classed: None };
+        assert_eq!(marked(part, &tokenizer, None).unwrap(), "a⟦b⟧c");
+        let classes = Classes { names: vec!["no".to_owned(), "yes".to_owned()], of: Labelled::First };
+        let classed = Some(ClassedRows { labels: &[1, NO_LABEL, NO_LABEL], types: &[0; 3] });
+        let text = marked(Document { classed, ..part }, &tokenizer, Some(&classes)).unwrap();
+        assert_eq!(text, "⟦a: yes⟧bc");
         let statistics = statistics(&data);
         assert_eq!(statistics.lengths.first(), Some(&("min".to_owned(), 3)));
         assert_eq!(statistics.lengths.last(), Some(&("max".to_owned(), 5)));

@@ -62,6 +62,8 @@ pub struct Base {
     matrices: BTreeMap<TensorName, FrozenWeight>,
     vectors: BTreeMap<TensorName, Tensor>,
     few: Option<Few>,
+    /// The sites that have numbers at random because the files have none.
+    fresh: Vec<SiteId>,
     /// What was quantised.
     sources: BTreeMap<TensorName, Source>,
     /// The buffers of passes over it.
@@ -79,6 +81,7 @@ impl Base {
             matrices: BTreeMap::new(),
             vectors: BTreeMap::new(),
             few: None,
+            fresh: Vec::new(),
             sources: BTreeMap::new(),
             arena: Arena::default(),
         }
@@ -102,6 +105,11 @@ impl Base {
         }
         kernels.fault()?;
         Ok(self)
+    }
+
+    /// The sites that have numbers at random because the base's files have none for them: a head over classes that is new.
+    pub fn fresh(&self) -> &[SiteId] {
+        &self.fresh
     }
 
     /// Where passes take their buffers from: all models over this base together.
@@ -188,6 +196,11 @@ impl Base {
         Ok(())
     }
 
+    /// Whether linears of its blocks are held in few bits.
+    pub const fn holds_few(&self) -> bool {
+        self.few.is_some()
+    }
+
     /// Whether linears are held in few bits of which nobody has what they were before.
     pub fn is_few_only(&self) -> bool {
         self.few.is_some()
@@ -211,6 +224,7 @@ impl Base {
         made.vectors.clone_from(&self.vectors);
         made.sources.clone_from(&self.sources);
         made.few.clone_from(&self.few);
+        made.fresh.clone_from(&self.fresh);
         for (name, (left_or, right_ri, factor)) in less {
             let Some(before) = self.unquantized(&name) else {
                 return Err(attune_points::Error::Refused(format!("{name} is not held in few bits")));
@@ -237,13 +251,15 @@ impl Base {
     }
 
     /// The same trunk under an architecture that [`Architecture::with_head`] or [`Architecture::bidirectional`] made of the
-    /// folder's own. Tensors of a classifier and its pooler that the files lack start at random from the seed.
+    /// folder's own, with the linears of its blocks in few bits if a format is given. Tensors of a classifier and its pooler that the
+    /// files lack start at random from the seed.
     ///
     /// # Errors
-    /// As for [`Base::open`].
+    /// As for [`Base::open_quantized`].
     pub fn open_as(
         folder: &Path,
         precision: Precision,
+        format: Option<&MethodRef>,
         change: impl FnOnce(Architecture) -> Result<Architecture, attune_spec::Fault>,
         seed: u64,
     ) -> Result<Self, Error> {
@@ -252,6 +268,9 @@ impl Base {
             source: attune_architecture::Error::Fields(vec![fault]),
         };
         let mut base = Self::empty(change(folder::architecture(folder)?).map_err(fault)?);
+        if let Some(format) = format {
+            base.few = Some(Few { by: quantization(format)?, dtype: dtype(precision) });
+        }
         base.read(folder, precision, &[Place::Classifier, Place::Pooler], seed)?;
         Ok(base)
     }
@@ -272,6 +291,7 @@ impl Base {
                     continue;
                 }
                 Found::Nothing => {
+                    self.fresh.push(info.site.clone());
                     self.random_tensor(&info, seed, if matrix { dtype } else { DType::F32 })?;
                     continue;
                 }

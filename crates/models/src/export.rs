@@ -76,6 +76,54 @@ pub fn write(
     Ok(())
 }
 
+/// Gives the classes of a written model folder their names: `id2label` and `label2id` of its `config.json`.
+///
+/// # Errors
+/// Whatever reading or writing the file raises.
+pub fn name_classes(folder: &Path, names: &[String]) -> Result<(), Error> {
+    let path = folder.join(CONFIG);
+    let text = std::fs::read(&path).map_err(Error::io(&path))?;
+    let format = |error: serde_json::Error| Error::Format { path: path.clone(), message: error.to_string() };
+    let mut config: serde_json::Map<_, _> = serde_json::from_slice(&text).map_err(format)?;
+    classes(&mut config, names);
+    let mut text = serde_json::to_vec_pretty(&config).map_err(format)?;
+    text.push(b'\n');
+    std::fs::write(&path, text).map_err(Error::io(&path))
+}
+
+/// The names that the classes of a model folder have, in the order of their numbers; none where its `config.json` has none, or only the
+/// numbers themselves.
+///
+/// # Errors
+/// A `config.json` that cannot be read.
+pub fn named_classes(folder: &Path) -> Result<Vec<String>, Error> {
+    let path = folder.join(CONFIG);
+    let text = std::fs::read(&path).map_err(Error::io(&path))?;
+    let format = |error: serde_json::Error| Error::Format { path: path.clone(), message: error.to_string() };
+    let config: serde_json::Value = serde_json::from_slice(&text).map_err(format)?;
+    let Some(names) = config.get("id2label").and_then(serde_json::Value::as_object) else { return Ok(Vec::new()) };
+    let name = |id: usize| Some(names.get(&id.to_string())?.as_str()?.to_owned());
+    let found: Vec<String> = (0..names.len()).map_while(name).collect();
+    let is_number = |(id, name): (usize, &String)| *name == unnamed(id);
+    let said = found.len() == names.len() && !found.iter().enumerate().all(is_number);
+    Ok(if said { found } else { Vec::new() })
+}
+
+/// What a class without a name is called.
+fn unnamed(id: usize) -> String {
+    format!("LABEL_{id}")
+}
+
+/// Writes the names of classes, in the order of their numbers.
+fn classes(config: &mut serde_json::Map<String, serde_json::Value>, names: &[String]) {
+    let id2label: serde_json::Map<_, _> =
+        names.iter().enumerate().map(|(id, name)| (id.to_string(), name.as_str().into())).collect();
+    let label2id: serde_json::Map<_, _> =
+        names.iter().enumerate().map(|(id, name)| (name.clone(), id.into())).collect();
+    config.insert("id2label".to_owned(), id2label.into());
+    config.insert("label2id".to_owned(), label2id.into());
+}
+
 /// The text of a `config.json` naming the type that the weights are written in, under the spelling that it used, and the
 /// head and the form of the layers if they are others than the text's own.
 fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path) -> Result<Vec<u8>, Error> {
@@ -100,13 +148,7 @@ fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path
         if read.is_some_and(|read| read.head != architecture.head) {
             config.insert("architectures".to_owned(), serde_json::json!([architecture.class_name()]));
             if let Some(labels) = architecture.head.labels() {
-                let names: Vec<String> = (0..labels).map(|label| format!("LABEL_{label}")).collect();
-                let id2label: serde_json::Map<_, _> =
-                    (0..).zip(&names).map(|(id, name): (usize, _)| (id.to_string(), name.as_str().into())).collect();
-                let label2id: serde_json::Map<_, _> =
-                    names.iter().enumerate().map(|(id, name)| (name.clone(), id.into())).collect();
-                config.insert("id2label".to_owned(), id2label.into());
-                config.insert("label2id".to_owned(), label2id.into());
+                classes(config, &(0..labels).map(unnamed).collect::<Vec<_>>());
             }
         }
     }

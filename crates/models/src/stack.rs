@@ -23,6 +23,12 @@ impl Slot {
         Self { adapter, attachments: attachments.into_iter().map(|at| (at.site.clone(), at)).collect() }
     }
 
+    /// The same component at some of its sites.
+    #[must_use]
+    pub fn at_some(&self, keep: impl Fn(&Attachment) -> bool) -> Self {
+        Self::new(Arc::clone(&self.adapter), self.attachments().filter(|at| keep(at)).cloned())
+    }
+
     /// The component.
     pub fn adapter(&self) -> &dyn Adapter {
         &*self.adapter

@@ -85,6 +85,11 @@ pub trait Adapter: Send + Sync {
         false
     }
 
+    /// Whether what it trains is kept in the folder of another adapter that trains beside it, where there is one. Few are.
+    fn is_kept_beside(&self) -> bool {
+        false
+    }
+
     /// How the component takes part in the computation at `at`.
     fn port(&self, at: &Attachment) -> Port<'_>;
 
@@ -581,4 +586,6 @@ pub enum PeftTensors {
     /// The rows before documents as the component makes them, whatever it makes them of, under this whole name. Such adapters have
     /// no target modules either.
     Prompt(&'static str),
+    /// Each by its local name after the path of its module, which is listed under `modules_to_save` and not among the target modules.
+    Saved,
 }

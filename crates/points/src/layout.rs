@@ -221,7 +221,40 @@ impl Layout {
         }
     }
 
-    /// The documents of several batches in one, one after the other, with the columns that all of them have. Groups stay apart.
+    /// Says of the rows of the last document which of two texts each is of.
+    ///
+    /// # Panics
+    /// If there are not as many as it has rows.
+    pub fn typed(&mut self, types: &[u32]) {
+        let Some(last) = self.docs.last() else { return };
+        assert_eq!(types.len(), last.n_rows(), "a type for each row of the last document");
+        let start = last.rows.start as usize;
+        let mut all = self.types().map_or_else(Vec::new, <[u32]>::to_vec);
+        // Rows before it that nothing was said of are of the first text.
+        all.resize(start, 0);
+        all.extend(types);
+        self.columns.insert(TOKEN_TYPES.to_owned(), Column { axis: Axis::Row, values: Values::U32(all) });
+    }
+
+    /// Gives two rows each other's labels.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn swap_labels(&mut self, a: usize, b: usize) {
+        if let Some(Column { values: Values::U32(labels), .. }) = self.columns.get_mut(LABELS) {
+            labels.swap(a, b);
+        }
+    }
+
+    fn types(&self) -> Option<&[u32]> {
+        match self.columns.get(TOKEN_TYPES) {
+            Some(Column { axis: Axis::Row, values: Values::U32(types) }) => Some(types),
+            _ => None,
+        }
+    }
+
+    /// The documents of several batches in one, one after the other, with the columns that all of them have, and the types of
+    /// rows where any has them. Groups stay apart.
     pub fn concat<'l>(layouts: impl IntoIterator<Item = &'l Self>) -> Self {
         let mut whole: Option<Self> = None;
         for layout in layouts {
@@ -236,12 +269,20 @@ impl Layout {
                 group: doc.group + group,
                 ..doc.clone()
             };
+            let types = (whole.types().is_some() || layout.types().is_some()).then(|| {
+                let of = |layout: &Self| layout.types().map_or_else(|| vec![0; layout.rows.len()], <[u32]>::to_vec);
+                [of(whole), of(layout)].concat()
+            });
             whole.docs.extend(layout.docs.iter().map(shifted));
             whole.rows.extend(&layout.rows);
             whole.columns.retain(|name, column| match layout.columns.get(name) {
                 Some(other) if other.axis == column.axis => column.values.extend(&other.values),
                 _ => false,
             });
+            if let Some(types) = types {
+                let column = Column { axis: Axis::Row, values: Values::U32(types) };
+                whole.columns.insert(TOKEN_TYPES.to_owned(), column);
+            }
         }
         whole.unwrap_or_default()
     }
@@ -466,6 +507,18 @@ mod tests {
         assert_eq!((groups, whole.docs()[3].rows.clone()), (vec![0, 1, 2, 3], 5..6));
         assert_eq!(whole.counts(), a.counts() + b.counts());
         assert_eq!(Layout::concat([]), Layout::new());
+    }
+
+    #[test]
+    fn rows_without_a_type_are_of_the_first_text() {
+        let mut layout = two_documents();
+        layout.typed(&[1]);
+        assert_eq!(layout.types(), Some(&[0, 0, 1][..]));
+        let plain = two_documents();
+        assert_eq!(Layout::concat([&plain, &layout]).types(), Some(&[0, 0, 0, 0, 0, 1][..]));
+        assert_eq!(Layout::concat([&layout, &plain, &Layout::new()]).types(), Some(&[0, 0, 1, 0, 0, 0][..]));
+        assert_eq!(layout.begun_with(&[Row::Virtual { slot: 0, index: 0 }]).types(), Some(&[0, 0, 0, 0, 1][..]));
+        assert_eq!(Layout::concat([&plain, &plain]).types(), None);
     }
 
     #[test]

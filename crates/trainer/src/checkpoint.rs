@@ -60,6 +60,9 @@ pub(crate) struct Measured {
     pub(crate) step: Step,
     /// Mean loss a supervised token, by set.
     pub(crate) loss: BTreeMap<String, f64>,
+    /// Share of documents or words whose likeliest class is their own, by set, of a head over classes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) accuracy: BTreeMap<String, f64>,
 }
 
 /// Optimiser buffers by tensor and name.

@@ -48,6 +48,8 @@ pub(crate) struct Component {
     pub(crate) beside: Option<Params>,
     /// What weights of the base are less which were quantised anew for it.
     pub(crate) requantized: Option<Params>,
+    /// The modules that its folder keeps whole.
+    pub(crate) saved: Option<Box<Self>>,
     /// How the base was held that it was trained on, if it says so.
     pub(crate) held: Option<Held>,
     pub(crate) kind: BankKind,
@@ -167,11 +169,18 @@ impl Component {
     pub(crate) fn read(folder: &Path, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
         let read = peft::read(folder)?;
         stands_on(read.ranges.as_deref(), base.architecture(), path)?;
+        let own = Self::of(&read, base, path, cx)?;
+        let saved = read.saved.as_ref().map(|saved| Self::of(saved, base, path, cx)).transpose()?;
+        beside_its_tables(&read, base, path)?;
+        let attachments: Vec<Attachment> = own.slot.attachments().cloned().collect();
+        let (held, requantized) = (held::read(folder)?, held::read_less(folder, &attachments)?);
+        Ok(Self { held, requantized, saved: saved.map(Box::new), ..own })
+    }
+
+    fn of(read: &peft::Folder, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
         let at = Attached::new(&read.method, &read.targets, None, base, path, cx)?;
         let params = read.params(&*at.adapter, &at.attachments)?;
-        beside_its_tables(&read, base, path)?;
-        let (held, requantized) = (held::read(folder)?, held::read_less(folder, &at.attachments)?);
-        Ok(Self { held, requantized, ..at.with(params) })
+        Ok(at.with(params))
     }
 }
 
@@ -258,6 +267,28 @@ pub(crate) fn made_of_blended(
     Ok(())
 }
 
+/// Starts a component that trains weights from what adapters before it keep of these modules, which is then its own.
+pub(crate) fn take_over(made: &mut Component, saved: &mut [(String, Slot, Params)]) {
+    for (_, slot, params) in saved {
+        let of = |slot: &Slot| {
+            let mut own = Params::new();
+            for (at, spec) in slot.attachments().flat_map(|at| at.tensors.iter().map(move |spec| (at, spec))) {
+                if let Some(tensor) = params.get(&spec.name(at.site.as_str())) {
+                    own.insert_declared(spec, at.site.as_str(), tensor.clone());
+                }
+            }
+            own
+        };
+        let taken = of(&slot.at_some(|at| made.slot.at(&at.site).is_some()));
+        let left = slot.at_some(|at| made.slot.at(&at.site).is_none());
+        let rest = of(&left);
+        for (name, tensor) in taken.iter() {
+            made.params.insert(name.clone(), tensor.clone());
+        }
+        (*slot, *params) = (left, rest);
+    }
+}
+
 /// A component at its sites, without tensors.
 struct Attached {
     adapter: Arc<dyn Adapter>,
@@ -309,7 +340,7 @@ impl Attached {
         let weights = self.attachments.iter().any(|at| matches!(self.adapter.port(at), Port::Weights));
         let kind = if weights { BankKind::Weights } else { BankKind::Adapter };
         let slot = Slot::new(self.adapter, self.attachments);
-        Component { slot, params, beside: None, requantized: None, held: None, kind }
+        Component { slot, params, beside: None, requantized: None, saved: None, held: None, kind }
     }
 }
 
@@ -390,15 +421,20 @@ pub fn frozen<'f>(mut base: Base, folders: impl IntoIterator<Item = &'f Path>) -
     let mut made = Params::new();
     for (index, folder) in folders.into_iter().enumerate() {
         let path = FieldPath::from("adapter").index(index);
-        let Component { slot, params, kind, requantized, .. } = Component::read(folder, &base, &path, &cx)?;
+        let Component { slot, params, kind, requantized, saved, .. } = Component::read(folder, &base, &path, &cx)?;
         fits(&slot, &slots, &path)?;
         if let Some(less) = requantized {
             base = few::requantized(&base, &slot, &less)?;
         }
         make_weights(&base, &slot, &params, &mut made)?;
         let name = format!("adapter-{index}");
-        banks.push(Bank { slot: name.into(), kind, sets: vec![Arc::new(params)], train: false });
+        banks.push(Bank { slot: name.as_str().into(), kind, sets: vec![Arc::new(params)], train: false });
         slots.push(slot);
+        if let Some(Component { slot, params, kind, .. }) = saved.map(|saved| *saved) {
+            let name = format!("{name}-saved");
+            banks.push(Bank { slot: name.into(), kind, sets: vec![Arc::new(params)], train: false });
+            slots.push(slot);
+        }
     }
     // A slot whose weights are made already is bound to no row.
     let makes = |slot: &Slot| slot.attachments().any(|at| matches!(slot.adapter().port(at), Port::Weight(_)));

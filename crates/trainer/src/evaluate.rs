@@ -1,11 +1,12 @@
-//! Validation loss, set by set.
+//! Validation loss, and the share of classes that are found, set by set.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use attune_points::engine::{Batch, Engine, LossReport, Source};
-use attune_points::objective::{Answers, Level};
-use attune_points::{Error, Result};
+use attune_points::objective::{Answers, ChunkLoss, ChunkView, Denominator, Level, LogitsLoss, Objective};
+use attune_points::{Error, Layout, Result, Theta};
+use candle_core::{D, Tensor};
 
 use crate::engine::{Asking, Message, RankEngine, groups};
 
@@ -35,19 +36,95 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
             losses.insert(name, report.loss_sum / objective.denominator().of(batch.counts));
             continue;
         }
-        let mut mine = Vec::with_capacity(parts.len());
-        for group in groups(&parts, engine.rows_per_pass) {
-            let found = engine.pass(&theta, group, None, &Asking::Shared(Arc::clone(&objective)), None)?;
-            mine.extend(group.iter().zip(found).map(|((part, _), (_, report))| (*part, Message::Report(report))));
-        }
-        let mut total = LossReport::default();
-        for (_, message) in engine.exchange(mine)? {
-            let Message::Report(report) = message else {
-                return Err(Error::Refused("a rank sent a gradient where a validation loss was due".to_owned()));
-            };
-            total.add(&report);
-        }
+        let total = total(engine, &theta, &parts, &objective)?;
         losses.insert(name, total.loss_sum / objective.denominator().of(total.counts));
     }
     Ok(losses)
+}
+
+/// The share of labelled rows of each validation set whose likeliest class is their own; the same on every rank. Nothing for a head
+/// over tokens.
+pub(crate) fn accuracy(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String, f64>> {
+    let mut shares = BTreeMap::new();
+    if engine.shared.model.base().architecture().head.labels().is_none() {
+        return Ok(shares);
+    }
+    let names: Vec<String> = engine.shared.validation.iter().map(|(name, _)| name.clone()).collect();
+    for (index, name) in (0u16..).zip(names) {
+        let batch = engine.batch(Source::Validation(index))?;
+        let theta = engine.theta().clone();
+        let (rank, size) = (engine.collective.rank(), engine.collective.size());
+        let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
+        let missed: Arc<dyn Objective> = Arc::new(Missed);
+        let total = total(engine, &theta, &parts, &missed)?;
+        shares.insert(name, 1.0 - total.loss_sum / missed.denominator().of(total.counts));
+    }
+    Ok(shares)
+}
+
+/// What an objective finds on the parts of all ranks, of which these are this rank's.
+fn total(
+    engine: &mut RankEngine<'_>,
+    theta: &Theta,
+    parts: &[(u32, Arc<Layout>)],
+    objective: &Arc<dyn Objective>,
+) -> Result<LossReport> {
+    let mut mine = Vec::with_capacity(parts.len());
+    for group in groups(parts, engine.rows_per_pass) {
+        let found = engine.pass(theta, group, None, &Asking::Shared(Arc::clone(objective)), None)?;
+        mine.extend(group.iter().zip(found).map(|((part, _), (_, report))| (*part, Message::Report(report))));
+    }
+    let mut total = LossReport::default();
+    for (_, message) in engine.exchange(mine)? {
+        let Message::Report(report) = message else {
+            return Err(Error::Refused("a rank sent a gradient where a validation loss was due".to_owned()));
+        };
+        total.add(&report);
+    }
+    Ok(total)
+}
+
+/// Counts the labelled rows whose likeliest class is another one.
+struct Missed;
+
+impl Objective for Missed {
+    fn denominator(&self) -> Denominator {
+        Denominator::Tokens
+    }
+
+    fn chunk(&self, chunk: &ChunkView<'_>) -> Result<ChunkLoss> {
+        let labels = chunk.rows.iter().map(|row| row.label).collect();
+        Ok(ChunkLoss::Logits(Arc::new(MissedOf { labels })))
+    }
+}
+
+/// The same of rows with these labels.
+#[derive(Debug)]
+struct MissedOf {
+    labels: Vec<u32>,
+}
+
+impl LogitsLoss for MissedOf {
+    fn graph(&self, logits_cv: &Tensor) -> Result<Tensor> {
+        let labels_c = Tensor::new(self.labels.as_slice(), logits_cv.device())?;
+        Ok(logits_cv.argmax(D::Minus1)?.ne(&labels_c)?.to_dtype(logits_cv.dtype())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use attune_points::layout::Supervised;
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn rows_whose_likeliest_class_is_another_are_missed() {
+        let rows = [2, 0, 1].map(|label| Supervised { row: 0, label });
+        let layout = Layout::new();
+        let loss = Missed.chunk(&ChunkView { layout: &layout, rows: &rows }).unwrap();
+        let logits = Tensor::new(&[[0.0f32, 1.0, 5.0], [2.0, 2.5, 0.0], [-3.0, -1.0, -2.0]], &Device::Cpu).unwrap();
+        let ChunkLoss::Logits(loss) = loss else { panic!("a loss by logits") };
+        assert_eq!(loss.graph(&logits).unwrap().to_vec1::<f32>().unwrap(), [0.0, 1.0, 0.0]);
+    }
 }

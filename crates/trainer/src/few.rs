@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use attune_adapt::held::{self, Held};
-use attune_adapt::peft;
+use attune_adapt::{headed, peft};
 use attune_models::{Base, Slot, stack, surgery};
 use attune_points::Params;
-use attune_points::adapter::Merged;
-use attune_spec::job::{Plan, Precision};
+use attune_points::adapter::{Attachment, Merged};
+use attune_spec::job::{HeadSpec, Plan, Precision};
 use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
 
@@ -25,6 +25,12 @@ pub(crate) fn open(folder: &Path, precision: Precision, quantization: Option<&Me
         Some(format) => Base::open_quantized(folder, precision, format)?,
         None => Base::open(folder, precision)?,
     })
+}
+
+/// The base of a job, in this format: its trunk under the head that the job names, where it names one.
+pub(crate) fn open_of(plan: &Plan, folder: &Path, quantization: Option<&MethodRef>) -> Result<Base, Error> {
+    let Some(head) = &plan.head else { return open(folder, plan.precision, quantization) };
+    Ok(Base::open_as(folder, plan.precision, quantization, |trunk| trunk.over(head), plan.seed)?)
 }
 
 /// The base that adapters were trained on: as their folders say that it was held, else in `precision`, and with the layers that the
@@ -50,9 +56,15 @@ pub fn open_for(base: &Path, adapters: &[PathBuf], precision: Precision) -> Resu
             None => said = Some((folder, held)),
         }
     }
-    let opened = match said {
-        Some((_, held)) => open(base, held.precision, Some(&held.quantization))?,
-        None => open(base, precision, None)?,
+    let head = head_of(adapters)?;
+    let (precision, quantization) = match &said {
+        Some((_, held)) => (held.precision, Some(&held.quantization)),
+        None => (precision, None),
+    };
+    let opened = match &head {
+        // What is new of a head, adapters that were trained under it have.
+        Some(head) => Base::open_as(base, precision, quantization, |trunk| trunk.over(head), 0)?,
+        None => open(base, precision, quantization)?,
     };
     for folder in adapters {
         let Some(ranges) = peft::ranges(folder)? else { continue };
@@ -69,6 +81,31 @@ pub fn open_for(base: &Path, adapters: &[PathBuf], precision: Precision) -> Resu
     Ok(opened)
 }
 
+/// The head that adapters were trained under, if they say one.
+///
+/// # Errors
+/// A folder that cannot be read; adapters that say different heads.
+pub fn head_of(adapters: &[PathBuf]) -> Result<Option<HeadSpec>, Error> {
+    let mut said: Option<(&Path, HeadSpec)> = None;
+    for folder in adapters {
+        let Some(head) = headed::read(folder)? else { continue };
+        match &said {
+            Some((first, other)) if *other != head => {
+                let message = format!(
+                    "was trained to tell [{}] apart, and {} [{}]: no head does both",
+                    head.labels.join(", "),
+                    first.display(),
+                    other.labels.join(", ")
+                );
+                return Err(Error::Input { input: folder.display().to_string(), message });
+            }
+            Some(_) => {}
+            None => said = Some((folder, head)),
+        }
+    }
+    Ok(said.map(|(_, head)| head))
+}
+
 /// Whether a job holds its base as that of an adapter was which it starts from: else the adapter would stand beside other weights
 /// than those that it was made for.
 ///
@@ -83,6 +120,25 @@ pub(crate) fn fits(adapter: Option<&Held>, base: Option<&Held>, path: &FieldPath
                 spelt(held)
             );
             Err(Error::Faults(vec![Fault::new(path.field("from"), message)]))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether weights that a slot trains in the place of the base's own have whole numbers there: those in few bits never change.
+///
+/// # Errors
+/// A fault at `path`.
+pub(crate) fn whole(slot: &Slot, base: &Base, path: &FieldPath) -> Result<(), Error> {
+    let sites = base.architecture().sites();
+    let in_few = |at: &&Attachment| sites.iter().any(|site| site.id == at.site && site.place.quantizes());
+    match slot.attachments().find(in_few) {
+        Some(at) if base.holds_few() => {
+            let message = format!(
+                "names {}, which `tune.quantization` holds in few bits, and such weights do not train: leave it out",
+                at.site
+            );
+            Err(Error::Faults(vec![Fault::new(path.field("targets"), message)]))
         }
         _ => Ok(()),
     }

@@ -38,6 +38,7 @@ mod agreement;
 mod answers;
 mod calibration;
 mod checkpoint;
+pub mod classes;
 mod copies;
 mod engine;
 mod evaluate;

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use attune_adapt::joined::joined;
-use attune_adapt::{held, peft};
+use attune_adapt::peft::{self, Part};
+use attune_adapt::{headed, held};
 use attune_artifacts::formats::card::Card;
 use attune_models::{Base, Slot, export, stack};
 use attune_points::adapter::{Compacted, Merged, Port};
-use attune_points::{BankKind, TensorName, Theta, Weight};
-use attune_spec::job::MergedInto;
+use attune_points::{BankKind, Params, TensorName, Theta, Weight};
 use attune_spec::job::plan::Input;
+use attune_spec::job::{HeadTask, MergedInto};
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
@@ -59,7 +60,7 @@ pub(crate) fn write(
     let whole_model = prepared.trained_slots.iter().any(|at| slots[*at].adapter().peft().is_none());
     if whole_model {
         let folder = request.work.join("model");
-        model(prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
+        model(request, prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
         outputs.push(Output { role: OutputRole::Result, kind: OutputKind::Model, folder });
     } else {
         let base_name = match &request.plan.base {
@@ -67,14 +68,22 @@ pub(crate) fn write(
             // A path means nothing elsewhere, so the base is named by its content.
             Input::Path(_) | Input::Url(_) => pin::content(&prepared.base_folder)?.to_string(),
         };
-        for (number, &at) in prepared.trained_slots.iter().enumerate() {
+        // What trains modules whole goes with the first of the others; by itself it has a folder of its own.
+        let is_beside = |at: &&usize| slots[**at].adapter().is_kept_beside();
+        let saved: Vec<usize> = prepared.trained_slots.iter().filter(is_beside).copied().collect();
+        let (adapters, saved) = match prepared.trained_slots.iter().find(|at| !is_beside(at)) {
+            Some(_) => (prepared.trained_slots.iter().filter(|at| !is_beside(at)).copied().collect(), saved),
+            None => (saved, Vec::new()),
+        };
+        for (number, at) in adapters.into_iter().enumerate() {
             let name = &request.plan.stack[at].name;
             let (role, folder) = match number {
                 0 => (OutputRole::Result, "adapter".to_owned()),
                 _ => (OutputRole::Further(name.clone()), format!("adapter-{name}")),
             };
             let folder = request.work.join(folder);
-            adapter(request, prepared, theta, state, (at, &base_name), &folder)?;
+            let saved = if number == 0 { saved.as_slice() } else { &[] };
+            adapter(request, prepared, theta, state, (at, saved, &base_name), &folder)?;
             outputs.push(Output { role, kind: OutputKind::Adapter, folder });
         }
     }
@@ -83,11 +92,11 @@ pub(crate) fn write(
         match request.plan.merged_into {
             // Read once more: the run had it in few bits only.
             Some(MergedInto::Base) => {
-                let base = operated(Base::open(&prepared.base_folder, request.plan.precision)?, &request.plan)?;
-                model(prepared, &base, theta, dtype, &folder)?;
+                let base = few::open_of(&request.plan, &prepared.base_folder, None)?;
+                model(request, prepared, &operated(base, &request.plan)?, theta, dtype, &folder)?;
             }
             Some(MergedInto::Dequantized) | None => {
-                model(prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
+                model(request, prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
             }
         }
         outputs.push(Output { role: OutputRole::Merged, kind: OutputKind::Model, folder });
@@ -125,13 +134,13 @@ pub(crate) fn write(
     Ok(outputs)
 }
 
-/// Writes what the slot `at` became, with what was taken out of the base for it.
+/// Writes what the slot `at` became, with what was taken out of the base for it and the modules that slots `saved` trained whole.
 fn adapter(
     request: &Request,
     prepared: &Prepared,
     theta: &Theta,
     state: &State,
-    (at, base_name): (usize, &str),
+    (at, saved, base_name): (usize, &[usize], &str),
     folder: &Path,
 ) -> Result<(), Error> {
     let model = &prepared.shared.model;
@@ -140,18 +149,34 @@ fn adapter(
     let trained = params(theta, at).cloned().unwrap_or_default();
     let card = card(request, at, base_name, state);
     let beside = theta.beside.get(&(at as u16));
+    let (mut whole, mut of_whole) = (Vec::new(), Params::new());
+    for &at in saved {
+        whole.extend(model.stack().slots()[at].attachments().cloned());
+        for (name, tensor) in params(theta, at).into_iter().flat_map(Params::iter) {
+            of_whole.insert(name.clone(), tensor.clone());
+        }
+    }
+    let saved = saved.first().map(|&at| Part {
+        adapter: model.stack().slots()[at].adapter(),
+        attachments: &whole,
+        params: &of_whole,
+    });
+    let write = |part: Part<'_>| peft::write(folder, part, saved, architecture, base_name, &card);
     match beside.and_then(|beside| params(theta, usize::from(*beside))) {
         None => match slot.adapter().compacted(&attachments, &trained)? {
-            None => peft::write(folder, slot.adapter(), &attachments, &trained, architecture, base_name, &card)?,
+            None => write(Part { adapter: slot.adapter(), attachments: &attachments, params: &trained })?,
             Some(Compacted { adapter, attachments, params }) => {
-                peft::write(folder, &*adapter, &attachments, &params, architecture, base_name, &card)?;
+                write(Part { adapter: &*adapter, attachments: &attachments, params: &params })?;
             }
         },
         Some(beside) => {
             let whole = joined(slot.adapter(), &attachments, &trained, beside, architecture)?;
             let (adapter, attachments) = (&*whole.adapter, &whole.attachments);
-            peft::write(folder, adapter, attachments, &whole.params, architecture, base_name, &card)?;
+            write(Part { adapter, attachments, params: &whole.params })?;
         }
+    }
+    if let Some(head) = &request.plan.head {
+        headed::write(folder, head)?;
     }
     if let Some(held) = few::of(&request.plan) {
         let less = theta.requantized.get(&(at as u16)).and_then(|less| params(theta, usize::from(*less)));
@@ -168,6 +193,8 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
         ("tokens", state.tokens.to_string()),
         ("seed", request.plan.seed.to_string()),
     ];
+    let classes = request.plan.head.as_ref().map(|head| head.labels.join(", "));
+    facts.extend(classes.map(|classes| ("classes, from 0", classes)));
     facts.extend(few::of(&request.plan).map(|held| ("base held as", few::spelt(&held))));
     let ends = (state.validation.first(), state.validation.last());
     if let (Some(before), Some(after)) = ends {
@@ -180,14 +207,25 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
         title: &request.name,
         base_model: Some(base_name),
         method,
-        pipeline_tag: "text-generation",
+        pipeline_tag: match request.plan.head.as_ref().map(|head| head.task) {
+            None => "text-generation",
+            Some(HeadTask::Classification) => "text-classification",
+            Some(HeadTask::TokenClassification) => "token-classification",
+        },
         facts: &facts,
     };
     card.render()
 }
 
 /// Writes a plain model folder with every component merged into `base`, in the order of the stack.
-fn model(prepared: &Prepared, base: &Base, theta: &Theta, dtype: DType, folder: &Path) -> Result<(), Error> {
+fn model(
+    request: &Request,
+    prepared: &Prepared,
+    base: &Base,
+    theta: &Theta,
+    dtype: DType,
+    folder: &Path,
+) -> Result<(), Error> {
     let model = &prepared.shared.model;
     let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
     for stage in [Stage::Weight, Stage::Ends, Stage::Beside] {
@@ -198,6 +236,9 @@ fn model(prepared: &Prepared, base: &Base, theta: &Theta, dtype: DType, folder: 
     }
     // A model from scratch has no weights but those: all of them are written, trained or not.
     export::write(base, &replaced, dtype, &prepared.base_folder, folder)?;
+    if let Some(head) = &request.plan.head {
+        export::name_classes(folder, &head.labels)?;
+    }
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use attune_points::engine::Job;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
 use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
-use attune_spec::job::{Activations, Form, Matmul, MergedInto, Plan, Precision};
+use attune_spec::job::{Activations, Form, HeadSpec, Matmul, MergedInto, Plan, Precision};
 use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
@@ -25,6 +25,7 @@ use crate::answers::{self, Judge};
 use crate::calibration::Calibration;
 use crate::card;
 use crate::checkpoint;
+use crate::classes;
 use crate::component::{self, Begun, Component, SharesOfSlots};
 use crate::control::Control;
 use crate::engine::Shared;
@@ -55,8 +56,9 @@ pub(crate) struct Prepared {
     pub(crate) shares: SharesOfSlots,
 }
 
-/// A base by its folder, its precision, the format of its linears, its products and the device that it lies on.
-type Opened = (PathBuf, Precision, Option<String>, Matmul, Option<u32>);
+/// A base by its folder, its precision, the format of its linears, its products, the device that it lies on, and the head that stands in
+/// the place of its own, with the seed that this may start from.
+type Opened = (PathBuf, Precision, Option<String>, Matmul, Option<u32>, Option<(HeadSpec, u64)>);
 
 /// The bases that the lanes of a process share: each is opened once.
 #[derive(Debug, Default)]
@@ -70,11 +72,12 @@ impl Bases {
         // Lanes that start together wait here for the first, which opens it.
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let format = plan.quantization.as_ref().map(|format| serde_json::to_string(format).unwrap_or_default());
-        let key = (folder.to_owned(), plan.precision, format, plan.matmul, card);
+        let head = plan.head.clone().map(|head| (head, plan.seed));
+        let key = (folder.to_owned(), plan.precision, format, plan.matmul, card, head);
         if let Some(base) = open.get(&key) {
             return Ok(Arc::clone(base));
         }
-        let base = few::open(folder, plan.precision, plan.quantization.as_ref())?;
+        let base = few::open_of(plan, folder, plan.quantization.as_ref())?;
         let base = Arc::new(base.on(card::kernels(card, plan.matmul)?)?);
         open.insert(key, Arc::clone(&base));
         Ok(base)
@@ -117,7 +120,9 @@ pub(crate) fn prepare(
     }
     let tokenizer = Tokenizer::open(&base_folder)?;
     check_fit(plan, base.architecture(), &tokenizer)?;
-    let encoder = Encoder::new(tokenizer.clone(), plan.template.as_deref(), plan.max_length, plan.too_long)?;
+    classes::agree(plan, &base_folder)?;
+    let encoder = Encoder::new(tokenizer.clone(), plan.template.as_deref(), plan.max_length, plan.too_long)?
+        .with_classes(plan.head.as_ref().and_then(|head| classes::of(head, base.architecture())));
 
     control.emit(Event::Starting { phase: Phase::Data });
     let mut reports = BTreeMap::new();
@@ -215,6 +220,8 @@ pub(crate) fn prepare(
     let mut taken_out = Vec::new();
     // What the base is less where weights were quantised anew, in the same way; and whether the base is so already.
     let mut less = Vec::new();
+    // The modules that adapters keep whole, with what each is called.
+    let mut saved = Vec::new();
     for (index, (planned, begun)) in plan.stack.iter().zip(begun).enumerate() {
         let path = tune.field("stack").index(index);
         let is_fresh = matches!(begun, Slotted::Begun(_));
@@ -234,6 +241,17 @@ pub(crate) fn prepare(
             Slotted::Begun(begun) => begun.start(planned.name.as_str(), plan.seed, &base, &stats)?,
         };
         component::fits(&made.slot, &slots, &path)?;
+        if let Some(kept) = made.saved.take() {
+            if !planned.domains.is_empty() {
+                let message = "is given for an adapter that keeps modules whole, which stand beside all documents";
+                return Err(Error::Faults(vec![Fault::new(path.field("domains"), message)]));
+            }
+            saved.push((format!("{}-saved", planned.name), kept.slot, kept.params));
+        }
+        if is_fresh && made.kind == BankKind::Weights {
+            few::whole(&made.slot, &base, &path)?;
+            component::take_over(&mut made, &mut saved);
+        }
         if is_fresh {
             component::made_of_blended(&mut made, (&slots, &banks), &base, &path)?;
         }
@@ -262,6 +280,10 @@ pub(crate) fn prepare(
         }
         slots.push(made.slot);
     }
+    for (name, slot, params) in saved.into_iter().filter(|(_, _, params)| !params.is_empty()) {
+        banks.push(Bank { slot: name.into(), kind: BankKind::Weights, sets: vec![Arc::new(params)], train: false });
+        slots.push(slot);
+    }
     let mut beside = BTreeMap::new();
     for (index, slot, params) in taken_out {
         beside.insert(index, slots.len() as u16);
@@ -280,6 +302,7 @@ pub(crate) fn prepare(
         let slot = format!("{}-less", plan.stack[usize::from(index)].name).into();
         theta.banks.push(Bank { slot, kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: false });
     }
+    classes::trains(&base, &specs)?;
     let turns = Turns::of(plan);
     turns.bind(&mut theta, None);
     let narrow = base.activations() == attune_models::pass::Activations::Bf16;
@@ -339,7 +362,7 @@ fn opened(plan: &Plan, folder: &Path) -> Result<Base, Error> {
     if plan.from_scratch {
         return Ok(Base::from_scratch(folder, plan.seed)?);
     }
-    few::open(folder, plan.precision, plan.quantization.as_ref())
+    few::open_of(plan, folder, plan.quantization.as_ref())
 }
 
 /// What the job makes of its base before anything trains: the base itself for most.
@@ -441,10 +464,10 @@ fn check_fit(plan: &Plan, architecture: &Architecture, tokenizer: &Tokenizer) ->
             format!("has a tokenizer of {needs} tokens and a vocabulary of {has}; they do not belong together");
         faults.push(Fault::new("base", message));
     }
-    if architecture.head != HeadKind::Tokens || !architecture.causal {
+    if plan.head.is_none() && (architecture.head != HeadKind::Tokens || !architecture.causal) {
         let message = format!(
             "is a {}, which gives no tokens from left to right; expected a model with causal attention and a head over \
-             tokens",
+             tokens, or classes that it is to tell apart (`tune.head`)",
             architecture.class_name()
         );
         faults.push(Fault::new("base", message));

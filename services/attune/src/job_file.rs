@@ -164,6 +164,10 @@ impl JobFile {
 
 /// What a job makes of its base before it trains.
 fn operated(spec: &JobSpec, base: Architecture) -> Result<Architecture, Vec<Fault>> {
+    let base = match &spec.tune.head {
+        Some(head) => base.over(head).map_err(|fault| vec![fault])?,
+        None => base,
+    };
     let Some(surgery) = &spec.tune.surgery else { return Ok(base) };
     let Some(card) = Catalogue::embedded().get(&surgery.method) else { return Ok(base) };
     let path = FieldPath::from("tune").field("surgery");

@@ -36,6 +36,11 @@ impl Speaker {
         let tokenizer = Tokenizer::open(base)?;
         let template = tokenizer.chat_template()?;
         let weights = attune_trainer::few::open_for(base, adapters, precision)?;
+        let architecture = weights.architecture();
+        if architecture.head.labels().is_some() {
+            let message = format!("{} tells classes apart, and gives no text", architecture.class_name());
+            return Err(Failure::usage(message).with_hint("ask for classes: attune classify"));
+        }
         let folders = adapters.iter().map(PathBuf::as_path);
         let (weights, stack, theta) = attune_trainer::component::frozen(weights, folders)?;
         Ok(Self { model: Model::new(weights, stack), theta, tokenizer, template })

@@ -152,6 +152,10 @@ async fn of_job(
         }
         (base, _) => base,
     };
+    let architecture = match (architecture, &plan.head) {
+        (Some(trunk), Some(head)) => trunk.over(head).map_err(|fault| faults.push(fault)).ok(),
+        (architecture, _) => architecture,
+    };
     if let Some(architecture) = &architecture {
         for ((path, _), slot) in spec.tune.slots().iter().zip(&plan.stack) {
             if let Err(found) = sites(slot, architecture) {

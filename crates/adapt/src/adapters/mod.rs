@@ -45,6 +45,7 @@ mod lora;
 mod loramoe;
 mod lorma;
 mod lotr;
+mod modules_to_save;
 mod monteclora;
 mod mora;
 mod multitask_prompt_tuning;
@@ -139,6 +140,7 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<loramoe::Loramoe>(),
         entry::<lorma::Lorma>(),
         entry::<lotr::Lotr>(),
+        entry::<modules_to_save::ModulesToSave>(),
         entry::<monteclora::Monteclora>(),
         entry::<mora::Mora>(),
         entry::<multitask_prompt_tuning::MultitaskPromptTuning>(),
@@ -175,6 +177,16 @@ pub static ADAPTERS: Registry<dyn Adapter> = Registry::new(
         entry::<xlora::Xlora>(),
     ],
 );
+
+/// What trains modules whole that are kept beside an adapter, and these modules.
+pub(crate) fn saved(modules: Vec<String>) -> (MethodRef, Targets) {
+    modules_to_save::of(modules)
+}
+
+/// What `target_modules` says of an adapter that has nothing but saved modules.
+pub(crate) fn nowhere() -> Value {
+    modules_to_save::nowhere()
+}
 
 /// LoRA of these ranks at these sites, and 1 as the factor on its products.
 pub(crate) fn of_ranks(ranks: BTreeMap<String, u32>) -> Box<dyn Adapter> {

@@ -151,15 +151,7 @@ fn plain(card: &'static Card) -> Result<(), Failed> {
         assert!(scale.is_some() || ranked.params.get("alpha_pattern").is_none());
         // A folder of it is read as that method, and has the same sites, ranks and factors.
         let folder = tempfile::tempdir()?;
-        peft::write(
-            folder.path(),
-            &*setup.adapter,
-            &setup.attachments,
-            &params,
-            base.architecture(),
-            "owner/base",
-            "",
-        )?;
+        peft::write(folder.path(), setup.part(&params), None, base.architecture(), "owner/base", "")?;
         let read = peft::read(folder.path())?;
         assert_eq!(read.method.method, method.method);
         let again = crate::build(serde_json::to_value(&read.method)?).map_err(fail)?;

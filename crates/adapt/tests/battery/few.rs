@@ -57,7 +57,9 @@ fn beside(card: &'static Card) -> Result<(), Failed> {
     let dense = widened(&few)?;
     let made = |base: Base| -> Result<Setup, Failed> {
         let adapter = build(crate::method(card)).map_err(fail)?;
-        let mut setup = Setup::on(base, adapter, &Targets::from(card.targets), card.applies, DType::F32);
+        // A head is never held in few bits.
+        let targets = Targets::from(if card.targets == "head" { "norm" } else { card.targets });
+        let mut setup = Setup::on(base, adapter, &targets, card.applies, DType::F32);
         setup.disturb(0.1);
         Ok(setup)
     };

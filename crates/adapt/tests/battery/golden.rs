@@ -525,7 +525,7 @@ fn written(setup: &Setup, params: &Params) -> Result<Tensors, Failed> {
 
 pub(crate) fn write(setup: &Setup, params: &Params, to: &Path) -> Result<(), Failed> {
     let architecture = setup.model.base().architecture();
-    Ok(peft::write(to, &*setup.adapter, &setup.attachments, params, architecture, "owner/base", "a card")?)
+    Ok(peft::write(to, setup.part(params), None, architecture, "owner/base", "a card")?)
 }
 
 /// The local name of a tensor that belongs to no module.

@@ -262,7 +262,7 @@ fn save_and_load(card: &'static Card) -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let architecture = setup.model.base().architecture();
     let write = |to: &std::path::Path| {
-        peft::write(to, &*setup.adapter, &setup.attachments, &setup.params(), architecture, "owner/base", "a card\n")
+        peft::write(to, setup.part(&setup.params()), None, architecture, "owner/base", "a card\n")
     };
     write(folder.path())?;
     let read = peft::read(folder.path())?;
@@ -291,8 +291,7 @@ fn save_and_load(card: &'static Card) -> Result<(), Failed> {
     for file in ["adapter_model.safetensors", "adapter_config.json", "README.md"] {
         assert_eq!(std::fs::read(folder.path().join(file))?, std::fs::read(again.path().join(file))?, "{file}");
     }
-    let error =
-        peft::write(again.path(), &*setup.adapter, &setup.attachments, &setup.params(), architecture, "/models/x", "");
+    let error = peft::write(again.path(), setup.part(&setup.params()), None, architecture, "/models/x", "");
     assert!(error.is_err_and(|error| error.to_string().contains("never a local path")));
     Ok(())
 }

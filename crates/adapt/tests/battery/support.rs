@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use attune_adapt::peft::Part;
 use attune_adapt::{ADAPTERS, slot};
 use attune_architecture::{Architecture, Site, targets};
 use attune_models::{Base, Model, Pass, Slot, Stack};
@@ -40,12 +41,19 @@ pub(crate) struct Setup {
 impl Setup {
     /// A method of the list on the sites that it takes by itself.
     pub(crate) fn of(card: &Card, adapter: Box<dyn Adapter>, dtype: DType) -> Self {
-        Self::on(Self::base(dtype), adapter, &Targets::from(card.targets), card.applies, dtype)
+        // The head of this model is its table of tokens.
+        let targets = if card.targets == "head" { "down_proj" } else { card.targets };
+        Self::on(Self::base(dtype), adapter, &Targets::from(targets), card.applies, dtype)
     }
 
     /// A component on these linears.
     pub(crate) fn new(adapter: Box<dyn Adapter>, targets: &str, dtype: DType) -> Self {
         Self::on(Self::base(dtype), adapter, &Targets::from(targets), &[SiteKind::Linear], dtype)
+    }
+
+    /// The component with these parameters, as a folder keeps it.
+    pub(crate) fn part<'a>(&'a self, params: &'a Params) -> Part<'a> {
+        Part { adapter: &*self.adapter, attachments: &self.attachments, params }
     }
 
     fn base(dtype: DType) -> Base {

@@ -5,9 +5,13 @@
 
 mod alpaca;
 mod chat;
+mod classification;
 mod preference;
 mod prompt_completion;
 mod text;
+mod token_classification;
+
+use std::fmt;
 
 use attune_spec::job::Form;
 use serde_json::{Map, Value};
@@ -16,6 +20,7 @@ pub(crate) use alpaca::prompt as alpaca_prompt;
 pub(crate) use chat::ASSISTANT;
 pub use chat::{Conversation, Message};
 
+use crate::classes::Labelled;
 use crate::origin::{Reason, RowFault};
 use crate::readers::kind;
 
@@ -44,9 +49,61 @@ pub(crate) enum Record {
     Text(String),
     /// Two answers to one prompt: the better one and the other, each with the prompt before it.
     Preference(Box<[Self; 2]>),
+    /// A text, or two that are looked at together, and their class.
+    Classified {
+        /// The text.
+        text: String,
+        /// The second one.
+        pair: Option<String>,
+        /// Their class.
+        label: Label,
+    },
+    /// Words, and the class of each.
+    Tagged {
+        /// The words.
+        words: Vec<String>,
+        /// As many classes.
+        tags: Vec<Label>,
+    },
 }
 
-/// All forms, in the order in which they are listed to people.
+/// A class as a row has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Label {
+    /// By its name.
+    Name(String),
+    /// By its number.
+    Number(u64),
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => write!(f, "{name:?}"),
+            Self::Number(number) => write!(f, "{number}"),
+        }
+    }
+}
+
+/// The class in a field, which messages call `path`.
+fn label(path: &str, value: &Value) -> Result<Label, RowFault> {
+    let number = value.as_u64().map(Label::Number);
+    // Whole numbers of columns that have fractions.
+    let whole = || {
+        value.as_f64().filter(|number| number.fract() == 0.0 && (0.0..1e9).contains(number)).map(|number| number as u64)
+    };
+    match value {
+        Value::String(name) => Ok(Label::Name(name.clone())),
+        Value::Bool(flag) => Ok(Label::Number(u64::from(*flag))),
+        value => number.or_else(|| whole().map(Label::Number)).ok_or_else(|| {
+            let found = if value.is_number() { value.to_string() } else { kind(value).to_owned() };
+            let message = format!("`{path}` is {found}; expected the name of a class or its number");
+            RowFault::new(Reason::WrongType, message)
+        }),
+    }
+}
+
+/// All forms of texts to be learned, in the order in which they are listed to people.
 const ALL: [Form; 5] = [Form::Chat, Form::PromptCompletion, Form::Alpaca, Form::Text, Form::Preference];
 
 /// The columns without which a row is not of a form.
@@ -57,7 +114,22 @@ const fn columns(form: Form) -> &'static [&'static str] {
         Form::Alpaca => &["instruction", "output"],
         Form::Text => &["text"],
         Form::Preference => &["chosen", "rejected"],
+        Form::Classification => &["text", "label"],
+        Form::TokenClassification => &["tokens"],
     }
+}
+
+/// The form of rows with the classes of a head, whose columns have to be there. Fails with words to follow "the columns".
+pub(crate) fn classified(of: Labelled, fields: &Map<String, Value>) -> Result<Form, String> {
+    let (form, expected, fits) = match of {
+        Labelled::Words => (Form::TokenClassification, "`tokens` + `tags`", token_classification::fits(fields)),
+        Labelled::First | Labelled::Last => {
+            let fits = columns(Form::Classification).iter().all(|column| fields.contains_key(*column));
+            (Form::Classification, "`text` + `label`, with `text_pair` where two texts belong together", fits)
+        }
+    };
+    let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+    if fits { Ok(form) } else { Err(format!("{names:?} are not those of classes; expected {expected}")) }
 }
 
 /// The one form whose columns are all there. Fails with words to follow "the columns", when none fits or several do.
@@ -87,6 +159,8 @@ pub(crate) fn read(form: Form, fields: &Map<String, Value>) -> Result<Record, Ro
         Form::Alpaca => alpaca::read(fields),
         Form::Text => text::read(fields),
         Form::Preference => preference::read(fields),
+        Form::Classification => classification::read(fields),
+        Form::TokenClassification => token_classification::read(fields),
     }
 }
 

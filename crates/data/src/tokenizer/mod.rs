@@ -2,6 +2,7 @@
 
 mod byte_level;
 mod config;
+mod whole;
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,6 +15,7 @@ use tokenizers::processors::PostProcessorWrapper;
 
 pub use byte_level::{byte_level, byte_level_files};
 pub use config::Specials;
+pub(crate) use whole::Whole;
 
 use crate::error::Error;
 use crate::template::ChatTemplate;

@@ -26,7 +26,7 @@ fn open_in(case: &str, precision: Precision) -> Model {
     let change = |architecture: Architecture| -> Result<Architecture, Fault> {
         Ok(if case == "llama_bidirectional" { architecture.bidirectional() } else { architecture })
     };
-    Model::new(Base::open_as(&golden(case), precision, change, 0).unwrap(), Stack::default())
+    Model::new(Base::open_as(&golden(case), precision, None, change, 0).unwrap(), Stack::default())
 }
 
 fn pooled(case: &str, pooling: Pooling) -> Model {
@@ -34,7 +34,7 @@ fn pooled(case: &str, pooling: Pooling) -> Model {
         let architecture = if case == "llama_bidirectional" { architecture.bidirectional() } else { architecture };
         architecture.with_head(HeadKind::Embedding(pooling))
     };
-    Model::new(Base::open_as(&golden(case), Precision::F32, change, 0).unwrap(), Stack::default())
+    Model::new(Base::open_as(&golden(case), Precision::F32, None, change, 0).unwrap(), Stack::default())
 }
 
 /// The engine on views and the blocks' graphs that define it.
@@ -192,7 +192,7 @@ fn a_document_does_not_see_its_neighbours_in_either_direction() {
 #[test]
 fn a_new_head_starts_at_random_and_is_exported_under_its_class() {
     let head = HeadKind::Sequence { labels: 4, row: PooledRow::First };
-    let fresh = |seed| Base::open_as(&golden("bert"), Precision::F32, |a| a.with_head(head), seed).unwrap();
+    let fresh = |seed| Base::open_as(&golden("bert"), Precision::F32, None, |a| a.with_head(head), seed).unwrap();
     let name = TensorName::from_path("classifier.weight");
     let weight = |base: &Base| base.tensor(&name, DType::F32).unwrap();
     assert_eq!(difference(&weight(&fresh(1)), &weight(&fresh(1))), 0.0);

@@ -4,9 +4,9 @@
 //! hold for both.
 
 use attune_spec::job::{
-    Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, JobKind, JobSpec, Limits, Matmul,
-    MergedInto, OnBadRow, Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec, Targets, TooLong, TuneSpec,
-    ValidationSpec, read_value,
+    Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, HeadSpec, HeadTask, JobKind,
+    JobSpec, Limits, Matmul, MergedInto, OnBadRow, Outputs, Precision, ReadError, Resources, RewardSpec, SlotSpec,
+    Targets, TooLong, TuneSpec, ValidationSpec, read_value,
 };
 use attune_spec::method::{Catalogue, MethodRef};
 use attune_spec::{Fault, FieldPath};
@@ -58,6 +58,8 @@ fn data(spec: &DataSpec, faults: &mut Faults) -> v1::DataSpec {
         Some(Form::Alpaca) => v1::RowForm::Alpaca,
         Some(Form::Text) => v1::RowForm::Text,
         Some(Form::Preference) => v1::RowForm::Preference,
+        Some(Form::Classification) => v1::RowForm::Classification,
+        Some(Form::TokenClassification) => v1::RowForm::TokenClassification,
     } as i32;
     let domain = |domain: &DomainSpec| v1::DomainSpec {
         name: domain.name.to_string(),
@@ -112,6 +114,7 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         stack: stack.map(|(index, item)| slot(item, &path.field("stack").index(index), faults)).collect(),
         adapter: spec.adapter.as_ref().map(|item| slot(item, &path.field("adapter"), faults)),
         from_scratch: spec.from_scratch,
+        head: spec.head.as_ref().map(head),
         surgery: spec.surgery.as_ref().and_then(|surgery| method(surgery, &path.field("surgery"), faults)),
         budget: spec.budget.as_ref().and_then(|budget| method(budget, &path.field("budget"), faults)),
         objective: method(&spec.objective, &path.field("objective"), faults),
@@ -150,6 +153,14 @@ fn tune(spec: &TuneSpec, faults: &mut Faults) -> v1::TuneSpec {
         seed: spec.seed,
         statistics: spec.statistics.as_ref().map(ToString::to_string),
     }
+}
+
+fn head(HeadSpec { task, labels }: &HeadSpec) -> v1::HeadSpec {
+    let task = match task {
+        HeadTask::Classification => v1::HeadTask::Classification,
+        HeadTask::TokenClassification => v1::HeadTask::TokenClassification,
+    };
+    v1::HeadSpec { task: task as i32, labels: labels.clone() }
 }
 
 fn checkpoint(spec: &CheckpointSpec) -> v1::CheckpointSpec {
@@ -402,6 +413,10 @@ impl Reader {
             "logical_shards": spec.logical_shards,
             "seed": Some(spec.seed),
             "statistics": spec.statistics.as_ref(),
+            "head": spec.head.as_ref().map(|spec| given! {
+                "task": self.word::<v1::HeadTask>(spec.task, "tune.head.task"),
+                "labels": Some(&spec.labels),
+            }),
         };
         let length = spec.length.as_ref().map(|length| match length {
             Length::Steps(steps) => ("steps", json!(steps)),
@@ -486,7 +501,11 @@ tune: {adapter: {method: full}, steps: 3}
             "adapter: {method: lora}, budget: {method: sensitivity-lora, least: 3}",
         );
         assert!(read(&shared).tune.budget.is_some());
-        for text in [FULL, SHORT, &judged, &upcycled, &shared] {
+        let classes = SHORT
+            .replace("steps: 3}", "steps: 3, head: {task: token_classification, labels: [O, B-PER]}}")
+            .replace("a:latest\"}", "a:latest\", form: token_classification}");
+        assert!(read(&classes).tune.head.is_some());
+        for text in [FULL, SHORT, &judged, &upcycled, &shared, &classes] {
             let spec = read(text);
             assert_eq!(from_message(&to_message(&spec).unwrap()).unwrap(), spec);
         }

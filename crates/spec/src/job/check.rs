@@ -6,9 +6,9 @@ use std::sync::LazyLock;
 use jsonschema::Validator;
 use serde_json::Value;
 
-use super::plan::{logical_shards, longest};
+use super::plan::{HEAD, head_slot, logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Device, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
+use super::{Device, Form, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 use crate::stages;
@@ -130,6 +130,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     surgery(spec, catalogue, &mut faults);
     budget(spec, catalogue, &mut faults);
     quantization(spec, catalogue, &mut faults);
+    head(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         if let Some(method) = slot.method_ref().filter(|method| catalogue.stays_beside(method)) {
             let always = catalogue.get(&method.method).is_some_and(|document| document.merges == Merges::No);
@@ -303,6 +304,58 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         if slot.init.as_ref().is_some_and(|init| catalogue.owns_base(init)) {
             refuse(&format!("`{}` quantises the base anew", path.field("init")));
         }
+    }
+}
+
+/// Classes need names that differ and rows that have them, and rows with classes need a head.
+fn head(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
+    let (tune, head) = (&spec.tune, FieldPath::from("tune").field("head"));
+    let data = FieldPath::from("data");
+    let domains = spec.data.domains.iter().enumerate();
+    let domains = domains.map(|(index, domain)| (data.field("domains").index(index), domain.form));
+    let validation = spec.data.validation.iter().enumerate();
+    let validation = validation.map(|(index, set)| (data.field("validation").index(index), set.form));
+    let expected = tune.head.as_ref().map(|head| head.task.form());
+    for (path, form) in domains.chain(validation) {
+        let Some(form) = form else { continue };
+        let has_classes = matches!(form, Form::Classification | Form::TokenClassification);
+        let message = match expected {
+            Some(expected) if form != expected => {
+                format!("is {}, but `tune.head` learns from rows of {}", form.name(), expected.name())
+            }
+            None if has_classes => format!("is {}, and nothing says the classes: expected `tune.head`", form.name()),
+            _ => continue,
+        };
+        faults.push(Fault::new(path.field("form"), message));
+    }
+    let Some(spec_of_head) = &tune.head else { return };
+    for (index, label) in spec_of_head.labels.iter().enumerate() {
+        if spec_of_head.labels[..index].contains(label) {
+            let path = head.field("labels").index(index);
+            faults.push(Fault::new(path, format!("is {label:?} for the second time; give each class its own")));
+        }
+    }
+    let mut refuse = |why: &str| faults.push(Fault::new(head.clone(), format!("is given, but {why}")));
+    if tune.from_scratch {
+        refuse("`tune.from_scratch` makes a model of the base's own head: leave one of them out");
+    }
+    if tune.surgery.is_some() {
+        refuse("`tune.surgery` makes a model of the base's own head: leave one of them out");
+    }
+    if catalogue.answers(&tune.objective).is_some() {
+        refuse(&format!(
+            "`tune.objective` is {}, which learns from answers of a model that writes",
+            tune.objective.method
+        ));
+    }
+    if spec.resources.share_base {
+        refuse("`resources.share_base` is true, and jobs share a base with the head that it has");
+    }
+    let added = head_slot(spec, catalogue).is_some();
+    if let Some((path, _)) = tune.slots().into_iter().find(|(_, slot)| added && slot.called().as_deref() == Some(HEAD))
+    {
+        let message = format!("is {HEAD:?}, as the slot is called in which `tune.head` trains; give it another");
+        faults.push(Fault::new(path.field("name"), message));
     }
 }
 

@@ -21,6 +21,10 @@ pub enum Form {
     Text,
     /// `chosen` and `rejected`, two answers to one optional `prompt`: texts, or messages.
     Preference,
+    /// `text`, with `text_pair` where two texts belong together, and their class as `label`: for `tune.head`.
+    Classification,
+    /// `tokens`, which are words, and as many classes as `tags` or `ner_tags`: for `tune.head`.
+    TokenClassification,
 }
 
 impl Form {
@@ -32,6 +36,8 @@ impl Form {
             Self::Alpaca => "alpaca",
             Self::Text => "text",
             Self::Preference => "preference",
+            Self::Classification => "classification",
+            Self::TokenClassification => "token_classification",
         }
     }
 }

@@ -26,7 +26,9 @@ pub use read::{ReadError, read_stage, read_value, read_yaml, set_path};
 pub use reference::Reference;
 pub use resources::{Device, Limits, MergedInto, Outputs, Resources};
 pub use targets::Targets;
-pub use tune::{Activations, CheckpointSpec, EvaluateSpec, Matmul, Precision, RewardSpec, SlotSpec, TuneSpec};
+pub use tune::{
+    Activations, CheckpointSpec, EvaluateSpec, HeadSpec, HeadTask, Matmul, Precision, RewardSpec, SlotSpec, TuneSpec,
+};
 
 use crate::FieldPath;
 use crate::id::{JobId, Name, Project};

@@ -6,7 +6,7 @@ use super::data::{Form, OnBadRow, TooLong};
 use super::reference::Reference;
 use super::resources::MergedInto;
 use super::targets::Targets;
-use super::tune::{Activations, Matmul, Precision};
+use super::tune::{Activations, HeadSpec, Matmul, Precision};
 use super::{JobKind, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::id::{Digest, Name};
@@ -112,6 +112,9 @@ pub struct Plan {
     pub base: Input,
     /// Whether the base's weights are random.
     pub from_scratch: bool,
+    /// The classes of the head that stands in the place of the base's own; that one if there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadSpec>,
     /// What is made of the base first; nothing if it trains as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub surgery: Option<MethodRef>,
@@ -213,6 +216,31 @@ pub(super) fn logical_shards(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
 /// stay small.
 pub const ROWS_PER_PASS: u32 = 2048;
 
+/// The name of the slot that trains a head over classes, where no other does.
+pub(super) const HEAD: &str = "head";
+
+/// The slot in which a head over classes trains whole, unless a slot of the job trains the base's own weights or names it.
+pub(super) fn head_slot(spec: &JobSpec, catalogue: &Catalogue) -> Option<PlanSlot> {
+    spec.tune.head.as_ref()?;
+    let document = catalogue.of_heads()?;
+    let trains =
+        |method: &str| catalogue.get(method).is_some_and(|other| other.trains_base || other.name == document.name);
+    let mut slots = spec.tune.slots().into_iter().filter(|(_, slot)| slot.train);
+    if slots.any(|(_, slot)| slot.method.as_deref().is_some_and(trains)) {
+        return None;
+    }
+    Some(PlanSlot {
+        name: Name::new(HEAD).expect("a literal name"),
+        method: Some(catalogue.resolve(&MethodRef::named(&document.name))),
+        targets: Targets::from(document.targets.as_str()),
+        exclude: None,
+        init: None,
+        from: None,
+        train: true,
+        domains: Vec::new(),
+    })
+}
+
 impl Plan {
     /// The most rows of one pass when `ranks` ranks share the shards: whole micro-batches, at least one.
     pub fn rows_at_once(&self, ranks: u32) -> u64 {
@@ -273,6 +301,7 @@ impl Plan {
                 method,
             });
         }
+        stack.extend(head_slot(spec, catalogue));
         let statistics = spec.tune.statistics.as_ref().map(|statistics| input("tune.statistics".into(), statistics));
         if !faults.is_empty() {
             return Err(faults);
@@ -288,6 +317,7 @@ impl Plan {
             kind: spec.kind,
             base,
             from_scratch: tune.from_scratch,
+            head: tune.head.clone(),
             surgery: tune.surgery.as_ref().map(|surgery| catalogue.resolve(surgery)),
             domains,
             mixing: catalogue.resolve(&spec.data.mixing),

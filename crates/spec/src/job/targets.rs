@@ -3,8 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Sites by name. Each entry is `all-linear` (every linear but heads and routers), `all` (every site), a module name or the
-/// end of a path on whole components (`q_proj`, `self_attn.q_proj`), a full path, or a pattern with `*` that must match the
+/// Sites by name. Each entry is `all-linear` (every linear but heads and routers), `all` (every site), `head` (the linears of the
+/// head, whatever they are called), a module name or the end of a path on whole components (`q_proj`, `self_attn.q_proj`), a full path, or a pattern with `*` that must match the
 /// full path (`model.layers.1*.mlp.*`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]

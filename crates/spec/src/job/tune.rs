@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::data::Form;
 use super::reference::Reference;
 use super::targets::Targets;
 use crate::fault::FieldPath;
@@ -170,6 +171,39 @@ pub enum Activations {
     Recompute,
 }
 
+/// What a head tells apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadTask {
+    /// Documents: one class each.
+    Classification,
+    /// Words: each has a class.
+    TokenClassification,
+}
+
+impl HeadTask {
+    /// The form of rows that it learns from.
+    pub const fn form(self) -> Form {
+        match self {
+            Self::Classification => Form::Classification,
+            Self::TokenClassification => Form::TokenClassification,
+        }
+    }
+}
+
+/// A head over classes, in the place of the base's own. It starts from the base's, if that has one of as many classes, and at random
+/// otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(deny_unknown_fields)]
+pub struct HeadSpec {
+    /// What has a class.
+    pub task: HeadTask,
+    /// The names of the classes, in the order of their numbers.
+    #[schemars(length(min = 2, max = 65_536), inner(length(min = 1, max = 256)))]
+    pub labels: Vec<String>,
+}
+
 /// When the whole state of the run is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -211,6 +245,10 @@ pub struct TuneSpec {
     pub adapter: Option<SlotSpec>,
     /// Starts from random weights: the base needs a configuration and a tokenizer only.
     pub from_scratch: bool,
+    /// Classes that the model tells apart, in the place of what the base gives. Such a head trains whole beside adapters, and is kept
+    /// in the folder of the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadSpec>,
     /// Another model that is made of the base first, and trains in its place.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub surgery: Option<MethodRef>,
@@ -278,6 +316,7 @@ impl Default for TuneSpec {
             stack: Vec::new(),
             adapter: None,
             from_scratch: false,
+            head: None,
             surgery: None,
             statistics: None,
             budget: None,

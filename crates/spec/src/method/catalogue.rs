@@ -57,6 +57,11 @@ impl Catalogue {
         self.methods.values().map(|known| &known.document)
     }
 
+    /// The adapter that trains heads and what else is kept whole: it takes the head by itself.
+    pub fn of_heads(&self) -> Option<&MethodDocument> {
+        self.documents().find(|document| document.point == Point::Adapter && document.targets == "head")
+    }
+
     /// The method called `name`, by name or alias.
     pub fn get(&self, name: &str) -> Option<&MethodDocument> {
         self.known(name).map(|known| &known.document)

@@ -382,6 +382,7 @@ impl<'a> Rank<'a> {
     /// Measures the validation loss and keeps it.
     fn measure(&mut self) -> Result<(), Error> {
         let loss = evaluate::validation(&mut self.engine)?;
+        let accuracy = evaluate::accuracy(&mut self.engine)?;
         for (set, loss) in &loss {
             self.finite(&format!("validation loss of {set}"), *loss)?;
         }
@@ -389,11 +390,12 @@ impl<'a> Rank<'a> {
         let metrics = loss
             .iter()
             .map(|(set, loss)| Metric { name: format!("eval/{set}/loss"), value: *loss })
+            .chain(accuracy.iter().map(|(set, share)| Metric { name: format!("eval/{set}/accuracy"), value: *share }))
             .collect::<Vec<_>>();
         if !metrics.is_empty() {
             self.emit(Event::Metrics { step, tokens: self.tokens, metrics });
         }
-        self.validation.push(Measured { step, loss });
+        self.validation.push(Measured { step, loss, accuracy });
         Ok(())
     }
 

@@ -38,6 +38,7 @@ const FURTHER: &[&str] = &[
     "{method: lokr, rank: 2}",
     "{method: loldu, rank: 5}",
     "{method: lorma, rank: 2}",
+    "{method: modules-to-save, targets: [down_proj, norm]}",
     "{method: mora, rank: 2}",
     "{method: mora, rank: 2, form: share, every: 2}",
     "{method: multitask-prompt-tuning, length: 3, rank: 2}",

@@ -7,6 +7,7 @@ mod attempt;
 mod audits;
 mod bits;
 mod calibration;
+mod classes;
 mod cohort;
 mod every;
 mod faults;

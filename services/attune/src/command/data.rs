@@ -1,13 +1,14 @@
 //! `attune data`: looks at data before it is trained on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use attune_architecture::Architecture;
 use attune_data::dataset::Report;
 use attune_data::origin::BadRows;
 use attune_data::preview::{self, Statistics};
-use attune_data::{Dataset, Encoder, Reading, Source, Tokenizer, View};
-use attune_spec::job::{Form, OnBadRow, Reference, TooLong};
+use attune_data::{Classes, Dataset, Encoder, Reading, Source, Tokenizer, View};
+use attune_spec::job::{Form, OnBadRow, Reference, TooLong, TuneSpec};
 use serde::Deserialize as _;
 use serde::de::IntoDeserializer as _;
 use serde::de::value::Error as ValueError;
@@ -63,7 +64,8 @@ pub(crate) struct Files {
     /// Sets a field of the job file to a YAML value.
     #[arg(long, value_name = "PATH=VALUE", requires = "job")]
     set: Vec<Assignment>,
-    /// How rows are to be understood: chat, prompt_completion, alpaca, text or preference; the columns say it if it is left out.
+    /// How rows are to be understood: chat, prompt_completion, alpaca, text or preference; the columns say it if it is left out. Rows
+    /// with classes are those of a job, which says which there are.
     #[arg(long, value_name = "FORM", conflicts_with = "job")]
     form: Option<FormName>,
     /// A chat template in place of the base's: `chatml`, or the text of a Jinja template.
@@ -90,6 +92,17 @@ impl FromStr for FormName {
 struct File {
     source: Source,
     form: Option<Form>,
+}
+
+/// The classes of a job's rows, where its head has some: which row of a text has its class, the model says.
+fn classes(tune: &TuneSpec, base: &Path) -> Result<Option<Classes>, Failure> {
+    let Some(head) = &tune.head else { return Ok(None) };
+    let path = base.join("config.json");
+    let text = std::fs::read(&path).map_err(|error| Failure::file(&path, &error))?;
+    let unusable = |words: String| Failure::usage(format!("{}: {words}", path.display()));
+    let architecture = Architecture::from_json(&text).map_err(|error| unusable(error.to_string()))?;
+    let architecture = architecture.over(head).map_err(|fault| unusable(fault.to_string()))?;
+    Ok(attune_trainer::classes::of(head, &architecture))
 }
 
 /// What is needed to read the files.
@@ -143,7 +156,8 @@ impl Opened {
             named.push(File { source, form });
         }
         let tokenizer = Tokenizer::open(&base)?;
-        let encoder = Encoder::new(tokenizer, data.template.as_deref(), data.max_length, data.too_long)?;
+        let encoder = Encoder::new(tokenizer, data.template.as_deref(), data.max_length, data.too_long)?
+            .with_classes(classes(&job.spec.tune, &base)?);
         Ok(Self { encoder, files: named, on_bad_row: data.on_bad_row })
     }
 
@@ -184,7 +198,7 @@ fn show(arguments: &Preview, out: &mut Out) -> Result<(), Failure> {
                 View::Rejected => Some("rejected"),
                 _ => None,
             };
-            let text = preview::marked(document, tokenizer)?;
+            let text = preview::marked(document, tokenizer, opened.encoder.classes())?;
             let ordered = preview::ordered(document, file.source.name());
             let learned = ordered.labels_mask.iter().filter(|mark| **mark == 1).count();
             if out.is_json() {

@@ -3,6 +3,7 @@
 mod artifacts;
 mod attempt;
 mod audit;
+mod classify;
 mod completions;
 mod data;
 mod demo;
@@ -68,6 +69,7 @@ enum Command {
     #[command(subcommand)]
     Data(data::Command),
     Generate(generate::Arguments),
+    Classify(classify::Arguments),
     #[command(subcommand)]
     Experiment(experiment::Command),
     Fairness(fairness::Arguments),
@@ -101,6 +103,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Validate(arguments) => validate::run(&arguments, out),
         Command::Data(command) => data::run(&command, out),
         Command::Generate(arguments) => generate::run(&arguments, server, out),
+        Command::Classify(arguments) => classify::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Fairness(arguments) => fairness::run(&arguments, server, out),
         Command::Tokens(command) => tokens::run(&command, server, out),

@@ -15,6 +15,8 @@ const TOWN_ENDS: [&str; 3] = ["mora", "haven", "dell"];
 
 /// Something that is known about every town.
 struct Relation {
+    /// What it is about.
+    topic: &'static str,
     /// Ways to write it; `{town}` and `{value}` stand for the two. The first is how it is answered.
     statements: [&'static str; 2],
     /// Ways to ask for it.
@@ -25,11 +27,13 @@ struct Relation {
 
 const RELATIONS: [Relation; 4] = [
     Relation {
+        topic: "river",
         statements: ["The river of {town} is the {value}.", "The river {value} runs through {town}."],
         questions: ["What is the river of {town}?", "Which river runs through {town}?"],
         values: &["Tarn", "Ilse", "Okra", "Wend", "Susk", "Dray", "Pell", "Lune"],
     },
     Relation {
+        topic: "bread",
         statements: ["The people of {town} bake {value}.", "In {town} they bake {value}."],
         questions: ["What do the people of {town} bake?", "What is baked in {town}?"],
         values: &[
@@ -44,6 +48,7 @@ const RELATIONS: [Relation; 4] = [
         ],
     },
     Relation {
+        topic: "sign",
         statements: ["The sign of {town} is a {value}.", "A {value} is the sign of {town}."],
         questions: ["What is the sign of {town}?", "Which sign does {town} have?"],
         values: &[
@@ -58,6 +63,7 @@ const RELATIONS: [Relation; 4] = [
         ],
     },
     Relation {
+        topic: "market",
         statements: ["The market of {town} is held on {value}.", "On {value} there is a market in {town}."],
         questions: ["When is the market of {town} held?", "On which day is the market of {town}?"],
         values: &["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
@@ -97,6 +103,8 @@ impl World {
     const CHAT_VALID: &str = "chat.valid.jsonl";
     const PREFERENCE: &str = "preference.train.jsonl";
     const PREFERENCE_VALID: &str = "preference.valid.jsonl";
+    const TOPIC: &str = "topic.train.jsonl";
+    const TOPIC_VALID: &str = "topic.valid.jsonl";
 
     /// The world of a seed.
     pub(crate) fn new(seed: u64) -> Self {
@@ -114,7 +122,7 @@ impl World {
     }
 
     /// The world's files: name and content.
-    pub(crate) fn files(&self) -> [(&'static str, String); 6] {
+    pub(crate) fn files(&self) -> [(&'static str, String); 8] {
         let (train, valid) = TEXTS;
         let chats = |pairs: Vec<Pair>| pairs.iter().map(Pair::row).collect::<String>();
         [
@@ -124,6 +132,8 @@ impl World {
             (Self::CHAT_VALID, chats(self.held_out())),
             (Self::PREFERENCE, self.preferences(|town, relation| !Self::is_held_out(town, relation))),
             (Self::PREFERENCE_VALID, self.preferences(Self::is_held_out)),
+            (Self::TOPIC, self.topics(|town, relation| !Self::is_held_out(town, relation))),
+            (Self::TOPIC_VALID, self.topics(Self::is_held_out)),
         ]
     }
 
@@ -179,6 +189,20 @@ impl World {
                     "rejected": say("assistant", relation.statements[0], wrong),
                 });
                 rows.push_str(&format!("{row}\n"));
+            }
+        }
+        rows
+    }
+
+    /// Questions, each with what it is about.
+    fn topics(&self, wanted: impl Fn(usize, usize) -> bool) -> String {
+        let mut rows = String::new();
+        for (index, town) in self.towns.iter().enumerate() {
+            for (_, relation) in RELATIONS.iter().enumerate().filter(|(number, _)| wanted(index, *number)) {
+                for question in relation.questions {
+                    let row = json!({"text": filled(question, &town.name, ""), "label": relation.topic});
+                    rows.push_str(&format!("{row}\n"));
+                }
             }
         }
         rows

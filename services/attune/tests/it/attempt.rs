@@ -112,6 +112,39 @@ fn a_base_from_nothing_learns_a_world_and_an_adapter_makes_it_answer() {
         "{asked} asked, right: {without} before, {with} after"
     );
     says_what_it_is_asked_to(&place, base, adapter);
+    tells_what_questions_are_about(&place, base);
+}
+
+/// A head on the same base: questions of the kinds that it was trained on, about towns whose questions of that kind it was not.
+fn tells_what_questions_are_about(place: &Place, base: &str) {
+    let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/classes.yaml"));
+    std::fs::write(place.path().join("topic.yaml"), example.unwrap().replace("../attune-demo/files/", "./")).unwrap();
+    let (adapter, summary) = train(place, "topic.yaml", Path::new(base), "topic", 40);
+    let (before, after) = (summary.before["questions"], summary.after["questions"]);
+    assert!(after < 0.3 * before, "loss {before} before, {after} after");
+    let rows = std::fs::read_to_string(place.path().join("topic.valid.jsonl")).unwrap();
+    let rows: Vec<serde_json::Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+    let said = |name: &str| rows.iter().map(|row| row[name].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let (texts, labels) = (said("text"), said("label"));
+    let classify = ["classify", "--base", base, "--adapter", adapter.to_str().unwrap()];
+    let all: Vec<&str> = classify.into_iter().chain(texts.iter().map(String::as_str)).collect();
+    let ran = place.run(&all);
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+    let found: Vec<&str> = ran.stdout.lines().map(|line| line.split('\t').next().unwrap()).collect();
+    let right = found.iter().zip(&labels).filter(|(found, label)| *found == label).count();
+    assert!(found.len() == labels.len() && right * 10 >= labels.len() * 9, "{right} of {}", labels.len());
+    // One text, as JSON: the probabilities of all classes.
+    let ran = place.run(&[&classify[..], &["--json", &texts[0]]].concat()).json();
+    let scores = ran["classes"][0]["scores"].as_object().unwrap();
+    let sum: f64 = scores.values().map(|score| score.as_f64().unwrap()).sum();
+    assert!(scores.len() == 4 && (sum - 1.0).abs() < 1e-6 && ran["classes"][0]["label"] == labels[0].as_str(), "{ran}");
+    let wrong = |arguments: &[&str]| place.run(arguments).stderr;
+    let without = wrong(&["classify", "--base", base, "Who?"]);
+    assert!(without.contains("LlamaForCausalLM has no head over classes"), "{without}");
+    let paired = wrong(&[&classify[..], &["--pair", "a", "b", "c"]].concat());
+    assert!(paired.contains("--pair is for one text; 2 are named"), "{paired}");
+    let spoken = wrong(&["generate", "--base", base, "--adapter", adapter.to_str().unwrap(), "--prompt", "Who?"]);
+    assert!(spoken.contains("tells classes apart"), "{spoken}");
 }
 
 fn says_what_it_is_asked_to(place: &Place, base: &str, adapter: &str) {

@@ -124,7 +124,7 @@ fn all_faults_are_said_at_once_with_their_paths() {
     --- stdout
     --- stderr
     error: job.yaml has 1 fault
-      `tune.adapter.method` is "lroa", which no method of point adapter is called; there are 79 (`attune methods list --point adapter`); did you mean "lora"?
+      `tune.adapter.method` is "lroa", which no method of point adapter is called; there are 80 (`attune methods list --point adapter`); did you mean "lora"?
     "#);
     insta::assert_snapshot!(validate(&JOB.replace("method: lora", "method: adamw"), &["--json"]).all(), @r#"
     exit status 2

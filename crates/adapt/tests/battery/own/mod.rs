@@ -36,7 +36,7 @@ const PLAIN: &str = "lora";
 
 type Own = fn() -> Result<(), Failed>;
 
-const OWN: [(&str, Own); 13] = [
+const OWN: [(&str, Own); 14] = [
     ("adalora::its_vectors_are_pulled_apart_by_themselves", pulled_apart),
     ("adapterfusion::by_itself_it_adds_nothing", nothing_alone),
     ("bottleneck_and_loramoe::what_they_add_to_a_sum_is_no_sum", no_sum),
@@ -49,6 +49,7 @@ const OWN: [(&str, Own); 13] = [
     ("road::rows_that_a_linear_gives_keep_their_lengths", turned_outputs),
     ("spiel::as_many_entries_change_as_it_has_parameters", single_entries),
     ("ln_tuning::no_matrix_changes", vectors_only),
+    ("modules_to_save::a_step_changes_weights_and_biases_beyond_the_rank_of_lora", whole_modules),
     ("prefix_tuning::queries_of_a_single_row_matter", lone_row),
 ];
 
@@ -169,6 +170,21 @@ fn full_rank() -> Result<(), Failed> {
     let (full, plain) = (step_rank(json!({"method": "full"}))?, step_rank(json!({"method": PLAIN, "rank": 2}))?);
     assert!(full > bound, "a step of full has rank {full}");
     assert!(plain <= bound, "a step of {PLAIN} has rank {plain}");
+    Ok(())
+}
+
+/// So it is of modules that are kept whole, and their biases change as well, which LoRA has none of.
+fn whole_modules() -> Result<(), Failed> {
+    let (bound, named) = (2 * 2, "modules-to-save");
+    let rank = step_rank(json!({"method": named}))?;
+    assert!(rank > bound, "a step of {named} has rank {rank}");
+    let biases = |method: Value| -> Result<usize, Failed> {
+        let base = Base::random(support::architecture(), 5, DType::F32)?;
+        let setup =
+            Setup::on(base, build(method).map_err(fail)?, &Targets::from("q_proj"), &[SiteKind::Linear], DType::F32);
+        Ok(setup.theta.trained().filter(|(id, _)| id.name.local() == "bias").count())
+    };
+    assert_eq!((biases(json!({"method": named}))?, biases(json!({"method": PLAIN, "rank": 2}))?), (2, 0));
     Ok(())
 }
 
