@@ -1,14 +1,24 @@
 //! What an adapter's folder says of the head that it was trained under, where that tells classes apart: `head.json` beside the files of
-//! PEFT's layout, which has the tensors and no names.
+//! PEFT's layout, which has the tensors and no names. Of a folder that PEFT wrote its own files say how many classes there are.
 
 use std::path::Path;
 
-use attune_spec::job::HeadSpec;
+use attune_artifacts::formats::peft::{PREFIX, WEIGHTS_FILE};
+use attune_artifacts::formats::safetensors::Header;
+use attune_spec::job::{HeadSpec, HeadTask};
+use serde_json::Value;
 
 use crate::error::Error;
 
 /// The file that says it.
 const SAYS: &str = "head.json";
+
+/// What PEFT calls what such models are for.
+const TASKS: [(&str, HeadTask); 2] =
+    [("SEQ_CLS", HeadTask::Classification), ("TOKEN_CLS", HeadTask::TokenClassification)];
+
+/// The modules that give logits of classes, as Hugging Face's models call them.
+const MODULES: [&str; 2] = ["classifier", "score"];
 
 /// What a folder says; nothing of an adapter that was trained under the base's own head.
 ///
@@ -19,9 +29,24 @@ pub fn read(folder: &Path) -> Result<Option<HeadSpec>, Error> {
     let mismatch = |message: String| Error::Mismatch { file: file.clone(), message };
     match std::fs::read(&file) {
         Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| mismatch(error.to_string())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => of_peft(folder),
         Err(error) => Err(mismatch(format!("cannot be read: {error}"))),
     }
+}
+
+/// The head that a folder of PEFT's has among the modules that it keeps whole, with the names that Hugging Face gives classes without.
+fn of_peft(folder: &Path) -> Result<Option<HeadSpec>, Error> {
+    let config = crate::peft::read_config(folder)?;
+    let said = config.get("task_type").and_then(Value::as_str);
+    let Some((_, task)) = TASKS.into_iter().find(|(name, _)| said == Some(*name)) else { return Ok(None) };
+    let header = Header::read(&folder.join(WEIGHTS_FILE))?;
+    let of_head = |name: &str| MODULES.iter().any(|module| name == format!("{PREFIX}{module}.weight"));
+    let mut found = header.tensors().iter().filter(|(name, _)| of_head(name));
+    let labels = found.find_map(|(_, info)| match info.shape.as_slice() {
+        [labels, _] => u32::try_from(*labels).ok().filter(|labels| (2..=65_536).contains(labels)),
+        _ => None,
+    });
+    Ok(labels.map(|labels| HeadSpec { task, labels: (0..labels).map(|label| format!("LABEL_{label}")).collect() }))
 }
 
 /// Says it in a folder that is there.

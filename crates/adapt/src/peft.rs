@@ -178,7 +178,7 @@ fn integers(file: &Path, info: &safetensors::Info) -> Result<Tensor, Error> {
     Ok(Tensor::from_vec(values.collect::<Vec<_>>(), info.shape.as_slice(), &Device::Cpu)?)
 }
 
-fn read_config(folder: &Path) -> Result<Map<String, Value>, Error> {
+pub(crate) fn read_config(folder: &Path) -> Result<Map<String, Value>, Error> {
     let path = folder.join(CONFIG_FILE);
     let mismatch = |message: String| Error::Mismatch { file: path.clone(), message };
     let text = std::fs::read(&path).map_err(|error| mismatch(format!("cannot be read: {error}")))?;

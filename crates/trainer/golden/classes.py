@@ -86,7 +86,9 @@ def write(name):
     g = ref.generator(seed)
     made = rows(name, base.config.num_labels, g)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=saved)
+    task = "TOKEN_CLS" if name == "bert_tokens" else "SEQ_CLS"
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=saved, task_type=task)
+    torch.manual_seed(seed)
     model = peft.get_peft_model(base, config).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():

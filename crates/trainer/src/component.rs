@@ -436,6 +436,14 @@ pub fn frozen<'f>(mut base: Base, folders: impl IntoIterator<Item = &'f Path>) -
             slots.push(slot);
         }
     }
+    let kept = |site: &SiteId| {
+        banks.iter().any(|bank| bank.sets.iter().any(|set| set.iter().any(|(name, _)| name.owner() == site.as_str())))
+    };
+    if let Some(site) = base.fresh().iter().find(|site| !kept(site)) {
+        let message =
+            format!("has no {site}, and no adapter keeps one: expected the one that was trained with this head");
+        return Err(Error::Input { input: "the base".to_owned(), message });
+    }
     // A slot whose weights are made already is bound to no row.
     let makes = |slot: &Slot| slot.attachments().any(|at| matches!(slot.adapter().port(at), Port::Weight(_)));
     let bound: Vec<bool> = slots.iter().map(|slot| !makes(slot)).collect();

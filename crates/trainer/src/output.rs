@@ -17,7 +17,7 @@ use candle_core::{DType, Tensor};
 use serde::Serialize;
 
 use crate::calibration;
-use crate::checkpoint::{Measured, State};
+use crate::checkpoint::{self, Measured, State};
 use crate::component::SharesOfSlots;
 use crate::engine::params;
 use crate::error::Error;
@@ -84,6 +84,10 @@ pub(crate) fn write(
             let folder = request.work.join(folder);
             let saved = if number == 0 { saved.as_slice() } else { &[] };
             adapter(request, prepared, theta, state, (at, saved, &base_name), &folder)?;
+            // Others go with it: by themselves they lack the head.
+            if let (0, Some(head)) = (number, &request.plan.head) {
+                headed::write(&folder, head)?;
+            }
             outputs.push(Output { role, kind: OutputKind::Adapter, folder });
         }
     }
@@ -175,9 +179,6 @@ fn adapter(
             write(Part { adapter, attachments, params: &whole.params })?;
         }
     }
-    if let Some(head) = &request.plan.head {
-        headed::write(folder, head)?;
-    }
     if let Some(held) = few::of(&request.plan) {
         let less = theta.requantized.get(&(at as u16)).and_then(|less| params(theta, usize::from(*less)));
         held::write(folder, &held, less)?;
@@ -203,6 +204,7 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
             facts.push(("validation loss", format!("{set}: {started:.4} before, {loss:.4} after")));
         }
     }
+    facts.extend(checkpoint::accuracies(ends).into_iter().map(|words| ("accuracy", words)));
     let card = Card {
         title: &request.name,
         base_model: Some(base_name),

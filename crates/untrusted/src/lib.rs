@@ -15,7 +15,7 @@ use attune_architecture::Architecture;
 use attune_artifacts::formats::{peft, safetensors};
 use attune_artifacts::{Kind, Manifest, hash};
 use attune_data::tokenizer::byte_level;
-use attune_data::{ChatTemplate, Dataset, Encoder, Message, Reading, Source, Tokenizer};
+use attune_data::{ChatTemplate, Classes, Dataset, Encoder, Labelled, Message, Reading, Source, Tokenizer};
 use attune_proto::convert::job;
 use attune_proto::v1;
 use attune_spec::job::{OnBadRow, TooLong, read};
@@ -154,12 +154,16 @@ pub fn csv(bytes: &[u8]) {
     documents("rows.csv", bytes);
 }
 
-/// Reads a file as one of rows, twice, with a chat template and without.
+/// Reads a file as one of rows, twice, with a chat template and without, and with classes of documents and of words.
 fn documents(name: &str, bytes: &[u8]) {
-    static ENCODERS: LazyLock<[Encoder; 2]> = LazyLock::new(|| {
-        [Some("chatml"), None].map(|template| {
+    static ENCODERS: LazyLock<[Encoder; 4]> = LazyLock::new(|| {
+        let classes = |of| Some(Classes { names: ["no", "yes", "1"].map(str::to_owned).to_vec(), of });
+        let ways =
+            [(Some("chatml"), None), (None, None), (None, classes(Labelled::Last)), (None, classes(Labelled::Words))];
+        ways.map(|(template, classes)| {
             let tokenizer = byte_level(&["<|im_start|>", "<|im_end|>", "<|endoftext|>"]);
-            Encoder::new(tokenizer, template, 256, TooLong::Truncate).expect("it has the template's tokens")
+            let encoder = Encoder::new(tokenizer, template, 256, TooLong::Truncate);
+            encoder.expect("it has the template's tokens").with_classes(classes)
         })
     });
     let source = Source::in_memory(name, Bytes::copy_from_slice(bytes)).expect("the name says the format");
@@ -169,6 +173,11 @@ fn documents(name: &str, bytes: &[u8]) {
         for document in found.documents() {
             assert_eq!(document.ids.len(), document.trained.len());
             assert!((1..=256).contains(&document.ids.len()), "a document of {} tokens", document.ids.len());
+            assert_eq!(document.classed.is_some(), encoder.classes().is_some());
+            if let Some(classed) = document.classed {
+                let lengths = [classed.labels.len(), classed.types.len()];
+                assert_eq!(lengths, [document.ids.len(); 2]);
+            }
         }
         let again = Dataset::read(&source, encoder, reading).expect("it was read a moment ago");
         assert_eq!(found.digest(), again.digest());
@@ -202,6 +211,14 @@ pub fn tokenizer(bytes: &[u8]) {
     if let Ok(ids) = tokenizer.encode("One text,\u{a0}zwei Ärger: 3,14 <|im_end|>\n", true) {
         assert!(ids.iter().all(|id| *id < tokenizer.vocabulary()), "a token beyond the vocabulary");
         let _ = tokenizer.decode(&ids, true);
+    }
+    for of in [Labelled::First, Labelled::Words] {
+        let names = vec!["no".to_owned(), "yes".to_owned()];
+        let Ok(encoder) = Encoder::new(tokenizer.clone(), None, 6, TooLong::Truncate) else { break };
+        if let Ok(asked) = encoder.with_classes(Some(Classes { names, of })).ask("One text, zwei Ärger", None) {
+            assert!(asked.rows.iter().all(|row| (*row as usize) < asked.layout.n_rows()), "a row beyond the text");
+            assert_eq!(asked.rows.len(), asked.of.len());
+        }
     }
     let template = tokenizer.chat_template().ok().flatten();
     if let Some(template) = &template {

@@ -416,6 +416,10 @@ impl<'a> Rank<'a> {
             let message = format!("{message}; model FLOP utilisation {percent:.0} % of the fastest product here");
             self.emit(Event::Note { topic: "time".to_owned(), message });
         }
+        let ends = (self.validation.first(), self.validation.last());
+        for message in checkpoint::accuracies(ends) {
+            self.emit(Event::Note { topic: "accuracy".to_owned(), message });
+        }
         let losses = |measured: Option<&Measured>| measured.map(|measured| measured.loss.clone()).unwrap_or_default();
         let summary = Summary {
             steps: self.engine.step,

@@ -1,13 +1,15 @@
 //! Heads over classes, whole jobs: PyTorch's and PEFT's losses and parameters; a head that is new; what is kept and read again.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use attune_models::{Base, Model, Pass, export};
 use attune_spec::id::Step;
 use attune_spec::job::{Plan, Precision};
 use attune_trainer::component::frozen;
+use attune_trainer::few;
 use attune_trainer::run::{End, run};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::bits::checkpoint;
@@ -96,16 +98,14 @@ fn a_tune_of_classes_has_the_losses_and_parameters_of_transformers_and_peft() {
         }
         let folder = tempfile::tempdir().unwrap();
         unpack(&files, "Result", folder.path());
-        let read = |folder: &Path| {
-            candle_core::safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu).unwrap()
+        let read = |folder: &Path| -> BTreeMap<String, Tensor> {
+            candle_core::safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu)
+                .unwrap()
+                .into_iter()
+                .collect()
         };
         let (own, theirs) = (read(folder.path()), read(&golden("trainer/golden").join(name).join("after")));
-        let names = |tensors: &std::collections::HashMap<String, candle_core::Tensor>| {
-            let mut names: Vec<String> = tensors.keys().cloned().collect();
-            names.sort_unstable();
-            names
-        };
-        assert_eq!(names(&own), names(&theirs));
+        assert!(own.keys().eq(theirs.keys()), "{:?} and {:?}", own.keys(), theirs.keys());
         for (tensor, own) in &own {
             let off = (own - &theirs[tensor]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
             let off = off.to_scalar::<f32>().unwrap();
@@ -143,6 +143,8 @@ fn a_new_head_learns_beside_an_adapter_and_is_kept_with_it_and_merged() {
     assert!((losses[0] - 3f64.ln()).abs() < 0.3 && losses[1] < 0.6 * losses[0], "{losses:?}");
     let found = metric(&events, "eval/rows/accuracy");
     assert!(found[1] > found[0] && found[1] > 0.9, "{found:?}");
+    let card = String::from_utf8(files["Result/README.md"].clone()).unwrap();
+    assert!(card.contains(&format!("| accuracy | rows: {:.4} before, {:.4} after |", found[0], found[1])), "{card}");
     assert!(files.keys().all(|name| !name.contains("Further")), "{:?}", files.keys());
 
     let (adapter, merged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -155,6 +157,10 @@ fn a_new_head_learns_beside_an_adapter_and_is_kept_with_it_and_merged() {
     let off = with.iter().zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(off < 1e-4, "merged {whole:?}, beside the base {with:?}");
     assert_eq!(export::named_classes(merged.path()).unwrap(), ["c0", "c1", "c2"]);
+    // Without what it keeps of the head there is none that was trained.
+    let base = Base::open_as(&case.small.path("model"), Precision::F32, None, over, 0).unwrap();
+    let Err(error) = frozen(base, []) else { panic!("a head at random") };
+    assert!(error.to_string().contains("has no classifier, and no adapter keeps one"), "{error}");
 
     // The same bytes from ranks, and of a run that was stopped.
     assert_eq!(case.small.finish(plan.clone(), 2).1, files);
@@ -188,6 +194,23 @@ fn a_run_goes_on_from_a_head_that_an_adapter_keeps_or_leaves_it_as_it_is() {
     assert!(!tensors.keys().any(|name| name.contains("classifier")), "{:?}", tensors.keys());
 }
 
+/// What PEFT trained speaks for itself: the head that it keeps says how many classes there are.
+#[test]
+fn a_folder_of_pefts_is_opened_under_the_head_that_it_keeps() {
+    for (case, base) in
+        [("bert_sequence", "bert"), ("bert_tokens", "bert_tokens"), ("llama_sequence", "llama_sequence")]
+    {
+        let folder = golden("trainer/golden").join(case).join("after");
+        let head = few::head_of(std::slice::from_ref(&folder)).unwrap().unwrap();
+        let classes = if case == "bert_tokens" { 5 } else { 3 };
+        assert_eq!((head.labels.len(), head.labels[1].as_str()), (classes, "LABEL_1"), "{case}");
+        let opened = few::open_for(&golden("models/golden").join(base), std::slice::from_ref(&folder), Precision::F32);
+        let (base, _, _) = frozen(opened.unwrap(), [folder.as_path()]).unwrap();
+        assert_eq!(base.architecture().head.labels(), Some(classes));
+    }
+    assert!(few::head_of(&[golden("adapt/golden/llama_all_linear/adapter")]).unwrap().is_none());
+}
+
 #[test]
 fn a_probe_trains_the_head_alone() {
     let case = Case::new("bert_sequence", "bert");
@@ -198,13 +221,13 @@ fn a_probe_trains_the_head_alone() {
     unpack(&files, "Result", folder.path());
     let read = attune_adapt::peft::read(folder.path()).unwrap();
     assert_eq!((read.method.method.as_str(), read.saved.is_some()), ("modules-to-save", false));
-    let base = || {
+    let base = |seed| {
         let plan = case.plan("[{method: modules-to-save}]", &[]);
         let over = |trunk: attune_architecture::Architecture| trunk.over(plan.head.as_ref().unwrap());
-        Base::open_as(&case.small.path("model"), Precision::F32, None, over, 5).unwrap()
+        Base::open_as(&case.small.path("model"), Precision::F32, None, over, seed).unwrap()
     };
-    let fresh = answer(base(), &[]);
-    assert_ne!(answer(base(), &[folder.path()]), fresh);
+    // Whatever the head was before, it is the one that is kept.
+    assert_eq!(answer(base(5), &[folder.path()]), answer(base(6), &[folder.path()]));
 }
 
 #[test]
