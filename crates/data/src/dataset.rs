@@ -38,8 +38,11 @@ pub struct Report {
     pub rows: u64,
     /// Their tokens.
     pub tokens: u64,
-    /// Those of them that are learned.
+    /// Those of them that are learned, or have a class.
     pub trained_tokens: u64,
+    /// How many have each class, in the order of their numbers, where there are classes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<u64>,
     /// Rows whose end was cut off.
     pub truncated: u64,
     /// Rows that are left out.
@@ -136,8 +139,12 @@ impl Dataset {
                 return Err(Error::BadRows(Box::new(dataset.bad)));
             }
         }
-        let labelled = encoder.classes().map(|classes| classes.of);
-        Ok(Self { labelled, ..dataset.finish(file, form)? })
+        let mut dataset = dataset.finish(file, form)?;
+        if let Some(classes) = encoder.classes() {
+            dataset.labelled = Some(classes.of);
+            dataset.report.classes = dataset.counted(classes.names.len());
+        }
+        Ok(dataset)
     }
 
     /// Number of rows.
@@ -196,6 +203,17 @@ impl Dataset {
     /// The lengths of all documents, in order.
     pub fn lengths(&self) -> impl Iterator<Item = usize> {
         self.documents().map(|document| document.ids.len())
+    }
+
+    /// How many rows have each of so many classes.
+    fn counted(&self, classes: usize) -> Vec<u64> {
+        let mut counts = vec![0; classes];
+        for label in self.classed.iter().flat_map(|classed| &classed.labels) {
+            if let Some(count) = counts.get_mut(*label as usize) {
+                *count += 1;
+            }
+        }
+        counts
     }
 
     /// The rows of its documents that have classes, where there are some.
@@ -293,6 +311,7 @@ impl Building {
             rows: (ends.len() / views(form).len()) as u64,
             tokens: ids.len() as u64,
             trained_tokens: (trained.iter().filter(|trained| **trained).count() - unpredicted) as u64,
+            classes: Vec::new(),
             truncated,
             bad,
         };
@@ -302,9 +321,11 @@ impl Building {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use attune_points::layout::NO_LABEL;
     use attune_spec::job::TooLong;
 
     use super::*;
+    use crate::classes::Classes;
     use crate::tokenizer::byte_level;
 
     fn read(text: &str, name: &str, on_bad_row: OnBadRow, form: Option<Form>) -> Result<Dataset, String> {
@@ -372,6 +393,24 @@ pub(crate) mod tests {
         assert_eq!(document.ids, [97, 44, 32, 98, 99, 256]);
         assert_eq!(document.trained, [false, false, false, false, true, true]);
         assert_eq!(dataset.report().form, Form::PromptCompletion);
+    }
+
+    #[test]
+    fn rows_have_classes_and_each_is_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        let rows = "{\"text\": \"ab\", \"label\": \"yes\"}\n{\"text\": \"c\", \"text_pair\": \"d\", \"label\": 2}\n\
+                    {\"text\": \"e\", \"label\": \"yes\"}\n";
+        std::fs::write(&path, rows).unwrap();
+        let classes = Classes { names: ["no", "yes", "who"].map(str::to_owned).to_vec(), of: Labelled::Last };
+        let encoder = Encoder::new(byte_level(&["<|endoftext|>"]), None, 64, TooLong::Refuse).unwrap();
+        let encoder = encoder.with_classes(Some(classes));
+        let reading = Reading { form: None, on_bad_row: OnBadRow::Fail, rows: None };
+        let dataset = Dataset::read(&Source::parse(path.to_str().unwrap()).unwrap(), &encoder, reading).unwrap();
+        assert_eq!((dataset.report().form, &dataset.report().classes[..]), (Form::Classification, &[0, 2, 1][..]));
+        let first = dataset.row(0).next().unwrap();
+        assert_eq!((first.ids, first.classed.unwrap().labels), (&[97, 98][..], &[NO_LABEL, 1][..]));
+        assert_eq!((dataset.labelled(), dataset.report().trained_tokens), (Some(Labelled::Last), 3));
     }
 
     #[test]

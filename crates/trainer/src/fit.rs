@@ -60,9 +60,14 @@ pub(crate) fn has_room(data: &Dataset, max_length: u32, answers: Room, path: Fie
     })
 }
 
-/// What is not learned of a file although nothing failed.
-pub(crate) fn remarks(report: &attune_data::dataset::Report) -> Vec<String> {
+/// What is not learned of a file although nothing failed; `classes` are those of the head, if it tells some apart.
+pub(crate) fn remarks(report: &attune_data::dataset::Report, classes: &[String]) -> Vec<String> {
     let mut remarks = Vec::new();
+    let missing: Vec<&str> =
+        report.classes.iter().zip(classes).filter(|(count, _)| **count == 0).map(|(_, name)| name.as_str()).collect();
+    if !missing.is_empty() {
+        remarks.push(format!("{}: no row has the class {}", report.file, missing.join(", ")));
+    }
     if let Some(first) = report.bad.first.first() {
         let bad = report.bad.count();
         remarks.push(format!("{bad} of {} rows are bad and left out, the first of them {first}", report.rows + bad));

@@ -141,7 +141,7 @@ pub(crate) fn prepare(
     // Who goes on has been told.
     if request.resume.is_none() {
         for (place, report) in &reports {
-            for message in remarks(report) {
+            for message in remarks(report, plan.head.as_ref().map_or(&[], |head| &head.labels)) {
                 control.emit(Event::Note { topic: place.clone(), message });
             }
         }

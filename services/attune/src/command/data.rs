@@ -314,5 +314,12 @@ fn statistics(files: &Files, out: &mut Out) -> Result<(), Failure> {
             lengths.join(", "),
         ]);
     }
-    out.table(&table)
+    out.table(&table)?;
+    for Statistics { report, .. } in found.iter().filter(|found| !found.report.classes.is_empty()) {
+        let names = opened.encoder.classes().map_or(&[][..], |classes| &classes.names);
+        let each: Vec<String> =
+            names.iter().zip(&report.classes).map(|(name, count)| format!("{name} {count}")).collect();
+        out.line(&format!("classes of {}: {}", report.file, each.join(", ")))?;
+    }
+    Ok(())
 }

@@ -138,6 +138,11 @@ fn tells_what_questions_are_about(place: &Place, base: &str) {
     let scores = ran["classes"][0]["scores"].as_object().unwrap();
     let sum: f64 = scores.values().map(|score| score.as_f64().unwrap()).sum();
     assert!(scores.len() == 4 && (sum - 1.0).abs() < 1e-6 && ran["classes"][0]["label"] == labels[0].as_str(), "{ran}");
+    let set = format!("base={base}");
+    let stats = place.run(&["data", "stats", "--job", "topic.yaml", "--set", &set]);
+    assert!(stats.stdout.contains("topic.train.jsonl: river 36, bread 36, sign 36, market 36"), "{}", stats.all());
+    let preview = place.run(&["data", "preview", "--job", "topic.yaml", "--set", &set, "--rows", "1"]);
+    assert!(preview.stdout.contains("⟦?: river⟧"), "{}", preview.all());
     let wrong = |arguments: &[&str]| place.run(arguments).stderr;
     let without = wrong(&["classify", "--base", base, "Who?"]);
     assert!(without.contains("LlamaForCausalLM has no head over classes"), "{without}");
