@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 
 use crate::adapters::FROM_PEFT;
 use crate::error::Error;
+use crate::fused::unfused;
 
 /// How the names begin of tensors that belong to the whole base model: without a module's path.
 const ROOT: &str = "base_model.";
@@ -43,6 +44,8 @@ pub struct Folder {
     pub targets: Targets,
     /// The ranges whose layers are those of the base that it was trained on, where that repeats layers of the one that it names.
     pub ranges: Option<Vec<[u32; 2]>>,
+    /// What the base is called that it was trained on: a hub id, a digest, or whatever else stands there.
+    pub base: Option<String>,
     path: std::path::PathBuf,
     tensors: BTreeMap<String, Tensor>,
     /// Weights of the base, by module.
@@ -54,7 +57,7 @@ pub struct Folder {
 /// # Errors
 /// [`Error`] naming the file and the key or tensor at fault.
 pub fn read(folder: &Path) -> Result<Folder, Error> {
-    let config = read_config(folder)?;
+    let mut config = read_config(folder)?;
     let file = folder.join(WEIGHTS_FILE);
     // The header is checked as untrusted input before anything is mapped.
     let header = safetensors::Header::read(&file)?;
@@ -73,6 +76,7 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
         }
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
+    unfused(&mut config, &mut tensors).map_err(unsupported)?;
     let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
     let mut of_type = FROM_PEFT.iter().filter(|reader| reader.peft_type.is_none_or(|known| known == peft_type));
     let reader = of_type.find(|reader| (reader.claims)(&config)).ok_or_else(|| {
@@ -83,7 +87,8 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     })?;
     let (method, targets) = (reader.read)(&config, &modules(&tensors)).map_err(unsupported)?;
     let ranges = ranges_of(&config, folder)?;
-    Ok(Folder { method, targets, ranges, path: folder.to_owned(), tensors, of_base })
+    let base = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
+    Ok(Folder { method, targets, ranges, base, path: folder.to_owned(), tensors, of_base })
 }
 
 /// What [`read`] would say of layers that are repeated.
