@@ -8,6 +8,7 @@ mod audits;
 mod bits;
 mod calibration;
 mod cohort;
+mod combined;
 mod every;
 mod faults;
 mod gangs;

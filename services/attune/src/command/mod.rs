@@ -11,6 +11,7 @@ mod experiment;
 mod fairness;
 mod generate;
 mod jobs;
+mod merge;
 mod methods;
 mod projects;
 mod submit;
@@ -71,6 +72,7 @@ enum Command {
     #[command(subcommand)]
     Experiment(experiment::Command),
     Fairness(fairness::Arguments),
+    Merge(merge::Arguments),
     #[command(subcommand)]
     Tokens(tokens::Command),
     Audit(audit::Arguments),
@@ -103,6 +105,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Generate(arguments) => generate::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Fairness(arguments) => fairness::run(&arguments, server, out),
+        Command::Merge(arguments) => merge::run(&arguments, server, out),
         Command::Tokens(command) => tokens::run(&command, server, out),
         Command::Audit(arguments) => audit::run(&arguments, server, out),
         Command::Doctor => doctor::run(out),
