@@ -1,13 +1,14 @@
-//! A component and what was taken out of the base for it, as one adapter that anybody can add to the unchanged base.
+//! A component and what was taken out of the base for it, as one adapter that anybody can add to the unchanged base; and what components
+//! add, as pairs of factors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use attune_architecture::Architecture;
+use attune_architecture::{Architecture, SiteId, SiteKind};
 use attune_points::adapter::{Adapter, Attachment, Merged};
 use attune_points::{Error, Locals, Params, Result};
 use candle_core::{DType, Device, Tensor};
 
-use crate::adapters::of_ranks;
+use crate::adapters::{of_ranks, reads};
 
 /// An adapter with its parameters.
 pub struct Joined {
@@ -37,6 +38,14 @@ pub fn joined(
         let (b_or, a_ri) = (Tensor::cat(&[&left.0, &right.0], 1)?, Tensor::cat(&[&left.1, &right.1], 0)?);
         pairs.insert(at.site.clone(), narrowed(b_or, a_ri)?);
     }
+    of_pairs(pairs, architecture)
+}
+
+/// The adapter that adds the product of two factors, `b_or` and `a_ri`, at each of these sites.
+///
+/// # Errors
+/// [`Error::Refused`] for sites or shapes that are not the base's.
+pub fn of_pairs(mut pairs: BTreeMap<SiteId, (Tensor, Tensor)>, architecture: &Architecture) -> Result<Joined> {
     let ranks = pairs.iter().map(|(site, (_, a_ri))| Ok((site.to_string(), a_ri.dim(0)? as u32)));
     let adapter = of_ranks(ranks.collect::<Result<_>>()?);
     let sites: Vec<_> = architecture.sites().into_iter().filter(|site| pairs.contains_key(&site.id)).collect();
@@ -46,17 +55,53 @@ pub fn joined(
     let mut params = Params::new();
     for at in &attachments {
         let Some((b_or, a_ri)) = pairs.remove(&at.site) else { continue };
-        let [a, b] = at.tensors.as_slice() else {
-            return Err(Error::Refused(format!("{} has other tensors than a pair", at.site)));
-        };
-        params.insert_declared(a, at.site.as_str(), a_ri);
-        params.insert_declared(b, at.site.as_str(), b_or);
+        for spec in &at.tensors {
+            let tensor = if reads(spec) { &a_ri } else { &b_or };
+            if tensor.dims() != spec.shape {
+                let message = format!(
+                    "{} has a factor of shape {:?}; its base makes it {:?}",
+                    at.site,
+                    tensor.dims(),
+                    spec.shape
+                );
+                return Err(Error::Refused(message));
+            }
+            params.insert_declared(spec, at.site.as_str(), tensor.clone());
+        }
     }
     Ok(Joined { adapter, attachments, params })
 }
 
+/// The factors of what a component adds at each of its sites, `b_or` and `a_ri`, and the factor on their product.
+///
+/// # Errors
+/// [`Error::Refused`] if the component is no low-rank change of a weight.
+pub fn pairs(
+    adapter: &dyn Adapter,
+    attachments: &[Attachment],
+    params: &Params,
+    architecture: &Architecture,
+) -> Result<Vec<(SiteId, (Tensor, Tensor, f64))>> {
+    let tables = architecture.sites().into_iter().filter(|site| matches!(site.kind, SiteKind::Embedding { .. }));
+    let tables: BTreeSet<SiteId> = tables.map(|site| site.id).collect();
+    let pair = |at: &Attachment| {
+        let (b_or, a_ri, scale) = factors(adapter, at, params)?;
+        // A table is the weight of what reads numbers of tokens, turned around.
+        let turned = |factor: Tensor| factor.t()?.contiguous().map_err(Error::from);
+        let (b_or, a_ri) = if tables.contains(&at.site) { (turned(a_ri)?, turned(b_or)?) } else { (b_or, a_ri) };
+        Ok((at.site.clone(), (b_or, a_ri, scale)))
+    };
+    attachments.iter().map(pair).collect()
+}
+
 /// What a component adds to a weight, as `b_or` (with the factor on the product) and `a_ri`.
 fn product(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<(Tensor, Tensor)> {
+    let (left, right, scale) = factors(adapter, at, params)?;
+    Ok(((left * scale)?, right))
+}
+
+/// What a component adds to a weight: two factors, and the factor on their product.
+fn factors(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<(Tensor, Tensor, f64)> {
     let site = at.site.as_str();
     let tensors = at.tensors.iter().map(|spec| {
         let name = spec.name(site);
@@ -66,7 +111,7 @@ fn product(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<(T
     let tensors = Locals::new(site, tensors.collect::<Result<Vec<_>>>()?);
     let none = Tensor::zeros((0, 0), DType::F32, &Device::Cpu)?;
     match adapter.merge(at, &tensors, &none)? {
-        Merged::Factors { left, right, scale } => Ok(((left * scale)?, right)),
+        Merged::Factors { left, right, scale } => Ok((left, right, scale)),
         _ => Err(Error::Refused(format!("the component at {site} is no product of two factors"))),
     }
 }

@@ -13,6 +13,7 @@ pub mod budgets;
 pub mod inits;
 mod parts;
 
+mod fused;
 pub mod headed;
 pub mod held;
 pub mod joined;

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 
 use crate::adapters::{self, FROM_PEFT};
 use crate::error::Error;
+use crate::fused::unfused;
 
 /// How the names begin of tensors that belong to the whole base model: without a module's path.
 const ROOT: &str = "base_model.";
@@ -51,6 +52,8 @@ pub struct Folder {
     pub ranges: Option<Vec<[u32; 2]>>,
     /// The modules that it keeps whole beside the adapter, as a component of their own.
     pub saved: Option<Box<Self>>,
+    /// What the base is called that it was trained on: a hub id, a digest, or whatever else stands there.
+    pub base: Option<String>,
     path: std::path::PathBuf,
     tensors: BTreeMap<String, Tensor>,
     /// Weights of the base, by module.
@@ -97,10 +100,12 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     }
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
     let ranges = ranges_of(&config, folder)?;
+    let base = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
     let of = |(method, targets), tensors, of_base, saved| Folder {
         method,
         targets,
         ranges: ranges.clone(),
+        base: base.clone(),
         saved,
         path: folder.to_owned(),
         tensors,
@@ -113,6 +118,7 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     if config.get("target_modules") == Some(&adapters::nowhere()) && !kept.is_empty() {
         return Ok(of(modules_of(&kept), kept, BTreeMap::new(), None));
     }
+    unfused(&mut config, &mut tensors).map_err(unsupported)?;
     let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
     let mut of_type = FROM_PEFT.iter().filter(|reader| reader.peft_type.is_none_or(|known| known == peft_type));
     let reader = of_type.find(|reader| (reader.claims)(&config)).ok_or_else(|| {

@@ -361,6 +361,12 @@ pub trait StepRule: Send {
         Tensors::new()
     }
 
+    /// What its steps have found out beside what they trained, for the report of the run; the same after [`StepRule::restore`]. None for
+    /// most.
+    fn found(&self) -> Option<serde_json::Value> {
+        None
+    }
+
     /// Goes on from a state, in a run whose parameters are `theta`.
     ///
     /// # Errors

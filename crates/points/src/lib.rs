@@ -25,6 +25,7 @@ pub mod adapter;
 pub mod budget;
 pub mod forms;
 pub mod init;
+pub mod merge;
 pub mod mixing;
 pub mod objective;
 pub mod optimizer;

@@ -1,5 +1,5 @@
 //! What candle lacks for training, with no idea of a model: reproducible randomness, safe differentiable operations,
-//! frozen weights whose gradient is never computed, a local reverse pass, a search that needs none, weights in memory-mapped files, and the kernels that
+//! frozen weights whose gradient is never computed, a local reverse pass, searches that need none, weights in memory-mapped files, and the kernels that
 //! a training step spends its time in.
 //!
 //! The one invariant: no operation here cuts a gradient silently, and no random number depends on anything but its
@@ -21,6 +21,7 @@ mod fourier;
 pub mod frozen;
 mod kronecker;
 pub mod linalg;
+pub mod nsga2;
 pub mod ops;
 mod ordered;
 mod products;

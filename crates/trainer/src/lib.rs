@@ -7,7 +7,8 @@
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it)
 //! with `meeting` and `together`, `setup` (plan to parts) with `trained`, [`component`] and `calibration`, [`run`] (the loop), `engine`, [`steps`]
-//! with `answers` (what the model says by itself and what that is worth), `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`; apart from runs, [`audit`] (what some keep of their base that others do not).
+//! with `answers` (what the model says by itself and what that is worth), `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`; apart from runs, [`audit`] (what some keep of their base that others do not)
+//! and [`combine`] (several adapters to one).
 //!
 //! As a library, a run is ten lines:
 //!
@@ -30,6 +31,7 @@ pub mod attempt;
 pub mod audit;
 pub mod card;
 pub mod cohort;
+pub mod combine;
 pub mod component;
 pub mod control;
 pub mod run;

@@ -18,6 +18,7 @@ pub fn documents() -> Vec<MethodDocument> {
         .chain(attune_optim::SCHEDULES.documents())
         .chain(attune_spec::recipes::RECIPES.documents())
         .chain(attune_search::SEARCHES.documents())
+        .chain(attune_merge::MERGES.documents())
         .collect();
     documents.sort_by(|a, b| a.name.cmp(&b.name));
     documents
@@ -29,7 +30,7 @@ mod tests {
     use std::fmt::Write as _;
     use std::path::{Path, PathBuf};
 
-    use attune_spec::method::{ManualDocument, Merges, Point, SiteKind};
+    use attune_spec::method::{Category, ManualDocument, Merges, Point, SiteKind};
 
     use super::*;
 
@@ -161,6 +162,41 @@ mod tests {
         text
     }
 
+    /// What each adapter goes with, by its card; where it does not, why.
+    fn capabilities(adapters: &[MethodDocument]) -> String {
+        let mut text = String::from(
+            "\n## What goes with what\n\nBy category, in the words of the field's surveys (`attune methods list --category NAME`):\n\n\
+             | category | methods |\n|---|---|\n",
+        );
+        for category in Category::ALL {
+            let of = adapters.iter().filter(|document| document.category == Some(category));
+            let names: Vec<String> = of.map(|document| format!("`{}`", document.name)).collect();
+            let _ = writeln!(text, "| {} | {} |", category.as_str(), names.join(", "));
+        }
+        text.push_str(
+            "\nA combination that a cell refuses is refused when the job is submitted, with the reason. What the other cells say is tried: `it starts \
+             as the base`, `merged equals unmerged` and the trials of bases in few bits in the battery; budgets in \
+             `crates/adapt/tests/battery/budgets.rs`; resumed, on more ranks and in bf16 every adapter ends with the same bytes \
+             (`crates/trainer/tests/it/every.rs`).\n\n\
+             | method | starts as the base | beside few bits | merges | ranks by a budget | on repeated layers |\n|---|---|---|---|---|---|\n",
+        );
+        for document in adapters {
+            let starts = document.moves.as_ref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));
+            let few =
+                if document.on_quantized() == Some(true) { "yes" } else { "no: it trains the base's own weights" };
+            let merges = match (document.merges, document.stays_beside.as_str()) {
+                (Merges::No, _) => "no: it stays beside the base".to_owned(),
+                (_, "") => "yes".to_owned(),
+                (_, when) => format!("yes, but not where `{}`", when.replace('|', "\\|")),
+            };
+            let has = |field: &str| document.schema["properties"].get(field).is_some();
+            let budget = if has("rank") && has("rank_pattern") { "yes" } else { "no: it has no ranks by site" };
+            let repeated = if document.says_repeats() { "yes" } else { "no: its folder has no word for them" };
+            let _ = writeln!(text, "| `{}` | {starts} | {few} | {merges} | {budget} | {repeated} |", document.name);
+        }
+        text
+    }
+
     /// `docs/methods.md`.
     fn page() -> String {
         let own = own_properties();
@@ -174,7 +210,7 @@ mod tests {
              work where linears of the base are held in few bits (`tune.quantization`), with the bits that they have on a base of those \
              numbers. The last column is what the method has and LoRA with as many parameters lacks, tested on both. In formulas `i` and `o` are the widths of a linear's input and \
              output (`i` that of a block's rows), `k` that of all keys, `b` 1 with a bias, `down` 1 at linears that lead out of an \
-             MLP, `out` 1 at those and at linears out of an attention.\n\n| method | paper | sites | base in few bits | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|---|---|\n",
+             MLP, `out` 1 at those and at linears out of an attention.\n\n| method | category | paper | sites | base in few bits | parameters a site | shared by its sites | merges | PEFT | its own |\n|---|---|---|---|---|---|---|---|---|---|\n",
         );
         let paper = |document: &MethodDocument| {
             document.paper.as_ref().map_or_else(String::new, |paper| format!("{} ({})", paper.title, paper.year))
@@ -201,8 +237,9 @@ mod tests {
             let few = if document.on_quantized() == Some(true) { "yes" } else { "no" };
             let _ = writeln!(
                 page,
-                "| `{}` | {} | {} | {few} | {} | {} | {merges} | {} | {} |",
+                "| `{}` | {} | {} | {} | {few} | {} | {} | {merges} | {} | {} |",
                 document.name,
+                document.category.map_or("", Category::as_str),
                 paper(document),
                 sites(document),
                 code(&document.parameters),
@@ -211,6 +248,7 @@ mod tests {
                 own.get(&document.name).map_or("", String::as_str),
             );
         }
+        page.push_str(&capabilities(&adapters));
         page.push_str(&parity());
         page.push_str("\n## Others\n\n| method | point | paper | what it is |\n|---|---|---|---|\n");
         for document in &others {
@@ -270,6 +308,20 @@ mod tests {
         let without: Vec<String> =
             adapters.map(|document| document.name).filter(|name| name != "lora" && !own.contains_key(name)).collect();
         assert!(without.is_empty(), "{without:?} have none in crates/adapt/tests/battery/own");
+    }
+
+    /// Each adapter says how it tunes a model, and nothing else does.
+    #[test]
+    fn every_adapter_has_a_category() {
+        for document in documents() {
+            assert_eq!(document.category.is_some(), document.point == Point::Adapter, "{}", document.name);
+            if document.trains_base {
+                assert_eq!(document.category, Some(Category::Selective), "{}", document.name);
+            }
+            if !document.rows_before.is_empty() {
+                assert_eq!(document.category, Some(Category::Prompt), "{}", document.name);
+            }
+        }
     }
 
     #[test]

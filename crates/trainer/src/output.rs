@@ -47,12 +47,13 @@ struct Report<'a> {
     ranks: &'a SharesOfSlots,
 }
 
-/// Writes all outputs of a finished run.
+/// Writes all outputs of a finished run, and what its steps have found out.
 pub(crate) fn write(
     request: &Request,
     prepared: &Prepared,
     theta: &Theta,
     state: &State,
+    found: Option<&serde_json::Value>,
 ) -> Result<Vec<Output>, Error> {
     let mut outputs = Vec::new();
     let dtype = attune_models::base::dtype(request.plan.precision);
@@ -129,6 +130,11 @@ pub(crate) fn write(
     let mut text = serde_json::to_string_pretty(&report).unwrap_or_default();
     text.push('\n');
     std::fs::write(&path, text).map_err(Error::io(path))?;
+    if let Some(found) = found {
+        let path = folder.join("found.json");
+        let text = format!("{}\n", serde_json::to_string_pretty(found).unwrap_or_default());
+        std::fs::write(&path, text).map_err(Error::io(path))?;
+    }
     if let Some(together) = experts::together(prepared, theta)? {
         let path = folder.join("experts.json");
         let text = serde_json::to_vec(&together).unwrap_or_default();

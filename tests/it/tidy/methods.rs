@@ -136,6 +136,11 @@ const ABROAD: &[(&str, &[&str], &str)] = &[
     ("crates/adapt/src/adapters/adamss.rs", &["orthogonal"], "PEFT's word for how its tensors start"),
     ("crates/architecture/src/rope_config.rs", &["linear", "dynamic"], "Hugging Face's words for rope scaling"),
     ("crates/architecture/src/site.rs", &["linear"], "a kind of site, not the schedule"),
+    (
+        "crates/merge/src/words.rs",
+        &["dare-linear", "dare-ties", "linear", "magnitude-prune", "task-arithmetic", "ties"],
+        "what words of PEFT's mean",
+    ),
     ("services/attune/src/demo/world.rs", &["mora"], "the end of a town's name"),
 ];
 

@@ -32,7 +32,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::linalg;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
@@ -80,6 +80,7 @@ pub(super) struct Abba {
 
 impl Method for Abba {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "ABBA: Highly Expressive Hadamard Product Adaptation for Large Language Models",
             authors: "Raghav Singhal, Kaustubh Ponkshe, Rohit Vartak, Praneeth Vepakomma",

@@ -42,7 +42,7 @@ use attune_points::engine::StepRule;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{Device, Tensor};
@@ -140,6 +140,7 @@ struct Rows {
 
 impl Method for Adalora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
             authors: "Qingru Zhang, Minshuo Chen, Alexander Bukharin, Pengcheng He, Yu Cheng, Weizhu Chen, Tuo Zhao",

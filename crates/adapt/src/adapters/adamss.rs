@@ -43,7 +43,7 @@ use attune_points::engine::StepRule;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -130,6 +130,7 @@ pub(super) struct Adamss {
 
 impl Method for Adamss {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning",
             authors: "Jingjing Zheng, Wanglong Lu, Yiming Dong, Chaojie Ji, Yankai Cao, Zhouchen Lin",

@@ -30,7 +30,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, MixtureMap, Peft, Port, RowCx};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
+use attune_spec::method::{self, BuildCx, Card, Category, Merges, Method, Paper, Point};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -72,6 +72,7 @@ pub(super) struct Adapterfusion {
 
 impl Method for Adapterfusion {
     const CARD: Card = Card {
+        category: Some(Category::Additive),
         aliases: &["adapter-fusion"],
         paper: Some(Paper {
             title: "AdapterFusion: Non-Destructive Task Composition for Transfer Learning",

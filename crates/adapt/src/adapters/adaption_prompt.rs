@@ -31,7 +31,7 @@ use attune_points::adapter::{Adapter, AsideMap, Attachment, BaseEdit, Merged, Pe
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -66,6 +66,7 @@ pub(super) struct AdaptionPrompt {
 
 impl Method for AdaptionPrompt {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         aliases: &["llama-adapter"],
         paper: Some(Paper {
             title: "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention",

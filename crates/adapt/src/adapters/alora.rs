@@ -36,7 +36,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, FusedRows, Merged, P
 use attune_points::{Error, Layout, Locals, Row, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -119,6 +119,7 @@ struct Rows {
 
 impl Method for Alora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         aliases: &["activated-lora"],
         paper: Some(Paper {
             title: "Activated LoRA: Fine-tuned LLMs for Intrinsics",

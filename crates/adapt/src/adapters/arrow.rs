@@ -33,7 +33,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, BlendMap, Blended, Merged, Peft, Port, RowCx};
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -77,6 +77,7 @@ pub(super) struct Arrow {
 
 impl Method for Arrow {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         paper: Some(Paper {
             title: "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
             authors: "Oleksiy Ostapenko, Zhan Su, Edoardo Maria Ponti, Laurent Charlin, Nicolas Le Roux, et al.",

@@ -40,7 +40,7 @@ use attune_points::engine::{Engine, Job, Source, StepReport, StepRule, Tensors};
 use attune_points::{Error, Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -112,6 +112,7 @@ struct Made {
 
 impl Method for Bbtv2 {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "BBTv2: Towards a Gradient-Free Future with Large Language Models",
             authors: "Tianxiang Sun, Zhengfu He, Hong Qian, Yunhua Zhou, Xuanjing Huang, Xipeng Qiu",

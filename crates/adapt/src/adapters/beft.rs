@@ -28,7 +28,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -51,6 +51,7 @@ pub(super) struct Beft;
 
 impl Method for Beft {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         paper: Some(Paper {
             title: "BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes",
             authors: "Baichuan Huang, Ananth Balashankar, Amir Aminifar",

@@ -31,7 +31,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -76,6 +76,7 @@ pub(super) struct Boft {
 
 impl Method for Boft {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization",
             authors: "Weiyang Liu, Zeju Qiu, Yao Feng, Yuliang Xiu, Yuxuan Xue, Longhui Yu, et al.",

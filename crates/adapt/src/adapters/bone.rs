@@ -35,7 +35,7 @@ use attune_points::adapter::{
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -95,6 +95,7 @@ pub(super) struct Bone {
 
 impl Method for Bone {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         aliases: &["miss"],
         paper: Some(Paper {
             title: "Bone: Block-Affine Adaptation of Large Language Models",

@@ -34,7 +34,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, BranchMap, Merged, Peft, Port, RowCx};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point, Rule};
+use attune_spec::method::{self, BuildCx, Card, Category, Merges, Method, Paper, Point, Rule};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -127,6 +127,7 @@ pub(super) struct Bottleneck {
 
 impl Method for Bottleneck {
     const CARD: Card = Card {
+        category: Some(Category::Additive),
         aliases: &["houlsby"],
         paper: Some(Paper {
             title: "Parameter-Efficient Transfer Learning for NLP",

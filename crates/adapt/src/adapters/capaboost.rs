@@ -28,7 +28,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{Device, Tensor};
@@ -91,6 +91,7 @@ pub(super) struct Capaboost {
 
 impl Method for Capaboost {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Increasing Model Capacity for Free: A Simple Strategy for Parameter Efficient Fine-tuning",
             authors: "Haobo Song, Hao Zhao, Soumajit Majumder, Tao Lin",

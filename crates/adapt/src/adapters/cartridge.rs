@@ -38,7 +38,7 @@ use attune_points::adapter::{Adapter, Attachment, AttentionMap, BaseEdit, Merged
 use attune_points::{Error, Locals, Stats, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -101,6 +101,7 @@ pub(super) struct Cartridge {
 
 impl Method for Cartridge {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "Cartridges: Lightweight and general-purpose long context representations via self-study",
             authors: "Sabri Eyuboglu, Ryan Ehrlich, Simran Arora, Neel Guha, Dylan Zinsley, Emily Liu, Will Tennien, Atri Rudra, James \

@@ -3,28 +3,30 @@
 //!
 //! # Update
 //! ```text
-//! y_to = x_ti W_oi^T + s · Σ_k (drop(x_ti) A_k^T) B_k^T                   k = 1 … links                  s = alpha / rank
+//! y_to = x_ti W_oi^T + s · Σ_k (drop(x_ti) A_k^T) B_k^T                   k = 1 … links                  s = alpha / rank, or / ranks[0]
 //! ```
 //! where in the k-th of as many equal shares of the steps A_k and B_k learn, from a fresh start, and all others stay. The optimiser and the schedule of
 //! the learning rate begin anew with each link.
 //!
 //! # Symbols
-//! `lora_A`, the rows of all A_k, and `lora_B`, the columns of all B_k; f32, trained, `rank` a link. A starts uniform in ±1/sqrt(i), B at 0.
+//! `lora_A`, the rows of all A_k, and `lora_B`, the columns of all B_k; f32, trained, `rank` a link, or of the k-th `ranks[k]`. A starts uniform in ±1/sqrt(i), B at 0.
 //! `drop` is dropout on the input.
 //!
 //! # Cost
-//! `links*rank*(i+o)` parameters per linear, with the optimiser's numbers for all of them, of which those of a link learn at a time;
+//! `links*rank*(i+o)` parameters per linear, or the sum of `ranks` times `i+o`, with the optimiser's numbers for all of them, of which those of a link learn at a time;
 //! `2 links rank (i+o)` extra FLOPs per token forward.
 //!
 //! # Limits
 //! With B = 0 it is the base, bit for bit. With a single link it is LoRA. The end of a link changes nothing of what the model says.
 //!
 //! # Departures
-//! What links have learned is not added to the base but kept beside it, all in one: its file is LoRA's of all their ranks. Links have one rank, not
-//! smaller and smaller ones.
+//! What links have learned is not added to the base but kept beside it, all in one: its file is LoRA's of all their ranks. Links of
+//! several ranks have one scaling.
 //!
 //! # Paper
 //! Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning. Xia, Qin, Hazan, 2024.
+
+use std::ops::Range;
 
 use attune_architecture::{Architecture, Site};
 use attune_artifacts::formats::peft::LoraConfig;
@@ -33,7 +35,7 @@ use attune_points::engine::{self, Engine, Job, Renewed, Source, StepReport, Step
 use attune_points::{Locals, Owner, TensorId, TensorName, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -63,12 +65,29 @@ pub(super) struct Config {
     /// Links, one after the other.
     #[schemars(range(min = 1, max = 64))]
     links: u32,
+    /// The rank of each link, such as `[8, 4, 2]`, in place of `rank` and `links`.
+    ranks: Vec<u32>,
+}
+
+impl Config {
+    /// The rank of each link.
+    fn all(&self) -> Vec<usize> {
+        match self.ranks.as_slice() {
+            [] => vec![self.rank as usize; self.links as usize],
+            ranks => ranks.iter().map(|rank| *rank as usize).collect(),
+        }
+    }
+
+    /// What the scaling divides by.
+    fn first(&self) -> u32 {
+        self.ranks.first().copied().unwrap_or(self.rank)
+    }
 }
 
 impl Default for Config {
     /// The paper's rank and its longer chain.
     fn default() -> Self {
-        Self { rank: 8, alpha: 8.0, dropout: 0.0, links: 3 }
+        Self { rank: 8, alpha: 8.0, dropout: 0.0, links: 3, ranks: Vec::new() }
     }
 }
 
@@ -78,6 +97,7 @@ pub(super) struct ChainOfLora {
 
 impl Method for ChainOfLora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         aliases: &["cola"],
         paper: Some(Paper {
             title: "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning",
@@ -86,7 +106,7 @@ impl Method for ChainOfLora {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "links*rank*(i+o)",
+        parameters: "if(count(ranks) > 0, sum(ranks), links*rank)*(i+o)",
         merges: Merges::Factors,
         ..Card::new(
             "chain-of-lora",
@@ -99,22 +119,27 @@ impl Method for ChainOfLora {
     type Object = dyn Adapter;
 
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
+        if config.ranks.len() > 64 || config.ranks.iter().any(|rank| !(1..=1024).contains(rank)) {
+            let message = format!("is {:?}; expected 64 links at most, each of a rank of 1 to 1024", config.ranks);
+            return Err(vec![Fault::new("ranks", message)]);
+        }
         Ok(Box::new(Self { config }))
     }
 }
 
 impl ChainOfLora {
     fn scale(&self) -> f64 {
-        self.config.alpha / f64::from(self.config.rank)
+        self.config.alpha / f64::from(self.config.first())
     }
 }
 
 impl Adapter for ChainOfLora {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let Config { rank, links, .. } = self.config;
-        let mut attachments = factors::attach(sites, A, B, |_| rank * links)?;
+        let ranks = self.config.all();
+        let sum = ranks.iter().sum::<usize>() as u32;
+        let mut attachments = factors::attach(sites, A, B, |_| sum)?;
         for spec in attachments.iter_mut().flat_map(|at| &mut at.tensors) {
-            spec.comes_and_goes = links > 1;
+            spec.comes_and_goes = ranks.len() > 1;
         }
         Ok(attachments)
     }
@@ -128,7 +153,7 @@ impl Adapter for ChainOfLora {
     }
 
     fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
-        (self.config.links > 1).then(|| Box::new(Chain::new(&self.config, of)) as Box<dyn StepRule>)
+        (self.config.all().len() > 1).then(|| Box::new(Chain::new(&self.config, of)) as Box<dyn StepRule>)
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
@@ -136,8 +161,9 @@ impl Adapter for ChainOfLora {
     }
 
     fn peft(&self) -> Option<Peft> {
-        let Config { rank, alpha, dropout, links } = self.config;
-        let (r, lora_alpha) = (rank * links, alpha * f64::from(links));
+        let dropout = self.config.dropout;
+        let r = self.config.all().iter().sum::<usize>() as u32;
+        let lora_alpha = self.scale() * f64::from(r);
         let lora = LoraConfig { r, lora_alpha, lora_dropout: dropout, ..LoraConfig::default() };
         Some(own::as_lora(Self::CARD.name, &self.config, &lora))
     }
@@ -156,8 +182,8 @@ impl RowMap for ChainOfLora {
 
 /// Steps in which one link learns after the other.
 struct Chain {
-    rank: usize,
-    links: u64,
+    /// Of each link.
+    ranks: Vec<usize>,
     steps: u64,
     /// Each factor, and the dimension along which its links lie.
     factors: Vec<(TensorId, usize)>,
@@ -173,36 +199,44 @@ impl Chain {
             [(id(A), 0), (id(B), 1)]
         };
         Self {
-            rank: config.rank as usize,
-            links: u64::from(config.links),
+            ranks: config.all(),
             steps: of.steps.0.max(1),
             factors: of.attachments.iter().flat_map(factor).collect(),
         }
     }
 
+    fn links(&self) -> u64 {
+        self.ranks.len() as u64
+    }
+
+    /// The ranks of a link among those of all.
+    fn span(&self, link: usize) -> Range<usize> {
+        let start: usize = self.ranks.iter().take(link).sum();
+        start..start + self.ranks.get(link).copied().unwrap_or_default()
+    }
+
     /// The first step of a link, or of the next one that has any.
     fn begins(&self, link: u64) -> u64 {
-        (link * self.steps).div_ceil(self.links)
+        (link * self.steps).div_ceil(self.links())
     }
 
     /// The link that learns at a step.
     fn link(&self, step: u64) -> usize {
-        (step.min(self.steps - 1) * self.links / self.steps) as usize
+        (step.min(self.steps - 1) * self.links() / self.steps) as usize
     }
 
     /// What `of` has in the place of a link, and `others` elsewhere.
     fn with_link(&self, of: &Tensor, others: &Tensor, dim: usize, link: usize) -> attune_points::Result<Tensor> {
-        let (start, all) = (link * self.rank, of.dim(dim)?);
-        let end = start + self.rank;
+        let (Range { start, end }, all) = (self.span(link), of.dim(dim)?);
         let parts =
-            [others.narrow(dim, 0, start)?, of.narrow(dim, start, self.rank)?, others.narrow(dim, end, all - end)?];
+            [others.narrow(dim, 0, start)?, of.narrow(dim, start, end - start)?, others.narrow(dim, end, all - end)?];
         Ok(Tensor::cat(&parts, dim)?)
     }
 
     /// The flat places of a link.
     fn places(&self, of: &Tensor, dim: usize, link: usize) -> attune_points::Result<Vec<usize>> {
-        let (_, width) = of.dims2()?;
-        let mine = |place: &usize| [place / width, place % width][dim] / self.rank == link;
+        let ((_, width), span) = (of.dims2()?, self.span(link));
+        let mine = |place: &usize| span.contains(&[place / width, place % width][dim]);
         Ok((0..of.elem_count()).filter(mine).collect())
     }
 }
@@ -354,6 +388,22 @@ mod tests {
         // Each link has a schedule of its own, as long as it is.
         assert_eq!(of_seven.1, [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2), (0, 2), (1, 2)]);
         assert_eq!(of_two, (vec![0, 2, 2], vec![(0, 1), (0, 1)]));
+    }
+
+    #[test]
+    fn ranks_may_step_down_from_link_to_link() {
+        let config = Config { rank: 9, alpha: 6.0, links: 9, ranks: vec![4, 2, 1], ..Config::default() };
+        let chain = Chain::new(&config, &Trained { slot: 0, attachments: Vec::new(), steps: Step(9) });
+        assert_eq!((0..3).map(|link| chain.span(link)).collect::<Vec<_>>(), [0..4, 4..6, 6..7]);
+        let b = Tensor::zeros((3, 7), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(chain.places(&b, 1, 1).unwrap(), [4, 5, 11, 12, 18, 19]);
+        let only = chain.with_link(&b.ones_like().unwrap(), &b, 1, 2).unwrap().to_vec2::<f32>().unwrap();
+        assert!(only.iter().all(|row| *row == [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]));
+        assert_eq!((chain.links(), chain.link(8)), (3, 2));
+        let lora = ChainOfLora { config };
+        let peft = lora.peft().unwrap();
+        assert_eq!((&peft.config["r"], lora.scale()), (&7.into(), 1.5));
+        assert_eq!(peft.config["lora_alpha"].as_f64(), Some(10.5));
     }
 
     #[test]

@@ -39,7 +39,7 @@ use attune_architecture::{Architecture, Place, QkNorm, Site, SiteId};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, WeightMap, WeightOf};
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::linalg::{self, Svd};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
@@ -108,6 +108,7 @@ pub(super) struct Clover {
 
 impl Method for Clover {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "CLOVER: Constrained Learning with Orthonormal Vectors for Eliminating Redundancy",
             authors: "Fanxu Meng, Pingzhi Tang, Fan Jiang, Muhan Zhang",

@@ -30,7 +30,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, BranchMap, Merged, P
 use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
+use attune_spec::method::{self, BuildCx, Card, Category, Merges, Method, Paper, Point};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -73,6 +73,7 @@ pub(super) struct Compacter {
 
 impl Method for Compacter {
     const CARD: Card = Card {
+        category: Some(Category::Additive),
         paper: Some(Paper {
             title: "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers",
             authors: "Rabeeh Karimi Mahabadi, James Henderson, Sebastian Ruder",

@@ -34,7 +34,7 @@ use attune_architecture::{Architecture, Place, Site, SiteKind as Kind};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, SideMap};
 use attune_points::{Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{D, Tensor};
@@ -97,6 +97,7 @@ pub(super) struct ConnectedAdapter {
 
 impl Method for ConnectedAdapter {
     const CARD: Card = Card {
+        category: Some(Category::Additive),
         paper: Some(Paper {
             title: "Scattered or Connected? An Optimized Parameter-efficient Tuning Approach for Information Retrieval",
             authors: "Xinyu Ma, Jiafeng Guo, Ruqing Zhang, Yixing Fan, Xueqi Cheng",

@@ -44,7 +44,7 @@ use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Level, Needs, 
 use attune_points::{Error, Layout, Locals, Owner, Row, TensorId, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
@@ -93,6 +93,7 @@ pub(super) struct ContextAwarePrompt {
 
 impl Method for ContextAwarePrompt {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods",
             authors: "Tsachi Blau, Moshe Kimhi, Yonatan Belinkov, Alexander Bronstein, Chaim Baskin",

@@ -32,7 +32,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
@@ -89,6 +89,7 @@ pub(super) struct Deft {
 
 impl Method for Deft {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models",
             authors: "Komal Kumar, Rao Muhammad Anwer, Fahad Shahbaz Khan, Salman Khan, Ivan Laptev, Hisham Cholakkal",

@@ -32,7 +32,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTe
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
@@ -89,6 +89,7 @@ pub(super) struct Delora {
 
 impl Method for Delora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Decoupling Angles and Strength in Low-rank Adaptation",
             authors: "Massimo Bini, Leander Girrbach, Zeynep Akata",

@@ -46,7 +46,7 @@ use attune_points::engine::{self, Engine, StepReport, StepRule};
 use attune_points::{Locals, Owner, TensorId, TensorName, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -137,6 +137,7 @@ pub(super) struct Dsee {
 
 impl Method for Dsee {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         paper: Some(Paper {
             title: "DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models",
             authors: "Xuxi Chen, Tianlong Chen, Weizhu Chen, Ahmed Hassan Awadallah, Zhangyang Wang, Yu Cheng",

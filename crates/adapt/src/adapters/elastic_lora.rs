@@ -9,13 +9,18 @@
 //! at the last    all but the first r* are 0, where r* is the one in the middle, the largest or the smallest of these, or that of `ranks`
 //! sparsity > 0   P_oi = M_oi W_oi in place of W, where of each row of M that share is 0 whose |w_oi| ‖x_i‖ are least, measured before the first step
 //! masked         W_oi + s · (B A)_oi [W_oi ≠ 0], or the same of P: what is 0 in the weight stays 0
+//! bits > 0       Q = d_og (clamp(round(W'_oi / d_og) + z_og, 0, 2^bits - 1) - z_og) in place of that sum W'    g groups of `group_size` inputs
+//!                ∂Q/∂W' = 1 where nothing is clamped, else 0
+//! searched       after the last step r* of each group, and the width of each MLP, are those of a choice that no other one beats in both the
+//!                validation loss and its numbers, of `evaluations` that NSGA-II tries: the one of least loss with a share `most` of the numbers
 //! narrowest < 1  at each step one of `widths` widths is drawn for each MLP, from the whole one to that share of it, and only its first channels are
 //!                open: rows of the weight, the bias and the change that lead into others are 0; at the last as `left` says
 //! ```
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, f32, trained, of `rank`; A starts uniform in ±1/sqrt(i), B at 0. The scaling is of `rank` whatever r' is.
-//! `drop` is dropout on the input. `mask` M, a bit for each entry, 64 of them an i64; `open`, f32, 1 for each channel of an MLP that is open; neither trains.
+//! `drop` is dropout on the input. `grid_step` d and `grid_zero` z, f32, are of the weight as it starts, P where it is pruned: from its least to its
+//! largest number in each group, with 0 among the values. `mask` M, a bit for each entry, 64 of them an i64; `open`, f32, 1 for each channel of an MLP that is open; neither trains.
 //!
 //! # Cost
 //! `rank*(i+o)` parameters per linear; `2 rank (i+o)` extra FLOPs per token forward, as LoRA's, whichever r' is drawn. Where it is pruned or masked, and
@@ -25,11 +30,12 @@
 //! # Limits
 //! With B = 0 it is the base, bit for bit, unless that is pruned. With `smallest` as `rank` it is LoRA. Until the last step the whole of it is what is
 //! validated and what a checkpoint holds. What is left in the end is written down alone: factors of the rank that is left, which are LoRA's where nothing
-//! is made of the weight. A change that is not masked is not merged into a weight that is pruned, for nothing would be left of the zeros.
+//! is made of the weight. With `bits` the model starts as what few bits make of it, and what is merged are exactly the values that it trained with.
+//! A change that is not masked is not merged into a weight that is pruned, for nothing would be left of the zeros.
 //!
 //! # Departures
-//! The choice at the end needs no search; one among jobs of other `left` and `ranks` is the sweep's. Weights have whole numbers: SQFT's form whose sum is
-//! quantised anew at each step is not here. Channels that are closed in the end stay, as zeros, in the weight that leads into the MLP. LoNAS takes layers
+//! The choice at the end needs no search unless one is asked for, and that one counts parameters rather than operations. Steps and zeros of few
+//! bits are those of the range of each group, SQFT's those that GPTQ finds; what is merged is written as numbers, which are on the grid. Channels that are closed in the end stay, as zeros, in the weight that leads into the MLP. LoNAS takes layers
 //! of other widths from a list; widths are equally far from each other here.
 //!
 //! # Paper
@@ -41,53 +47,27 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use attune_architecture::{Architecture, Place, Site};
-use attune_points::adapter::{
-    Adapter, Attachment, BaseEdit, Compacted, FusedRows, Merged, Peft, Port, RowCx, RowMap, Trained, WeightMap,
-};
+use attune_points::adapter::{Adapter, Attachment, BaseEdit, Compacted, Merged, Peft, Port, Trained, WeightMap};
 use attune_points::engine::StepRule;
 use attune_points::stats::What;
-use attune_points::{Error, Locals, Owner, Params, Stats, StatsRequest, TensorId, TensorName, TensorSpec, Weight};
+use attune_points::{Error, Locals, Params, Stats, StatsRequest, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
-use attune_tensor::ops;
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::parts::calibration::Rows as Counting;
-use crate::parts::dropout::dropped;
-use crate::parts::elastic::{self, A, B, Elastic, Mlp, Pair, Within};
+use crate::parts::elastic::{self, A, B, Beside, Elastic, Within};
 use crate::parts::gates::OPEN;
+use crate::parts::grid::{self, Grid};
 use crate::parts::masks::{self, MASK};
 use crate::parts::scaling::Scaling;
 use crate::parts::starts::{self, Start};
+use crate::parts::subnetworks::Search;
+use crate::parts::supernet::{self, About, Left, Ranks};
 use crate::parts::{factors, own};
-
-/// What is left in the end.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-enum Left {
-    /// The one in the middle of all.
-    #[default]
-    Middle,
-    /// The largest, all of it.
-    Largest,
-    /// The smallest.
-    Smallest,
-}
-
-impl Left {
-    /// Which of some that come with the largest first.
-    fn of(self, all: &[usize]) -> Option<usize> {
-        let at = match self {
-            Self::Middle => all.len().saturating_sub(1) / 2,
-            Self::Largest => 0,
-            Self::Smallest => all.len().saturating_sub(1),
-        };
-        all.get(at).copied()
-    }
-}
 
 /// Parameters of elastic LoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -124,12 +104,27 @@ pub(super) struct Config {
     rows: Counting,
     /// Keeps the change, too, at 0 where the weight is 0.
     masked: bool,
+    /// Bits of each number of the weight with its change; 0 for whole numbers.
+    #[schemars(range(min = 0, max = 8))]
+    bits: u32,
+    /// Inputs of a group whose numbers share a step, with `bits`.
+    #[schemars(range(min = 1, max = 65536))]
+    group_size: u32,
     /// Share of an MLP's channels that the narrowest one has; 1 for MLPs that are always whole.
     #[schemars(range(min = 0.01, max = 1.0))]
     narrowest: f64,
     /// From the whole MLP to the narrowest one, how many widths.
     #[schemars(range(min = 2, max = 64))]
     widths: u32,
+    /// Choices of what is left that are tried, with `left: searched`.
+    #[schemars(range(min = 1, max = 100_000))]
+    evaluations: u32,
+    /// How many of them at a time.
+    #[schemars(range(min = 2, max = 1000))]
+    population: u32,
+    /// What is found has at most this share of the numbers of all of it.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    most: f64,
     /// What is left is all that is there: what folders of a run that has ended say.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     extracted: bool,
@@ -150,89 +145,54 @@ impl Default for Config {
             examples: 128,
             rows: Counting::Tokens,
             masked: false,
+            bits: 0,
+            group_size: 128,
             narrowest: 1.0,
             widths: 5,
+            evaluations: 200,
+            population: 8,
+            most: 1.0,
             extracted: false,
         }
     }
 }
 
 impl Config {
-    /// The ranks, the largest first.
-    fn all_ranks(&self) -> Vec<usize> {
-        let all = (0..).map_while(|n| self.rank.checked_sub(n * self.step));
-        all.take_while(|rank| *rank >= self.smallest).map(|rank| rank as usize).collect()
-    }
-
-    /// The one that is left in the end at most sites.
-    fn last(&self) -> usize {
-        self.left.of(&self.all_ranks()).unwrap_or(self.rank as usize)
-    }
-
-    /// The one that is left at a site.
-    fn left_at(&self, site: &str) -> usize {
-        self.ranks.get(site).map_or_else(|| self.last(), |rank| *rank as usize)
-    }
-
-    /// The widths of an MLP of so many channels, the whole one first.
-    fn all_widths(&self, channels: usize) -> Vec<usize> {
-        let last = f64::from(self.widths.max(2) - 1);
-        let share = |n: u32| 1.0 - (1.0 - self.narrowest) * f64::from(n) / last;
-        let mut all: Vec<usize> =
-            (0..self.widths).map(|n| ((share(n) * channels as f64).round() as usize).max(1)).collect();
-        all.dedup();
-        all
+    /// Its ranks, and which are left.
+    fn ranks(&self) -> Ranks {
+        let Self { rank, step, smallest, left, .. } = *self;
+        Ranks { rank, step, smallest, left, at: self.ranks.clone() }
     }
 
     /// What it makes of the weight, if it does not stay beside it.
     const fn is_of_weights(&self) -> bool {
-        self.sparsity > 0.0 || self.masked
+        self.sparsity > 0.0 || self.masked || self.bits > 0
     }
 
-    /// What is wrong with the ranks of single sites.
-    fn faults(&self, sites: &[Site]) -> Vec<Fault> {
-        let all = self.all_ranks();
-        let fault = |message: String| Fault::new("ranks", message);
-        let mut faults = Vec::new();
-        for (path, rank) in &self.ranks {
-            let Some(site) = sites.iter().find(|site| site.id.as_str() == path) else {
-                faults.push(fault(format!("names {path:?}, which is none of its sites")));
-                continue;
-            };
-            if !all.contains(&(*rank as usize)) {
-                faults.push(fault(format!("has {rank} for {path:?}; expected one of {all:?}")));
-            }
-            let beside =
-                sites.iter().find(|other| other.reads_with(site) && self.left_at(other.id.as_str()) != *rank as usize);
-            if let Some(other) = beside {
-                let message = format!(
-                    "has {rank} for {path:?}, and {} for {}, which reads the same rows: expected the same rank for both",
-                    self.left_at(other.id.as_str()),
-                    other.id
-                );
-                faults.push(fault(message));
-            }
-        }
-        faults
+    /// What weights with their changes are held in.
+    fn grid(&self) -> Option<Grid> {
+        (self.bits > 0).then_some(Grid { bits: self.bits, group: self.group_size as usize })
+    }
+
+    /// How what is left is searched for.
+    fn search(&self) -> Option<Search> {
+        let (evaluations, population) = (self.evaluations as usize, self.population as usize);
+        (self.left == Left::Searched).then_some(Search { evaluations, population, most: self.most })
     }
 }
 
 pub(super) struct ElasticLora {
     config: Config,
-    rows: Rows,
+    ranks: Ranks,
+    rows: Beside,
     weights: Within,
-    /// Of the sites that it was put on last, the first that reads what each does.
-    groups: Mutex<BTreeMap<String, String>>,
-}
-
-#[derive(Clone, Copy)]
-struct Rows {
-    scale: f64,
-    dropout: f64,
+    /// Of the sites that it was put on last.
+    sites: Mutex<BTreeMap<String, About>>,
 }
 
 impl Method for ElasticLora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         aliases: &["nls", "shears", "sqft", "lonas"],
         paper: Some(Paper {
             title: "Low-Rank Adapters Meet Neural Architecture Search for LLM Compression",
@@ -253,10 +213,16 @@ impl Method for ElasticLora {
                 path: "smallest",
             },
             Rule {
-                when: "sparsity > 0 or masked or narrowest < 1",
+                when: "sparsity > 0 or masked or narrowest < 1 or bits > 0",
                 require: "dropout == 0",
-                message: "is for a change on rows, and with `sparsity`, `masked` or `narrowest` it is made within the weight; expected 0",
+                message: "is for a change on rows, and with `sparsity`, `masked`, `bits` or `narrowest` it is made within the weight; expected 0",
                 path: "dropout",
+            },
+            Rule {
+                when: "true",
+                require: "bits != 1",
+                message: "is 1, with which a number and 0 are all that there is; expected 2 to 8, or 0 for whole numbers",
+                path: "bits",
             },
         ],
         ..Card::new(
@@ -278,8 +244,9 @@ impl Method for ElasticLora {
 impl ElasticLora {
     fn new(config: Config) -> Self {
         let scale = config.alpha / f64::from(config.rank);
-        let (rows, weights) = (Rows { scale, dropout: config.dropout }, Within { scale, masked: config.masked });
-        Self { config, rows, weights, groups: Mutex::default() }
+        let rows = Beside { scale, dropout: config.dropout };
+        let weights = Within { scale, masked: config.masked, grid: config.grid() };
+        Self { ranks: config.ranks(), config, rows, weights, sites: Mutex::default() }
     }
 
     /// What it wants to know before the base is pruned.
@@ -291,13 +258,17 @@ impl ElasticLora {
     fn started(
         &self,
         at: &Attachment,
+        weight: &dyn Weight,
         mask: Option<&Tensor>,
         rng: &mut Rng,
     ) -> attune_points::Result<(Locals, BaseEdit)> {
-        starts::each(at, rng, |spec| match (spec.local, mask) {
-            (A, _) => Start::kaiming(spec),
-            (OPEN, _) => Start::Constant(1.0),
-            (MASK, Some(mask)) => Start::Is(mask.clone()),
+        let of_grid = self.weights.grid.map(|grid| grid.of_kept(weight, mask)).transpose()?;
+        starts::each(at, rng, |spec| match (spec.local, mask, &of_grid) {
+            (A, ..) => Start::kaiming(spec),
+            (OPEN, ..) => Start::Constant(1.0),
+            (MASK, Some(mask), _) => Start::Is(mask.clone()),
+            (grid::STEP, _, Some((step, _))) => Start::Is(step.clone()),
+            (grid::ZERO, _, Some((_, zero))) => Start::Is(zero.clone()),
             _ => Start::Constant(0.0),
         })
     }
@@ -308,31 +279,30 @@ fn has(at: &Attachment, local: &str) -> bool {
 }
 
 impl Adapter for ElasticLora {
-    fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let first = |site: &Site| sites.iter().find(|other| other.reads_with(site)).unwrap_or(site).id.to_string();
-        *self.groups.lock().unwrap_or_else(PoisonError::into_inner) =
-            sites.iter().map(|site| (site.id.to_string(), first(site))).collect();
-        let rank = |site: &str| if self.config.extracted { self.config.left_at(site) as u32 } else { self.config.rank };
+    fn attach(&self, arch: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
+        *self.sites.lock().unwrap_or_else(PoisonError::into_inner) = supernet::about(sites, arch);
+        let rank = |site: &str| if self.config.extracted { self.ranks.left_at(site) as u32 } else { self.config.rank };
         let mut attachments = factors::attach(sites, A, B, rank)?;
         for (at, site) in attachments.iter_mut().zip(sites) {
             let (o, i) = (at.tensors[1].shape[0], at.tensors[0].shape[1]);
             if self.config.sparsity > 0.0 {
                 at.tensors.push(masks::spec(o * i));
             }
+            at.tensors.extend(self.weights.grid.into_iter().flat_map(|grid| grid.specs((o, i))));
             if self.config.narrowest < 1.0 && site.place == Place::Up {
                 at.tensors.push(TensorSpec::fixed(OPEN, [o]));
             }
         }
-        let faults = self.config.faults(sites);
+        let faults = self.ranks.faults(sites);
         if faults.is_empty() { Ok(attachments) } else { Err(faults) }
     }
 
-    fn init(&self, at: &Attachment, _: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
+    fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
         if has(at, MASK) {
             let message = "a base that is pruned needs what is measured of its inputs";
             return Err(Error::Refused(message.to_owned()));
         }
-        self.started(at, None, rng)
+        self.started(at, weight, None, rng)
     }
 
     fn calibrate(&self) -> Vec<StatsRequest> {
@@ -350,7 +320,7 @@ impl Adapter for ElasticLora {
             return self.init(at, weight, rng);
         }
         let inputs = stats.norms(&self.request(), &at.site)?;
-        self.started(at, Some(&masks::by_inputs(weight, inputs, self.config.sparsity)?), rng)
+        self.started(at, weight, Some(&masks::by_inputs(weight, inputs, self.config.sparsity)?), rng)
     }
 
     fn port(&self, at: &Attachment) -> Port<'_> {
@@ -358,26 +328,12 @@ impl Adapter for ElasticLora {
     }
 
     fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
-        let groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
-        let id = |site: &str, local: &str| TensorId {
-            owner: Owner::Bank { slot: of.slot, set: 0 },
-            name: TensorName::new(site, local),
+        let sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
+        let widths = |channels| {
+            let widths = supernet::widths(channels, self.config.narrowest, self.config.widths);
+            self.config.left.of(&widths).map(|left| (widths, left))
         };
-        let pair = |at: &&Attachment| {
-            let site = at.site.as_str();
-            let group = groups.get(site).map_or(site, String::as_str).to_owned();
-            Pair { site: site.to_owned(), group, a: id(site, A), b: id(site, B), left: self.config.left_at(site) }
-        };
-        let mlp = |at: &&Attachment| {
-            let site = at.site.as_str();
-            let spec = at.tensors.iter().find(|spec| spec.local == OPEN)?;
-            let widths = self.config.all_widths(spec.shape[0]);
-            let left = self.config.left.of(&widths)?;
-            Some(Mlp { site: site.to_owned(), open: id(site, OPEN), left, widths })
-        };
-        let (pairs, mlps) =
-            (of.attachments.iter().map(pair).collect(), of.attachments.iter().filter_map(mlp).collect());
-        let rule = Elastic { ranks: self.config.all_ranks(), steps: of.steps.0, pairs, mlps };
+        let rule = Elastic::of(of, &self.ranks, &sites, &widths, self.config.search());
         let one = rule.ranks.len() < 2 && rule.mlps.is_empty();
         (!one && !self.config.extracted).then(|| Box::new(rule) as Box<dyn StepRule>)
     }
@@ -397,14 +353,23 @@ impl Adapter for ElasticLora {
     }
 
     fn compacted(&self, at: &[Attachment], params: &Params) -> attune_points::Result<Option<Compacted>> {
-        if self.config.extracted
-            || at.iter().all(|at| self.config.left_at(at.site.as_str()) == self.config.rank as usize)
-        {
+        if self.config.extracted {
+            return Ok(None);
+        }
+        let mut extracted = Config { extracted: true, ..self.config.clone() };
+        if self.config.left == Left::Searched {
+            extracted.left = Left::Middle;
+            extracted.ranks = elastic::ranks_of(&self.ranks.all(), at, params)?;
+            let last = extracted.ranks().last() as u32;
+            extracted.ranks.retain(|_, rank| *rank != last);
+        }
+        let left = extracted.ranks();
+        if at.iter().all(|at| left.left_at(at.site.as_str()) == self.config.rank as usize) {
             return Ok(None);
         }
         let (mut attachments, mut cut) = (at.to_vec(), Params::new());
         for at in &mut attachments {
-            let left = self.config.left_at(at.site.as_str());
+            let left = left.left_at(at.site.as_str());
             for spec in &mut at.tensors {
                 let name = spec.name(at.site.as_str());
                 let held = params.get(&name).ok_or_else(|| Error::Refused(format!("{name} has no value")))?;
@@ -424,8 +389,7 @@ impl Adapter for ElasticLora {
                 cut.insert_declared(spec, at.site.as_str(), held.narrow(dim, 0, left)?.contiguous()?);
             }
         }
-        let adapter = Box::new(Self::new(Config { extracted: true, ..self.config.clone() }));
-        Ok(Some(Compacted { adapter, attachments, params: cut }))
+        Ok(Some(Compacted { adapter: Box::new(Self::new(extracted)), attachments, params: cut }))
     }
 
     fn peft(&self) -> Option<Peft> {
@@ -437,7 +401,7 @@ impl Adapter for ElasticLora {
         let of = |rank: usize| self.rows.scale * rank as f64;
         let scaling = if self.config.extracted {
             let alphas = self.config.ranks.iter().map(|(site, rank)| (site.clone(), of(*rank as usize))).collect();
-            let last = self.config.last();
+            let last = self.ranks.last();
             Scaling { rank: last as u32, alpha: of(last), rslora: false, ranks: self.config.ranks.clone(), alphas }
         } else {
             Scaling { rank, alpha, rslora: false, ranks: BTreeMap::new(), alphas: BTreeMap::new() }
@@ -448,20 +412,11 @@ impl Adapter for ElasticLora {
     }
 }
 
-impl RowMap for Rows {
-    fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
-        let h_tr = ops::linear(&dropped(x_ti, self.dropout, cx)?, tensors.get(A)?, None)?;
-        Ok(ops::linear(&(h_tr * self.scale)?, tensors.get(B)?, None)?)
-    }
-
-    fn fused(&self) -> Option<FusedRows> {
-        Some(FusedRows::LowRank { down: A, up: B, scale: self.scale, dropout: self.dropout })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use attune_architecture::SiteId;
+    use attune_points::TensorName;
+    use attune_points::adapter::{RowCx, RowMap as _};
     use attune_points::stats::{Norms, Stat};
     use attune_spec::id::Step;
     use candle_core::{DType, Device};
@@ -472,23 +427,6 @@ mod tests {
 
     fn config(rank: u32, step: u32, smallest: u32, left: Left) -> Config {
         Config { rank, step, smallest, left, ..Config::default() }
-    }
-
-    #[test]
-    fn ranks_go_down_by_steps_and_the_one_in_the_middle_is_left() {
-        for (config, ranks, last) in [
-            (Config::default(), vec![32, 24, 16], 24),
-            (config(32, 4, 28, Left::Middle), vec![32, 28], 32),
-            (config(8, 3, 1, Left::Smallest), vec![8, 5, 2], 2),
-            (config(4, 1, 1, Left::Largest), vec![4, 3, 2, 1], 4),
-            (config(4, 9, 4, Left::Middle), vec![4], 4),
-        ] {
-            assert_eq!((config.all_ranks(), config.last()), (ranks, last));
-        }
-        let own = Config { ranks: BTreeMap::from([(SITE.to_owned(), 16)]), ..Config::default() };
-        assert_eq!((own.left_at(SITE), own.left_at("elsewhere")), (16, 24));
-        let narrow = Config { narrowest: 0.5, ..Config::default() };
-        assert_eq!(narrow.all_widths(11008), [11008, 9632, 8256, 6880, 5504]);
     }
 
     fn normal(name: &str, shape: &[usize]) -> Tensor {
@@ -507,6 +445,19 @@ mod tests {
         x.abs().unwrap().sum_all().unwrap().to_dtype(DType::F64).unwrap().to_scalar().unwrap()
     }
 
+    /// Inputs of these squares.
+    fn measured(lora: &ElasticLora, at: &Attachment, squares: [f64; 10]) -> Stats {
+        let norms = Norms { sum_i: Tensor::new(&squares, &Device::Cpu).unwrap(), rows: 3, documents: 1 };
+        let mut stats = Stats::none();
+        stats.insert(lora.calibrate().remove(0), at.site.clone(), Stat::Norms(norms));
+        stats
+    }
+
+    /// A pair of factors of rank 4 in 32 bits.
+    fn of_rank_4() -> [Tensor; 2] {
+        [normal("a", &[4, 3]), normal("b", &[2, 4])].map(|x| x.to_dtype(DType::F32).unwrap())
+    }
+
     /// What is pruned is 0 when it starts and, masked, for ever; a weight that was sparse before is no less so then.
     #[test]
     fn a_pruned_weight_stays_sparse_where_the_change_is_masked() {
@@ -516,11 +467,9 @@ mod tests {
             let lora =
                 ElasticLora::new(Config { sparsity: 0.4, masked, rank: 2, step: 1, smallest: 1, ..Config::default() });
             let at = at([pair(6, 2, 10), vec![masks::spec(60)]].concat());
-            let mut stats = Stats::none();
             let mut squares = [1.0; 10];
             squares[7] = 0.0;
-            let norms = Norms { sum_i: Tensor::new(&squares, &Device::Cpu).unwrap(), rows: 3, documents: 1 };
-            stats.insert(lora.calibrate().remove(0), at.site.clone(), Stat::Norms(norms));
+            let stats = measured(&lora, &at, squares);
             assert!(lora.init(&at, &w, &mut Rng::new(1, "init")).is_err());
             let (started, _) = lora.init_by(&at, &w, &stats, &mut Rng::new(1, "init")).unwrap();
             let words = started.get(MASK).unwrap().clone();
@@ -549,6 +498,33 @@ mod tests {
         }
     }
 
+    /// The grid is that of what is left of the weight, which starts on it; and what trains moves from value to value of it.
+    #[test]
+    fn in_few_bits_it_starts_as_the_pruned_weight_on_its_grid() {
+        let w = normal("w", &[6, 10]);
+        let config = Config { sparsity: 0.4, masked: true, bits: 3, group_size: 4, ..config(2, 1, 1, Left::Middle) };
+        let lora = ElasticLora::new(config);
+        let grid = Grid { bits: 3, group: 4 };
+        let at = at([pair(6, 2, 10), vec![masks::spec(60)], grid.specs((6, 10)).to_vec()].concat());
+        let stats = measured(&lora, &at, [1.0; 10]);
+        let (started, _) = lora.init_by(&at, &w, &stats, &mut Rng::new(1, "init")).unwrap();
+        let wide = |x: &Tensor| if x.dtype().is_float() { x.to_dtype(DType::F64).unwrap() } else { x.clone() };
+        let started = Locals::new(SITE, started.iter().map(|(local, x)| (local, wide(x))).collect::<Vec<_>>());
+        let kept = (&w * masks::as_matrix(started.get(MASK).unwrap(), &w).unwrap()).unwrap();
+        let made = WeightMap::graph(&lora.weights, &w, &started).unwrap();
+        assert_eq!(size(&(&made - grid.onto(&kept, &started).unwrap()).unwrap()), 0.0);
+        let moved = started
+            .iter()
+            .map(|(local, tensor)| (local, if local == B { normal("b", &[6, 2]) } else { tensor.clone() }));
+        let moved = Locals::new(SITE, moved.collect::<Vec<_>>());
+        let after = WeightMap::graph(&lora.weights, &w, &moved).unwrap();
+        let codes = grid.codes(&after, &moved).unwrap();
+        assert_eq!(size(&(grid.onto(&after, &moved).unwrap() - &after).unwrap()), 0.0);
+        assert!(size(&(codes - grid.codes(&made, &moved).unwrap()).unwrap()) > 0.0);
+        let zeros = kept.eq(0.0).unwrap().to_dtype(DType::F64).unwrap();
+        assert_eq!(size(&(after * zeros).unwrap()), 0.0);
+    }
+
     /// What is written down of a run that has ended is a LoRA of the rank that is left, which computes what the first ranks of the whole do.
     #[test]
     fn what_is_left_is_a_lora_of_its_rank_by_the_scaling_of_the_whole() {
@@ -556,8 +532,7 @@ mod tests {
             let lora = ElasticLora::new(config(4, 1, 1, left));
             let at = [at(pair(2, 4, 3))];
             let mut params = Params::new();
-            let narrow = |x: Tensor| x.to_dtype(DType::F32).unwrap();
-            let (a, b) = (narrow(normal("a", &[4, 3])), narrow(normal("b", &[2, 4])));
+            let [a, b] = of_rank_4();
             params.insert_declared(&at[0].tensors[0], SITE, a.clone());
             params.insert_declared(&at[0].tensors[1], SITE, b.clone());
             assert!(lora.compacted(&at, &params).unwrap().is_none(), "before the last step all ranks are there");
@@ -584,15 +559,33 @@ mod tests {
         }
     }
 
+    /// What was found at each site is read from what is left of it.
+    #[test]
+    fn what_a_search_left_is_written_down_with_its_ranks() {
+        let lora = ElasticLora::new(config(4, 1, 1, Left::Searched));
+        let sites = [SITE, "model.layers.1.mlp.up_proj"];
+        let at = sites.map(|site| Attachment { site: SiteId::new(site), tensors: pair(2, 4, 3) });
+        let mut params = Params::new();
+        for (at, rank) in at.iter().zip([3, 1]) {
+            let [a, b] = of_rank_4();
+            params.insert_declared(&at.tensors[0], at.site.as_str(), elastic::first(&a, 0, rank).unwrap());
+            params.insert_declared(&at.tensors[1], at.site.as_str(), elastic::first(&b, 1, rank).unwrap());
+        }
+        let Compacted { adapter, attachments, .. } = lora.compacted(&at, &params).unwrap().unwrap();
+        let ranks: Vec<usize> = attachments.iter().map(|at| at.tensors[0].shape[0]).collect();
+        assert_eq!(ranks, [3, 1]);
+        // 3 is the one in the middle, so that the other one alone has to be named.
+        let peft = adapter.peft().unwrap();
+        assert_eq!((&peft.config["r"], &peft.config["rank_pattern"][sites[1]]), (&3.into(), &1.into()));
+        assert_eq!(peft.config["alpha_pattern"][sites[1]].as_f64(), Some(64.0 / 4.0));
+    }
+
     #[test]
     fn a_single_rank_is_of_usual_steps_and_the_file_is_loras() {
         let plain = ElasticLora::new(config(4, 1, 4, Left::Middle));
         assert!(plain.step_rule(&Trained { slot: 0, attachments: Vec::new(), steps: Step(3) }).is_none());
-        let peft = plain.peft().unwrap();
-        assert_eq!(
-            (&peft.config["peft_type"], &peft.config["r"], &peft.config["lora_alpha"]),
-            (&"LORA".into(), &4.into(), &64.into())
-        );
-        assert!(own::is_own(&peft.config));
+        let config = plain.peft().unwrap().config;
+        assert!(own::is_own(&config) && config["peft_type"] == "LORA");
+        assert_eq!((&config["r"], &config["lora_alpha"]), (&4.into(), &64.into()));
     }
 }

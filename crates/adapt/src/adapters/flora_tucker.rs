@@ -27,7 +27,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -74,6 +74,7 @@ pub(super) struct FloraTucker {
 
 impl Method for FloraTucker {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "FLoRA: Low-Rank Core Space for N-dimension",
             authors: "Chongjie Si, Xuehui Wang, Xue Yang, Zhengqin Xu, Qingyun Li, Jifeng Dai, Yu Qiao, Xiaokang Yang, Wei Shen",

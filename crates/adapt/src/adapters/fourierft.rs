@@ -34,7 +34,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -113,6 +113,7 @@ impl Fourierft {
 
 impl Method for Fourierft {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform",
             authors: "Ziqi Gao, Qichao Wang, Aochuan Chen, Zijing Liu, Bingzhe Wu, Liang Chen, Jia Li",

@@ -43,7 +43,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::params::Scope;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -91,6 +91,7 @@ pub(super) struct Frod {
 
 impl Method for Frod {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees for Fast Convergence",
             authors: "Guoan Wan, Tianyu Chen, Fangzheng Feng, Haoyi Zhou, Runhua Xu",

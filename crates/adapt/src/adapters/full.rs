@@ -25,7 +25,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port};
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{self, BuildCx, Card, Merges, Method, Point};
+use attune_spec::method::{self, BuildCx, Card, Category, Merges, Method, Point};
 use attune_tensor::rng::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,7 @@ pub(super) struct Full;
 
 impl Method for Full {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         applies: &[method::SiteKind::Linear, method::SiteKind::Embedding, method::SiteKind::Norm],
         targets: "all",
         parameters: "i*o + b*o",

@@ -35,7 +35,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -129,6 +129,7 @@ pub(super) struct Glora {
 
 impl Method for Glora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning",
             authors: "Arnav Chavan, Zhuang Liu, Deepak Gupta, Eric Xing, Zhiqiang Shen",

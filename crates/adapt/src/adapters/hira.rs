@@ -32,7 +32,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTe
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -72,6 +72,7 @@ pub(super) struct Hira {
 
 impl Method for Hira {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         aliases: &["hut"],
         paper: Some(Paper {
             title: "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models",

@@ -33,7 +33,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
@@ -72,6 +72,7 @@ pub(super) struct Hra {
 
 impl Method for Hra {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
             authors: "Shen Yuan, Haotian Liu, Hongteng Xu",

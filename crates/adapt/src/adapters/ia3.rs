@@ -30,7 +30,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, EndMap, Merged, Peft
 use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_spec::{Fault, suggest};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
@@ -60,6 +60,7 @@ pub(super) struct Ia3 {
 
 impl Method for Ia3 {
     const CARD: Card = Card {
+        category: Some(Category::Additive),
         paper: Some(Paper {
             title: "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
             authors: "Haokun Liu, Derek Tam, Mohammed Muqeeth, Jay Mohta, Tenghao Huang, Mohit Bansal, Colin Raffel",

@@ -34,7 +34,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Tensor};
@@ -87,6 +87,7 @@ pub(super) struct Kasa {
 
 impl Method for Kasa {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models",
             authors: "Fan Wang, Juyong Jiang, Chansung Park, Sunghun Kim, Jing Tang",

@@ -33,7 +33,7 @@ use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{D, Tensor};
@@ -95,6 +95,7 @@ pub(super) struct Lily {
 
 impl Method for Lily {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         paper: Some(Paper {
             title: "Low-Rank Interconnected Adaptation across Layers",
             authors: "Yibo Zhong, Jinman Zhao, Yao Zhou",

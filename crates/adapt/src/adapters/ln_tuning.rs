@@ -26,7 +26,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTe
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -45,6 +45,7 @@ pub(super) struct LnTuning;
 
 impl Method for LnTuning {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         paper: Some(Paper {
             title: "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",
             authors: "Bingchen Zhao, Haoqin Tu, Chen Wei, Jieru Mei, Cihang Xie",

@@ -36,7 +36,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -97,6 +97,7 @@ struct Product {
 
 impl Method for Loha {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
             authors: "Nam Hyeon-Woo, Moon Ye-Bin, Tae-Hyun Oh",

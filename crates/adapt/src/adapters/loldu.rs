@@ -33,7 +33,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -97,6 +97,7 @@ pub(super) struct Loldu {
 
 impl Method for Loldu {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
             authors: "Yiming Shi, Jiwei Wei, Yujia Wu, Ran Ran, Chengwei Sun, Shiyuan He, Yang Yang",

@@ -53,7 +53,7 @@ use attune_points::engine::StepRule;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -164,6 +164,7 @@ struct Rows {
 
 impl Method for Lora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "LoRA: Low-Rank Adaptation of Large Language Models",
             authors: "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen",
@@ -228,6 +229,11 @@ impl Lora {
     }
 }
 
+/// Whether a tensor is the factor that reads what comes in, rather than that which gives what goes out.
+pub(super) fn reads(spec: &TensorSpec) -> bool {
+    [A, TABLE_A].contains(&spec.local)
+}
+
 /// Whether an attachment is at a table of tokens.
 fn is_table(at: &Attachment) -> bool {
     at.tensors.iter().any(|spec| spec.local == TABLE_A)
@@ -260,7 +266,7 @@ impl Adapter for Lora {
             }
         }
         for spec in attachments.iter_mut().flat_map(|at| &mut at.tensors) {
-            let is_a = [A, TABLE_A].contains(&spec.local);
+            let is_a = reads(spec);
             spec.train = self.trains == Trains::Both || (self.trains == Trains::B) != is_a;
             if !is_a {
                 spec.lr_factor = self.b_lr;
@@ -302,9 +308,8 @@ impl Adapter for Lora {
                     "the table of tokens is the head's as well, which what is looked up does not concern",
                 ));
             }
-            let (a_rv, b_dr) = (tensors.get(TABLE_A)?, tensors.get(TABLE_B)?);
-            let change_vd = (ops::matmul(&a_rv.t()?.contiguous()?, &b_dr.t()?.contiguous()?)? * scale)?;
-            return Ok(Merged::Weight { weight: (weight.dense(a_rv.dtype())? + change_vd)?, bias: None });
+            let turned = |local| tensors.get(local)?.t()?.contiguous().map_err(Error::from);
+            return Ok(Merged::Factors { left: turned(TABLE_A)?, right: turned(TABLE_B)?, scale });
         }
         let (left, right) = (tensors.get(B)?.clone(), tensors.get(A)?.clone());
         if !self.bias {
@@ -493,14 +498,14 @@ mod tests {
         let spec = TensorSpec::trained;
         let site = attune_architecture::SiteId::new("wte");
         let at = Attachment { site, tensors: vec![spec(TABLE_B, [4, 2]), spec(TABLE_A, [2, 7])] };
-        let Merged::Weight { weight, bias: None } =
+        let Merged::Factors { left, right, scale } =
             lora.merge(&at, &locals, &Table(normal("w", &[7, 4]), false)).unwrap()
         else {
-            panic!("no weight")
+            panic!("no factors")
         };
         let all = Tensor::arange(0u32, 7, &Device::Cpu).unwrap();
         let added = lora.rows.of_tokens(&all, &locals).unwrap();
-        let off = ((weight - normal("w", &[7, 4])).unwrap() - added).unwrap().abs().unwrap();
+        let off = ((left.matmul(&right).unwrap() * scale).unwrap() - added).unwrap().abs().unwrap();
         assert!(off.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-12);
         let tied = lora.merge(&at, &locals, &Table(normal("w", &[7, 4]), true)).unwrap();
         assert!(matches!(tied, Merged::No(why) if why.contains("is the head's as well")));

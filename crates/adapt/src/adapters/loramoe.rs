@@ -29,7 +29,7 @@
 use attune_architecture::{Architecture, Site, SiteKind};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::{Locals, TensorSpec, Weight};
-use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
+use attune_spec::method::{self, BuildCx, Card, Category, Merges, Method, Paper, Point};
 use attune_spec::{Fault, suggest};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
@@ -88,6 +88,7 @@ pub(super) struct Loramoe {
 
 impl Method for Loramoe {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         paper: Some(Paper {
             title: "LoRAMoE: Alleviate World Knowledge Forgetting in Large Language Models via MoE-Style Plugin",
             authors: "Shihan Dou, Enyu Zhou, Yan Liu, Songyang Gao, et al.",

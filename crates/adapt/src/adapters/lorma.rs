@@ -34,7 +34,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, WeightMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
@@ -102,6 +102,7 @@ pub(super) struct Lorma {
 
 impl Method for Lorma {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "LoRMA: Low-Rank Multiplicative Adaptation for LLMs",
             authors: "Harsh Bihany, Shubham Patel, Ashutosh Modi",

@@ -30,7 +30,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{self, BuildCx, Card, Merges, Method, Paper, Point};
+use attune_spec::method::{self, BuildCx, Card, Category, Merges, Method, Paper, Point};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -82,6 +82,7 @@ pub(super) struct Lotr {
 
 impl Method for Lotr {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "LoTR: Low Tensor Rank Weight Adaptation",
             authors: "Daniel Bershatsky, Daria Cherniuk, Talgat Daulbaev, Aleksandr Mikhalev, Ivan Oseledets",

@@ -83,6 +83,7 @@ mod xlora;
 
 use std::collections::BTreeMap;
 
+use attune_points::TensorSpec;
 use attune_points::adapter::Adapter;
 use attune_spec::Fault;
 use attune_spec::job::Targets;
@@ -191,6 +192,11 @@ pub(crate) fn nowhere() -> Value {
 /// LoRA of these ranks at these sites, and 1 as the factor on its products.
 pub(crate) fn of_ranks(ranks: BTreeMap<String, u32>) -> Box<dyn Adapter> {
     Box::new(lora::Lora::of_ranks(ranks))
+}
+
+/// Whether a tensor of such a component is the factor that reads what comes in.
+pub(crate) fn reads(spec: &TensorSpec) -> bool {
+    lora::reads(spec)
 }
 
 /// How configurations in PEFT's layout are read.

@@ -28,7 +28,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTe
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,7 @@ pub(super) struct ModulesToSave;
 
 impl Method for ModulesToSave {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         applies: &[SiteKind::Linear, SiteKind::Embedding, SiteKind::Norm],
         targets: "head",
         parameters: "i*o + b*o",

@@ -44,7 +44,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, Owner, TensorId, TensorName, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -132,6 +132,7 @@ pub(super) struct Mora {
 
 impl Method for Mora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning",
             authors: "Ting Jiang, Shaohan Huang, Shengyue Luo, Zihan Zhang, Haizhen Huang, Furu Wei, Weiwei Deng, Feng Sun, Qi Zhang, \

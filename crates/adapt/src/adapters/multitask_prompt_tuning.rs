@@ -29,7 +29,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTe
 use attune_points::{Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -73,6 +73,7 @@ pub(super) struct MultitaskPromptTuning {
 
 impl Method for MultitaskPromptTuning {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning",
             authors: "Zhen Wang, Rameswar Panda, Leonid Karlinsky, Rogerio Feris, Huan Sun, Yoon Kim",

@@ -37,7 +37,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::stats::{Counted, What};
 use attune_points::{Error, Locals, Stats, StatsRequest, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::linalg::{self, Svd};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
@@ -119,6 +119,7 @@ pub(super) struct Nora {
 
 impl Method for Nora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models",
             authors: "Cheng Lin, Lujun Li, Dezhi Li, Jie Zou, Wei Xue, Yike Guo",

@@ -34,7 +34,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -78,6 +78,7 @@ pub(super) struct Oft {
 
 impl Method for Oft {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
             authors: "Zeju Qiu, Weiyang Liu, Haiwen Feng, Yuxuan Xue, Yao Feng, Zhen Liu, Dan Zhang, Adrian Weller, Bernhard Schölkopf",

@@ -35,7 +35,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::linalg;
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
@@ -84,6 +84,7 @@ pub(super) struct Osf {
 
 impl Method for Osf {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         paper: Some(Paper {
             title: "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
             authors: "Nikhil Shivakumar Nayak, Krishnateja Killamsetty, Ligong Han, Abhishek Bhandwaldar, Prateek Chanda, Kai Xu, Hao Wang, et al.",

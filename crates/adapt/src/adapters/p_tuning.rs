@@ -34,7 +34,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, SequenceMap};
 use attune_points::{Locals, Result, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -96,6 +96,7 @@ pub(super) struct PTuning {
 
 impl Method for PTuning {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "GPT Understands, Too",
             authors: "Xiao Liu, Yanan Zheng, Zhengxiao Du, Ming Ding, Yujie Qian, Zhilin Yang, Jie Tang",

@@ -35,7 +35,7 @@ use attune_points::engine::{self, Engine, Job, StepReport, StepRule};
 use attune_points::{Error, Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -93,6 +93,7 @@ pub(super) struct Poet {
 
 impl Method for Poet {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Reparameterized LLM Training via Orthogonal Equivalence Transformation",
             authors: "Zeju Qiu, Simon Buchholz, Tim Z. Xiao, Maximilian Dax, Bernhard Schölkopf, Weiyang Liu",

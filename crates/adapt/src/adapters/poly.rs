@@ -35,7 +35,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, PeftTe
 use attune_points::{Doc, Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -90,6 +90,7 @@ pub(super) struct Poly {
 
 impl Method for Poly {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         paper: Some(Paper {
             title: "Combining Parameter-efficient Modules for Task-level Generalisation",
             authors: "Edoardo M. Ponti, Alessandro Sordoni, Yoshua Bengio, Siva Reddy",

@@ -33,7 +33,7 @@ use attune_points::adapter::{Adapter, Attachment, AttentionMap, BaseEdit, Merged
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -81,6 +81,7 @@ pub(super) struct PrefixTuning {
 
 impl Method for PrefixTuning {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
             authors: "Xiang Lisa Li, Percy Liang",

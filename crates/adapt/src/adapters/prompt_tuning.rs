@@ -30,7 +30,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Error, Locals, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -87,6 +87,7 @@ pub(super) struct PromptTuning {
 
 impl Method for PromptTuning {
     const CARD: Card = Card {
+        category: Some(Category::Prompt),
         paper: Some(Paper {
             title: "The Power of Scale for Parameter-Efficient Prompt Tuning",
             authors: "Brian Lester, Rami Al-Rfou, Noah Constant",

@@ -37,7 +37,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -119,6 +119,7 @@ pub(super) struct Psoft {
 
 impl Method for Psoft {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation",
             authors: "Fei Wu, Jia Hu, Geyong Min, Shiqiang Wang",

@@ -36,7 +36,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{D, Tensor};
@@ -117,6 +117,7 @@ struct Rows {
 
 impl Method for Qalora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         aliases: &["qa-lora"],
         paper: Some(Paper {
             title: "QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models",

@@ -31,7 +31,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -85,6 +85,7 @@ pub(super) struct Road {
 
 impl Method for Road {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability",
             authors: "Baohao Liao, Christof Monz",

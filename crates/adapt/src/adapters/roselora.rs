@@ -39,7 +39,7 @@ use attune_points::engine::{self, Engine, Source, StepReport, StepRule, Tensors}
 use attune_points::{Error, Locals, Owner, Params, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -102,6 +102,7 @@ pub(super) struct Roselora {
 
 impl Method for Roselora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for Knowledge Editing and \
                     Fine-tuning",

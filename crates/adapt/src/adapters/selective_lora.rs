@@ -32,7 +32,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Compacted, Merged, P
 use attune_points::engine::StepRule;
 use attune_points::{Locals, Params, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -112,6 +112,7 @@ pub(super) struct SelectiveLora {
 
 impl Method for SelectiveLora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Fine Tuning without Catastrophic Forgetting via Selective Low Rank Adaptation",
             authors: "Reza Akbarian Bafghi, Carden Bagwell, Avinash Ravichandran, Ashish Shrivastava, Maziar Raissi",

@@ -30,7 +30,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, WeightMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -75,6 +75,7 @@ pub(super) struct Sltrain {
 
 impl Method for Sltrain {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         paper: Some(Paper {
             title: "SLTrain: A Sparse Plus Low-Rank Approach for Parameter and Memory Efficient Pretraining",
             authors: "Andi Han, Jiaxiang Li, Wei Huang, Mingyi Hong, Akiko Takeda, Pratik Jawanpuria, Bamdev Mishra",

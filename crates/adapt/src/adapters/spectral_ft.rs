@@ -34,7 +34,7 @@ use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -86,6 +86,7 @@ pub(super) struct SpectralFt {
 
 impl Method for SpectralFt {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Spectral-Aware Low-Rank Adaptation for Speaker Verification",
             authors: "Zhe Li, Man-Wai Mak, Mert Pilanci, Hung-yi Lee, Helen Meng",

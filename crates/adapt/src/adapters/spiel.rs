@@ -36,7 +36,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, 
 use attune_points::engine::StepRule;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -81,6 +81,7 @@ pub(super) struct Spiel {
 
 impl Method for Spiel {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         paper: Some(Paper {
             title: "Scaling Sparse Fine-Tuning to Large Language Models",
             authors: "Alan Ansell, Ivan Vulić, Hannah Sterz, Anna Korhonen, Edoardo M. Ponti",

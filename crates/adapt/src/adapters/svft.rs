@@ -11,7 +11,8 @@
 //! # Symbols
 //! `svft_values` `m_n`, f32, trained, 0 at the start, row after row; `svft_U` `U_ok` and `svft_V` `V_ki`, never trained: the vectors of the k
 //! largest singular values, all of them with `rank` 0; with `refill`, others that are drawn at right angles to these make up all that there can be.
-//! `svft_indices` the places k p(n) + q(n), ascending, i64, where they are no band. The alignment of a pair is |u_p · v_q|, with `signed` u_p · v_q.
+//! `svft_indices` the places k p(n) + q(n), ascending, i64, where they are no band. The alignment of a pair is |u_p · v_q|, with `signed` u_p · v_q; where o
+//! and i differ, that of axis p and vector q on the shorter side, |U_pq| or |V_pq|.
 //! With `start` `kaiming` m_n starts normal with standard deviation sqrt(2/n) of n numbers, behind `svft_gate` g, trained, 0 at the start.
 //!
 //! # Cost
@@ -25,18 +26,21 @@
 //! the span of the vectors on both sides.
 //!
 //! # Departures
-//! Alignment is for square weights, by its size where nothing else is said, and a place comes once. A cut of the rank leaves the weight whole. Vectors are kept
+//! Alignment counts by its size where nothing else is said, and a place comes once. Vectors of two lengths have no angle: as in the authors' code
+//! the square one of the two matrices of vectors stands in, so that all of them have to be there. A cut of the rank leaves the weight whole. Vectors are kept
 //! with the adapter.
 //!
 //! # Paper
 //! SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors. Lingam, Tejaswi, Vavre, Shetty, Gudur, Ghosh, Dimakis, Choi, Bojchevski,
 //! Sanghavi, 2024.
 
+use std::cmp::Ordering;
+
 use attune_architecture::{Architecture, Site};
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap, WeightMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, SiteKind};
 use attune_tensor::linalg::{self, Svd};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
@@ -63,7 +67,8 @@ enum Pattern {
     Banded,
     /// At places that are drawn once.
     Random,
-    /// Where a left and a right vector are nearest to one direction; for square weights.
+    /// Where a left and a right vector are nearest to one direction; of a weight that is not square, where the vectors of its shorter side are
+    /// nearest to single axes.
     TopK,
 }
 
@@ -123,6 +128,7 @@ pub(super) struct Svft {
 
 impl Method for Svft {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors",
             authors: "Vijay Lingam, Atula Tejaswi, Aditya Vavre, Aneesh Shetty, Gautham Krishna Gudur, Joydeep Ghosh, et al.",
@@ -203,8 +209,13 @@ impl Svft {
             Pattern::Banded => Ok(None),
             Pattern::Random => sparse::some(k * k, count, &rng.named(INDICES)).map(Some),
             Pattern::TopK => {
-                // Of u_p and v_q.
-                let alignment_kk = ops::matmul(&triples.u.t()?, &triples.v.t()?)?;
+                let (o, i) = (triples.u.dim(0)?, triples.v.dim(1)?);
+                let alignment_kk = match o.cmp(&i) {
+                    // Of u_p and v_q.
+                    Ordering::Equal => ops::matmul(&triples.u.t()?, &triples.v.t()?)?,
+                    Ordering::Less => triples.u.clone(),
+                    Ordering::Greater => triples.v.clone(),
+                };
                 let alignment_kk = if self.config.signed { alignment_kk } else { alignment_kk.abs()? };
                 let scores: Vec<f32> = alignment_kk.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
                 let mut places: Vec<i64> =
@@ -251,10 +262,12 @@ impl Adapter for Svft {
                 );
                 return Err(Fault::new("bands", message));
             }
-            if pattern == Pattern::TopK && o != i {
+            if pattern == Pattern::TopK && o != i && k < o.min(i) {
                 let message = format!(
-                    "is `top_k`, but {} is {o} by {i}: vectors of two lengths have no angle; expected `banded` or `random`",
-                    site.id
+                    "is `top_k`, but {} is {o} by {i}, with {k} vectors: where lengths differ all {} have to be there; expected `rank: 0`, \
+                     `refill`, or `banded` or `random`",
+                    site.id,
+                    o.min(i)
                 );
                 return Err(Fault::new("pattern", message));
             }
@@ -396,6 +409,8 @@ mod tests {
             (Pattern::Banded, (5, 7), 2, 4),
             (Pattern::Random, (7, 5), 1, 3),
             (Pattern::TopK, (6, 6), 1, 6),
+            (Pattern::TopK, (7, 5), 1, 5),
+            (Pattern::TopK, (5, 7), 0, 5),
         ] {
             let w = normal("w", &[shape.0, shape.1], DType::F64);
             let count = band(k, bands).len();
@@ -500,5 +515,22 @@ mod tests {
             chosen.into_iter().map(|place| scores[place as usize]).fold(f64::MAX, f64::min)
         };
         assert!(least(true) > 0.0 && least(false) < 0.0);
+    }
+
+    /// Of a weight that is not square the vectors of the shorter side say which places are best, by the axes that they are nearest to.
+    #[test]
+    fn vectors_of_the_shorter_side_are_aligned_with_axes() {
+        for shape in [(5, 9), (9, 5)] {
+            let w = normal("w", &[shape.0, shape.1], DType::F64);
+            let config = Config { pattern: Pattern::TopK, ..Config::default() };
+            let (_, locals) = started(&config, &w, 5, 5);
+            let square = if shape.0 < shape.1 { locals.get(U).unwrap() } else { locals.get(V).unwrap() };
+            let sizes =
+                square.abs().unwrap().flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1::<f64>().unwrap();
+            let places = locals.get(INDICES).unwrap().to_vec1::<i64>().unwrap();
+            let least = places.iter().map(|place| sizes[*place as usize]).fold(f64::INFINITY, f64::min);
+            let beside = sizes.iter().enumerate().filter(|(at, _)| !places.contains(&(*at as i64)));
+            assert!(places.len() == 5 && beside.map(|(_, size)| *size).fold(0.0, f64::max) <= least + 1e-6);
+        }
     }
 }

@@ -31,7 +31,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, Compacted, Merged, P
 use attune_points::engine::StepRule;
 use attune_points::{Locals, Params, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
 use schemars::JsonSchema;
@@ -81,6 +81,7 @@ pub(super) struct Taps {
 
 impl Method for Taps {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         paper: Some(Paper {
             title: "Task Adaptive Parameter Sharing for Multi-Task Learning",
             authors: "Matthew Wallingford, Hao Li, Alessandro Achille, Avinash Ravichandran, Charless Fowlkes, Rahul Bhotika, Stefano \

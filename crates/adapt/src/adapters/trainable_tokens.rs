@@ -35,7 +35,7 @@ use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Point, Rule, SiteKind, Words};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Point, Rule, SiteKind, Words};
 use attune_tensor::rng::Rng;
 use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
@@ -67,6 +67,7 @@ pub(super) struct TrainableTokens {
 
 impl Method for TrainableTokens {
     const CARD: Card = Card {
+        category: Some(Category::Selective),
         applies: &[SiteKind::Embedding],
         targets: prompt::TARGETS,
         parameters: "0",

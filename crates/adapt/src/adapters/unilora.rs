@@ -34,7 +34,7 @@ use attune_points::params::Scope;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::permutation::Permutation;
 use attune_tensor::rng::Rng;
@@ -98,6 +98,7 @@ struct Shares {
 
 impl Method for Unilora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "Uni-LoRA: One Vector Is All You Need",
             authors: "Kaiyang Li, Shaobo Han, Qing Su, Wei Li, Zhipeng Cai, Shihao Ji",

@@ -33,7 +33,7 @@ use attune_points::params::Scope;
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::job::Targets;
-use attune_spec::method::{BuildCx, Card, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, MethodRef, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
@@ -103,6 +103,7 @@ pub(super) struct Vblora {
 
 impl Method for Vblora {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks",
             authors: "Yang Li, Shaobo Han, Shihao Ji",

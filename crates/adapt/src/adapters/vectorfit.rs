@@ -10,22 +10,22 @@
 //!
 //! # Symbols
 //! `vectorfit_sigma` `d_k`, what the singular values change by, and, where the linear has a bias, `vectorfit_bias` `e_o`, what that changes by; f32, trained, 0
-//! at the start. `vectorfit_U` and `vectorfit_V`, the singular vectors, never train. Checks come from `begins` of the job's steps on, `every` so many of
+//! at the start. With `add_biases` e_o is there where the linear has none, too. `vectorfit_U` and `vectorfit_V`, the singular vectors, never train. Checks come from `begins` of the job's steps on, `every` so many of
 //! them, `checks` times in all; then nothing rests.
 //!
 //! # Cost
-//! `min(o, i)` parameters per linear, and o where it has a bias; `min(o, i) (i+o)` numbers that never train beside them, for a square weight twice its
+//! `min(o, i)` parameters per linear, and o where it has a bias or gets one; `min(o, i) (i+o)` numbers that never train beside them, for a square weight twice its
 //! size; `2 min(o, i) (i+o)` extra FLOPs per token forward. A decomposition of each weight before the first step.
 //! Where that costs less, a pass makes another weight in place of it, forward and in reverse, at `2 min(o, i) o i` FLOPs each, and the gradient
 //! by it.
 //!
 //! # Limits
-//! With d = e = 0 it is the base, bit for bit. The weight's singular vectors stay. With `freeze` 0 nothing ever rests.
+//! With d = e = 0 it is the base, bit for bit. The weight's singular vectors stay. With `freeze` 0 nothing ever rests. A bias
+//! that is added to a linear without one does not merge.
 //!
 //! # Departures
 //! Trains what the vectors change by, which is the same but for weight decay, which pulls to the base here. An optimiser that corrects young moments
 //! counts the steps in which a vector rests. When checks begin, how often and how many they are is said by shares of the job, by numbers of our own.
-//! Biases that are not there are not added.
 //!
 //! # Paper
 //! VectorFit: Adaptive Singular & Bias Vector Fine-Tuning of Pre-trained Foundation Models. Hegde, Kaur, Tiwari, 2025.
@@ -39,7 +39,7 @@ use attune_points::forms::{AsWeight, Cost};
 use attune_points::{Error, Locals, Owner, TensorId, TensorName, TensorSpec, Theta, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::{DType, Device, Tensor};
@@ -61,6 +61,8 @@ const V: &str = "vectorfit_V";
 pub(super) struct Config {
     /// Trains biases, too, where linears have them.
     biases: bool,
+    /// Gives a bias, 0 at the start, to linears that have none.
+    add_biases: bool,
     /// Share of all vectors that rest at a time; 0 for none.
     #[schemars(range(min = 0.0, max = 0.9))]
     freeze: f64,
@@ -81,7 +83,7 @@ pub(super) struct Config {
 impl Default for Config {
     /// The paper's smoothing; the others are ours.
     fn default() -> Self {
-        Self { biases: true, freeze: 0.05, smoothing: 0.99, begins: 0.1, every: 0.02, checks: 20 }
+        Self { biases: true, add_biases: false, freeze: 0.05, smoothing: 0.99, begins: 0.1, every: 0.02, checks: 20 }
     }
 }
 
@@ -91,6 +93,7 @@ pub(super) struct Vectorfit {
 
 impl Method for Vectorfit {
     const CARD: Card = Card {
+        category: Some(Category::Reparameterisation),
         paper: Some(Paper {
             title: "VectorFit: Adaptive Singular & Bias Vector Fine-Tuning of Pre-trained Foundation Models",
             authors: "Suhas G Hegde, Shilpy Kaur, Aruna Tiwari",
@@ -98,8 +101,14 @@ impl Method for Vectorfit {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "min(o, i) + o*b*biases",
+        parameters: "min(o, i) + o*if(add_biases, 1, b*biases)",
         merges: Merges::Weight,
+        rules: &[Rule {
+            when: "add_biases",
+            require: "biases",
+            message: "is true, and those that are there do not train: expected `biases: true` as well",
+            path: "add_biases",
+        }],
         ..Card::new(
             "vectorfit",
             Point::Adapter,
@@ -121,7 +130,8 @@ impl Adapter for Vectorfit {
             let k = o.min(i);
             let mut tensors =
                 vec![TensorSpec::trained(SIGMA, [k]), TensorSpec::fixed(U, [o, k]), TensorSpec::fixed(V, [k, i])];
-            if self.config.biases && matches!(site.kind, Kind::Linear { bias: true, .. }) {
+            let has_bias = matches!(site.kind, Kind::Linear { bias: true, .. });
+            if self.config.biases && (has_bias || self.config.add_biases) {
                 tensors.push(TensorSpec::trained(BIAS, [o]));
             }
             Ok(tensors)
@@ -149,8 +159,12 @@ impl Adapter for Vectorfit {
     fn merge(&self, at: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
         let sigma_k = tensors.get(SIGMA)?;
         let change = ops::matmul(&tensors.get(U)?.broadcast_mul(sigma_k)?, tensors.get(V)?)?;
+        let trains = at.tensors.iter().any(|spec| spec.local == BIAS);
         let bias = match weight.bias(sigma_k.dtype())? {
-            Some(bias) if at.tensors.iter().any(|spec| spec.local == BIAS) => Some((bias + tensors.get(BIAS)?)?),
+            Some(bias) if trains => Some((bias + tensors.get(BIAS)?)?),
+            None if trains => {
+                return Ok(Merged::No("the linear has no bias that its own could become a part of"));
+            }
             _ => None,
         };
         Ok(Merged::Weight { weight: (weight.dense(sigma_k.dtype())? + change)?, bias })
@@ -169,6 +183,10 @@ impl RowMap for Vectorfit {
     }
 
     fn as_weight(&self, (o, i): (usize, usize)) -> Option<AsWeight<'_>> {
+        // A linear without a bias has no other one either.
+        if self.config.add_biases {
+            return None;
+        }
         let k = o.min(i);
         let (row, weight) = (Cost::new(k * (o + i), k), Cost::new(k * o * i, k * o + o * i));
         Some(AsWeight { map: self, row, weight, product_again: false })
@@ -341,7 +359,11 @@ mod tests {
         let wide = |name: &str| locals.get(name).unwrap().to_dtype(DType::F64).unwrap();
         let (d, e) = (normal("d", &[5]), normal("e", &[7]));
         let locals = Locals::new("up", [(U, wide(U)), (V, wide(V)), (SIGMA, d.clone()), (BIAS, e.clone())]);
-        let Merged::Weight { weight, .. } = vectorfit.merge(&at, &locals, &w).unwrap() else { panic!("no weight") };
+        // A bias that the linear does not have stays beside it.
+        assert!(matches!(vectorfit.merge(&at, &locals, &w).unwrap(), Merged::No(why) if why.contains("no bias")));
+        let unbiased = Attachment { tensors: at.tensors[..3].to_vec(), ..at.clone() };
+        let merged = vectorfit.merge(&unbiased, &locals, &w).unwrap();
+        let Merged::Weight { weight, .. } = merged else { panic!("no weight") };
         let all = linalg::svd(&w).unwrap();
         let between = all.u.t().unwrap().matmul(&weight).unwrap().matmul(&all.v.t().unwrap()).unwrap();
         let one = Tensor::eye(5, DType::F64, &Device::Cpu).unwrap();

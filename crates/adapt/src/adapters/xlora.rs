@@ -38,7 +38,7 @@ use attune_points::adapter::{Adapter, Attachment, BaseEdit, BlendMap, Blended, M
 use attune_points::params::Scope;
 use attune_points::{Error, Locals, TensorSpec, Weight};
 use attune_spec::Fault;
-use attune_spec::method::{BuildCx, Card, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
 use attune_tensor::ops;
 use attune_tensor::rng::Rng;
 use candle_core::Tensor;
@@ -113,6 +113,7 @@ pub(super) struct Xlora {
 
 impl Method for Xlora {
     const CARD: Card = Card {
+        category: Some(Category::Hybrid),
         aliases: &["x-lora"],
         paper: Some(Paper {
             title: "X-LoRA: Mixture of Low-Rank Adapter Experts, a Flexible Framework for Large Language Models with Applications in \

@@ -12,6 +12,7 @@ pub(crate) mod factors;
 pub(crate) mod foreign;
 pub(crate) mod gamma;
 pub(crate) mod gates;
+pub(crate) mod grid;
 pub(crate) mod hadamard;
 pub(crate) mod keys;
 pub(crate) mod linears;
@@ -29,7 +30,9 @@ pub(crate) mod spectral;
 pub(crate) mod spectrum;
 pub(crate) mod spread;
 pub(crate) mod starts;
+pub(crate) mod subnetworks;
 pub(crate) mod subspaces;
+pub(crate) mod supernet;
 pub(crate) mod tiles;
 pub(crate) mod torch;
 #[cfg(test)]

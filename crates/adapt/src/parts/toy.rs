@@ -26,6 +26,10 @@ pub(crate) struct Toy {
     pub(crate) step: u64,
     /// The base's own weights.
     pub(crate) weights: BTreeMap<String, Tensor>,
+    /// The loss at some parameters, if it has one.
+    pub(crate) loss: Option<Box<dyn Fn(&Theta) -> f64>>,
+    /// Whether there is a validation set.
+    pub(crate) is_validated: bool,
     gradient: Box<Gradient>,
 }
 
@@ -50,7 +54,17 @@ impl Toy {
         }
         let bank = Bank { slot: "x".into(), kind: BankKind::Adapter, sets: vec![Arc::new(params)], train: true };
         let (theta, gradient) = (Theta::single([bank]), Box::new(gradient));
-        Self { theta, attachments, lr, renewed: Vec::new(), step: 0, weights: BTreeMap::new(), gradient }
+        Self {
+            theta,
+            attachments,
+            lr,
+            renewed: Vec::new(),
+            step: 0,
+            weights: BTreeMap::new(),
+            loss: None,
+            is_validated: true,
+            gradient,
+        }
     }
 
     pub(crate) fn trained(&self, steps: u64) -> Trained<'_> {
@@ -79,13 +93,20 @@ impl Engine for Toy {
         self.theta = theta;
     }
 
-    fn batch(&mut self, _: Source) -> Result<Batch> {
-        self.step += 1;
+    fn batch(&mut self, source: Source) -> Result<Batch> {
+        match source {
+            Source::Validation(set) if !self.is_validated => {
+                return Err(Error::Refused(format!("there is no validation set {set}")));
+            }
+            Source::Validation(_) => {}
+            _ => self.step += 1,
+        }
         Ok(Batch { parts: vec![(0, Arc::default())], counts: LabelCounts::default(), n_rows: 1 })
     }
 
-    fn score(&mut self, _: &Theta, _: &Layout, _: &dyn Objective) -> Result<LossReport> {
-        Err(Error::Refused("nothing is scored".to_owned()))
+    fn score(&mut self, at: &Theta, _: &Layout, _: &dyn Objective) -> Result<LossReport> {
+        let loss = self.loss.as_ref().ok_or_else(|| Error::Refused("nothing is scored".to_owned()))?;
+        Ok(LossReport { loss_sum: loss(at), ..LossReport::default() })
     }
 
     fn grad(

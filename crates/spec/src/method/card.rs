@@ -32,11 +32,13 @@ pub enum Point {
     Recipe,
     /// Which jobs of a grid are worth running?
     Search,
+    /// What do several sets of weights become together?
+    Merge,
 }
 
 impl Point {
     /// All points, in the order of the documentation.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Adapter,
         Self::Init,
         Self::Budget,
@@ -50,6 +52,7 @@ impl Point {
         Self::Schedule,
         Self::Recipe,
         Self::Search,
+        Self::Merge,
     ];
 
     /// The point's name as it is written in files and on the wire, such as `step_rule`.
@@ -68,6 +71,7 @@ impl Point {
             Self::Schedule => "schedule",
             Self::Recipe => "recipe",
             Self::Search => "search",
+            Self::Merge => "merge",
         }
     }
 
@@ -87,6 +91,7 @@ impl Point {
             Self::Schedule => "how does the learning rate run over time?",
             Self::Recipe => "which jobs, in which order, make this result?",
             Self::Search => "which jobs of a grid are worth running?",
+            Self::Merge => "what do several sets of weights become together?",
         }
     }
 }
@@ -116,6 +121,38 @@ pub enum SiteKind {
     Attention,
     /// An MLP, or a mixture of experts, as a whole.
     Mlp,
+}
+
+/// How a component tunes a model, in the words of the field's surveys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Category {
+    /// Some of the base's own numbers train.
+    Selective,
+    /// Something is added to the computation that is not there otherwise.
+    Additive,
+    /// Rows, keys or values are put before what the model reads.
+    Prompt,
+    /// The change of a weight is written in fewer numbers.
+    Reparameterisation,
+    /// Several of these at once, or several components mixed.
+    Hybrid,
+}
+
+impl Category {
+    /// All of them, in the order of the documentation.
+    pub const ALL: [Self; 5] = [Self::Selective, Self::Additive, Self::Prompt, Self::Reparameterisation, Self::Hybrid];
+
+    /// Its name as it is written in files and on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Selective => "selective",
+            Self::Additive => "additive",
+            Self::Prompt => "prompt",
+            Self::Reparameterisation => "reparameterisation",
+            Self::Hybrid => "hybrid",
+        }
+    }
 }
 
 /// What becomes of a component when it is merged into the base.
@@ -160,6 +197,8 @@ pub struct Card {
     pub aliases: &'static [&'static str],
     /// One sentence: what it does and when one would choose it.
     pub summary: &'static str,
+    /// How it tunes a model; `None` for points where nothing is tuned.
+    pub category: Option<Category>,
     /// Where it was published; `None` for common practice.
     pub paper: Option<Paper>,
     /// The kinds of sites that it can be put on; empty for points without sites.
@@ -222,6 +261,7 @@ impl Card {
             point,
             aliases: &[],
             summary,
+            category: None,
             paper: None,
             applies: &[],
             targets: "",

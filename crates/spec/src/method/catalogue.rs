@@ -207,6 +207,7 @@ mod tests {
             point: Point::Adapter,
             aliases: vec!["low_rank".to_owned()],
             summary: String::new(),
+            category: None,
             paper: None,
             applies: Vec::new(),
             targets: "all-linear".to_owned(),

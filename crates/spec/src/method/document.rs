@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::card::{LAYERS, Merges, Point, SiteKind};
+use super::card::{Category, LAYERS, Merges, Point, SiteKind};
 
 /// Where a method was published (the travelling form of [`super::Paper`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +61,9 @@ pub struct MethodDocument {
     pub aliases: Vec<String>,
     /// What it does and when one would choose it.
     pub summary: String,
+    /// How it tunes a model; nothing where nothing is tuned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub category: Option<Category>,
     /// Where it was published.
     pub paper: Option<PaperDocument>,
     /// The kinds of sites that it can be put on.
@@ -134,6 +137,7 @@ impl MethodDocument {
             point: card.point,
             aliases: card.aliases.iter().map(own).collect(),
             summary: card.summary.to_owned(),
+            category: card.category,
             paper: card.paper.map(|paper| PaperDocument {
                 title: paper.title.to_owned(),
                 authors: paper.authors.to_owned(),
@@ -201,7 +205,8 @@ impl MethodDocument {
             | Point::Optimizer
             | Point::Schedule
             | Point::Recipe
-            | Point::Search => None,
+            | Point::Search
+            | Point::Merge => None,
         }
     }
 }

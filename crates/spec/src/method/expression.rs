@@ -1,7 +1,7 @@
 //! The small language of cards: costs such as `r * (i + o)` and conditions such as `dropout < 1 and rank >= 1`.
 //!
 //! Numbers, texts and `true`/`false`; names of fields, dotted into mappings; `+ - * /`, comparisons, `and`, `or`, `not`,
-//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, [`divisor`], `count(list)`, and `if(condition, then, otherwise)`. Among numbers a
+//! parentheses, the functions `min`, `max`, `ceil`, `floor`, `sqrt`, [`divisor`], `count(list)`, `sum(list)`, and `if(condition, then, otherwise)`. Among numbers a
 //! truth value counts as 1 or 0. It has no loops, so evaluation ends. The scheduler and the trainer evaluate the same text and
 //! therefore agree.
 
@@ -85,7 +85,7 @@ struct Parser<'a> {
     depth: usize,
 }
 
-impl Parser<'_> {
+impl<'a> Parser<'a> {
     fn error(&self, what: impl Into<String>) -> ExpressionError {
         ExpressionError { text: self.text.to_owned(), at: self.at, what: what.into() }
     }
@@ -229,7 +229,11 @@ impl Parser<'_> {
             "false" => Ok(Outcome::Bool(false)),
             "null" => Ok(Outcome::Null),
             "if" => self.case(),
-            "count" => self.count(),
+            "count" => Ok(Outcome::Number(self.list(&word)?.len() as f64)),
+            "sum" => {
+                let numbers = self.list(&word)?.iter().map(Value::as_f64).sum::<Option<f64>>();
+                Ok(Outcome::Number(numbers.ok_or_else(|| self.error("sum takes a list of numbers"))?))
+            }
             "min" | "max" | "ceil" | "floor" | "sqrt" | "divisor" => self.call(&word),
             _ => self.field(&word),
         }
@@ -275,10 +279,10 @@ impl Parser<'_> {
         Ok(if self.truth(condition)? { then } else { otherwise })
     }
 
-    /// How many entries the list of a field has.
-    fn count(&mut self) -> Result<Outcome, ExpressionError> {
+    /// The list of a field.
+    fn list(&mut self, function: &str) -> Result<&'a [Value], ExpressionError> {
         if !self.take("(") {
-            return Err(self.error("expected '(' after count"));
+            return Err(self.error(format!("expected '(' after {function}")));
         }
         self.space();
         let length = self.rest().find(')').ok_or_else(|| self.error("expected ')'"))?;
@@ -286,13 +290,12 @@ impl Parser<'_> {
         let Some(Value::Array(list)) = self.found(&path) else {
             return Err(self.error(format!("{path:?} is not a list")));
         };
-        let count = list.len();
         self.at += length + 1;
-        Ok(Outcome::Number(count as f64))
+        Ok(list)
     }
 
     /// The value of a field.
-    fn found(&self, path: &str) -> Option<&Value> {
+    fn found(&self, path: &str) -> Option<&'a Value> {
         let mut parts = path.split('.');
         let first = parts.next().and_then(|name| self.names.get(name));
         parts.try_fold(first, |at, name| Some(at?.get(name))).flatten()
@@ -354,6 +357,7 @@ mod tests {
             ("if(r > 8, 1, if(r == 8, 2, 3))", Outcome::Number(2.0)),
             ("divisor(o, 0) + divisor(i, 4)", Outcome::Number(20.0)),
             ("count( ids ) * r + 1", Outcome::Number(17.0)),
+            ("sum(ids) + 0", Outcome::Number(6.0)),
         ] {
             assert_eq!(evaluate(text, &names()), Ok(expected), "{text}");
         }
@@ -382,6 +386,7 @@ mod tests {
             "divisor(4)",
             "count(r)",
             "count(ids",
+            "sum(r)",
             "ids",
             "1 2",
             "\"open",

@@ -406,7 +406,8 @@ impl<'a> Rank<'a> {
         self.engine.company.inspect(Company::leave);
         fail::fail_point!("trainer::before_outputs");
         if self.leads() {
-            for output in output::write(self.request, self.prepared, &self.engine.theta, &self.state())? {
+            let (state, found) = (self.state(), self.rule.found());
+            for output in output::write(self.request, self.prepared, &self.engine.theta, &state, found.as_ref())? {
                 let output::Output { role, kind, folder } = output;
                 self.emit(Event::Output { role, kind, folder, peak_memory_bytes: resident::peak_bytes() });
             }

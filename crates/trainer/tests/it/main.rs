@@ -9,6 +9,7 @@ mod bits;
 mod calibration;
 mod classes;
 mod cohort;
+mod combined;
 mod every;
 mod faults;
 mod gangs;

@@ -193,3 +193,21 @@ fn only_the_first_rows_of_a_domain_are_learned_from() {
     assert_eq!(report["data"]["data/sums"]["rows"], 3);
     assert_eq!(report["data"]["data/greetings"]["rows"], 7);
 }
+
+/// Folders of PEFT's whose LoRA is on parameters of all experts at once say what it says of them.
+#[test]
+fn adapters_on_parameters_of_experts_are_read_as_those_of_each_expert() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for name in ["olmoe", "qwen3_moe"] {
+        let case = crates.join("adapt/golden/experts").join(name);
+        let expected = candle_core::safetensors::load(case.join("expected.safetensors"), &Device::Cpu).unwrap();
+        let base = Base::open(&crates.join("models/golden").join(name), Precision::F32).unwrap();
+        let (model, theta) = adapted(base, &case.join("adapter"));
+        let ids = expected["input_ids"].to_vec1::<i64>().unwrap().into_iter().map(|id| id as u32).collect::<Vec<_>>();
+        let layout = Layout::single(&ids);
+        let logits = model.logits(&Pass { theta: &theta, layout: &layout, dropout: None }).unwrap();
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let off = largest_difference(&values(&logits), &values(&expected["logits"]));
+        assert!(off < 1e-4, "{name} is off by {off}");
+    }
+}

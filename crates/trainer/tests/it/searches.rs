@@ -88,3 +88,40 @@ fn what_is_said_of_gradients_where_none_are_taken_is_refused_by_its_field() {
     ]);
     assert!(answers.contains("the objective learns from answers"), "{answers}");
 }
+
+/// What is left of a component of many ranks is searched for when all has trained: what is found is in the report, the folder has the ranks that
+/// were chosen, and a run that stops before the end, or has more ranks, finds the same.
+#[test]
+fn what_is_left_of_an_elastic_component_is_found_by_its_validation_loss() {
+    let small = Small::with_weights();
+    let elastic = "{method: elastic-lora, rank: 4, step: 1, smallest: 1, alpha: 8, left: searched, evaluations: 24, population: 6, most: 0.6}";
+    let changes = [("tune.adapter", elastic), ("tune.from_scratch", "false"), ("tune.steps", "8")];
+    let plan = small.plan(&changes);
+    let (events, whole) = small.finish(plan.clone(), 1);
+    let found: serde_json::Value = serde_json::from_slice(&whole["Report/found.json"]).unwrap();
+    let front = found["front"].as_array().unwrap();
+    assert!(found["evaluations"] == 24 && !front.is_empty(), "{found}");
+    let of = |choice: &serde_json::Value| (choice["loss"].as_f64().unwrap(), choice["parameters"].as_u64().unwrap());
+    assert!(front.windows(2).all(|two| of(&two[0]).0 < of(&two[1]).0 && of(&two[0]).1 > of(&two[1]).1), "{found}");
+    let chosen = &front[found["chosen"].as_u64().unwrap() as usize];
+    // The loss that was found is that of what is written down.
+    let after = *metric(&events, "eval/sums/loss").last().unwrap();
+    assert!((of(chosen).0 - after).abs() < 1e-5, "{after} {chosen}");
+    let config: serde_json::Value = serde_json::from_slice(&whole["Result/adapter_config.json"]).unwrap();
+    let ranks = chosen["ranks"].as_object().unwrap();
+    let rank = |site: &str| config["rank_pattern"].get(site).unwrap_or(&config["r"]).clone();
+    assert!(ranks.iter().all(|(site, chosen)| rank(site) == *chosen), "{config} {chosen}");
+    assert_eq!(small.finish(plan.clone(), 2).1, whole);
+    let outside = Outside::stopping_after(5);
+    let (request, _work) = small.request(plan.clone(), 1, None);
+    run(&request, &outside).unwrap();
+    let checkpoint = crate::bits::checkpoint(&outside);
+    let (request, _again) = small.request(plan, 1, Some(&checkpoint));
+    let outside = Outside::default();
+    run(&request, &outside).unwrap();
+    assert_eq!(crate::support::files(&outside.events.into_inner().unwrap()), whole);
+    // Without validation data it says so at its first step.
+    let (request, _work) = small.request(small.plan(&[&changes[..], &[("data.validation", "[]")]].concat()), 1, None);
+    let why = run(&request, &Outside::default()).unwrap_err().to_string();
+    assert!(why.contains("searched for by its validation loss"), "{why}");
+}

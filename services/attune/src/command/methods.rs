@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use attune_spec::method::{Catalogue, Merges, MethodDocument, Point, SiteKind};
+use attune_spec::method::{Catalogue, Category, Merges, MethodDocument, Point, SiteKind};
 use serde_json::{Value, json};
 
 use crate::advise::{Advice, Goal, RULES, Rules, Task};
@@ -71,6 +71,9 @@ pub(crate) struct List {
     /// Only methods of this extension point, such as adapter or optimizer.
     #[arg(long, value_name = "POINT")]
     point: Option<PointName>,
+    /// Only methods that tune a model in this way: selective, additive, prompt, reparameterisation or hybrid.
+    #[arg(long, value_name = "CATEGORY", value_parser = parse_category)]
+    category: Option<Category>,
     /// Only methods that can be put on sites of this kind.
     #[arg(long, value_name = "KIND")]
     site: Option<SiteName>,
@@ -86,6 +89,14 @@ pub(crate) struct List {
     /// Only methods whose name, aliases or summary contain this text.
     #[arg(value_name = "TEXT")]
     text: Option<String>,
+}
+
+fn parse_category(text: &str) -> Result<Category, String> {
+    let names = Category::ALL.map(Category::as_str);
+    Category::ALL.into_iter().find(|category| category.as_str() == text).ok_or_else(|| {
+        let hint = attune_spec::suggest::hint(text, names);
+        format!("expected one of {}{hint}", names.join(", "))
+    })
 }
 
 /// A kind of site as it is written on the command line.
@@ -157,7 +168,7 @@ fn list_methods(list: &List, out: &mut Out) -> Result<(), Failure> {
             let (few_bits, sites) = (method.on_quantized(), &method.applies);
             json!({
                 "name": method.name, "point": method.point, "aliases": method.aliases, "summary": method.summary, "sites": sites,
-                "merges": method.merges, "peft_type": method.peft_type, "few_bits": few_bits,
+                "category": method.category, "merges": method.merges, "peft_type": method.peft_type, "few_bits": few_bits,
             })
         };
         return out.document(&found.iter().map(entry).collect::<Value>());
@@ -174,6 +185,7 @@ fn matches(method: &MethodDocument, list: &List) -> bool {
     let text = list.text.as_ref().map(|text| text.to_lowercase());
     let texts = || [&method.name, &method.summary].into_iter().chain(&method.aliases);
     list.point.is_none_or(|point| point.0 == method.point)
+        && list.category.is_none_or(|category| method.category == Some(category))
         && list.site.is_none_or(|site| method.applies.contains(&site.kind()))
         && (!list.merges || can_merge)
         && (!list.peft || method.peft_type.is_some())
@@ -235,7 +247,8 @@ mod tests {
         assert!("adaptor".parse::<PointName>().unwrap_err().ends_with("did you mean \"adapter\"?"));
     }
 
-    const ALL: List = List { point: None, site: None, merges: false, peft: false, few_bits: false, text: None };
+    const ALL: List =
+        List { point: None, category: None, site: None, merges: false, peft: false, few_bits: false, text: None };
 
     fn found(list: &List) -> Vec<&'static str> {
         let all = Catalogue::embedded().documents().filter(|method| matches(method, list));
@@ -251,6 +264,9 @@ mod tests {
         assert!(has(&merging, "lora") && !has(&merging, "loramoe") && !has(&merging, "cosine"));
         let in_peft = List { peft: true, ..ALL };
         assert!(has(&in_peft, "lora") && !has(&in_peft, "dsee"));
+        let prompts = List { category: Some(Category::Prompt), ..ALL };
+        assert!(has(&prompts, "prefix-tuning") && !has(&prompts, "lora") && !has(&prompts, "cosine"));
+        assert!(parse_category("promt").unwrap_err().ends_with("did you mean \"prompt\"?"));
         let beside_few_bits = List { few_bits: true, point: Some(PointName(Point::Adapter)), ..ALL };
         assert!(has(&beside_few_bits, "lora") && !has(&beside_few_bits, "full"));
     }

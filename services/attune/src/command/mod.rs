@@ -12,6 +12,7 @@ mod experiment;
 mod fairness;
 mod generate;
 mod jobs;
+mod merge;
 mod methods;
 mod projects;
 mod submit;
@@ -73,6 +74,7 @@ enum Command {
     #[command(subcommand)]
     Experiment(experiment::Command),
     Fairness(fairness::Arguments),
+    Merge(merge::Arguments),
     #[command(subcommand)]
     Tokens(tokens::Command),
     Audit(audit::Arguments),
@@ -106,6 +108,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Classify(arguments) => classify::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Fairness(arguments) => fairness::run(&arguments, server, out),
+        Command::Merge(arguments) => merge::run(&arguments, server, out),
         Command::Tokens(command) => tokens::run(&command, server, out),
         Command::Audit(arguments) => audit::run(&arguments, server, out),
         Command::Doctor => doctor::run(out),

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use attune_merge::words;
 use attune_spec::method::{ManualDocument, Merges, MethodDocument, Point};
 use serde_json::{Map, Value};
 
@@ -58,13 +59,19 @@ pub(crate) fn page(method: &MethodDocument) -> String {
             page.push_str(&indented(&text, "  ", "    "));
         }
     }
-    page.push_str("\nIn a job file\n");
+    match method.point {
+        Point::Merge => page.push_str("\nOn the command line\n"),
+        _ => page.push_str("\nIn a job file\n"),
+    }
     page.push_str(&example(method));
     page
 }
 
 fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
     let mut facts = vec![("Decides", method.point.question().to_owned())];
+    if let Some(category) = method.category {
+        facts.push(("Category", category.as_str().to_owned()));
+    }
     if !method.aliases.is_empty() {
         facts.push(("Also called", method.aliases.join(", ")));
     }
@@ -232,6 +239,11 @@ fn example(method: &MethodDocument) -> String {
         Point::Schedule => format!("  tune:\n    schedule: {{{named}}}\n"),
         Point::Recipe => format!("  kind: recipe\n  recipe: {{{named}}}\n"),
         Point::Search => format!("  search: {{{named}}}\n"),
+        Point::Merge => {
+            let words = words::meaning(&method.name)
+                .map(|word| format!("  attune merge ./a=0.5 ./b=0.5 --base ./base --combination-type {word}\n"));
+            words.collect()
+        }
     }
 }
 
@@ -295,6 +307,10 @@ mod tests {
     fn every_method_has_a_page_whose_example_can_be_read() {
         for method in Catalogue::embedded().documents() {
             let page = page(method);
+            if method.point == Point::Merge {
+                assert!(page.contains("\nOn the command line\n  attune merge "), "{page}");
+                continue;
+            }
             let (_, example) = page.split_once("In a job file\n").unwrap();
             let read = attune_spec::job::read_yaml(example).unwrap_or_else(|error| panic!("{page}\n{error}"));
             assert!(example.contains(&format!("method: {}", method.name)), "{page}");

@@ -8,7 +8,8 @@ use crate::support::{Place, run};
 fn help_shows_every_command_and_the_exit_statuses() {
     let ran = run(&["--help"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
-    let local = ["demo", "methods", "validate", "data", "generate", "classify", "fairness", "doctor", "completions"];
+    let local =
+        ["demo", "methods", "validate", "data", "generate", "classify", "fairness", "merge", "doctor", "completions"];
     for line in local.into_iter().chain(["up", "submit", "jobs", "artifacts", "tokens", "audit", "scheduler", "worker"])
     {
         assert!(ran.stdout.contains(&format!("\n  {line} ")), "{}", ran.stdout);
@@ -31,6 +32,7 @@ fn help_of_every_command_has_an_example() {
         "generate",
         "classify",
         "fairness",
+        "merge",
         "completions",
     ];
     let nouns = nouns.into_iter().chain(["tokens", "audit", "scheduler", "worker"]);

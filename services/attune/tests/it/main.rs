@@ -8,6 +8,7 @@ mod experiment;
 mod fairness;
 mod generate;
 mod help;
+mod merge;
 mod methods;
 mod render;
 mod server;

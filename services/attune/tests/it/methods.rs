@@ -26,6 +26,7 @@ fn a_method_reads_like_an_entry_of_a_manual() {
       choice, cheap to train, to store and to serve.
 
       Decides     which attachments at which sites, with which tensors, and what do they merge to?
+      Category    reparameterisation
       Sites       linear, embedding; all-linear where a slot names none
       Trains      rank*(i*(trains != "b") + o*(trains != "a")) + o*(bias and trains != "a")
                   parameters at a site of input width i and output width o

@@ -5,7 +5,7 @@ use attune_proto::convert::structure::to_struct;
 use attune_proto::v1::method_service_server::MethodService;
 use attune_proto::v1::{self, ExtensionPoint};
 use attune_proto::words::Word as _;
-use attune_spec::method::{Catalogue, ManualDocument, Merges, MethodDocument, SiteKind};
+use attune_spec::method::{Catalogue, Category, ManualDocument, Merges, MethodDocument, SiteKind};
 use attune_spec::{Fault, FieldPath};
 use serde_json::Value;
 use tonic::{Request, Response, Status};
@@ -53,6 +53,14 @@ fn card(document: &MethodDocument) -> v1::Method {
             Merges::Weight => v1::MergeForm::Weight,
             Merges::No => v1::MergeForm::No,
             Merges::NotApplicable => v1::MergeForm::NotApplicable,
+        } as i32,
+        category: match document.category {
+            None => v1::MethodCategory::Unspecified,
+            Some(Category::Selective) => v1::MethodCategory::Selective,
+            Some(Category::Additive) => v1::MethodCategory::Additive,
+            Some(Category::Prompt) => v1::MethodCategory::Prompt,
+            Some(Category::Reparameterisation) => v1::MethodCategory::Reparameterisation,
+            Some(Category::Hybrid) => v1::MethodCategory::Hybrid,
         } as i32,
         peft_type: document.peft_type.clone().unwrap_or_default(),
         rules: document

@@ -350,10 +350,6 @@ fn refusals() -> Result<(), Failed> {
         (json!({"method": "roselora", "begins": 0.9}), "`tune.adapter.begins` is after `ends`"),
         (json!({"method": "sltrain", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
         (json!({"method": "svft", "bands": 24}), "`bands` is 24, beside the diagonal of a matrix 24 wide"),
-        (
-            json!({"method": "svft", "pattern": "top_k"}),
-            "`pattern` is `top_k`, but model.layers.1.mlp.up_proj is 32 by 24",
-        ),
         (json!({"method": "tinylora", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
         (json!({"method": "vblora", "length": 7}), "`length` is 7, which does not divide the widths of"),
         (json!({"method": "vblora", "top": 300}), "`tune.adapter.top` is more than the bank has"),

@@ -14,6 +14,7 @@ use crate::{build, fail, gradient_of, merged_of};
 pub(super) const OWN: &[(&str, Own)] = &[
     ("parts::every_form_has_exact_gradients_and_merges", forms),
     ("parts::what_does_not_fit_a_linear_is_refused_with_what_would", refusals),
+    ("elastic_lora::in_few_bits_a_weight_has_few_values_and_what_is_merged_is_what_trained", few_bits),
     ("dsee::with_factors_at_rest_the_entries_that_stand_out_are_all_that_changes", standing_out),
     ("poet::both_sides_turn_and_singular_values_stay", turned),
     ("spectral_ft::what_is_beyond_the_leading_directions_on_both_sides_moves_by_the_square_of_what_trains", trailing),
@@ -46,6 +47,8 @@ fn forms() -> Result<(), Failed> {
         json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "masked": true}),
         json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "narrowest": 0.5}),
         json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "masked": true, "sparsity": 0.4}),
+        json!({"method": "chain-of-lora", "ranks": [4, 2, 1]}),
+        json!({"method": "svft", "pattern": "top_k", "bands": 1}),
         json!({"method": "poet", "block_size": 2, "terms": 0, "every": 0}),
         json!({"method": "poet", "block_size": 7, "cover": "single"}),
         json!({"method": "spectral-ft", "rank": 5, "inner_rank": 0}),
@@ -61,6 +64,7 @@ fn forms() -> Result<(), Failed> {
 
 fn refusals() -> Result<(), Failed> {
     for (method, start) in [
+        (json!({"method": "chain-of-lora", "ranks": [4, 0]}), "`tune.adapter.ranks` is [4, 0]; expected 64 links"),
         (json!({"method": "chain-of-lora", "links": 4}), "`rank` is 32; model.layers.1.mlp.up_proj is 32 by 24"),
         (
             json!({"method": "dsee", "entries": 769}),
@@ -84,6 +88,11 @@ fn refusals() -> Result<(), Failed> {
             json!({"method": "elastic-lora", "rank": 4, "smallest": 2, "step": 1, "ranks": {UP: 1}}),
             "`ranks` has 1 for \"model.layers.1.mlp.up_proj\"; expected one of [4, 3, 2]",
         ),
+        (json!({"method": "elastic-lora", "bits": 1}), "`tune.adapter.bits` is 1, with which a number and 0"),
+        (
+            json!({"method": "elastic-lora", "rank": 4, "smallest": 1, "step": 1, "left": "searched", "ranks": {UP: 2}}),
+            "`ranks` says what is left, which is searched for",
+        ),
         (json!({"method": "elastic-lora", "smallest": 33}), "`tune.adapter.smallest` is more than the largest rank"),
         (json!({"method": "poet", "terms": 1}), "`tune.adapter.terms` is 1, with which nothing turns"),
         (
@@ -99,6 +108,14 @@ fn refusals() -> Result<(), Failed> {
         (
             json!({"method": "spectral-ft", "rank": 4, "inner_rank": 5}),
             "`inner_rank` is 5; model.layers.1.mlp.up_proj has 4 directions that change",
+        ),
+        (
+            json!({"method": "svft", "pattern": "top_k", "rank": 5}),
+            "`pattern` is `top_k`, but model.layers.1.mlp.up_proj is 32 by 24, with 5 vectors",
+        ),
+        (
+            json!({"method": "vectorfit", "add_biases": true, "biases": false}),
+            "`tune.adapter.add_biases` is true, and those that are there do not train",
         ),
         (json!({"method": "taps", "before": 0.5, "after": 0.5}), "`tune.adapter.after` leaves no steps"),
     ] {
@@ -118,6 +135,46 @@ fn refusals() -> Result<(), Failed> {
     let sites = [UP, "model.layers.1.mlp.gate_proj"].into_iter().filter_map(|path| architecture.site(path));
     let faults = halves.map_err(fail)?.attach(&architecture, &sites.collect::<Vec<_>>()).err().ok_or("accepted")?;
     assert!(faults[0].to_string().contains("which reads the same rows"), "{}", faults[0]);
+    Ok(())
+}
+
+/// How many values the groups of a weight have at most, after what a component adds, and how many of its zeros are none any more.
+fn values_of_groups(method: Value) -> Result<(usize, usize), Failed> {
+    let mut setup = Setup::new(build(method).map_err(fail)?, UP, DType::F32);
+    setup.disturb(0.3);
+    let at = setup.attachments[0].clone();
+    let weight = setup.weight(&at)?.dense(DType::F32)?;
+    let locals = attune_models::stack::locals(&at, &setup.params())?;
+    let merged = |weight: &Tensor| match setup.adapter.merge(&at, &locals, weight)? {
+        Merged::Factors { left, right, scale } => Ok((weight + (left.matmul(&right)? * scale)?)?),
+        Merged::Weight { weight, .. } => Ok(weight),
+        other => Err(Failed::from(format!("{other:?} does not merge"))),
+    };
+    // Where the weight is 0 before.
+    let size = weight.abs()?.mean_all()?.to_scalar::<f32>()?;
+    let holes = weight.abs()?.ge(f64::from(0.3 * size))?.to_dtype(DType::F32)?;
+    let made = merged(&(&weight * &holes)?)?;
+    if let attune_points::adapter::Port::Weight(map) = setup.adapter.port(&at) {
+        let passed = map.graph(&(&weight * &holes)?, &locals)?;
+        assert_eq!(passed.to_vec2::<f32>()?, made.to_vec2::<f32>()?, "what is merged is not what trained");
+    }
+    let rows = made.to_vec2::<f32>()?;
+    let distinct =
+        |group: &[f32]| group.iter().map(|number| number.to_bits()).collect::<std::collections::BTreeSet<_>>().len();
+    let most = rows.iter().flat_map(|row| row.chunks(12)).map(distinct).max().unwrap_or_default();
+    let filled = (made.ne(0.0)?.to_dtype(DType::F32)? * (1.0 - holes)?)?.sum_all()?.to_scalar::<f32>()?;
+    Ok((most, filled as usize))
+}
+
+/// As many bits hold the weight with the change as held it before: a group of twelve numbers has four values, and none of its zeros is lost.
+fn few_bits() -> Result<(), Failed> {
+    let few = json!({
+        "method": "elastic-lora", "rank": 2, "smallest": 1, "step": 1, "alpha": 2, "masked": true, "bits": 2, "group_size": 12,
+    });
+    let (own, filled) = values_of_groups(few)?;
+    assert!(own <= 4 && filled == 0, "{own} values, {filled} zeros lost");
+    let (plain, filled) = values_of_groups(json!({"method": PLAIN, "rank": 2}))?;
+    assert!(plain > 6 && filled > 0, "{plain} values, {filled} zeros lost");
     Ok(())
 }
 

@@ -1,0 +1,5 @@
+//! What merges share.
+
+pub(crate) mod election;
+pub(crate) mod pruning;
+pub(crate) mod stacked;

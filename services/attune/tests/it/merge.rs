@@ -1,0 +1,48 @@
+//! `attune merge`.
+
+use std::path::Path;
+
+use crate::support::{Place, run};
+
+fn golden(of: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../crates").join(of).display().to_string()
+}
+
+#[test]
+fn adapters_become_one_folder_that_can_be_read_again() {
+    let place = Place::new();
+    let (a, b, base) = (golden("merge/golden/a"), golden("merge/golden/b"), golden("models/golden/llama"));
+    let (a, b) = (format!("{a}=0.7"), format!("{b}=-0.5"));
+    let type_of = |word| ["merge", &*a, &*b, "--base", &*base, "--combination-type", word];
+    let ran = place.run(&[&type_of("cat")[..], &["--to", "both", "--dry-run"]].concat());
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    assert!(!place.path().join("both").exists());
+    let ran = place.run(&[&type_of("cat")[..], &["--to", "both", "--json"]].concat());
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    let json = ran.json();
+    assert_eq!((&json["folder"], &json["sites"], &json["rank"]), (&"both".into(), &5.into(), &8.into()));
+    // What was made is an adapter like any other.
+    let again = place.run(&["merge", "both", "--base", &base, "--to", "again"]);
+    assert_eq!(again.status, 0, "{}", again.all());
+    assert!(again.stdout.starts_with("again\n5 sites, rank 8 at most"), "{}", again.all());
+    let there = place.run(&["merge", "both", "--base", &base, "--to", "again"]);
+    assert_eq!(there.status, 2);
+    assert!(there.stderr.contains("again is there already; expected a new folder"), "{}", there.all());
+}
+
+#[test]
+fn what_does_not_go_together_is_wrong_usage() {
+    let ran = run(&["merge", "a=x", "--base", ".", "--to", "made"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.stderr.contains(r#"the weight is "x"; expected a number, such as a=0.5"#), "{}", ran.all());
+    let (a, base) = (golden("merge/golden/a"), golden("models/golden/llama"));
+    let ran = run(&["merge", &a, "--base", &base, "--to", "made", "--combination-type", "linear", "--density", "0.5"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.stderr.contains("`density` says nothing to linear"), "{}", ran.all());
+    let ran = run(&["merge", &a, "--base", &base, "--to", "made", "--combination-type", "ties", "--density", "1.5"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.stderr.contains("density"), "{}", ran.all());
+    let ran = run(&["merge", &a, "--base", &base, "--to", "made", "--combination-type", "sum"]);
+    assert!(ran.status == 2 && ran.stderr.contains("magnitude_prune_svd"), "{}", ran.all());
+    assert_eq!(run(&["merge", &a, "--base", &base]).status, 2);
+}
