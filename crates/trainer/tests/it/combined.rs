@@ -113,11 +113,9 @@ fn every_combination_type_makes_the_factors_that_peft_makes() {
         for (site, (b, a)) in &own {
             let (their_b, their_a) = &theirs[site];
             assert!(off(&b.matmul(a).unwrap(), &their_b.matmul(their_a).unwrap()) < 1e-5, "{case:?} at {site}");
-            // Where an adapter has less sites, PEFT fills ranks up with zeros.
-            if a.dims() == their_a.dims() {
+            // Singular vectors have no sign of their own, and where an adapter has fewer sites PEFT fills ranks up with zeros.
+            if a.dims() == their_a.dims() && !how.combination_type.ends_with("svd") {
                 assert!(off(a, their_a).max(off(b, their_b)) < 1e-5, "{case:?} at {site}");
-            } else {
-                assert_eq!(how.combination_type, "cat");
             }
         }
         seen += 1;
