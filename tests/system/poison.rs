@@ -8,19 +8,31 @@ use tokio::time::{Duration, Instant, sleep};
 use crate::kills::prepare;
 use crate::support::{Cluster, PATIENCE, Process, SMALL, outputs};
 
-/// Kills the agent, as a defect would that a job of this name sets off.
+/// Kills the agent, as a defect would that a job of this name sets off: once all have heard that it runs.
 const POISONED: [(&str, &str); 1] = [("FAILPOINTS", "worker::poisoned=return(poison)")];
+/// The same before anybody has heard that its offer arrived.
+const POISONED_AT_ONCE: [(&str, &str); 1] = [("FAILPOINTS", "worker::poisoned_offer=return(poison)")];
 /// Workers of the fleet, each started again when it has ended, as a system does with its services.
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 /// F44: it is given up after three of them, and the fleet works on.
 #[tokio::test]
 async fn a_job_that_ends_every_worker_is_given_up_and_the_fleet_works_on() {
+    given_up(&POISONED, FailureCause::WorkerLost).await;
+}
+
+/// F44: so is one of which nobody ever hears that it was taken.
+#[tokio::test]
+async fn a_job_that_ends_every_worker_before_a_word_is_given_up() {
+    given_up(&POISONED_AT_ONCE, FailureCause::OfferLost).await;
+}
+
+async fn given_up(poisoned: &[(&str, &str)], cause: FailureCause) {
     let mut cluster = Cluster::start().await;
     let base = format!("base={}", prepare(&cluster).await);
     cluster.worker.take().unwrap().kill();
     let file = cluster.path("world/chat.yaml");
-    let start = |name: &str| cluster.another_worker_with(name, &POISONED);
+    let start = |name: &str| cluster.another_worker_with(name, poisoned);
     let mut fleet: Vec<(&str, Process)> = NAMES.map(|name| (name, start(name))).into();
 
     // One that is well runs all the while.
@@ -45,7 +57,7 @@ async fn a_job_that_ends_every_worker_is_given_up_and_the_fleet_works_on() {
         sleep(Duration::from_millis(20)).await;
     };
     assert_eq!((job.state(), job.reason()), (JobState::Failed, JobReason::Quarantined), "{job:#?}");
-    assert_eq!(job.failure.unwrap().cause(), FailureCause::WorkerLost);
+    assert_eq!(job.failure.unwrap().cause(), cause);
     assert_eq!(ended.len(), 3, "{ended:?}");
 
     let job = cluster.ends(&well, JobState::Succeeded).await;

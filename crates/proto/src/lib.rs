@@ -24,7 +24,9 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("attune_descriptor");
 
 /// Version of the protocol between worker and scheduler that this code speaks.
-pub const WORKER_PROTOCOL_VERSION: u32 = 1;
+pub const WORKER_PROTOCOL_VERSION: u32 = 2;
+/// The version before, whose workers finish the attempts that they have and are offered no other.
+pub const WORKER_PROTOCOL_VERSION_BEFORE: u32 = WORKER_PROTOCOL_VERSION - 1;
 
 /// Largest encoded message that clients and servers accept: a manifest of 4 MiB and room around it.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;

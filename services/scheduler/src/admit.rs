@@ -20,7 +20,7 @@ use tonic::Status;
 
 use crate::clock::Clock;
 use crate::context::Context;
-use crate::{forecast, status};
+use crate::{addresses, forecast, status};
 
 /// Largest `config.json` that is read.
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
@@ -238,7 +238,7 @@ async fn resolve(
                 .await
                 .map(|path| plan::Input::Path(path.display().to_string())));
         }
-        Reference::Url(url) => return Ok(Ok(plan::Input::Url(url.clone()))),
+        Reference::Url(url) => return Ok(addresses::check(url).map(|()| plan::Input::Url(url.clone()))),
         Reference::Stage { .. } => return Ok(Err(format!("is {reference}, which only a stage of a recipe can name"))),
     };
     let row = match context.store.artifact(project, digest).await {

@@ -178,8 +178,14 @@ impl Ledger {
                     let failed = reason.cause().filter(|_| from.is_live());
                     let text = match failed {
                         Some(cause) => {
-                            entry.failed_attempts = entry.failed_attempts.saturating_add(1);
-                            let told = extra.failure.take().unwrap_or_else(|| log::failure_of(cause));
+                            // A refused offer is nobody's failure.
+                            let is_failure = cause != Cause::OfferRefused;
+                            entry.failed_attempts = entry.failed_attempts.saturating_add(u32::from(is_failure));
+                            // What was said of a refused offer is nothing to say of an attempt that had begun.
+                            let fits = |told: &v1::Failure| {
+                                told.cause() != v1::FailureCause::OfferRefused || cause == Cause::OfferRefused
+                            };
+                            let told = extra.failure.take().filter(fits).unwrap_or_else(|| log::failure_of(cause));
                             let data = log::failure(&told);
                             push(log::ATTEMPT_FAILED, data.clone());
                             failure = Some(data);

@@ -39,6 +39,7 @@ mod rows;
 
 mod desk;
 
+mod addresses;
 mod admit;
 mod forecast;
 mod stages;

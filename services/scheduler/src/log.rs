@@ -113,12 +113,14 @@ pub(crate) fn read_failure(data: &Value) -> v1::Failure {
     }
 }
 
-/// The core's cause of a failure that a worker reports; what it does not know is a defect of ours.
+/// The core's cause of a failure that a worker reports; what it does not know, or is not a worker's to say of what it has run, is
+/// a defect of ours.
 pub(crate) fn cause(failure: &v1::Failure) -> core::Cause {
     let word = failure.cause().word();
     let number = match failure.cause() {
         v1::FailureCause::ChildKilled => failure.signal,
         v1::FailureCause::ChildExited => failure.exit_code,
+        v1::FailureCause::OfferLost | v1::FailureCause::OfferRefused => return core::Cause::Internal,
         _ => return word.parse().unwrap_or(core::Cause::Internal),
     };
     format!("{word}({})", number.unwrap_or_default()).parse().unwrap_or(core::Cause::Internal)
@@ -270,11 +272,15 @@ mod tests {
         assert_eq!(cause(&v1::Failure::default()), core::Cause::Internal);
         let own = failure_of(core::Cause::WorkerLost);
         assert_eq!((own.cause(), cause(&own)), (v1::FailureCause::WorkerLost, core::Cause::WorkerLost));
+        // These cost a job nothing, so nobody says them of an attempt that it has run.
+        for free in [core::Cause::OfferLost, core::Cause::OfferRefused] {
+            assert_eq!(cause(&failure_of(free)), core::Cause::Internal);
+        }
     }
 
     #[test]
     fn every_cause_and_reason_has_a_word_in_the_contract() {
-        for cause in ["hung", "corrupt", "time_limit", "no_gradient", "internal"] {
+        for cause in ["hung", "corrupt", "time_limit", "no_gradient", "offer_refused", "internal"] {
             let parsed: core::Cause = cause.parse().unwrap();
             assert_eq!(failure_of(parsed).cause().word(), cause);
         }

@@ -104,6 +104,8 @@ pub(crate) struct JobDocument {
     cohort: Option<CohortId>,
     n_failed: u32,
     n_offers_lost: u32,
+    #[serde(default)]
+    n_offers_refused: u32,
     pub(crate) checkpoint: Option<CheckpointDocument>,
     #[serde(default)]
     pub(crate) older: Option<CheckpointDocument>,
@@ -154,9 +156,9 @@ impl JobDocument {
         Self::deserialize(value).map_err(|error| Error::Restore(format!("a job's row: {error}")))
     }
 
-    /// How many attempts failed without progress between them: what the wait after a failure goes by.
-    pub(crate) const fn n_failed(&self) -> u32 {
-        self.n_failed
+    /// How many attempts failed without progress between them, or came to no worker: what the wait after a failure goes by.
+    pub(crate) fn n_failed(&self) -> u32 {
+        self.n_failed.max(self.n_offers_refused)
     }
 }
 
@@ -183,6 +185,7 @@ pub(crate) fn job_document(job: &core::Job, failed_attempts: u32) -> Value {
         cohort: job.cohort,
         n_failed: job.n_failed,
         n_offers_lost: job.n_offers_lost,
+        n_offers_refused: job.n_offers_refused,
         checkpoint: job.checkpoint.map(Into::into),
         older: job.older.map(Into::into),
         progress: job.progress,
@@ -228,6 +231,7 @@ pub(crate) fn job(row: &attune_store::job::Job) -> Result<(core::Job, JobDocumen
         cohort: read.cohort,
         n_failed: read.n_failed,
         n_offers_lost: read.n_offers_lost,
+        n_offers_refused: read.n_offers_refused,
         checkpoint: read.checkpoint.map(Into::into),
         older: read.older.map(Into::into),
         progress: read.progress,
@@ -357,6 +361,7 @@ mod tests {
             cohort: Some(CohortId(9)),
             n_failed: 1,
             n_offers_lost: 2,
+            n_offers_refused: 3,
             checkpoint: Some(core::Checkpoint { digest: digest(1), step: Step(10), epoch: Epoch(4) }),
             older: Some(core::Checkpoint { digest: digest(5), step: Step(8), epoch: Epoch(3) }),
             progress: Step(10),

@@ -74,6 +74,7 @@ pub async fn run(config: Config, stop: Stop) -> Result<(), Error> {
     let (news, inbox) = mpsc::channel(NEWS_MAX);
     let mut agent = Agent {
         worker: home.worker.clone(),
+        process: uuid::Uuid::now_v7().simple().to_string(),
         work_dir: config.work_dir.clone(),
         cards: node::cards(config.cards)?,
         config,
@@ -189,6 +190,8 @@ impl Lease {
 
 struct Agent {
     worker: WorkerId,
+    /// Names this process and no other.
+    process: String,
     work_dir: PathBuf,
     config: Config,
     /// The NVIDIA devices that it offers.
@@ -294,6 +297,7 @@ impl Agent {
             code_version: kernel::CODE_VERSION.to_owned(),
             running: self.running(),
             draining: self.leaving.is_some(),
+            process: self.process.clone(),
         }
     }
 
@@ -532,6 +536,8 @@ impl Agent {
         if self.leaving.is_some() {
             return Err((v1::LeaseRefusal::Draining, "the worker is leaving".to_owned()));
         }
+        #[cfg(feature = "failpoints")]
+        crate::offer::poison(offer);
         node::has_room().map_err(|message| (v1::LeaseRefusal::Busy, message))?;
         let is_card = offer.device == v1::DeviceKind::Cuda as i32;
         let all = if is_card { self.cards.len() as u32 } else { self.config.devices };

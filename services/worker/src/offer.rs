@@ -38,6 +38,16 @@ pub(crate) fn task(
     })
 }
 
+/// A defect of this process that a job sets off by its name, before anybody has heard that its offer arrived.
+#[cfg(feature = "failpoints")]
+pub(crate) fn poison(offer: &v1::LeaseOffer) {
+    if let Some(Some(name)) = fail::eval("worker::poisoned_offer", |name| name)
+        && offer.attempts.iter().any(|attempt| attempt.spec.as_ref().is_some_and(|spec| spec.name == name))
+    {
+        crate::attempt::kill_this_process();
+    }
+}
+
 /// The plan of a job, with every reference meaning what it meant when the job was accepted.
 fn plan(spec: &JobSpec, pins: &[v1::PinnedInput]) -> Result<Plan, Vec<attune_spec::Fault>> {
     Plan::resolve(spec, Catalogue::embedded(), |reference| {

@@ -135,6 +135,13 @@ mod tests {
         all.fetch_all(connection).await.unwrap().iter().map(|row| row.try_get("sql").unwrap()).collect()
     }
 
+    /// The statements of a step.
+    fn statements(step: &str) -> Vec<String> {
+        // Comments may hold what ends a statement.
+        let code: String = step.lines().map(|line| line.split("--").next().unwrap().to_owned() + "\n").collect();
+        code.split(';').map(str::trim).filter(|text| !text.is_empty()).map(str::to_owned).collect()
+    }
+
     async fn file(path: &std::path::Path) -> AnyConnection {
         sqlx::any::install_default_drivers();
         let mut connection = AnyConnection::connect(&format!("sqlite:{}?mode=rwc", path.display())).await.unwrap();
@@ -152,17 +159,14 @@ mod tests {
         let expected = described(&mut fresh).await;
         let mut n_killed = 0;
         for (before, step) in (0..steps.len()).map(|done| (&steps[..done], steps[done])) {
-            // Comments may hold what ends a statement.
-            let code: String = step.lines().map(|line| line.split("--").next().unwrap().to_owned() + "\n").collect();
-            let statements: Vec<&str> = code.split(';').map(str::trim).filter(|text| !text.is_empty()).collect();
+            let statements = statements(step);
             for n_done in 0..=statements.len() {
                 let (folder, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
                 let mut connection = file(&folder.path().join("a.db")).await;
                 migrate_to(&mut connection, before).await.unwrap();
                 let mut transaction = sqlx::Acquire::begin(&mut connection).await.unwrap();
                 for statement in &statements[..n_done] {
-                    let statement = sqlx::AssertSqlSafe((*statement).to_owned());
-                    sqlx::raw_sql(statement).execute(&mut *transaction).await.unwrap();
+                    sqlx::raw_sql(sqlx::AssertSqlSafe(statement.clone())).execute(&mut *transaction).await.unwrap();
                 }
                 // What a process leaves that is killed at this moment.
                 for found in std::fs::read_dir(folder.path()).unwrap() {
@@ -176,6 +180,98 @@ mod tests {
                 let mut next = file(&killed.path().join("a.db")).await;
                 migrate_to(&mut next, steps).await.unwrap();
                 assert_eq!(described(&mut next).await, expected, "step {}, {n_done} statements", before.len() + 1);
+                n_killed += 1;
+            }
+        }
+        assert!(n_killed > 20, "{n_killed}");
+    }
+
+    /// A server with databases of its own; none, with the reason, where there is none.
+    struct Server {
+        url: String,
+        admin: AnyConnection,
+        n_databases: usize,
+    }
+
+    impl Server {
+        async fn find() -> Option<Self> {
+            sqlx::any::install_default_drivers();
+            let Ok(url) = std::env::var("ATTUNE_TEST_POSTGRES") else {
+                eprintln!("skipped: ATTUNE_TEST_POSTGRES names no server (tests/services/postgres.sh starts one)");
+                return None;
+            };
+            let admin = AnyConnection::connect(&url).await.unwrap();
+            Some(Self { url, admin, n_databases: 0 })
+        }
+
+        async fn run(&mut self, sql: String) {
+            sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut self.admin).await.unwrap();
+        }
+
+        /// A new database, empty or as another one is.
+        async fn database(&mut self, like: Option<&str>) -> String {
+            self.n_databases += 1;
+            let name = format!("m_{}_{}", std::process::id(), self.n_databases);
+            self.run(format!("CREATE DATABASE {name} TEMPLATE {}", like.unwrap_or("template0"))).await;
+            name
+        }
+
+        async fn connect(&self, database: &str) -> AnyConnection {
+            let (head, query) = self.url.split_once('?').unwrap_or((&self.url, ""));
+            let (place, _) = head.rsplit_once('/').unwrap();
+            AnyConnection::connect(&format!("{place}/{database}?{query}")).await.unwrap()
+        }
+    }
+
+    /// A schema as PostgreSQL describes it: columns, indexes, constraints, and what is in the tables that steps fill.
+    async fn described_by_postgres(connection: &mut AnyConnection) -> Vec<String> {
+        let all = sqlx::query(
+            "SELECT concat_ws(' ', table_name, ordinal_position, column_name, data_type, is_nullable, column_default) AS line
+             FROM information_schema.columns WHERE table_schema = 'public'
+             UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'
+             UNION ALL SELECT concat_ws(' ', conrelid::regclass::text, conname::text, pg_get_constraintdef(oid))
+             FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+             UNION ALL SELECT concat_ws(' ', 'term', term, leader, word) FROM terms
+             UNION ALL SELECT concat_ws(' ', 'step', step, md5(sql)) FROM schema_steps
+             ORDER BY 1",
+        );
+        all.fetch_all(connection).await.unwrap().iter().map(|row| row.try_get("line").unwrap()).collect()
+    }
+
+    /// F39: the same over PostgreSQL, where a connection that breaks takes its transaction with it.
+    #[tokio::test]
+    async fn an_upgrade_of_postgres_that_is_killed_anywhere_is_made_again() {
+        let Some(mut server) = Server::find().await else { return };
+        let to = |steps| Steps { table: POSTGRES.table, steps };
+        let steps = POSTGRES.steps;
+        let fresh = server.database(None).await;
+        let mut fresh = server.connect(&fresh).await;
+        migrate(&mut fresh, &POSTGRES).await.unwrap();
+        let expected = described_by_postgres(&mut fresh).await;
+        assert!(expected.len() > 50, "{expected:#?}");
+        let mut n_killed = 0;
+        for (before, step) in (0..steps.len()).map(|done| (&steps[..done], steps[done])) {
+            let earlier = server.database(None).await;
+            let mut connection = server.connect(&earlier).await;
+            migrate(&mut connection, &to(before)).await.unwrap();
+            connection.close().await.unwrap();
+            let statements = statements(step);
+            for n_done in 0..=statements.len() {
+                let database = server.database(Some(&earlier)).await;
+                let mut connection = server.connect(&database).await;
+                let pid = sqlx::query("SELECT pg_backend_pid() AS pid").fetch_one(&mut connection).await.unwrap();
+                let pid: i32 = pid.try_get("pid").unwrap();
+                sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
+                for statement in &statements[..n_done] {
+                    sqlx::raw_sql(sqlx::AssertSqlSafe(statement.clone())).execute(&mut connection).await.unwrap();
+                }
+                // No word of goodbye, as of a process that is killed; the lock that it had is free once the server has noticed.
+                server.run(format!("SELECT pg_terminate_backend({pid}, 10000)")).await;
+                assert!(sqlx::raw_sql("SELECT 1").execute(&mut connection).await.is_err(), "it is not gone");
+                let mut next = server.connect(&database).await;
+                migrate(&mut next, &POSTGRES).await.unwrap();
+                let found = described_by_postgres(&mut next).await;
+                assert_eq!(found, expected, "step {}, {n_done} statements", before.len() + 1);
                 n_killed += 1;
             }
         }

@@ -42,8 +42,19 @@ impl Bench {
         // Half of them have cards.
         let devices = Devices { n_cpu: 4, n_cuda: if at.is_multiple_of(2) { 8 } else { 0 } };
         let session = Session(at as u64 + 1);
-        let (holding, memory) = (Vec::new(), BTreeMap::new());
-        self.step(Input::Register { worker, session, devices, memory, labels, draining: false, holding }).1
+        let (holding, memory, process) = (Vec::new(), BTreeMap::new(), None);
+        self.step(Input::Register {
+            worker,
+            session,
+            devices,
+            memory,
+            labels,
+            process,
+            outdated: false,
+            draining: false,
+            holding,
+        })
+        .1
     }
 
     /// Jobs of several kinds: mostly one device, some gangs, some that fit nothing here.

@@ -28,11 +28,15 @@ impl Backoff {
     /// The jitter spreads jobs that failed together. It is drawn from the attempt's name and not from a generator, so
     /// that a scheduler that restarts waits as long as the one before.
     pub fn wait(&self, attempt: &Attempt, n_failed: u32) -> Duration {
+        // From a half to the whole, in 1024 parts.
+        self.longest(n_failed).mul_f64((512 + (hash(&attempt.key, attempt.epoch.0) & 511)) as f64 / 1024.0)
+    }
+
+    /// The longest wait after failure number `n_failed` (from 1).
+    pub(crate) fn longest(&self, n_failed: u32) -> Duration {
         let doublings = n_failed.saturating_sub(1);
         let longest = self.factor.checked_pow(doublings).and_then(|factor| self.base.checked_mul(factor));
-        let longest = longest.unwrap_or(self.cap).min(self.cap);
-        // From a half to the whole, in 1024 parts.
-        longest.mul_f64((512 + (hash(&attempt.key, attempt.epoch.0) & 511)) as f64 / 1024.0)
+        longest.unwrap_or(self.cap).min(self.cap)
     }
 }
 

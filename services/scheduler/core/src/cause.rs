@@ -37,6 +37,8 @@ pub enum Cause {
     LeaseExpired,
     /// The offer never reached the worker, as far as anybody knows.
     OfferLost,
+    /// The worker did not want the offer: it had no room, was leaving, or could not run such a one.
+    OfferRefused,
     /// No progress within the limit.
     Hung,
     /// The artifact store could not be reached for too long.
@@ -61,12 +63,13 @@ pub enum Cause {
     Internal,
 }
 
-const PLAIN: [Cause; 16] = [
+const PLAIN: [Cause; 17] = [
     Cause::ChildPanicked,
     Cause::OutOfMemory,
     Cause::WorkerLost,
     Cause::LeaseExpired,
     Cause::OfferLost,
+    Cause::OfferRefused,
     Cause::Hung,
     Cause::StoreUnavailable,
     Cause::DiskFull,
@@ -90,6 +93,7 @@ impl Cause {
             | Self::WorkerLost
             | Self::LeaseExpired
             | Self::OfferLost
+            | Self::OfferRefused
             | Self::Hung
             | Self::StoreUnavailable
             | Self::DiskFull
@@ -115,6 +119,7 @@ impl Cause {
             Self::WorkerLost => "worker_lost",
             Self::LeaseExpired => "lease_expired",
             Self::OfferLost => "offer_lost",
+            Self::OfferRefused => "offer_refused",
             Self::Hung => "hung",
             Self::StoreUnavailable => "store_unavailable",
             Self::DiskFull => "disk_full",
@@ -141,6 +146,7 @@ impl Cause {
             Self::WorkerLost => "the worker was not heard of for a whole lease, or came back without the attempt",
             Self::LeaseExpired => "the worker stopped reporting the attempt",
             Self::OfferLost => "the worker never received the attempt",
+            Self::OfferRefused => "the worker refused the attempt: it had no room, was leaving, or could not run it",
             Self::Hung => "the training process made no progress within its limit",
             Self::StoreUnavailable => "the artifact store could not be reached",
             Self::DiskFull => "a disk is full",

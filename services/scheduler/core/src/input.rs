@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use attune_spec::id::{CohortId, Digest, Epoch, JobId, Project, Step, WorkerId};
+use attune_spec::id::{CohortId, Digest, Epoch, JobId, Name, Project, Step, WorkerId};
 
 use crate::{Cause, Device, Devices, Holding, JobKey, Policy, Request, Session, State};
 
@@ -26,6 +26,17 @@ pub enum Outcome {
     Failed(Cause),
     /// The process that it shared with other attempts died, and nobody knows whose fault it was.
     Crashed(Cause),
+}
+
+/// Why a worker does not want what it was offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Declined {
+    /// It has no room for it, or for anything.
+    Full,
+    /// It is about to go.
+    Leaving,
+    /// It cannot run such an offer.
+    Unable,
 }
 
 /// What somebody saw who looked at the stages of a job and at what comes after them.
@@ -137,10 +148,30 @@ pub enum Input {
         memory: BTreeMap<Device, u64>,
         /// Its labels.
         labels: BTreeMap<String, String>,
+        /// The name of its process, another after each start; nothing of a worker that does not say it.
+        process: Option<Name>,
+        /// Whether it finishes what it runs and gets nothing new: it is of an earlier version.
+        outdated: bool,
         /// Whether it wants nothing new.
         draining: bool,
         /// The cohorts that it runs.
         holding: Vec<Holding>,
+    },
+    /// A worker has taken its share of a cohort.
+    OfferAccepted {
+        /// The worker.
+        worker: WorkerId,
+        /// The cohort.
+        cohort: CohortId,
+    },
+    /// A worker does not want its share of a cohort. That is nobody's failure.
+    OfferRefused {
+        /// The worker.
+        worker: WorkerId,
+        /// The cohort.
+        cohort: CohortId,
+        /// Why.
+        why: Declined,
     },
     /// A worker lives and vouches for the cohorts that it runs.
     Heartbeat {

@@ -92,7 +92,7 @@ pub fn no_job_lost(core: &Core) -> Result<(), Broken> {
                 let moves = !job.pending.is_empty() || core.due.contains(key);
                 moves && job.awaited().into_iter().all(is_open)
             }
-            State::Queued => core.queue.contains(job),
+            State::Queued => core.queue.get(job).is_some(),
             State::Starting | State::Running => is_leased(),
             State::Stopping(_) => is_leased() && has(Timer::Stop(key.clone())),
             State::Backoff => has(Timer::Backoff(key.clone())),
@@ -240,6 +240,7 @@ fn timers_fit(core: &Core) -> bool {
         Timer::Stop(key) => core.job(key).is_some_and(|job| matches!(job.state, State::Stopping(_))),
         Timer::Backoff(key) => core.job(key).is_some_and(|job| job.state == State::Backoff),
         Timer::Way => true,
+        Timer::Rest(worker) => core.worker(worker).is_some_and(|worker| worker.rests),
         Timer::Gather(key) => core.job(key).is_some_and(|job| job.state == State::Queued && job.shares().is_some()),
     })
 }

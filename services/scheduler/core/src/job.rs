@@ -106,6 +106,8 @@ pub struct Job {
     pub n_failed: u32,
     /// Lost offers since an attempt last ran or failed otherwise. The first two are nobody's fault.
     pub n_offers_lost: u32,
+    /// Offers in a row that workers refused. They are no failures; the wait after one grows with them.
+    pub n_offers_refused: u32,
     /// The newest committed checkpoint.
     pub checkpoint: Option<Checkpoint>,
     /// The one before it, which the job goes on from when the newest turns out to be damaged.
@@ -121,7 +123,7 @@ pub struct Job {
     pub n_stages_failed: u32,
     /// The workers of its newest gang, which have its inputs on their disks.
     pub workers: BTreeSet<WorkerId>,
-    /// Workers that were lost while they ran it, since the last progress.
+    /// Workers that died while they ran it, or while nobody knew whether its offer had reached them, since the last progress.
     pub lost_workers: BTreeSet<WorkerId>,
     /// The progress at its last preemption on request; it is not preempted again without more.
     pub preempted_at: Option<Step>,

@@ -6,6 +6,7 @@
 use attune_spec::id::{CohortId, WorkerId};
 
 use crate::plant::Plant;
+use crate::step::Draft;
 use crate::timers::Timer;
 use crate::{Cause, Core};
 
@@ -14,6 +15,17 @@ use crate::{Cause, Core};
 pub(crate) struct Lease {
     /// Whether the worker has given any sign that the offer arrived.
     pub(crate) acknowledged: bool,
+}
+
+/// What is known of a worker that does not vouch for a cohort any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// The same process speaks for it.
+    Lives,
+    /// Another process speaks for it, or it was silent for a whole lease.
+    Died,
+    /// Nobody has seen it since the scheduler started, or it does not say which process it is.
+    Unknown,
 }
 
 impl Core {
@@ -50,18 +62,30 @@ impl Core {
     /// Notes a sign of life from a share. Says nothing about the others and renews nothing: it may have been long on
     /// its way.
     pub(crate) fn acknowledge(&mut self, worker: &WorkerId, cohort: CohortId) {
-        if let Some(lease) = self.leases.get_mut(&(worker.clone(), cohort)) {
-            lease.acknowledged = true;
+        let Some(lease) = self.leases.get_mut(&(worker.clone(), cohort)) else { return };
+        if !std::mem::replace(&mut lease.acknowledged, true)
+            && let Some(known) = self.workers.get_mut(worker)
+        {
+            known.n_declined = 0;
         }
     }
 
-    /// Why a share is lost whose worker does not vouch for it any more.
-    pub(crate) fn loss(&self, worker: &WorkerId, cohort: CohortId, worker_lives: bool) -> Cause {
-        let acknowledged = self.leases.get(&(worker.clone(), cohort)).is_some_and(|lease| lease.acknowledged);
-        match (acknowledged, worker_lives) {
-            (false, _) => Cause::OfferLost,
-            (true, true) => Cause::LeaseExpired,
-            (true, false) => Cause::WorkerLost,
-        }
+    /// Whether a worker has given any sign that the offer of a cohort arrived.
+    pub(crate) fn is_acknowledged(&self, worker: &WorkerId, cohort: CohortId) -> bool {
+        self.leases.get(&(worker.clone(), cohort)).is_some_and(|lease| lease.acknowledged)
+    }
+
+    /// Fails what was on a share whose worker does not vouch for it any more.
+    ///
+    /// A job that kills its worker may do so before anybody hears that the offer arrived. So a death counts against the job in
+    /// either case; but that an offer came to nothing while its worker lives, or while nobody knows, was the network's doing.
+    pub(crate) fn lose_share(&mut self, worker: &WorkerId, cohort: CohortId, fate: Fate, draft: &mut Draft) {
+        let (cause, is_suspect) = match (self.is_acknowledged(worker, cohort), fate) {
+            (false, Fate::Lives | Fate::Unknown) => (Cause::OfferLost, false),
+            (false, Fate::Died) => (Cause::OfferLost, true),
+            (true, Fate::Lives) => (Cause::LeaseExpired, false),
+            (true, Fate::Died | Fate::Unknown) => (Cause::WorkerLost, true),
+        };
+        self.fail_cohort(cohort, cause, is_suspect.then_some(worker), draft);
     }
 }

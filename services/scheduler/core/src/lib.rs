@@ -34,7 +34,7 @@
 //! How many workers there are to be is decided beside this, by [`supply`], which reads a [`Core`] and changes nothing of it.
 //!
 //! # What a worker owes
-//! It registers with what it still holds, sends heartbeats that list its cohorts, kills its children when a lease has
+//! It registers with what it still holds, says of each offer whether it takes it, sends heartbeats that list its cohorts, kills its children when a lease has
 //! passed by its own clock since the last answered heartbeat was sent, kills what it is told to release, confirms that
 //! with `CohortGone`, and repeats the report of an ended attempt until it is answered. It holds a cohort from the offer to
 //! the release, also after its own processes have ended well: a gang is over when its leader says so.
@@ -84,7 +84,7 @@ pub use cause::{Cause, Retry};
 pub use cohort::{Attempt, Cohort, Share};
 pub use effect::{Action, Answer, Change, Committed, Effects, Event, EventKind, Granted, Offer};
 pub use error::{ParseError, RestoreError};
-pub use input::{Commit, Input, Limit, Look, Outcome};
+pub use input::{Commit, Declined, Input, Limit, Look, Outcome};
 pub use job::{Checkpoint, Job, JobKey, Request};
 pub use machine::{Core, Counters, Rules, Settings};
 pub use project::{Fleet, Policy, Usage};

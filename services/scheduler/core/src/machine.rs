@@ -1,20 +1,22 @@
 //! The state of the scheduler, and the one function that changes it.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::time::Duration;
 
 use attune_spec::id::{CohortId, Digest, Project, WorkerId};
 
+use crate::job::Place;
 use crate::placement::{self, Ask, Blocked, Seat, Tenant};
 use crate::plant::Plant;
 use crate::project::{Accounts, Policy, Usage};
-use crate::queue::Queue;
+use crate::queue::{Asked, Queue};
 use crate::step::Draft;
 use crate::timers::{Timer, Timers};
 use crate::{
-    Answer, Attempt, Backoff, Cohort, Effects, Input, Job, JobKey, Memory, Request, RestoreError, State, Timestamp,
-    Worker, invariants,
+    Answer, Attempt, Backoff, Cohort, Effects, Input, Job, JobKey, Memory, RestoreError, State, Timestamp, Worker,
+    invariants,
 };
 
 /// The limits that a scheduler works with.
@@ -319,7 +321,7 @@ impl Core {
     /// The queue as it is walked.
     pub(crate) fn lines(&self) -> impl Iterator<Item = (Tenant, impl Iterator<Item = Ask<'_>>)> {
         self.queue.lines().map(|(project, places, n_wishes)| {
-            (self.tenant(project, n_wishes), places.iter().filter_map(|place| self.ask(&place.key)))
+            (self.tenant(project, n_wishes), places.iter().map(|(place, asked)| self.ask_at(place, asked)))
         })
     }
 
@@ -328,32 +330,34 @@ impl Core {
         Tenant { policy, usage: self.usage(project).0, n_wishes }
     }
 
-    pub(crate) fn ask<'a>(&'a self, key: &'a JobKey) -> Option<Ask<'a>> {
-        let job = self.jobs.get(key)?;
-        let gathers = self.timers.get(&Timer::Gather(key.clone())).is_some();
-        let memory = if self.has(Plant::MemoryIgnored) { Memory::default() } else { job.request.memory };
-        let Request { resources, .. } = &job.request;
-        let priority = job.request.priority;
-        Some(Ask {
-            key,
-            priority,
-            order: job.order,
-            resources,
-            prefer: &job.workers,
-            avoid: &job.lost_workers,
-            share: self.share_key(job),
-            gathers,
-            memory,
-        })
+    /// What a queued job asks for.
+    pub(crate) fn ask(&self, key: &JobKey) -> Option<Ask<'_>> {
+        self.queue.get(self.jobs.get(key)?).map(|(place, asked)| self.ask_at(place, asked))
     }
 
-    fn share_key<'a>(&self, job: &'a Job) -> Option<&'a Digest> {
+    pub(crate) fn ask_at<'a>(&'a self, place: &'a Place, asked: &'a Asked) -> Ask<'a> {
         const ANY: Digest = Digest::from_bytes([0; 32]);
-        if self.has(Plant::KeyUnchecked) { Some(&ANY) } else { job.shares() }
+        let Asked { resources, prefer, avoid, share, memory } = asked;
+        let Place { priority: Reverse(priority), order, key } = place;
+        let gathers = share.is_some() && self.timers.get(&Timer::Gather(key.clone())).is_some();
+        Ask {
+            key,
+            priority: *priority,
+            order: *order,
+            resources,
+            prefer,
+            avoid,
+            share: if self.has(Plant::KeyUnchecked) { Some(&ANY) } else { share.as_ref() },
+            gathers,
+            memory: if self.has(Plant::MemoryIgnored) { Memory::default() } else { *memory },
+        }
     }
 
     pub(crate) fn seats(&self) -> Vec<Seat<'_>> {
-        let takes_work = |worker: &&Worker| worker.connected && !worker.draining && !self.cordoned.contains(&worker.id);
+        let takes_work = |worker: &&Worker| {
+            let is_told_off = worker.draining || worker.rests || worker.outdated;
+            worker.connected && !is_told_off && !self.cordoned.contains(&worker.id)
+        };
         let seat = |worker| {
             let Worker { id, devices, memory, labels, .. }: &Worker = worker;
             Seat { worker: id, devices: *devices, free: worker.free(), memory, labels }
@@ -363,7 +367,7 @@ impl Core {
 
     pub(crate) fn wait_after_failure(&self, job: &Job) -> Duration {
         let attempt = Attempt { key: job.key.clone(), epoch: job.epoch };
-        self.settings.backoff.wait(&attempt, job.n_failed)
+        self.settings.backoff.wait(&attempt, job.n_failed.max(job.n_offers_refused))
     }
 
     /// Whether a test has planted this defect.

@@ -53,11 +53,13 @@ pub(crate) enum Plant {
     QuotaIgnored,
     /// A job is preempted for one that is not more urgent.
     EqualsPreempted,
+    /// An offer that a worker refuses is charged to its job.
+    RefusalsCharged,
 }
 
 #[cfg(test)]
 impl Plant {
-    pub(crate) const ALL: [Self; 25] = [
+    pub(crate) const ALL: [Self; 26] = [
         Self::EpochUnchecked,
         Self::CommitAfterEnd,
         Self::EpochReused,
@@ -83,5 +85,6 @@ impl Plant {
         Self::LanesEndTogether,
         Self::QuotaIgnored,
         Self::EqualsPreempted,
+        Self::RefusalsCharged,
     ];
 }

@@ -2,7 +2,7 @@
 //!
 //! Jobs that ask for the same (a number of devices of a kind, and labels) see the same seats in the same order, so each such wish has them
 //! sorted once, and a seat that changes moves in each. A look for a gang then costs what the gang is large, however large the fleet
-//! is.
+//! is. Seats are numbered in the order of their workers' names, so that sets of them are bits and no name is compared twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,32 +14,80 @@ use crate::{Device, Devices, Resources};
 /// What jobs ask of a seat.
 pub(crate) type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
 
+/// A set of numbers of seats.
+#[derive(Debug, Default)]
+struct Numbers {
+    words: Vec<u64>,
+    len: usize,
+    /// The first word that has a bit; where all are gone, none before it has one.
+    first: usize,
+}
+
+impl Numbers {
+    fn insert(&mut self, number: usize) {
+        let (word, bit) = (number / 64, 1 << (number % 64));
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        self.len += usize::from(self.words[word] & bit == 0);
+        self.words[word] |= bit;
+        self.first = self.first.min(word);
+    }
+
+    fn remove(&mut self, number: usize) -> bool {
+        let was_there = self.contains(number);
+        if was_there {
+            self.words[number / 64] &= !(1 << (number % 64));
+            self.len -= 1;
+            while self.words.get(self.first) == Some(&0) {
+                self.first += 1;
+            }
+        }
+        was_there
+    }
+
+    fn contains(&self, number: usize) -> bool {
+        self.words.get(number / 64).is_some_and(|word| word & 1 << (number % 64) != 0)
+    }
+
+    /// All of them, smallest first.
+    fn iter(&self) -> impl Iterator<Item = usize> {
+        let bits = |(word, mut bits): (usize, u64)| {
+            std::iter::from_fn(move || {
+                let bit = bits.trailing_zeros() as usize;
+                (bits != 0).then(|| {
+                    bits &= bits - 1;
+                    64 * word + bit
+                })
+            })
+        };
+        self.words.iter().copied().enumerate().skip(self.first).flat_map(bits)
+    }
+}
+
 /// The seats that a wish could have if they were empty and that nobody keeps: by what is free of its kind, then by name.
 #[derive(Debug, Default)]
-struct Open<'s> {
-    by_free: BTreeMap<u32, BTreeMap<&'s WorkerId, usize>>,
+struct Open {
+    by_free: BTreeMap<u32, Numbers>,
     len: usize,
     /// The same with those that somebody keeps.
     n_able: usize,
 }
 
-impl<'s> Open<'s> {
-    fn insert(&mut self, free: u32, worker: &'s WorkerId, idx: usize) {
-        self.len += usize::from(self.by_free.entry(free).or_default().insert(worker, idx).is_none());
+impl Open {
+    fn insert(&mut self, free: u32, number: usize) {
+        self.by_free.entry(free).or_default().insert(number);
+        self.len += 1;
     }
 
-    fn remove(&mut self, free: u32, worker: &'s WorkerId) -> bool {
-        let Some(alike) = self.by_free.get_mut(&free) else { return false };
-        let was_there = alike.remove(worker).is_some();
-        if alike.is_empty() {
-            self.by_free.remove(&free);
-        }
+    fn remove(&mut self, free: u32, number: usize) -> bool {
+        let was_there = self.by_free.get_mut(&free).is_some_and(|alike| alike.remove(number));
         self.len -= usize::from(was_there);
         was_there
     }
 
-    fn has(&self, free: u32, worker: &WorkerId) -> bool {
-        self.by_free.get(&free).is_some_and(|alike| alike.contains_key(worker))
+    fn has(&self, free: u32, number: usize) -> bool {
+        self.by_free.get(&free).is_some_and(|alike| alike.contains(number))
     }
 }
 
@@ -47,20 +95,27 @@ impl<'s> Open<'s> {
 #[derive(Debug)]
 pub(crate) struct Seats<'s> {
     seats: &'s [Seat<'s>],
-    by_worker: BTreeMap<&'s WorkerId, usize>,
+    /// The seats by their workers' names: a seat's number is its place here.
+    by_name: Vec<usize>,
+    numbers: Vec<usize>,
     free: Vec<Devices>,
     kept: Vec<bool>,
     /// Seats of which something is free and that nobody keeps.
     n_idle: usize,
-    open: BTreeMap<Wish<'s>, Open<'s>>,
+    open: BTreeMap<Wish<'s>, Open>,
 }
 
 impl<'s> Seats<'s> {
     pub(crate) fn new(seats: &'s [Seat<'s>]) -> Self {
         let free: Vec<Devices> = seats.iter().map(|seat| seat.free).collect();
+        let mut by_name: Vec<usize> = (0..seats.len()).collect();
+        by_name.sort_by_key(|idx| seats[*idx].worker);
+        let mut numbers = vec![0; seats.len()];
+        by_name.iter().enumerate().for_each(|(number, idx)| numbers[*idx] = number);
         Self {
             seats,
-            by_worker: seats.iter().enumerate().map(|(idx, seat)| (seat.worker, idx)).collect(),
+            by_name,
+            numbers,
             n_idle: free.iter().filter(|free| **free != Devices::default()).count(),
             kept: vec![false; seats.len()],
             free,
@@ -73,18 +128,23 @@ impl<'s> Seats<'s> {
         self.n_idle > 0
     }
 
-    fn open(&mut self, wish: Wish<'s>) -> &Open<'s> {
-        let (seats, free, kept) = (self.seats, &self.free, &self.kept);
-        self.open.entry(wish).or_insert_with(|| {
+    fn open(&mut self, wish: Wish<'s>) -> &Open {
+        let Self { seats, numbers, free, kept, open, .. } = self;
+        open.entry(wish).or_insert_with(|| {
             let mut open = Open::default();
             for idx in able(seats, wish) {
                 open.n_able += 1;
                 if !kept[idx] {
-                    open.insert(free[idx].of(wish.0), seats[idx].worker, idx);
+                    open.insert(free[idx].of(wish.0), numbers[idx]);
                 }
             }
             open
         })
+    }
+
+    /// The number of a worker's seat.
+    fn number(&self, worker: &WorkerId) -> Option<usize> {
+        self.by_name.binary_search_by(|idx| self.seats[*idx].worker.cmp(worker)).ok()
     }
 
     /// The best gang of the first of these kinds that has one: where the job ran before, then the tightest holes, then those
@@ -92,20 +152,24 @@ impl<'s> Seats<'s> {
     pub(crate) fn gang(&mut self, ask: &Ask<'s>, kinds: &[Device]) -> Option<(Device, Vec<usize>)> {
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
         kinds.iter().find_map(|&kind| {
-            let before = ask.prefer.difference(ask.avoid).filter_map(|worker| self.by_worker.get(worker).copied());
-            let before: BTreeSet<(u32, &WorkerId, usize)> =
-                before.map(|idx| (self.free[idx].of(kind), self.seats[idx].worker, idx)).collect();
-            let open = self.open((kind, n_devices, &ask.resources.labels));
-            let first = before.iter().filter(|(free, worker, _)| *free >= n_devices && open.has(*free, worker));
+            let before = ask.prefer.difference(ask.avoid).filter_map(|worker| self.number(worker));
+            let before: BTreeSet<(u32, usize)> =
+                before.map(|number| (self.free[self.by_name[number]].of(kind), number)).collect();
+            self.open((kind, n_devices, &ask.resources.labels));
+            let open = &self.open[&(kind, n_devices, &ask.resources.labels)];
+            let worker = |number: &usize| self.seats[self.by_name[*number]].worker;
+            let first = before.iter().filter(|(free, number)| *free >= n_devices && open.has(*free, *number));
             let all = || open.by_free.range(n_devices..).flat_map(|(_, alike)| alike.iter());
-            let is_other = |worker: &WorkerId| !ask.prefer.contains(worker) && !ask.avoid.contains(worker);
-            let rest = all().filter(|(worker, _)| is_other(worker)).map(|(_, idx)| *idx);
-            let gang = first.map(|seat| seat.2).chain(rest).take(n_workers);
+            let is_new = ask.prefer.is_empty() && ask.avoid.is_empty();
+            let is_other =
+                |number: &usize| is_new || !ask.prefer.contains(worker(number)) && !ask.avoid.contains(worker(number));
+            let gang = first.map(|(_, number)| *number).chain(all().filter(is_other)).take(n_workers);
             let mut gang: Vec<usize> = gang.collect();
             if gang.len() < n_workers && !ask.avoid.is_empty() {
-                let last = all().filter(|(worker, _)| ask.avoid.contains(**worker)).map(|(_, idx)| *idx);
+                let last = all().filter(|number| ask.avoid.contains(worker(number)));
                 gang.extend(last.take(n_workers - gang.len()));
             }
+            gang.iter_mut().for_each(|number| *number = self.by_name[*number]);
             (gang.len() == n_workers).then_some((kind, gang))
         })
     }
@@ -125,9 +189,8 @@ impl<'s> Seats<'s> {
                 continue;
             }
             // The freest ones, by name where they are alike: they only get freer while they are kept, so the choice stays.
-            let chosen = open.by_free.values().rev().flat_map(|alike| alike.values().copied());
-            let chosen: Vec<usize> = chosen.take(n_workers).collect();
-            for idx in chosen {
+            let chosen: Vec<usize> = open.by_free.values().rev().flat_map(Numbers::iter).take(n_workers).collect();
+            for idx in chosen.into_iter().map(|number| self.by_name[number]).collect::<Vec<_>>() {
                 self.change(idx, |seats| seats.kept[idx] = true);
             }
             return true;
@@ -155,10 +218,12 @@ impl<'s> Seats<'s> {
         let before = self.free[idx];
         change(self);
         self.n_idle = self.n_idle + usize::from(self.is_idle_at(idx)) - usize::from(was_idle);
-        let (free, is_kept, worker) = (self.free[idx], self.kept[idx], self.seats[idx].worker);
+        let (free, is_kept, number) = (self.free[idx], self.kept[idx], self.numbers[idx]);
         for ((kind, ..), open) in &mut self.open {
-            if open.remove(before.of(*kind), worker) && !is_kept {
-                open.insert(free.of(*kind), worker, idx);
+            let (before, free) = (before.of(*kind), free.of(*kind));
+            let is_moved = is_kept || before != free;
+            if is_moved && open.remove(before, number) && !is_kept {
+                open.insert(free, number);
             }
         }
     }
@@ -179,4 +244,127 @@ pub(crate) fn able<'s>(
 /// Whether a seat could hold a share of such a job if it were empty.
 pub(crate) fn is_able(seat: &Seat<'_>, (kind, n_devices, labels): Wish<'_>) -> bool {
     seat.devices.of(kind) >= n_devices && labels.iter().all(|(name, value)| seat.labels.get(name) == Some(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use attune_spec::id::{JobId, Project};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{JobKey, Memory, Wanted};
+
+    /// The same by looking at every seat each time.
+    struct Plain<'s> {
+        seats: &'s [Seat<'s>],
+        free: Vec<Devices>,
+        kept: Vec<bool>,
+    }
+
+    impl Plain<'_> {
+        fn gang(&self, ask: &Ask<'_>, kinds: &[Device]) -> Option<(Device, Vec<usize>)> {
+            let Resources { n_workers, n_devices, labels, .. } = ask.resources;
+            kinds.iter().find_map(|&kind| {
+                let able = able(self.seats, (kind, n_devices.get(), labels));
+                let has = |idx: &usize| !self.kept[*idx] && self.free[*idx].of(kind) >= n_devices.get();
+                let mut gang: Vec<usize> = able.filter(has).collect();
+                gang.sort_by_key(|&idx| {
+                    let worker = self.seats[idx].worker;
+                    let (lost, before) = (ask.avoid.contains(worker), ask.prefer.contains(worker));
+                    (lost, lost || !before, self.free[idx].of(kind), worker)
+                });
+                gang.truncate(n_workers.get() as usize);
+                (gang.len() == n_workers.get() as usize).then_some((kind, gang))
+            })
+        }
+
+        fn keep(&mut self, ask: &Ask<'_>, kinds: &[Device]) -> bool {
+            let Resources { n_workers, n_devices, labels, .. } = ask.resources;
+            for &kind in kinds {
+                let able = able(self.seats, (kind, n_devices.get(), labels));
+                let mut open: Vec<usize> = able.filter(|idx| !self.kept[*idx]).collect();
+                if open.len() >= n_workers.get() as usize {
+                    open.sort_by_key(|&idx| (std::cmp::Reverse(self.free[idx].of(kind)), self.seats[idx].worker));
+                    open[..n_workers.get() as usize].iter().for_each(|idx| self.kept[*idx] = true);
+                    return true;
+                }
+            }
+            false
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// More seats than a word has bits, in any order of names, through a long walk.
+        #[test]
+        fn seats_are_found_as_if_each_were_looked_at(
+            fleet in proptest::collection::vec((0_u32..6, 0_u32..6, 0_u32..3, 0_u32..3, 0_u32..2), 0..200),
+            order in any::<u64>(),
+            asks in proptest::collection::vec((1_u32..4, 1_u32..5, 0_usize..3, 0_u32..3, 0_usize..250, 0_usize..250), 0..150),
+        ) {
+            let name = |idx: usize| {
+                let mixed = (idx as u64 * 7919 + order % 1000) % 997;
+                WorkerId::new(format!("w{mixed:03}-{idx}")).unwrap()
+            };
+            let names: Vec<WorkerId> = (0..fleet.len()).map(name).collect();
+            let zone = |zone: u32| BTreeMap::from([("zone".to_owned(), zone.to_string())]);
+            let labels: Vec<BTreeMap<String, String>> = fleet.iter().map(|seat| zone(seat.4)).collect();
+            let memory = BTreeMap::new();
+            let seats: Vec<Seat<'_>> = (0..fleet.len())
+                .map(|idx| {
+                    let (free_cpu, n_cpu, free_cuda, n_cuda, _) = fleet[idx];
+                    let free = Devices { n_cpu: free_cpu.min(n_cpu), n_cuda: free_cuda.min(n_cuda) };
+                    let devices = Devices { n_cpu, n_cuda };
+                    Seat { worker: &names[idx], devices, free, memory: &memory, labels: &labels[idx] }
+                })
+                .collect();
+            let key = JobKey::new(Project::default(), JobId::new("j").unwrap());
+            let wanted: Vec<_> = asks
+                .iter()
+                .map(|&(n_workers, n_devices, device, in_zone, before, lost)| {
+                    let (n_workers, n_devices) = (NonZeroU32::new(n_workers).unwrap(), NonZeroU32::new(n_devices).unwrap());
+                    let device = [Wanted::Any, Wanted::Only(Device::Cpu), Wanted::Only(Device::Cuda)][device];
+                    let labels = if in_zone < 2 { zone(in_zone) } else { BTreeMap::new() };
+                    let one = |at: usize| names.get(at).cloned().into_iter().collect::<BTreeSet<_>>();
+                    (Resources { n_workers, n_devices, device, labels }, one(before), one(lost))
+                })
+                .collect();
+            let mut fast = Seats::new(&seats);
+            let mut plain = Plain { seats: &seats, free: seats.iter().map(|seat| seat.free).collect(), kept: vec![false; seats.len()] };
+            let mut taken = Vec::new();
+            for (step, (resources, prefer, avoid)) in wanted.iter().enumerate() {
+                let (share, memory) = (None, Memory::default());
+                let ask = Ask { key: &key, priority: 0, order: 0, resources, prefer, avoid, share, gathers: false, memory };
+                let kinds = resources.device.kinds();
+                let found = fast.gang(&ask, kinds);
+                prop_assert_eq!(&found, &plain.gang(&ask, kinds));
+                match found {
+                    Some((kind, gang)) => {
+                        let n = resources.n_devices.get();
+                        for idx in gang {
+                            fast.take(idx, kind, n);
+                            plain.free[idx] = plain.free[idx].without(kind, n);
+                            taken.push((idx, kind, n));
+                        }
+                    }
+                    None if step % 3 == 0 => prop_assert_eq!(fast.keep(&ask, kinds), plain.keep(&ask, kinds)),
+                    None => {
+                        if let Some((idx, kind, n)) = taken.pop() {
+                            fast.give(idx, kind, n);
+                            plain.free[idx] = plain.free[idx].with(kind, n);
+                        }
+                    }
+                }
+                let is_idle = (0..seats.len()).any(|idx| !plain.kept[idx] && plain.free[idx] != Devices::default());
+                prop_assert_eq!(fast.is_idle(), is_idle);
+                for &kind in kinds {
+                    let n_able = able(&seats, (kind, resources.n_devices.get(), &resources.labels)).count();
+                    prop_assert_eq!(fast.could_hold(&ask, kind), n_able >= resources.n_workers.get() as usize);
+                }
+            }
+        }
+    }
 }

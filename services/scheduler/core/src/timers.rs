@@ -22,6 +22,8 @@ pub(crate) enum Timer {
     Backoff(JobKey),
     /// A queued job has waited long enough for others to share a process with.
     Gather(JobKey),
+    /// A worker that had no room gets offers again.
+    Rest(WorkerId),
     /// After a look in vain: those who could make way for more urgent jobs are looked for again.
     Way,
 }

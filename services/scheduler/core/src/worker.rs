@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use attune_spec::id::{CohortId, WorkerId};
+use attune_spec::id::{CohortId, Name, WorkerId};
 
 use crate::{Attempt, Device, Devices};
 
@@ -51,6 +51,14 @@ pub struct Worker {
     pub memory: BTreeMap<Device, u64>,
     /// What a job's `resources.labels` are compared with.
     pub labels: BTreeMap<String, String>,
+    /// The name of its process, another after each start.
+    pub process: Option<Name>,
+    /// Whether it finishes what it runs and gets nothing new: it is of an earlier version.
+    pub outdated: bool,
+    /// Offers in a row that it had no room for.
+    pub n_declined: u32,
+    /// Whether it is left alone for a while because of that.
+    pub rests: bool,
     /// The number of its newest heartbeat in this session.
     pub beat: u64,
     /// What occupies its devices.

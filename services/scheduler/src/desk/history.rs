@@ -159,7 +159,9 @@ impl History {
         self.beats.insert(id.clone(), 0);
         let devices = Devices { n_cpu: 2, n_cuda: 0 };
         let (session, memory, labels) = (Session(self.n_sessions), BTreeMap::new(), BTreeMap::new());
-        self.take(Input::Register { worker: id, session, devices, memory, labels, draining: false, holding }).await;
+        let (worker, process, outdated, draining) = (id, None, false, false);
+        self.take(Input::Register { worker, session, devices, memory, labels, process, outdated, draining, holding })
+            .await;
     }
 
     async fn heartbeat(&mut self, n: u64) {

@@ -7,12 +7,12 @@ use attune_proto::convert::Faults;
 use attune_proto::convert::id::{attempt, field};
 use attune_proto::v1::worker_service_server::WorkerService;
 use attune_proto::v1::{self, connect_request::Message as Said};
-use attune_proto::{Class, WORKER_PROTOCOL_VERSION};
+use attune_proto::{Class, WORKER_PROTOCOL_VERSION, WORKER_PROTOCOL_VERSION_BEFORE};
 use attune_scheduler_core::{
-    self as core, Answer, Cause, Device, Devices, Holding, Input, JobKey, Refusal, RefusalKind, Session,
+    self as core, Answer, Cause, Declined, Device, Devices, Holding, Input, JobKey, Refusal, RefusalKind, Session,
 };
 use attune_spec::Fault;
-use attune_spec::id::{CohortId, WorkerId};
+use attune_spec::id::{CohortId, Name, WorkerId};
 use attune_telemetry::{Stop, Task};
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
@@ -21,8 +21,12 @@ use super::Answers;
 use super::reports::Reports;
 use crate::context::Context;
 use crate::guard::{Caller, received};
+use crate::ledger::Extra;
 use crate::links::{Link, refused};
-use crate::status;
+use crate::{log, status};
+
+/// Of what a worker says about an offer that it refuses, so much is kept.
+const REFUSAL_CHARS_MAX: usize = 500;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -42,7 +46,7 @@ impl WorkerService for Workers {
         let (outgoing, answers) = mpsc::channel(self.context.waiting_messages);
         let session = self.context.next_session();
         let link = Link { session, outgoing, stop: Stop::new() };
-        let connection = Connection { context: Arc::clone(&self.context), caller, link, incoming };
+        let connection = Connection { context: Arc::clone(&self.context), caller, link, incoming, is_outdated: false };
         self.context.tasks.spawn(Task::new("serve a worker"), async move {
             connection.run().await;
             Ok::<_, std::convert::Infallible>(())
@@ -57,6 +61,8 @@ struct Connection {
     caller: Caller,
     link: Link,
     incoming: Streaming<v1::ConnectRequest>,
+    /// Whether the worker speaks the version before.
+    is_outdated: bool,
 }
 
 /// Why a connection ends on our side.
@@ -121,6 +127,9 @@ impl Connection {
             // A message of a newer worker says nothing to us.
             let Some(said) = message.message else { continue };
             match said {
+                Said::Heartbeat(heartbeat) if self.is_outdated && heartbeat.running.is_empty() => {
+                    return Err(unspoken(WORKER_PROTOCOL_VERSION_BEFORE));
+                }
                 Said::Register(_) => {
                     return Err(invalid("register: came twice on one connection".to_owned()));
                 }
@@ -137,19 +146,24 @@ impl Connection {
         let Some(Said::Register(register)) = first.message else {
             return Err(invalid("register: is missing; expected it in the first message".to_owned()));
         };
-        if register.protocol_version != WORKER_PROTOCOL_VERSION {
-            let message = format!(
-                "the worker speaks version {} of the protocol; this scheduler speaks {WORKER_PROTOCOL_VERSION}",
-                register.protocol_version
-            );
-            return Err(End::Refused(v1::RefusalReason::ProtocolVersion, message));
-        }
+        self.is_outdated = match register.protocol_version {
+            WORKER_PROTOCOL_VERSION => false,
+            // The version before finishes what it has; whoever has nothing is of no use here.
+            WORKER_PROTOCOL_VERSION_BEFORE if !register.running.is_empty() => true,
+            version => return Err(unspoken(version)),
+        };
         let session = self.link.session;
-        let (worker, input) = read(&register, session)
+        let (worker, input) = read(&register, session, self.is_outdated)
             .map_err(|faults| invalid(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
         self.claim(&worker).await?;
         match self.context.front.register(input, self.link.clone()).await {
-            Ok(Answer::Done | Answer::Repeated) => Ok(worker),
+            Ok(Answer::Done | Answer::Repeated) => {
+                if self.is_outdated {
+                    let version = register.protocol_version;
+                    tracing::warn!(%worker, version, "a worker of the version before finishes what it runs and gets nothing new");
+                }
+                Ok(worker)
+            }
             Ok(Answer::Refused(refusal)) => Err(End::Refused(v1::RefusalReason::Superseded, refusal.to_string())),
             Err(status) if Class::of(&status) == Class::QuotaExceeded => {
                 Err(End::Refused(v1::RefusalReason::Unavailable, status.message().to_owned()))
@@ -186,24 +200,36 @@ impl Connection {
                 beat: heartbeat.sequence,
                 holding: heartbeat.running.iter().map(|cohort| CohortId(cohort.cohort_id)).collect(),
             },
-            // The heartbeats that list the cohort say it again.
-            Said::LeaseAccepted(_) => return Ok(()),
-            Said::LeaseRefused(lease) => {
-                tracing::info!(%worker, cohort = lease.cohort_id, why = lease.message, "lease refused");
-                let cause = match lease.refusal() {
-                    v1::LeaseRefusal::Unsupported => Cause::Internal,
-                    v1::LeaseRefusal::Unspecified | v1::LeaseRefusal::Busy | v1::LeaseRefusal::Draining => {
-                        Cause::OfferLost
-                    }
-                };
-                Input::CohortCrashed { worker, cohort: CohortId(lease.cohort_id), cause }
-            }
+            Said::LeaseAccepted(lease) => Input::OfferAccepted { worker, cohort: CohortId(lease.cohort_id) },
+            Said::LeaseRefused(lease) => return self.refused(worker, &lease).await,
             Said::GangPeer(peer) => return self.context.front.relay(worker, peer).await.map_err(End::from),
             Said::Drain(_) => Input::Drain { worker },
             Said::CohortGone(gone) => Input::CohortGone { worker, session, cohort: CohortId(gone.cohort_id) },
             Said::Register(_) | Said::AttemptReport(_) => return Ok(()),
         };
         match self.context.front.step(input).await? {
+            Answer::Done | Answer::Repeated => Ok(()),
+            Answer::Refused(refusal) => settle(&refusal),
+        }
+    }
+
+    /// The worker does not want an offer.
+    async fn refused(&self, worker: WorkerId, lease: &v1::LeaseRefused) -> Result<(), End> {
+        let why = match lease.refusal() {
+            v1::LeaseRefusal::Unspecified | v1::LeaseRefusal::Busy => Declined::Full,
+            v1::LeaseRefusal::Draining => Declined::Leaving,
+            v1::LeaseRefusal::Unsupported => Declined::Unable,
+        };
+        let said: String = lease.message.chars().take(REFUSAL_CHARS_MAX).collect();
+        tracing::info!(%worker, cohort = lease.cohort_id, why = %said.escape_debug(), "lease refused");
+        let mut failure = log::failure_of(Cause::OfferRefused);
+        failure.message = match said.as_str() {
+            "" => format!("worker {worker} refused the attempt"),
+            said => format!("worker {worker} refused the attempt: {said}"),
+        };
+        let extra = Extra { failure: Some(failure), ..Extra::default() };
+        let input = Input::OfferRefused { worker, cohort: CohortId(lease.cohort_id), why };
+        match self.context.front.step_with(input, extra).await? {
             Answer::Done | Answer::Repeated => Ok(()),
             Answer::Refused(refusal) => settle(&refusal),
         }
@@ -220,12 +246,21 @@ fn settle(refusal: &Refusal) -> Result<(), End> {
     Ok(())
 }
 
+/// The end of a connection of a worker whose version is not spoken here, or not any more.
+fn unspoken(version: u32) -> End {
+    let message = format!(
+        "the worker speaks version {version} of the protocol; this scheduler speaks {WORKER_PROTOCOL_VERSION}, and lets workers of \
+         {WORKER_PROTOCOL_VERSION_BEFORE} finish what they run: start the worker of the scheduler's own version"
+    );
+    End::Refused(v1::RefusalReason::ProtocolVersion, message)
+}
+
 fn invalid(message: String) -> End {
     End::Refused(v1::RefusalReason::Invalid, message)
 }
 
 /// A registration as the core takes it.
-fn read(register: &v1::Register, session: Session) -> Result<(WorkerId, Input), Vec<Fault>> {
+fn read(register: &v1::Register, session: Session, outdated: bool) -> Result<(WorkerId, Input), Vec<Fault>> {
     let mut faults = Faults::new();
     let worker = faults.field(field::<WorkerId>("register.worker_id", &register.worker_id));
     if register.kernel_profile.is_empty() {
@@ -261,9 +296,24 @@ fn read(register: &v1::Register, session: Session) -> Result<(WorkerId, Input), 
     for (index, running) in register.running.iter().enumerate() {
         holding.extend(faults.take(read_holding(running, &format!("register.running[{index}]"))));
     }
+    let process = match register.process.as_str() {
+        "" => None,
+        text => faults.field(field::<Name>("register.process", text)),
+    };
     let registration = worker.map(|worker| {
         let (labels, draining) = (register.labels.clone(), register.draining);
-        (worker.clone(), Input::Register { worker, session, devices, memory, labels, draining, holding })
+        let input = Input::Register {
+            worker: worker.clone(),
+            session,
+            devices,
+            memory,
+            labels,
+            process,
+            outdated,
+            draining,
+            holding,
+        };
+        (worker, input)
     });
     faults.finish(registration)
 }

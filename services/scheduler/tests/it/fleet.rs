@@ -5,7 +5,7 @@ use attune_proto::v1::connect_request::Message as Said;
 use attune_proto::v1::connect_response::Message;
 use attune_proto::v1::{self, FailureCause, JobState, RefusalReason};
 
-use crate::fixtures::{create, get, inputs, job, until};
+use crate::fixtures::{create, events, get, inputs, job, until};
 use crate::server::Server;
 use crate::worker::{Worker, attempt, register, running};
 
@@ -89,6 +89,49 @@ async fn a_silent_worker_loses_its_job_and_may_not_commit_any_more() {
     assert_eq!(get(&client, &made.job_id).await.unwrap().state(), JobState::Succeeded);
 }
 
+/// F39: a worker of the version before comes back from an upgrade of the scheduler.
+#[tokio::test]
+async fn a_worker_of_the_version_before_finishes_its_attempt_and_is_sent_home() {
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let mut worker = Worker::connect(&client, "w-1").await;
+    let made = create(&client, "r1", &job()).await.unwrap();
+    let offer = worker.offer().await;
+    worker.begin(&attempt(&offer)).await;
+    let protocol_version = attune_proto::WORKER_PROTOCOL_VERSION_BEFORE;
+    let before = |running| v1::Register { protocol_version, running, ..register("w-1") };
+
+    let (old, registered) = Worker::connect_with(&client, before(vec![running(&offer)])).await;
+    let mut old = old.go_on(&worker);
+    assert_eq!(registered.cohort_ids, [offer.cohort_id]);
+    let next = create(&client, "r2", &job()).await.unwrap();
+    old.checkpoint(&attempt(&offer), 3).await.unwrap();
+    assert_eq!(old.beat(&[running(&offer)]).await.cohort_ids, [offer.cohort_id]);
+    old.succeed(&offer).await;
+    let done = get(&client, &made.job_id).await.unwrap();
+    assert_eq!((done.state(), done.epoch, done.failed_attempts), (JobState::Succeeded, 1, 0));
+    // Its place is free, and nothing is offered to it.
+    assert!(!old.has(|message| matches!(message, Message::LeaseOffer(_))).await);
+    old.say(Said::Heartbeat(v1::Heartbeat { sequence: 99, ..Default::default() })).await;
+    let refused = refusal(&mut old).await;
+    assert_eq!(refused.reason(), RefusalReason::ProtocolVersion);
+    let said = format!("version {protocol_version} of the protocol; this scheduler speaks {}", protocol_version + 1);
+    assert!(refused.message.contains(&said), "{}", refused.message);
+
+    // Whoever has nothing to finish is not taken in; nor is one that is older still, or newer, whatever it has.
+    for register in [
+        before(Vec::new()),
+        v1::Register { protocol_version: protocol_version - 1, ..before(vec![running(&offer)]) },
+        v1::Register { protocol_version: protocol_version + 2, ..before(vec![running(&offer)]) },
+    ] {
+        let mut refused_at_once = Worker::open(&client, register).await;
+        assert_eq!(refusal(&mut refused_at_once).await.reason(), RefusalReason::ProtocolVersion);
+    }
+    let mut renewed = Worker::connect(&client, "w-1").await;
+    assert_eq!(attempt(&renewed.offer().await).job_id, next.job_id);
+}
+
 #[tokio::test]
 async fn a_refused_lease_goes_to_somebody_else() {
     let server = Server::start();
@@ -97,10 +140,9 @@ async fn a_refused_lease_goes_to_somebody_else() {
     let mut busy = Worker::connect(&client, "w-1").await;
     let made = create(&client, "r1", &job()).await.unwrap();
     let offer = busy.offer().await;
-    busy.say(Said::Drain(v1::Drain::default())).await;
     let refusal = v1::LeaseRefusal::Draining as i32;
-    busy.say(Said::LeaseRefused(v1::LeaseRefused { cohort_id: offer.cohort_id, refusal, message: String::new() }))
-        .await;
+    let message = "the worker is leaving".to_owned();
+    busy.say(Said::LeaseRefused(v1::LeaseRefused { cohort_id: offer.cohort_id, refusal, message })).await;
     busy.release(offer.cohort_id).await;
     let mut free = Worker::connect(&client, "w-2").await;
     let offer = free.offer().await;
@@ -108,7 +150,13 @@ async fn a_refused_lease_goes_to_somebody_else() {
     free.begin(&attempt(&offer)).await;
     free.succeed(&offer).await;
     let done = until(&client, &made.job_id, JobState::Succeeded).await;
-    assert_eq!(done.worker_id, "w-2");
+    assert_eq!((done.worker_id.as_str(), done.failed_attempts), ("w-2", 0));
+    let told = events(&client, &made.job_id, 0, usize::MAX).await.into_iter().find_map(|event| match event.event {
+        Some(v1::job_event::Event::AttemptFailed(failure)) => Some((failure.cause(), failure.message)),
+        _ => None,
+    });
+    let said = "worker w-1 refused the attempt: the worker is leaving".to_owned();
+    assert_eq!(told, Some((FailureCause::OfferRefused, said)));
 }
 
 #[tokio::test]

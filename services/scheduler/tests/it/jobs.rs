@@ -65,6 +65,17 @@ async fn every_fault_of_a_job_comes_at_once() {
     for part in ["`after[0]`", "`base` is \"base:latest\"", "`data.domains[0].source`", "--data-root"] {
         assert!(texts.iter().any(|text| text.contains(part)), "{part} is not in {texts:?}");
     }
+    // A host that a worker's client could be led to (A32): by another scheme, and by what is no bucket's name.
+    let mut spec = job();
+    spec["data"]["domains"][0]["source"] = json!("s3://127.0.0.1:80#/rows.jsonl");
+    let mut spec = message(&spec);
+    spec.base = "http://169.254.169.254/latest".to_owned();
+    let status = create_message(&client, "r1", spec.clone()).await.unwrap_err();
+    assert!(faults(&status).iter().any(|fault| fault.path.as_str() == "base"), "{status:?}");
+    spec.base = "base".to_owned();
+    let status = create_message(&client, "r1", spec).await.unwrap_err();
+    let told = "`data.domains[0].source` names the bucket \"127.0.0.1:80#\"";
+    assert!(faults(&status).iter().any(|fault| fault.to_string().starts_with(told)), "{status:?}");
     // What can be seen in the base.
     inputs(&client).await;
     let mut spec = job();

@@ -59,9 +59,9 @@ impl<'a, I: Iterator<Item = Ask<'a>>> Line<'a, I> {
         }
     }
 
-    /// The same with its place, and goes on to the next.
+    /// The one that [`Self::head`] found, with its place, and goes on to the next.
     pub(super) fn take(&mut self) -> Option<(usize, Ask<'a>)> {
-        let ask = self.head()?;
+        let ask = self.get(self.next)?;
         self.next += 1;
         Some((self.next - 1, ask))
     }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use attune_spec::id::{CohortId, Digest, Step, WorkerId};
+use attune_spec::id::{CohortId, Digest, Name, Step, WorkerId};
 
 use super::rng::Rng;
 use crate::{
-    Action, Answer, Attempt, Cause, Commit, Device, Devices, Granted, Holding, Input, JobKey, Offer, Outcome, Refusal,
-    Session, Share,
+    Action, Answer, Attempt, Cause, Commit, Declined, Device, Devices, Granted, Holding, Input, JobKey, Offer, Outcome,
+    Refusal, Session, Share,
 };
 
 /// What a job does when it runs, by the first letter of its name.
@@ -21,6 +21,8 @@ pub(crate) enum Nature {
     Flaky,
     /// It kills its worker.
     Poison,
+    /// It kills its worker before anybody has heard that the offer arrived.
+    Swift,
 }
 
 impl Nature {
@@ -29,6 +31,7 @@ impl Nature {
             b'b' => Self::Faulty,
             b'f' => Self::Flaky,
             b'p' => Self::Poison,
+            b'q' => Self::Swift,
             _ => Self::Honest,
         }
     }
@@ -113,6 +116,8 @@ pub(crate) struct Knobs {
     pub(crate) crash: u64,
     /// Chance that a child ignores the request to stop, in a thousand.
     pub(crate) stubborn: u64,
+    /// Chance that a worker refuses an offer, in a thousand.
+    pub(crate) refuse: u64,
     /// Whether workers kill their children when their lease is over. The core must not rely on it.
     pub(crate) fences: bool,
 }
@@ -195,6 +200,8 @@ impl Agent {
             devices: self.devices,
             memory: BTreeMap::from([(Device::Cpu, DEVICE_BYTES)]),
             labels: BTreeMap::new(),
+            process: Name::new(format!("life-{}", self.life)).ok(),
+            outdated: false,
             draining: false,
             holding: holding.collect(),
         };
@@ -286,7 +293,7 @@ impl Agent {
                         self.finish(cohort, attempt, Outcome::Failed(Cause::Hung), out);
                     }
                     Nature::Poison if lane.step == 2 => out.push(Out::Die),
-                    Nature::Faulty | Nature::Flaky | Nature::Poison => {}
+                    Nature::Faulty | Nature::Flaky | Nature::Poison | Nature::Swift => {}
                     Nature::Honest if lane.step >= N_STEPS => {
                         lane.phase = Phase::Complete;
                         self.commit(cohort, attempt, Commit::Output, out);
@@ -360,6 +367,18 @@ impl Agent {
             Action::Offer(Offer { cohort, attempts, share, gang: _, ttl: _ }) => {
                 if self.held.contains_key(&cohort) {
                     return;
+                }
+                let worker = self.id.clone();
+                if rng.chance(knobs.refuse) {
+                    let why = *rng.pick(&[Declined::Full, Declined::Full, Declined::Unable]).unwrap_or(&Declined::Full);
+                    out.push(Out::Send(Input::OfferRefused { worker, cohort, why }, None));
+                    return;
+                }
+                if attempts.iter().any(|granted| Nature::of(&granted.attempt.key) == Nature::Swift) {
+                    return out.push(Out::Die);
+                }
+                if rng.chance(500) {
+                    out.push(Out::Send(Input::OfferAccepted { worker, cohort }, None));
                 }
                 let lane = |granted| Lane::new(granted, rng.chance(knobs.stubborn));
                 let lanes = attempts.into_iter().map(lane).collect();

@@ -146,7 +146,8 @@ impl Ledger {
                         }
                         _ => is_shared,
                     };
-                    if is_death && !history.spared && cause != Cause::OfferLost {
+                    let is_offer = matches!(cause, Cause::OfferLost | Cause::OfferRefused);
+                    if is_death && !history.spared && !is_offer {
                         history.spared = true;
                         if to != State::Backoff {
                             return Err(format!("{} is {to} because a process died that it shared", event.key));
@@ -307,8 +308,8 @@ impl Ledger {
 
 impl History {
     fn count(&mut self, key: &JobKey, to: State, reason: Reason, cause: Cause) -> Result<(), String> {
-        self.n_failed.0 += u32::from(cause != Cause::OfferLost);
-        self.n_failed.1 += 1;
+        self.n_failed.0 += u32::from(!matches!(cause, Cause::OfferLost | Cause::OfferRefused));
+        self.n_failed.1 += u32::from(cause != Cause::OfferRefused);
         let (surely, at_most) = self.n_failed;
         if to == State::Backoff && surely >= self.max_attempts {
             return Err(format!("{key} failed {surely} times of {} and goes on", self.max_attempts));

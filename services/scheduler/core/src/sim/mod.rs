@@ -95,9 +95,12 @@ fn the_core_holds() {
     for lanes in ["2 lanes", "3 lanes"] {
         assert!(tally.arrows.get(lanes).is_some_and(|n| *n > 20), "cohorts of {lanes} are rare");
     }
-    for (arrow, least) in
-        [("running -> stopping(preempt) preempt_asked", 50), ("stopping(cancel) -> cancelled time_limit", 1)]
-    {
+    for (arrow, least) in [
+        ("running -> stopping(preempt) preempt_asked", 50),
+        ("stopping(cancel) -> cancelled time_limit", 1),
+        ("running -> failed quarantined", 20),
+        ("starting -> failed quarantined", 20),
+    ] {
         assert!(tally.arrows.get(arrow).is_some_and(|n| *n > least), "{arrow} is rare");
     }
     for refusal in [

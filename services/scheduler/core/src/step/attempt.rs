@@ -10,7 +10,7 @@ use crate::{Answer, Cause, Core, JobKey, Outcome, Reason, Refusal, Retry, State,
 #[derive(Clone, Copy)]
 pub(super) struct Failure<'a> {
     pub(super) cause: Cause,
-    /// The worker that is to blame, if one is.
+    /// The worker that died with it, or just before it was heard of, if one did: the job may be to blame.
     pub(super) lost: Option<&'a WorkerId>,
     /// Whether it died with a process that others shared, so that nobody knows whose fault it was.
     pub(super) is_shared: bool,
@@ -39,7 +39,8 @@ impl Core {
         match state {
             State::Starting => {
                 self.acknowledge(worker, cohort);
-                self.edit(key, draft).n_offers_lost = 0;
+                let job = self.edit(key, draft);
+                (job.n_offers_lost, job.n_offers_refused) = (0, 0);
                 self.move_to(key, State::Running, Reason::Started, draft);
                 Ok(Answer::Done)
             }
@@ -99,10 +100,7 @@ impl Core {
         cause: Cause,
         draft: &mut Draft,
     ) -> Result<Answer, Refusal> {
-        let known = self.cohorts.get(&cohort).ok_or(Refusal::CohortOver { cohort })?;
-        if known.share(worker).is_none() {
-            return Err(Refusal::NotItsLease { worker: worker.clone(), what: format!("cohort {cohort}") });
-        }
+        self.shared_with(worker, cohort)?;
         self.acknowledge(worker, cohort);
         self.fail_cohort(cohort, cause, None, draft);
         Ok(Answer::Done)
@@ -119,8 +117,8 @@ impl Core {
         self.move_to(key, stop.target(), reason, draft);
     }
 
-    /// Fails every attempt of a cohort. `lost` is the worker that is to blame, if one is.
-    pub(super) fn fail_cohort(&mut self, cohort: CohortId, cause: Cause, lost: Option<&WorkerId>, draft: &mut Draft) {
+    /// Fails every attempt of a cohort. `lost` is the worker that died, if one did.
+    pub(crate) fn fail_cohort(&mut self, cohort: CohortId, cause: Cause, lost: Option<&WorkerId>, draft: &mut Draft) {
         let attempts = self.cohorts.get(&cohort).map(|cohort| cohort.attempts.clone()).unwrap_or_default();
         let failure = Failure { cause, lost, is_shared: attempts.len() > 1 };
         for attempt in attempts {
@@ -140,6 +138,7 @@ impl Core {
         let is_counted = !self.has(Plant::FailuresUncounted);
         let quarantine_after = self.settings.quarantine_after as usize;
         let (is_spared, is_packed_again) = (!self.has(Plant::InnocentsCharged), self.has(Plant::SoloForgotten));
+        let charges_refusals = self.has(Plant::RefusalsCharged);
         let job = self.edit(key, draft);
         // What it was to begin with is damaged. That may be an input, but then the older checkpoint costs little.
         if (state, cause) == (State::Starting, Cause::Corrupt)
@@ -147,17 +146,32 @@ impl Core {
         {
             job.checkpoint = Some(older);
         }
-        if is_shared && is_spared && cause != Cause::OfferLost && job.shares().is_some() {
+        // An offer that nobody took has ended no process; one whose worker died may have.
+        let is_death = match cause {
+            Cause::OfferLost => lost.is_some(),
+            Cause::OfferRefused => false,
+            _ => true,
+        };
+        if is_shared && is_spared && is_death && job.shares().is_some() {
             job.solo = !is_packed_again;
-            job.n_offers_lost = 0;
+            (job.n_offers_lost, job.n_offers_refused) = (0, 0);
             return self.move_to(key, State::Backoff, Reason::Failure(cause), draft);
         }
-        let is_free = cause == Cause::OfferLost && job.n_offers_lost < FREE_LOST_OFFERS;
-        job.n_offers_lost = if cause == Cause::OfferLost { job.n_offers_lost.saturating_add(1) } else { 0 };
+        let is_free = match cause {
+            Cause::OfferLost => job.n_offers_lost < FREE_LOST_OFFERS,
+            Cause::OfferRefused => !charges_refusals,
+            _ => false,
+        };
+        (job.n_offers_lost, job.n_offers_refused) = match cause {
+            Cause::OfferLost => (job.n_offers_lost.saturating_add(1), 0),
+            // Neither of the two says anything of the other.
+            Cause::OfferRefused => (job.n_offers_lost, job.n_offers_refused.saturating_add(1)),
+            _ => (0, 0),
+        };
         if !is_free && is_counted {
             job.n_failed = job.n_failed.saturating_add(1);
         }
-        if cause == Cause::WorkerLost && is_counted {
+        if is_counted {
             job.lost_workers.extend(lost.cloned());
         }
         let (state, reason) = if cause.retry() == Retry::No {

@@ -2,6 +2,7 @@
 
 use attune_spec::id::WorkerId;
 
+use crate::lease::Fate;
 use crate::plant::Plant;
 use crate::step::Draft;
 use crate::timers::Timer;
@@ -13,10 +14,15 @@ impl Core {
             match timer {
                 Timer::Lease(..) | Timer::Worker(_) if self.has(Plant::LeaseEndless) => {}
                 Timer::Lease(cohort, worker) => {
-                    // A worker that is not here has not come back since the restart, or is given up itself.
-                    let lives = self.workers.contains_key(&worker);
-                    let cause = self.loss(&worker, cohort, lives);
-                    self.fail_cohort(cohort, cause, Some(&worker), draft);
+                    // A worker that is not here has not come back since the restart: one that is silent is given up itself.
+                    let fate = if self.workers.contains_key(&worker) { Fate::Lives } else { Fate::Unknown };
+                    self.lose_share(&worker, cohort, fate, draft);
+                }
+                Timer::Rest(worker) => {
+                    if let Some(known) = self.workers.get_mut(&worker) {
+                        known.rests = false;
+                    }
+                    draft.has_room = true;
                 }
                 Timer::Gather(_) | Timer::Way => draft.has_room = true,
                 Timer::Worker(worker) => self.give_up(&worker, draft),
@@ -34,10 +40,10 @@ impl Core {
     /// Forgets a silent worker and fails what it ran.
     fn give_up(&mut self, worker: &WorkerId, draft: &mut Draft) {
         self.workers.remove(worker);
+        self.timers.clear(&Timer::Rest(worker.clone()));
         draft.has_room = true;
         for cohort in self.leased_to(worker) {
-            let cause = self.loss(worker, cohort, false);
-            self.fail_cohort(cohort, cause, Some(worker), draft);
+            self.lose_share(worker, cohort, Fate::Died, draft);
         }
     }
 }

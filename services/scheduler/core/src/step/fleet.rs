@@ -5,8 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use attune_spec::id::{CohortId, WorkerId};
+use attune_spec::id::{CohortId, Name, WorkerId};
 
+use crate::lease::Fate;
 use crate::plant::Plant;
 use crate::step::Draft;
 use crate::step::attempt::Failure;
@@ -22,6 +23,8 @@ pub(super) struct Registration {
     pub(super) devices: Devices,
     pub(super) memory: BTreeMap<Device, u64>,
     pub(super) labels: BTreeMap<String, String>,
+    pub(super) process: Option<Name>,
+    pub(super) outdated: bool,
     pub(super) draining: bool,
     pub(super) holding: Vec<Holding>,
 }
@@ -33,7 +36,7 @@ impl Core {
         registration: Registration,
         draft: &mut Draft,
     ) -> Result<Answer, Refusal> {
-        let Registration { session, devices, memory, labels, draining, holding } = registration;
+        let Registration { session, devices, memory, labels, process, outdated, draining, holding } = registration;
         if let Some(known) = self.workers.get(&id) {
             if session == known.session {
                 return Ok(Answer::Repeated);
@@ -42,6 +45,11 @@ impl Core {
                 return Err(Refusal::StaleSession { worker: id, session, newest: known.session });
             }
         }
+        let fate = match (self.workers.get(&id).and_then(|known| known.process.as_ref()), &process) {
+            (Some(before), Some(now)) if before == now => Fate::Lives,
+            (Some(_), Some(_)) => Fate::Died,
+            (None, _) | (_, None) => Fate::Unknown,
+        };
         let leased = self.leased_to(&id);
         // Each cohort once, whatever was sent.
         let holding: BTreeMap<CohortId, Holding> = holding.into_iter().map(|held| (held.cohort, held)).collect();
@@ -57,10 +65,15 @@ impl Core {
             devices,
             memory,
             labels,
+            process,
+            outdated,
+            n_declined: 0,
+            rests: false,
             beat: 0,
             occupied: kept.iter().map(|h| occupied(h, false)).chain(stray.iter().map(|h| occupied(h, true))).collect(),
         };
         self.workers.insert(id.clone(), worker);
+        self.timers.clear(&Timer::Rest(id.clone()));
         self.timers.set(Timer::Worker(id.clone()), self.now.plus(self.settings.ttl));
         draft.has_room = true;
         let keep: Vec<CohortId> = kept.iter().map(|held| held.cohort).collect();
@@ -76,8 +89,7 @@ impl Core {
                 continue;
             }
             // It was away and came back without the cohort: whatever ran there is dead.
-            let cause = self.loss(&id, cohort, false);
-            self.fail_cohort(cohort, cause, Some(&id), draft);
+            self.lose_share(&id, cohort, fate, draft);
         }
         for held in kept {
             self.reattach(&id, held, draft);

@@ -5,6 +5,7 @@ mod commit;
 mod expiry;
 mod fleet;
 mod grant;
+mod offer;
 mod preempt;
 mod request;
 mod rules;
@@ -74,10 +75,13 @@ impl Core {
             Input::Preempt { key } => self.preempt(&key, draft),
             Input::Forget { key } => self.forget(&key),
             Input::Looked { key, version, look } => self.looked(&key, version, look, draft),
-            Input::Register { worker, session, devices, memory, labels, draining, holding } => {
-                let registration = fleet::Registration { session, devices, memory, labels, draining, holding };
+            Input::Register { worker, session, devices, memory, labels, process, outdated, draining, holding } => {
+                let registration =
+                    fleet::Registration { session, devices, memory, labels, process, outdated, draining, holding };
                 self.register(worker, registration, draft)
             }
+            Input::OfferAccepted { worker, cohort } => self.offer_accepted(&worker, cohort),
+            Input::OfferRefused { worker, cohort, why } => self.offer_refused(&worker, cohort, why, draft),
             Input::Heartbeat { worker, session, beat, holding } => {
                 self.heartbeat(&worker, session, beat, &holding, draft)
             }

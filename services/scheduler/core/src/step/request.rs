@@ -183,6 +183,7 @@ fn new_job(key: JobKey, request: Request, order: u64) -> Job {
         cohort: None,
         n_failed: 0,
         n_offers_lost: 0,
+        n_offers_refused: 0,
         checkpoint: None,
         older: None,
         progress: Default::default(),

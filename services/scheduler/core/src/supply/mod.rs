@@ -227,7 +227,7 @@ impl Supply {
                 lot.end_late(now, &mut orders);
             }
         }
-        let need = self.need(core, now);
+        let need = self.need(core, &workers, now);
         for (lot, n_asked) in self.lots.iter_mut().zip(&need.asked) {
             if lot.is_known {
                 lot.order(*n_asked, &need, &workers, now, &mut orders);
@@ -244,7 +244,7 @@ impl Supply {
     }
 
     /// What the queue would take of what is there and coming, and how many more.
-    fn need(&self, core: &Core, now: Timestamp) -> Need {
+    fn need(&self, core: &Core, workers: &BTreeMap<&str, &Worker>, now: Timestamp) -> Need {
         let coming = |(idx, lot): (usize, &Lot)| {
             let coming = lot.requests.iter().filter(|(_, request)| request.phase == Phase::Coming);
             coming.map(move |(id, _)| (idx, Some(id.clone()))).collect::<Vec<_>>()
@@ -253,18 +253,23 @@ impl Supply {
         let mut room: Vec<u32> = self.lots.iter().map(|lot| lot.room(now)).collect();
         let pools: Vec<&Pool> = self.pools().collect();
         let mut asked = vec![0; pools.len()];
+        // Those that are to be there whatever waits are asked for anyhow, and jobs will be placed on them.
+        let mut more: Vec<u32> =
+            self.lots.iter().zip(&room).map(|(lot, room)| lot.lacking(workers).min(*room)).collect();
         loop {
-            let need = need::need(core, &pools, &coming, &room);
-            if need.asked.iter().all(|n| *n == 0) {
-                return Need { asked, ..need };
-            }
             // Where more workers are to come, jobs would be placed otherwise: so that the next step does not ask again, those count as coming
-            // until nothing is missing.
-            for (idx, n) in need.asked.into_iter().enumerate() {
+            // until nothing is missing, each beside the others of its pool as the next step will see it.
+            for (idx, n) in more.into_iter().enumerate() {
                 asked[idx] += n;
                 room[idx] -= n;
                 coming.extend((0..n).map(|_| (idx, None)));
             }
+            coming.sort_by_key(|(idx, _)| *idx);
+            let need = need::need(core, &pools, &coming, &room);
+            if need.asked.iter().all(|n| *n == 0) {
+                return Need { asked, ..need };
+            }
+            more = need.asked;
         }
     }
 }
@@ -331,6 +336,19 @@ impl Lot {
         if self.is_known && now >= self.not_before { self.pool.max.saturating_sub(n) } else { 0 }
     }
 
+    /// How many are there or coming, and stay.
+    fn n_alive(&self, workers: &BTreeMap<&str, &Worker>) -> u32 {
+        let stays = |(id, request): &(&RequestId, &Request)| {
+            request.phase != Phase::Leaving && workers.get(id.0.as_str()).is_none_or(|worker| !worker.draining)
+        };
+        u32::try_from(self.requests.iter().filter(stays).count()).unwrap_or(u32::MAX)
+    }
+
+    /// How many there are fewer than the least.
+    fn lacking(&self, workers: &BTreeMap<&str, &Worker>) -> u32 {
+        self.pool.min.saturating_sub(self.n_alive(workers))
+    }
+
     fn order(
         &mut self,
         n_asked: u32,
@@ -339,14 +357,9 @@ impl Lot {
         now: Timestamp,
         orders: &mut Vec<Order>,
     ) {
-        let room = self.room(now);
-        let stays = |(id, request): (&RequestId, &Request)| {
-            request.phase != Phase::Leaving && workers.get(id.0.as_str()).is_none_or(|worker| !worker.draining)
-        };
-        let n_alive = u32::try_from(self.requests.iter().filter(|pair| stays(*pair)).count()).unwrap_or(u32::MAX);
-        let n = n_asked.max(self.pool.min.saturating_sub(n_alive)).min(room);
-        if n > 0 {
-            orders.push(Order::Ask { pool: self.pool.name.clone(), n });
+        let n_alive = self.n_alive(workers);
+        if n_asked > 0 {
+            orders.push(Order::Ask { pool: self.pool.name.clone(), n: n_asked });
         }
         let mut spare: Vec<(Timestamp, RequestId)> = Vec::new();
         for (id, request) in &mut self.requests {

@@ -121,8 +121,8 @@ impl<'p> Occupied<'p> {
             if let Some(usage) = self.usage.get(project) {
                 tenant.usage.add(usage);
             }
-            let rest = places.iter().filter(|place| !self.keys.contains(&place.key));
-            (tenant, rest.filter_map(|place| core.ask(&place.key)))
+            let rest = places.iter().filter(|(place, _)| !self.keys.contains(&place.key));
+            (tenant, rest.map(|(place, asked)| core.ask_at(place, asked)))
         })
     }
 }

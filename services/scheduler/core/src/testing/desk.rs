@@ -37,7 +37,7 @@ pub(crate) struct Desk {
     pub(crate) core: Core,
     pub(crate) store: Store,
     pub(crate) now_ms: u64,
-    session: u64,
+    pub(crate) session: u64,
 }
 
 impl Desk {
@@ -123,6 +123,17 @@ impl Desk {
 
     /// A new connection of a worker with `n_cpu` devices, and what it holds.
     pub(crate) fn register(&mut self, name: &str, n_cpu: u32, holding: Vec<Holding>) -> Vec<Action> {
+        self.register_as(name, n_cpu, holding, None)
+    }
+
+    /// The same of a worker that says which process it is.
+    pub(crate) fn register_as(
+        &mut self,
+        name: &str,
+        n_cpu: u32,
+        holding: Vec<Holding>,
+        process: Option<&str>,
+    ) -> Vec<Action> {
         self.session += 1;
         self.done(Input::Register {
             worker: worker(name),
@@ -130,6 +141,8 @@ impl Desk {
             devices: Devices { n_cpu, n_cuda: 0 },
             memory: BTreeMap::from([(Device::Cpu, 100)]),
             labels: BTreeMap::new(),
+            process: process.map(|process| process.parse().unwrap()),
+            outdated: false,
             draining: false,
             holding,
         })

@@ -93,6 +93,8 @@ fn old_connections_and_old_heartbeats_are_refused() {
         devices: Devices { n_cpu: 4, n_cuda: 0 },
         memory: BTreeMap::new(),
         labels: BTreeMap::new(),
+        process: None,
+        outdated: false,
         draining: false,
         holding: Vec::new(),
     };
@@ -262,6 +264,8 @@ fn ten_thousand_workers_reconnect_at_once() {
         devices: Devices { n_cpu: 1, n_cuda: 0 },
         memory: BTreeMap::new(),
         labels: BTreeMap::new(),
+        process: None,
+        outdated: false,
         draining: false,
         holding: Vec::new(),
     };

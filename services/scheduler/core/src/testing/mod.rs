@@ -8,6 +8,7 @@ mod dependencies;
 mod fleet;
 mod gangs;
 mod lanes;
+mod offers;
 mod projects;
 mod restarts;
 mod retries;
@@ -36,6 +37,8 @@ pub(crate) fn job_of(input: &Input) -> Option<&JobKey> {
         | Input::Commit { key, .. } => Some(key),
         Input::Register { .. }
         | Input::Heartbeat { .. }
+        | Input::OfferAccepted { .. }
+        | Input::OfferRefused { .. }
         | Input::Drain { .. }
         | Input::Disconnect { .. }
         | Input::CohortGone { .. }

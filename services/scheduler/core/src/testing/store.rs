@@ -140,7 +140,7 @@ impl Store {
             core.timers
                 .iter()
                 .map(|(timer, _)| timer.clone())
-                .filter(|t| !matches!(t, Timer::Worker(_) | Timer::Gather(_) | Timer::Way))
+                .filter(|t| !matches!(t, Timer::Worker(_) | Timer::Rest(_) | Timer::Gather(_) | Timer::Way))
                 .collect()
         };
         if !core.leases.keys().eq(restored.leases.keys()) || timers(core) != timers(&restored) {

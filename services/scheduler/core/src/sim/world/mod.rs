@@ -114,6 +114,7 @@ impl World {
             ttl_ms: 3000,
             crash: *rng.pick(&[0, 5, 20]).unwrap_or(&0),
             stubborn: *rng.pick(&[0, 200, 1000]).unwrap_or(&0),
+            refuse: *rng.pick(&[0, 0, 100, 500]).unwrap_or(&0),
             fences: rng.chance(700),
         };
         let calm_ms = rng.between(15_000, 60_000);
@@ -494,7 +495,7 @@ impl World {
         self.note(|| "the faults stop".to_owned());
         self.is_calm = true;
         self.crash = None;
-        (self.knobs.crash, self.knobs.stubborn) = (0, 0);
+        (self.knobs.crash, self.knobs.stubborn, self.knobs.refuse) = (0, 0, 0);
         self.start_scheduler()?;
         for agent in 0..self.agents.len() {
             self.cut[agent] = Link::default();

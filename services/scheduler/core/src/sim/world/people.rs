@@ -28,7 +28,7 @@ impl World {
     }
 
     fn new_job(&mut self) -> Input {
-        let nature = *self.rng.pick(b"jjjjjjjjbfp").unwrap_or(&b'j') as char;
+        let nature = *self.rng.pick(b"jjjjjjjjjbfpq").unwrap_or(&b'j') as char;
         let project = Project::new(*self.rng.pick(&["red", "blue"]).unwrap_or(&"red")).unwrap();
         let key = JobKey::new(project, JobId::new(format!("{nature}{}", self.n_jobs)).unwrap());
         self.n_jobs += 1;
