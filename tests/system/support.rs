@@ -157,6 +157,22 @@ impl Cluster {
         std::mem::swap(&mut self.port, &mut self.other_port);
     }
 
+    /// Whether the cluster's scheduler is the one that took the lead last: one that follows answers reads as well.
+    pub(crate) fn is_leading(&self) -> bool {
+        let log = std::fs::read_to_string(self.path("scheduler.log")).unwrap_or_default();
+        let last = log.lines().rev().find(|line| line.contains("this scheduler leads"));
+        last.is_some_and(|line| line.contains(&format!(":{}\"", self.port)))
+    }
+
+    /// Waits until it does.
+    pub(crate) async fn until_leading(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.is_leading() {
+            assert!(Instant::now() < deadline, "it does not lead\n{}", self.logs());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Kills the scheduler that leads.
     pub(crate) fn kill_scheduler(&mut self) {
         self.scheduler.take().into_iter().for_each(Process::kill);

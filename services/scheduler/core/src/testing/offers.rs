@@ -152,7 +152,9 @@ fn a_job_that_kills_three_workers_before_a_word_is_quarantined() {
 /// F44: what is known of a worker decides whether its job is suspected.
 #[test]
 fn an_offer_that_came_to_nothing_is_charged_by_what_is_known() {
-    let table: [(&str, Option<&str>, Option<&str>, bool, &str, bool); 6] = [
+    // What is told, the process before and after, whether the offer was taken, the cause, and whether the job is suspected.
+    type Known = (&'static str, Option<&'static str>, Option<&'static str>, bool, &'static str, bool);
+    let table: [Known; 6] = [
         ("the connection broke", Some("p"), Some("p"), false, "offer_lost", false),
         ("it does not say who it is", None, None, false, "offer_lost", false),
         ("it was started again", Some("p"), Some("q"), false, "offer_lost", true),
