@@ -128,7 +128,7 @@ mod tests {
         Rng::new(1, name).normal_tensor(&shape[..], 1.0, DType::F32).unwrap()
     }
 
-    fn config(parameters: Value) -> Map<String, Value> {
+    fn config(parameters: &[&str]) -> Map<String, Value> {
         let config = json!({"peft_type": "LORA", "r": 2, "target_parameters": parameters});
         config.as_object().unwrap().clone()
     }
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn every_expert_has_what_the_product_for_all_of_them_gives_it() {
-        let (mut config, mut tensors) = (config(json!(["experts.gate_up_proj", "experts.down_proj"])), tensors());
+        let (mut config, mut tensors) = (config(&["experts.gate_up_proj", "experts.down_proj"]), tensors());
         unfused(&mut config, &mut tensors).unwrap();
         assert!(!config.contains_key(KEY) && tensors.len() == 18);
         let of = |expert: usize, linear: &str, local: &str| {
@@ -171,22 +171,21 @@ mod tests {
     #[test]
     fn what_is_no_parameter_of_experts_is_refused_by_its_name() {
         let refused = |config: &mut Map<String, Value>| unfused(config, &mut tensors()).unwrap_err()[0].to_string();
-        let other = refused(&mut config(json!(["experts.router_bias"])));
+        let other = refused(&mut config(&["experts.router_bias"]));
         assert!(other.starts_with("`target_parameters` names \"experts.router_bias\"; this version reads"), "{other}");
-        let fewer = refused(&mut config(json!(["experts.down_proj"])));
+        let fewer = refused(&mut config(&["experts.down_proj"]));
         assert!(fewer.contains("of a parameter that it does not list"), "{fewer}");
-        let mut odd = config(json!(["experts.gate_up_proj", "experts.down_proj"]));
+        let mut odd = config(&["experts.gate_up_proj", "experts.down_proj"]);
         odd.insert("r".to_owned(), json!(4));
         assert!(refused(&mut odd).contains("which is none of experts with rank 4"));
-        let mut patterns = config(json!(["experts.down_proj"]));
+        let mut patterns = config(&["experts.down_proj"]);
         patterns.insert("rank_pattern".to_owned(), json!({"down_proj": 4}));
         assert!(refused(&mut patterns).starts_with("`rank_pattern` is given beside"));
     }
 
     #[test]
     fn a_linears_own_weight_is_what_it_is_anyway() {
-        let (mut config, before) = (config(json!(["q_proj.weight"])), BTreeMap::new());
-        let mut tensors = before.clone();
+        let (mut config, mut tensors) = (config(&["q_proj.weight"]), BTreeMap::new());
         tensors.insert("base_model.model.q_proj.lora_A.weight".to_owned(), normal("a", [2, 4]));
         unfused(&mut config, &mut tensors).unwrap();
         assert!(!config.contains_key(KEY) && tensors.len() == 1);

@@ -72,7 +72,10 @@ pub fn of_pairs(mut pairs: BTreeMap<SiteId, (Tensor, Tensor)>, architecture: &Ar
     Ok(Joined { adapter, attachments, params })
 }
 
-/// The factors of what a component adds at each of its sites, `b_or` and `a_ri`, and the factor on their product.
+/// The factors of what a component adds to a weight, `b_or` and `a_ri`, and the factor on their product.
+pub type Factors = (Tensor, Tensor, f64);
+
+/// Those of what a component adds at each of its sites.
 ///
 /// # Errors
 /// [`Error::Refused`] if the component is no low-rank change of a weight.
@@ -81,7 +84,7 @@ pub fn pairs(
     attachments: &[Attachment],
     params: &Params,
     architecture: &Architecture,
-) -> Result<Vec<(SiteId, (Tensor, Tensor, f64))>> {
+) -> Result<Vec<(SiteId, Factors)>> {
     let tables = architecture.sites().into_iter().filter(|site| matches!(site.kind, SiteKind::Embedding { .. }));
     let tables: BTreeSet<SiteId> = tables.map(|site| site.id).collect();
     let pair = |at: &Attachment| {
@@ -101,7 +104,7 @@ fn product(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<(T
 }
 
 /// What a component adds to a weight: two factors, and the factor on their product.
-fn factors(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<(Tensor, Tensor, f64)> {
+fn factors(adapter: &dyn Adapter, at: &Attachment, params: &Params) -> Result<Factors> {
     let site = at.site.as_str();
     let tensors = at.tensors.iter().map(|spec| {
         let name = spec.name(site);

@@ -165,7 +165,7 @@ impl Search {
         let most = self.most * of.numbers(&all_at(|_| 0)) as f64;
         // The smallest loss comes first, the fewest numbers last.
         let fits = front.iter().position(|choice| choice.numbers as f64 <= most * (1.0 + 1e-9));
-        let chosen = fits.unwrap_or(front.len().saturating_sub(1));
+        let chosen = fits.unwrap_or_else(|| front.len().saturating_sub(1));
         let found = Found { evaluations: search.told().len() as i64, front, chosen };
         found.chosen()?;
         Ok(found)

@@ -17,6 +17,9 @@ use candle_core::Tensor;
 /// The gradient of a tensor at some parameters; none for 0.
 type Gradient = dyn Fn(&Theta, &TensorId) -> Option<Tensor>;
 
+/// A loss by parameters.
+type Loss = dyn Fn(&Theta) -> f64;
+
 pub(crate) struct Toy {
     pub(crate) theta: Theta,
     pub(crate) attachments: Vec<Attachment>,
@@ -27,7 +30,7 @@ pub(crate) struct Toy {
     /// The base's own weights.
     pub(crate) weights: BTreeMap<String, Tensor>,
     /// The loss at some parameters, if it has one.
-    pub(crate) loss: Option<Box<dyn Fn(&Theta) -> f64>>,
+    pub(crate) loss: Option<Box<Loss>>,
     /// Whether there is a validation set.
     pub(crate) is_validated: bool,
     gradient: Box<Gradient>,

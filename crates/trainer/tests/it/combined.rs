@@ -59,7 +59,7 @@ fn parts(of: &[(&str, f64)]) -> Vec<Part> {
     of.iter().map(part).collect()
 }
 
-fn combined(how: &How, masks: Vec<Tensor>, seed: u64, to: &Path) -> Result<Combined, attune_trainer::Error> {
+fn combined(how: &How, masks: Vec<Tensor>, seed: u64, to: &Path) -> Result<Combined, Box<attune_trainer::Error>> {
     let sign = how.majority_sign_method.as_deref().map(|sign| match sign {
         "frequency" => MajoritySign::Frequency,
         _ => MajoritySign::Total,
@@ -69,14 +69,14 @@ fn combined(how: &How, masks: Vec<Tensor>, seed: u64, to: &Path) -> Result<Combi
     let of = parts(&of);
     let combine = Combine { base: &base(), of: &of, method: &method, space, seed };
     if masks.is_empty() {
-        return combine.run(to);
+        return combine.run(to).map_err(Box::new);
     }
     let masks = Rc::new(RefCell::new(masks.into_iter().rev().collect::<Vec<_>>()));
     let made = combine.run_with(to, &|site| {
         Box::new(Recorded { masks: Rc::clone(&masks), is_table: site.as_str().ends_with("embed_tokens") })
     });
     assert!(masks.borrow().is_empty());
-    made
+    made.map_err(Box::new)
 }
 
 /// The factors of a folder by site, the one on products on the left one.

@@ -109,7 +109,7 @@ fn what_is_left_of_an_elastic_component_is_found_by_its_validation_loss() {
     assert!((of(chosen).0 - after).abs() < 1e-5, "{after} {chosen}");
     let config: serde_json::Value = serde_json::from_slice(&whole["Result/adapter_config.json"]).unwrap();
     let ranks = chosen["ranks"].as_object().unwrap();
-    let rank = |site: &str| config["rank_pattern"].get(site).unwrap_or(&config["r"]).clone();
+    let rank = |site: &str| config["rank_pattern"].get(site).unwrap_or_else(|| &config["r"]).clone();
     assert!(ranks.iter().all(|(site, chosen)| rank(site) == *chosen), "{config} {chosen}");
     assert_eq!(small.finish(plan.clone(), 2).1, whole);
     let outside = Outside::stopping_after(5);

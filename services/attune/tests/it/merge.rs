@@ -16,7 +16,7 @@ fn adapters_become_one_folder_that_can_be_read_again() {
     let type_of = |word| ["merge", &*a, &*b, "--base", &*base, "--combination-type", word];
     let ran = place.run(&[&type_of("cat")[..], &["--to", "both", "--dry-run"]].concat());
     assert_eq!(ran.status, 0, "{}", ran.all());
-    assert!(!place.path().join("both").exists());
+    assert!(!place.path().join("both").try_exists().unwrap());
     let ran = place.run(&[&type_of("cat")[..], &["--to", "both", "--json"]].concat());
     assert_eq!(ran.status, 0, "{}", ran.all());
     let json = ran.json();
