@@ -395,7 +395,7 @@ fn two_lanes() {
 fn three_attempts() {
     if is_large() {
         let may_be = [SUCCEEDS_LATER, TWO_COMMIT, PAUSED, CANCELLED, GIVEN_UP, WAITS, ALONE];
-        check(small(1, &[("a", gang(1))], 3, 5), &may_be, 52_344);
+        check(small(1, &[("a", gang(1))], 3, 5), &may_be, 65_712);
     }
 }
 
@@ -403,7 +403,7 @@ fn three_attempts() {
 fn two_workers_and_every_wish() {
     if is_large() {
         let may_be = [SUCCEEDS_LATER, TWO_COMMIT, PAUSED, CANCELLED, GIVEN_UP, WAITS, ALONE];
-        check(small(2, &[("a", gang(1))], 2, 5), &may_be, 84_071);
+        check(small(2, &[("a", gang(1))], 2, 5), &may_be, 92_487);
     }
 }
 
@@ -411,7 +411,7 @@ fn two_workers_and_every_wish() {
 fn two_attempts_of_a_gang() {
     if is_large() {
         let may_be = [SUCCEEDS_LATER, TWO_COMMIT, CANCELLED, GIVEN_UP, WAITS, ALONE];
-        check(small(2, &[("a", gang(2))], 2, 1), &may_be, 41_657);
+        check(small(2, &[("a", gang(2))], 2, 1), &may_be, 68_816);
     }
 }
 
