@@ -229,7 +229,10 @@ impl Layout {
         let Some(last) = self.docs.last() else { return };
         assert_eq!(types.len(), last.n_rows(), "a type for each row of the last document");
         let start = last.rows.start as usize;
-        let mut all = self.types().map_or_else(Vec::new, <[u32]>::to_vec);
+        let mut all = match self.columns.remove(TOKEN_TYPES) {
+            Some(Column { axis: Axis::Row, values: Values::U32(all) }) => all,
+            _ => Vec::new(),
+        };
         // Rows before it that nothing was said of are of the first text.
         all.resize(start, 0);
         all.extend(types);

@@ -221,6 +221,22 @@ pub(crate) async fn folder(place: &Place, kind: v1::ArtifactKind, server: &Serve
     }
 }
 
+/// The folders of a base and of adapters on it.
+pub(crate) fn folders<'p>(
+    base: &Place,
+    adapters: impl IntoIterator<Item = &'p Place>,
+    server: &Server,
+) -> Result<(PathBuf, Vec<PathBuf>), Failure> {
+    block_on(async {
+        let base = folder(base, v1::ArtifactKind::Model, server).await?;
+        let mut found = Vec::new();
+        for adapter in adapters {
+            found.push(folder(adapter, v1::ArtifactKind::Adapter, server).await?);
+        }
+        Ok((base, found))
+    })
+}
+
 fn local(place: &Place) -> Result<PathBuf, Failure> {
     match place {
         Place::Local(path) if path.is_dir() => Ok(path.clone()),

@@ -6,13 +6,12 @@ use attune_data::classes::Asked;
 use attune_data::{Encoder, Tokenizer};
 use attune_models::{Model, Pass, export};
 use attune_points::Theta;
-use attune_proto::v1::ArtifactKind;
 use attune_spec::job::{HeadSpec, HeadTask, Precision, TooLong};
 use attune_trainer::{classes, component, few};
 use serde_json::json;
 
 use crate::print::{Failure, Out, note};
-use crate::remote::{Place, Server, block_on, folder};
+use crate::remote::{Place, Server, folders};
 
 /// Asks a model for the classes of texts, or of their words.
 #[derive(Debug, clap::Args)]
@@ -43,14 +42,7 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     if arguments.pair.is_some() && arguments.texts.len() != 1 {
         return Err(Failure::usage(format!("--pair is for one text; {} are named", arguments.texts.len())));
     }
-    let (base, adapters) = block_on(async {
-        let base = folder(&arguments.base, ArtifactKind::Model, server).await?;
-        let mut adapters = Vec::new();
-        for adapter in &arguments.adapters {
-            adapters.push(folder(adapter, ArtifactKind::Adapter, server).await?);
-        }
-        Ok((base, adapters))
-    })?;
+    let (base, adapters) = folders(&arguments.base, &arguments.adapters, server)?;
     let weights = few::open_for(&base, &adapters, Precision::F32)?;
     let architecture = weights.architecture();
     let head = match few::head_of(&adapters)? {

@@ -2,12 +2,11 @@
 
 use attune_data::Message;
 use attune_points::generate::Sampling;
-use attune_proto::v1::ArtifactKind;
 use attune_spec::job::Precision;
 use serde_json::json;
 
 use crate::print::{Failure, Out};
-use crate::remote::{Place, Server, block_on, folder};
+use crate::remote::{Place, Server, folders};
 use crate::speaker::Speaker;
 
 /// Lets a model answer a prompt, with adapters or without.
@@ -48,14 +47,7 @@ pub(crate) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
-    let (base, adapters) = block_on(async {
-        let base = folder(&arguments.base, ArtifactKind::Model, server).await?;
-        let mut adapters = Vec::new();
-        for adapter in &arguments.adapters {
-            adapters.push(folder(adapter, ArtifactKind::Adapter, server).await?);
-        }
-        Ok((base, adapters))
-    })?;
+    let (base, adapters) = folders(&arguments.base, &arguments.adapters, server)?;
     let speaker = Speaker::open(&base, &adapters, Precision::F32)?;
     let sampling = Sampling {
         temperature: arguments.temperature,

@@ -5,7 +5,6 @@ use std::str::FromStr;
 
 use attune_artifacts::{Causes, Kind, canonical};
 use attune_merge::{MERGES, words};
-use attune_proto::v1::ArtifactKind;
 use attune_spec::id::{Digest, Step};
 use attune_spec::method::BuildCx;
 use attune_trainer::combine::{Combine, Combined, Part};
@@ -15,7 +14,7 @@ use serde_json::json;
 
 use super::submit::cannot_push;
 use crate::print::{Failure, Out};
-use crate::remote::{Place, Server, artifact, block_on, digest, folder};
+use crate::remote::{Place, Server, artifact, block_on, digest, folders};
 
 /// Combines adapters of one base into one, each with a weight of its own.
 #[derive(Debug, clap::Args)]
@@ -127,14 +126,7 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
         let to = arguments.to.clone().unwrap_or_default();
         return Err(Failure::usage(format!("{} is there already; expected a new folder", to.display())));
     }
-    let (base, folders) = block_on(async {
-        let base = folder(&arguments.base, ArtifactKind::Model, server).await?;
-        let mut folders = Vec::with_capacity(arguments.of.len());
-        for named in &arguments.of {
-            folders.push(folder(&named.place, ArtifactKind::Adapter, server).await?);
-        }
-        Ok((base, folders))
-    })?;
+    let (base, folders) = folders(&arguments.base, arguments.of.iter().map(|named| &named.place), server)?;
     let part = |(number, (named, folder)): (usize, (&Named, PathBuf))| Part {
         name: named.name(number),
         folder,
