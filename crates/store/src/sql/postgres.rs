@@ -127,13 +127,15 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Lets others lead.
+    /// Lets others lead, at once.
     pub(super) async fn release(&self) {
         let Some(mut connection) = self.connection.lock().await.take() else { return };
         // Nobody is sent to who has gone.
         let gone = sqlx::query("UPDATE terms SET leader = '', word = '' WHERE term = $1").bind(self.term);
         let gone = gone.execute(&mut connection).await.map(drop);
-        if let Err(error) = gone.and(connection.close().await) {
+        // A connection that ended frees the lock as well, but some time after whoever closed it has gone on.
+        let freed = sqlx::query("SELECT pg_advisory_unlock($1)").bind(LOCK).execute(&mut connection).await.map(drop);
+        if let Err(error) = gone.and(freed).and(connection.close().await) {
             // The server ends it then.
             tracing::debug!(%error, "the connection that held the lock did not end in order");
         }
