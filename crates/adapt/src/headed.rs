@@ -1,10 +1,12 @@
-//! What an adapter's folder says of the head that it was trained under, where that tells classes apart: `head.json` beside the files of
-//! PEFT's layout, which has the tensors and no names. Of a folder that PEFT wrote its own files say how many classes there are.
+//! What an adapter's folder says of the head that it was trained under, where that is not the base's: `head.json` beside the files of
+//! PEFT's layout, which has the tensors and no names. Of a folder that PEFT wrote its own files say how many classes there are, or
+//! sentence-transformers' how rows become a vector.
 
 use std::path::Path;
 
 use attune_artifacts::formats::peft::{PREFIX, WEIGHTS_FILE};
 use attune_artifacts::formats::safetensors::Header;
+use attune_artifacts::formats::sentence_transformers;
 use attune_spec::job::{HeadSpec, HeadTask};
 use serde_json::Value;
 
@@ -16,6 +18,9 @@ const SAYS: &str = "head.json";
 /// What PEFT calls what such models are for.
 const TASKS: [(&str, HeadTask); 2] =
     [("SEQ_CLS", HeadTask::Classification), ("TOKEN_CLS", HeadTask::TokenClassification)];
+
+/// What it calls one for vectors.
+const VECTORS: &str = "FEATURE_EXTRACTION";
 
 /// The modules that give logits of classes, as Hugging Face's models call them.
 const MODULES: [&str; 2] = ["classifier", "score"];
@@ -38,6 +43,13 @@ pub fn read(folder: &Path) -> Result<Option<HeadSpec>, Error> {
 fn of_peft(folder: &Path) -> Result<Option<HeadSpec>, Error> {
     let config = crate::peft::read_config(folder)?;
     let said = config.get("task_type").and_then(Value::as_str);
+    if said == Some(VECTORS) {
+        let pooling = sentence_transformers::pooling(folder)?;
+        return Ok(pooling.map(|pooling| HeadSpec {
+            pooling: Some(pooling),
+            ..HeadSpec::of_classes(HeadTask::Embedding, Vec::new())
+        }));
+    }
     let Some((_, task)) = TASKS.into_iter().find(|(name, _)| said == Some(*name)) else { return Ok(None) };
     let header = Header::read(&folder.join(WEIGHTS_FILE))?;
     let of_head = |name: &str| MODULES.iter().any(|module| name == format!("{PREFIX}{module}.weight"));
@@ -46,14 +58,30 @@ fn of_peft(folder: &Path) -> Result<Option<HeadSpec>, Error> {
         [labels, _] => u32::try_from(*labels).ok().filter(|labels| (2..=65_536).contains(labels)),
         _ => None,
     });
-    Ok(labels.map(|labels| HeadSpec { task, labels: (0..labels).map(|label| format!("LABEL_{label}")).collect() }))
+    let named = |labels| (0..labels).map(|label| format!("LABEL_{label}")).collect();
+    Ok(labels.map(|labels| HeadSpec::of_classes(task, named(labels))))
 }
 
-/// Says it in a folder that is there.
+/// What a head does, in a few words.
+pub fn spelt(head: &HeadSpec) -> String {
+    match head.task {
+        HeadTask::Embedding => {
+            let pooling = serde_json::to_value(head.pooling.unwrap_or_default()).unwrap_or_default();
+            let seeing = if head.bidirectional { ", of rows that see all others" } else { "" };
+            format!("give vectors by {}{seeing}", pooling.as_str().unwrap_or_default())
+        }
+        _ => format!("tell [{}] apart", head.labels.join(", ")),
+    }
+}
+
+/// Says it in a folder that is there, of rows of `width` numbers and texts of at most `max_length` tokens, if that is known.
 ///
 /// # Errors
 /// Whatever writing raises.
-pub fn write(folder: &Path, head: &HeadSpec) -> Result<(), Error> {
+pub fn write(folder: &Path, head: &HeadSpec, width: usize, max_length: Option<u32>) -> Result<(), Error> {
+    if head.task == HeadTask::Embedding {
+        sentence_transformers::write(folder, width, head.pooling.unwrap_or_default(), max_length)?;
+    }
     let mut text = serde_json::to_string_pretty(head).unwrap_or_default();
     text.push('\n');
     let file = folder.join(SAYS);

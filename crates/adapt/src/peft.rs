@@ -1,5 +1,6 @@
 //! Adapter folders in Hugging Face PEFT's layout: `adapter_config.json`, `adapter_model.safetensors`, a model card.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -38,6 +39,9 @@ const SAVED: &str = "modules_to_save";
 /// The key of what the model is for.
 const TASK: &str = "task_type";
 
+/// The task of models that give vectors, which are a trunk alone.
+const OF_TRUNK: &str = "FEATURE_EXTRACTION";
+
 /// How the names end of weights of the base that PEFT keeps beside adapters at tables of tokens.
 const OF_BASE: &str = ".base_layer.weight";
 
@@ -58,6 +62,8 @@ pub struct Folder {
     tensors: BTreeMap<String, Tensor>,
     /// Weights of the base, by module.
     of_base: BTreeMap<String, Tensor>,
+    /// Whether it is of a trunk alone.
+    of_trunk: bool,
 }
 
 /// A component as a folder keeps it.
@@ -101,7 +107,9 @@ pub fn read(folder: &Path) -> Result<Folder, Error> {
     let unsupported = |faults| Error::Unsupported { folder: folder.to_owned(), faults };
     let ranges = ranges_of(&config, folder)?;
     let base = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
+    let of_trunk = config.get(TASK).and_then(Value::as_str) == Some(OF_TRUNK);
     let of = |(method, targets), tensors, of_base, saved| Folder {
+        of_trunk,
         method,
         targets,
         ranges: ranges.clone(),
@@ -219,7 +227,8 @@ impl Folder {
     /// [`Error::Mismatch`] for a tensor that is missing, has another shape, or belongs to no attachment.
     pub fn params(&self, adapter: &dyn Adapter, attachments: &[Attachment]) -> Result<Params, Error> {
         let mismatch = |message: String| Error::Mismatch { file: self.path.join(WEIGHTS_FILE), message };
-        let mut left: BTreeSet<&String> = self.tensors.keys().collect();
+        let tensors = &*self.under_head(attachments);
+        let mut left: BTreeSet<&String> = tensors.keys().collect();
         let mut params = Params::new();
         if let Some(Peft { tensors: PeftTensors::Joined(name), .. }) = adapter.peft() {
             left.remove(&name.to_owned());
@@ -227,7 +236,7 @@ impl Folder {
         }
         for place in places(adapter, attachments) {
             let spelt = &place.spelt;
-            let tensor = self.tensors.get(spelt).ok_or_else(|| mismatch(format!("has no tensor {spelt:?}")))?;
+            let tensor = tensors.get(spelt).ok_or_else(|| mismatch(format!("has no tensor {spelt:?}")))?;
             let shape = &place.spec.shape;
             if tensor.dims() != shape {
                 return Err(mismatch(misshapen(spelt, tensor, shape)));
@@ -245,17 +254,17 @@ impl Folder {
         let repeats = |name: &str| {
             let (module, local) = name.strip_prefix(PREFIX)?.rsplit_once('.')?;
             attachments.iter().find(|at| at.site.as_str() == module)?;
-            let shared = self.tensors.get(&format!("{ROOT}{local}"))?;
-            let same = shared.dims() == self.tensors.get(name)?.dims();
-            (same && same_bits(shared, self.tensors.get(name)?)).then_some(())
+            let shared = tensors.get(&format!("{ROOT}{local}"))?;
+            let same = shared.dims() == tensors.get(name)?.dims();
+            (same && same_bits(shared, tensors.get(name)?)).then_some(())
         };
         // So it does for a head that is tied to the table of tokens.
         let local = |name: &str| name.rsplit_once('.').map(|(_, local)| local.to_owned());
-        let read: Vec<&String> = self.tensors.keys().filter(|name| !left.contains(*name)).collect();
+        let read: Vec<&String> = tensors.keys().filter(|name| !left.contains(*name)).collect();
         let copies = |name: &str| {
             let mut alike = read.iter().filter(|other| local(other) == local(name));
             alike.any(|other| {
-                let (own, other) = (&self.tensors[name], &self.tensors[other.as_str()]);
+                let (own, other) = (&tensors[name], &tensors[other.as_str()]);
                 own.dims() == other.dims() && same_bits(own, other)
             })
         };
@@ -265,6 +274,17 @@ impl Folder {
             None => Ok(params),
             Some(name) => Err(mismatch(format!("tensor {name:?} belongs to no site of the base"))),
         }
+    }
+
+    /// The tensors under the names of a model with a head: those of an adapter of a trunk alone lack the module that holds the trunk.
+    fn under_head(&self, attachments: &[Attachment]) -> Cow<'_, BTreeMap<String, Tensor>> {
+        let trunk = attachments.iter().find_map(|at| at.site.as_str().split_once('.').map(|(trunk, _)| trunk));
+        let (Some(trunk), true) = (trunk, self.of_trunk) else { return Cow::Borrowed(&self.tensors) };
+        let renamed = |name: &String| match name.strip_prefix(PREFIX) {
+            Some(rest) if rest.split('.').next() != Some(trunk) => format!("{PREFIX}{trunk}.{rest}"),
+            _ => name.clone(),
+        };
+        Cow::Owned(self.tensors.iter().map(|(name, tensor)| (renamed(name), tensor.clone())).collect())
     }
 
     /// The parameters that make the keys and values which stand side by side in one tensor.
@@ -431,9 +451,10 @@ pub fn write(
                 for key in adapter.peft_lists(at) {
                     let path = at.site.as_str();
                     let name = if whole { path } else { path.rsplit('.').next().unwrap_or(path) };
+                    let name = in_file(name, architecture);
                     let list = config.entry((*key).to_owned()).or_insert_with(|| Value::Array(Vec::new()));
                     if let Value::Array(list) = list
-                        && !list.iter().any(|listed| listed == name)
+                        && !list.iter().any(|listed| *listed == name)
                     {
                         list.push(name.into());
                     }
@@ -473,7 +494,7 @@ pub fn write(
         for place in places(adapter, attachments) {
             let tensor = params.get(&place.name);
             let tensor = tensor.ok_or_else(|| unsupported(&place.spelt, "is not among the parameters"))?;
-            wholes.entry(place.spelt).or_default().push(tensor.clone());
+            wholes.entry(in_file(&place.spelt, architecture)).or_default().push(tensor.clone());
         }
     }
     let mut bytes = Vec::new();
@@ -510,13 +531,21 @@ pub fn write(
     Ok(())
 }
 
+/// The name of a module or tensor in files of an adapter of this model: in those of a trunk alone, as PEFT has it under a head without
+/// weights, without the module that holds the trunk.
+fn in_file(name: &str, architecture: &Architecture) -> String {
+    let HeadKind::Embedding(_) = architecture.head else { return name.to_owned() };
+    let (before, module) = name.strip_prefix(PREFIX).map_or(("", name), |module| (PREFIX, module));
+    format!("{before}{}", module.strip_prefix(architecture.trunk_prefix()).unwrap_or(module))
+}
+
 /// What PEFT calls what a model of this head is for.
 fn task_type(architecture: &Architecture) -> &'static str {
     match architecture.head {
         HeadKind::Tokens => "CAUSAL_LM",
         HeadKind::Sequence { .. } => "SEQ_CLS",
         HeadKind::Rows { .. } => "TOKEN_CLS",
-        HeadKind::Embedding(_) => "FEATURE_EXTRACTION",
+        HeadKind::Embedding(_) => OF_TRUNK,
     }
 }
 
@@ -559,6 +588,6 @@ fn target_modules(attachments: &[Attachment], architecture: &Architecture) -> Ve
     if named.clone().all(|site| attached.contains(site.id.as_str())) {
         names.into_iter().collect()
     } else {
-        attached.into_iter().map(str::to_owned).collect()
+        attached.into_iter().map(|path| in_file(path, architecture)).collect()
     }
 }

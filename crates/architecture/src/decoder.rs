@@ -427,6 +427,11 @@ impl Architecture {
         tensors
     }
 
+    /// What the names of the trunk's modules begin with in a model with a head, and do not in one of the trunk alone.
+    pub const fn trunk_prefix(&self) -> &'static str {
+        self.modules.prefix
+    }
+
     /// The names under which files may hold the tensor `name`, likeliest first: a folder of the trunk alone leaves out the
     /// prefix that the model with a head puts before it, and files from TensorFlow's time call a norm's tensors `gamma` and
     /// `beta`.

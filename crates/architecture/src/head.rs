@@ -1,7 +1,7 @@
 //! What stands above the trunk: a vocabulary, classes, or a vector per document.
 
 use attune_spec::Fault;
-use attune_spec::job::{HeadSpec, HeadTask};
+use attune_spec::job::{HeadPooling, HeadSpec, HeadTask};
 
 use crate::decoder::{Architecture, NormPlacement};
 use crate::site::{Place, Site, SiteKind};
@@ -75,20 +75,34 @@ impl Architecture {
         Ok(self)
     }
 
-    /// The same trunk under a head over the classes of a job. A document's class is asked of its first row where rows see all others,
-    /// else of its last.
+    /// The same trunk under a job's head. A document's class is asked of its first row where rows see all others, else of its last.
     ///
     /// # Errors
-    /// A head that this family has no modules for.
-    pub fn over(self, head: &HeadSpec) -> Result<Self, Fault> {
-        let labels = head.labels.len();
+    /// A head that this family has no modules for; windows where rows are to see all others.
+    pub fn over(self, spec: &HeadSpec) -> Result<Self, Fault> {
+        let labels = spec.labels.len();
         let row = if self.causal { PooledRow::Last } else { PooledRow::First };
-        let head = match head.task {
+        let head = match spec.task {
             HeadTask::Classification => HeadKind::Sequence { labels, row },
             HeadTask::TokenClassification => HeadKind::Rows { labels },
+            HeadTask::Embedding => HeadKind::Embedding(match spec.pooling.unwrap_or_default() {
+                HeadPooling::Mean => Pooling::Mean,
+                HeadPooling::First => Pooling::Row(PooledRow::First),
+                HeadPooling::Last => Pooling::Row(PooledRow::Last),
+            }),
         };
         let family = self.family;
-        self.with_head(head).map_err(|_| {
+        let trunk = if spec.bidirectional && self.causal {
+            // Models that are told so otherwise keep their windows, on both sides of a row.
+            if self.windows.iter().flatten().any(|window| *window < self.max_position) {
+                let message = "is true, but rows of this model see a part of their document only, by its windows";
+                return Err(Fault::new("tune.head.bidirectional", message));
+            }
+            self.bidirectional()
+        } else {
+            self
+        };
+        trunk.with_head(head).map_err(|_| {
             Fault::new("tune.head", format!("is given, but models of family {family} have no classifier here"))
         })
     }

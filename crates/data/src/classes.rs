@@ -1,6 +1,7 @@
-//! Rows for heads that tell classes apart: which number a label has, and on which rows of a document it stands.
+//! Rows for heads that tell classes apart or give vectors: which number a label has, and on which rows of a document it stands.
 //!
-//! A label stands on the row whose logits it is compared with, not on the one before, as next tokens do.
+//! A label stands on the row whose logits it is compared with, not on the one before, as next tokens do. Vectors have no labels: a
+//! mark on a document's first row says that it is a query, which is what losses are counted by.
 
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::{Layout, Row};
@@ -20,18 +21,20 @@ pub enum Labelled {
     Last,
     /// The first token of each word.
     Words,
+    /// The first of a query: nothing has a class, documents have vectors.
+    Queries,
 }
 
-/// The classes of a head.
+/// The classes of a head, or that it gives vectors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Classes {
-    /// Their names, in the order of their numbers.
+    /// Their names, in the order of their numbers; none of a head that gives vectors.
     pub names: Vec<String>,
-    /// What has a class.
+    /// What has a class or a mark.
     pub of: Labelled,
 }
 
-/// A text whose classes are asked for.
+/// A text whose classes or vector are asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asked {
     /// The text, one document.
@@ -45,8 +48,8 @@ pub struct Asked {
 }
 
 impl Encoder {
-    /// A text, with another beside it or alone, as a question for its class; where words have classes, what stands between white
-    /// space is a word. Of a text that is too long the end is cut off.
+    /// A text, with another beside it or alone, as a question for its class or its vector; where words have classes, what stands
+    /// between white space is a word. Of a text that is too long the end is cut off.
     ///
     /// # Errors
     /// [`Error::Encode`]; [`Error::File`] for an encoder without classes and for a second text where words have them.
@@ -67,7 +70,7 @@ impl Encoder {
                 let (rows, of) = firsts.map(|(row, word)| (row, words[word as usize].clone())).unzip();
                 (whole, of, rows)
             }
-            Labelled::First | Labelled::Last => {
+            Labelled::First | Labelled::Last | Labelled::Queries => {
                 let whole = self.tokenizer().whole(text, pair, limit)?;
                 let last = (whole.ids.len() as u32).saturating_sub(1);
                 let row = if classes.of == Labelled::Last { last } else { 0 };
@@ -116,7 +119,7 @@ impl Classes {
         let mut labels = vec![NO_LABEL; length];
         let row = match self.of {
             Labelled::Last => labels.last_mut(),
-            Labelled::First | Labelled::Words => labels.first_mut(),
+            Labelled::First | Labelled::Words | Labelled::Queries => labels.first_mut(),
         };
         if let Some(row) = row {
             *row = number;
@@ -124,6 +127,9 @@ impl Classes {
         labels
     }
 }
+
+/// The mark of a query.
+pub(crate) const QUERY: u32 = 0;
 
 /// The labels of the rows of a document, of whose tokens `words` are the words: the first token of each has the label of the word.
 pub(crate) fn on_words(numbers: &[u32], words: &[Option<u32>]) -> Vec<u32> {

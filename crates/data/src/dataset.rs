@@ -38,7 +38,7 @@ pub struct Report {
     pub rows: u64,
     /// Their tokens.
     pub tokens: u64,
-    /// Those of them that are learned, or have a class.
+    /// Those of them that are learned, or have a class; of queries and passages the queries.
     pub trained_tokens: u64,
     /// How many have each class, in the order of their numbers, where there are classes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -49,8 +49,8 @@ pub struct Report {
     pub bad: BadRows,
 }
 
-/// The rows of a file as documents: tokens, end to end, and a mark on each that is learned. A row is one document, or the two
-/// answers of a pair.
+/// The rows of a file as documents: tokens, end to end, and a mark on each that is learned. A row is one document, the two answers of
+/// a pair, or a query and its passages.
 #[derive(Debug, Clone)]
 pub struct Dataset {
     ids: Vec<u32>,
@@ -61,9 +61,17 @@ pub struct Dataset {
     labelled: Option<Labelled>,
     /// Where each document ends in `ids`.
     ends: Vec<usize>,
-    /// The roles of the documents of each row.
-    views: &'static [View],
+    parted: Parted,
     report: Report,
+}
+
+/// Which documents are whose row's.
+#[derive(Debug, Clone)]
+enum Parted {
+    /// Each row's are in these roles.
+    Alike(&'static [View]),
+    /// Each row's are a query and its passages; where the documents of each row end.
+    Retrieved(Vec<usize>),
 }
 
 /// A document: its role in its row, its tokens and marks.
@@ -149,7 +157,10 @@ impl Dataset {
 
     /// Number of rows.
     pub fn len(&self) -> usize {
-        self.ends.len() / self.views.len()
+        match &self.parted {
+            Parted::Alike(views) => self.ends.len() / views.len(),
+            Parted::Retrieved(ends) => ends.len(),
+        }
     }
 
     /// Whether there is no row.
@@ -162,13 +173,29 @@ impl Dataset {
     /// # Panics
     /// If `index` is not below [`Dataset::len`].
     pub fn row(&self, index: usize) -> impl Iterator<Item = Document<'_>> {
-        let first = index * self.views.len();
-        self.views.iter().enumerate().map(move |(at, view)| self.document(first + at, *view))
+        let documents = match &self.parted {
+            Parted::Alike(views) => index * views.len()..(index + 1) * views.len(),
+            Parted::Retrieved(ends) => index.checked_sub(1).map_or(0, |before| ends[before])..ends[index],
+        };
+        documents.enumerate().map(move |(at, document)| {
+            let view = match (&self.parted, at.checked_sub(1)) {
+                (Parted::Alike(views), _) => views[at],
+                (Parted::Retrieved(_), None) => View::Query,
+                (Parted::Retrieved(_), Some(passage)) => View::Passage(u16::try_from(passage).unwrap_or(u16::MAX)),
+            };
+            self.document(document, view)
+        })
     }
 
-    /// The roles of the documents of each row.
-    pub const fn views(&self) -> &'static [View] {
-        self.views
+    /// The roles of the documents of the row that has most of them.
+    pub fn views(&self) -> Vec<View> {
+        match &self.parted {
+            Parted::Alike(views) => views.to_vec(),
+            Parted::Retrieved(_) => {
+                let longest = (0..self.len()).max_by_key(|&index| self.row(index).count());
+                longest.map(|index| self.row(index).map(|document| document.view).collect()).unwrap_or_default()
+            }
+        }
     }
 
     /// Tokens of row `index`.
@@ -242,15 +269,15 @@ impl Dataset {
 fn first_form(file: &str, batch: &[readers::Item], encoder: &Encoder) -> Result<Option<Form>, Error> {
     let Some(row) = batch.iter().find_map(|row| row.as_ref().ok()) else { return Ok(None) };
     let form = match encoder.classes() {
-        Some(classes) => forms::classified(classes.of, &row.fields),
+        Some(classes) => forms::of_head(classes.of, &row.fields),
         None => forms::recognise(&row.fields),
     };
     form.map(Some).map_err(|words| Error::File { file: file.to_owned(), message: format!("its columns {words}") })
 }
 
-/// The roles of the documents of a row.
-const fn views(form: Form) -> &'static [View] {
-    match form {
+/// The roles of the documents of a row, where every row has the same.
+const fn views(form: Form) -> Option<&'static [View]> {
+    Some(match form {
         Form::Chat
         | Form::PromptCompletion
         | Form::Alpaca
@@ -258,7 +285,8 @@ const fn views(form: Form) -> &'static [View] {
         | Form::Classification
         | Form::TokenClassification => &[View::Main],
         Form::Preference => &[View::Chosen, View::Rejected],
-    }
+        Form::Retrieval => return None,
+    })
 }
 
 #[derive(Default)]
@@ -267,6 +295,8 @@ struct Building {
     trained: Vec<bool>,
     classed: Option<Classed>,
     ends: Vec<usize>,
+    /// Where the documents of each row end.
+    rows: Vec<usize>,
     truncated: u64,
     bad: BadRows,
 }
@@ -286,13 +316,14 @@ impl Building {
                     }
                     self.ends.push(self.ids.len());
                 }
+                self.rows.push(self.ends.len());
             }
             Err(bad) => self.bad.push(bad),
         }
     }
 
     fn finish(self, file: String, form: Option<Form>) -> Result<Dataset, Error> {
-        let Self { ids, trained, classed, ends, truncated, bad } = self;
+        let Self { ids, trained, classed, ends, rows, truncated, bad } = self;
         let (false, Some(form)) = (ends.is_empty(), form) else {
             let message = match bad.first.first() {
                 None => "holds no row".to_owned(),
@@ -308,14 +339,15 @@ impl Building {
         let report = Report {
             file,
             form,
-            rows: (ends.len() / views(form).len()) as u64,
+            rows: rows.len() as u64,
             tokens: ids.len() as u64,
             trained_tokens: (trained.iter().filter(|trained| **trained).count() - unpredicted) as u64,
             classes: Vec::new(),
             truncated,
             bad,
         };
-        Ok(Dataset { ids, trained, classed, labelled: None, ends, views: views(form), report })
+        let parted = views(form).map_or(Parted::Retrieved(rows), Parted::Alike);
+        Ok(Dataset { ids, trained, classed, labelled: None, ends, parted, report })
     }
 }
 

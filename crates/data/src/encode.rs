@@ -8,7 +8,7 @@
 use attune_points::layout::NO_LABEL;
 use attune_spec::job::TooLong;
 
-use crate::classes::{self, Classes};
+use crate::classes::{self, Classes, Labelled};
 use crate::error::Error;
 use crate::forms::{self, Conversation, Message, Record};
 use crate::origin::{Reason, RowFault};
@@ -33,7 +33,7 @@ pub struct Encoder {
 pub struct Encoded {
     /// The tokens.
     pub ids: Vec<u32>,
-    /// Which of them are to be learned, or have a class.
+    /// Which of them are to be learned, or have a class or a mark.
     pub trained: Vec<bool>,
     /// What has classes.
     pub classed: Option<Classed>,
@@ -72,7 +72,7 @@ impl Encoder {
         Ok(Self { tokenizer, template, max_length: max_length as usize, too_long, classes: None })
     }
 
-    /// The same for rows with the classes of a head.
+    /// The same for rows with the classes of a head, or for one that gives vectors.
     #[must_use]
     pub fn with_classes(self, classes: Option<Classes>) -> Self {
         Self { classes, ..self }
@@ -97,7 +97,7 @@ impl Encoder {
         self.template.as_ref()
     }
 
-    /// Tokens and marks of a row's documents: one, or the two of a pair.
+    /// Tokens and marks of a row's documents: one, the two of a pair, or a query and its passages.
     pub(crate) fn encode(&self, record: &Record) -> Result<Vec<Encoded>, RowFault> {
         let encoded = match record {
             Record::Chat(conversation) => self.chat(conversation)?,
@@ -122,8 +122,28 @@ impl Encoder {
                 let labels = classes::on_words(&numbers, &whole.words);
                 return Ok(vec![classed(whole, labels)?]);
             }
+            Record::Retrieved { query, passages } => return self.retrieved(query, passages),
         };
         Ok(vec![self.fitted(encoded)?])
+    }
+
+    /// A query, with its mark, and its passages, which have none.
+    fn retrieved(&self, query: &str, passages: &[String]) -> Result<Vec<Encoded>, RowFault> {
+        if self.classes.as_ref().is_none_or(|classes| classes.of != Labelled::Queries) {
+            let message = "has a query, and nothing says that the model gives vectors: expected `tune.head`";
+            return Err(RowFault::new(Reason::WrongType, message));
+        }
+        let document = |text: &str, is_query: bool| {
+            let whole = self.whole(|limit| self.tokenizer.whole(text, None, limit))?;
+            let Some(rest) = whole.ids.len().checked_sub(1) else {
+                return Err(RowFault::new(Reason::EmptyText, format!("has a text without tokens: {text:?}")));
+            };
+            let mark = if is_query { classes::QUERY } else { NO_LABEL };
+            let labels = std::iter::once(mark).chain(std::iter::repeat_n(NO_LABEL, rest)).collect();
+            Ok(with_labels(whole, labels))
+        };
+        let query = std::iter::once(document(query, true));
+        query.chain(passages.iter().map(|passage| document(passage, false))).collect()
     }
 
     /// The classes, which rows with a class need.
@@ -210,14 +230,18 @@ impl Encoder {
 
 /// A document with the labels of its rows, of which one has to have some.
 fn classed(whole: Whole, labels: Vec<u32>) -> Result<Encoded, RowFault> {
-    let Whole { ids, types, truncated, .. } = whole;
-    let trained: Vec<bool> = labels.iter().map(|label| *label != NO_LABEL).collect();
-    if !trained.contains(&true) {
-        let why = if truncated { " in the first `data.max_length` of its tokens" } else { "" };
+    if labels.iter().all(|label| *label == NO_LABEL) {
+        let why = if whole.truncated { " in the first `data.max_length` of its tokens" } else { "" };
         let message = format!("no token of the row has a class{why}");
         return Err(RowFault::new(Reason::NoTrainedToken, message));
     }
-    Ok(Encoded { ids, trained, classed: Some(Classed { labels, types }), truncated })
+    Ok(with_labels(whole, labels))
+}
+
+/// A document with the labels of its rows.
+fn with_labels(Whole { ids, types, truncated, .. }: Whole, labels: Vec<u32>) -> Encoded {
+    let trained = labels.iter().map(|label| *label != NO_LABEL).collect();
+    Encoded { ids, trained, classed: Some(Classed { labels, types }), truncated }
 }
 
 fn too_long(length: usize, limit: usize) -> RowFault {

@@ -242,7 +242,7 @@ fn push(layout: &mut Layout, data: &Dataset, domain: usize, index: usize) {
 }
 
 /// The batch with these rows before those of each document. A class that is asked of the first row is asked of the first of these: what
-/// gives it reads the first row, whatever that is, as PEFT's models do.
+/// gives it reads the first row, whatever that is, as PEFT's models do. Of queries, any row may have the mark.
 fn begun(layout: &Layout, before: &[Row], labelled: Option<Labelled>) -> Layout {
     let mut begun = layout.begun_with(before);
     if let (Some(Labelled::First), 1..) = (labelled, before.len()) {

@@ -3,7 +3,7 @@
 use attune_points::layout::NO_LABEL;
 use serde::Serialize;
 
-use crate::classes::Classes;
+use crate::classes::{Classes, Labelled};
 use crate::dataset::{Dataset, Document, Report};
 use crate::error::Error;
 use crate::tokenizer::Tokenizer;
@@ -15,6 +15,9 @@ use crate::tokenizer::Tokenizer;
 /// [`Error::Encode`] for ids outside of the vocabulary.
 pub fn marked(document: Document<'_>, tokenizer: &Tokenizer, classes: Option<&Classes>) -> Result<String, Error> {
     if let (Some(classed), Some(classes)) = (document.classed, classes) {
+        if classes.of == Labelled::Queries {
+            return tokenizer.decode(document.ids, true);
+        }
         return with_classes(document.ids, classed.labels, tokenizer, classes);
     }
     let mut text = String::new();

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use attune_architecture::Architecture;
+use attune_architecture::{Architecture, HeadKind};
 use attune_points::TensorName;
 use candle_core::{DType, Tensor};
 
@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::folder::CONFIG;
 
 /// Files that travel with a model, beside its weights.
-const COMPANIONS: [&str; 8] = [
+const COMPANIONS: [&str; 9] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -21,6 +21,7 @@ const COMPANIONS: [&str; 8] = [
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "config_sentence_transformers.json",
 ];
 
 /// Writes the base with `replaced` weights in place of its own into the folder `to`, which is made. Configuration, tokenizer
@@ -145,7 +146,12 @@ fn rewritten(text: &[u8], dtype: DType, architecture: &Architecture, path: &Path
         if read.as_ref().is_some_and(|read| form(read) != form(architecture)) {
             architecture.write_config(config);
         }
-        if read.is_some_and(|read| read.head != architecture.head) {
+        if read.as_ref().is_some_and(|read| read.causal && !architecture.causal) {
+            config.insert("is_causal".to_owned(), false.into());
+        }
+        // A vector needs no head: whatever the base's was is left out.
+        let is_trunk = matches!(architecture.head, HeadKind::Embedding(_));
+        if is_trunk || read.is_some_and(|read| read.head != architecture.head) {
             config.insert("architectures".to_owned(), serde_json::json!([architecture.class_name()]));
             if let Some(labels) = architecture.head.labels() {
                 classes(config, &(0..labels).map(unnamed).collect::<Vec<_>>());

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-use attune_architecture::{Pooling, Site};
+use attune_architecture::Site;
 use attune_points::{GradSink, Layout, Owner, Result, TensorId, Theta};
 use attune_tensor::autograd;
 use candle_core::{Device, Tensor, Var};
@@ -63,27 +63,6 @@ impl Model {
             dy = self.reverse(index, &input, &dy, &wanted[index], index > lowest, beside, &cx, sink)?;
         }
         Ok(found)
-    }
-
-    /// What [`Model::embed_grad`] says.
-    pub(crate) fn embed_grad_by_graph(
-        &self,
-        pass: &Pass<'_>,
-        pooling: Pooling,
-        dy_nd: &Tensor,
-        sink: &mut dyn GradSink,
-    ) -> Result<Tensor> {
-        self.backward(pass, 1.0, sink, |cx, h_td, backward| {
-            let h_leaf = autograd::leaf(h_td)?;
-            let y_nd = self.head.pooled(h_leaf.as_tensor(), pooling, &cx.with(backward.tracked, None))?;
-            let leaves: Vec<&Var> = backward.leaves.iter().map(|(_, var)| var).chain([&h_leaf]).collect();
-            let mut gradients = autograd::pull(&leaves, &[(&y_nd, dy_nd)])?;
-            let dh_td = gradients.pop().flatten();
-            for ((id, _), gradient) in backward.leaves.iter().zip(gradients) {
-                gradient.map(|gradient| regions::put(&mut *backward.sink, id, &gradient)).transpose()?;
-            }
-            Ok((y_nd.detach(), dh_td))
-        })
     }
 
     /// One block in reverse: its graph is run again on its saved input, with leaves for the input and the wanted tensors.

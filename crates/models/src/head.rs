@@ -37,6 +37,17 @@ impl Head {
         }
     }
 
+    /// How rows become the vector of their document.
+    ///
+    /// # Errors
+    /// A head that gives logits.
+    pub(crate) fn pooling(architecture: &Architecture) -> Result<Pooling> {
+        match architecture.head {
+            HeadKind::Embedding(pooling) => Ok(pooling),
+            other => Err(Error::Refused(format!("this model's head is {other:?}; it gives no vector per document"))),
+        }
+    }
+
     /// Logits of hidden rows: `h_td` to `[T, V]`, or to `[T, classes]`.
     pub(crate) fn graph(&self, h_td: &Tensor, cx: &GraphCx<'_>) -> Result<Tensor> {
         let h_td = self.norm(h_td, cx)?;

@@ -34,6 +34,7 @@ pub mod pass;
 mod regions;
 pub mod scope;
 mod tables;
+pub mod vectors;
 
 pub mod quantizations;
 pub mod surgeries;

@@ -12,7 +12,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 
 use crate::context::{GraphCx, Tracked};
 use crate::head::Head;
-use crate::{regions, scope};
+use crate::{regions, scope, vectors};
 
 /// A label that the head has no logit for.
 pub(crate) fn outside(label: u32, architecture: &Architecture) -> Error {
@@ -58,6 +58,9 @@ pub(crate) fn losses(
     cx: &GraphCx<'_>,
     mut backward: Option<Backward<'_>>,
 ) -> Result<Losses> {
+    if objective.needs().vectors {
+        return of_vectors(head, h_td, objective, cx, backward);
+    }
     let dh_td = match &backward {
         Some(backward) if backward.below => Some(h_td.zeros_like()?),
         _ => None,
@@ -68,6 +71,31 @@ pub(crate) fn losses(
         sweep.chunk(rows, loss, backward.as_mut().filter(|_| reverse))
     })?;
     Ok(Losses { report, dh_td: sweep.dh_td })
+}
+
+/// The losses of a batch whose documents have vectors.
+fn of_vectors(
+    head: &Head,
+    h_td: &Tensor,
+    objective: &dyn Objective,
+    cx: &GraphCx<'_>,
+    backward: Option<Backward<'_>>,
+) -> Result<Losses> {
+    let pooling = Head::pooling(cx.base.architecture())?;
+    let Some(backward) = backward else {
+        let y_nd = head.pooled(h_td, pooling, cx)?;
+        return Ok(Losses { report: vectors::losses(objective, cx.layout, &y_nd)?.0, dh_td: None });
+    };
+    let h_leaf = autograd::leaf(h_td)?;
+    let y_nd = head.pooled(h_leaf.as_tensor(), pooling, &cx.with(backward.tracked, None))?;
+    let (report, dy_nd) = vectors::losses(objective, cx.layout, &y_nd.detach())?;
+    let leaves: Vec<&Var> = backward.leaves.iter().map(|(_, var)| var).chain([&h_leaf]).collect();
+    let mut gradients = autograd::pull(&leaves, &[(&y_nd, &(dy_nd * backward.scale)?)])?;
+    let dh_td = gradients.pop().flatten();
+    for ((id, _), gradient) in backward.leaves.iter().zip(gradients) {
+        gradient.map(|gradient| regions::put(&mut *backward.sink, id, &gradient)).transpose()?;
+    }
+    Ok(Losses { report, dh_td })
 }
 
 /// The loss of an objective on a layout, by sweeps over its supervised rows, `length` of them at a time: one, or, where the
@@ -201,7 +229,7 @@ pub(crate) fn checked(loss_c: Tensor, rows: usize) -> Result<Tensor> {
 }
 
 /// Counts each document and each group with a supervised row once, however many chunks it was cut into.
-fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
+pub(crate) fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[Doc]) {
     let (mut last, mut groups) = (None, BTreeSet::new());
     for row in supervised {
         let index = docs.partition_point(|doc| doc.rows.end <= row.row);
@@ -218,7 +246,7 @@ fn count_documents(report: &mut LossReport, supervised: &[Supervised], docs: &[D
 }
 
 /// Adds the losses of a chunk's rows to the report, in f64.
-fn count(report: &mut LossReport, rows: &[Supervised], loss_t: &[f64], layout: &Layout) {
+pub(crate) fn count(report: &mut LossReport, rows: &[Supervised], loss_t: &[f64], layout: &Layout) {
     let (docs, token) = (layout.docs(), LabelCounts { tokens: 1, ..LabelCounts::default() });
     for (row, loss) in rows.iter().zip(loss_t) {
         report.loss_sum += loss;

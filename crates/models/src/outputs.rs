@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use attune_architecture::{HeadKind, Pooling};
-use attune_points::layout::{Axis, Column, NO_LABEL, Source, Values};
+use attune_architecture::HeadKind;
+use attune_points::layout::{Axis, Column, NO_LABEL, Source, VECTORS, Values};
 use attune_points::objective::{Denominator, Level, Objective, ScopeLoss, ScopeView};
 use attune_points::{Error, GradSink, Layout, Result, Row, Theta};
 use candle_core::{DType, Device, Tensor};
@@ -11,10 +11,11 @@ use candle_core::{DType, Device, Tensor};
 use crate::cache::Cache;
 use crate::dropout::Dropout;
 use crate::graphs::Saved;
-use crate::head;
+use crate::head::{self, Head};
 use crate::model::{How, Model, Pass};
 use crate::pass::{Times, alone, outputs, sequence};
 use crate::routing::Routing;
+use crate::vectors;
 
 impl Model {
     /// Logits of every row, `[T, V]` or `[T, classes]`: for scoring short texts and tests; training never makes them.
@@ -58,7 +59,7 @@ impl Model {
     /// # Errors
     /// Another head; a document without rows; whatever the pass raises.
     pub fn embed(&self, pass: &Pass<'_>) -> Result<Tensor> {
-        let pooling = self.pooling()?;
+        let pooling = Head::pooling(self.base.architecture())?;
         if self.how == How::Views {
             return outputs::embed(&self.machine(), self.part(pass), pooling);
         }
@@ -70,18 +71,9 @@ impl Model {
     /// # Errors
     /// As for [`Model::embed`]; a `dy_nd` that is not of the vectors' shape and type.
     pub fn embed_grad(&self, pass: &Pass<'_>, dy_nd: &Tensor, sink: &mut dyn GradSink) -> Result<Tensor> {
-        let pooling = self.pooling()?;
-        if self.how == How::Views {
-            return outputs::embed_grad(&self.machine(), self.part(pass), pooling, dy_nd, sink);
-        }
-        self.embed_grad_by_graph(pass, pooling, dy_nd, sink)
-    }
-
-    fn pooling(&self) -> Result<Pooling> {
-        match self.base.architecture().head {
-            HeadKind::Embedding(pooling) => Ok(pooling),
-            other => Err(Error::Refused(format!("this model's head is {other:?}; it gives no vector per document"))),
-        }
+        let heard = vectors::Heard { toward: Some(dy_nd.clone()), ..Default::default() };
+        self.grad(pass, &heard, 1.0, sink)?;
+        heard.into_parts().pop().ok_or_else(|| Error::Refused("a batch without documents has no vectors".to_owned()))
     }
 
     /// The routing of each layer of experts, from the first; empty for a model without.
@@ -152,6 +144,29 @@ impl Model {
             with.push(Arc::new(layout));
         }
         Ok((with, times))
+    }
+
+    /// The layouts with a column of the vectors of their documents at `at`, [`VECTORS`], and where the time went.
+    ///
+    /// # Errors
+    /// A head that gives logits; whatever the pass raises.
+    pub fn with_vectors(
+        &self,
+        at: &Theta,
+        dropout: Option<Dropout>,
+        layouts: &[Arc<Layout>],
+    ) -> Result<(Vec<Arc<Layout>>, Times)> {
+        let passes: Vec<Pass<'_>> = layouts.iter().map(|layout| Pass { theta: at, layout, dropout }).collect();
+        let heard = vectors::Heard::default();
+        let (_, times) = self.score_parts(&passes, &heard)?;
+        let with = layouts.iter().zip(heard.into_parts()).map(|(layout, y_nd)| {
+            let (_, width) = y_nd.dims2()?;
+            let values = Values::Vectors { width, numbers: y_nd.to_dtype(DType::F32)?.flatten_all()?.to_vec1()? };
+            let mut layout = Layout::clone(layout);
+            layout.set_column(VECTORS, Column { axis: Axis::Doc, values })?;
+            Ok(Arc::new(layout))
+        });
+        Ok((with.collect::<Result<_>>()?, times))
     }
 
     /// The rows that components put before every document: what a layout begins its documents with

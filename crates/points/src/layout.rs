@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::column::{Axis, Column, Values};
 use crate::error::{Error, Result};
 
 /// Label of a row that is not supervised.
@@ -34,6 +35,12 @@ pub const DLOGP: &str = "dlogp";
 /// The column of log-probabilities of labels under the parameters that a text was made with, one `f64` a row; meaningless
 /// where a row is not supervised.
 pub const MADE: &str = "made_logp";
+
+/// The column of documents' vectors, one each.
+pub const VECTORS: &str = "vectors";
+
+/// The column of the loss's gradient by documents' vectors, one each.
+pub const DVECTORS: &str = "dvectors";
 
 /// The column of rewards, one `f64` a document; not a number where nothing could judge it.
 pub const REWARD: &str = "reward";
@@ -102,68 +109,6 @@ impl Doc {
     pub fn n_rows(&self) -> usize {
         (self.rows.end - self.rows.start) as usize
     }
-}
-
-/// What a column has one value for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Axis {
-    /// One value a row.
-    Row,
-    /// One value a document.
-    Doc,
-}
-
-/// The values of a column.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Values {
-    /// Token ids, class labels, graph nodes.
-    U32(Vec<u32>),
-    /// Weights, advantages.
-    F32(Vec<f32>),
-    /// Log-probabilities.
-    F64(Vec<f64>),
-}
-
-impl Values {
-    /// Appends values of the same type; says whether they were.
-    fn extend(&mut self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::U32(all), Self::U32(more)) => all.extend(more),
-            (Self::F32(all), Self::F32(more)) => all.extend(more),
-            (Self::F64(all), Self::F64(more)) => all.extend(more),
-            _ => return false,
-        }
-        true
-    }
-
-    /// Those at these places; 0 where there is none.
-    fn at(&self, places: &[Option<usize>]) -> Self {
-        fn at<T: Copy + Default>(values: &[T], places: &[Option<usize>]) -> Vec<T> {
-            places.iter().map(|place| place.map(|place| values[place]).unwrap_or_default()).collect()
-        }
-        match self {
-            Self::U32(values) => Self::U32(at(values, places)),
-            Self::F32(values) => Self::F32(at(values, places)),
-            Self::F64(values) => Self::F64(at(values, places)),
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            Self::U32(values) => values.len(),
-            Self::F32(values) => values.len(),
-            Self::F64(values) => values.len(),
-        }
-    }
-}
-
-/// A typed column beside the rows or the documents.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Column {
-    /// What it has one value for.
-    pub axis: Axis,
-    /// The values.
-    pub values: Values,
 }
 
 /// One supervised row: the model at `row` is asked for `label`.
@@ -546,6 +491,12 @@ mod tests {
         assert_eq!(last.column(LOGP), Some(&column(Axis::Row, Values::F64(vec![3.0]))));
         assert_eq!(last.column("weights"), Some(&column(Axis::Doc, Values::F32(vec![5.0]))));
         assert_eq!(layout.of_docs(|_, _| true), layout);
+        let vectors = |numbers: &[f32]| column(Axis::Doc, Values::Vectors { width: 2, numbers: numbers.to_vec() });
+        layout.set_column(VECTORS, vectors(&[1.0, 2.0, 3.0, 4.0])).unwrap();
+        assert_eq!(layout.of_docs(|at, _| at == 1).column(VECTORS), Some(&vectors(&[3.0, 4.0])));
+        let twice = Layout::concat([&layout, &layout.of_docs(|at, _| at == 0)]);
+        assert_eq!(twice.column(VECTORS), Some(&vectors(&[1.0, 2.0, 3.0, 4.0, 1.0, 2.0])));
+        assert!(layout.set_column(DVECTORS, vectors(&[1.0; 6])).is_err());
     }
 
     #[test]

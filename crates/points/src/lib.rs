@@ -12,6 +12,7 @@
 
 pub mod error;
 
+mod column;
 pub mod generate;
 pub mod layout;
 pub mod params;

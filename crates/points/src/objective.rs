@@ -3,7 +3,8 @@
 //! The logits of a whole batch never exist. An objective of level [`Level::Chunk`] sees one chunk of supervised rows at a
 //! time. Above that, a first sweep of the head finds the log-probability of every supervised row's label, the objective
 //! turns those of a scope (a document, a group of documents, a whole part) into a loss and its gradient by each, and a
-//! second sweep takes that gradient to the model.
+//! second sweep takes that gradient to the model. Where documents have vectors and no logits, the objective turns those of a part or
+//! of a whole step into losses and their gradient by each.
 
 use std::fmt;
 use std::ops::Range;
@@ -86,6 +87,25 @@ pub enum ChunkLoss {
     Logits(Arc<dyn LogitsLoss>),
 }
 
+/// The vectors of a part's documents, or of a whole step's.
+pub struct VectorsView<'a> {
+    /// The batch.
+    pub layout: &'a Layout,
+    /// A vector for each document, `[N, D]`, in f32 or f64.
+    pub y_nd: &'a Tensor,
+}
+
+/// The losses that vectors have.
+#[derive(Debug, Clone)]
+pub struct VectorsLoss {
+    /// The loss of each document; 0 of those without.
+    pub loss_n: Vec<f64>,
+    /// The gradient of their sum by each vector, `[N, D]` in the type of the vectors.
+    pub dy_nd: Tensor,
+    /// Further numbers by name, to be averaged as the loss is.
+    pub beside: Vec<(&'static str, f64)>,
+}
+
 /// What a first sweep found of a scope.
 pub struct ScopeView<'a> {
     /// The batch.
@@ -161,6 +181,8 @@ pub struct Needs {
     pub reference: bool,
     /// Pairs: documents of which each group is a chosen answer and a rejected one.
     pub pairs: bool,
+    /// Vectors of documents, in the place of logits: the loss is [`Objective::vectors`], of level [`Level::Part`] or [`Level::Step`].
+    pub vectors: bool,
     /// Rows are prompts: what is learned of them are the model's own answers, which are a group, with their rewards in the
     /// column [`crate::layout::REWARD`].
     pub answers: Option<Answers>,
@@ -193,6 +215,14 @@ pub trait Objective: Send + Sync {
     /// A column that the data does not carry.
     fn chunk(&self, _chunk: &ChunkView<'_>) -> Result<ChunkLoss> {
         Err(Error::Refused(format!("an objective of level {:?} has no loss of a chunk", self.level())))
+    }
+
+    /// The losses of vectors. Asked of objectives that need such only.
+    ///
+    /// # Errors
+    /// A view or a column that the data does not carry; whatever its operations raise.
+    fn vectors(&self, _vectors: &VectorsView<'_>) -> Result<VectorsLoss> {
+        Err(Error::Refused("this objective compares no vectors".to_owned()))
     }
 
     /// The loss of a scope. Asked of levels above [`Level::Chunk`].

@@ -89,6 +89,7 @@ words! {
     v1::OnBadRow => "ON_BAD_ROW_",
     v1::Activations => "ACTIVATIONS_",
     v1::HeadTask => "HEAD_TASK_",
+    v1::HeadPooling => "HEAD_POOLING_",
     v1::Matmul => "MATMUL_",
     v1::MergedInto => "MERGED_INTO_",
     v1::Precision => "PRECISION_",

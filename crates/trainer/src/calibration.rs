@@ -217,7 +217,9 @@ impl Calibration<'_> {
                  (`rows: tokens`) or at no data"
             ));
         }
-        (request.what.is_of_gradients() && self.objective.level() == Level::Step)
+        // Vectors are compared within a micro-batch as well as within a step.
+        let by_step = self.objective.level() == Level::Step && !self.objective.needs().vectors;
+        (request.what.is_of_gradients() && by_step)
             .then(|| format!("needs {request}, and `{objective}` looks at whole steps: choose another of either"))
     }
 

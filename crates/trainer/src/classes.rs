@@ -1,34 +1,52 @@
-//! Heads over classes: which rows have labels, whether the base means the same classes, and whether what is new of a head trains.
+//! Heads over classes, and those that give vectors: which rows have labels, whether the base means the same classes or vectors, and
+//! whether what is new of a head trains.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use attune_architecture::{Architecture, HeadKind, PooledRow, SiteId};
+use attune_artifacts::formats::sentence_transformers;
 use attune_data::{Classes, Labelled};
 use attune_models::{Base, export};
 use attune_points::{TensorId, TensorSpec};
 use attune_spec::Fault;
-use attune_spec::job::{HeadSpec, Plan};
+use attune_spec::job::{HeadPooling, HeadSpec, HeadTask, Plan};
 
 use crate::error::Error;
 
-/// The classes of a head and the rows that have them in a model of this structure; nothing where it has another head.
+/// The classes of a head and the rows that have them in a model of this structure, or the marks where it gives vectors; nothing where it
+/// has another head.
 pub fn of(head: &HeadSpec, architecture: &Architecture) -> Option<Classes> {
     let of = match architecture.head {
         HeadKind::Sequence { row: PooledRow::First, .. } => Labelled::First,
         HeadKind::Sequence { row: PooledRow::Last, .. } => Labelled::Last,
         HeadKind::Rows { .. } => Labelled::Words,
-        HeadKind::Tokens | HeadKind::Embedding(_) => return None,
+        HeadKind::Embedding(_) => Labelled::Queries,
+        HeadKind::Tokens => return None,
     };
     Some(Classes { names: head.labels.clone(), of })
 }
 
-/// Whether a base that has names for as many classes has the same ones: its head would take one class for another otherwise.
+/// Whether a base that has names for as many classes has the same ones: its head would take one class for another otherwise. And
+/// whether one whose folder says how its rows become vectors is asked for the same, or for another in so many words.
 ///
 /// # Errors
-/// A fault at `tune.head.labels`.
+/// A fault at `tune.head.labels` or `tune.head.pooling`.
 pub(crate) fn agree(plan: &Plan, folder: &Path) -> Result<(), Error> {
     let Some(head) = &plan.head else { return Ok(()) };
+    if head.task == HeadTask::Embedding {
+        return match (head.pooling, sentence_transformers::pooling(folder).map_err(attune_adapt::Error::from)?) {
+            (None, Some(known)) if known != HeadPooling::default() => {
+                let word = serde_json::to_value(known).unwrap_or_default();
+                let message = format!(
+                    "is left out, which is mean, and the base's folder says {word}: expected `pooling: {}`, or another one in so many words",
+                    word.as_str().unwrap_or_default()
+                );
+                Err(Error::Faults(vec![Fault::new("tune.head.pooling", message)]))
+            }
+            _ => Ok(()),
+        };
+    }
     let known = export::named_classes(folder)?;
     if known.len() != head.labels.len() || known == head.labels {
         return Ok(());

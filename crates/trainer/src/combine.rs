@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use attune_adapt::held::{self, Held};
 use attune_adapt::joined::{of_pairs, pairs};
-use attune_adapt::{ADAPTERS, peft};
+use attune_adapt::{ADAPTERS, headed, peft};
 use attune_architecture::{Architecture, SiteId, targets};
 use attune_artifacts::formats::card::Card;
 use attune_artifacts::formats::peft::is_hub_id;
@@ -15,11 +15,13 @@ use attune_merge::{Drawn, MERGES, Pair, Space, combined};
 use attune_points::merge::Keeps;
 use attune_spec::FieldPath;
 use attune_spec::id::{Digest, Step};
+use attune_spec::job::HeadTask;
 use attune_spec::method::{BuildCx, Merges, MethodRef};
 use attune_tensor::Rng;
 use serde::Serialize;
 
 use crate::error::Error;
+use crate::few;
 use crate::pin;
 
 /// What is combined, and how.
@@ -88,6 +90,12 @@ impl Combine<'_> {
         let config = self.base.join("config.json");
         let text = std::fs::read(&config).map_err(Error::io(&config))?;
         let architecture = Architecture::from_json(&text).map_err(|error| of_folder(self.base, error.to_string()))?;
+        let folders: Vec<PathBuf> = self.of.iter().map(|part| part.folder.clone()).collect();
+        let head = few::head_of(&folders)?;
+        let architecture = match &head {
+            Some(head) => architecture.over(head).map_err(|fault| Error::Faults(vec![fault]))?,
+            None => architecture,
+        };
         let mut read: Vec<Read> = Vec::with_capacity(self.of.len());
         let mut repeated = None;
         for part in self.of {
@@ -141,11 +149,14 @@ impl Combine<'_> {
         }
         let ranks = made.values().map(|(_, a_ri)| a_ri.dim(0)).collect::<candle_core::Result<Vec<usize>>>()?;
         let joined = of_pairs(made, &architecture)?;
-        let card = self.card(&base_name);
+        let card = self.card(&base_name, head.as_ref().is_some_and(|head| head.task == HeadTask::Embedding));
         let part = peft::Part { adapter: &*joined.adapter, attachments: &joined.attachments, params: &joined.params };
         peft::write(to, part, None, &architecture, &base_name, &card)?;
         if let Some(held) = &first.held {
             held::write(to, held, None)?;
+        }
+        if let Some(head) = &head {
+            headed::write(to, head, architecture.hidden, None)?;
         }
         Ok(Combined {
             sites: ranks.len(),
@@ -154,7 +165,7 @@ impl Combine<'_> {
         })
     }
 
-    fn card(&self, base_name: &str) -> String {
+    fn card(&self, base_name: &str, gives_vectors: bool) -> String {
         let method = &self.method.method;
         let of: Vec<String> = self.of.iter().map(|part| format!("{} times {}", part.weight, part.name)).collect();
         let facts = [
@@ -164,7 +175,7 @@ impl Combine<'_> {
             ("seed", self.seed.to_string()),
         ];
         let title = format!("{} adapters combined", self.of.len());
-        let pipeline_tag = "text-generation";
+        let pipeline_tag = if gives_vectors { "sentence-similarity" } else { "text-generation" };
         Card { title: &title, base_model: Some(base_name), method, pipeline_tag, facts: &facts }.render()
     }
 }

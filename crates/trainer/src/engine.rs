@@ -219,10 +219,12 @@ impl RankEngine<'_> {
         take: &mut dyn FnMut(&mut Self, u32, Grads, LossReport) -> Result<()>,
     ) -> Result<()> {
         let dropout = Some(Dropout { seed: self.shared.seed, step: self.step.0 });
-        if of.level() == Level::Step {
+        // Vectors of a step that is one micro-batch are all there in one pass.
+        let is_one = of.needs().vectors && self.shared.logical_shards * self.shared.accumulation == 1;
+        if of.level() == Level::Step && !is_one {
             // Its loss is reported with the step's first micro-batch.
             let (parts, loss) = self.scope(at, parts, dropout, of)?;
-            let by_column: Arc<dyn Objective> = Arc::new(ByColumn);
+            let by_column: Arc<dyn Objective> = Arc::new(ByColumn { vectors: of.needs().vectors });
             let mut take = |engine: &mut Self, number: u32, gradients: Grads, mut report: LossReport| {
                 report.loss_sum = 0.0;
                 report.by_domain.iter_mut().for_each(|(loss, _)| *loss = 0.0);

@@ -1,4 +1,4 @@
-//! Validation loss, and the share of classes that are found, set by set.
+//! Validation loss, and the share of classes, or of what belongs to queries, that is found, set by set.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,11 +10,22 @@ use candle_core::{D, Tensor};
 
 use crate::engine::{Asking, Message, RankEngine, groups};
 
-/// The loss on each validation set, at the current parameters; the same on every rank: of an objective that needs answers, the
-/// mean reward of the likeliest ones, negated, else its mean loss. Batches are dealt out to the ranks, and what they find is added in file order.
-pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String, f64>> {
+/// What is found on each validation set.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    /// Of an objective that needs answers, the mean reward of the likeliest ones, negated, else its mean loss.
+    pub(crate) loss: BTreeMap<String, f64>,
+    /// The share of labelled rows whose likeliest class is their own, of a head over classes; of queries whose most similar passage of
+    /// the set belongs to them, of one that gives vectors.
+    pub(crate) accuracy: BTreeMap<String, f64>,
+}
+
+/// What is found on each validation set at the current parameters; the same on every rank. Batches are dealt out to the ranks, and what
+/// they find is added in file order.
+pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<Found> {
     let names: Vec<String> = engine.shared.validation.iter().map(|(name, _)| name.clone()).collect();
-    let mut losses = BTreeMap::new();
+    let Found { loss: mut losses, mut accuracy } = Found::default();
+    let has_classes = engine.shared.model.base().architecture().head.labels().is_some();
     for (index, name) in (0u16..).zip(names) {
         let batch = engine.batch(Source::Validation(index))?;
         let (objective, theta) = (engine.objective(), engine.theta().clone());
@@ -33,33 +44,22 @@ pub(crate) fn validation(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String,
         }
         if objective.level() == Level::Step {
             let (_, report) = engine.scope(&theta, &parts, None, &*objective)?;
-            losses.insert(name, report.loss_sum / objective.denominator().of(batch.counts));
+            let divisor = objective.denominator().of(batch.counts);
+            if let Some(found) = report.beside.get("accuracy").filter(|_| objective.needs().vectors) {
+                accuracy.insert(name.clone(), found / divisor);
+            }
+            losses.insert(name, report.loss_sum / divisor);
             continue;
         }
-        let total = total(engine, &theta, &parts, &objective)?;
-        losses.insert(name, total.loss_sum / objective.denominator().of(total.counts));
+        let found = total(engine, &theta, &parts, &objective)?;
+        losses.insert(name.clone(), found.loss_sum / objective.denominator().of(found.counts));
+        if has_classes {
+            let missed: Arc<dyn Objective> = Arc::new(Missed);
+            let found = total(engine, &theta, &parts, &missed)?;
+            accuracy.insert(name, 1.0 - found.loss_sum / missed.denominator().of(found.counts));
+        }
     }
-    Ok(losses)
-}
-
-/// The share of labelled rows of each validation set whose likeliest class is their own; the same on every rank. Nothing for a head
-/// over tokens.
-pub(crate) fn accuracy(engine: &mut RankEngine<'_>) -> Result<BTreeMap<String, f64>> {
-    let mut shares = BTreeMap::new();
-    if engine.shared.model.base().architecture().head.labels().is_none() {
-        return Ok(shares);
-    }
-    let names: Vec<String> = engine.shared.validation.iter().map(|(name, _)| name.clone()).collect();
-    for (index, name) in (0u16..).zip(names) {
-        let batch = engine.batch(Source::Validation(index))?;
-        let theta = engine.theta().clone();
-        let (rank, size) = (engine.collective.rank(), engine.collective.size());
-        let parts: Vec<_> = batch.parts.iter().filter(|(part, _)| part % size == rank).cloned().collect();
-        let missed: Arc<dyn Objective> = Arc::new(Missed);
-        let total = total(engine, &theta, &parts, &missed)?;
-        shares.insert(name, 1.0 - total.loss_sum / missed.denominator().of(total.counts));
-    }
-    Ok(shares)
+    Ok(Found { loss: losses, accuracy })
 }
 
 /// What an objective finds on the parts of all ranks, of which these are this rank's.

@@ -39,6 +39,19 @@ pub(crate) fn open_of(plan: &Plan, folder: &Path, quantization: Option<&MethodRe
 /// # Errors
 /// [`Error`] naming the folder or file at fault; adapters that say different things.
 pub fn open_for(base: &Path, adapters: &[PathBuf], precision: Precision) -> Result<Base, Error> {
+    open_under(base, adapters, precision, head_of(adapters)?.as_ref())
+}
+
+/// The same under a head that is known, or under the base's own.
+///
+/// # Errors
+/// As for [`open_for`].
+pub fn open_under(
+    base: &Path,
+    adapters: &[PathBuf],
+    precision: Precision,
+    head: Option<&HeadSpec>,
+) -> Result<Base, Error> {
     let mut said: Option<(&Path, Held)> = None;
     for folder in adapters {
         let Some(held) = held::read(folder)? else { continue };
@@ -56,12 +69,11 @@ pub fn open_for(base: &Path, adapters: &[PathBuf], precision: Precision) -> Resu
             None => said = Some((folder, held)),
         }
     }
-    let head = head_of(adapters)?;
     let (precision, quantization) = match &said {
         Some((_, held)) => (held.precision, Some(&held.quantization)),
         None => (precision, None),
     };
-    let opened = match &head {
+    let opened = match head {
         // What is new of a head, adapters that were trained under it have.
         Some(head) => Base::open_as(base, precision, quantization, |trunk| trunk.over(head), 0)?,
         None => open(base, precision, quantization)?,
@@ -91,12 +103,8 @@ pub fn head_of(adapters: &[PathBuf]) -> Result<Option<HeadSpec>, Error> {
         let Some(head) = headed::read(folder)? else { continue };
         match &said {
             Some((first, other)) if *other != head => {
-                let message = format!(
-                    "was trained to tell [{}] apart, and {} [{}]: no head does both",
-                    head.labels.join(", "),
-                    first.display(),
-                    other.labels.join(", ")
-                );
+                let (own, first, other) = (headed::spelt(&head), first.display(), headed::spelt(other));
+                let message = format!("was trained to {own}, and {first} to {other}: no head does both");
                 return Err(Error::Input { input: folder.display().to_string(), message });
             }
             Some(_) => {}

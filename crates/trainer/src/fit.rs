@@ -18,7 +18,7 @@ pub(crate) fn fits(domains: &[Domain], validation: &[(String, Dataset)], packing
         return Ok(());
     }
     let what = match packing.answers {
-        None => "the longest row, with both its answers, has".to_owned(),
+        None => "the longest row, with all its documents, has".to_owned(),
         Some(Room { each, .. }) => format!("the longest prompt with {each} answers as long as they may be comes to"),
     };
     let message = format!(
@@ -30,7 +30,7 @@ pub(crate) fn fits(domains: &[Domain], validation: &[(String, Dataset)], packing
 
 /// Whether the rows of a file are what an objective compares, pairs or not.
 pub(crate) fn of_objective(data: &Dataset, objective: &str, needs: Needs, path: FieldPath) -> Option<Fault> {
-    let message = match (needs.pairs, data.views().len() == 2) {
+    let message = match (needs.pairs, data.report().form == Form::Preference) {
         _ if needs.answers.is_some() && data.report().form == Form::Text => {
             format!("holds texts without prompts, and `{objective}` learns from answers to prompts")
         }

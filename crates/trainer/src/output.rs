@@ -8,6 +8,7 @@ use attune_adapt::joined::joined;
 use attune_adapt::peft::{self, Part};
 use attune_adapt::{headed, held};
 use attune_artifacts::formats::card::Card;
+use attune_artifacts::formats::sentence_transformers;
 use attune_models::{Base, Slot, export, stack};
 use attune_points::adapter::{Compacted, Merged, Port};
 use attune_points::{BankKind, Params, TensorName, Theta, Weight};
@@ -87,7 +88,8 @@ pub(crate) fn write(
             adapter(request, prepared, theta, state, (at, saved, &base_name), &folder)?;
             // Others go with it: by themselves they lack the head.
             if let (0, Some(head)) = (number, &request.plan.head) {
-                headed::write(&folder, head)?;
+                let width = prepared.shared.model.base().architecture().hidden;
+                headed::write(&folder, head, width, Some(request.plan.max_length))?;
             }
             outputs.push(Output { role, kind: OutputKind::Adapter, folder });
         }
@@ -200,8 +202,12 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
         ("tokens", state.tokens.to_string()),
         ("seed", request.plan.seed.to_string()),
     ];
-    let classes = request.plan.head.as_ref().map(|head| head.labels.join(", "));
-    facts.extend(classes.map(|classes| ("classes, from 0", classes)));
+    if let Some(head) = &request.plan.head {
+        facts.push(match head.task {
+            HeadTask::Embedding => ("head", format!("to {}", headed::spelt(head))),
+            _ => ("classes, from 0", head.labels.join(", ")),
+        });
+    }
     facts.extend(few::of(&request.plan).map(|held| ("base held as", few::spelt(&held))));
     let ends = (state.validation.first(), state.validation.last());
     if let (Some(before), Some(after)) = ends {
@@ -219,6 +225,7 @@ fn card(request: &Request, slot: usize, base_name: &str, state: &State) -> Strin
             None => "text-generation",
             Some(HeadTask::Classification) => "text-classification",
             Some(HeadTask::TokenClassification) => "token-classification",
+            Some(HeadTask::Embedding) => "sentence-similarity",
         },
         facts: &facts,
     };
@@ -245,7 +252,14 @@ fn model(
     // A model from scratch has no weights but those: all of them are written, trained or not.
     export::write(base, &replaced, dtype, &prepared.base_folder, folder)?;
     if let Some(head) = &request.plan.head {
-        export::name_classes(folder, &head.labels)?;
+        if !head.labels.is_empty() {
+            export::name_classes(folder, &head.labels)?;
+        }
+        if head.task == HeadTask::Embedding {
+            let (width, pooling) = (base.architecture().hidden, head.pooling.unwrap_or_default());
+            sentence_transformers::write(folder, width, pooling, Some(request.plan.max_length))
+                .map_err(attune_adapt::Error::from)?;
+        }
     }
     Ok(())
 }

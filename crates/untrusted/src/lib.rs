@@ -154,12 +154,17 @@ pub fn csv(bytes: &[u8]) {
     documents("rows.csv", bytes);
 }
 
-/// Reads a file as one of rows, twice, with a chat template and without, and with classes of documents and of words.
+/// Reads a file as one of rows, twice, with a chat template and without, with classes of documents and of words, and for vectors.
 fn documents(name: &str, bytes: &[u8]) {
-    static ENCODERS: LazyLock<[Encoder; 4]> = LazyLock::new(|| {
+    static ENCODERS: LazyLock<[Encoder; 5]> = LazyLock::new(|| {
         let classes = |of| Some(Classes { names: ["no", "yes", "1"].map(str::to_owned).to_vec(), of });
-        let ways =
-            [(Some("chatml"), None), (None, None), (None, classes(Labelled::Last)), (None, classes(Labelled::Words))];
+        let ways = [
+            (Some("chatml"), None),
+            (None, None),
+            (None, classes(Labelled::Last)),
+            (None, classes(Labelled::Words)),
+            (None, classes(Labelled::Queries)),
+        ];
         ways.map(|(template, classes)| {
             let tokenizer = byte_level(&["<|im_start|>", "<|im_end|>", "<|endoftext|>"]);
             let encoder = Encoder::new(tokenizer, template, 256, TooLong::Truncate);

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use attune_architecture::HeadKind;
 use attune_data::{ChatTemplate, Message, Tokenizer};
 use attune_models::Model;
 use attune_models::generate::generate;
@@ -40,6 +41,10 @@ impl Speaker {
         if architecture.head.labels().is_some() {
             let message = format!("{} tells classes apart, and gives no text", architecture.class_name());
             return Err(Failure::usage(message).with_hint("ask for classes: attune classify"));
+        }
+        if architecture.head != HeadKind::Tokens {
+            let message = format!("{} gives vectors, and no text", architecture.class_name());
+            return Err(Failure::usage(message).with_hint("ask for vectors: attune embed"));
         }
         let folders = adapters.iter().map(PathBuf::as_path);
         let (weights, stack, theta) = attune_trainer::component::frozen(weights, folders)?;

@@ -4,6 +4,7 @@
 pub mod card;
 pub mod peft;
 pub mod safetensors;
+pub mod sentence_transformers;
 
 use std::fs;
 use std::io::{self, BufWriter};

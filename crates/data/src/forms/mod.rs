@@ -8,6 +8,7 @@ mod chat;
 mod classification;
 mod preference;
 mod prompt_completion;
+mod retrieval;
 mod text;
 mod token_classification;
 
@@ -65,6 +66,13 @@ pub(crate) enum Record {
         /// As many classes.
         tags: Vec<Label>,
     },
+    /// A text, and others that belong to it or look like it.
+    Retrieved {
+        /// The text.
+        query: String,
+        /// What belongs to it, then what does not.
+        passages: Vec<String>,
+    },
 }
 
 /// A class as a row has it.
@@ -116,12 +124,18 @@ const fn columns(form: Form) -> &'static [&'static str] {
         Form::Preference => &["chosen", "rejected"],
         Form::Classification => &["text", "label"],
         Form::TokenClassification => &["tokens"],
+        Form::Retrieval => &["positive"],
     }
 }
 
-/// The form of rows with the classes of a head, whose columns have to be there. Fails with words to follow "the columns".
-pub(crate) fn classified(of: Labelled, fields: &Map<String, Value>) -> Result<Form, String> {
+/// The form of rows for a head that has classes or gives vectors, whose columns have to be there. Fails with words to follow "the
+/// columns".
+pub(crate) fn of_head(of: Labelled, fields: &Map<String, Value>) -> Result<Form, String> {
     let (form, expected, fits) = match of {
+        Labelled::Queries => {
+            let expected = "`query` (or `anchor`) + `positive`, with `negative` where there are such";
+            (Form::Retrieval, expected, retrieval::fits(fields))
+        }
         Labelled::Words => (Form::TokenClassification, "`tokens` + `tags`", token_classification::fits(fields)),
         Labelled::First | Labelled::Last => {
             let fits = columns(Form::Classification).iter().all(|column| fields.contains_key(*column));
@@ -129,7 +143,8 @@ pub(crate) fn classified(of: Labelled, fields: &Map<String, Value>) -> Result<Fo
         }
     };
     let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-    if fits { Ok(form) } else { Err(format!("{names:?} are not those of classes; expected {expected}")) }
+    let what = if of == Labelled::Queries { "what belongs together" } else { "classes" };
+    if fits { Ok(form) } else { Err(format!("{names:?} are not those of {what}; expected {expected}")) }
 }
 
 /// The one form whose columns are all there. Fails with words to follow "the columns", when none fits or several do.
@@ -161,6 +176,7 @@ pub(crate) fn read(form: Form, fields: &Map<String, Value>) -> Result<Record, Ro
         Form::Preference => preference::read(fields),
         Form::Classification => classification::read(fields),
         Form::TokenClassification => token_classification::read(fields),
+        Form::Retrieval => retrieval::read(fields),
     }
 }
 

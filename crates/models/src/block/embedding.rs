@@ -119,7 +119,7 @@ impl Block for Embedding {
         }
         let x_td = self.sum(cx)?;
         let y_td = match self.norm() {
-            Some(norm) => cx.norm_rows(norm, &x_td)?,
+            Some(norm) => cx.norm_rows(norm, &x_td, Given::All)?,
             None => x_td,
         };
         Ok((vec![y_td], None))

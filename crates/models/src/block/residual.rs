@@ -67,7 +67,7 @@ pub(super) fn close(norm: &Site, sum: Rows<f32>, cx: &PassCx<'_>, run: Run) -> R
     if cx.architecture().placement == NormPlacement::Pre {
         return Ok((vec![sum], None));
     }
-    let y = if run == Run::Saved { Vec::new() } else { vec![cx.norm_rows(norm, &sum)?] };
+    let y = if run == Run::Saved { Vec::new() } else { vec![cx.norm_rows(norm, &sum, Given::All)?] };
     Ok((y, run.saves().then_some(sum)))
 }
 

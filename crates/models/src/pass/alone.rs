@@ -10,7 +10,7 @@ use crate::block::Block;
 use crate::cache::Cache;
 use crate::pass::arena::Rows;
 use crate::pass::outputs;
-use crate::pass::parts::{Part, PassCx};
+use crate::pass::parts::{Given, Part, PassCx};
 use crate::pass::times::Meter;
 use crate::pass::walk::{Machine, Run, up};
 use crate::stack::Stack;
@@ -70,7 +70,7 @@ impl<'a> PassCx<'a> {
         let bare = bare.collect::<Result<Vec<_>>>()?;
         let own = PassCx::new(machine.base, &bare, None, machine.arena);
         let h_td = up(machine.trunk, &own, |_, block, x| block.forward(x, &own, Run::Output), |_| Ok(()))?;
-        let all_td = outputs::normed(machine.head, &h_td, &own)?;
+        let all_td = outputs::normed(machine.head, &h_td, Given::All, &own)?;
         cx.alone = vec![None; parts.len()];
         for (part, rows) in reading.into_iter().zip(&own.rows) {
             cx.alone[part] = Some(all_td.narrow(0, rows.start, rows.len())?.contiguous()?);
@@ -98,7 +98,7 @@ impl<'a> PassCx<'a> {
             Ok((block.decode(x, &mut blocks[index], &own)?, None))
         };
         let h_td = up(machine.trunk, &own, step, |_| Ok(()))?;
-        self.alone = vec![Some(outputs::normed(machine.head, &h_td, &own)?)];
+        self.alone = vec![Some(outputs::normed(machine.head, &h_td, Given::All, &own)?)];
         Ok(())
     }
 }

@@ -10,14 +10,15 @@ use attune_tensor::autograd;
 use attune_tensor::view::MatRef;
 use candle_core::{Device, Tensor};
 
-use crate::head::Head;
+use crate::head::{self as graphs, Head};
 use crate::loss::{checked, outside, sweeps};
 use crate::pass::arena::{Activations, Mat, Rows};
 use crate::pass::linear::Thin;
-use crate::pass::local;
 use crate::pass::parts::{Given, PassCx, Sinks, wanted};
 use crate::pass::times::Work;
 use crate::pass::walk::Task;
+use crate::pass::{local, outputs};
+use crate::vectors;
 
 /// Where gradients go.
 pub(crate) struct Backward<'b, 's> {
@@ -41,11 +42,16 @@ pub(crate) fn losses(
     cx: &PassCx<'_>,
     mut backward: Option<Backward<'_, '_>>,
 ) -> Result<Vec<LossReport>> {
-    head.last(cx.architecture())?;
     let (width, length) = (cx.architecture().logits_width(), cx.architecture().logits_rows());
     let mut reports = Vec::with_capacity(tasks.len());
     for (part, task) in tasks.iter().enumerate() {
         let layout = task.part.layout;
+        if task.objective.needs().vectors {
+            let backward = backward.as_mut().map(Backward::again);
+            reports.push(cx.meter.whole(Work::Head, || of_vectors(head, h_td, (part, task), cx, backward))?);
+            continue;
+        }
+        head.last(cx.architecture())?;
         if let Some(&label) = layout.labels().iter().find(|&&label| label != NO_LABEL && label as usize >= width) {
             return Err(outside(label, cx.architecture()));
         }
@@ -60,6 +66,37 @@ pub(crate) fn losses(
         })?);
     }
     Ok(reports)
+}
+
+/// The losses of a part whose documents have vectors: pooling, in 32 bits whatever the type of the activations, runs by its graph.
+fn of_vectors(
+    head: &Head,
+    h_td: &Rows<f32>,
+    (part, task): (usize, &Task<'_>),
+    cx: &PassCx<'_>,
+    backward: Option<Backward<'_, '_>>,
+) -> Result<LossReport> {
+    let (layout, pooling) = (task.part.layout, Head::pooling(cx.architecture())?);
+    let ids: Vec<u32> = (0..layout.n_rows() as u32).collect();
+    let at = At { part, ids: &ids };
+    let mut h_cd = cx.arena.rows(ids.len(), h_td.n_cols());
+    cx.kernels.gather(h_td.view().into(), &at.rows(cx), h_cd.view_mut().into(), false);
+    let n_cd = autograd::leaf(&outputs::normed(head, &h_cd, at.given(), cx)?)?;
+    let y_nd = graphs::pool(n_cd.as_tensor(), layout, pooling)?;
+    let (report, dy_nd) = vectors::losses(task.objective, layout, &y_nd.detach())?;
+    let Some(Backward { dh_td, sinks }) = backward else { return Ok(report) };
+    if dh_td.is_none() && wanted(cx.base, &cx.parts[part], &head.sites, &*sinks[part]).is_empty() {
+        return Ok(report);
+    }
+    let dy_nd = (dy_nd * task.scale)?;
+    let Some(dn) = autograd::pull(&[&n_cd], &[(&y_nd, &dy_nd)])?.pop().flatten() else { return Ok(report) };
+    let mut dn_cd = cx.arena.rows(h_cd.n_rows(), h_cd.n_cols());
+    local::write(&dn, dn_cd.view_mut(), false)?;
+    let dh_cd = at.norm_vjp(head, &h_cd, dn_cd, cx, sinks)?;
+    if let Some(dh_td) = dh_td {
+        cx.kernels.scatter(dh_cd.view(), &at.rows(cx), dh_td.view_mut());
+    }
+    Ok(report)
 }
 
 /// Logits of rows `ids` of a part, `[C, V]` or `[C, classes]`.
@@ -244,9 +281,21 @@ impl At<'_> {
             cx.linear_vjp(pooler, read.n_cd.view(), self.given(), thin, narrowed.view(d_cd.view()), to, sinks)?;
             d_cd = dn_cd;
         }
-        let Some(norm) = head.at(Place::FinalNorm) else { return Ok(d_cd) };
-        let mut dh_cd = cx.arena.zeros(d_cd.n_rows(), d_cd.n_cols());
-        cx.norm_vjp(norm, read.h_cd.view(), self.given(), d_cd.view(), dh_cd.view_mut(), sinks)?;
+        self.norm_vjp(head, &read.h_cd, d_cd, cx, sinks)
+    }
+
+    /// The gradient by the hidden rows, from the one by what the last norm makes of them.
+    fn norm_vjp(
+        &self,
+        head: &Head,
+        h_cd: &Rows<f32>,
+        dn_cd: Rows<f32>,
+        cx: &PassCx<'_>,
+        sinks: &mut Sinks<'_>,
+    ) -> Result<Rows<f32>> {
+        let Some(norm) = head.at(Place::FinalNorm) else { return Ok(dn_cd) };
+        let mut dh_cd = cx.arena.zeros(dn_cd.n_rows(), dn_cd.n_cols());
+        cx.norm_vjp(norm, h_cd.view(), self.given(), dn_cd.view(), dh_cd.view_mut(), sinks)?;
         Ok(dh_cd)
     }
 }

@@ -21,12 +21,14 @@ impl PassCx<'_> {
         Ok(y)
     }
 
-    /// `norm(x)` on all rows, in 32 bits.
+    /// `norm(x)` on the rows given, in 32 bits.
     ///
     /// # Errors
     /// As for [`PassCx::norm`].
-    pub(crate) fn norm_rows(&self, site: &Site, x_td: &Rows<f32>) -> Result<Rows<f32>> {
-        self.norm_heads(site, x_td, 1)
+    pub(crate) fn norm_rows(&self, site: &Site, x_td: &Rows<f32>, given: Given<'_>) -> Result<Rows<f32>> {
+        let mut y = self.arena.rows(x_td.n_rows(), x_td.n_cols());
+        self.norm_into(site, x_td.view(), 1, given, y.view_mut().into())?;
+        Ok(y)
     }
 
     /// The norm of each of `per_row` equal pieces of every row, in 32 bits.

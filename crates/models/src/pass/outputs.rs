@@ -1,15 +1,14 @@
 //! What a forward pass gives beside losses: logits, vectors of documents, hidden rows, routing, and what may follow a text.
 
 use attune_architecture::{Place, PooledRow, Pooling};
-use attune_points::{GradSink, Result};
-use attune_tensor::autograd;
+use attune_points::Result;
 use candle_core::{Device, Tensor};
 
 use crate::cache::Cache;
 use crate::head::{self as graphs, Head};
 use crate::pass::arena::Rows;
 use crate::pass::parts::{Given, Part, PassCx};
-use crate::pass::walk::{self, Keep, Machine, Run, up};
+use crate::pass::walk::{Machine, Run, up};
 use crate::pass::{head, local};
 use crate::routing::Routing;
 
@@ -40,41 +39,13 @@ pub(crate) fn logits(machine: &Machine<'_>, part: Part<'_>, ids: &[u32]) -> Resu
 
 /// A vector per document of a part, `[N, D]`.
 pub(crate) fn embed(machine: &Machine<'_>, part: Part<'_>, pooling: Pooling) -> Result<Tensor> {
-    forward(machine, part, |h_td, cx| graphs::pool(&normed(machine.head, h_td, cx)?, part.layout, pooling))
-}
-
-/// The gradient of a loss whose gradient by the vectors of documents is `dy_nd`; gives the vectors.
-pub(crate) fn embed_grad(
-    machine: &Machine<'_>,
-    part: Part<'_>,
-    pooling: Pooling,
-    dy_nd: &Tensor,
-    sink: &mut dyn GradSink,
-) -> Result<Tensor> {
-    let (y_nd, _) = walk::reverse(machine, &[part], &[1.0], Keep::All, &mut [sink], |h_td, cx, backward| {
-        let n_td = autograd::leaf(&normed(machine.head, h_td, cx)?)?;
-        let y_nd = graphs::pool(n_td.as_tensor(), part.layout, pooling)?;
-        let Some(dn) = autograd::pull(&[&n_td], &[(&y_nd, dy_nd)])?.pop().flatten() else { return Ok(y_nd.detach()) };
-        let mut dn_td = cx.arena.rows(h_td.n_rows(), h_td.n_cols());
-        local::write(&dn, dn_td.view_mut(), false)?;
-        match (machine.head.at(Place::FinalNorm), backward.dh_td) {
-            (Some(norm), dh_td) => {
-                let mut unseen = None;
-                let dh_td = dh_td.unwrap_or_else(|| unseen.insert(cx.arena.zeros(h_td.n_rows(), h_td.n_cols())));
-                cx.norm_vjp(norm, h_td.view(), Given::All, dn_td.view(), dh_td.view_mut(), backward.sinks)?;
-            }
-            (None, Some(dh_td)) => cx.kernels.add(dn_td.view().into(), dh_td.view_mut()),
-            (None, None) => {}
-        }
-        Ok(y_nd.detach())
-    })?;
-    Ok(y_nd)
+    forward(machine, part, |h_td, cx| graphs::pool(&normed(machine.head, h_td, Given::All, cx)?, part.layout, pooling))
 }
 
 /// Hidden rows after the last norm, in 32 bits whatever the type of the activations: they are an output.
-pub(crate) fn normed(head: &Head, h_td: &Rows<f32>, cx: &PassCx<'_>) -> Result<Tensor> {
+pub(crate) fn normed(head: &Head, h_td: &Rows<f32>, given: Given<'_>, cx: &PassCx<'_>) -> Result<Tensor> {
     match head.at(Place::FinalNorm) {
-        Some(norm) => local::tensor(cx.norm_rows(norm, h_td)?.view().into()),
+        Some(norm) => local::tensor(cx.norm_rows(norm, h_td, given)?.view().into()),
         None => local::tensor(h_td.view().into()),
     }
 }

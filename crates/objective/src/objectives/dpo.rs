@@ -346,7 +346,7 @@ impl Objective for Dpo {
     }
 
     fn needs(&self) -> Needs {
-        Needs { reference: true, pairs: true, answers: None }
+        Needs { reference: true, pairs: true, ..Needs::default() }
     }
 
     fn denominator(&self) -> Denominator {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::plan::{HEAD, head_slot, logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Device, Form, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
+use super::{Device, Form, HeadTask, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 use crate::stages;
@@ -307,7 +307,8 @@ fn share(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     }
 }
 
-/// Classes need names that differ and rows that have them, and rows with classes need a head.
+/// Classes need names that differ and rows that have them, vectors an objective that compares them; and such rows and objectives need
+/// a head.
 fn head(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     let (tune, head) = (&spec.tune, FieldPath::from("tune").field("head"));
     let data = FieldPath::from("data");
@@ -318,17 +319,49 @@ fn head(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     let expected = tune.head.as_ref().map(|head| head.task.form());
     for (path, form) in domains.chain(validation) {
         let Some(form) = form else { continue };
-        let has_classes = matches!(form, Form::Classification | Form::TokenClassification);
+        let nothing_says = match form {
+            Form::Classification | Form::TokenClassification => Some("the classes"),
+            Form::Retrieval => Some("that the model gives vectors"),
+            _ => None,
+        };
         let message = match expected {
             Some(expected) if form != expected => {
                 format!("is {}, but `tune.head` learns from rows of {}", form.name(), expected.name())
             }
-            None if has_classes => format!("is {}, and nothing says the classes: expected `tune.head`", form.name()),
-            _ => continue,
+            None => match nothing_says {
+                Some(what) => format!("is {}, and nothing says {what}: expected `tune.head`", form.name()),
+                None => continue,
+            },
+            Some(_) => continue,
         };
         faults.push(Fault::new(path.field("form"), message));
     }
+    let (objective, compares) = (&tune.objective.method, catalogue.compares_vectors(&tune.objective));
+    let gives = tune.head.as_ref().is_some_and(|head| head.task == HeadTask::Embedding);
+    let misfit = match (gives, compares) {
+        (false, true) => Some("compares vectors, and the model gives none: expected `tune.head: {task: embedding}`"),
+        (true, false) => {
+            Some("compares no vectors, and `tune.head` gives nothing else: expected one such as `info-nce`")
+        }
+        _ => None,
+    };
+    if let Some(misfit) = misfit {
+        faults.push(Fault::new("tune.objective", format!("is {objective}, which {misfit}")));
+    }
     let Some(spec_of_head) = &tune.head else { return };
+    if gives && !spec_of_head.labels.is_empty() {
+        faults.push(Fault::new(head.field("labels"), "is given, but vectors have no classes: leave it out"));
+    }
+    if !gives && spec_of_head.labels.is_empty() {
+        let message = "is missing; expected the names of the classes, in the order of their numbers";
+        faults.push(Fault::new(head.field("labels"), message));
+    }
+    for (field, given) in [("pooling", spec_of_head.pooling.is_some()), ("bidirectional", spec_of_head.bidirectional)] {
+        if given && !gives {
+            let message = "is given, but is for `task: embedding` only: leave it out";
+            faults.push(Fault::new(head.field(field), message));
+        }
+    }
     for (index, label) in spec_of_head.labels.iter().enumerate() {
         if spec_of_head.labels[..index].contains(label) {
             let path = head.field("labels").index(index);

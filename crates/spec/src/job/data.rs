@@ -25,6 +25,9 @@ pub enum Form {
     Classification,
     /// `tokens`, which are words, and as many classes as `tags` or `ner_tags`: for `tune.head`.
     TokenClassification,
+    /// `query` or `anchor`, a text, and what belongs to it as `positive`; where there are texts that do not although they look like it,
+    /// those as `negative`: for a `tune.head` that gives vectors.
+    Retrieval,
 }
 
 impl Form {
@@ -38,6 +41,7 @@ impl Form {
             Self::Preference => "preference",
             Self::Classification => "classification",
             Self::TokenClassification => "token_classification",
+            Self::Retrieval => "retrieval",
         }
     }
 }

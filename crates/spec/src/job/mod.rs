@@ -27,7 +27,8 @@ pub use reference::Reference;
 pub use resources::{Device, Limits, MergedInto, Outputs, Resources};
 pub use targets::Targets;
 pub use tune::{
-    Activations, CheckpointSpec, EvaluateSpec, HeadSpec, HeadTask, Matmul, Precision, RewardSpec, SlotSpec, TuneSpec,
+    Activations, CheckpointSpec, EvaluateSpec, HeadPooling, HeadSpec, HeadTask, Matmul, Precision, RewardSpec,
+    SlotSpec, TuneSpec,
 };
 
 use crate::FieldPath;

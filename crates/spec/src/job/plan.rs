@@ -6,7 +6,7 @@ use super::data::{Form, OnBadRow, TooLong};
 use super::reference::Reference;
 use super::resources::MergedInto;
 use super::targets::Targets;
-use super::tune::{Activations, HeadSpec, Matmul, Precision};
+use super::tune::{Activations, HeadSpec, HeadTask, Matmul, Precision};
 use super::{JobKind, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::id::{Digest, Name};
@@ -202,8 +202,9 @@ pub(super) fn longest(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
 /// that 2, 4 and 8 ranks divide it).
 pub(super) fn logical_shards(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
     spec.tune.logical_shards.unwrap_or_else(|| {
-        // Both answers of a pair go into one shard, and all that the model gives to a prompt.
-        let is_paired = spec.data.domains.iter().any(|domain| domain.form == Some(Form::Preference));
+        // Both answers of a pair go into one shard, what belongs to a query, and all that the model gives to a prompt.
+        let gives_vectors = spec.tune.head.as_ref().is_some_and(|head| head.task == HeadTask::Embedding);
+        let is_paired = gives_vectors || spec.data.domains.iter().any(|domain| domain.form == Some(Form::Preference));
         let given = catalogue.answers(&spec.tune.objective).map(|(each, _)| each);
         let together = given.unwrap_or(if is_paired { 2 } else { 1 });
         let longest = longest(spec, catalogue).max(1).saturating_mul(together);
@@ -221,7 +222,8 @@ pub(super) const HEAD: &str = "head";
 
 /// The slot in which a head over classes trains whole, unless a slot of the job trains the base's own weights or names it.
 pub(super) fn head_slot(spec: &JobSpec, catalogue: &Catalogue) -> Option<PlanSlot> {
-    spec.tune.head.as_ref()?;
+    // A vector needs no weights of its own.
+    spec.tune.head.as_ref().filter(|head| head.task != HeadTask::Embedding)?;
     let document = catalogue.of_heads()?;
     let trains =
         |method: &str| catalogue.get(method).is_some_and(|other| other.trains_base || other.name == document.name);

@@ -179,6 +179,8 @@ pub enum HeadTask {
     Classification,
     /// Words: each has a class.
     TokenClassification,
+    /// Documents: one vector each, near to those of what belongs to it.
+    Embedding,
 }
 
 impl HeadTask {
@@ -187,21 +189,49 @@ impl HeadTask {
         match self {
             Self::Classification => Form::Classification,
             Self::TokenClassification => Form::TokenClassification,
+            Self::Embedding => Form::Retrieval,
         }
     }
 }
 
-/// A head over classes, in the place of the base's own. It starts from the base's, if that has one of as many classes, and at random
-/// otherwise.
+/// How the rows of a document become its vector.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadPooling {
+    /// Their mean.
+    #[default]
+    Mean,
+    /// The first one, where encoders have their `[CLS]`.
+    First,
+    /// The last one, the only one that has seen a whole document where rows see those before them.
+    Last,
+}
+
+/// A head over classes, in the place of the base's own, which starts from the base's, if that has one of as many classes, and at random
+/// otherwise; or no weights at all, but a vector per document.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(deny_unknown_fields)]
 pub struct HeadSpec {
-    /// What has a class.
+    /// What has a class or a vector.
     pub task: HeadTask,
-    /// The names of the classes, in the order of their numbers.
+    /// The names of the classes, in the order of their numbers; none of a head that gives vectors.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(min = 2, max = 65_536), inner(length(min = 1, max = 256)))]
     pub labels: Vec<String>,
+    /// How rows become a vector, of a head that gives such; their mean when it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pooling: Option<HeadPooling>,
+    /// Whether rows of a decoder see those after them as well, of a head that gives vectors.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bidirectional: bool,
+}
+
+impl HeadSpec {
+    /// A head that tells these classes apart.
+    pub const fn of_classes(task: HeadTask, labels: Vec<String>) -> Self {
+        Self { task, labels, pooling: None, bidirectional: false }
+    }
 }
 
 /// When the whole state of the run is kept.
@@ -245,8 +275,8 @@ pub struct TuneSpec {
     pub adapter: Option<SlotSpec>,
     /// Starts from random weights: the base needs a configuration and a tokenizer only.
     pub from_scratch: bool,
-    /// Classes that the model tells apart, in the place of what the base gives. Such a head trains whole beside adapters, and is kept
-    /// in the folder of the first.
+    /// Classes that the model tells apart, in the place of what the base gives: such a head trains whole beside adapters, and is kept
+    /// in the folder of the first. Or vectors of documents.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head: Option<HeadSpec>,
     /// Another model that is made of the base first, and trains in its place.

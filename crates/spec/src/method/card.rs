@@ -226,6 +226,8 @@ pub struct Card {
     pub answers: &'static str,
     /// The most tokens of such an answer, as such an expression.
     pub answer_tokens: &'static str,
+    /// Whether it compares vectors of documents, not logits.
+    pub compares_vectors: bool,
     /// Rows that it puts before those of every document, as an expression over its parameters; empty for none.
     pub rows_before: &'static str,
     /// What it makes of a model's sizes, `inner`, `experts`, `experts_per_token` and `experts_balance`: expressions over its
@@ -273,6 +275,7 @@ impl Card {
             weight_statistics: "",
             answers: "",
             answer_tokens: "",
+            compares_vectors: false,
             rows_before: "",
             becomes: &[],
             stored_bytes: "",

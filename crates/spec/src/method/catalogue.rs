@@ -124,6 +124,11 @@ impl Catalogue {
         document.is_some_and(|document| expression::holds(&document.own_base, &params).unwrap_or(true))
     }
 
+    /// Whether an objective compares vectors of documents, not logits.
+    pub fn compares_vectors(&self, objective: &MethodRef) -> bool {
+        self.get(&objective.method).is_some_and(|document| document.compares_vectors)
+    }
+
     /// Whether a component with these parameters has to stay beside the base.
     pub fn stays_beside(&self, named: &MethodRef) -> bool {
         let Some(document) = self.get(&named.method) else { return false };
@@ -219,6 +224,7 @@ mod tests {
             weight_statistics: String::new(),
             answers: String::new(),
             answer_tokens: String::new(),
+            compares_vectors: false,
             rows_before: String::new(),
             becomes: BTreeMap::new(),
             stored_bytes: String::new(),

@@ -91,6 +91,9 @@ pub struct MethodDocument {
     /// The most tokens of such an answer, as an expression.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub answer_tokens: String,
+    /// Whether it compares vectors of documents, not logits.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub compares_vectors: bool,
     /// Rows that it puts before those of every document, as an expression; empty for none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub rows_before: String,
@@ -153,6 +156,7 @@ impl MethodDocument {
             weight_statistics: card.weight_statistics.to_owned(),
             answers: card.answers.to_owned(),
             answer_tokens: card.answer_tokens.to_owned(),
+            compares_vectors: card.compares_vectors,
             rows_before: card.rows_before.to_owned(),
             becomes: card.becomes.iter().map(|(size, text)| (own(size), own(text))).collect(),
             stored_bytes: card.stored_bytes.to_owned(),

@@ -308,8 +308,8 @@ impl<'a> Rank<'a> {
         // While nothing else runs yet.
         self.gemm_peak();
         self.emit(Event::Starting { phase: Phase::Rehearsal });
-        let views = self.prepared.domains.first().map_or(&[View::Main][..], |domain| domain.data.views());
-        let layout = answers::unjudged(largest(&self.prepared.packing, views))?;
+        let views = self.prepared.domains.first().map_or_else(|| vec![View::Main], |domain| domain.data.views());
+        let layout = answers::unjudged(largest(&self.prepared.packing, &views))?;
         let layout = Arc::new(layout.with_copies(self.rule.copies()));
         let Packing { logical_shards, accumulation, .. } = self.prepared.packing;
         let micro_batches = logical_shards / self.request.all_ranks() * accumulation;
@@ -381,8 +381,7 @@ impl<'a> Rank<'a> {
 
     /// Measures the validation loss and keeps it.
     fn measure(&mut self) -> Result<(), Error> {
-        let loss = evaluate::validation(&mut self.engine)?;
-        let accuracy = evaluate::accuracy(&mut self.engine)?;
+        let evaluate::Found { loss, accuracy } = evaluate::validation(&mut self.engine)?;
         for (set, loss) in &loss {
             self.finite(&format!("validation loss of {set}"), *loss)?;
         }

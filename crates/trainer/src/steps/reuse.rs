@@ -203,9 +203,12 @@ fn written(layout: &Layout) -> Result<Tensors> {
     let mut tensors = Tensors::from([("rows".to_owned(), whole(rows)?), ("docs".to_owned(), whole(docs.collect())?)]);
     for (name, Column { axis, values }) in layout.columns() {
         let (kind, values) = match values {
-            Values::U32(values) => ("u32", values.iter().map(|value| i64::from(*value)).collect()),
-            Values::F32(values) => ("f32", values.iter().map(|value| i64::from(value.to_bits())).collect()),
-            Values::F64(values) => ("f64", values.iter().map(|value| value.to_bits() as i64).collect()),
+            Values::Vectors { width, numbers } => {
+                (format!("v{width}"), numbers.iter().map(|number| i64::from(number.to_bits())).collect())
+            }
+            Values::U32(values) => ("u32".to_owned(), values.iter().map(|value| i64::from(*value)).collect()),
+            Values::F32(values) => ("f32".to_owned(), values.iter().map(|value| i64::from(value.to_bits())).collect()),
+            Values::F64(values) => ("f64".to_owned(), values.iter().map(|value| value.to_bits() as i64).collect()),
         };
         let axis = if *axis == Axis::Row { "row" } else { "doc" };
         tensors.insert(format!("{axis}.{kind}.{name}"), whole(values)?);
@@ -239,6 +242,10 @@ fn read(tensors: &Tensors) -> Result<Layout> {
         let (Some(axis), Some(kind), Some(name)) = (words.next(), words.next(), words.next()) else { continue };
         let values = tensor.to_vec1::<i64>()?;
         let values = match kind {
+            kind if kind.starts_with('v') => Values::Vectors {
+                width: kind[1..].parse().unwrap_or_default(),
+                numbers: values.iter().map(|value| f32::from_bits(*value as u32)).collect(),
+            },
             "u32" => Values::U32(values.iter().map(|value| *value as u32).collect()),
             "f32" => Values::F32(values.iter().map(|value| f32::from_bits(*value as u32)).collect()),
             _ => Values::F64(values.iter().map(|value| f64::from_bits(*value as u64)).collect()),
@@ -292,6 +299,8 @@ mod tests {
         }
         let rewards = Values::F64(vec![1.5, f64::NEG_INFINITY, -0.0, 1e-300]);
         layout.set_column(REWARD, Column { axis: Axis::Doc, values: rewards }).unwrap();
+        let vectors = Values::Vectors { width: 3, numbers: (0..12).map(|number| 0.1 * number as f32).collect() };
+        layout.set_column("vectors", Column { axis: Axis::Doc, values: vectors }).unwrap();
         layout.set_column("weight", Column { axis: Axis::Row, values: Values::F32(vec![0.1; 12]) }).unwrap();
         let found = read(&written(&layout).unwrap()).unwrap();
         assert_eq!(found, layout);

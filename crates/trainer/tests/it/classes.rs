@@ -16,11 +16,11 @@ use crate::bits::checkpoint;
 use crate::outputs::unpack;
 use crate::support::{Outside, Small, files as files_of, metric};
 
-fn golden(path: &str) -> PathBuf {
+pub(crate) fn golden(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-fn copy(from: &Path, to: &Path) {
+pub(crate) fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -76,11 +76,11 @@ impl Case {
     }
 }
 
-fn numbers(value: &Value) -> Vec<f64> {
+pub(crate) fn numbers(value: &Value) -> Vec<f64> {
     value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
 }
 
-fn close(what: &str, found: &[f64], expected: &[f64], within: f64) {
+pub(crate) fn close(what: &str, found: &[f64], expected: &[f64], within: f64) {
     assert_eq!(found.len(), expected.len(), "{what}: {found:?}");
     let off = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     assert!(off < within, "{what}: {found:?}, PEFT {expected:?}");

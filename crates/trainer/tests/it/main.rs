@@ -24,3 +24,4 @@ mod support;
 mod surgery;
 mod threads;
 mod turns;
+mod vectors;

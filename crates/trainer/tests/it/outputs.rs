@@ -20,7 +20,9 @@ use crate::support::{Small, metric};
 pub(crate) fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
     std::fs::create_dir_all(folder).unwrap();
     for (name, bytes) in files.iter().filter_map(|(name, bytes)| Some((name.strip_prefix(role)?, bytes))) {
-        std::fs::write(folder.join(name.trim_start_matches('/')), bytes).unwrap();
+        let path = folder.join(name.trim_start_matches('/'));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
     }
 }
 

@@ -136,15 +136,24 @@ pub(crate) fn files(events: &[Event]) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for event in events {
         if let Event::Output { role, folder, .. } = event {
-            for entry in std::fs::read_dir(folder).unwrap() {
-                let path = entry.unwrap().path();
-                let name = format!("{role:?}/{}", path.file_name().unwrap().to_string_lossy());
-                files.insert(name, std::fs::read(path).unwrap());
-            }
+            collect(folder, &format!("{role:?}"), &mut files);
         }
     }
     assert!(files.keys().any(|name| name.starts_with(&format!("{:?}/", OutputRole::Result))));
     files
+}
+
+/// Every file below a folder, whose names begin with `below`.
+fn collect(folder: &Path, below: &str, files: &mut BTreeMap<String, Vec<u8>>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = format!("{below}/{}", path.file_name().unwrap().to_string_lossy());
+        if path.is_dir() {
+            collect(&path, &name, files);
+        } else {
+            files.insert(name, std::fs::read(path).unwrap());
+        }
+    }
 }
 
 /// Hears everything, and asks for a stop after a given number of steps.

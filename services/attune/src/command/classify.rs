@@ -3,7 +3,7 @@
 use std::io::BufRead as _;
 
 use attune_data::classes::Asked;
-use attune_data::{Encoder, Tokenizer};
+use attune_data::{Encoder, Labelled, Tokenizer};
 use attune_models::{Model, Pass, export};
 use attune_points::Theta;
 use attune_spec::job::{HeadSpec, HeadTask, Precision, TooLong};
@@ -49,7 +49,7 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
         Some(head) => head,
         None => own_head(architecture.head.labels(), &base)?,
     };
-    let Some(known) = classes::of(&head, architecture) else {
+    let Some(known) = classes::of(&head, architecture).filter(|known| known.of != Labelled::Queries) else {
         let hint = "give the adapter that was trained under one, or a model that it was merged into";
         let class = architecture.class_name();
         return Err(Failure::usage(format!("{class} has no head over classes")).with_hint(hint));
@@ -77,7 +77,7 @@ fn own_head(labels: Option<usize>, base: &std::path::Path) -> Result<HeadSpec, F
     let named = export::named_classes(base)?;
     let names = if named.len() == labels { named } else { (0..labels).map(|label| label.to_string()).collect() };
     // What has a class the model says.
-    Ok(HeadSpec { task: HeadTask::Classification, labels: names })
+    Ok(HeadSpec::of_classes(HeadTask::Classification, names))
 }
 
 /// A model with a head over classes.

@@ -194,8 +194,11 @@ fn show(arguments: &Preview, out: &mut Out) -> Result<(), Failure> {
         let rows = (0..dataset.len()).flat_map(|index| dataset.row(index).map(move |document| (index, document)));
         for (index, document) in rows {
             let view = match document.view {
-                View::Chosen => Some("chosen"),
-                View::Rejected => Some("rejected"),
+                View::Chosen => Some("chosen".to_owned()),
+                View::Rejected => Some("rejected".to_owned()),
+                View::Query => Some("query".to_owned()),
+                View::Passage(0) => Some("positive".to_owned()),
+                View::Passage(number) => Some(format!("negative {number}")),
                 _ => None,
             };
             let text = preview::marked(document, tokenizer, opened.encoder.classes())?;

@@ -153,6 +153,10 @@ fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<(), Failure> {
     for entry in std::fs::read_dir(from).map_err(|error| Failure::file(from, &error))? {
         let entry = entry.map_err(|error| Failure::file(from, &error))?;
         let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target)?;
+            continue;
+        }
         std::fs::copy(entry.path(), &target).map_err(|error| Failure::file(&target, &error))?;
     }
     Ok(())

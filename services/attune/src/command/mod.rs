@@ -8,6 +8,7 @@ mod completions;
 mod data;
 mod demo;
 mod doctor;
+mod embed;
 mod experiment;
 mod fairness;
 mod generate;
@@ -71,6 +72,7 @@ enum Command {
     Data(data::Command),
     Generate(generate::Arguments),
     Classify(classify::Arguments),
+    Embed(embed::Arguments),
     #[command(subcommand)]
     Experiment(experiment::Command),
     Fairness(fairness::Arguments),
@@ -106,6 +108,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Data(command) => data::run(&command, out),
         Command::Generate(arguments) => generate::run(&arguments, server, out),
         Command::Classify(arguments) => classify::run(&arguments, server, out),
+        Command::Embed(arguments) => embed::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Fairness(arguments) => fairness::run(&arguments, server, out),
         Command::Merge(arguments) => merge::run(&arguments, server, out),

@@ -105,6 +105,8 @@ impl World {
     const PREFERENCE_VALID: &str = "preference.valid.jsonl";
     const TOPIC: &str = "topic.train.jsonl";
     const TOPIC_VALID: &str = "topic.valid.jsonl";
+    const SEARCH: &str = "search.train.jsonl";
+    const SEARCH_VALID: &str = "search.valid.jsonl";
 
     /// The world of a seed.
     pub(crate) fn new(seed: u64) -> Self {
@@ -122,7 +124,7 @@ impl World {
     }
 
     /// The world's files: name and content.
-    pub(crate) fn files(&self) -> [(&'static str, String); 8] {
+    pub(crate) fn files(&self) -> [(&'static str, String); 10] {
         let (train, valid) = TEXTS;
         let chats = |pairs: Vec<Pair>| pairs.iter().map(Pair::row).collect::<String>();
         [
@@ -134,6 +136,8 @@ impl World {
             (Self::PREFERENCE_VALID, self.preferences(Self::is_held_out)),
             (Self::TOPIC, self.topics(|town, relation| !Self::is_held_out(town, relation))),
             (Self::TOPIC_VALID, self.topics(Self::is_held_out)),
+            (Self::SEARCH, self.searches(|town, relation| !Self::is_held_out(town, relation))),
+            (Self::SEARCH_VALID, self.searches(Self::is_held_out)),
         ]
     }
 
@@ -201,6 +205,28 @@ impl World {
             for (_, relation) in RELATIONS.iter().enumerate().filter(|(number, _)| wanted(index, *number)) {
                 for question in relation.questions {
                     let row = json!({"text": filled(question, &town.name, ""), "label": relation.topic});
+                    rows.push_str(&format!("{row}\n"));
+                }
+            }
+        }
+        rows
+    }
+
+    /// Questions, each with a text that has the answer, and with one that says the like of another town.
+    fn searches(&self, wanted: impl Fn(usize, usize) -> bool) -> String {
+        let mut rows = String::new();
+        for (index, town) in self.towns.iter().enumerate() {
+            let other = &self.towns[(index + 1) % self.towns.len()];
+            for (number, relation) in RELATIONS.iter().enumerate().filter(|(number, _)| wanted(index, *number)) {
+                let say = |town: &Town, statement: usize| {
+                    filled(relation.statements[statement], &town.name, relation.values[town.values[number]])
+                };
+                for (question, statement) in relation.questions.iter().zip([1, 0]) {
+                    let row = json!({
+                        "query": filled(question, &town.name, ""),
+                        "positive": say(town, statement),
+                        "negative": say(other, statement),
+                    });
                     rows.push_str(&format!("{row}\n"));
                 }
             }

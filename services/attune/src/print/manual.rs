@@ -100,6 +100,9 @@ fn facts(method: &MethodDocument) -> Vec<(&'static str, String)> {
         );
         facts.push(("Learns from", text));
     }
+    if method.compares_vectors {
+        facts.push(("Compares", "vectors of documents (`tune.head: {task: embedding}`)".to_owned()));
+    }
     if !method.rows_before.is_empty() {
         let text =
             format!("{} rows before every document, which take positions and room in a batch", method.rows_before);

@@ -113,6 +113,7 @@ fn a_base_from_nothing_learns_a_world_and_an_adapter_makes_it_answer() {
     );
     says_what_it_is_asked_to(&place, base, adapter);
     tells_what_questions_are_about(&place, base);
+    finds_what_answers_a_question(&place, base);
 }
 
 /// A head on the same base: questions of the kinds that it was trained on, about towns whose questions of that kind it was not.
@@ -150,6 +151,46 @@ fn tells_what_questions_are_about(place: &Place, base: &str) {
     assert!(paired.contains("--pair is for one text; 2 are named"), "{paired}");
     let spoken = wrong(&["generate", "--base", base, "--adapter", adapter.to_str().unwrap(), "--prompt", "Who?"]);
     assert!(spoken.contains("tells classes apart"), "{spoken}");
+}
+
+/// The job file that the examples have for vectors, and what is found by them.
+fn finds_what_answers_a_question(place: &Place, base: &str) {
+    let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/embeddings.yaml"));
+    std::fs::write(place.path().join("search.yaml"), example.unwrap().replace("../attune-demo/files/", "./")).unwrap();
+    let (adapter, summary) = train(place, "search.yaml", Path::new(base), "search", 40);
+    let (before, after) = (summary.before["questions"], summary.after["questions"]);
+    assert!(after < 0.3 * before, "loss {before} before, {after} after");
+    let rows = std::fs::read_to_string(place.path().join("search.valid.jsonl")).unwrap();
+    let rows: Vec<serde_json::Value> = rows.lines().map(|row| serde_json::from_str(row).unwrap()).collect();
+    let embed = ["embed", "--base", base, "--adapter", adapter.to_str().unwrap(), "--json", "--normalize"];
+    let vectors = |name: &str| -> Vec<Vec<f64>> {
+        let texts = rows.iter().map(|row| row[name].as_str().unwrap());
+        let ran = place.run(&embed.into_iter().chain(texts).collect::<Vec<_>>());
+        assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
+        let vector = |line: &str| {
+            let told: serde_json::Value = serde_json::from_str(line).unwrap();
+            told["vector"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+        };
+        ran.stdout.lines().map(vector).collect()
+    };
+    let (queries, passages) = (vectors("query"), vectors("positive"));
+    let alike = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    assert!((alike(&queries[0], &queries[0]) - 1.0).abs() < 1e-5);
+    let nearest = |query: &Vec<f64>| {
+        (0..passages.len()).max_by(|a, b| alike(query, &passages[*a]).total_cmp(&alike(query, &passages[*b])))
+    };
+    // Two questions have the same answer, in two wordings.
+    let is_right = |(at, query): (usize, &Vec<f64>)| nearest(query).is_some_and(|found| found / 2 == at / 2);
+    let right = queries.iter().enumerate().filter(|one| is_right(*one)).count();
+    assert!(right * 10 >= queries.len() * 8, "{right} of {}", queries.len());
+    let set = format!("base={base}");
+    let preview = place.run(&["data", "preview", "--job", "search.yaml", "--set", &set, "--rows", "1"]);
+    assert!(preview.stdout.contains(", positive: "), "{}", preview.all());
+    let wrong = |arguments: &[&str]| place.run(arguments).stderr;
+    let wide = wrong(&[&embed[..], &["--dims", "4096", "Who?"]].concat());
+    assert!(wide.contains("--dims is 4096; the model's vectors have"), "{wide}");
+    let spoken = wrong(&["generate", "--base", base, "--adapter", adapter.to_str().unwrap(), "--prompt", "Who?"]);
+    assert!(spoken.contains("gives vectors, and no text"), "{spoken}");
 }
 
 fn says_what_it_is_asked_to(place: &Place, base: &str, adapter: &str) {

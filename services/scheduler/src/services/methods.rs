@@ -48,6 +48,7 @@ fn card(document: &MethodDocument) -> v1::Method {
         becomes: document.becomes.clone().into_iter().collect(),
         on_quantized: document.on_quantized(),
         needs_quantization: document.needs_quantization,
+        compares_vectors: document.compares_vectors,
         merges: match document.merges {
             Merges::Factors => v1::MergeForm::Factors,
             Merges::Weight => v1::MergeForm::Weight,
