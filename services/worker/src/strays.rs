@@ -138,12 +138,16 @@ impl Family {
         loop {
             self.kill();
             let all = processes();
-            self.reap(&all);
+            let unasked = self.reap(&all);
             let left = self.of(&all);
-            if left.is_empty() {
+            // Until a look finds nobody: one that ended while all were looked at may have come to this process since.
+            if left.is_empty() && !unasked {
                 return;
             }
             if Instant::now() >= deadline {
+                if left.is_empty() {
+                    return;
+                }
                 let folder = self.folder.display();
                 return tracing::error!(%folder, ?left, "processes of an attempt cannot be killed");
             }
@@ -151,20 +155,21 @@ impl Family {
         }
     }
 
-    /// Asks for the ends of those of it that this process has taken in: nobody else will.
-    fn reap(&self, all: &BTreeMap<i32, Status>) {
+    /// Asks for the ends of those of it that this process has taken in: nobody else will. Whether there was anybody who has ended, taken
+    /// in or not yet.
+    fn reap(&self, all: &BTreeMap<i32, Status>) -> bool {
         let (own, session) = whose();
-        let is_due = |(id, of): &(&i32, &Status)| {
-            let is_of_it = self.killed.contains(id)
-                || of.session != session
-                || self.root.is_some_and(|root| root.as_raw() == of.group);
-            of.is_over && of.parent == own && is_of_it
+        let is_over = |(id, of): &(&i32, &Status)| {
+            let is_of_it = self.killed.contains(id) || self.root.is_some_and(|root| root.as_raw() == of.group);
+            of.is_over && (is_of_it || of.parent == own && of.session != session)
         };
-        for (id, _) in all.iter().filter(is_due) {
-            if let Err(error) = waitpid(Pid::from_raw(*id), Some(WaitPidFlag::WNOHANG)) {
+        let over: Vec<(&i32, &Status)> = all.iter().filter(is_over).collect();
+        for (id, _) in over.iter().filter(|(_, of)| of.parent == own) {
+            if let Err(error) = waitpid(Pid::from_raw(**id), Some(WaitPidFlag::WNOHANG)) {
                 tracing::debug!(%error, id, "an orphan cannot be waited for");
             }
         }
+        !over.is_empty()
     }
 }
 
