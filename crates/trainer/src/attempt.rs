@@ -95,13 +95,19 @@ impl<W: Write + Send> Control for Wires<W> {
 }
 
 /// Runs what the first line of `input` asks for, with commands on the lines after it and events on `out`. When the input
-/// ends while a run goes on, the process ends: its agent is gone.
+/// ends while a run goes on, the process ends: its agent is gone. `before` sees the requests before anything of theirs is touched, while
+/// there is no other thread, and may refuse them.
 ///
 /// The status of one run is that of the process. Several are lanes that each say how they ended; the process has then
 /// done all that it had to.
-pub fn run_attempt(mut input: impl BufRead + Send + 'static, out: impl Write + Send + 'static) -> ExitCode {
+pub fn run_attempt(
+    mut input: impl BufRead + Send + 'static,
+    out: impl Write + Send + 'static,
+    before: impl FnOnce(&[Request]) -> Result<(), String>,
+) -> ExitCode {
     let out = Arc::new(Mutex::new(out));
-    let requests = match read_requests(&mut input) {
+    let requests = read_requests(&mut input).and_then(|requests| before(&requests).map(|()| requests));
+    let requests = match requests {
         Ok(requests) => requests,
         Err(message) => {
             let wires = Wires::new(0, &out, PathBuf::new());

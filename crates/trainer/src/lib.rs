@@ -33,6 +33,7 @@ pub mod card;
 pub mod cohort;
 pub mod combine;
 pub mod component;
+pub mod confine;
 pub mod control;
 pub mod run;
 

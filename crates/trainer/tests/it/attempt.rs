@@ -89,7 +89,7 @@ fn process(first: &str, reaction: Reaction) -> (ExitCode, Vec<Tagged<Event>>) {
     commands.send(first.to_owned()).unwrap();
     let events = Arc::new(Mutex::new(Vec::new()));
     let agent = Agent { events: Arc::clone(&events), line: Vec::new(), commands, asked, reaction };
-    let code = run_attempt(BufReader::new(Lines { lines, asked: asking, rest: Vec::new() }), agent);
+    let code = run_attempt(BufReader::new(Lines { lines, asked: asking, rest: Vec::new() }), agent, |_| Ok(()));
     let events = events.lock().unwrap().clone();
     (code, events)
 }

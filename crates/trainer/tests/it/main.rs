@@ -10,6 +10,7 @@ mod calibration;
 mod classes;
 mod cohort;
 mod combined;
+mod confined;
 mod every;
 mod faults;
 mod gangs;

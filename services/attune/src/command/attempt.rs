@@ -6,11 +6,22 @@ use std::process::ExitCode;
 
 use attune_telemetry::Logging;
 
+use attune_trainer::confine::{Confined, confine};
+
 use crate::print::{FAILED, Failure};
 
 pub(super) fn run() -> Result<(), Failure> {
     Logging::default().install().map_err(|error| Failure::usage(error.to_string()))?;
-    let end = attune_trainer::attempt::run_attempt(BufReader::new(std::io::stdin()), std::io::stdout());
+    let (input, out) = (BufReader::new(std::io::stdin()), std::io::stdout());
+    let end = attune_trainer::attempt::run_attempt(input, out, |requests| {
+        match confine(requests) {
+            Ok(Confined::Fully | Confined::OnDevice) => {}
+            Ok(Confined::Partly) => tracing::debug!("this kernel confines the process in part"),
+            Ok(Confined::Not) => tracing::warn!("this kernel has no Landlock: the process may touch what its user may"),
+            Err(error) => return Err(format!("the process cannot be confined: {error}")),
+        }
+        Ok(())
+    });
     // The reason went to the agent as an event.
     if end == ExitCode::SUCCESS { Ok(()) } else { Err(Failure::silent(FAILED)) }
 }

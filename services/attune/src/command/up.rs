@@ -128,12 +128,18 @@ fn label(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-fn log() -> Result<(), Failure> {
-    Logging::default().install().map_err(|error| Failure::usage(error.to_string()))
+/// What comes first in a process that serves: its log, and that nobody of its user looks into its memory and environment, where secrets
+/// are.
+fn begin() -> Result<(), Failure> {
+    Logging::default().install().map_err(|error| Failure::usage(error.to_string()))?;
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        tracing::warn!(%error, "other processes of this user may look into this one");
+    }
+    Ok(())
 }
 
 pub(super) fn up(arguments: &Up) -> Result<(), Failure> {
-    log()?;
+    begin()?;
     let folder = match &arguments.data_dir {
         Some(folder) => folder.clone(),
         None => home()?.join(".attune"),
@@ -159,7 +165,7 @@ fn home() -> Result<PathBuf, Failure> {
 }
 
 pub(super) fn scheduler(arguments: &Scheduler, server: &Server) -> Result<(), Failure> {
-    log()?;
+    begin()?;
     block_on(async {
         let tls = arguments.tls()?;
         let scheme = if tls.is_some() { "https" } else { "http" };
@@ -205,7 +211,7 @@ fn stop_with_parent(stop: Stop) {
 }
 
 pub(super) fn worker(arguments: &Worker, server: &Server) -> Result<(), Failure> {
-    log()?;
+    begin()?;
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
     let name = arguments.name.clone().unwrap_or_else(host);
     let work_dir = &arguments.work_dir;
