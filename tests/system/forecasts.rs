@@ -39,7 +39,8 @@ async fn a_job_takes_the_memory_that_it_was_said_to_take() {
     std::fs::write(larger.join("config.json"), CONFIG).unwrap();
     let file = cluster.path("world/measured.yaml");
     std::fs::write(&file, JOB).unwrap();
-    let jobs: [&[&str]; 2] = [&[], &["tune.adapter={method: full}", "tune.logical_shards=2"]];
+    let jobs: [&[&str]; 3] =
+        [&[], &["tune.adapter={method: full}", "tune.logical_shards=2"], &["tune.adapter={method: loha}"]];
     for set in jobs {
         let dry = ["submit", file.to_str().unwrap(), "--dry-run"]
             .into_iter()

@@ -5,7 +5,7 @@ use attune_proto::v1;
 use attune_scheduler_core::Memory;
 use attune_spec::job::plan::{Length, ROWS_PER_PASS};
 use attune_spec::job::{Activations, Plan, Precision};
-use attune_spec::method::{Catalogue, MethodDocument, expression};
+use attune_spec::method::{Catalogue, MethodDocument, SiteKind, expression};
 
 use crate::admit::{self, Admitted};
 
@@ -23,6 +23,11 @@ const GRADIENT_BYTES: u64 = 4;
 /// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch. Measured as
 /// what jobs of several sizes took beside the rest, in the development profile.
 const PROCESS_BYTES: u64 = 112 << 20;
+
+/// Numbers that the graph of a component holds at once for each row of a pass, of as many as its site takes and gives: what these are, what
+/// it makes of them, and the gradients by both. Measured as what seventy components took, on two shapes, beside a LoRA of as many
+/// parameters: their own are between two and ten.
+const GRAPH_NUMBERS: usize = 5;
 
 /// What training takes of memory; nothing when the base's structure is not known here.
 pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
@@ -50,12 +55,13 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
 
 /// Bytes of what trains, in one process through which so many rows of so many logical shards go at a time.
 fn trained_bytes(admitted: &Admitted, rows: u64, shards: u64) -> Option<u64> {
-    let Trainable { parameters: n, row_numbers } = trainable(admitted)?;
+    let Trainable { parameters: n, row_numbers, graph_numbers } = trainable(admitted)?;
     let resources = &admitted.spec.resources;
     // Ranks that share a process have all moments each.
     let workers = if resources.devices_per_worker == 1 { u64::from(resources.workers) } else { 1 };
     let of_one = if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES };
-    Some(of_one + n * GRADIENT_BYTES * shards + (rows as f64 * row_numbers) as u64 * 4)
+    let of_rows = (rows as f64 * row_numbers) as u64 + rows * graph_numbers;
+    Some(of_one + n * GRADIENT_BYTES * shards + of_rows * 4)
 }
 
 /// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.
@@ -92,12 +98,14 @@ struct Trainable {
     parameters: u64,
     /// Numbers that components on linears keep of each row of a pass: as many as a LoRA of as many parameters would.
     row_numbers: f64,
+    /// Numbers that the largest graph of a component holds of each row while it runs.
+    graph_numbers: u64,
 }
 
 /// What trains; nothing when somebody does not say how many parameters that are.
 fn trainable(admitted: &Admitted) -> Option<Trainable> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
-    let (mut parameters, mut row_numbers) = (0.0, 0.0);
+    let (mut parameters, mut row_numbers, mut graph_numbers) = (0.0, 0.0, 0);
     for slot in plan.stack.iter().filter(|slot| slot.train) {
         let method = slot.method.as_ref()?;
         let document = Catalogue::embedded().get(&method.method)?;
@@ -115,6 +123,16 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             names.extend(site.sizes(architecture));
             expression::number(formula, &names).ok()
         };
+        if !document.fused && !document.trains_base {
+            // Norms and tables are small beside these, and attentions and MLPs as a whole take and give the stream.
+            let widths = |site: &Site| match site.offers() {
+                SiteKind::Linear => site.out_in().map_or(0, |(output, input)| output + input),
+                SiteKind::Attention | SiteKind::Mlp => 2 * architecture.hidden,
+                _ => 0,
+            };
+            let widest = sites.iter().map(widths).max().unwrap_or_default();
+            graph_numbers = graph_numbers.max((GRAPH_NUMBERS * widest) as u64);
+        }
         for site in &sites {
             let own = count(site, &document.parameters)?;
             parameters += own;
@@ -127,7 +145,7 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             parameters += count(site, &document.shared)?;
         }
     }
-    Some(Trainable { parameters: parameters.max(0.0) as u64, row_numbers: row_numbers.max(0.0) })
+    Some(Trainable { parameters: parameters.max(0.0) as u64, row_numbers: row_numbers.max(0.0), graph_numbers })
 }
 
 /// Bytes of what components have measured before the first step; nothing when somebody does not say how many they are.

@@ -120,6 +120,7 @@ struct Rows {
 impl Method for Alora {
     const CARD: Card = Card {
         category: Some(Category::Reparameterisation),
+        fused: true,
         aliases: &["activated-lora"],
         paper: Some(Paper {
             title: "Activated LoRA: Fine-tuned LLMs for Intrinsics",

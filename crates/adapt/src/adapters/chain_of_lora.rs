@@ -98,6 +98,7 @@ pub(super) struct ChainOfLora {
 impl Method for ChainOfLora {
     const CARD: Card = Card {
         category: Some(Category::Reparameterisation),
+        fused: true,
         aliases: &["cola"],
         paper: Some(Paper {
             title: "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning",

@@ -165,6 +165,7 @@ struct Rows {
 impl Method for Lora {
     const CARD: Card = Card {
         category: Some(Category::Reparameterisation),
+        fused: true,
         paper: Some(Paper {
             title: "LoRA: Low-Rank Adaptation of Large Language Models",
             authors: "Edward J. Hu, Yelong Shen, Phillip Wallis, Zeyuan Allen-Zhu, Yuanzhi Li, Shean Wang, Lu Wang, Weizhu Chen",

@@ -103,6 +103,7 @@ pub(super) struct Roselora {
 impl Method for Roselora {
     const CARD: Card = Card {
         category: Some(Category::Reparameterisation),
+        fused: true,
         paper: Some(Paper {
             title: "RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for Knowledge Editing and \
                     Fine-tuning",

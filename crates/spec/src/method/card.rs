@@ -211,6 +211,8 @@ pub struct Card {
     pub parameters: &'static str,
     /// Trainable parameters that all its sites share, as such an expression; empty for none.
     pub shared: &'static str,
+    /// Whether it takes part within the products of a pass, where others run by graphs of their own.
+    pub fused: bool,
     /// How many times the largest pass of a step rule holds a micro-batch, as an expression over its parameters; empty for once.
     pub copies: &'static str,
     /// How many passes over a step's batch, forward and back, a step rule makes in all, copies counted, as such an expression;
@@ -273,6 +275,7 @@ impl Card {
             passes: "",
             input_statistics: "",
             weight_statistics: "",
+            fused: false,
             answers: "",
             answer_tokens: "",
             compares_vectors: false,

@@ -222,6 +222,7 @@ mod tests {
             passes: String::new(),
             input_statistics: String::new(),
             weight_statistics: String::new(),
+            fused: false,
             answers: String::new(),
             answer_tokens: String::new(),
             compares_vectors: false,

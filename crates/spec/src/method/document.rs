@@ -85,6 +85,9 @@ pub struct MethodDocument {
     /// Bytes that what it has measured of a linear's weight takes before the first step, as an expression; empty for nothing.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub weight_statistics: String,
+    /// Whether it takes part within the products of a pass, where others run by graphs of their own.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub fused: bool,
     /// How many answers to each prompt the model gives by itself, as an expression; empty if it learns what is in the data.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub answers: String,
@@ -154,6 +157,7 @@ impl MethodDocument {
             passes: card.passes.to_owned(),
             input_statistics: card.input_statistics.to_owned(),
             weight_statistics: card.weight_statistics.to_owned(),
+            fused: card.fused,
             answers: card.answers.to_owned(),
             answer_tokens: card.answer_tokens.to_owned(),
             compares_vectors: card.compares_vectors,
