@@ -52,6 +52,10 @@ const OF_SYSTEM: [&str; 15] = [
     "/proc/filesystems",
 ];
 
+/// Variables that name files with which objects are read by URL: certificates, and what proves to a cloud who asks.
+const OF_REMOTE: [&str; 4] =
+    ["SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"];
+
 /// Devices that are no hardware.
 const DEVICES: [&str; 5] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
 
@@ -70,11 +74,15 @@ pub fn confine(requests: &[Request]) -> Result<Confined, RulesetError> {
         return Ok(Confined::OnDevice);
     }
     let mut ruleset = Ruleset::default().handle_access(AccessFs::from_all(WANTED))?;
+    let mut of_remote = Vec::new();
     if requests.iter().all(is_alone) {
         ruleset = ruleset.handle_access(AccessNet::from_all(WANTED))?;
+    } else {
+        of_remote.extend(OF_REMOTE.iter().filter_map(std::env::var_os).map(PathBuf::from));
     }
     let own = std::env::current_exe().ok();
-    let read = OF_SYSTEM.iter().map(PathBuf::from).chain(own).chain(requests.iter().flat_map(read));
+    let of_requests = requests.iter().flat_map(read);
+    let read = OF_SYSTEM.iter().map(PathBuf::from).chain(own).chain(of_remote).chain(of_requests);
     let written = requests.iter().map(|request| request.work.clone());
     // What is not there is left out: who asks for it says so.
     let status = ruleset

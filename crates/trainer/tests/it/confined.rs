@@ -34,16 +34,13 @@ fn request(small: &Small, place: &Path, seat: bool) -> Request {
 }
 
 /// What the process within does: it confines itself, runs the job, and tries what it may not.
-fn within(place: &Path, port: u16, seat: bool) -> Option<Tried> {
+fn within(place: &Path, port: u16, seat: bool) -> Result<Tried, String> {
     let small = Small::with_weights();
     let request = request(&small, place, seat);
     let parent = std::os::unix::process::parent_id();
-    match confine(std::slice::from_ref(&request)).unwrap() {
-        Confined::Fully => {}
-        other => {
-            eprintln!("skipped: this kernel confines a process {other:?}");
-            return None;
-        }
+    let confined = confine(std::slice::from_ref(&request)).unwrap();
+    if confined != Confined::Fully {
+        return Err(format!("skipped: this kernel confines a process {confined:?}"));
     }
     let mut tried = Tried::new();
     let mut note = |what: &str, possible: bool| tried.insert(what.to_owned(), possible);
@@ -63,17 +60,17 @@ fn within(place: &Path, port: u16, seat: bool) -> Option<Tried> {
     note("a port", TcpListener::bind("127.0.0.1:0").is_ok());
     let parent = nix::unistd::Pid::from_raw(i32::try_from(parent).unwrap());
     note("a signal to the agent", nix::sys::signal::kill(parent, None).is_ok());
-    Some(tried)
+    Ok(tried)
 }
 
-/// Runs this test again as the process within.
-fn tried(test: &str, seat: bool) -> Option<Tried> {
+/// Runs this test again as the process within, or is that process; why nothing was tried, if so.
+fn tried(test: &str, seat: bool) -> Result<Tried, String> {
     let name = format!("confined::{test}");
     if let Ok(told) = std::env::var(WITHIN) {
         let (port, place) = told.split_once(' ').unwrap();
         let tried = within(Path::new(place), port.parse().unwrap(), seat);
         std::fs::write(Path::new(place).join("work/tried.json"), serde_json::to_string(&tried).unwrap()).unwrap();
-        return None;
+        return Err("this was tried from within".to_owned());
     }
     let (place, listener) = (tempfile::tempdir().unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
     let told = format!("{} {}", listener.local_addr().unwrap().port(), place.path().display());
@@ -84,11 +81,7 @@ fn tried(test: &str, seat: bool) -> Option<Tried> {
         .unwrap();
     assert!(run.status.success(), "{}{}", String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
     let found = place.path().join("work/tried.json");
-    let tried: Option<Tried> = serde_json::from_slice(&std::fs::read(found).unwrap()).unwrap();
-    if tried.is_none() {
-        eprintln!("skipped: {}", String::from_utf8_lossy(&run.stderr));
-    }
-    tried
+    serde_json::from_slice::<Result<Tried, String>>(&std::fs::read(found).unwrap()).unwrap()
 }
 
 fn possible(tried: &Tried) -> Vec<&str> {
@@ -97,14 +90,20 @@ fn possible(tried: &Tried) -> Vec<&str> {
 
 #[test]
 fn a_job_alone_runs_and_touches_nothing_but_its_own() {
-    let Some(tried) = tried("a_job_alone_runs_and_touches_nothing_but_its_own", false) else { return };
+    let tried = match tried("a_job_alone_runs_and_touches_nothing_but_its_own", false) {
+        Ok(tried) => tried,
+        Err(why) => return println!("{why}"),
+    };
     assert_eq!(possible(&tried), ["its own state", "the job", "what memory there is"], "{tried:?}");
     assert_eq!(tried.len(), 11);
 }
 
 #[test]
 fn a_process_of_several_speaks_to_the_others() {
-    let Some(tried) = tried("a_process_of_several_speaks_to_the_others", true) else { return };
+    let tried = match tried("a_process_of_several_speaks_to_the_others", true) {
+        Ok(tried) => tried,
+        Err(why) => return println!("{why}"),
+    };
     let expected = ["a connection", "a port", "its own state", "what memory there is"];
     assert_eq!(possible(&tried), expected, "{tried:?}");
 }
