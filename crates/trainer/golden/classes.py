@@ -74,6 +74,31 @@ def encoded(row, read):
     return read(row["text"], row["text_pair"], return_token_type_ids=True), torch.tensor([int(row["label"][1:])])
 
 
+def moved(model, g):
+    """What trains of a model, no longer at its start."""
+    trained = sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        for _, p in trained:
+            p.add_(torch.randn(p.shape, generator=g) * 0.05)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def tuned(parameters, loss_of):
+    """The loss before each step of a tune."""
+    optimiser = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
+    schedule = get_cosine_schedule_with_warmup(optimiser, 0, STEPS)
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def write(name):
     kind, targets, saved, seed = CASES[name]
     folder = HERE / name
@@ -90,10 +115,7 @@ def write(name):
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=saved, task_type=task)
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, config).eval()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
-            p.add_(torch.randn(p.shape, generator=g) * 0.05)
+    parameters = moved(model, g)
     save_adapter(model, name, folder / "before")
 
     def measured():
@@ -111,18 +133,8 @@ def write(name):
             count += int(labelled.sum())
         return torch.stack(sums).sum() / count, right / count
 
-    optimiser = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 0, STEPS)
-    losses = []
     first = measured()
-    for _ in range(STEPS):
-        loss, _ = measured()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
+    losses = tuned(parameters, lambda: measured()[0])
     after = measured()
     save_adapter(model, name, folder / "after")
     length = len(encoded(made[0], read)[0]["input_ids"])

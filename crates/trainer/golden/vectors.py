@@ -19,15 +19,13 @@ import torch  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import losses as losses_of  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
-from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 import reference as ref  # noqa: E402
-from classes import tokenizer  # noqa: E402
+from classes import LR, STEPS, moved, tokenizer, tuned  # noqa: E402
 from writing import save_adapter  # noqa: E402
 
-STEPS = 12
 ROWS = 8
-LR = 0.01
 # name: (model in crates/models/golden, pooling, whether rows see all others, linears with LoRA, loss, seed)
 CASES = {
     "bert_vectors": ("bert", "mean", False, ["query", "value"], "plain", 4),
@@ -75,13 +73,10 @@ def write(name):
     ref.save_json(tokenizer(base == "bert"), folder / "tokenizer.json")
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="FEATURE_EXTRACTION")
-    model, tuned = opened(base, pooling, bidirectional, config)
+    model, inner = opened(base, pooling, bidirectional, config)
     model.eval()
-    parameters = [p for p in tuned.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for _, p in sorted((n, p) for n, p in tuned.named_parameters() if p.requires_grad):
-            p.add_(torch.randn(p.shape, generator=g) * 0.05)
-    save_adapter(tuned, base, folder / "before")
+    parameters = moved(inner, g)
+    save_adapter(inner, base, folder / "before")
     if kind == "symmetric":
         both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
         loss_of, objective = losses_of.MultipleNegativesRankingLoss(model, scale=4.0, **both), {"temperature": 0.25, "symmetric": True}
@@ -105,19 +100,9 @@ def write(name):
         return (nearest == torch.arange(ROWS)).float().mean().item()
 
     ends = [(loss().item(), found())]
-    optimiser = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
-    schedule = get_cosine_schedule_with_warmup(optimiser, 0, STEPS)
-    losses = []
-    for _ in range(STEPS):
-        value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-        losses.append(value.item())
+    losses = tuned(parameters, loss)
     ends.append((loss().item(), found()))
-    save_adapter(tuned, base, folder / "after")
+    save_adapter(inner, base, folder / "after")
     with torch.no_grad():
         vectors = model(dict(model.preprocess(texts[0])))["sentence_embedding"]
     lengths = [int(sum(mask)) for column in texts for mask in model.preprocess(column)["attention_mask"]]

@@ -30,6 +30,49 @@ pub(crate) fn copy(from: &Path, to: &Path) {
     }
 }
 
+/// A folder with the golden model `base`, and the tokenizer, the rows and PEFT's adapter of the tune `rows`; with what that found.
+pub(crate) fn folder_of(rows: &str, base: &str) -> (Small, Value) {
+    let (small, of) = (Small::new(), golden("trainer/golden").join(rows));
+    copy(&golden("models/golden").join(base), &small.path("model"));
+    copy(&of.join("before"), &small.path("before"));
+    for (name, to) in [("tokenizer.json", "model/tokenizer.json"), ("rows.jsonl", "rows.jsonl")] {
+        std::fs::copy(of.join(name), small.path(to)).unwrap();
+    }
+    (small, expectations(rows))
+}
+
+/// What a golden tune found.
+pub(crate) fn expectations(rows: &str) -> Value {
+    let file = golden("trainer/golden").join(rows).join("expected.json");
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// The plan of a golden tune, whose every step is over all rows, of so many `tokens`: with `own` fields and `further` ones.
+pub(crate) fn plan_of(
+    (small, expected): (&Small, &Value),
+    tokens: &str,
+    own: &[(&str, &str)],
+    further: &[(&str, &str)],
+) -> Plan {
+    let number = |name: &str| expected[name].to_string();
+    let optimizer = format!("{{method: adamw, lr: {}, weight_decay: 0}}", number("lr"));
+    let (steps, length) = (number("steps"), number("length"));
+    let common = [
+        ("base", "./model"),
+        ("data.domains", "[{name: rows, source: ./rows.jsonl}]"),
+        ("data.validation", "[{name: rows, source: ./rows.jsonl}]"),
+        ("data.max_length", &length),
+        ("tune.adapter", "null"),
+        ("tune.from_scratch", "false"),
+        ("tune.optimizer", &optimizer),
+        ("tune.schedule", "{method: cosine, warmup: 0}"),
+        ("tune.batch_tokens", tokens),
+        ("tune.logical_shards", "1"),
+        ("tune.steps", &steps),
+    ];
+    small.plan(&[&common[..], own, further].concat())
+}
+
 /// A folder with one of the golden models, its tokenizer, its rows and PEFT's adapter.
 struct Case {
     small: Small,
@@ -40,39 +83,15 @@ struct Case {
 impl Case {
     /// The case `rows` on the model `base`.
     fn new(rows: &str, base: &str) -> Self {
-        let (small, of) = (Small::new(), golden("trainer/golden").join(rows));
-        copy(&golden("models/golden").join(base), &small.path("model"));
-        copy(&of.join("before"), &small.path("before"));
-        for (name, to) in [("tokenizer.json", "model/tokenizer.json"), ("rows.jsonl", "rows.jsonl")] {
-            std::fs::copy(of.join(name), small.path(to)).unwrap();
-        }
-        let expected = serde_json::from_slice(&std::fs::read(of.join("expected.json")).unwrap()).unwrap();
+        let (small, expected) = folder_of(rows, base);
         Self { small, expected, task: if rows == "bert_tokens" { "token_classification" } else { "classification" } }
     }
 
     fn plan(&self, stack: &str, further: &[(&str, &str)]) -> Plan {
-        let number = |name: &str| self.expected[name].to_string();
         let tokens = (self.expected["length"].as_u64().unwrap() * 12).to_string();
         let head = format!("{{task: {}, labels: {}}}", self.task, self.expected["labels"]);
-        let optimizer = format!("{{method: adamw, lr: {}, weight_decay: 0}}", number("lr"));
-        let (steps, length) = (number("steps"), number("length"));
-        let mut changes = vec![
-            ("base", "./model"),
-            ("data.domains", "[{name: rows, source: ./rows.jsonl}]"),
-            ("data.validation", "[{name: rows, source: ./rows.jsonl}]"),
-            ("data.max_length", &length),
-            ("tune.adapter", "null"),
-            ("tune.stack", stack),
-            ("tune.head", &head),
-            ("tune.from_scratch", "false"),
-            ("tune.optimizer", &optimizer),
-            ("tune.schedule", "{method: cosine, warmup: 0}"),
-            ("tune.batch_tokens", &tokens),
-            ("tune.logical_shards", "1"),
-            ("tune.steps", &steps),
-        ];
-        changes.extend(further);
-        self.small.plan(&changes)
+        let own = [("tune.stack", stack), ("tune.head", head.as_str())];
+        plan_of((&self.small, &self.expected), &tokens, &own, further)
     }
 }
 

@@ -61,14 +61,14 @@ impl Control for Seated<'_> {
 }
 
 /// What each process of a run ended with.
-struct Ends {
+pub(crate) struct Ends {
     ends: Vec<Result<End, Error>>,
     events: Vec<Vec<Event>>,
     _works: Vec<tempfile::TempDir>,
 }
 
 /// Runs each request on a process of `plans.len()`, with this many ranks each.
-fn gang(small: &Small, plans: &[Plan], ranks: u32, resume: Option<&Path>, stop_after: Option<u64>) -> Ends {
+pub(crate) fn gang(small: &Small, plans: &[Plan], ranks: u32, resume: Option<&Path>, stop_after: Option<u64>) -> Ends {
     let (table, size) = (Table::default(), plans.len() as u32);
     let made: Vec<(Request, tempfile::TempDir)> =
         plans.iter().map(|plan| small.request(plan.clone(), ranks, resume)).collect();
@@ -93,7 +93,7 @@ fn gang(small: &Small, plans: &[Plan], ranks: u32, resume: Option<&Path>, stop_a
 }
 
 /// The files of a run that ended well; all but the first process make none.
-fn finished(ends: &Ends) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn finished(ends: &Ends) -> BTreeMap<String, Vec<u8>> {
     for (end, events) in ends.ends.iter().zip(&ends.events) {
         assert!(matches!(end, Ok(End::Finished(_))), "{end:?}");
         assert!(matches!(events.last(), Some(Event::Finished { .. })));

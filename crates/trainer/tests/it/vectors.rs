@@ -19,7 +19,8 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use crate::bits::checkpoint;
-use crate::classes::{close, copy, golden, numbers};
+use crate::classes::{close, copy, expectations, folder_of, golden, numbers, plan_of};
+use crate::gangs::{finished, gang};
 use crate::outputs::unpack;
 use crate::support::{Outside, Small, files as files_of, metric};
 
@@ -31,45 +32,21 @@ struct Case {
 
 impl Case {
     fn new(name: &str) -> Self {
-        let (small, of) = (Small::new(), golden("trainer/golden").join(name));
-        let expected: Value = serde_json::from_slice(&std::fs::read(of.join("expected.json")).unwrap()).unwrap();
-        copy(&golden("models/golden").join(expected["base"].as_str().unwrap()), &small.path("model"));
-        copy(&of.join("before"), &small.path("before"));
-        for (name, to) in [("tokenizer.json", "model/tokenizer.json"), ("rows.jsonl", "rows.jsonl")] {
-            std::fs::copy(of.join(name), small.path(to)).unwrap();
-        }
+        let base = expectations(name)["base"].as_str().unwrap().to_owned();
+        let (small, expected) = folder_of(name, &base);
         Self { small, expected }
     }
 
     fn plan(&self, stack: &str, further: &[(&str, &str)]) -> Plan {
-        let number = |name: &str| self.expected[name].to_string();
         let head = format!(
             "{{task: embedding, pooling: {}, bidirectional: {}}}",
             self.expected["pooling"], self.expected["bidirectional"]
         );
         let mut objective = self.expected["objective"].clone();
         objective["method"] = "info-nce".into();
-        let objective = objective.to_string();
-        let optimizer = format!("{{method: adamw, lr: {}, weight_decay: 0}}", number("lr"));
-        let (steps, length, tokens) = (number("steps"), number("length"), number("tokens"));
-        let mut changes = vec![
-            ("base", "./model"),
-            ("data.domains", "[{name: rows, source: ./rows.jsonl}]"),
-            ("data.validation", "[{name: rows, source: ./rows.jsonl}]"),
-            ("data.max_length", &length),
-            ("tune.adapter", "null"),
-            ("tune.stack", stack),
-            ("tune.head", &head),
-            ("tune.objective", &objective),
-            ("tune.from_scratch", "false"),
-            ("tune.optimizer", &optimizer),
-            ("tune.schedule", "{method: cosine, warmup: 0}"),
-            ("tune.batch_tokens", &tokens),
-            ("tune.logical_shards", "1"),
-            ("tune.steps", &steps),
-        ];
-        changes.extend(further);
-        self.small.plan(&changes)
+        let (objective, tokens) = (objective.to_string(), self.expected["tokens"].to_string());
+        let own = [("tune.stack", stack), ("tune.head", head.as_str()), ("tune.objective", objective.as_str())];
+        plan_of((&self.small, &self.expected), &tokens, &own, further)
     }
 
     /// Rows of one length in the place of its own, so that they can be dealt out alike.
@@ -176,8 +153,13 @@ fn a_step_in_many_micro_batches_compares_the_queries_of_all() {
             let off = (whole - &folders[1][tensor]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
             assert!(off.to_scalar::<f32>().unwrap() < 1e-4, "{name}: {tensor}");
         }
-        // Dealt out to ranks it has the same bits.
+        // Dealt out to ranks it has the same bits, and to processes.
         assert_eq!(run(4, 2, 2).1, of_parts);
+        let tokens = (tokens / 2).to_string();
+        let changes =
+            [("tune.batch_tokens", tokens.as_str()), ("tune.logical_shards", "4"), ("tune.accumulation", "2")];
+        let plan = case.plan("[{name: skill, from: ./before}]", &changes);
+        assert_eq!(finished(&gang(&case.small, &[plan.clone(), plan], 1, None, None)), of_parts);
     }
 }
 
@@ -189,6 +171,8 @@ fn vectors_learn_under_every_kind_of_adapter_and_go_on_after_a_stop() {
         "[{method: prompt-tuning, length: 2}]",
         "[{method: ln-tuning}]",
         "[{method: full}]",
+        // A start that looks at gradients: of the queries of each micro-batch.
+        "[{method: lora, rank: 3, alpha: 6, init: {method: lora-ga, examples: 8}}]",
     ] {
         let changes = [("tune.batch_tokens", "400"), ("tune.steps", "12"), ("tune.logical_shards", "2")];
         let plan = case.plan(stack, &changes);
@@ -274,6 +258,11 @@ fn what_does_not_fit_is_said_by_field() {
         "plain.jsonl: its columns [\"text\"] are not those of what belongs together; expected `query` (or `anchor`) + `positive`, with \
          `negative` where there are such"
     );
+    // Windows and rows that see all others.
+    let windows = Case::new("llama_vectors");
+    copy(&golden("models/golden/mistral"), &windows.small.path("model"));
+    let found = fails(&windows, &[("tune.head", "{task: embedding, bidirectional: true}")]);
+    assert!(found.contains("rows of this model see a part of their document only, by its windows"), "{found}");
     // A base that says how its rows become vectors is not asked for others by leaving it out.
     sentence_transformers::write(&case.small.path("model"), 32, HeadPooling::First, Some(64)).unwrap();
     let found = fails(&case, &[("tune.head", "{task: embedding}")]);
