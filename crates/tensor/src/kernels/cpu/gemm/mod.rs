@@ -177,15 +177,6 @@ fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: boo
     if m == 0 || n == 0 {
         return None;
     }
-    let a = Factor::left(of.a);
-    // Thin results of a transposed left factor: its columns lie side by side as panels want them.
-    let turns = !a.along && n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
-    let (a, b, turned) = match of.b {
-        Right::Dense(b) if turns => (Factor::right(b), Columns::Dense(a), true),
-        Right::Dense(b) => (a, Columns::Dense(Factor::right(b)), false),
-        Right::Quantized { mat, transposed } => (a, Columns::Quantized { mat, along: transposed }, false),
-    };
-    let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
     // Thin results are as fast in numbers. How many rows there are must not matter.
     let wide = matches!(of.a.mat, MatRef::F32(_)) && !of.b.is_narrow() && n > THIN;
     let units = match cpu.proof {
@@ -197,6 +188,17 @@ fn prepared<'a>(cpu: &Cpu, mut c_mn: ViewMut<'_, f32>, of: &Gemm<'a>, pairs: boo
         _ if cpu.call(MultipliesPairs) => Units::Pairs,
         _ => Units::Numbers,
     };
+    let a = Factor::left(of.a);
+    // Thin results of a transposed left factor: its columns lie side by side as panels want them. Not by parts, where the order
+    // of the sums says which factor is the left one.
+    let thin = n < m && n <= 64 && of.low_rank.is_empty() && of.bias.is_none();
+    let turns = thin && !a.along && units.parts() == 1;
+    let (a, b, turned) = match of.b {
+        Right::Dense(b) if turns => (Factor::right(b), Columns::Dense(a), true),
+        Right::Dense(b) => (a, Columns::Dense(Factor::right(b)), false),
+        Right::Quantized { mat, transposed } => (a, Columns::Quantized { mat, along: transposed }, false),
+    };
+    let c = Target { at: c_mn.data().as_mut_ptr(), stride: c_mn.stride(), turned };
     Some(Product { a, b, low_rank: of.low_rank, bias: of.bias, accumulate: of.accumulate, c, units })
 }
 
