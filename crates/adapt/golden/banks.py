@@ -21,12 +21,10 @@ def own(name, base, method, extra, spelt):
     add for each adapted module, `spelt` our names of PEFT's tensors."""
     folder = writing.HERE / name
     model = peft.PeftModel.from_pretrained(ref.load(ref.MODELS / base), folder / "adapter")
-    whole = ref.load(ref.MODELS / base)
     renamed = lambda tensors: {next((k.replace(old, new) for old, new in spelt if k.endswith(old)), k): v for k, v in tensors.items()}
     added = {}
     for path, module in model.named_modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            module.untouched = whole.get_submodule(path.removeprefix("base_model.model.")).weight
             added |= {f"{path}.{local}": tensor.contiguous() for local, tensor in extra(module).items()}
     stored = renamed(load_file(folder / "adapter" / "adapter_model.safetensors"))
     ref.save(stored | added, folder / "adapter" / "adapter_model.safetensors")
@@ -44,16 +42,6 @@ def psoft(module):
     return {"psoft_A": module._psoft_A_cache["default"], "psoft_B": module._psoft_B_cache["default"] * module.scaling["default"]}
 
 
-def kasa(module, rank):
-    # PEFT took the smallest singular values out of the base in place: what it took is what it would take again.
-    weight = module.untouched
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    left, right = u[:, -rank:] * s[-rank:], v[-rank:]
-    torch.testing.assert_close(module.base_layer.weight, weight - left @ right)
-    return {"dropped_left": left, "dropped_right": right}
-
-
-KASA = [("lora_A.weight", "lora_A"), ("lora_B.weight", "lora_B")]
 PSOFT = [("psoft_R.weight", "psoft_R"), ("psoft_R.vector_a", "psoft_alpha"), ("psoft_R.vector_b", "psoft_beta")]
 
 # name: (base, configuration, merged site, seed, what makes it ours)
@@ -114,14 +102,14 @@ CASES = {
         lambda: peft.LoraConfig(r=3, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=["q_proj", "down_proj"]),
         "model.layers.1.mlp.down_proj",
         508,
-        ({"method": "kasa", "rank": 3, "alpha": 6.0}, lambda module: kasa(module, 3), KASA),
+        None,
     ),
     "qwen2_kasa": (
         "qwen2",
         lambda: peft.LoraConfig(r=4, lora_alpha=2, kasa_config=peft.KasaConfig(), target_modules=["k_proj", "gate_proj"]),
         "model.layers.0.mlp.gate_proj",
         509,
-        ({"method": "kasa", "rank": 4, "alpha": 2.0}, lambda module: kasa(module, 4), KASA),
+        None,
     ),
     "llama_tinylora": (
         "llama",

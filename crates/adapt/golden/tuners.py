@@ -7,26 +7,10 @@ import peft
 import torch
 
 import writing
-from banks import own
 
 STD = 0.2
 # Many numbers of factors are one of these, divided by the root of how many.
 SHARED = 2.0
-
-OSF = [(f"osf_svd_params.{name}_low", f"osf_{name}") for name in "USV"]
-
-
-def osf(module):
-    starts = {f"osf_{name}_start": getattr(module, f"_osf_{name}_low_init")["default"] for name in "USV"}
-    high = {f"osf_{name}_high": getattr(module, f"_osf_{name}_high") for name in "UV"}
-    return starts | {name: kept["default"] for name, kept in high.items() if "default" in kept}
-
-
-# What makes a case ours, where PEFT leaves out tensors that its numbers are about.
-OURS = {
-    "llama_osf": ({"method": "osf", "preserved_rank": 9}, osf, OSF),
-    "qwen2_osf": ({"method": "osf", "preserved": 0.75}, osf, OSF),
-}
 
 # name: (base, configuration, merged site; None where nothing merges)
 CASES = {
@@ -89,8 +73,6 @@ def write(name):
     # What PEFT starts at random.
     torch.manual_seed(seed)
     writing.write(name, base, config, site, seed, randomise)
-    if name in OURS:
-        own(name, base, *OURS[name])
 
 
 if __name__ == "__main__":

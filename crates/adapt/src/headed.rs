@@ -45,10 +45,7 @@ fn of_peft(folder: &Path) -> Result<Option<HeadSpec>, Error> {
     let said = config.get("task_type").and_then(Value::as_str);
     if said == Some(VECTORS) {
         let pooling = sentence_transformers::pooling(folder)?;
-        return Ok(pooling.map(|pooling| HeadSpec {
-            pooling: Some(pooling),
-            ..HeadSpec::of_classes(HeadTask::Embedding, Vec::new())
-        }));
+        return Ok(pooling.map(|pooling| HeadSpec::of_vectors(Some(pooling), false)));
     }
     let Some((_, task)) = TASKS.into_iter().find(|(name, _)| said == Some(*name)) else { return Ok(None) };
     let header = Header::read(&folder.join(WEIGHTS_FILE))?;
@@ -79,7 +76,7 @@ pub fn spelt(head: &HeadSpec) -> String {
 /// # Errors
 /// Whatever writing raises.
 pub fn write(folder: &Path, head: &HeadSpec, width: usize, max_length: Option<u32>) -> Result<(), Error> {
-    if head.task == HeadTask::Embedding {
+    if head.gives_vectors() {
         sentence_transformers::write(folder, width, head.pooling.unwrap_or_default(), max_length)?;
     }
     let mut text = serde_json::to_string_pretty(head).unwrap_or_default();

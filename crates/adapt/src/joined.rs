@@ -8,10 +8,12 @@ use attune_points::adapter::{Adapter, Attachment, Merged};
 use attune_points::{Error, Locals, Params, Result};
 use candle_core::{DType, Device, Tensor};
 
-use crate::adapters::{of_ranks, reads};
+use crate::adapters::{OF_RANKS, of_ranks, reads};
 
 /// An adapter with its parameters.
 pub struct Joined {
+    /// What the method is called.
+    pub method: &'static str,
     /// The adapter: LoRA.
     pub adapter: Box<dyn Adapter>,
     /// Where it is attached.
@@ -69,7 +71,7 @@ pub fn of_pairs(mut pairs: BTreeMap<SiteId, (Tensor, Tensor)>, architecture: &Ar
             params.insert_declared(spec, at.site.as_str(), tensor.clone());
         }
     }
-    Ok(Joined { adapter, attachments, params })
+    Ok(Joined { method: OF_RANKS, adapter, attachments, params })
 }
 
 /// The factors of what a component adds to a weight, `b_or` and `a_ri`, and the factor on their product.

@@ -85,6 +85,12 @@ pub trait Adapter: Send + Sync {
         false
     }
 
+    /// The tensors that never train and that a folder of it need not have, for the base's weight says them: whoever reads one
+    /// without them finds them as a start does, whatever is drawn. None for most.
+    fn said_by_base(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Whether what it trains is kept in the folder of another adapter that trains beside it, where there is one. Few are.
     fn is_kept_beside(&self) -> bool {
         false

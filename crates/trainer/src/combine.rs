@@ -1,6 +1,7 @@
 //! Several adapters to one: folders in PEFT's layout, site by site through a merge, to a folder in the same layout.
 //!
-//! No weight of a base is read, for what adapters add is known without it; its `config.json` says which sites there are.
+//! Weights of a base are read only where an adapter's folder leaves out what they say, for what adapters add is known without; its `config.json`
+//! says which sites there are.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,10 +13,11 @@ use attune_architecture::{Architecture, SiteId, targets};
 use attune_artifacts::formats::card::Card;
 use attune_artifacts::formats::peft::is_hub_id;
 use attune_merge::{Drawn, MERGES, Pair, Space, combined};
+use attune_models::Base;
 use attune_points::merge::Keeps;
 use attune_spec::FieldPath;
 use attune_spec::id::{Digest, Step};
-use attune_spec::job::HeadTask;
+use attune_spec::job::{HeadSpec, Precision};
 use attune_spec::method::{BuildCx, Merges, MethodRef};
 use attune_tensor::Rng;
 use serde::Serialize;
@@ -113,18 +115,14 @@ impl Combine<'_> {
                 (Some(ranges), _) => repeated.insert(architecture.repeating(ranges).map_err(Error::Faults)?),
                 (None, _) => &architecture,
             };
-            let one = one(part, folder, base, &cx)?;
+            let one = one(part, folder, (base, self.base), &cx)?;
             if let Some(first) = read.first() {
                 belongs(&one, first, &part.folder)?;
             }
             read.push(one);
         }
         let first = read.first().ok_or_else(of_nothing)?;
-        let base_name = match first.folder.base.as_deref() {
-            Some(name) if is_hub_id(name) || name.parse::<Digest>().is_ok() => name.to_owned(),
-            // A path means nothing elsewhere, so the base is named by its content.
-            _ => pin::content(self.base)?.to_string(),
-        };
+        let base_name = base_name(first.folder.base.as_deref(), self.base)?;
         let architecture = repeated.unwrap_or(architecture);
         // The largest of all sites, for what is made of changes may have more rank than any of them.
         let ranks = read.iter().flat_map(|one| one.pairs.values()).map(|pair| pair.a_ri.dim(0));
@@ -149,7 +147,7 @@ impl Combine<'_> {
         }
         let ranks = made.values().map(|(_, a_ri)| a_ri.dim(0)).collect::<candle_core::Result<Vec<usize>>>()?;
         let joined = of_pairs(made, &architecture)?;
-        let card = self.card(&base_name, head.as_ref().is_some_and(|head| head.task == HeadTask::Embedding));
+        let card = self.card(&base_name, head.as_ref().is_some_and(HeadSpec::gives_vectors));
         let part = peft::Part { adapter: &*joined.adapter, attachments: &joined.attachments, params: &joined.params };
         peft::write(to, part, None, &architecture, &base_name, &card)?;
         if let Some(held) = &first.held {
@@ -180,12 +178,26 @@ impl Combine<'_> {
     }
 }
 
-fn of_folder(folder: &Path, message: String) -> Error {
+/// What a base in this folder is called in files that go elsewhere, by what an adapter's folder says of it.
+pub(crate) fn base_name(said: Option<&str>, base: &Path) -> Result<String, Error> {
+    match said {
+        Some(name) if is_hub_id(name) || name.parse::<Digest>().is_ok() => Ok(name.to_owned()),
+        // A path means nothing elsewhere, so the base is named by its content.
+        _ => Ok(pin::content(base)?.to_string()),
+    }
+}
+
+pub(crate) fn of_folder(folder: &Path, message: String) -> Error {
     Error::Input { input: folder.display().to_string(), message }
 }
 
-/// What an adapter adds, at which sites.
-fn one(part: &Part, folder: peft::Folder, base: &Architecture, cx: &BuildCx<'_>) -> Result<Read, Error> {
+/// What an adapter adds, at which sites of a base that lies there.
+fn one(
+    part: &Part,
+    mut folder: peft::Folder,
+    (base, base_folder): (&Architecture, &Path),
+    cx: &BuildCx<'_>,
+) -> Result<Read, Error> {
     let Part { folder: path, weight, .. } = part;
     if !weight.is_finite() {
         return Err(of_folder(path, format!("has the weight {weight}; expected a number")));
@@ -204,7 +216,16 @@ fn one(part: &Part, folder: peft::Folder, base: &Architecture, cx: &BuildCx<'_>)
     let applies = card.map(|card| card.applies).unwrap_or_default();
     let adapter = ADAPTERS.build(&folder.method, &FieldPath::from("adapter"), cx).map_err(of_faults)?;
     let sites = targets::resolve(&folder.targets, None, base, |site| applies.contains(&site.offers()));
-    let attachments = adapter.attach(base, &sites.map_err(of_faults)?).map_err(of_faults)?;
+    let sites = sites.map_err(of_faults)?;
+    let attachments = adapter.attach(base, &sites).map_err(of_faults)?;
+    if !adapter.said_by_base().is_empty() {
+        let opened = Base::open(base_folder, Precision::F32)?;
+        folder.complete(&*adapter, &attachments, |at| {
+            let site = sites.iter().find(|site| site.id == at.site);
+            let none = || attune_points::Error::Refused(format!("the base has no {}", at.site));
+            Ok(Box::new(opened.weight(site.ok_or_else(none)?)))
+        })?;
+    }
     let params = folder.params(&*adapter, &attachments)?;
     let found = pairs(&*adapter, &attachments, &params, base).map_err(|error| of_folder(path, error.to_string()))?;
     let held = held::read(path)?;

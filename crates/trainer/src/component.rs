@@ -167,18 +167,19 @@ pub(crate) fn cannot_start(error: attune_points::Error, path: FieldPath) -> Erro
 impl Component {
     /// The component that an adapter folder holds.
     pub(crate) fn read(folder: &Path, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
-        let read = peft::read(folder)?;
+        let mut read = peft::read(folder)?;
         stands_on(read.ranges.as_deref(), base.architecture(), path)?;
-        let own = Self::of(&read, base, path, cx)?;
-        let saved = read.saved.as_ref().map(|saved| Self::of(saved, base, path, cx)).transpose()?;
+        let own = Self::of(&mut read, base, path, cx)?;
+        let saved = read.saved.as_deref_mut().map(|saved| Self::of(saved, base, path, cx)).transpose()?;
         beside_its_tables(&read, base, path)?;
         let attachments: Vec<Attachment> = own.slot.attachments().cloned().collect();
         let (held, requantized) = (held::read(folder)?, held::read_less(folder, &attachments)?);
         Ok(Self { held, requantized, saved: saved.map(Box::new), ..own })
     }
 
-    fn of(read: &peft::Folder, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
+    fn of(read: &mut peft::Folder, base: &Base, path: &FieldPath, cx: &BuildCx<'_>) -> Result<Self, Error> {
         let at = Attached::new(&read.method, &read.targets, None, base, path, cx)?;
+        read.complete(&*at.adapter, &at.attachments, |attachment| at.weight(attachment, base))?;
         let params = read.params(&*at.adapter, &at.attachments)?;
         Ok(at.with(params))
     }

@@ -4,7 +4,7 @@
 //! # Update
 //! ```text
 //! W_oi = Σ_k u_k σ_k v_k^T,  σ descending                                     S_or T_ri = Σ u_k σ_k v_k^T of the r smallest
-//! y_to = x_ti W_oi^T + s · ((drop(x_ti) A_ri^T) ∘ d_r) B_or^T - (x_ti T_ri^T) S_or^T                       s = alpha / r
+//! y_to = x_ti W_oi^T + s · ((drop(x_ti) A_ri^T) ∘ d_r) B_or^T - (x_ti T_ri^T) S_or^T        s = alpha / r, or alpha / sqrt(r)
 //! loss + beta · ‖d‖² + gamma · (‖B^T B - 1‖ + ‖A A^T - 1‖)                    at each linear
 //! ```
 //!
@@ -23,13 +23,16 @@
 //!
 //! # Departures
 //! Computes what PEFT does, and its losses over all linears. PEFT takes the values out of the base in place, so that what it saves says nothing
-//! of them: its folders cannot be read for that, and ours, in our own layout, hold them. The authors' code takes nothing out where i ≥ o + r, and
-//! compares A^T A with 1, which it cannot reach.
+//! of them: they are found again where its folders are read, by a decomposition of each weight. Ours have them beside what PEFT reads. The
+//! authors' code takes nothing out where i ≥ o + r, and compares A^T A with 1, which it cannot reach.
 //!
 //! # Paper
 //! KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models. Wang, Jiang, Park, Kim, Tang, 2024.
 
-use attune_architecture::{Architecture, Site};
+use std::collections::BTreeMap;
+
+use attune_architecture::{Architecture, Site, SiteId};
+use attune_artifacts::formats::peft::LoraConfig;
 use attune_points::adapter::{Adapter, Attachment, BaseEdit, Merged, Peft, Port, RowCx, RowMap};
 use attune_points::{Locals, TensorSpec, Weight};
 use attune_spec::Fault;
@@ -40,17 +43,20 @@ use attune_tensor::{linalg, ops};
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::parts::dropout::dropped;
+use crate::parts::linears;
+use crate::parts::scaling::{self, Scaling};
 use crate::parts::starts::{self, Start};
-use crate::parts::{linears, own};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
 const D: &str = "lora_diag";
 const LEFT: &str = "dropped_left";
 const RIGHT: &str = "dropped_right";
+/// The key of PEFT's configuration of LoRA.
+const OWN: &str = "kasa_config";
 
 /// Parameters of KaSA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -72,17 +78,37 @@ pub(super) struct Config {
     /// Share of the trained product's input that is dropped in training.
     #[schemars(range(min = 0.0, max = 0.99))]
     dropout: f64,
+    /// Scales by `alpha / sqrt(rank)` instead of `alpha / rank`.
+    rslora: bool,
+    /// Rank at single sites, by whole path.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    rank_pattern: BTreeMap<String, u32>,
+    /// Alpha at single sites, by whole path.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    alpha_pattern: BTreeMap<String, f64>,
 }
 
 impl Default for Config {
     /// The authors' values.
     fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, beta: 1e-4, gamma: 1e-3, dropout: 0.0 }
+        Self {
+            rank: 8,
+            alpha: 16.0,
+            beta: 1e-4,
+            gamma: 1e-3,
+            dropout: 0.0,
+            rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+        }
     }
 }
 
 pub(super) struct Kasa {
     config: Config,
+    scaling: Scaling,
+    /// The factors on the product at sites that have one of their own.
+    factors: BTreeMap<String, f64>,
 }
 
 impl Method for Kasa {
@@ -98,6 +124,7 @@ impl Method for Kasa {
         parameters: "rank*(i+o) + rank",
         moves: Some("the smallest singular values of each weight are taken out"),
         merges: Merges::Factors,
+        peft_type: Some("LORA"),
         ..Card::new(
             "kasa",
             Point::Adapter,
@@ -109,13 +136,22 @@ impl Method for Kasa {
     type Object = dyn Adapter;
 
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
-        Ok(Box::new(Self { config }))
+        let made = Self::new(config);
+        let faults = made.scaling.faults();
+        if faults.is_empty() { Ok(Box::new(made)) } else { Err(faults) }
     }
 }
 
 impl Kasa {
-    fn scale(&self) -> f64 {
-        self.config.alpha / f64::from(self.config.rank)
+    fn new(config: Config) -> Self {
+        let (ranks, alphas) = (config.rank_pattern.clone(), config.alpha_pattern.clone());
+        let scaling = Scaling { rank: config.rank, alpha: config.alpha, rslora: config.rslora, ranks, alphas };
+        Self { factors: scaling.own(|factor| factor), scaling, config }
+    }
+
+    /// The factor on the product at a site.
+    fn scale(&self, site: &SiteId) -> f64 {
+        self.factors.get(site.as_str()).copied().unwrap_or_else(|| self.scaling.factor())
     }
 }
 
@@ -130,7 +166,7 @@ fn skewness(m_rk: &Tensor) -> attune_points::Result<Option<Tensor>> {
 impl Adapter for Kasa {
     fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
         linears::attach(sites, |site, o, i| {
-            let (r, all) = (self.config.rank as usize, o.min(i));
+            let (r, all) = (self.scaling.rank_at(site.id.as_str()) as usize, o.min(i));
             if r >= all {
                 let message = format!(
                     "is {r}, and {} is {o} by {i}: none of its {all} singular values would be left; expected less than {all}",
@@ -150,7 +186,7 @@ impl Adapter for Kasa {
 
     fn init(&self, at: &Attachment, weight: &dyn Weight, rng: &mut Rng) -> attune_points::Result<(Locals, BaseEdit)> {
         let triples = linalg::svd(&weight.dense(DType::F64)?)?;
-        let (all, r) = (triples.s.dim(0)?, self.config.rank as usize);
+        let (all, r) = (triples.s.dim(0)?, self.scaling.rank_at(at.site.as_str()) as usize);
         let smallest = triples.triples(all - r, r)?;
         let left = smallest.u.broadcast_mul(&smallest.s)?;
         starts::each(at, rng, |spec| match spec.local {
@@ -164,6 +200,10 @@ impl Adapter for Kasa {
 
     fn truncates(&self) -> bool {
         true
+    }
+
+    fn said_by_base(&self) -> &'static [&'static str] {
+        &[LEFT, RIGHT]
     }
 
     fn port(&self, _: &Attachment) -> Port<'_> {
@@ -185,22 +225,26 @@ impl Adapter for Kasa {
         Ok(sum.transpose()?)
     }
 
-    fn merge(&self, _: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
-        let own = (tensors.get(B)?.broadcast_mul(tensors.get(D)?)? * self.scale())?;
+    fn merge(&self, at: &Attachment, tensors: &Locals, _: &dyn Weight) -> attune_points::Result<Merged> {
+        let own = (tensors.get(B)?.broadcast_mul(tensors.get(D)?)? * self.scale(&at.site))?;
         let left = Tensor::cat(&[own, tensors.get(LEFT)?.neg()?], 1)?;
         let right = Tensor::cat(&[tensors.get(A)?, tensors.get(RIGHT)?], 0)?;
         Ok(Merged::Factors { left, right, scale: 1.0 })
     }
 
     fn peft(&self) -> Option<Peft> {
-        Some(own::peft(Self::CARD.name, &self.config))
+        let config = LoraConfig { lora_dropout: self.config.dropout, ..self.scaling.lora_config() };
+        let mut peft = scaling::peft(&config, vec![(A, "lora_A.weight"), (B, "lora_B.weight")]);
+        let Config { beta, gamma, .. } = self.config;
+        peft.config.insert(OWN.to_owned(), json!({"beta": beta, "gamma": gamma}));
+        Some(peft)
     }
 }
 
 impl RowMap for Kasa {
     fn graph(&self, x_ti: &Tensor, tensors: &Locals, cx: &RowCx<'_>) -> attune_points::Result<Tensor> {
         let h_tr = ops::linear(&dropped(x_ti, self.config.dropout, cx)?, tensors.get(A)?, None)?;
-        let h_tr = (h_tr.broadcast_mul(tensors.get(D)?)? * self.scale())?;
+        let h_tr = (h_tr.broadcast_mul(tensors.get(D)?)? * self.scale(cx.site))?;
         let out_tr = ops::linear(x_ti, tensors.get(RIGHT)?, None)?;
         Ok((ops::linear(&h_tr, tensors.get(B)?, None)? - ops::linear(&out_tr, tensors.get(LEFT)?, None)?)?)
     }
@@ -208,20 +252,31 @@ impl RowMap for Kasa {
 
 /// Whether a configuration of PEFT's LoRA is of this kind.
 pub(super) fn is_kasa(config: &Map<String, Value>) -> bool {
-    config.get("kasa_config").is_some_and(|value| !value.is_null())
+    config.get(OWN).is_some_and(|value| !value.is_null())
 }
 
-/// A folder of PEFT's own is refused.
-pub(super) fn from_peft(_: &Map<String, Value>, _: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
-    let message = "asks for KaSA, whose folders leave out what was taken out of the base. Merge it with PEFT, and read the whole model";
-    Err(vec![Fault::new("kasa_config", message)])
+/// The adapter that PEFT's configuration describes, by the modules that tensors speak of.
+pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
+    let (lora, mut params) = scaling::from_peft(config, modules, Some(OWN))?;
+    let own = config.get(OWN).and_then(Value::as_object);
+    for key in ["beta", "gamma"] {
+        let said = own.and_then(|own| own.get(key));
+        let number = said.map(|said| (said.as_f64(), said));
+        match number {
+            None => {}
+            Some((Some(number), _)) => {
+                params.insert(key.to_owned(), json!(number));
+            }
+            Some((None, said)) => return Err(vec![Fault::new(OWN, format!("has {key} {said}; expected a number"))]),
+        }
+    }
+    params.insert("dropout".to_owned(), json!(lora.lora_dropout));
+    Ok((MethodRef { method: Kasa::CARD.name.to_owned(), params }, Targets::Many(modules.to_vec())))
 }
 
 #[cfg(test)]
 mod tests {
-    use attune_architecture::SiteId;
     use attune_tensor::autograd;
-    use serde_json::json;
 
     use super::*;
 
@@ -241,7 +296,7 @@ mod tests {
     }
 
     fn of(rank: u32, beta: f64, gamma: f64) -> Kasa {
-        Kasa { config: Config { rank, beta, gamma, ..Config::default() } }
+        Kasa::new(Config { rank, beta, gamma, ..Config::default() })
     }
 
     #[test]
@@ -295,11 +350,34 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_of_peft_is_refused_with_what_to_do() {
-        let config = json!({"peft_type": "LORA", "r": 4, "kasa_config": {"beta": 1e-4, "gamma": 1e-3}});
+    fn what_peft_says_is_what_we_say_and_ranks_of_single_modules_are_theirs() {
+        let module = "model.layers.0.self_attn.q_proj".to_owned();
+        let config = json!({
+            "peft_type": "LORA", "r": 4, "lora_alpha": 6, "rank_pattern": {"q_proj": 2}, "use_rslora": true,
+            "kasa_config": {"beta": 0.5, "gamma": 0.25},
+        });
         let config = config.as_object().unwrap();
         assert!(is_kasa(config) && !is_kasa(json!({"kasa_config": null}).as_object().unwrap()));
-        let faults = from_peft(config, &[]).unwrap_err();
-        assert!(faults[0].to_string().contains("Merge it with PEFT"), "{}", faults[0]);
+        let (method, _) = from_peft(config, std::slice::from_ref(&module)).unwrap();
+        let read: Config = serde_json::from_value(Value::Object(method.params)).unwrap();
+        assert_eq!((read.rank, read.alpha, read.beta, read.gamma), (4, 6.0, 0.5, 0.25));
+        let kasa = Kasa::new(read);
+        assert!((kasa.scale(&SiteId::new(module.as_str())) - 6.0 / 2f64.sqrt()).abs() < 1e-12);
+        assert!((kasa.scale(&SiteId::new("other")) - 3.0).abs() < 1e-12);
+        assert_eq!(kasa.peft().unwrap().config["kasa_config"], config["kasa_config"]);
+        let wrong = json!({"peft_type": "LORA", "r": 4, "kasa_config": {"beta": "much"}});
+        let faults = from_peft(wrong.as_object().unwrap(), &[]).unwrap_err();
+        assert!(faults[0].to_string().contains("has beta \"much\"; expected a number"), "{}", faults[0]);
+    }
+
+    #[test]
+    fn what_was_taken_out_is_found_again_by_the_weight() {
+        let (w, kasa) = (normal("w", &[7, 5]), of(2, 0.0, 0.0));
+        let at = attachment(7, 5, 2);
+        let found = |seed| kasa.init(&at, &w, &mut Rng::new(seed, "any")).unwrap().0;
+        for local in kasa.said_by_base() {
+            let off = (found(1).get(local).unwrap() - found(2).get(local).unwrap()).unwrap();
+            assert_eq!(off.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
+        }
     }
 }

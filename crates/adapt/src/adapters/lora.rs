@@ -202,11 +202,10 @@ impl Lora {
         Self { own: scaling.own(rows), rows: rows(scaling.factor()), scaling, dropout, trains, b_lr, bias, damping }
     }
 
-    /// Of these ranks at these sites, with 1 as the factor on products: what most sites have stands for all.
+    /// Of these ranks at these sites, with 1 as the factor on products: the largest stands for all, so that servers which read no patterns make
+    /// room for it, and take the same factor everywhere.
     pub(super) fn of_ranks(mut ranks: BTreeMap<String, u32>) -> Self {
-        let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
-        ranks.values().for_each(|rank| *counts.entry(*rank).or_default() += 1);
-        let rank = counts.into_iter().max_by_key(|(_, count)| *count).map_or(1, |(rank, _)| rank);
+        let rank = ranks.values().copied().max().unwrap_or(1);
         ranks.retain(|_, other| *other != rank);
         let alpha_pattern = ranks.iter().map(|(site, rank)| (site.clone(), f64::from(*rank))).collect();
         Self::new(Config { rank, alpha: f64::from(rank), rank_pattern: ranks, alpha_pattern, ..Config::default() })

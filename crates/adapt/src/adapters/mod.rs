@@ -189,6 +189,9 @@ pub(crate) fn nowhere() -> Value {
     modules_to_save::nowhere()
 }
 
+/// The method of [`of_ranks`].
+pub(crate) const OF_RANKS: &str = <lora::Lora as attune_spec::method::Method>::CARD.name;
+
 /// LoRA of these ranks at these sites, and 1 as the factor on its products.
 pub(crate) fn of_ranks(ranks: BTreeMap<String, u32>) -> Box<dyn Adapter> {
     Box::new(lora::Lora::of_ranks(ranks))

@@ -22,8 +22,8 @@
 //! scales numbers one by one, as Adam does, leaves them slowly.
 //!
 //! # Departures
-//! none in what is computed; agrees with PEFT, but that single linears do not have shares of their own. A folder of PEFT's does not have the
-//! starts, so that files are in our own layout.
+//! none in what is computed; agrees with PEFT, but that single linears do not have shares of their own. PEFT's folders do not have the
+//! starts, which are found again where they are read, by a decomposition of each weight. Ours have them beside what PEFT reads.
 //!
 //! # Paper
 //! Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning. Nayak, Killamsetty, Han, Bhandwaldar, Chanda, Xu, Wang, Pareja, Oleg, Peng,
@@ -42,10 +42,11 @@ use attune_tensor::rng::Rng;
 use candle_core::{DType, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use crate::parts::keys::{self, Keys};
 use crate::parts::starts::{self, Start};
-use crate::parts::{linears, own};
+use crate::parts::{foreign, linears, own};
 
 const U: &str = "osf_U";
 const S: &str = "osf_S";
@@ -55,6 +56,13 @@ const S_START: &str = "osf_S_start";
 const V_START: &str = "osf_V_start";
 const U_HIGH: &str = "osf_U_high";
 const V_HIGH: &str = "osf_V_high";
+
+const PEFT_TYPE: &str = "OSF";
+/// The key of what is preserved in PEFT's configuration.
+const RANK: &str = "effective_rank";
+/// What trains, as PEFT spells it.
+const SPELT: [(&str, &str); 3] =
+    [(U, "osf_svd_params.U_low"), (S, "osf_svd_params.S_low"), (V, "osf_svd_params.V_low")];
 
 /// Parameters of OSF.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -94,6 +102,7 @@ impl Method for Osf {
         targets: "all-linear",
         parameters: "(i+o+1)*(min(o, i) - if(preserved_rank > 0, min(min(o, i), preserved_rank), floor(min(o, i)*preserved)))",
         merges: Merges::Weight,
+        peft_type: Some("OSF"),
         ..Card::new(
             "osf",
             Point::Adapter,
@@ -208,6 +217,10 @@ impl Adapter for Osf {
         })
     }
 
+    fn said_by_base(&self) -> &'static [&'static str] {
+        &[U_START, S_START, V_START, U_HIGH, V_HIGH]
+    }
+
     fn port(&self, _: &Attachment) -> Port<'_> {
         Port::Delta(self)
     }
@@ -221,9 +234,14 @@ impl Adapter for Osf {
     }
 
     fn peft(&self) -> Option<Peft> {
-        let mut peft = own::peft(Self::CARD.name, &self.config);
-        // PEFT has a method of this name, and would read the folder as one of its own.
-        peft.config.insert("peft_type".to_owned(), "ATTUNE_OSF".into());
+        let Config { preserved, preserved_rank, project } = self.config;
+        let rank = if preserved_rank > 0 { json!(preserved_rank) } else { json!(preserved) };
+        let mut peft =
+            foreign::peft(PEFT_TYPE, &json!({RANK: rank, "rank_pattern": null, "init_weights": true}), SPELT.to_vec());
+        if !project {
+            // PEFT always does, which a finished adapter does not depend on.
+            peft.config.extend(own::peft(Self::CARD.name, &self.config).config.remove_entry(own::KEY));
+        }
         Some(peft)
     }
 }
@@ -258,11 +276,28 @@ impl WeightMap for Osf {
     }
 }
 
-/// A folder of PEFT's own is refused.
-pub(super) fn from_peft(_: &Map<String, Value>, _: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
-    let message = "is \"OSF\", whose folders leave out what the trained part of the weight was at the start: it is found again by whoever has \
-                   the base. Merge it with PEFT, and read the whole model";
-    Err(vec![Fault::new("peft_type", message)])
+/// The adapter that PEFT's configuration describes, by the modules that tensors speak of.
+pub(super) fn from_peft(config: &Map<String, Value>, modules: &[String]) -> Result<(MethodRef, Targets), Vec<Fault>> {
+    let mut keys = Keys::of(config);
+    keys.only("rank_pattern", json!({}), "other shares at single linears; this version does not read them");
+    let rank = config.get(RANK).filter(|rank| !rank.is_null());
+    let mut params = Map::new();
+    match rank.map(|rank| (rank.as_u64(), rank.as_f64(), rank)) {
+        None => {}
+        // As PEFT has it: whole numbers count triples, others are a share of them.
+        Some((Some(rank), ..)) if rank > 0 => {
+            params.insert("preserved_rank".to_owned(), json!(rank));
+        }
+        Some((None, Some(share), _)) if share > 0.0 && share <= 1.0 => {
+            params.insert("preserved".to_owned(), json!(share));
+        }
+        Some((.., rank)) => {
+            keys.fault(RANK, format!("is {rank}; expected how many triples, or a share of them of 1 at most"))
+        }
+    }
+    keys.finish()?;
+    let method = MethodRef { method: Osf::CARD.name.to_owned(), params };
+    Ok((method, Targets::Many(keys::without_inner(modules, "osf_svd_params"))))
 }
 
 #[cfg(test)]
@@ -341,5 +376,30 @@ mod tests {
         let (before, after) = (linalg::svd(&w).unwrap(), linalg::svd(&weight).unwrap());
         let off = (&after.s - &before.s).unwrap().to_vec1::<f64>().unwrap();
         assert!(off[..2].iter().all(|off| off.abs() < 1e-5) && off[2..].iter().all(|off| off.abs() > 0.05), "{off:?}");
+    }
+
+    #[test]
+    fn whole_numbers_count_triples_and_others_are_a_share_of_them() {
+        let read = |rank: Value| {
+            let config = json!({"peft_type": "OSF", "effective_rank": rank, "rank_pattern": null});
+            let modules = ["model.layers.0.mlp.up_proj.osf_svd_params".to_owned()];
+            let (method, targets) =
+                from_peft(config.as_object().unwrap(), &modules).map_err(|faults| faults[0].to_string())?;
+            assert_eq!(targets.entries(), ["model.layers.0.mlp.up_proj"]);
+            Ok::<_, String>(serde_json::from_value::<Config>(Value::Object(method.params)).unwrap())
+        };
+        for (rank, preserved, preserved_rank) in
+            [(json!(9), 0.5, 9), (json!(0.75), 0.75, 0), (json!(1), 0.5, 1), (Value::Null, 0.5, 0)]
+        {
+            let config = read(rank.clone()).unwrap();
+            assert_eq!((config.preserved, config.preserved_rank), (preserved, preserved_rank));
+            let peft = Osf { config }.peft().unwrap();
+            assert_eq!(peft.config[RANK], if rank.is_null() { json!(0.5) } else { rank });
+        }
+        for rank in [json!(0), json!(-1), json!(1.5), json!("half")] {
+            assert!(read(rank).unwrap_err().contains("expected how many triples"));
+        }
+        let pattern = json!({"peft_type": "OSF", "rank_pattern": {"q_proj": 3}});
+        assert!(from_peft(pattern.as_object().unwrap(), &[]).unwrap_err()[0].to_string().contains("rank_pattern"));
     }
 }
