@@ -17,22 +17,31 @@
 //! W'_oi = M_oi W_oi + s (B A)_oi + D_oi                or, with `mask_delta`, M_oi (W_oi + s (B A)_oi + D_oi)                  y_to = x_ti W'_oi^T
 //! M_oi  = [|W_oi + s (B A)_oi + D_oi| is not among the least]                              D_oi = Σ_k v_k [o = p(k), i = q(k)]
 //! ```
+//! With `prune_heads` and `prune_neurons` each head scales what it gives by a number of its own, and so does each neuron of an MLP: columns of the
+//! linears that lead out of them. With that share of the steps the given share of each attention's heads and of each MLP's neurons goes, those of
+//! the smallest numbers:
+//! ```text
+//! W''_oi = W'_oi g_u(i) c_u(i)                      u(i) the head or neuron of column i                        loss + gate_loss · Σ |c_u|  until some are gone
+//! g_u    = [|c_u| is not among the least of its layer]
+//! ```
 //!
 //! # Symbols
 //! `lora_A` `A_ri` and `lora_B` `B_or`, and `values` `v_k`, f32, trained; A starts uniform in ±1/sqrt(i), B and v at 0. `indices` the flat places
-//! i p(k) + q(k), i64, ascending, never trained. With `prune`, `mask` M, a bit for each entry, 64 of them an i64, all 1 until it prunes.
+//! i p(k) + q(k), i64, ascending, never trained. With `prune`, `mask` M, a bit for each entry, 64 of them an i64, all 1 until it prunes. `gates` `c_u`, trained, 1 at the start, and
+//! `gates_left` `g_u`, bits like those of the mask.
 //!
 //! # Cost
-//! `r*(i+o) + entries` parameters per linear, and places of as many as the latter beside them; `2 r (i+o) + 2 entries` extra FLOPs per token forward.
+//! `r*(i+o) + entries` parameters per linear, and places of as many as the latter beside them, further a number for each head or neuron that may go; `2 r (i+o) + 2 entries` extra FLOPs per token forward.
 //! The search takes some `20 rounds² i o` FLOPs a weight, once. With `prune`, each pass makes another weight in place of it, forward and in reverse, at
 //! `2 r i o` FLOPs each, and the gradient by it; where it prunes, three such sums of each weight.
 //!
 //! # Limits
-//! With B = 0 and v = 0 it is the base, bit for bit, until that is pruned. With v = 0 it is LoRA. Merged, a weight has that many zeros only with
+//! With B = 0 and v = 0 it is the base, bit for bit, until that is pruned. A merged model has the shape of the base, with columns of zeros for heads and
+//! neurons that are gone. With v = 0 it is LoRA. Merged, a weight has that many zeros only with
 //! `mask_delta`; without, the change fills them.
 //!
 //! # Departures
-//! The base is pruned entry by entry; heads and channels as a whole, by gates that are learned, are not here. It goes on after that with the optimiser's
+//! Heads and neurons that stay keep their numbers, which go on learning. It goes on after pruning with the optimiser's
 //! numbers and the schedule that it has. The authors search for a hundred rounds; five directions a round, some ten are enough where a weight is of low
 //! rank beside what stands out.
 //!
@@ -47,8 +56,8 @@ use attune_points::{Locals, Owner, TensorId, TensorName, TensorSpec, Weight};
 use attune_spec::Fault;
 use attune_spec::id::Step;
 use attune_spec::method::{BuildCx, Card, Category, Merges, Method, Paper, Point, Rule, SiteKind};
+use attune_tensor::ops;
 use attune_tensor::rng::Rng;
-use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -57,13 +66,11 @@ use crate::parts::dropout::dropped;
 use crate::parts::masks::{self, MASK};
 use crate::parts::sparse::{INDICES, VALUES};
 use crate::parts::starts::{self, Start};
+use crate::parts::structures::{self, GATES, LEFT, Structures};
 use crate::parts::{anew, factors, linears, own, sparse};
 
 const A: &str = "lora_A";
 const B: &str = "lora_B";
-
-/// How many directions a round of the search adds.
-const MORE: usize = 5;
 
 /// Where the single entries are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -106,7 +113,16 @@ pub(super) struct Config {
     /// Share of the base's weights that goes on the way; 0 for none.
     #[schemars(range(min = 0.0, max = 0.99))]
     prune: f64,
-    /// Share of the job's steps after which it goes.
+    /// Share of the heads of each attention that go on the way as a whole; 0 for none.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    prune_heads: f64,
+    /// Share of the neurons of each MLP that do.
+    #[schemars(range(min = 0.0, max = 0.99))]
+    prune_neurons: f64,
+    /// Weight of the sizes of their gates in the loss until then.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    gate_loss: f64,
+    /// Share of the job's steps after which all of these go.
     #[schemars(range(min = 0.0, max = 1.0))]
     prunes_at: f64,
     /// Lets the change, too, be 0 where the weight has gone.
@@ -125,6 +141,9 @@ impl Default for Config {
             rounds: 10,
             threshold: 0.01,
             prune: 0.0,
+            prune_heads: 0.0,
+            prune_neurons: 0.0,
+            gate_loss: 1e-4,
             prunes_at: 0.5,
             mask_delta: false,
         }
@@ -145,13 +164,13 @@ impl Method for Dsee {
         }),
         applies: &[SiteKind::Linear],
         targets: "all-linear",
-        parameters: "rank*(i+o) + entries",
+        parameters: "rank*(i+o) + entries + if(prune_heads > 0, (out - down)*h, 0) + if(prune_neurons > 0, down*i, 0)",
         merges: Merges::Weight,
         rules: &[
             Rule {
-                when: "prune > 0",
+                when: "prune > 0 or prune_heads > 0 or prune_neurons > 0",
                 require: "dropout == 0",
-                message: "is for a change on rows, and with `prune` it is made within the weight; expected 0",
+                message: "is for a change on rows, and where something is pruned it is made within the weight; expected 0",
                 path: "dropout",
             },
             Rule {
@@ -185,6 +204,10 @@ impl Dsee {
     fn prunes(&self) -> bool {
         self.config.prune > 0.0
     }
+
+    fn structures(&self) -> Structures {
+        Structures { heads: self.config.prune_heads, neurons: self.config.prune_neurons }
+    }
 }
 
 impl Config {
@@ -194,53 +217,25 @@ impl Config {
         let scores = match self.search {
             Search::Random => return sparse::some(o * i, count, &rng.named(INDICES)),
             Search::Magnitude => weight.dense(DType::F32)?.abs()?,
-            Search::Decomposed => self.standing_out(&weight.dense(DType::F64)?, &mut rng.named("directions"))?,
+            Search::Decomposed => {
+                let directions = &mut rng.named("directions");
+                sparse::standing_out(&weight.dense(DType::F64)?, self.rounds, self.threshold, directions)?
+            }
         };
         let scores = scores.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut places: Vec<i64> = sparse::largest(&scores, count).into_iter().map(|place| place as i64).collect();
         places.sort_unstable();
         Ok(Tensor::new(places, &Device::Cpu)?)
     }
-
-    /// By how much each entry stands out of the low rank of a weight; those below the threshold come below 0, in the order of theirs.
-    fn standing_out(&self, w_oi: &Tensor, rng: &mut Rng) -> attune_points::Result<Tensor> {
-        let (o, i) = w_oi.dims2()?;
-        let mut r_ki = rng.normal_tensor((1, i), 1.0, DType::F64)?;
-        let mut d_oi = w_oi.zeros_like()?;
-        let mut rest_oi = w_oi.clone();
-        for round in 1..=self.rounds {
-            let mut low_oi = w_oi.zeros_like()?;
-            for _ in 0..2 {
-                let smooth_oi = (w_oi - &d_oi)?;
-                let (l_ok, _) = linalg::qr(&ops::matmul(&smooth_oi, &r_ki.t()?.contiguous()?)?)?;
-                r_ki = ops::matmul(&l_ok.t()?.contiguous()?, &smooth_oi)?;
-                low_oi = ops::matmul(&l_ok, &r_ki)?;
-                rest_oi = (w_oi - &low_oi)?;
-                let stands = rest_oi.abs()?.ge(self.threshold)?;
-                d_oi = stands.where_cond(&rest_oi, &rest_oi.zeros_like()?)?;
-            }
-            let more = MORE.min(o.min(i) - r_ki.dim(0)?);
-            if round == self.rounds || more == 0 {
-                break;
-            }
-            // The first rows of a triangle are what the first columns span of all others.
-            let left_oi = ((w_oi - low_oi)? - &d_oi)?;
-            if left_oi.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()? == 0.0 {
-                break;
-            }
-            let (first_om, _) = linalg::qr(&left_oi.narrow(1, 0, more)?.contiguous()?)?;
-            r_ki = Tensor::cat(&[&r_ki, &ops::matmul(&first_om.t()?.contiguous()?, &left_oi)?], 0)?;
-        }
-        // Those of the sparse part come before all others, whose order is that of what they are off by.
-        let beside = (rest_oi.abs()? - rest_oi.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?)?;
-        let stands = d_oi.ne(0.0)?;
-        Ok(stands.where_cond(&d_oi.abs()?, &(beside - 1.0)?)?)
-    }
 }
 
 impl Adapter for Dsee {
-    fn attach(&self, _: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
-        let count = self.config.entries as usize;
+    fn attach(&self, architecture: &Architecture, sites: &[Site]) -> Result<Vec<Attachment>, Vec<Fault>> {
+        let (count, structures) = (self.config.entries as usize, self.structures());
+        let faults = structures.faults(sites);
+        if !faults.is_empty() {
+            return Err(faults);
+        }
         linears::attach(sites, |site, o, i| {
             let r = factors::within(self.config.rank, site, (o, i))?;
             if count > o * i {
@@ -253,7 +248,8 @@ impl Adapter for Dsee {
                 TensorSpec::trained(VALUES, [count]),
                 TensorSpec::fixed(INDICES, [count]),
             ];
-            Ok(tensors.into_iter().chain(self.prunes().then(|| masks::spec(o * i))).collect())
+            let mask = self.prunes().then(|| masks::spec(o * i));
+            Ok(tensors.into_iter().chain(mask).chain(structures.specs(site, i, architecture)).collect())
         })
     }
 
@@ -261,20 +257,30 @@ impl Adapter for Dsee {
         let places = self.config.places(weight, self.config.entries as usize, rng)?;
         let (o, i) = weight.shape();
         let mask = if self.prunes() { Some(masks::whole(o * i)?) } else { None };
+        let gates = at.tensors.iter().find(|spec| spec.local == GATES).map_or(0, |spec| spec.shape[0]);
+        let left = masks::whole(gates)?;
         starts::each(at, rng, |spec| match (spec.local, &mask) {
             (A, _) => Start::kaiming(spec),
             (INDICES, _) => Start::Is(places.clone()),
             (MASK, Some(mask)) => Start::Is(mask.clone()),
+            (GATES, _) => Start::Constant(1.0),
+            (LEFT, _) => Start::Is(left.clone()),
             _ => Start::Constant(0.0),
         })
     }
 
-    fn port(&self, _: &Attachment) -> Port<'_> {
-        if self.prunes() { Port::Weight(self) } else { Port::Delta(self) }
+    fn port(&self, at: &Attachment) -> Port<'_> {
+        let is_gated = at.tensors.iter().any(|spec| spec.local == GATES);
+        if self.prunes() || is_gated { Port::Weight(self) } else { Port::Delta(self) }
+    }
+
+    fn penalty(&self, _: &Attachment, tensors: &Locals) -> attune_points::Result<Option<Tensor>> {
+        structures::penalty(tensors, self.config.gate_loss)
     }
 
     fn step_rule(&self, of: &Trained<'_>) -> Option<Box<dyn StepRule>> {
-        self.prunes().then(|| Box::new(Pruning::new(&self.config, self.scale(), of)) as Box<dyn StepRule>)
+        let prunes = self.prunes() || self.structures().any();
+        prunes.then(|| Box::new(Pruning::new(self, of)) as Box<dyn StepRule>)
     }
 
     fn merge(&self, _: &Attachment, tensors: &Locals, weight: &dyn Weight) -> attune_points::Result<Merged> {
@@ -310,16 +316,19 @@ fn summed(w_oi: &Tensor, tensors: &Locals, scale: f64) -> attune_points::Result<
 
 impl WeightMap for Dsee {
     fn graph(&self, w_oi: &Tensor, tensors: &Locals) -> attune_points::Result<Tensor> {
-        if self.config.mask_delta {
-            return masks::kept(&summed(w_oi, tensors, self.scale())?, tensors);
-        }
-        summed(&masks::kept(w_oi, tensors)?, tensors, self.scale())
+        let sum_oi = if self.config.mask_delta {
+            masks::kept(&summed(w_oi, tensors, self.scale())?, tensors)?
+        } else {
+            summed(&masks::kept(w_oi, tensors)?, tensors, self.scale())?
+        };
+        structures::scaled(&sum_oi, tensors)
     }
 }
 
-/// The usual steps, after one of which the least entries of all weights go.
+/// The usual steps, after one of which the least entries of all weights go, and the heads and neurons of the smallest gates.
 struct Pruning {
     share: f64,
+    structures: Structures,
     scale: f64,
     /// The number of steps after which.
     at: u64,
@@ -330,13 +339,24 @@ struct Pruning {
 struct Place {
     site: String,
     slot: u16,
+    /// Its gates, if it has any, and whether they are of heads.
+    gates: Option<(usize, bool)>,
 }
 
 impl Pruning {
-    fn new(config: &Config, scale: f64, of: &Trained<'_>) -> Self {
-        let at = (config.prunes_at * of.steps.0 as f64).round() as u64;
-        let places = of.attachments.iter().map(|at| Place { site: at.site.to_string(), slot: of.slot });
-        Self { share: config.prune, scale, at: at.clamp(1, of.steps.0.max(1)), places: places.collect() }
+    fn new(dsee: &Dsee, of: &Trained<'_>) -> Self {
+        let Config { prunes_at, prune, .. } = dsee.config;
+        let at = (prunes_at * of.steps.0 as f64).round() as u64;
+        let place = |at: &&Attachment| {
+            let of_local = |local| at.tensors.iter().find(|spec| spec.local == local);
+            let width = of_local(A).map_or(0, |spec| spec.shape[1]);
+            // A neuron is a column, and a head several.
+            let gates = of_local(GATES).map(|spec| (spec.shape[0], spec.shape[0] < width));
+            Place { site: at.site.to_string(), slot: of.slot, gates }
+        };
+        let places = of.attachments.iter().map(place).collect();
+        let (structures, scale) = (dsee.structures(), dsee.scale());
+        Self { share: prune, structures, scale, at: at.clamp(1, of.steps.0.max(1)), places }
     }
 
     /// The sizes of all entries of a weight as what they sum up to, as whole numbers in their order.
@@ -385,13 +405,27 @@ impl StepRule for Pruning {
     fn step(&mut self, step: Step, engine: &mut dyn Engine) -> attune_points::Result<StepReport> {
         let mut report = engine::usual_step(engine)?;
         if step.next().0 == self.at {
-            let (masks, gone) = self.masks(engine)?;
             let mut theta = engine.theta().clone();
-            for (place, mask) in self.places.iter().zip(masks) {
-                theta.put(&place.id(MASK), mask);
+            if self.share > 0.0 {
+                let (masks, gone) = self.masks(engine)?;
+                for (place, mask) in self.places.iter().zip(masks) {
+                    theta.put(&place.id(MASK), mask);
+                }
+                report.metrics.push(("pruned".to_owned(), gone as f64));
+            }
+            for (name, of_heads) in [("pruned_heads", true), ("pruned_neurons", false)] {
+                let gated = self.places.iter().filter_map(|place| Some((place, place.gates?.0, place.gates?.1)));
+                let gated: Vec<_> = gated.filter(|(.., heads)| *heads == of_heads).collect();
+                let mut gone = 0;
+                for (place, count, _) in &gated {
+                    let goes = self.structures.goes(of_heads, *count);
+                    let gates = anew::held(engine.theta(), &place.id(GATES))?;
+                    theta.put(&place.id(LEFT), structures::left(&gates, goes)?);
+                    gone += goes;
+                }
+                report.metrics.extend((!gated.is_empty()).then(|| (name.to_owned(), gone as f64)));
             }
             engine.set(theta);
-            report.metrics.push(("pruned".to_owned(), gone as f64));
         }
         Ok(report)
     }
@@ -526,5 +560,36 @@ mod tests {
             let zeros = made.iter().zip(&up).filter(|(made, stays)| **made == 0.0 && !**stays).count();
             assert_eq!(zeros, if mask_delta { up.iter().filter(|stays| !**stays).count() } else { 0 });
         }
+    }
+
+    #[test]
+    fn heads_and_neurons_of_the_smallest_gates_go_and_the_others_go_on() {
+        let config =
+            Config { prune_heads: 0.34, prune_neurons: 0.5, rank: 1, entries: 1, prunes_at: 0.5, ..Config::default() };
+        let at = |site: &str, (o, i): (usize, usize), gates: usize| {
+            let own = [(A, vec![1, i]), (B, vec![o, 1]), (VALUES, vec![1]), (GATES, vec![gates])];
+            let own = own.map(|(local, shape)| TensorSpec::trained(local, shape)).into_iter();
+            let fixed = [TensorSpec::fixed(INDICES, [1]), TensorSpec::fixed(LEFT, [1])];
+            Attachment { site: SiteId::new(site), tensors: own.chain(fixed).collect() }
+        };
+        let start = |site: &str, local: &str| match (local, site) {
+            (GATES, "o_proj") => Tensor::new(&[0.9f32, -0.2, 1.1], &Device::Cpu).unwrap(),
+            (GATES, _) => Tensor::new(&[0.9f32, -0.2, 1.1, 0.1], &Device::Cpu).unwrap(),
+            (INDICES, _) => Tensor::new(&[0i64], &Device::Cpu).unwrap(),
+            (LEFT, "o_proj") => masks::whole(3).unwrap(),
+            (LEFT, _) => masks::whole(4).unwrap(),
+            _ => Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap(),
+        };
+        let sites = vec![at("o_proj", (6, 6), 3), at("down_proj", (6, 4), 4)];
+        let mut toy = Toy::new(sites, start, 0.1, |_, _| None);
+        let mut rule = Dsee { config }.step_rule(&toy.trained(4)).unwrap();
+        let left = |toy: &Toy, site, n| masks::unpacked(&toy.value(site, LEFT), n).unwrap();
+        let mut told = Vec::new();
+        for step in 0..4 {
+            let gone = if step < 2 { [true; 4] } else { [true, false, true, false] };
+            assert_eq!((left(&toy, "o_proj", 3), left(&toy, "down_proj", 4)), (gone[..3].to_vec(), gone.to_vec()));
+            told.extend(rule.step(Step(step), &mut toy).unwrap().metrics);
+        }
+        assert_eq!(told, [("pruned_heads".to_owned(), 1.0), ("pruned_neurons".to_owned(), 2.0)]);
     }
 }

@@ -30,6 +30,7 @@ pub(crate) mod spectral;
 pub(crate) mod spectrum;
 pub(crate) mod spread;
 pub(crate) mod starts;
+pub(crate) mod structures;
 pub(crate) mod subnetworks;
 pub(crate) mod subspaces;
 pub(crate) mod supernet;

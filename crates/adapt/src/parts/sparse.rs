@@ -3,6 +3,7 @@
 use attune_points::{Error, Result};
 use attune_tensor::permutation::Permutation;
 use attune_tensor::rng::Rng;
+use attune_tensor::{linalg, ops};
 use candle_core::{DType, Device, Tensor};
 
 /// The local name of the values.
@@ -52,6 +53,47 @@ pub(crate) fn largest(scores: &[f32], k: usize) -> Vec<usize> {
     }
     places.sort_unstable_by(before);
     places
+}
+
+/// How many directions a round of a search adds.
+const MORE: usize = 5;
+
+/// By how much each entry stands out of the low rank of a weight; those below the threshold come below 0, in the order of theirs.
+///
+/// # Errors
+/// A matrix of numbers that are not finite.
+pub(crate) fn standing_out(w_oi: &Tensor, rounds: u32, threshold: f64, rng: &mut Rng) -> Result<Tensor> {
+    let (o, i) = w_oi.dims2()?;
+    let mut r_ki = rng.normal_tensor((1, i), 1.0, DType::F64)?;
+    let mut d_oi = w_oi.zeros_like()?;
+    let mut rest_oi = w_oi.clone();
+    for round in 1..=rounds {
+        let mut low_oi = w_oi.zeros_like()?;
+        for _ in 0..2 {
+            let smooth_oi = (w_oi - &d_oi)?;
+            let (l_ok, _) = linalg::qr(&ops::matmul(&smooth_oi, &r_ki.t()?.contiguous()?)?)?;
+            r_ki = ops::matmul(&l_ok.t()?.contiguous()?, &smooth_oi)?;
+            low_oi = ops::matmul(&l_ok, &r_ki)?;
+            rest_oi = (w_oi - &low_oi)?;
+            let stands = rest_oi.abs()?.ge(threshold)?;
+            d_oi = stands.where_cond(&rest_oi, &rest_oi.zeros_like()?)?;
+        }
+        let more = MORE.min(o.min(i) - r_ki.dim(0)?);
+        if round == rounds || more == 0 {
+            break;
+        }
+        // The first rows of a triangle are what the first columns span of all others.
+        let left_oi = ((w_oi - low_oi)? - &d_oi)?;
+        if left_oi.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()? == 0.0 {
+            break;
+        }
+        let (first_om, _) = linalg::qr(&left_oi.narrow(1, 0, more)?.contiguous()?)?;
+        r_ki = Tensor::cat(&[&r_ki, &ops::matmul(&first_om.t()?.contiguous()?, &left_oi)?], 0)?;
+    }
+    // Those of the sparse part come before all others, whose order is that of what they are off by.
+    let beside = (rest_oi.abs()? - rest_oi.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?)?;
+    let stands = d_oi.ne(0.0)?;
+    Ok(stands.where_cond(&d_oi.abs()?, &(beside - 1.0)?)?)
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ const FURTHER: &[&str] = &[
     "{method: delora, rank: 2}",
     "{method: dsee, rank: 2, entries: 20}",
     "{method: dsee, rank: 2, entries: 20, prune: 0.5, prunes_at: 0.4, mask_delta: true}",
+    "{method: dsee, rank: 2, entries: 20, prune_heads: 0.5, prune_neurons: 0.25, prunes_at: 0.4}",
     "{method: elastic-lora, rank: 4, step: 1, smallest: 1, alpha: 4}",
     "{method: elastic-lora, rank: 4, step: 1, smallest: 1, alpha: 4, sparsity: 0.5, examples: 4, narrowest: 0.5}",
     "{method: flora-tucker, rank_in: 2, rank_out: 3}",

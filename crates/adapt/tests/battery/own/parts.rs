@@ -44,6 +44,7 @@ fn forms() -> Result<(), Failed> {
         json!({"method": "dsee", "rank": 2, "entries": 30, "search": "random"}),
         json!({"method": "dsee", "rank": 2, "entries": 30, "prune": 0.5}),
         json!({"method": "dsee", "rank": 2, "entries": 30, "prune": 0.5, "mask_delta": true}),
+        json!({"method": "dsee", "rank": 2, "entries": 30, "prune_heads": 0.5, "prune_neurons": 0.3}),
         json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "masked": true}),
         json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "narrowest": 0.5}),
         json!({"method": "elastic-lora", "rank": 3, "smallest": 1, "alpha": 3, "masked": true, "sparsity": 0.4}),
@@ -73,7 +74,11 @@ fn refusals() -> Result<(), Failed> {
         (json!({"method": "dsee", "rank": 25}), "`rank` is 25; model.layers.1.mlp.up_proj is 32 by 24"),
         (
             json!({"method": "dsee", "prune": 0.5, "dropout": 0.1}),
-            "`tune.adapter.dropout` is for a change on rows, and with `prune`",
+            "`tune.adapter.dropout` is for a change on rows, and where something is pruned",
+        ),
+        (
+            json!({"method": "dsee", "prune_heads": 0.5}),
+            "`prune_heads` needs linears that lead out of attentions among the targets",
         ),
         (json!({"method": "dsee", "mask_delta": true}), "`tune.adapter.mask_delta` is true, and nothing is pruned"),
         (

@@ -24,6 +24,7 @@ pub(super) const OWN: &[(&str, Own)] = &[
     ("chain_of_lora::what_a_link_has_learned_stays_while_the_next_learns", links),
     ("context_aware_prompt::no_token_moves_further_than_its_bound", within_bounds),
     ("dsee_and_elastic_lora::as_many_entries_of_weights_are_0_in_the_end_as_were_to_go", zeros),
+    ("dsee::whole_heads_and_neurons_are_0_in_the_end", whole_structures),
     ("elastic_lora::a_part_of_its_rank_does_most_of_what_the_whole_does", parts_of_a_rank),
     ("poet::rounds_go_further_and_singular_values_stay", rounds),
     ("roselora::in_the_end_most_entries_of_a_weight_are_as_they_were", sparse_change),
@@ -412,8 +413,8 @@ fn within_bounds() -> std::result::Result<(), Failed> {
     Ok(())
 }
 
-/// Which share of the entries of all linears is 0 after some steps, and how far the loss went down in the last of them.
-fn gone(method: Value) -> std::result::Result<(f64, f64), Failed> {
+/// The weights of all linears after some steps, and how far the loss went down in the last of them.
+fn pruned(method: Value) -> std::result::Result<(Vec<(String, Tensor)>, f64), Failed> {
     let mut slope = Slope::new(method, "all-linear", 0.05)?;
     let layout = Arc::clone(&slope.layout);
     let mut losses = Vec::new();
@@ -424,7 +425,7 @@ fn gone(method: Value) -> std::result::Result<(f64, f64), Failed> {
         }
         Ok(())
     })?;
-    let (mut zeros, mut all) = (0, 0);
+    let mut weights = Vec::new();
     for at in &slope.setup.attachments {
         let weight = slope.setup.weight(at)?.dense(DType::F32)?;
         let locals = attune_models::stack::locals(at, &slope.setup.params())?;
@@ -433,11 +434,51 @@ fn gone(method: Value) -> std::result::Result<(f64, f64), Failed> {
             Merged::Weight { weight, .. } => weight,
             other => return Err(format!("{other:?} does not merge").into()),
         };
+        weights.push((at.site.to_string(), made));
+    }
+    Ok((weights, 1.0 - losses[9] / losses[0]))
+}
+
+/// Which share of the entries of all linears is 0 after some steps, and how far the loss went down in the last of them.
+fn gone(method: Value) -> std::result::Result<(f64, f64), Failed> {
+    let (weights, progress) = pruned(method)?;
+    let (mut zeros, mut all) = (0, 0);
+    for (_, made) in weights {
         let made = made.flatten_all()?.to_vec1::<f32>()?;
         zeros += made.iter().filter(|entry| **entry == 0.0).count();
         all += made.len();
     }
-    Ok((zeros as f64 / all as f64, 1.0 - losses[9] / losses[0]))
+    Ok((zeros as f64 / all as f64, progress))
+}
+
+/// The columns of a weight that are 0.
+fn empty(weight: &Tensor) -> std::result::Result<Vec<bool>, Failed> {
+    Ok(weight.abs()?.max(0)?.to_vec1::<f32>()?.into_iter().map(|largest| largest == 0.0).collect())
+}
+
+/// Half of the heads of each attention, all columns of each, and a quarter of the neurons of each MLP.
+fn whole_structures() -> std::result::Result<(), Failed> {
+    let heads = support::architecture().heads;
+    let shares = |method: Value| -> std::result::Result<(Vec<(f64, f64)>, f64), Failed> {
+        let (weights, progress) = pruned(method)?;
+        let leads_out = |site: &str| site.ends_with("o_proj") || site.ends_with("down_proj");
+        let mut shares = Vec::new();
+        for (site, weight) in weights.iter().filter(|(site, _)| leads_out(site)) {
+            let empty = empty(weight)?;
+            let units = if site.ends_with("o_proj") { heads } else { empty.len() };
+            let whole = empty.chunks(empty.len() / units).filter(|unit| unit.iter().all(|empty| *empty)).count();
+            let columns = empty.iter().filter(|empty| **empty).count();
+            shares.push((whole as f64 / units as f64, columns as f64 / empty.len() as f64));
+        }
+        Ok((shares, progress))
+    };
+    let method = json!({"method": "dsee", "rank": 2, "entries": 20, "prune_heads": 0.5, "prune_neurons": 0.25});
+    let (own, progress) = shares(method)?;
+    assert!(own.chunks(2).all(|layer| layer == [(0.5, 0.5), (0.25, 0.25)]), "{own:?}");
+    assert!(progress > 0.0, "the loss went down by {progress} since");
+    let (plain, _) = shares(json!({"method": PLAIN, "rank": 2}))?;
+    assert!(plain.iter().all(|shares| *shares == (0.0, 0.0)), "{plain:?}");
+    Ok(())
 }
 
 fn zeros() -> std::result::Result<(), Failed> {
