@@ -3,18 +3,15 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use attune_artifacts::{Causes, Kind, canonical};
 use attune_merge::{MERGES, words};
 use attune_spec::id::{Digest, Step};
 use attune_spec::method::BuildCx;
 use attune_trainer::combine::{Combine, Combined, Part};
-use attune_trainer::kernel;
-use attune_worker::transfer;
 use serde_json::json;
 
-use super::submit::cannot_push;
+use super::made::{self, Made};
 use crate::print::{Failure, Out};
-use crate::remote::{Place, Server, artifact, block_on, digest, folders};
+use crate::remote::{Place, Server, folders};
 
 /// Combines adapters of one base into one, each with a weight of its own.
 #[derive(Debug, clap::Args)]
@@ -55,7 +52,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// The new folder.
-    #[arg(long, value_name = "FOLDER", required_unless_present = "tag")]
+    #[arg(long, value_name = "FOLDER", required_unless_present_any = ["tag", "dry_run"])]
     to: Option<PathBuf>,
     /// Stores what is made, and moves this tag to it; may be given several times.
     #[arg(long = "tag", value_name = "NAME:LABEL")]
@@ -97,18 +94,6 @@ impl FromStr for Named {
     }
 }
 
-impl Named {
-    /// What it is called where paths mean nothing.
-    fn name(&self, number: usize) -> String {
-        match &self.place {
-            Place::Local(path) => {
-                path.file_name().map_or_else(|| format!("adapter {number}"), |name| name.to_string_lossy().into_owned())
-            }
-            Place::Stored(reference) => reference.clone(),
-        }
-    }
-}
-
 pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
     let sign = arguments.majority_sign_method.map(|sign| match sign {
         MajoritySign::Total => words::MajoritySign::Total,
@@ -122,13 +107,10 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     MERGES
         .build(&method, &"".into(), &cx)
         .map_err(|faults| Failure::usage(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
-    if arguments.to.as_ref().is_some_and(|to| to.try_exists().unwrap_or(true)) {
-        let to = arguments.to.clone().unwrap_or_default();
-        return Err(Failure::usage(format!("{} is there already; expected a new folder", to.display())));
-    }
+    made::is_new(arguments.to.as_deref())?;
     let (base, folders) = folders(&arguments.base, arguments.of.iter().map(|named| &named.place), server)?;
     let part = |(number, (named, folder)): (usize, (&Named, PathBuf))| Part {
-        name: named.name(number),
+        name: made::name(&named.place, &format!("adapter {number}")),
         folder,
         weight: named.weight,
     };
@@ -141,51 +123,18 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     if arguments.dry_run {
         return tell(&made, None, None, out);
     }
-    if let Some(to) = &arguments.to {
-        copy(&made_at, to)?;
-    }
-    let stored = if arguments.tag.is_empty() { None } else { Some(store(arguments, &combine, &made_at, server)?) };
+    let of = arguments.of.iter().enumerate().map(|(number, named)| (format!("adapter.{number}"), &named.place));
+    let of = of.chain([("base".to_owned(), &arguments.base)]).collect();
+    let kept = Made { folder: &made_at, of, plan: plan(&combine, arguments) };
+    let stored = kept.keep(arguments.to.as_deref(), &arguments.tag, server)?;
     tell(&made, arguments.to.as_ref(), stored, out)
 }
 
-fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<(), Failure> {
-    std::fs::create_dir_all(to).map_err(|error| Failure::file(to, &error))?;
-    for entry in std::fs::read_dir(from).map_err(|error| Failure::file(from, &error))? {
-        let entry = entry.map_err(|error| Failure::file(from, &error))?;
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target)?;
-            continue;
-        }
-        std::fs::copy(entry.path(), &target).map_err(|error| Failure::file(&target, &error))?;
-    }
-    Ok(())
-}
-
-/// Stores what was made, with what it was made of as far as the server has it.
-fn store(
-    arguments: &Arguments,
-    combine: &Combine<'_>,
-    made: &std::path::Path,
-    server: &Server,
-) -> Result<Digest, Failure> {
-    block_on(async {
-        let client = server.connect().await?;
-        let adapters =
-            arguments.of.iter().enumerate().map(|(number, named)| (format!("adapter.{number}"), &named.place));
-        let mut causes = Causes::default();
-        for (role, place) in adapters.chain([("base".to_owned(), &arguments.base)]) {
-            let Place::Stored(reference) = place else { continue };
-            causes.inputs.insert(role, digest(&artifact(&client, reference).await?.digest)?);
-        }
-        let weights: Vec<f64> = arguments.of.iter().map(|named| named.weight).collect();
-        let plan = json!({
-            "method": combine.method, "space": combine.space, "seed": combine.seed, "weights": weights,
-        });
-        causes.plan = Some(canonical::digest(&plan));
-        causes.code_version = Some(kernel::CODE_VERSION.to_owned());
-        let pushed = transfer::push(&client, made, Some(Kind::Adapter), causes, None, arguments.tag.clone());
-        Ok(pushed.await.map_err(|error| cannot_push(made, error))?.digest)
+/// What the plan of what was made says.
+fn plan(combine: &Combine<'_>, arguments: &Arguments) -> serde_json::Value {
+    let weights: Vec<f64> = arguments.of.iter().map(|named| named.weight).collect();
+    json!({
+        "method": combine.method, "space": combine.space, "seed": combine.seed, "weights": weights,
     })
 }
 
@@ -196,9 +145,6 @@ fn tell(made: &Combined, to: Option<&PathBuf>, stored: Option<Digest>, out: &mut
             "folder": to, "digest": digest, "sites": made.sites, "rank": made.rank, "parameters": made.parameters,
         }));
     }
-    let where_to = [to.map(|to| to.display().to_string()), stored.map(|digest| digest.to_string())];
-    for place in where_to.into_iter().flatten() {
-        out.line(&place)?;
-    }
+    made::places(to.map(PathBuf::as_path), stored, out)?;
     out.line(&format!("{} sites, rank {} at most, {} parameters", made.sites, made.rank, made.parameters))
 }

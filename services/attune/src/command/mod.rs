@@ -5,6 +5,7 @@ mod attempt;
 mod audit;
 mod classify;
 mod completions;
+mod convert;
 mod data;
 mod demo;
 mod doctor;
@@ -13,6 +14,7 @@ mod experiment;
 mod fairness;
 mod generate;
 mod jobs;
+mod made;
 mod merge;
 mod methods;
 mod projects;
@@ -77,6 +79,7 @@ enum Command {
     Experiment(experiment::Command),
     Fairness(fairness::Arguments),
     Merge(merge::Arguments),
+    Convert(convert::Arguments),
     #[command(subcommand)]
     Tokens(tokens::Command),
     Audit(audit::Arguments),
@@ -112,6 +115,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Fairness(arguments) => fairness::run(&arguments, server, out),
         Command::Merge(arguments) => merge::run(&arguments, server, out),
+        Command::Convert(arguments) => convert::run(&arguments, server, out),
         Command::Tokens(command) => tokens::run(&command, server, out),
         Command::Audit(arguments) => audit::run(&arguments, server, out),
         Command::Doctor => doctor::run(out),

@@ -8,8 +8,19 @@ use crate::support::{Place, run};
 fn help_shows_every_command_and_the_exit_statuses() {
     let ran = run(&["--help"]);
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""));
-    let local =
-        ["demo", "methods", "validate", "data", "generate", "classify", "fairness", "merge", "doctor", "completions"];
+    let local = [
+        "demo",
+        "methods",
+        "validate",
+        "data",
+        "generate",
+        "classify",
+        "fairness",
+        "merge",
+        "convert",
+        "doctor",
+        "completions",
+    ];
     for line in local.into_iter().chain(["up", "submit", "jobs", "artifacts", "tokens", "audit", "scheduler", "worker"])
     {
         assert!(ran.stdout.contains(&format!("\n  {line} ")), "{}", ran.stdout);
@@ -33,6 +44,7 @@ fn help_of_every_command_has_an_example() {
         "classify",
         "fairness",
         "merge",
+        "convert",
         "completions",
     ];
     let nouns = nouns.into_iter().chain(["tokens", "audit", "scheduler", "worker"]);

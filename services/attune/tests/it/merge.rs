@@ -1,4 +1,4 @@
-//! `attune merge`.
+//! `attune merge` and `attune convert`.
 
 use std::path::Path;
 
@@ -45,4 +45,35 @@ fn what_does_not_go_together_is_wrong_usage() {
     let ran = run(&["merge", &a, "--base", &base, "--to", "made", "--combination-type", "sum"]);
     assert!(ran.status == 2 && ran.stderr.contains("magnitude_prune_svd"), "{}", ran.all());
     assert_eq!(run(&["merge", &a, "--base", &base]).status, 2);
+}
+
+#[test]
+fn an_adapter_of_another_kind_becomes_lora() {
+    let place = Place::new();
+    let (turned, base) = (golden("adapt/golden/llama_hra/adapter"), golden("models/golden/llama"));
+    let convert = ["convert", &*turned, "--base", &*base];
+    let ran = place.run(&[&convert[..], &["--rank", "2", "--dry-run"]].concat());
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    assert!(!place.path().join("lora").try_exists().unwrap());
+    let ran = place.run(&[&convert[..], &["--rank", "2", "--to", "lora"]].concat());
+    assert_eq!(ran.status, 0, "{}", ran.all());
+    assert!(ran.stdout.starts_with("lora\nhra as LoRA: "), "{}", ran.all());
+    assert!(ran.stdout.contains("kept of each change: 0.") && ran.stdout.contains(" by 2 directions"), "{}", ran.all());
+    let ran = place.run(&[&convert[..], &["--share", "0.9", "--to", "near", "--json"]].concat());
+    let sites = ran.json()["sites"].as_object().unwrap().clone();
+    assert!(sites.values().all(|kept| kept["share"].as_f64().unwrap() >= 0.9), "{}", ran.all());
+    // What was made is an adapter like any other.
+    let both = place.run(&["merge", "lora", "near", "--base", &base, "--combination-type", "cat", "--to", "both"]);
+    assert_eq!(both.status, 0, "{}", both.all());
+    for (wrong, message) in [
+        (&["--share", "2", "--to", "made"][..], "expected more than 0, and 1 at most, such as 0.99"),
+        (&["--rank", "0", "--to", "made"], "--rank"),
+        (&["--rank", "2", "--share", "0.5", "--to", "made"], "cannot be used with"),
+        (&["--to", "made"], "--rank"),
+        (&["--rank", "2"], "--to"),
+        (&["--rank", "2", "--to", "lora"], "lora is there already; expected a new folder"),
+    ] {
+        let ran = place.run(&[&convert[..], wrong].concat());
+        assert!(ran.status == 2 && ran.stderr.contains(message), "{wrong:?}: {}", ran.all());
+    }
 }
