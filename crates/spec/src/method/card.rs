@@ -123,6 +123,11 @@ pub enum SiteKind {
     Mlp,
 }
 
+impl SiteKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Linear, Self::Embedding, Self::Norm, Self::Attention, Self::Mlp];
+}
+
 /// How a component tunes a model, in the words of the field's surveys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -8,10 +8,12 @@ pub mod card;
 pub mod catalogue;
 pub mod document;
 pub mod expression;
+pub mod filter;
 pub mod registry;
 pub mod schema;
 
 pub use card::{Card, Category, LAYERS, Merges, Paper, Point, Rule, SiteKind};
 pub use catalogue::Catalogue;
 pub use document::{ManualDocument, MethodDocument};
+pub use filter::Filter;
 pub use registry::{BuildCx, Entry, Method, MethodRef, Registry, Words, entry};

@@ -5,7 +5,7 @@ use attune_proto::convert::structure::to_struct;
 use attune_proto::v1::method_service_server::MethodService;
 use attune_proto::v1::{self, ExtensionPoint};
 use attune_proto::words::Word as _;
-use attune_spec::method::{Catalogue, Category, ManualDocument, Merges, MethodDocument, SiteKind};
+use attune_spec::method::{Catalogue, Category, Filter, ManualDocument, Merges, MethodDocument, Point, SiteKind};
 use attune_spec::{Fault, FieldPath};
 use serde_json::Value;
 use tonic::{Request, Response, Status};
@@ -21,14 +21,43 @@ fn point(document: &MethodDocument) -> ExtensionPoint {
     ExtensionPoint::from_word(document.point.as_str()).unwrap_or(ExtensionPoint::Unspecified)
 }
 
+const fn site(kind: SiteKind) -> v1::SiteKind {
+    match kind {
+        SiteKind::Linear => v1::SiteKind::Linear,
+        SiteKind::Embedding => v1::SiteKind::Embedding,
+        SiteKind::Norm => v1::SiteKind::Norm,
+        SiteKind::Attention => v1::SiteKind::Attention,
+        SiteKind::Mlp => v1::SiteKind::Mlp,
+    }
+}
+
+const fn category(of: Category) -> v1::MethodCategory {
+    match of {
+        Category::Selective => v1::MethodCategory::Selective,
+        Category::Additive => v1::MethodCategory::Additive,
+        Category::Prompt => v1::MethodCategory::Prompt,
+        Category::Reparameterisation => v1::MethodCategory::Reparameterisation,
+        Category::Hybrid => v1::MethodCategory::Hybrid,
+    }
+}
+
+/// Which methods a request asks for.
+fn filter(request: &v1::ListMethodsRequest) -> Result<Filter, Status> {
+    let wanted: ExtensionPoint = known(request.point, "point")?;
+    let (of, on): (v1::MethodCategory, v1::SiteKind) =
+        (known(request.category, "category")?, known(request.site, "site")?);
+    Ok(Filter {
+        point: Point::ALL.into_iter().find(|point| ExtensionPoint::from_word(point.as_str()) == Some(wanted)),
+        category: Category::ALL.into_iter().find(|known| category(*known) == of),
+        site: SiteKind::ALL.into_iter().find(|kind| site(*kind) == on),
+        merges: request.merges,
+        peft: request.peft,
+        few_bits: request.few_bits,
+        text: Some(&request.text).filter(|text| !text.is_empty()).cloned(),
+    })
+}
+
 fn card(document: &MethodDocument) -> v1::Method {
-    let site = |kind: &SiteKind| match kind {
-        SiteKind::Linear => v1::SiteKind::Linear as i32,
-        SiteKind::Embedding => v1::SiteKind::Embedding as i32,
-        SiteKind::Norm => v1::SiteKind::Norm as i32,
-        SiteKind::Attention => v1::SiteKind::Attention as i32,
-        SiteKind::Mlp => v1::SiteKind::Mlp as i32,
-    };
     v1::Method {
         name: document.name.clone(),
         point: point(document) as i32,
@@ -39,7 +68,7 @@ fn card(document: &MethodDocument) -> v1::Method {
             year: u32::from(paper.year),
         }),
         aliases: document.aliases.clone(),
-        applies: document.applies.iter().map(site).collect(),
+        applies: document.applies.iter().map(|kind| site(*kind) as i32).collect(),
         targets: document.targets.clone(),
         parameters: document.parameters.clone(),
         trains_base: document.trains_base,
@@ -55,14 +84,7 @@ fn card(document: &MethodDocument) -> v1::Method {
             Merges::No => v1::MergeForm::No,
             Merges::NotApplicable => v1::MergeForm::NotApplicable,
         } as i32,
-        category: match document.category {
-            None => v1::MethodCategory::Unspecified,
-            Some(Category::Selective) => v1::MethodCategory::Selective,
-            Some(Category::Additive) => v1::MethodCategory::Additive,
-            Some(Category::Prompt) => v1::MethodCategory::Prompt,
-            Some(Category::Reparameterisation) => v1::MethodCategory::Reparameterisation,
-            Some(Category::Hybrid) => v1::MethodCategory::Hybrid,
-        } as i32,
+        category: document.category.map_or(v1::MethodCategory::Unspecified, category) as i32,
         peft_type: document.peft_type.clone().unwrap_or_default(),
         rules: document
             .rules
@@ -94,10 +116,10 @@ impl MethodService for Methods {
         let (caller, request) = received(request)?;
         caller.project(&request.project)?;
         let rows = page_size(request.page_size, 1000, 1000)? as usize;
-        let wanted: ExtensionPoint = known(request.point, "point")?;
+        let filter = filter(&request)?;
         let order: v1::MethodOrder = known(request.order_by, "order_by")?;
-        let mut documents: Vec<&MethodDocument> = Catalogue::embedded().documents().collect();
-        documents.retain(|document| wanted == ExtensionPoint::Unspecified || point(document) == wanted);
+        let all = Catalogue::embedded().documents();
+        let mut documents: Vec<&MethodDocument> = all.filter(|document| filter.matches(document)).collect();
         if order == v1::MethodOrder::Point {
             documents.sort_by_key(|document| document.point);
         }

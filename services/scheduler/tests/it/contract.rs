@@ -42,6 +42,20 @@ async fn methods_are_listed_page_by_page_and_shown_with_their_schemas() {
     let optimizers = methods.list_methods(request).await.unwrap().into_inner().methods;
     assert!(optimizers.iter().any(|method| method.name == "adamw") && optimizers.iter().all(|m| m.point == point));
 
+    let names = |listed: v1::ListMethodsResponse| listed.methods.into_iter().map(|m| m.name).collect::<Vec<_>>();
+    let request = v1::ListMethodsRequest {
+        category: v1::MethodCategory::Prompt as i32,
+        text: "PREFIX".to_owned(),
+        ..Default::default()
+    };
+    let found = names(methods.list_methods(request).await.unwrap().into_inner());
+    assert!(found.contains(&"prefix-tuning".to_owned()) && found.len() < 5, "{found:?}");
+    let request = v1::ListMethodsRequest { site: v1::SiteKind::Mlp as i32, merges: true, ..Default::default() };
+    let found = names(methods.list_methods(request).await.unwrap().into_inner());
+    assert!(!found.contains(&"bottleneck".to_owned()) && !found.contains(&"lora".to_owned()), "{found:?}");
+    let unknown = v1::ListMethodsRequest { category: 99, ..Default::default() };
+    assert_eq!(Class::of(&methods.list_methods(unknown).await.unwrap_err()), Class::Invalid);
+
     let get = |method: &str| v1::GetMethodRequest { project: String::new(), method: method.to_owned() };
     let lora = methods.get_method(get("lora")).await.unwrap().into_inner().method.unwrap();
     assert!(lora.schema.unwrap().fields.contains_key("properties"));
