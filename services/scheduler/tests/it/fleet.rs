@@ -55,7 +55,7 @@ async fn a_newer_connection_takes_over_and_keeps_what_runs() {
 
 #[tokio::test]
 async fn a_silent_worker_loses_its_job_and_may_not_commit_any_more() {
-    let server = Server::start();
+    let server = Server::with_short_leases();
     let client = server.client().await;
     inputs(&client).await;
     let mut zombie = Worker::connect(&client, "w-1").await;

@@ -57,7 +57,7 @@ async fn a_scheduler_that_is_asked_to_end_tells_everybody_and_goes_on_later() {
 
 #[tokio::test]
 async fn a_killed_scheduler_takes_its_workers_back_and_gives_up_those_that_stay_away() {
-    let mut server = Server::start();
+    let mut server = Server::with_short_leases();
     let client = server.client().await;
     inputs(&client).await;
     let mut kept = Worker::connect(&client, "w-1").await;

@@ -29,7 +29,8 @@ pub(crate) struct Server {
 /// A configuration for impatient tests.
 pub(crate) fn config(folder: &tempfile::TempDir) -> Config {
     let mut config = Config::in_folder(folder.path());
-    config.timings.lease_ttl = Duration::from_millis(1500);
+    // Long: workers of tests say nothing between the calls that a test is about, however long a busy machine takes for these.
+    config.timings.lease_ttl = Duration::from_secs(30);
     config.timings.heartbeat_interval = Duration::from_millis(300);
     config.timings.stop_limit = Duration::from_secs(5);
     config.timings.backoff_base = Duration::from_millis(100);
@@ -42,6 +43,11 @@ impl Server {
     /// A server in a new folder.
     pub(crate) fn start() -> Self {
         Self::start_with(|_| {})
+    }
+
+    /// One whose leases end while a test waits.
+    pub(crate) fn with_short_leases() -> Self {
+        Self::start_with(|config| config.timings.lease_ttl = Duration::from_secs(3))
     }
 
     /// The same, configured.
