@@ -10,7 +10,7 @@ use attune_data::{Classes, Labelled};
 use attune_models::{Base, export};
 use attune_points::{TensorId, TensorSpec};
 use attune_spec::Fault;
-use attune_spec::job::{HeadPooling, HeadSpec, HeadTask, Plan};
+use attune_spec::job::{HeadPooling, HeadSpec, Plan};
 
 use crate::error::Error;
 
@@ -34,7 +34,7 @@ pub fn of(head: &HeadSpec, architecture: &Architecture) -> Option<Classes> {
 /// A fault at `tune.head.labels` or `tune.head.pooling`.
 pub(crate) fn agree(plan: &Plan, folder: &Path) -> Result<(), Error> {
     let Some(head) = &plan.head else { return Ok(()) };
-    if head.task == HeadTask::Embedding {
+    if head.gives_vectors() {
         return match (head.pooling, sentence_transformers::pooling(folder).map_err(attune_adapt::Error::from)?) {
             (None, Some(known)) if known != HeadPooling::default() => {
                 let word = serde_json::to_value(known).unwrap_or_default();

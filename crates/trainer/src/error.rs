@@ -14,6 +14,9 @@ pub enum Error {
     /// Fields of the job do not fit its inputs.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Faults(Vec<Fault>),
+    /// Validation sets did not come to what the job asks of them.
+    #[error("{}; the result is not kept", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Gate(Vec<Fault>),
     /// Data cannot be used; names file and line.
     #[error(transparent)]
     Data(#[from] attune_data::Error),
@@ -99,6 +102,7 @@ impl Error {
         }
         match self {
             Self::Faults(_) | Self::Input { .. } => FailureClass::Input,
+            Self::Gate(_) => FailureClass::Gate,
             Self::Data(error) if error.retry() => FailureClass::Io,
             Self::Data(attune_data::Error::Read { .. }) => FailureClass::Io,
             Self::Data(_) | Self::Adapter(_) => FailureClass::Input,
@@ -129,7 +133,7 @@ impl Error {
     /// The fields of the job at fault.
     pub fn faults(&self) -> Vec<Fault> {
         match self {
-            Self::Faults(faults) => faults.clone(),
+            Self::Faults(faults) | Self::Gate(faults) => faults.clone(),
             Self::Data(attune_data::Error::Fault(fault)) => vec![fault.clone()],
             _ => Vec::new(),
         }

@@ -255,7 +255,7 @@ fn model(
         if !head.labels.is_empty() {
             export::name_classes(folder, &head.labels)?;
         }
-        if head.task == HeadTask::Embedding {
+        if head.gives_vectors() {
             let (width, pooling) = (base.architecture().hidden, head.pooling.unwrap_or_default());
             sentence_transformers::write(folder, width, pooling, Some(request.plan.max_length))
                 .map_err(attune_adapt::Error::from)?;

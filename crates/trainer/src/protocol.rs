@@ -226,6 +226,8 @@ pub enum FailureClass {
     NotFinite,
     /// A tensor that should train got no gradient.
     NoGradient,
+    /// A validation set did not come to what the job asks of it.
+    Gate,
     /// There was not enough memory.
     Memory,
     /// Another process of the run is gone or says nothing; it, or its worker, knows why.
@@ -244,7 +246,7 @@ impl FailureClass {
     /// Whether the same attempt may succeed when it is made again.
     pub const fn is_retryable(self) -> bool {
         match self {
-            Self::Input | Self::NotFinite | Self::NoGradient => false,
+            Self::Input | Self::NotFinite | Self::NoGradient | Self::Gate => false,
             Self::Memory | Self::LostRank | Self::Io | Self::DiskFull | Self::Corrupt | Self::Internal => true,
         }
     }

@@ -54,6 +54,7 @@ pub(crate) fn cause(class: FailureClass, has_faults: bool) -> FailureCause {
         FailureClass::Input => FailureCause::DataFault,
         FailureClass::NotFinite => FailureCause::NotFinite,
         FailureClass::NoGradient => FailureCause::NoGradient,
+        FailureClass::Gate => FailureCause::GateMissed,
         FailureClass::Memory => FailureCause::OutOfMemory,
         FailureClass::DiskFull => FailureCause::DiskFull,
         FailureClass::Io => FailureCause::StoreUnavailable,

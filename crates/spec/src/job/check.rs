@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::plan::{HEAD, head_slot, logical_shards, longest};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Device, Form, HeadTask, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
+use super::{Bounds, Device, Form, HeadSpec, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 use crate::stages;
@@ -131,6 +131,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     budget(spec, catalogue, &mut faults);
     quantization(spec, catalogue, &mut faults);
     head(spec, catalogue, &mut faults);
+    gate(spec, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         if let Some(method) = slot.method_ref().filter(|method| catalogue.stays_beside(method)) {
             let always = catalogue.get(&method.method).is_some_and(|document| document.merges == Merges::No);
@@ -337,7 +338,7 @@ fn head(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         faults.push(Fault::new(path.field("form"), message));
     }
     let (objective, compares) = (&tune.objective.method, catalogue.compares_vectors(&tune.objective));
-    let gives = tune.head.as_ref().is_some_and(|head| head.task == HeadTask::Embedding);
+    let gives = tune.head.as_ref().is_some_and(HeadSpec::gives_vectors);
     let misfit = match (gives, compares) {
         (false, true) => Some("compares vectors, and the model gives none: expected `tune.head: {task: embedding}`"),
         (true, false) => {
@@ -389,6 +390,28 @@ fn head(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     {
         let message = format!("is {HEAD:?}, as the slot is called in which `tune.head` trains; give it another");
         faults.push(Fault::new(path.field("name"), message));
+    }
+}
+
+/// What has to be reached is measured.
+fn gate(spec: &JobSpec, faults: &mut Vec<Fault>) {
+    let path = FieldPath::from("outputs").field("gate");
+    let sets: Vec<&str> = spec.data.validation.iter().map(|set| set.name.as_str()).collect();
+    for (set, bounds) in &spec.outputs.gate {
+        let path = path.field(set.as_str());
+        if !sets.contains(&set.as_str()) {
+            let known = if sets.is_empty() { "there is none".to_owned() } else { sets.join(", ") };
+            let message = format!("is no validation set; expected one of `data.validation`: {known}");
+            faults.push(Fault::new(path.clone(), message));
+        }
+        if *bounds == Bounds::default() {
+            let message = "bounds nothing; expected `loss`, `of_before` or `accuracy`";
+            faults.push(Fault::new(path.clone(), message));
+        }
+        if bounds.accuracy.is_some() && spec.tune.head.is_none() {
+            let message = "is for models that give classes or vectors; expected `tune.head`, or a bound of the loss";
+            faults.push(Fault::new(path.field("accuracy"), message));
+        }
     }
 }
 

@@ -24,7 +24,7 @@ pub use data::{DataSpec, DomainSpec, Form, OnBadRow, TooLong, ValidationSpec};
 pub use plan::Plan;
 pub use read::{ReadError, read_stage, read_value, read_yaml, set_path};
 pub use reference::Reference;
-pub use resources::{Device, Limits, MergedInto, Outputs, Resources};
+pub use resources::{Bounds, Device, Limits, MergedInto, Outputs, Resources};
 pub use targets::Targets;
 pub use tune::{
     Activations, CheckpointSpec, EvaluateSpec, HeadPooling, HeadSpec, HeadTask, Matmul, Precision, RewardSpec,

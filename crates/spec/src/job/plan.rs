@@ -1,12 +1,14 @@
 //! What will run: every default, digest and size in place. The lineage of a result hashes this.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::data::{Form, OnBadRow, TooLong};
 use super::reference::Reference;
-use super::resources::MergedInto;
+use super::resources::{Bounds, MergedInto};
 use super::targets::Targets;
-use super::tune::{Activations, HeadSpec, HeadTask, Matmul, Precision};
+use super::tune::{Activations, HeadSpec, Matmul, Precision};
 use super::{JobKind, JobSpec, VERSION};
 use crate::fault::{Fault, FieldPath};
 use crate::id::{Digest, Name};
@@ -185,6 +187,9 @@ pub struct Plan {
     /// Whether what is measured of the base is kept.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep_statistics: bool,
+    /// What validation sets have to come to.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gate: BTreeMap<Name, Bounds>,
 }
 
 /// The largest number of logical shards that is chosen by itself.
@@ -203,7 +208,7 @@ pub(super) fn longest(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
 pub(super) fn logical_shards(spec: &JobSpec, catalogue: &Catalogue) -> u32 {
     spec.tune.logical_shards.unwrap_or_else(|| {
         // Both answers of a pair go into one shard, what belongs to a query, and all that the model gives to a prompt.
-        let gives_vectors = spec.tune.head.as_ref().is_some_and(|head| head.task == HeadTask::Embedding);
+        let gives_vectors = spec.tune.head.as_ref().is_some_and(HeadSpec::gives_vectors);
         let is_paired = gives_vectors || spec.data.domains.iter().any(|domain| domain.form == Some(Form::Preference));
         let given = catalogue.answers(&spec.tune.objective).map(|(each, _)| each);
         let together = given.unwrap_or(if is_paired { 2 } else { 1 });
@@ -223,7 +228,7 @@ pub(super) const HEAD: &str = "head";
 /// The slot in which a head over classes trains whole, unless a slot of the job trains the base's own weights or names it.
 pub(super) fn head_slot(spec: &JobSpec, catalogue: &Catalogue) -> Option<PlanSlot> {
     // A vector needs no weights of its own.
-    spec.tune.head.as_ref().filter(|head| head.task != HeadTask::Embedding)?;
+    spec.tune.head.as_ref().filter(|head| !head.gives_vectors())?;
     let document = catalogue.of_heads()?;
     let trains =
         |method: &str| catalogue.get(method).is_some_and(|other| other.trains_base || other.name == document.name);
@@ -355,6 +360,7 @@ impl Plan {
             merged_into: spec.outputs.merged_into,
             statistics,
             keep_statistics: spec.outputs.statistics,
+            gate: spec.outputs.gate.clone(),
         })
     }
 

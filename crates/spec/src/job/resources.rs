@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::id::Tag;
+use crate::id::{Name, Tag};
 
 /// What a job computes on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -100,8 +100,28 @@ pub enum MergedInto {
     Dequantized,
 }
 
+/// What a validation set has to come to after the last step. All that is given counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(deny_unknown_fields)]
+pub struct Bounds {
+    /// The loss at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1e6))]
+    pub loss: Option<f64>,
+    /// The loss at most, as a multiple of that before the first step: below 1 for what is to be learned, a little above it for what is not
+    /// to be forgotten.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1e6))]
+    pub of_before: Option<f64>,
+    /// The share of what is found at least, where the model gives classes or vectors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub accuracy: Option<f64>,
+}
+
 /// What to keep.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(deny_unknown_fields)]
 pub struct Outputs {
@@ -119,4 +139,9 @@ pub struct Outputs {
     /// Whether what the components measured of the base before they started is kept, for other jobs' `tune.statistics`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub statistics: bool,
+    /// What validation sets have to come to, by their names. The job fails where one does not: nothing is kept, no tag moves, and jobs that
+    /// come after it do not run.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(with = "BTreeMap<String, Bounds>")]
+    pub gate: BTreeMap<Name, Bounds>,
 }

@@ -232,6 +232,16 @@ impl HeadSpec {
     pub const fn of_classes(task: HeadTask, labels: Vec<String>) -> Self {
         Self { task, labels, pooling: None, bidirectional: false }
     }
+
+    /// A head that gives a vector of each document.
+    pub const fn of_vectors(pooling: Option<HeadPooling>, bidirectional: bool) -> Self {
+        Self { task: HeadTask::Embedding, labels: Vec::new(), pooling, bidirectional }
+    }
+
+    /// Whether it gives vectors, and not classes.
+    pub const fn gives_vectors(&self) -> bool {
+        matches!(self.task, HeadTask::Embedding)
+    }
 }
 
 /// When the whole state of the run is kept.

@@ -7,7 +7,8 @@
 //! ${stages.NAME.ROLE} = what stage NAME made in that role
 //! ```
 //! `set` goes over the file's fields one by one, at any depth. A mapping that names a method, or an adapter to start from, takes
-//! the place of the other whole, and so does everything that is no mapping.
+//! the place of the other whole, and so does everything that is no mapping. What the file says in `outputs` is about the stage whose
+//! results are the job's; a stage's own `outputs.gate` lets those after it run only where its validation losses are good enough.
 //!
 //! # Symbols
 //! `ROLE` is `adapter`, `adapter-SLOT` (of one in which several slots train: the further ones), `model` (of one that trains the base's
@@ -139,13 +140,19 @@ impl Recipe for Pipeline {
 
 /// The job of a stage.
 fn stage_of(job: &JobSpec, stage: &Stage, is_result: bool) -> Result<JobSpec, Vec<Fault>> {
-    let merged = job.outputs.merged && is_result;
+    let Outputs { merged, statistics, ref gate, .. } = job.outputs;
+    let gate = if is_result { gate.clone() } else { Default::default() };
     let common = JobSpec {
         name: Name::new(format!("{}.{}", job.name, stage.name)).unwrap_or_else(|_| job.name.clone()),
         kind: Default::default(),
         recipe: None,
         // What the whole is called is for the whole to say.
-        outputs: Outputs { merged, statistics: job.outputs.statistics && is_result, ..Outputs::default() },
+        outputs: Outputs {
+            merged: merged && is_result,
+            statistics: statistics && is_result,
+            gate,
+            ..Outputs::default()
+        },
         ..job.clone()
     };
     let mut value = json!(common);

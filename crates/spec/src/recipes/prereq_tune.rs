@@ -171,7 +171,7 @@ impl PrereqTune {
         let of_text = TuneSpec::default();
         let tune =
             TuneSpec { objective: of_text.objective, rewards: of_text.rewards, step: of_text.step, ..job.tune.clone() };
-        let mut value = json!(JobSpec { data, tune, ..stage_of(job, &knowledge.name, false) });
+        let mut value = json!(JobSpec { data, tune, ..stage_of(job, &knowledge.name, Outputs::default()) });
         put(&mut value["tune"], &Value::Object(self.config.learn.clone()));
         read(&value)
     }
@@ -193,18 +193,20 @@ impl PrereqTune {
         let tune = &job.tune;
         let own = tune.stack.iter().chain(&tune.adapter).cloned();
         let tune = TuneSpec { stack: known.chain(own).collect(), adapter: None, ..tune.clone() };
-        read(&json!(JobSpec { tune, ..stage_of(job, name, job.outputs.merged) }))
+        let Outputs { merged, ref gate, .. } = job.outputs;
+        let outputs = Outputs { merged, gate: gate.clone(), ..Outputs::default() };
+        read(&json!(JobSpec { tune, ..stage_of(job, name, outputs) }))
     }
 }
 
 /// A stage with what all of them have of the file.
-fn stage_of(job: &JobSpec, name: &Name, merged: bool) -> JobSpec {
+fn stage_of(job: &JobSpec, name: &Name, outputs: Outputs) -> JobSpec {
     JobSpec {
         name: Name::new(format!("{}.{name}", job.name)).unwrap_or_else(|_| job.name.clone()),
         kind: Default::default(),
         recipe: None,
         // What the whole is called is for the whole to say.
-        outputs: Outputs { merged, ..Outputs::default() },
+        outputs,
         ..job.clone()
     }
 }

@@ -109,6 +109,19 @@ fn each_fault_has_its_path_and_says_what_would_do() {
         ("outputs.tag", json!("a:b:c"), "`outputs.tag` is wrong: tag \"a:b:c\" is not valid"),
         ("outputs.merged_tag", json!("m"), "`outputs.merged_tag` is given, but `outputs.merged` is false"),
         ("base", json!(null), "`base` is null; expected a text"),
+        (
+            "outputs.gate",
+            json!({"other": {"loss": 1}}),
+            "`outputs.gate.other` is no validation set; expected one of `data.validation`: ",
+        ),
+        ("outputs.gate", json!({"other": {}}), "`outputs.gate.other` bounds nothing; expected `loss`, `of_before`"),
+        ("outputs.gate", json!({"x": {"loss": -1}}), "`outputs.gate.x.loss` is -1; expected 0.0 or more"),
+        ("outputs.gate", json!({"x": {"lose": 1}}), "`outputs.gate.x.lose` "),
+        (
+            "outputs.gate",
+            json!({"x": {"accuracy": 0.5}}),
+            "`outputs.gate.x.accuracy` is for models that give classes or vectors",
+        ),
     ];
     for (path, value, expected) in cases {
         let faults = faults(&[(path, value.clone())]);

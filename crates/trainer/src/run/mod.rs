@@ -1,5 +1,6 @@
 //! The loop of a run: rehearse, evaluate, step, save, write the results.
 
+mod gate;
 mod kept;
 mod told;
 
@@ -299,6 +300,8 @@ impl<'a> Rank<'a> {
         if self.validation.last().is_none_or(|last| last.step != total) {
             self.measure()?;
         }
+        // What is let through is for all ranks to know: they measured the same.
+        gate::pass(&self.request.plan.gate, self.validation.first(), self.validation.last()).map_err(Error::Gate)?;
         self.finish()
     }
 

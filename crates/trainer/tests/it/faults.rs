@@ -137,6 +137,35 @@ fn what_does_not_fit_the_base_has_its_field_path() {
     }
 }
 
+/// Nothing is kept of a run that does not come to what it is to, and all of one that does.
+#[test]
+fn a_gate_says_what_was_not_reached() {
+    let small = Small::new();
+    let set = small.plan(&[]).validation.first().map(|set| set.name.to_string()).unwrap();
+    let gate = |bounds: &str| format!("{{{set}: {bounds}}}");
+    let low = gate("{loss: 0.001, of_before: 2}");
+    let (request, work) = small.request(small.plan(&[("outputs.gate", &low)]), 1, None);
+    let outside = Outside::default();
+    let error: Error = run(&request, &outside).unwrap_err();
+    assert_eq!(error.class(), FailureClass::Gate, "{error}");
+    let message = error.to_string();
+    assert!(
+        message.starts_with(&format!("`outputs.gate.{set}.loss` is 0.001, and the loss of {set} came to ")),
+        "{message}"
+    );
+    assert!(!message.contains("of_before") && message.ends_with("; the result is not kept"), "{message}");
+    assert!(
+        !outside
+            .events
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|event| matches!(event, Event::Output { .. } | Event::Finished { .. }))
+    );
+    drop(work);
+    small.finish(small.plan(&[("outputs.gate", &gate("{loss: 100, of_before: 2}"))]), 1);
+}
+
 #[test]
 fn an_exploding_run_fails_as_numeric_and_names_the_tensor() {
     let small = Small::new();

@@ -6,7 +6,7 @@ use attune_artifacts::formats::sentence_transformers;
 use attune_data::{Encoder, Tokenizer};
 use attune_models::{Model, Pass};
 use attune_points::Theta;
-use attune_spec::job::{HeadSpec, HeadTask, Precision, TooLong};
+use attune_spec::job::{HeadSpec, Precision, TooLong};
 use attune_trainer::{classes, component, few};
 use serde_json::json;
 
@@ -44,15 +44,12 @@ pub(crate) struct Arguments {
 pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
     let (base, adapters) = folders(&arguments.base, &arguments.adapters, server)?;
     let head = match few::head_of(&adapters)? {
-        Some(head) if head.task == HeadTask::Embedding => head,
+        Some(head) if head.gives_vectors() => head,
         Some(_) => {
             let hint = "ask it with `attune classify`";
             return Err(Failure::usage("the adapter was trained to tell classes apart".to_owned()).with_hint(hint));
         }
-        None => HeadSpec {
-            pooling: sentence_transformers::pooling(&base)?,
-            ..HeadSpec::of_classes(HeadTask::Embedding, Vec::new())
-        },
+        None => HeadSpec::of_vectors(sentence_transformers::pooling(&base)?, false),
     };
     let weights = few::open_under(&base, &adapters, Precision::F32, Some(&head))?;
     let architecture = weights.architecture();

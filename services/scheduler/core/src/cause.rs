@@ -55,6 +55,8 @@ pub enum Cause {
     NotFinite,
     /// A tensor that should train got no gradient.
     NoGradient,
+    /// A validation set did not come to what the job asks of it.
+    GateMissed,
     /// The job ran for longer than it may.
     TimeLimit,
     /// Another process of the gang is gone or says nothing, and nobody knows why.
@@ -63,7 +65,7 @@ pub enum Cause {
     Internal,
 }
 
-const PLAIN: [Cause; 17] = [
+const PLAIN: [Cause; 18] = [
     Cause::ChildPanicked,
     Cause::OutOfMemory,
     Cause::WorkerLost,
@@ -78,6 +80,7 @@ const PLAIN: [Cause; 17] = [
     Cause::DataFault,
     Cause::NotFinite,
     Cause::NoGradient,
+    Cause::GateMissed,
     Cause::TimeLimit,
     Cause::RankLost,
     Cause::Internal,
@@ -105,6 +108,7 @@ impl Cause {
             | Self::DataFault
             | Self::NotFinite
             | Self::NoGradient
+            | Self::GateMissed
             | Self::TimeLimit => Retry::No,
         }
     }
@@ -128,6 +132,7 @@ impl Cause {
             Self::DataFault => "data_fault",
             Self::NotFinite => "not_finite",
             Self::NoGradient => "no_gradient",
+            Self::GateMissed => "gate_missed",
             Self::TimeLimit => "time_limit",
             Self::RankLost => "rank_lost",
             Self::Internal => "internal",
@@ -155,6 +160,7 @@ impl Cause {
             Self::DataFault => "the job's data is at fault",
             Self::NotFinite => "a loss, gradient or weight was not finite; a lower learning rate may help",
             Self::NoGradient => "a tensor that should train got no gradient",
+            Self::GateMissed => "a validation set did not come to what the job asks of it",
             Self::TimeLimit => "the job ran for longer than it may",
             Self::RankLost => "another process of the gang is gone or says nothing",
             Self::Internal => "an internal error",
@@ -210,7 +216,8 @@ mod tests {
     #[test]
     fn what_the_user_wrote_and_what_does_not_fit_is_not_tried_again() {
         let refused: Vec<_> = PLAIN.into_iter().filter(|cause| cause.retry() == Retry::No).map(Cause::code).collect();
-        let expected = ["out_of_memory", "spec_fault", "data_fault", "not_finite", "no_gradient", "time_limit"];
+        let expected =
+            ["out_of_memory", "spec_fault", "data_fault", "not_finite", "no_gradient", "gate_missed", "time_limit"];
         assert_eq!(refused, expected);
     }
 }

@@ -54,7 +54,7 @@ tune:
   seed: 18446744073709551615
 resources: {devices_per_worker: 2, device: cpu, labels: {zone: eu}}
 limits: {max_attempts: 7, stall_seconds: 60, run_seconds: 3600, deadline: "2031-01-01T00:00:00Z"}
-outputs: {tag: "debian-helper:latest", merged: true, merged_into: dequantized, merged_tag: "debian-helper-merged", statistics: true}
+outputs: {tag: "debian-helper:latest", merged: true, merged_into: dequantized, merged_tag: "debian-helper-merged", statistics: true, gate: {held-out: {loss: 2.5, of_before: 0.75}}}
 "#;
 
     const SHORT: &str = r#"

@@ -72,6 +72,11 @@ impl Reader {
                 "merged_tag": spec.merged_tag.as_ref(),
                 "merged_into": self.word::<v1::MergedInto>(spec.merged_into, "outputs.merged_into"),
                 "statistics": Some(spec.statistics),
+                "gate": Some(spec.gate.iter().map(|(set, bounds)| (set.clone(), Value::Object(given! {
+                    "loss": bounds.loss,
+                    "of_before": bounds.of_before,
+                    "accuracy": bounds.accuracy,
+                }))).collect::<Map<String, Value>>()),
             }),
             "data": message.data.as_ref().map(|spec| self.data(spec)),
             "tune": message.tune.as_ref().map(|spec| self.tune(spec)),

@@ -1,9 +1,9 @@
 //! The job file's types to messages.
 
 use attune_spec::job::{
-    Activations, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, HeadPooling, HeadSpec, HeadTask,
-    JobKind, JobSpec, Limits, Matmul, MergedInto, OnBadRow, Outputs, Precision, Resources, SlotSpec, Targets, TooLong,
-    TuneSpec, ValidationSpec,
+    Activations, Bounds, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, HeadPooling, HeadSpec,
+    HeadTask, JobKind, JobSpec, Limits, Matmul, MergedInto, OnBadRow, Outputs, Precision, Resources, SlotSpec, Targets,
+    TooLong, TuneSpec, ValidationSpec,
 };
 use attune_spec::method::MethodRef;
 use attune_spec::{Fault, FieldPath};
@@ -209,5 +209,10 @@ fn outputs(spec: &Outputs) -> v1::OutputSpec {
             Some(MergedInto::Dequantized) => v1::MergedInto::Dequantized,
         } as i32,
         statistics: spec.statistics,
+        gate: spec.gate.iter().map(|(set, bounds)| (set.to_string(), self::bounds(bounds))).collect(),
     }
+}
+
+fn bounds(spec: &Bounds) -> v1::Bounds {
+    v1::Bounds { loss: spec.loss, of_before: spec.of_before, accuracy: spec.accuracy }
 }

@@ -71,7 +71,9 @@ fn waits_grow_and_end_by_themselves() {
 
 #[test]
 fn what_cannot_help_is_not_tried() {
-    for cause in [Cause::OutOfMemory, Cause::SpecFault, Cause::DataFault, Cause::NotFinite, Cause::TimeLimit] {
+    for cause in
+        [Cause::OutOfMemory, Cause::SpecFault, Cause::DataFault, Cause::NotFinite, Cause::GateMissed, Cause::TimeLimit]
+    {
         let (mut desk, key) = Desk::running();
         desk.done(failed(&key, 1, cause));
         assert_eq!(desk.state(&key), format!("failed failure({cause})"));
