@@ -156,7 +156,7 @@ fn advice_cites_its_rule_and_the_runs() {
         |more: &[&str]| run(&[&["methods", "advise", "--task", "classification", "--examples", "40"], more].concat());
     let ran = ask(&["--short-of", "storage"]);
     assert_eq!(ran.status, 0, "{}", ran.all());
-    assert!(ran.stdout.contains("rule classification-50-storage (version 1)"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("rule classification-100-storage (version 1)"), "{}", ran.stdout);
     assert!(ran.stdout.contains("of the grid by-size") && ran.stdout.contains("runs j-"), "{}", ran.stdout);
     assert_eq!(ran.all(), ask(&["--short-of", "storage"]).all());
     let json = ask(&["--json"]).json();
