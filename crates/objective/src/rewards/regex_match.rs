@@ -24,7 +24,7 @@
 use attune_points::reward::{Answer, Reward};
 use attune_spec::Fault;
 use attune_spec::method::{BuildCx, Card, Method, Point, Rule};
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,9 @@ pub(super) struct Config {
     /// The regular expression.
     pattern: String,
 }
+
+/// Groups and repetitions of a pattern within each other: compiling goes as deep.
+const DEPTH_MAX: u32 = 40;
 
 pub(super) struct RegexMatch {
     pattern: Regex,
@@ -65,7 +68,7 @@ impl Method for RegexMatch {
             let what = what.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
             vec![Fault::new("pattern", format!("is {:?}, which is no regular expression: {what}", config.pattern))]
         };
-        Ok(Box::new(Self { pattern: Regex::new(&config.pattern).map_err(wrong)? }))
+        Ok(Box::new(Self { pattern: RegexBuilder::new(&config.pattern).nest_limit(DEPTH_MAX).build().map_err(wrong)? }))
     }
 }
 

@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 /// Compiled size that one pattern may reach; the paths of modules need a few kilobytes.
 const PATTERN_BYTES_MAX: usize = 1 << 20;
 
+/// Groups and repetitions of one pattern within each other. Compiling goes as deep: hundreds of them are more than a thread's stack holds.
+const PATTERN_DEPTH_MAX: u32 = 40;
+
 /// Rank and alpha of each module, by the patterns of a configuration: the first key (sorted, as in the file) that
 /// matches the module's path or its end after a dot. As PEFT's `get_pattern_key`.
 #[derive(Debug, Clone)]
@@ -43,7 +46,8 @@ impl LoraConfig {
         let mut compile = |field: &str, key: &str| {
             // PEFT's `re.match(rf"(.*\.)?({key})$", path)`; `$` of Python also matches before a last line break, which
             // no module path has.
-            let built = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{key})$")).size_limit(PATTERN_BYTES_MAX).build();
+            let pattern = format!(r"^(?:.*\.)?(?:{key})$");
+            let built = RegexBuilder::new(&pattern).size_limit(PATTERN_BYTES_MAX).nest_limit(PATTERN_DEPTH_MAX).build();
             let fault = |reason: &str| Fault {
                 path: FieldPath::root().field(field),
                 message: format!("has the key {:?}, {reason}", key.chars().take(200).collect::<String>()),
@@ -119,6 +123,17 @@ mod tests {
         }
         let rslora = LoraConfig { use_rslora: true, r: 16, ..LoraConfig::default() }.patterns().unwrap();
         assert_eq!(rslora.scaling("a.b"), 2.0);
+    }
+
+    #[test]
+    fn repetitions_of_repetitions_are_refused_before_they_fill_the_stack() {
+        let of = |depth: usize| LoraConfig {
+            rank_pattern: [(format!("e{}", "*".repeat(depth)), 2)].into(),
+            ..LoraConfig::default()
+        };
+        assert!(of(20).patterns().is_ok());
+        let error = of(200).patterns().unwrap_err().to_string();
+        assert!(error.contains("which is no regular expression"), "{error}");
     }
 
     #[test]
