@@ -45,6 +45,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::parts::keys::{self, Keys};
+use crate::parts::masks::optional;
 use crate::parts::starts::{self, Start};
 use crate::parts::{foreign, linears, own};
 
@@ -116,11 +117,6 @@ impl Method for Osf {
     fn build(config: Config, _: &BuildCx<'_>) -> Result<Box<dyn Adapter>, Vec<Fault>> {
         Ok(Box::new(Self { config }))
     }
-}
-
-/// A tensor of the attachment's, if it is declared.
-fn optional<'a>(tensors: &'a Locals, local: &str) -> Option<&'a Tensor> {
-    tensors.iter().find(|(name, _)| *name == local).map(|(_, tensor)| tensor)
 }
 
 impl Osf {

@@ -55,13 +55,18 @@ pub(crate) fn as_matrix(words: &Tensor, w_oi: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_vec(bytes, w_oi.shape(), w_oi.device())?.to_dtype(w_oi.dtype())?)
 }
 
+/// A tensor of the attachment's, if it is declared.
+pub(crate) fn optional<'a>(tensors: &'a Locals, local: &str) -> Option<&'a Tensor> {
+    tensors.iter().find(|(name, _)| *name == local).map(|(_, tensor)| tensor)
+}
+
 /// What stays of a weight: all of it, where `tensors` has no mask.
 ///
 /// # Errors
 /// As for [`unpacked`].
 pub(crate) fn kept(w_oi: &Tensor, tensors: &Locals) -> Result<Tensor> {
-    match tensors.iter().find(|(local, _)| *local == MASK) {
-        Some((_, words)) => Ok((w_oi * as_matrix(words, w_oi)?)?),
+    match optional(tensors, MASK) {
+        Some(words) => Ok((w_oi * as_matrix(words, w_oi)?)?),
         None => Ok(w_oi.clone()),
     }
 }

@@ -6,7 +6,7 @@ use attune_points::{Locals, Result, TensorSpec};
 use attune_spec::Fault;
 use candle_core::{DType, Tensor};
 
-use crate::parts::masks;
+use crate::parts::masks::{self, optional};
 
 /// The local name of the numbers.
 pub(crate) const GATES: &str = "gates";
@@ -63,11 +63,6 @@ impl Structures {
         let share = if heads { self.heads } else { self.neurons };
         ((share * count as f64).round() as usize).min(count.saturating_sub(1))
     }
-}
-
-/// A tensor of the attachment's, if it is declared.
-fn optional<'a>(tensors: &'a Locals, local: &str) -> Option<&'a Tensor> {
-    tensors.iter().find(|(name, _)| *name == local).map(|(_, tensor)| tensor)
 }
 
 /// A weight whose columns are scaled by the numbers of those that stay, and 0 for all others: as it is where there are none.

@@ -6,7 +6,7 @@ use attune_spec::id::Digest;
 use attune_trainer::to_lora::{Converted, Keep, ToLora};
 use serde_json::json;
 
-use super::made::{self, Made};
+use super::made::{self, Goes, Made};
 use crate::print::{Failure, Out};
 use crate::remote::{Place, Server, folders};
 
@@ -36,15 +36,8 @@ pub(crate) struct Arguments {
     /// Share of each change that is kept, by as few directions as hold it.
     #[arg(long, value_name = "SHARE", value_parser = share)]
     share: Option<f64>,
-    /// The new folder.
-    #[arg(long, value_name = "FOLDER", required_unless_present_any = ["tag", "dry_run"])]
-    to: Option<PathBuf>,
-    /// Stores what is made, and moves this tag to it; may be given several times.
-    #[arg(long = "tag", value_name = "NAME:LABEL")]
-    tag: Vec<String>,
-    /// Says what would be kept, and makes nothing.
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    goes: Goes,
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -53,7 +46,7 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
-    made::is_new(arguments.to.as_deref())?;
+    arguments.goes.check()?;
     let (base, found) = folders(&arguments.base, [&arguments.adapter], server)?;
     let folder = found.first().ok_or_else(|| Failure::usage("no adapter is named"))?;
     let keep = match (arguments.rank, arguments.share) {
@@ -65,13 +58,13 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     let scratch = tempfile::tempdir().map_err(|error| Failure::failed(format!("no folder can be made: {error}")))?;
     let made_at = scratch.path().join("adapter");
     let made = convert.run(&made_at)?;
-    if arguments.dry_run {
+    if arguments.goes.dry_run {
         return tell(&made, None, None, out);
     }
     let of = vec![("adapter".to_owned(), &arguments.adapter), ("base".to_owned(), &arguments.base)];
     let kept = Made { folder: &made_at, of, plan: json!({"convert": {"keep": keep}}) };
-    let stored = kept.keep(arguments.to.as_deref(), &arguments.tag, server)?;
-    tell(&made, arguments.to.as_ref(), stored, out)
+    let stored = kept.keep(&arguments.goes, server)?;
+    tell(&made, arguments.goes.to.as_ref(), stored, out)
 }
 
 fn tell(made: &Converted, to: Option<&PathBuf>, stored: Option<Digest>, out: &mut Out) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! What a command makes on this machine of artifacts: a folder, or an artifact of its own that says what it came of.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use attune_artifacts::{Causes, Kind, canonical};
 use attune_spec::id::Digest;
@@ -12,6 +12,30 @@ use super::submit::cannot_push;
 use crate::print::{Failure, Out};
 use crate::remote::{Place, Server, artifact, block_on, digest};
 
+/// Where what is made goes.
+#[derive(Debug, clap::Args)]
+pub(super) struct Goes {
+    /// The new folder.
+    #[arg(long, value_name = "FOLDER", required_unless_present_any = ["tag", "dry_run"])]
+    pub(super) to: Option<PathBuf>,
+    /// Stores what is made, and moves this tag to it; may be given several times.
+    #[arg(long = "tag", value_name = "NAME:LABEL")]
+    tag: Vec<String>,
+    /// Checks what is asked for and says what would be made, and makes nothing.
+    #[arg(long)]
+    pub(super) dry_run: bool,
+}
+
+impl Goes {
+    /// Whether nothing is where something is to be made.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        match self.to.as_ref().filter(|to| to.try_exists().unwrap_or(true)) {
+            Some(to) => Err(Failure::usage(format!("{} is there already; expected a new folder", to.display()))),
+            None => Ok(()),
+        }
+    }
+}
+
 /// An adapter that lies in a folder that will go.
 pub(super) struct Made<'a> {
     /// The folder.
@@ -20,14 +44,6 @@ pub(super) struct Made<'a> {
     pub(super) of: Vec<(String, &'a Place)>,
     /// How.
     pub(super) plan: Value,
-}
-
-/// Whether nothing is where something is to be made.
-pub(super) fn is_new(to: Option<&Path>) -> Result<(), Failure> {
-    match to.filter(|to| to.try_exists().unwrap_or(true)) {
-        Some(to) => Err(Failure::usage(format!("{} is there already; expected a new folder", to.display()))),
-        None => Ok(()),
-    }
 }
 
 /// What something is called where paths mean nothing; `otherwise` where its path has no name.
@@ -41,12 +57,12 @@ pub(super) fn name(place: &Place, otherwise: &str) -> String {
 }
 
 impl Made<'_> {
-    /// Copies it to a new folder, and stores it under these tags, if there are any: its digest then.
-    pub(super) fn keep(&self, to: Option<&Path>, tags: &[String], server: &Server) -> Result<Option<Digest>, Failure> {
-        if let Some(to) = to {
+    /// Copies it to a new folder, and stores it under tags, as is asked for: its digest then.
+    pub(super) fn keep(&self, goes: &Goes, server: &Server) -> Result<Option<Digest>, Failure> {
+        if let Some(to) = &goes.to {
             copy(self.folder, to)?;
         }
-        if tags.is_empty() { Ok(None) } else { self.store(tags, server).map(Some) }
+        if goes.tag.is_empty() { Ok(None) } else { self.store(&goes.tag, server).map(Some) }
     }
 
     /// Stores it, with what it was made of as far as the server has it.

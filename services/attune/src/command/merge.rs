@@ -9,7 +9,7 @@ use attune_spec::method::BuildCx;
 use attune_trainer::combine::{Combine, Combined, Part};
 use serde_json::json;
 
-use super::made::{self, Made};
+use super::made::{self, Goes, Made};
 use crate::print::{Failure, Out};
 use crate::remote::{Place, Server, folders};
 
@@ -51,15 +51,8 @@ pub(crate) struct Arguments {
     /// The seed of what is drawn at random.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// The new folder.
-    #[arg(long, value_name = "FOLDER", required_unless_present_any = ["tag", "dry_run"])]
-    to: Option<PathBuf>,
-    /// Stores what is made, and moves this tag to it; may be given several times.
-    #[arg(long = "tag", value_name = "NAME:LABEL")]
-    tag: Vec<String>,
-    /// Checks what is asked for, and makes nothing.
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    goes: Goes,
 }
 
 /// Whose sign counts.
@@ -107,7 +100,7 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     MERGES
         .build(&method, &"".into(), &cx)
         .map_err(|faults| Failure::usage(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
-    made::is_new(arguments.to.as_deref())?;
+    arguments.goes.check()?;
     let (base, folders) = folders(&arguments.base, arguments.of.iter().map(|named| &named.place), server)?;
     let part = |(number, (named, folder)): (usize, (&Named, PathBuf))| Part {
         name: made::name(&named.place, &format!("adapter {number}")),
@@ -120,14 +113,14 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     let scratch = tempfile::tempdir().map_err(|error| Failure::failed(format!("no folder can be made: {error}")))?;
     let made_at = scratch.path().join("adapter");
     let made = combine.run(&made_at)?;
-    if arguments.dry_run {
+    if arguments.goes.dry_run {
         return tell(&made, None, None, out);
     }
     let of = arguments.of.iter().enumerate().map(|(number, named)| (format!("adapter.{number}"), &named.place));
     let of = of.chain([("base".to_owned(), &arguments.base)]).collect();
     let kept = Made { folder: &made_at, of, plan: plan(&combine, arguments) };
-    let stored = kept.keep(arguments.to.as_deref(), &arguments.tag, server)?;
-    tell(&made, arguments.to.as_ref(), stored, out)
+    let stored = kept.keep(&arguments.goes, server)?;
+    tell(&made, arguments.goes.to.as_ref(), stored, out)
 }
 
 /// What the plan of what was made says.
