@@ -65,6 +65,16 @@ pub enum Error {
         /// What they hash to here.
         came: Checksum,
     },
+    /// What carries long letters between devices has failed, while all processes live.
+    #[error("{link} failed at exchange {exchange}: {what}")]
+    Link {
+        /// Its name.
+        link: &'static str,
+        /// The exchange, counted from 0.
+        exchange: u64,
+        /// What it says.
+        what: String,
+    },
     /// A group did not come together.
     #[error("rank {rank} was not met within {within:?}: {why}")]
     Unmet {
@@ -98,7 +108,7 @@ impl Error {
     pub const fn is_of_a_lost_rank(&self) -> bool {
         match self {
             Self::Gone { .. } | Self::Late { .. } | Self::Silent { .. } | Self::Unmet { .. } => true,
-            Self::Damaged { .. } | Self::Twice { .. } | Self::Unexpected { .. } => false,
+            Self::Damaged { .. } | Self::Link { .. } | Self::Twice { .. } | Self::Unexpected { .. } => false,
         }
     }
 }

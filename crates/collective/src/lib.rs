@@ -4,14 +4,20 @@
 //! however many ranks there are. So the bits of a run do not depend on its number of ranks.
 //!
 //! Ranks are threads of one process ([`local`]), processes on one or several nodes that are joined by a [`mesh`] of
-//! connections, or threads of such processes.
+//! connections, or threads of such processes. Between NVIDIA devices long letters go over a link of their own
+//! ([`carried`]; [`way`] says when); who lives and what is due the mesh knows there as well.
 //!
 //! Deliberately absent: tensors and models. What crosses the network is bytes here; who sends them knows what they mean.
 
+pub mod carried;
 pub mod error;
 pub mod local;
 pub mod mesh;
+#[cfg(feature = "cuda")]
+mod nccl;
+pub mod way;
 
+pub use carried::{Carried, Link};
 pub use error::{Checksum, Error};
 pub use local::{LocalRank, group, group_within};
 pub use mesh::{Listening, Mesh, Patience, Peer};
@@ -58,6 +64,25 @@ impl Letters {
         match self {
             Self::Each(each) => Cow::Owned(each.get_mut(number).map(std::mem::take).unwrap_or_default()),
             Self::All(all) => Cow::Borrowed(all),
+        }
+    }
+
+    /// The length of the longest.
+    fn longest(&self) -> usize {
+        match self {
+            Self::Each(each) => each.iter().map(Vec::len).max().unwrap_or_default(),
+            Self::All(all) => all.len(),
+        }
+    }
+
+    /// What is for each of `size` processes.
+    fn take_all(&mut self, size: usize) -> Vec<Cow<'_, [u8]>> {
+        match self {
+            Self::Each(each) => {
+                each.resize_with(size, Vec::new);
+                each.drain(..).map(Cow::Owned).collect()
+            }
+            Self::All(all) => vec![Cow::Borrowed(all.as_slice()); size],
         }
     }
 }

@@ -113,7 +113,10 @@ impl Error {
             Self::Pass(Pass::NotFinite { .. }) => FailureClass::NotFinite,
             Self::Pass(Pass::Disconnected { .. } | Pass::NoSignal { .. }) => FailureClass::NoGradient,
             Self::Pass(Pass::Refused(_)) => FailureClass::Input,
-            Self::Io { .. } | Self::Pass(Pass::Io { .. }) | Self::Checkpoint { .. } => FailureClass::Io,
+            Self::Io { .. }
+            | Self::Pass(Pass::Io { .. })
+            | Self::Checkpoint { .. }
+            | Self::Collective(attune_collective::Error::Link { .. }) => FailureClass::Io,
             Self::Pass(Pass::LostRank(_)) => FailureClass::LostRank,
             Self::Collective(error) if error.is_of_a_lost_rank() => FailureClass::LostRank,
             Self::Diverged { .. }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use attune_collective::way::{self, Way};
 use attune_collective::{Collective, Error, Heard, Letters, Listening, LocalRank, Parts, Patience, Wire, in_order};
 use attune_points::engine::LossReport;
 use attune_points::{GradSink as _, Grads, Region, TensorId, TensorSpec};
@@ -24,18 +25,26 @@ use serde::{Deserialize, Serialize};
 use crate::control::Control;
 use crate::engine::{Message, Wishes};
 use crate::guard::Squares;
-use crate::protocol::{Request, Seat};
+use crate::protocol::{Event, Request, Seat};
 
 /// Meets the other processes of a run. They are told of this one through `control`, and it of them. Nothing if the run is
-/// asked to stop before.
+/// asked to stop before. `card` is the number of this one's NVIDIA device, if it works on one.
 ///
 /// # Errors
 /// Nobody else is heard of, or one cannot be reached.
-pub(crate) fn join(seat: &Seat, control: &dyn Control) -> Result<Option<Box<dyn Wire>>, crate::Error> {
+pub(crate) fn join(
+    seat: &Seat,
+    card: Option<u32>,
+    control: &dyn Control,
+) -> Result<Option<Box<dyn Wire>>, crate::Error> {
     let listening = Listening::bind(seat.host).map_err(crate::Error::io(format!("a port of {}", seat.host)))?;
     fail::fail_point!("trainer::before_meeting");
     let Some(peers) = control.meet(&listening.peer())? else { return Ok(None) };
-    Ok(Some(Box::new(listening.join(seat.rank, &peers, Patience::default())?)))
+    let Way { wire, words } = way::over(listening.join(seat.rank, &peers, Patience::default())?, card)?;
+    if card.is_some() && seat.rank == 0 {
+        control.emit(Event::Note { topic: "link".to_owned(), message: words });
+    }
+    Ok(Some(wire))
 }
 
 /// What must be the same in all processes, or their sums would not be those of one.

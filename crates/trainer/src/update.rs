@@ -23,6 +23,9 @@ use crate::guard::{self, Squares};
 pub(crate) fn of_ranks(error: &attune_collective::Error) -> Error {
     match error {
         attune_collective::Error::Damaged { .. } => Error::Damaged(error.to_string()),
+        attune_collective::Error::Link { link, .. } => {
+            Error::Io { what: format!("an exchange over {link}"), source: std::io::Error::other(error.to_string()) }
+        }
         error if error.is_of_a_lost_rank() => Error::LostRank(error.to_string()),
         error => Error::Refused(error.to_string()),
     }

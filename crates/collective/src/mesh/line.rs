@@ -56,7 +56,7 @@ impl Line {
 }
 
 /// What a frame hashes to. The checksum of TCP is of 16 bits, and made anew by whatever passes packets on.
-fn checksum(head: &[u8], what: &[u8]) -> Checksum {
+pub(crate) fn checksum(head: &[u8], what: &[u8]) -> Checksum {
     let mut hash = blake3::Hasher::new();
     hash.update(head).update(what);
     let mut checksum = [0; 16];

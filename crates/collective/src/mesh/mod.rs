@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::{Heard, Letters, Wire};
+pub(crate) use line::checksum;
 use line::{Inbox, Line};
 
 /// Wait between tries to reach a process, and between looks for one that connects.
@@ -221,6 +222,24 @@ fn say_alive(lines: &[Option<Mutex<Line>>], ended: &Receiver<()>, every: Duratio
     }
 }
 
+impl Mesh {
+    /// How long is waited, for what.
+    pub const fn patience(&self) -> Patience {
+        self.patience
+    }
+
+    /// The number of the exchange that comes next.
+    pub const fn next_exchange(&self) -> u64 {
+        self.exchange
+    }
+
+    /// What became of the first process that is not there any more, if there is one: for who waits for something else than the
+    /// mesh.
+    pub fn lost(&self) -> Option<Error> {
+        (0..self.size()).find_map(|rank| self.inbox.lost(rank, self.exchange, self.patience.silence))
+    }
+}
+
 impl Wire for Mesh {
     fn rank(&self) -> u32 {
         self.rank
@@ -258,4 +277,4 @@ impl Drop for Mesh {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

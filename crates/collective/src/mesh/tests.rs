@@ -5,7 +5,7 @@ use super::*;
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-fn patience(silence_ms: u64) -> Patience {
+pub(crate) fn patience(silence_ms: u64) -> Patience {
     Patience {
         join: Duration::from_secs(20),
         silence: Duration::from_millis(silence_ms),
@@ -20,7 +20,7 @@ fn listening(size: u32) -> (Vec<Listening>, Vec<Peer>) {
 }
 
 /// Runs `work` on every rank of a mesh, each on a thread.
-fn run<R: Send>(size: u32, patience: Patience, work: impl Fn(Mesh) -> R + Sync) -> Vec<R> {
+pub(crate) fn run<R: Send>(size: u32, patience: Patience, work: impl Fn(Mesh) -> R + Sync) -> Vec<R> {
     let (all, peers) = listening(size);
     std::thread::scope(|scope| {
         let start = |(rank, listening): (u32, Listening)| {

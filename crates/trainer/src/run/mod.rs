@@ -68,7 +68,7 @@ pub(crate) fn run_over(
     // Before anything that takes time: whoever is missing is known at once, and nobody is taken for dead while it reads.
     let wire = match &request.seat {
         None => None,
-        Some(seat) => match gang::join(seat, control)? {
+        Some(seat) => match gang::join(seat, request.card, control)? {
             Some(wire) => Some(wire),
             None => {
                 // Nothing was done: what it would have gone on from stands.
