@@ -78,8 +78,12 @@ impl Model {
     }
 
     pub(crate) fn machine(&self) -> Machine<'_> {
+        self.machine_on(self.base.arena())
+    }
+
+    fn machine_on<'a>(&'a self, arena: &'a Arena) -> Machine<'a> {
         let auxiliary = self.auxiliary.as_deref();
-        Machine { base: &self.base, trunk: &self.trunk, head: &self.head, auxiliary, arena: self.base.arena() }
+        Machine { base: &self.base, trunk: &self.trunk, head: &self.head, auxiliary, arena }
     }
 
     fn task<'a>(&'a self, pass: &Pass<'a>, objective: &'a dyn Objective, scale: f64) -> Task<'a> {
@@ -210,6 +214,14 @@ pub struct Together<'a> {
     pub objective: &'a dyn Objective,
     /// Factor on the loss before gradients are taken.
     pub scale: f64,
+    /// What the pass runs on, if not on the buffers and kernels of the base.
+    pub arena: Option<&'a Arena>,
+}
+
+impl<'a> Together<'a> {
+    fn machine(&self) -> Machine<'a> {
+        self.model.machine_on(self.arena.unwrap_or_else(|| self.model.base.arena()))
+    }
 }
 
 /// The gradients of `scale × (sum of losses)` of the parts of several models, each into its own sink as if it were alone, with
@@ -229,7 +241,10 @@ pub fn grad_together(
     let (mut reports, mut times, mut rest) = (Vec::new(), Times::default(), sinks);
     for one in models {
         let (own, others) = rest.split_at_mut(one.passes.len());
-        let (of_one, took) = one.model.grad_parts(one.passes, one.objective, one.scale, keep, own)?;
+        let (of_one, took) = match one.model.how {
+            How::Views => walk::grads(&one.machine(), &tasks(&[*one]), keep, own)?,
+            How::Graphs(_) => one.model.grad_parts(one.passes, one.objective, one.scale, keep, own)?,
+        };
         reports.extend(of_one);
         times += took;
         rest = others;
@@ -247,7 +262,10 @@ pub fn score_together(models: &[Together<'_>]) -> Result<(Vec<LossReport>, Times
     }
     let (mut reports, mut times) = (Vec::new(), Times::default());
     for one in models {
-        let (of_one, took) = one.model.score_parts(one.passes, one.objective)?;
+        let (of_one, took) = match one.model.how {
+            How::Views => walk::score(&one.machine(), &tasks(&[*one]))?,
+            How::Graphs(_) => one.model.score_parts(one.passes, one.objective)?,
+        };
         reports.extend(of_one);
         times += took;
     }
@@ -256,16 +274,19 @@ pub fn score_together(models: &[Together<'_>]) -> Result<(Vec<LossReport>, Times
 
 /// What a pass over all of these runs on, if they have it in common.
 fn one_machine<'a>(models: &[Together<'a>]) -> Option<Machine<'a>> {
-    let first = models.first()?.model;
+    let first = models.first()?;
     let is_alike = |one: &Together<'_>| {
-        Arc::ptr_eq(&one.model.base, &first.base) && one.model.how == How::Views && one.model.auxiliary.is_none()
+        Arc::ptr_eq(&one.model.base, &first.model.base)
+            && one.arena.map(std::ptr::from_ref) == first.arena.map(std::ptr::from_ref)
+            && one.model.how == How::Views
+            && one.model.auxiliary.is_none()
     };
     models.iter().all(is_alike).then(|| first.machine())
 }
 
 fn tasks<'a>(models: &[Together<'a>]) -> Vec<Task<'a>> {
     let of_one = |one: &Together<'a>| {
-        let Together { model, passes, objective, scale } = *one;
+        let Together { model, passes, objective, scale, .. } = *one;
         passes.iter().map(move |pass| model.task(pass, objective, scale))
     };
     models.iter().flat_map(of_one).collect()

@@ -29,7 +29,7 @@ use crate::gang::Ranks;
 use crate::guard::Guard;
 use crate::scope::ByColumn;
 use crate::spent::Spent;
-use crate::together::{self, Asked, Company, Piece, Wanted};
+use crate::together::{self, Asked, Company, Piece, Purpose, Wanted};
 use crate::turns::Turns;
 use crate::update::of_ranks;
 
@@ -132,6 +132,8 @@ pub(crate) struct RankEngine<'a> {
     pub(crate) spent: Spent,
     /// What the answers of the last batch are worth.
     pub(crate) judged: Judged,
+    /// What its passes are for.
+    pub(crate) purpose: Purpose,
     /// The lanes beside which it runs.
     pub(crate) company: Option<Company<'a>>,
     /// Steps done.
@@ -192,6 +194,7 @@ impl RankEngine<'_> {
                 layouts: group.iter().map(|(_, layout)| Arc::clone(layout)).collect(),
                 dropout,
                 wanted,
+                purpose: self.purpose,
             })?
         } else {
             let layouts = group.iter().map(|(_, layout)| &**layout).collect();
@@ -202,6 +205,7 @@ impl RankEngine<'_> {
                 layouts,
                 dropout,
                 wanted: wanted.as_ref(),
+                purpose: self.purpose,
             };
             together::pass(&[asked])?.pop().unwrap_or_default()
         };

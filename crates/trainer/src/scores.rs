@@ -78,6 +78,7 @@ impl RankEngine<'_> {
                 layouts: of_theta.iter().map(|(_, layout)| &**layout).collect(),
                 dropout: None,
                 wanted: None,
+                purpose: self.purpose,
             });
             let found = together::pass(&asked.collect::<Vec<_>>())?;
             // All of them were in one pass, which took its time once.

@@ -27,6 +27,19 @@ pub(crate) struct Piece {
     pub(crate) dropout: Option<Dropout>,
     /// Gradients beside the losses, if they are wanted.
     pub(crate) wanted: Option<Wanted>,
+    /// What it is for.
+    pub(crate) purpose: Purpose,
+}
+
+/// What a pass is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Its numbers.
+    #[default]
+    Numbers,
+    /// The memory that it takes: where the kernels can, it is made without products, which take most of its time and no memory of
+    /// their own. Its numbers mean nothing.
+    Memory,
 }
 
 /// The same, borrowed.
@@ -37,6 +50,7 @@ pub(crate) struct Asked<'a> {
     pub(crate) layouts: Vec<&'a Layout>,
     pub(crate) dropout: Option<Dropout>,
     pub(crate) wanted: Option<&'a Wanted>,
+    pub(crate) purpose: Purpose,
 }
 
 impl Piece {
@@ -48,6 +62,7 @@ impl Piece {
             layouts: self.layouts.iter().map(|layout| &**layout).collect(),
             dropout: self.dropout,
             wanted: self.wanted.as_ref(),
+            purpose: self.purpose,
         }
     }
 }
@@ -118,11 +133,11 @@ fn do_all(pieces: Vec<Piece>) -> Vec<Outcome> {
 /// Which pieces go through the base in one pass: those that want the same of it, as many as have no more rows than a pass is
 /// meant to have. More rows would only take more memory.
 fn groups(pieces: &[Piece]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<(Option<Keep>, usize, Vec<usize>)> = Vec::new();
+    let mut groups: Vec<((Option<Keep>, Purpose), usize, Vec<usize>)> = Vec::new();
     for (place, piece) in pieces.iter().enumerate() {
-        let wants = piece.wanted.as_ref().map(|wanted| wanted.keep);
+        let wants = (piece.wanted.as_ref().map(|wanted| wanted.keep), piece.purpose);
         let rows: usize = piece.layouts.iter().map(|layout| layout.n_rows()).sum();
-        let has_room = |group: &&mut (Option<Keep>, usize, Vec<usize>)| {
+        let has_room = |group: &&mut ((Option<Keep>, Purpose), usize, Vec<usize>)| {
             group.0 == wants && group.1 + rows <= ROWS_PER_PASS as usize
         };
         match groups.iter_mut().find(has_room) {
@@ -154,7 +169,7 @@ fn do_together(pieces: &[&Piece]) -> Result<Vec<Found>> {
     pass(&asked)
 }
 
-/// One pass over what is asked, of which all want gradients, with the same kept, or all want none.
+/// One pass over what is asked, of which all want gradients, with the same kept, or all want none; for one purpose.
 pub(crate) fn pass(pieces: &[Asked<'_>]) -> Result<Vec<Found>> {
     let passes: Vec<Vec<Pass<'_>>> = pieces
         .iter()
@@ -162,6 +177,8 @@ pub(crate) fn pass(pieces: &[Asked<'_>]) -> Result<Vec<Found>> {
             piece.layouts.iter().map(|layout| Pass { theta: piece.theta, layout, dropout: piece.dropout }).collect()
         })
         .collect();
+    let is_for_memory = |piece: &&Asked<'_>| piece.purpose == Purpose::Memory;
+    let arena = pieces.first().filter(is_for_memory).and_then(|piece| piece.model.arena().without_products());
     let lanes: Vec<Together<'_>> = pieces
         .iter()
         .zip(&passes)
@@ -170,6 +187,7 @@ pub(crate) fn pass(pieces: &[Asked<'_>]) -> Result<Vec<Found>> {
             passes,
             objective: piece.objective,
             scale: piece.wanted.map_or(1.0, |wanted| wanted.scale),
+            arena: arena.as_ref(),
         })
         .collect();
     let sink = |piece: &Asked<'_>| piece.wanted.map(|wanted| wanted.sink.clone()).unwrap_or_default();

@@ -66,6 +66,11 @@ impl Arena {
         self.kernels
     }
 
+    /// The same buffers under kernels that make no products; `None` where there are no such.
+    pub fn without_products(&self) -> Option<Self> {
+        self.kernels.without_products().map(|kernels| Self { kernels, free: Arc::clone(&self.free) })
+    }
+
     fn free(&self) -> std::sync::MutexGuard<'_, Free> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }

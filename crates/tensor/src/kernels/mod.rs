@@ -252,6 +252,12 @@ pub trait Kernels: Send + Sync + fmt::Debug {
         false
     }
 
+    /// The same kernels without their products: these take no time and are zeros. For whoever wants to know what memory a pass takes, and
+    /// not its numbers; `None` where there are no such.
+    fn without_products(&self) -> Option<&'static dyn Kernels> {
+        None
+    }
+
     /// Waits until everything that was asked for has been done, or has failed. Numbers are waited for where they are read; this is
     /// for clocks, and for whoever asks for a fault.
     fn wait(&self) {}

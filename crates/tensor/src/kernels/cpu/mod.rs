@@ -74,13 +74,15 @@ pub struct Cpu {
     isa: Isa,
     proof: Proof,
     matmul: Matmul,
+    /// Whether products are made; they are zeros otherwise.
+    multiplies: bool,
 }
 
 impl Cpu {
     /// With the best instruction set that the machine has.
     pub fn detect() -> Self {
         let best = Isa::ALL.into_iter().rev().find_map(Self::with);
-        best.unwrap_or(Self { isa: Isa::Portable, proof: Proof::Portable(Portable), matmul: Matmul::Highest })
+        best.unwrap_or(Self::of(Isa::Portable, Proof::Portable(Portable)))
     }
 
     /// With this instruction set, if the machine has it.
@@ -98,7 +100,11 @@ impl Cpu {
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => None,
         };
-        proof.map(|proof| Self { isa, proof, matmul: Matmul::Highest })
+        proof.map(|proof| Self::of(isa, proof))
+    }
+
+    const fn of(isa: Isa, proof: Proof) -> Self {
+        Self { isa, proof, matmul: Matmul::Highest, multiplies: true }
     }
 
     /// The same that multiplies matrices of f32 in this way.
@@ -180,12 +186,28 @@ impl Kernels for Cpu {
         }
     }
 
+    fn without_products(&self) -> Option<&'static dyn Kernels> {
+        static LIKE: [OnceLock<Cpu>; 2] = [OnceLock::new(), OnceLock::new()];
+        // As this process uses it, once for each way to multiply.
+        let is_used = self.isa == cpu().isa;
+        let like = || &*LIKE[self.matmul as usize].get_or_init(|| Self { multiplies: false, ..*self });
+        is_used.then(|| like() as &dyn Kernels)
+    }
+
     fn gemm(&self, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
-        gemm::gemm(self, c_mn, of);
+        match (self.multiplies, of.accumulate) {
+            (true, _) => gemm::gemm(self, c_mn, of),
+            (false, true) => {}
+            (false, false) => self.fill(c_mn, 0.0),
+        }
     }
 
     fn gemms(&self, mut products: Vec<(ViewMut<'_, f32>, Gemm<'_>)>) {
-        gemm::gemms(self, &mut products);
+        if self.multiplies {
+            gemm::gemms(self, &mut products);
+        } else {
+            products.into_iter().for_each(|(c_mn, of)| self.gemm(c_mn, &of));
+        }
     }
 
     fn convert(&self, x: MatRef<'_>, y: MatMut<'_>) {

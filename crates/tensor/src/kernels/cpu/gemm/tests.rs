@@ -406,3 +406,31 @@ fn parts_are_worth_sixteen_bits() {
     let (size, parts, numbers) = ((k as f64).sqrt() / 3.0, error(&cpu), error(&cpu.multiplying(Matmul::Highest)));
     assert!(parts < size * 2f64.powi(-16) && numbers < parts, "{parts:e} and {numbers:e} of {size}");
 }
+
+#[test]
+fn without_products_a_result_is_zeros_and_a_sum_stays() {
+    use crate::kernels::Kernels as _;
+
+    let kernels = crate::kernels::cpu().without_products().unwrap();
+    assert_eq!(kernels.profile(), crate::kernels::cpu().profile());
+    let (a, b) = (vec![1.0; 6], vec![1.0; 8]);
+    let of = || {
+        let mut of = Gemm::new(Operand::plain(View::new(&a, 3, 2)), Operand::plain(View::new(&b, 2, 4)));
+        of.bias = Some(&[5.0; 4]);
+        of
+    };
+    let made = |accumulate: bool, at_once: bool| {
+        let mut c = vec![7.0; 12];
+        let of = Gemm { accumulate, ..of() };
+        let c_mn = ViewMut::new(&mut c, 3, 4);
+        if at_once {
+            kernels.gemms(vec![(c_mn, of)])
+        } else {
+            kernels.gemm(c_mn, &of)
+        }
+        c
+    };
+    for at_once in [false, true] {
+        assert_eq!((made(false, at_once), made(true, at_once)), (vec![0.0; 12], vec![7.0; 12]));
+    }
+}
