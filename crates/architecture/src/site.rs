@@ -271,7 +271,7 @@ impl Site {
     }
 
     /// What expressions of cards call its sizes: input and output width `i` and `o`, the widths `d` of the model's stream and `k` of its
-    /// keys, the heads `h` of an attention, whether it has a bias (`b`), leads out of an MLP (`down`) or of that or an attention (`out`), is a `table`, or an attention as a whole
+    /// keys, the heads `h` of an attention, the layers of the model (`model_layers`), whether it has a bias (`b`), leads out of an MLP (`down`) or of that or an attention (`out`), is a `table`, or an attention as a whole
     /// (`attention`), as 0 or 1. A norm's scale and bias are one column.
     pub fn sizes(&self, architecture: &Architecture) -> serde_json::Map<String, serde_json::Value> {
         let (output, input) = self.out_in().unwrap_or_else(|| (self.kind.parameters() as usize, 1));
@@ -282,6 +282,7 @@ impl Site {
             ("d", architecture.hidden),
             ("k", architecture.kv_width()),
             ("h", architecture.heads),
+            ("model_layers", architecture.layers),
             ("b", usize::from(bias)),
             ("down", usize::from(self.place == Place::Down)),
             ("table", usize::from(matches!(self.kind, SiteKind::Embedding { .. }))),

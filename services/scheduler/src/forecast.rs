@@ -20,6 +20,9 @@ const MOMENTS_BYTES: u64 = 8;
 /// Bytes of a gradient, of which each logical shard of a pass has its own.
 const GRADIENT_BYTES: u64 = 4;
 
+/// Bytes of a number that a component holds and never trains: in use, and where it is written.
+const FIXED_BYTES: f64 = 8.0;
+
 /// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch. Measured as
 /// what jobs of several sizes took beside the rest, in the development profile.
 const PROCESS_BYTES: u64 = 112 << 20;
@@ -55,13 +58,13 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
 
 /// Bytes of what trains, in one process through which so many rows of so many logical shards go at a time.
 fn trained_bytes(admitted: &Admitted, rows: u64, shards: u64) -> Option<u64> {
-    let Trainable { parameters: n, row_numbers, graph_numbers } = trainable(admitted)?;
+    let Trainable { parameters: n, fixed, row_numbers, graph_numbers } = trainable(admitted)?;
     let resources = &admitted.spec.resources;
     // Ranks that share a process have all moments each.
     let workers = if resources.devices_per_worker == 1 { u64::from(resources.workers) } else { 1 };
     let of_one = if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES };
     let of_rows = (rows as f64 * row_numbers) as u64 + rows * graph_numbers;
-    Some(of_one + n * GRADIENT_BYTES * shards + of_rows * 4)
+    Some(of_one + n * GRADIENT_BYTES * shards + of_rows * 4 + (fixed * FIXED_BYTES) as u64)
 }
 
 /// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.
@@ -96,6 +99,8 @@ fn of_step(plan: &Plan, text: impl Fn(&MethodDocument) -> &String) -> Option<f64
 struct Trainable {
     /// Parameters.
     parameters: u64,
+    /// Numbers that components hold beside them.
+    fixed: f64,
     /// Numbers that components on linears keep of each row of a pass: as many as a LoRA of as many parameters would.
     row_numbers: f64,
     /// Numbers that the largest graph of a component holds of each row while it runs.
@@ -105,7 +110,7 @@ struct Trainable {
 /// What trains; nothing when somebody does not say how many parameters that are.
 fn trainable(admitted: &Admitted) -> Option<Trainable> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
-    let (mut parameters, mut row_numbers, mut graph_numbers) = (0.0, 0.0, 0);
+    let (mut parameters, mut fixed, mut row_numbers, mut graph_numbers) = (0.0, 0.0, 0.0, 0);
     for slot in plan.stack.iter().filter(|slot| slot.train) {
         let method = slot.method.as_ref()?;
         let document = Catalogue::embedded().get(&method.method)?;
@@ -136,6 +141,9 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
         for site in &sites {
             let own = count(site, &document.parameters)?;
             parameters += own;
+            if !document.fixed.is_empty() {
+                fixed += count(site, &document.fixed)?;
+            }
             if let Some((output, input)) = site.out_in().filter(|_| !document.trains_base) {
                 row_numbers += own / (output + input) as f64;
             }
@@ -144,8 +152,15 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
         if let Some(site) = sites.first().filter(|_| !document.shared.is_empty()) {
             parameters += count(site, &document.shared)?;
         }
+        if !document.fixed_shared.is_empty() {
+            let widths = sites.iter().filter_map(Site::out_in);
+            let (o, i) = widths.fold((0, 0), |(o, i), (output, input)| (o.max(output), i.max(input)));
+            let mut names = method.params.clone();
+            names.extend([("o".to_owned(), o.into()), ("i".to_owned(), i.into())]);
+            fixed += expression::number(&document.fixed_shared, &names).ok()?;
+        }
     }
-    Some(Trainable { parameters: parameters.max(0.0) as u64, row_numbers: row_numbers.max(0.0), graph_numbers })
+    Some(Trainable { parameters: parameters.max(0.0) as u64, fixed, row_numbers: row_numbers.max(0.0), graph_numbers })
 }
 
 /// Bytes of what components have measured before the first step; nothing when somebody does not say how many they are.

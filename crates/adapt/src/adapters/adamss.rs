@@ -139,6 +139,7 @@ impl Method for Adamss {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "subspace_rank*(min(subspaces, o)*min(rank, o, i + b) + o)",
+        fixed: "(i + b)*min(rank, o, i + b)",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         rules: &[Rule {

@@ -100,6 +100,7 @@ impl Method for Capaboost {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank*(i+o)",
+        fixed: "branches*rank*(i+o)",
         merges: Merges::Factors,
         rules: &[Rule {
             when: r#"pattern == "two_of_four""#,

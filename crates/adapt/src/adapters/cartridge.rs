@@ -112,6 +112,7 @@ impl Method for Cartridge {
         targets: "all",
         parameters: "2*(length - sinks)*k",
         moves: Some("its keys and values are of no document, and documents begin at a later position"),
+        fixed: "2*sinks*k",
         merges: Merges::No,
         peft_type: Some("CARTRIDGE"),
         rules: &[Rule {

@@ -117,6 +117,7 @@ impl Method for Clover {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: r#"o*if(core == "full", block, 1)*(1 - pairs*(out - down))"#,
+        fixed: "o*block*(1 - pairs*(out - down))",
         merges: Merges::Weight,
         ..Card::new(
             "clover",

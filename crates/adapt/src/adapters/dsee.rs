@@ -165,6 +165,7 @@ impl Method for Dsee {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank*(i+o) + entries + if(prune_heads > 0, (out - down)*h, 0) + if(prune_neurons > 0, down*i, 0)",
+        fixed: "entries",
         merges: Merges::Weight,
         rules: &[
             Rule {

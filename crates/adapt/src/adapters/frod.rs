@@ -100,6 +100,7 @@ impl Method for Frod {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "i + if(density > 0, max(1, min(floor(i*i*density), i*i - i)), 0)",
+        fixed: "o*i + (i*i + if(density > 0, 2*max(1, min(floor(i*i*density), i*i - i)), 0))/model_layers",
         merges: Merges::Weight,
         ..Card::new(
             "frod",

@@ -123,6 +123,7 @@ impl Method for Kasa {
         targets: "all-linear",
         parameters: "rank*(i+o) + rank",
         moves: Some("the smallest singular values of each weight are taken out"),
+        fixed: "rank*(i+o)",
         merges: Merges::Factors,
         peft_type: Some("LORA"),
         ..Card::new(

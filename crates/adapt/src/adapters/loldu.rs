@@ -106,6 +106,7 @@ impl Method for Loldu {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank + train_scale",
+        fixed: "rank*(i+o)",
         merges: Merges::Factors,
         ..Card::new(
             "loldu",

@@ -246,9 +246,12 @@ fn rows(form: Form, x_ti: &Tensor, m_nn: &Tensor, output: usize) -> attune_point
     let chunks = i.div_ceil(n);
     let whole = tiled(x_ti, 1, chunks * n)?;
     let h = if form == Form::Rope {
-        let (cos, sin) = turns(chunks, n, x_ti)?;
-        let turned = ops::rope(&whole.reshape((t, chunks, n))?, &cos, &sin)?.contiguous()?.reshape((t * chunks, n))?;
-        ops::linear(&turned, m_nn, None)?.reshape((t, chunks * n))?
+        // What later chunks would give has no output.
+        let given = chunks.min(output.div_ceil(n));
+        let (cos, sin) = turns(given, n, x_ti)?;
+        let whole = whole.narrow(1, 0, given * n)?.contiguous()?;
+        let turned = ops::rope(&whole.reshape((t, given, n))?, &cos, &sin)?.contiguous()?.reshape((t * given, n))?;
+        ops::linear(&turned, m_nn, None)?.reshape((t, given * n))?
     } else {
         let short_tn = match form.groups().0 {
             true => whole.reshape((t, n, chunks))?.sum(2)?,
@@ -311,6 +314,8 @@ impl WeightMap for Mora {
 fn change(form: Form, m_nn: &Tensor, (o, i): (usize, usize)) -> attune_points::Result<Tensor> {
     let n = m_nn.dim(0)?;
     let chunks = i.div_ceil(n);
+    // What later chunks would give has no output.
+    let given = chunks.min(o.div_ceil(n));
     let of_chunks = if form == Form::Rope {
         let (cos, sin) = turns(chunks, n, m_nn)?;
         let zeros = |count: usize| Tensor::zeros((n, count * n), m_nn.dtype(), m_nn.device());
@@ -319,7 +324,7 @@ fn change(form: Form, m_nn: &Tensor, (o, i): (usize, usize)) -> attune_points::R
             let turned = ops::rope(m_nn, &cos.narrow(0, q, 1)?, &sin.narrow(0, q, 1)?.neg()?)?;
             Tensor::cat(&[&zeros(q)?, &turned, &zeros(chunks - 1 - q)?], 1)
         };
-        Tensor::cat(&(0..chunks).map(of_chunk).collect::<candle_core::Result<Vec<_>>>()?, 0)?
+        Tensor::cat(&(0..given).map(of_chunk).collect::<candle_core::Result<Vec<_>>>()?, 0)?
     } else if form.groups().0 {
         spread(m_nn, 1, chunks * n)?
     } else {

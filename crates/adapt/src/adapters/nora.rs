@@ -129,6 +129,7 @@ impl Method for Nora {
         targets: "all-linear",
         parameters: "2*rank*inner_rank",
         input_statistics: "4*i*(i+3)*inputs",
+        fixed: "rank*(i+o)",
         merges: Merges::Factors,
         rules: &[Rule {
             when: "true",

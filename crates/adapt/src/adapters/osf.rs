@@ -102,6 +102,8 @@ impl Method for Osf {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "(i+o+1)*(min(o, i) - if(preserved_rank > 0, min(min(o, i), preserved_rank), floor(min(o, i)*preserved)))",
+        fixed: "(i+o+1)*(min(o, i) - if(preserved_rank > 0, min(min(o, i), preserved_rank), floor(min(o, i)*preserved))) + \
+                if(o == i, 0, max(o, i)*if(preserved_rank > 0, min(min(o, i), preserved_rank), floor(min(o, i)*preserved)))",
         merges: Merges::Weight,
         peft_type: Some("OSF"),
         ..Card::new(

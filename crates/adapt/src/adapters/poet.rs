@@ -102,6 +102,7 @@ impl Method for Poet {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "if(cover == \"blocks\", (o + i)*(block_size - 1)/2, block_size*(block_size - 1))",
+        fixed: "o*i*(every > 0)",
         merges: Merges::Weight,
         rules: &[Rule {
             when: "true",

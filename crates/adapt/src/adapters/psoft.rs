@@ -128,6 +128,7 @@ impl Method for Psoft {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "if(orthogonal, rank*(rank - 1)/2, rank*rank) + rank*(scale_in + scale_out)",
+        fixed: "rank*(i+o)",
         merges: Merges::Factors,
         rules: &[
             Rule {

@@ -89,6 +89,7 @@ impl Method for Pvera {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "o + 2*rank",
+        fixed_shared: "rank*(2*i+o)",
         merges: Merges::Factors,
         peft_type: Some("PVERA"),
         ..Card::new(

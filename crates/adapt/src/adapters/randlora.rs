@@ -104,6 +104,7 @@ impl Method for Randlora {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "ceil(min(o, i)/rank)*(rank + min(o, i))",
+        fixed_shared: "rank*min(o, i) + max(o, i)*rank*ceil(min(o, i)/rank)",
         merges: Merges::Weight,
         peft_type: Some("RANDLORA"),
         ..Card::new(

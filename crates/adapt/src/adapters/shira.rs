@@ -78,6 +78,7 @@ impl Method for Shira {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank*(i+o)",
+        fixed: "2*rank*(i+o)",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         ..Card::new(

@@ -84,6 +84,7 @@ impl Method for Sltrain {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank*(i+o) + max(1, floor(density*i*o))",
+        fixed: "max(1, floor(density*i*o))",
         merges: Merges::Weight,
         ..Card::new(
             "sltrain",

@@ -90,6 +90,7 @@ impl Method for Spiel {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "max(1, floor(density*i*o))",
+        fixed: "max(1, floor(density*i*o))",
         merges: Merges::Weight,
         rules: &[Rule {
             when: "rate > 0",

@@ -104,6 +104,7 @@ impl Method for Supertuning {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "floor(i*o*(1-sparsity)) + rank*(i+o)",
+        fixed: "floor(i*o*(1-sparsity))",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         ..Card::new(

@@ -137,6 +137,7 @@ impl Method for Svft {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: r#"if(rank == 0 or refill, min(o, i), rank)*(2*bands + 1) - bands*(bands + 1) + (start == "kaiming")"#,
+        fixed: "if(rank == 0 or refill, min(o, i), rank)*(i+o)",
         merges: Merges::Factors,
         ..Card::new(
             "svft",

@@ -96,6 +96,7 @@ impl Method for Tinylora {
         targets: "all-linear",
         parameters: "0",
         shared: "numbers",
+        fixed: "rank*(i+o) + numbers*rank*rank",
         merges: Merges::Factors,
         peft_type: Some("TINYLORA"),
         ..Card::new(

@@ -109,6 +109,7 @@ impl Method for Unilora {
         parameters: "0",
         shared: "numbers",
         moves: Some("its factors start small, neither of them at 0"),
+        fixed: "2*rank*(i+o)",
         merges: Merges::Factors,
         peft_type: Some("UNILORA"),
         ..Card::new(

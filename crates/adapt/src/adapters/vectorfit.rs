@@ -102,6 +102,7 @@ impl Method for Vectorfit {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "min(o, i) + o*if(add_biases, 1, b*biases)",
+        fixed: "min(o, i)*(i+o)",
         merges: Merges::Weight,
         rules: &[Rule {
             when: "add_biases",

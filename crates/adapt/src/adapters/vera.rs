@@ -91,6 +91,7 @@ impl Method for Vera {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "o + rank",
+        fixed_shared: "rank*(i+o)",
         merges: Merges::Factors,
         peft_type: Some("VERA"),
         ..Card::new(

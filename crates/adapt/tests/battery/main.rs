@@ -23,7 +23,7 @@ use attune_points::adapter::{Adapter, Merged};
 use attune_points::params::Scope;
 use attune_points::{Grads, Row, Stats, TensorName};
 use attune_spec::id::Step;
-use attune_spec::method::{BuildCx, Card, Merges, MethodRef, expression};
+use attune_spec::method::{BuildCx, Card, Merges, MethodDocument, MethodRef, expression};
 use attune_tensor::Rng;
 use candle_core::{DType, Tensor};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -360,12 +360,47 @@ fn cost_of(card: &Card, method: &Value) -> Result<(), Failed> {
         let shared = if card.shared.is_empty() { 0.0 } else { expression::number(card.shared, &names)? };
         assert_eq!(count(true) as f64, shared, "shared at {}", at.site);
     }
+    fixed(card, &document, method, &setup)?;
     // What is shared is there once.
     let mut all: Vec<TensorName> = Vec::new();
     all.extend(setup.attachments.iter().flat_map(|at| at.tensors.iter().map(|spec| spec.name(at.site.as_str()))));
     all.sort();
     all.dedup();
     assert_eq!(all.len(), setup.params().len());
+    Ok(())
+}
+
+/// Numbers that do not train are counted as well, but for lists as long as a width.
+fn fixed(card: &Card, document: &MethodDocument, method: &Value, setup: &Setup) -> Result<(), Failed> {
+    let architecture = setup.model.base().architecture();
+    let mut names = document.defaults.as_object().cloned().unwrap_or_default();
+    names.extend(method.as_object().cloned().unwrap_or_default());
+    let (mut said, mut slack, mut widest) = (0.0, 0.0, (0, 0));
+    for at in &setup.attachments {
+        let site = architecture.site(at.site.as_str()).ok_or("no site")?;
+        names.extend(site.sizes(architecture));
+        said += if card.fixed.is_empty() { 0.0 } else { expression::number(card.fixed, &names)? };
+        let (output, input) = site.out_in().unwrap_or_default();
+        slack += (2 * (output + input)) as f64;
+        widest = (widest.0.max(output), widest.1.max(input));
+    }
+    if !card.fixed_shared.is_empty() {
+        names.extend([("o".to_owned(), widest.0.into()), ("i".to_owned(), widest.1.into())]);
+        said += expression::number(card.fixed_shared, &names)?;
+    }
+    let of = |at: &attune_points::adapter::Attachment, spec: &attune_points::TensorSpec| {
+        (spec.name(at.site.as_str()), spec.shape.iter().product::<usize>())
+    };
+    let all = setup
+        .attachments
+        .iter()
+        .flat_map(|at| at.tensors.iter().filter(|spec| !spec.train).map(move |spec| of(at, spec)));
+    let all: BTreeMap<TensorName, usize> = all.collect();
+    let found = all.values().sum::<usize>() as f64;
+    if (said - found).abs() > slack {
+        let each: Vec<String> = all.iter().map(|(name, n)| format!("{name} {n}")).collect();
+        return Err(format!("its card says {said} fixed numbers; it has {found}: {}", each.join(", ")).into());
+    }
     Ok(())
 }
 

@@ -131,7 +131,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     budget(spec, catalogue, &mut faults);
     quantization(spec, catalogue, &mut faults);
     head(spec, catalogue, &mut faults);
-    gate(spec, &mut faults);
+    gate(spec, catalogue, &mut faults);
     for (path, slot) in spec.tune.slots().into_iter().filter(|_| spec.outputs.merged) {
         if let Some(method) = slot.method_ref().filter(|method| catalogue.stays_beside(method)) {
             let always = catalogue.get(&method.method).is_some_and(|document| document.merges == Merges::No);
@@ -394,7 +394,7 @@ fn head(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
 }
 
 /// What has to be reached is measured.
-fn gate(spec: &JobSpec, faults: &mut Vec<Fault>) {
+fn gate(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
     let path = FieldPath::from("outputs").field("gate");
     let sets: Vec<&str> = spec.data.validation.iter().map(|set| set.name.as_str()).collect();
     for (set, bounds) in &spec.outputs.gate {
@@ -405,12 +405,30 @@ fn gate(spec: &JobSpec, faults: &mut Vec<Fault>) {
             faults.push(Fault::new(path.clone(), message));
         }
         if *bounds == Bounds::default() {
-            let message = "bounds nothing; expected `loss`, `of_before` or `accuracy`";
+            let message = "bounds nothing; expected `loss`, `of_before`, `accuracy` or `reward`";
             faults.push(Fault::new(path.clone(), message));
         }
         if bounds.accuracy.is_some() && spec.tune.head.is_none() {
             let message = "is for models that give classes or vectors; expected `tune.head`, or a bound of the loss";
             faults.push(Fault::new(path.field("accuracy"), message));
+        }
+        let objective = &spec.tune.objective;
+        if catalogue.answers(objective).is_some() {
+            let losses = [("loss", bounds.loss), ("of_before", bounds.of_before)];
+            for (field, _) in losses.into_iter().filter(|(_, bound)| bound.is_some()) {
+                let message = format!(
+                    "bounds a loss, but `tune.objective` is {}, which learns from what answers are worth; expected `reward`",
+                    objective.method
+                );
+                faults.push(Fault::new(path.field(field), message));
+            }
+        } else if bounds.reward.is_some() {
+            let message = format!(
+                "is what answers of the model are worth, but `tune.objective` is {}, which learns what is in the data; \
+                 expected `loss` or `of_before`",
+                objective.method
+            );
+            faults.push(Fault::new(path.field("reward"), message));
         }
     }
 }

@@ -118,6 +118,10 @@ pub struct Bounds {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0.0, max = 1.0))]
     pub accuracy: Option<f64>,
+    /// The mean reward of the likeliest answers at least, where the model learns from what its answers are worth: these have no loss.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -1e6, max = 1e6))]
+    pub reward: Option<f64>,
 }
 
 /// What to keep.

@@ -216,6 +216,12 @@ pub struct Card {
     pub parameters: &'static str,
     /// Trainable parameters that all its sites share, as such an expression; empty for none.
     pub shared: &'static str,
+    /// Numbers that it has per site and does not train, as such an expression, with the layers of the model as `model_layers`; lists as long as a width need not
+    /// be counted. Empty for none.
+    pub fixed: &'static str,
+    /// Numbers that all its sites share and that do not train, as such an expression over the largest `i` and the largest `o` of them; empty
+    /// for none.
+    pub fixed_shared: &'static str,
     /// Whether it takes part within the products of a pass, where others run by graphs of their own.
     pub fused: bool,
     /// How many times the largest pass of a step rule holds a micro-batch, as an expression over its parameters; empty for once.
@@ -276,6 +282,8 @@ impl Card {
             targets: "",
             parameters: "",
             shared: "",
+            fixed: "",
+            fixed_shared: "",
             copies: "",
             passes: "",
             input_statistics: "",

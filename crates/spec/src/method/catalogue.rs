@@ -218,6 +218,8 @@ mod tests {
             targets: "all-linear".to_owned(),
             parameters: "rank*(i+o)".to_owned(),
             shared: String::new(),
+            fixed: String::new(),
+            fixed_shared: String::new(),
             copies: String::new(),
             passes: String::new(),
             input_statistics: String::new(),

@@ -74,6 +74,12 @@ pub struct MethodDocument {
     pub parameters: String,
     /// Trainable parameters that all its sites share, as an expression; empty for none.
     pub shared: String,
+    /// Numbers that it has per site and does not train, as an expression; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub fixed: String,
+    /// Numbers that all its sites share and that do not train, as an expression over their largest widths; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub fixed_shared: String,
     /// How many times the largest pass of a step rule holds a micro-batch, as an expression; empty for once.
     pub copies: String,
     /// How many passes over a step's batch a step rule makes, as an expression; empty for one.
@@ -153,6 +159,8 @@ impl MethodDocument {
             targets: card.targets.to_owned(),
             parameters: card.parameters.to_owned(),
             shared: card.shared.to_owned(),
+            fixed: card.fixed.to_owned(),
+            fixed_shared: card.fixed_shared.to_owned(),
             copies: card.copies.to_owned(),
             passes: card.passes.to_owned(),
             input_statistics: card.input_statistics.to_owned(),

@@ -122,6 +122,11 @@ fn each_fault_has_its_path_and_says_what_would_do() {
             json!({"x": {"accuracy": 0.5}}),
             "`outputs.gate.x.accuracy` is for models that give classes or vectors",
         ),
+        (
+            "outputs.gate",
+            json!({"x": {"reward": 0.5}}),
+            "`outputs.gate.x.reward` is what answers of the model are worth, but `tune.objective` is sft",
+        ),
     ];
     for (path, value, expected) in cases {
         let faults = faults(&[(path, value.clone())]);

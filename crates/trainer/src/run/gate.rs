@@ -39,6 +39,11 @@ pub(super) fn pass(
             let found = found.map_or_else(|| "was not measured".to_owned(), |found| format!("came to {found:.4}"));
             fault("accuracy", format!("is {bound}, and the share of {set} that is found {found}"));
         }
+        // Of answers the loss is what they are worth, negated.
+        if let Some(bound) = bounds.reward.filter(|bound| last.is_none_or(|last| -last < *bound)) {
+            let found = last.map_or_else(|| "was not measured".to_owned(), |last| format!("came to {:.4}", -last));
+            fault("reward", format!("is {bound}, and the mean reward of {set} {found}"));
+        }
     }
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }
@@ -67,7 +72,8 @@ mod tests {
     fn each_bound_is_kept_by_what_is_at_it_and_broken_by_what_is_beyond() {
         let (before, after) = (measured(4.0, None), measured(2.0, Some(0.75)));
         let all = |loss, of_before, accuracy| {
-            let bounds = Bounds { loss: Some(loss), of_before: Some(of_before), accuracy: Some(accuracy) };
+            let bounds =
+                Bounds { loss: Some(loss), of_before: Some(of_before), accuracy: Some(accuracy), reward: None };
             faults(bounds, Some(&before), Some(&after))
         };
         assert!(all(2.0, 0.5, 0.75).is_empty());
@@ -82,9 +88,17 @@ mod tests {
     }
 
     #[test]
+    fn a_reward_is_the_loss_of_answers_negated() {
+        let after = measured(-1.25, None);
+        let of = |reward| faults(Bounds { reward: Some(reward), ..Bounds::default() }, None, Some(&after));
+        assert!(of(1.25).is_empty() && of(-3.0).is_empty());
+        assert_eq!(of(1.3), ["`outputs.gate.chat.reward` is 1.3, and the mean reward of chat came to 1.2500"]);
+    }
+
+    #[test]
     fn what_was_not_measured_does_not_pass() {
-        let bounds = Bounds { loss: Some(9.0), of_before: Some(9.0), accuracy: Some(0.0) };
-        assert_eq!(faults(bounds, None, None).len(), 3);
+        let bounds = Bounds { loss: Some(9.0), of_before: Some(9.0), accuracy: Some(0.0), reward: Some(0.0) };
+        assert_eq!(faults(bounds, None, None).len(), 4);
         assert_eq!(faults(bounds, Some(&measured(1.0, None)), Some(&measured(1.0, None))).len(), 1);
         assert!(pass(&BTreeMap::new(), None, None).is_ok());
     }

@@ -76,6 +76,7 @@ impl Reader {
                     "loss": bounds.loss,
                     "of_before": bounds.of_before,
                     "accuracy": bounds.accuracy,
+                    "reward": bounds.reward,
                 }))).collect::<Map<String, Value>>()),
             }),
             "data": message.data.as_ref().map(|spec| self.data(spec)),

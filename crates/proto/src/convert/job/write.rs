@@ -214,5 +214,5 @@ fn outputs(spec: &Outputs) -> v1::OutputSpec {
 }
 
 fn bounds(spec: &Bounds) -> v1::Bounds {
-    v1::Bounds { loss: spec.loss, of_before: spec.of_before, accuracy: spec.accuracy }
+    v1::Bounds { loss: spec.loss, of_before: spec.of_before, accuracy: spec.accuracy, reward: spec.reward }
 }
