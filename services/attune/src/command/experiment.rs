@@ -42,8 +42,8 @@ pub(crate) enum Command {
 /// Which grid.
 #[derive(Debug, clap::Args)]
 pub(crate) struct One {
-    /// The grid: `version`, `name`, `job` (a job file), `vary` (a list of axes), `report`, and `search` and `then` if not all of its
-    /// jobs are run.
+    /// The grid: `version`, `name`, `job` (a job file), `vary` (a list of axes), `report` (`rows`, `mean_over`, `general`, `stability`), and
+    /// `search` and `then` if not all of its jobs are run.
     #[arg(value_name = "FILE")]
     file: String,
     /// Where results, table and plot are; the folder named as the file, beside it, if it is left out.

@@ -55,6 +55,8 @@ pub(crate) struct Shown {
     pub(crate) mean_over: Vec<String>,
     /// Validation sets that are not of the task: they show what runs keep of what the base knew.
     pub(crate) general: Vec<String>,
+    /// The axis of a setting, such as a learning rate, of which is told how much depends on it, and on chance (`mean_over`).
+    pub(crate) stability: Option<String>,
 }
 
 /// One job of the grid: its place on each axis, and what it changes in the job file.
@@ -123,6 +125,16 @@ impl Matrix {
         for name in self.report.rows.iter().chain(&self.report.mean_over).filter(known) {
             let names: Vec<&str> = self.vary.iter().map(|axis| axis.name.as_str()).collect();
             faults.push(Fault::new("report", format!("names the axis {name:?}; the axes are {}", names.join(", "))));
+        }
+        if let Some(axis) = &self.report.stability {
+            let names = self.columns();
+            if !names.contains(&axis.as_str()) || self.report.mean_over.is_empty() {
+                let message = format!(
+                    "is {axis}; expected one of the axes by which columns are made ({}), with another one, such as a seed, in `mean_over`",
+                    names.join(", ")
+                );
+                faults.push(Fault::new("report.stability", message));
+            }
         }
         match &self.search {
             Some(_) => {
@@ -238,13 +250,15 @@ job: ./job.yaml
 vary:
   - {name: a, field: tune.seed, values: [1]}
   - {name: a, field: tune.steps, values: [2]}
-report: {rows: d}
+report: {rows: d, stability: b}
 ";
         let faults: Vec<String> = matrix(wrong).faults().iter().map(ToString::to_string).collect();
         let expected = [
             "`version` is 2; this build reads version 1",
             "`vary[1].name` is \"a\", as `vary[0]` is called; give each its own",
             "`report` names the axis \"d\"; the axes are a, a",
+            "`report.stability` is b; expected one of the axes by which columns are made (a, a), with another one, such as a seed, in \
+             `mean_over`",
         ];
         assert_eq!(faults, expected);
     }

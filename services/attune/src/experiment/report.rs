@@ -8,6 +8,7 @@ use super::kept;
 use super::matrix::Matrix;
 use super::plot::{Cost, Panel};
 use super::record::Record;
+use super::stability;
 use crate::words;
 
 /// Numbers of runs that differ in nothing but what means are taken over.
@@ -218,6 +219,7 @@ impl Compared {
         }
         self.soon(matrix, &mut page);
         page.push_str(&kept::markdown(matrix, records));
+        page.push_str(&stability::markdown(matrix, records));
         if !self.failed.is_empty() {
             page.push_str("\nNot done:\n\n");
             for (place, error) in &self.failed {
