@@ -114,12 +114,16 @@ const LONG: u8 = 1;
 /// Its sender has a long letter for somebody.
 const SENDS_LONG: u8 = 2;
 
-/// What the mesh carries of letters.
-fn heads(letters: &Letters) -> Letters {
+/// What the mesh carries of letters to `size` processes: something to each, also where the last of them get none.
+fn heads(letters: &Letters, size: usize) -> Letters {
     let sends_long = letters.longest() > SHORT;
     match letters {
         Letters::All(letter) => Letters::All(head(letter, sends_long)),
-        Letters::Each(each) => Letters::Each(each.iter().map(|letter| head(letter, sends_long)).collect()),
+        Letters::Each(each) => {
+            let none = std::iter::repeat_n(&[][..], size.saturating_sub(each.len()));
+            let all = each.iter().map(Vec::as_slice).chain(none);
+            Letters::Each(all.map(|letter| head(letter, sends_long)).collect())
+        }
     }
 }
 
@@ -158,7 +162,7 @@ impl<L: Link> Wire for Carried<L> {
     fn exchange(&mut self, mut letters: Letters) -> Result<Heard, Error> {
         let (own, size, number) = (self.rank() as usize, self.size() as usize, self.mesh.next_exchange());
         let mine = letters.take(own).into_owned();
-        let heads = heads(&letters);
+        let heads = heads(&letters, size);
         let sends_long = letters.longest() > SHORT;
         let mut heard = self.mesh.exchange(heads)?;
         let (mut into, mut sums, mut any_long) = (Vec::new(), Vec::new(), sends_long);

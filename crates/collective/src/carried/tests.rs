@@ -104,6 +104,11 @@ fn each_gets_what_each_sent_whichever_way_it_goes() {
                     let expected: Vec<Vec<u8>> = (0..size).map(|from| vec![from as u8; length]).collect();
                     assert!(heard == expected, "process {rank} of {size}, {length} bytes to all");
                 }
+                // The last processes may get no letter.
+                let heard = wire.exchange(Letters::Each(vec![vec![rank as u8; 3 * SHORT]])).unwrap().letters;
+                let expected = if rank == 0 { 3 * SHORT } else { 0 };
+                assert!((0..).zip(heard).all(|(from, letter)| letter == vec![from as u8; expected]), "process {rank}");
+                assert!(wire.exchange(Letters::Each(Vec::new())).unwrap().letters.iter().all(Vec::is_empty));
                 // Of an exchange in which one process alone has something long.
                 let one = if rank == 0 { vec![7; 2 * SHORT] } else { Vec::new() };
                 let heard = wire.exchange(Letters::All(one)).unwrap();
@@ -140,7 +145,7 @@ fn who_dies_while_long_letters_go_is_named_by_the_mesh() {
         |mut wire| {
             if wire.rank() == 1 {
                 // It says that a long letter comes, and dies before it does.
-                wire.mesh.exchange(heads(&Letters::All(vec![1; SHORT + 1]))).unwrap();
+                wire.mesh.exchange(heads(&Letters::All(vec![1; SHORT + 1]), 3)).unwrap();
                 return None;
             }
             Some(wire.exchange(Letters::All(vec![0; SHORT + 1])).unwrap_err())
@@ -164,7 +169,7 @@ fn a_link_that_hangs_ends_by_the_deadline() {
             let error = if wire.rank() == 0 {
                 Some(wire.exchange(Letters::All(Vec::new())).unwrap_err())
             } else {
-                wire.mesh.exchange(heads(&Letters::All(vec![1; SHORT + 1]))).unwrap();
+                wire.mesh.exchange(heads(&Letters::All(vec![1; SHORT + 1]), 3)).unwrap();
                 None
             };
             over.wait();
@@ -184,7 +189,7 @@ fn a_link_that_fails_while_all_live_is_named() {
         |mut wire| {
             if wire.rank() == 1 {
                 wire.link.to.clear();
-                wire.mesh.exchange(heads(&Letters::All(vec![1; SHORT + 1]))).unwrap();
+                wire.mesh.exchange(heads(&Letters::All(vec![1; SHORT + 1]), 3)).unwrap();
 
                 over.wait();
                 return None;
