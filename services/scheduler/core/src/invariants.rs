@@ -198,7 +198,8 @@ pub fn accounts_balance(core: &Core) -> Result<(), Broken> {
 /// When it does not hold.
 pub fn queue_is_served(core: &Core) -> Result<(), Broken> {
     let seats = core.seats();
-    let placements = placement::place(core.lines(), &seats, core.settings.max_lanes, None).placements;
+    let placements =
+        placement::place(core.lines(), &seats, core.settings.max_lanes, placement::Extent::Gangs).placements;
     holds("queue_is_served", placements.is_empty(), || format!("nobody granted {placements:?}"))
 }
 

@@ -11,7 +11,7 @@ use crate::job::Place;
 use crate::placement::{self, Ask, Blocked, Seat, Tenant};
 use crate::plant::Plant;
 use crate::project::{Accounts, Policy, Usage};
-use crate::queue::{Asked, Queue};
+use crate::queue::{Asked, Queue, Queued};
 use crate::step::Draft;
 use crate::timers::{Timer, Timers};
 use crate::{
@@ -313,31 +313,31 @@ impl Core {
     /// Why a queued job is not granted; nothing for a job that is not queued.
     pub fn blocked(&self, key: &JobKey) -> Option<Blocked> {
         self.jobs.get(key).filter(|job| job.state == State::Queued)?;
-        let tenant = self.tenant(&key.project, 0);
+        let tenant = self.tenant(&key.project);
         let (ask, seats) = (self.ask(key)?, self.seats());
         placement::blocked(|| self.lines(), &ask, tenant, &seats, self.settings.max_lanes)
     }
 
     /// The queue as it is walked.
-    pub(crate) fn lines(&self) -> impl Iterator<Item = (Tenant, impl Iterator<Item = Ask<'_>>)> {
-        self.queue.lines().map(|(project, places, n_wishes)| {
-            (self.tenant(project, n_wishes), places.iter().map(|(place, asked)| self.ask_at(place, asked)))
+    pub(crate) fn lines(&self) -> impl Iterator<Item = (Tenant, impl Iterator<Item = impl Iterator<Item = Ask<'_>>>)> {
+        self.queue.lines().map(|(project, groups)| {
+            (self.tenant(project), groups.map(|group| group.map(|queued| self.ask_at(queued))))
         })
     }
 
-    pub(crate) fn tenant(&self, project: &Project, n_wishes: usize) -> Tenant {
+    pub(crate) fn tenant(&self, project: &Project) -> Tenant {
         let policy = if self.has(Plant::QuotaIgnored) { Policy::default() } else { self.policy(project) };
-        Tenant { policy, usage: self.usage(project).0, n_wishes }
+        Tenant { policy, usage: self.usage(project).0 }
     }
 
     /// What a queued job asks for.
     pub(crate) fn ask(&self, key: &JobKey) -> Option<Ask<'_>> {
-        self.queue.get(self.jobs.get(key)?).map(|(place, asked)| self.ask_at(place, asked))
+        self.queue.get(self.jobs.get(key)?).map(|queued| self.ask_at(queued))
     }
 
-    pub(crate) fn ask_at<'a>(&'a self, place: &'a Place, asked: &'a Asked) -> Ask<'a> {
+    pub(crate) fn ask_at<'a>(&'a self, (resources, place, asked): Queued<'a>) -> Ask<'a> {
         const ANY: Digest = Digest::from_bytes([0; 32]);
-        let Asked { resources, prefer, avoid, share, memory } = asked;
+        let Asked { prefer, avoid, share, memory } = asked;
         let Place { priority: Reverse(priority), order, key } = place;
         let gathers = share.is_some() && self.timers.get(&Timer::Gather(key.clone())).is_some();
         Ask {

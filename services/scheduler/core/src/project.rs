@@ -49,18 +49,20 @@ pub struct Fleet {
 
 impl Fleet {
     /// What these seats have, free or not.
-    pub fn of(seats: &[Seat<'_>]) -> Self {
-        seats.iter().fold(Self::default(), |fleet, seat| {
-            let bytes = |kind: Device| {
-                let each = seat.memory.get(&kind).copied().unwrap_or_default();
-                each.saturating_mul(u64::from(seat.devices.of(kind)))
-            };
-            Self {
-                devices: fleet.devices.and(seat.devices),
-                cpu_bytes: fleet.cpu_bytes.saturating_add(bytes(Device::Cpu)),
-                cuda_bytes: fleet.cuda_bytes.saturating_add(bytes(Device::Cuda)),
-            }
-        })
+    pub fn of<'s>(seats: impl IntoIterator<Item = &'s Seat<'s>>) -> Self {
+        let mut fleet = Self::default();
+        seats.into_iter().for_each(|seat| fleet.add(seat));
+        fleet
+    }
+
+    pub(crate) fn add(&mut self, seat: &Seat<'_>) {
+        let bytes = |kind: Device| {
+            let each = seat.memory.get(&kind).copied().unwrap_or_default();
+            each.saturating_mul(u64::from(seat.devices.of(kind)))
+        };
+        self.devices = self.devices.and(seat.devices);
+        self.cpu_bytes = self.cpu_bytes.saturating_add(bytes(Device::Cpu));
+        self.cuda_bytes = self.cuda_bytes.saturating_add(bytes(Device::Cuda));
     }
 }
 

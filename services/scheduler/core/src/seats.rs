@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use attune_spec::id::WorkerId;
 
 use crate::placement::{Ask, Seat};
-use crate::{Device, Devices, Resources};
+use crate::{Device, Devices, Fleet, Resources};
 
 /// What jobs ask of a seat.
 pub(crate) type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
@@ -19,7 +19,7 @@ pub(crate) type Wish<'s> = (Device, u32, &'s BTreeMap<String, String>);
 struct Numbers {
     words: Vec<u64>,
     len: usize,
-    /// The first word that has a bit; where all are gone, none before it has one.
+    /// The first word that has a bit, where one has.
     first: usize,
 }
 
@@ -29,9 +29,9 @@ impl Numbers {
         if word >= self.words.len() {
             self.words.resize(word + 1, 0);
         }
+        self.first = if self.len == 0 { word } else { self.first.min(word) };
         self.len += usize::from(self.words[word] & bit == 0);
         self.words[word] |= bit;
-        self.first = self.first.min(word);
     }
 
     fn remove(&mut self, number: usize) -> bool {
@@ -44,6 +44,33 @@ impl Numbers {
             }
         }
         was_there
+    }
+
+    fn of(words: Vec<u64>) -> Self {
+        let len = words.iter().map(|word| word.count_ones() as usize).sum();
+        let first = words.iter().position(|word| *word != 0).unwrap_or(words.len());
+        Self { words, len, first }
+    }
+
+    /// Those that are in one or both.
+    fn or(&self, others: &Self) -> Self {
+        let n_words = self.words.len().max(others.words.len());
+        Self::of((0..n_words).map(|at| self.word(at) | others.word(at)).collect())
+    }
+
+    /// Those that are in both, and not among `gone`.
+    fn and(&self, others: &Self, gone: &Self) -> Self {
+        Self::of((0..self.words.len()).map(|at| self.word(at) & others.word(at) & !gone.word(at)).collect())
+    }
+
+    fn word(&self, at: usize) -> u64 {
+        self.words.get(at).copied().unwrap_or_default()
+    }
+
+    /// The smallest.
+    fn first(&self) -> Option<usize> {
+        let word = self.word(self.first);
+        (word != 0).then(|| 64 * self.first + word.trailing_zeros() as usize)
     }
 
     fn contains(&self, number: usize) -> bool {
@@ -68,10 +95,10 @@ impl Numbers {
 /// The seats that a wish could have if they were empty and that nobody keeps: by what is free of its kind, then by name.
 #[derive(Debug, Default)]
 struct Open {
-    by_free: BTreeMap<u32, Numbers>,
+    by_free: Levels,
     len: usize,
     /// The same with those that somebody keeps.
-    n_able: usize,
+    able: Numbers,
 }
 
 impl Open {
@@ -91,36 +118,75 @@ impl Open {
     }
 }
 
+/// The seats that are there by how many devices of a kind they have.
+type Levels = BTreeMap<u32, Numbers>;
+
 /// A fleet in which seats are taken and kept.
 #[derive(Debug)]
 pub(crate) struct Seats<'s> {
+    /// In the order of their workers' names: a seat's number is its place here.
     seats: &'s [Seat<'s>],
-    /// The seats by their workers' names: a seat's number is its place here.
-    by_name: Vec<usize>,
-    numbers: Vec<usize>,
+    /// Those that are not there yet.
+    absent: Numbers,
+    /// All that the others have.
+    whole: Fleet,
     free: Vec<Devices>,
-    kept: Vec<bool>,
+    kept: Numbers,
     /// Seats of which something is free and that nobody keeps.
     n_idle: usize,
+    /// The seats by all their devices of each kind, and by those that are free.
+    by_devices: BTreeMap<Device, (Levels, Levels)>,
     open: BTreeMap<Wish<'s>, Open>,
 }
 
 impl<'s> Seats<'s> {
+    /// A fleet of seats in the order of their workers' names.
     pub(crate) fn new(seats: &'s [Seat<'s>]) -> Self {
-        let free: Vec<Devices> = seats.iter().map(|seat| seat.free).collect();
-        let mut by_name: Vec<usize> = (0..seats.len()).collect();
-        by_name.sort_by_key(|idx| seats[*idx].worker);
-        let mut numbers = vec![0; seats.len()];
-        by_name.iter().enumerate().for_each(|(number, idx)| numbers[*idx] = number);
-        Self {
+        Self::without(seats, |_| false)
+    }
+
+    /// The same in which some are not there yet.
+    pub(crate) fn without(seats: &'s [Seat<'s>], is_absent: impl Fn(usize) -> bool) -> Self {
+        debug_assert!(seats.is_sorted_by_key(|seat| seat.worker), "seats are in order");
+        let mut fleet = Self {
             seats,
-            by_name,
-            numbers,
-            n_idle: free.iter().filter(|free| **free != Devices::default()).count(),
-            kept: vec![false; seats.len()],
-            free,
+            absent: (0..seats.len()).filter(|at| is_absent(*at)).collect(),
+            whole: Fleet::default(),
+            free: seats.iter().map(|seat| seat.free).collect(),
+            kept: Numbers::default(),
+            n_idle: 0,
+            by_devices: BTreeMap::new(),
             open: BTreeMap::new(),
+        };
+        let there: Vec<usize> = (0..seats.len()).filter(|at| !fleet.absent.contains(*at)).collect();
+        fleet.come(&there);
+        fleet
+    }
+
+    /// Those come that were not there, and nobody keeps anything any more; what is taken stays so.
+    pub(crate) fn widen(&mut self) {
+        self.kept = Numbers::default();
+        let absent: Vec<usize> = std::mem::take(&mut self.absent).iter().collect();
+        self.come(&absent);
+    }
+
+    fn come(&mut self, new: &[usize]) {
+        new.iter().for_each(|number| self.whole.add(&self.seats[*number]));
+        for kind in [Device::Cpu, Device::Cuda] {
+            let (all, free) = self.by_devices.entry(kind).or_default();
+            for &number in new {
+                all.entry(self.seats[number].devices.of(kind)).or_default().insert(number);
+                free.entry(self.free[number].of(kind)).or_default().insert(number);
+            }
         }
+        self.n_idle = (0..self.seats.len()).filter(|at| !self.absent.contains(*at) && self.is_idle_at(*at)).count();
+        // Whoever looks for a wish next finds it anew.
+        self.open.clear();
+    }
+
+    /// All that the seats have that are there.
+    pub(crate) fn whole(&self) -> Fleet {
+        self.whole
     }
 
     /// Whether there is a seat that a job could have.
@@ -128,23 +194,28 @@ impl<'s> Seats<'s> {
         self.n_idle > 0
     }
 
+    /// The smallest memory of the devices of a kind of some seats, as far as it is known.
+    pub(crate) fn memory(&self, kind: Device, gang: &[usize]) -> Option<u64> {
+        gang.iter().filter_map(|&idx| self.seats[idx].memory.get(&kind).copied()).min()
+    }
+
     fn open(&mut self, wish: Wish<'s>) -> &Open {
-        let Self { seats, numbers, free, kept, open, .. } = self;
+        let Self { seats, kept, by_devices, open, .. } = self;
         open.entry(wish).or_insert_with(|| {
-            let mut open = Open::default();
-            for idx in able(seats, wish) {
-                open.n_able += 1;
-                if !kept[idx] {
-                    open.insert(free[idx].of(wish.0), numbers[idx]);
-                }
+            let (kind, n_devices, labels) = wish;
+            let Some((all, free)) = by_devices.get(&kind) else { return Open::default() };
+            let mut able = all.range(n_devices..).fold(Numbers::default(), |able, (_, more)| able.or(more));
+            if !labels.is_empty() {
+                able = able.iter().filter(|number| is_able(&seats[*number], wish)).collect();
             }
-            open
+            let by_free: Levels = free.iter().map(|(n, alike)| (*n, alike.and(&able, kept))).collect();
+            Open { len: by_free.values().map(|alike| alike.len).sum(), by_free, able }
         })
     }
 
     /// The number of a worker's seat.
     fn number(&self, worker: &WorkerId) -> Option<usize> {
-        self.by_name.binary_search_by(|idx| self.seats[*idx].worker.cmp(worker)).ok()
+        self.seats.binary_search_by(|seat| seat.worker.cmp(worker)).ok()
     }
 
     /// The best gang of the first of these kinds that has one: where the job ran before, then the tightest holes, then those
@@ -153,11 +224,10 @@ impl<'s> Seats<'s> {
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
         kinds.iter().find_map(|&kind| {
             let before = ask.prefer.difference(ask.avoid).filter_map(|worker| self.number(worker));
-            let before: BTreeSet<(u32, usize)> =
-                before.map(|number| (self.free[self.by_name[number]].of(kind), number)).collect();
+            let before: BTreeSet<(u32, usize)> = before.map(|number| (self.free[number].of(kind), number)).collect();
             self.open((kind, n_devices, &ask.resources.labels));
             let open = &self.open[&(kind, n_devices, &ask.resources.labels)];
-            let worker = |number: &usize| self.seats[self.by_name[*number]].worker;
+            let worker = |number: &usize| self.seats[*number].worker;
             let first = before.iter().filter(|(free, number)| *free >= n_devices && open.has(*free, *number));
             let all = || open.by_free.range(n_devices..).flat_map(|(_, alike)| alike.iter());
             let is_new = ask.prefer.is_empty() && ask.avoid.is_empty();
@@ -169,7 +239,6 @@ impl<'s> Seats<'s> {
                 let last = all().filter(|number| ask.avoid.contains(worker(number)));
                 gang.extend(last.take(n_workers - gang.len()));
             }
-            gang.iter_mut().for_each(|number| *number = self.by_name[*number]);
             (gang.len() == n_workers).then_some((kind, gang))
         })
     }
@@ -177,21 +246,32 @@ impl<'s> Seats<'s> {
     /// Whether an empty fleet could hold this job on devices of a kind.
     pub(crate) fn could_hold(&mut self, ask: &Ask<'s>, kind: Device) -> bool {
         let Resources { n_workers, n_devices, labels, .. } = ask.resources;
-        self.open((kind, n_devices.get(), labels)).n_able >= n_workers.get() as usize
+        self.open((kind, n_devices.get(), labels)).able.len >= n_workers.get() as usize
+    }
+
+    /// The seats that could hold a share of a job that asks for one of these if they were empty.
+    pub(crate) fn able(&mut self, wanted: impl Iterator<Item = &'s Resources>) -> Vec<usize> {
+        let mut able = Numbers::default();
+        for Resources { n_devices, device, labels, .. } in wanted {
+            for kind in device.kinds() {
+                able = able.or(&self.open((*kind, n_devices.get(), labels)).able);
+            }
+        }
+        able.iter().collect()
     }
 
     /// Keeps the workers that this job will get first; none when the fleet cannot hold it at all. Says whether it kept any.
     pub(crate) fn keep(&mut self, ask: &Ask<'s>, kinds: &[Device]) -> bool {
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
         for &kind in kinds {
-            let open = self.open((kind, n_devices, &ask.resources.labels));
-            if open.len < n_workers {
+            let wish = (kind, n_devices, &ask.resources.labels);
+            if self.open(wish).len < n_workers {
                 continue;
             }
-            // The freest ones, by name where they are alike: they only get freer while they are kept, so the choice stays.
-            let chosen: Vec<usize> = open.by_free.values().rev().flat_map(Numbers::iter).take(n_workers).collect();
-            for idx in chosen.into_iter().map(|number| self.by_name[number]).collect::<Vec<_>>() {
-                self.change(idx, |seats| seats.kept[idx] = true);
+            for _ in 0..n_workers {
+                // The freest ones, by name where they are alike: they only get freer while they are kept, so the choice stays.
+                let freest = self.open(wish).by_free.values().rev().find_map(Numbers::first);
+                freest.into_iter().for_each(|number| self.keep_one(number));
             }
             return true;
         }
@@ -200,12 +280,12 @@ impl<'s> Seats<'s> {
 
     /// Takes devices of a seat.
     pub(crate) fn take(&mut self, idx: usize, kind: Device, n_devices: u32) {
-        self.change(idx, |seats| seats.free[idx] = seats.free[idx].without(kind, n_devices));
+        self.change(idx, self.free[idx].without(kind, n_devices));
     }
 
     /// Gives devices of a seat back.
     pub(crate) fn give(&mut self, idx: usize, kind: Device, n_devices: u32) {
-        self.change(idx, |seats| seats.free[idx] = seats.free[idx].with(kind, n_devices));
+        self.change(idx, self.free[idx].with(kind, n_devices));
     }
 
     /// What is free of a seat.
@@ -213,23 +293,42 @@ impl<'s> Seats<'s> {
         self.free[idx]
     }
 
-    fn change(&mut self, idx: usize, change: impl FnOnce(&mut Self)) {
-        let was_idle = self.is_idle_at(idx);
-        let before = self.free[idx];
-        change(self);
-        self.n_idle = self.n_idle + usize::from(self.is_idle_at(idx)) - usize::from(was_idle);
-        let (free, is_kept, number) = (self.free[idx], self.kept[idx], self.numbers[idx]);
+    fn keep_one(&mut self, number: usize) {
+        self.n_idle -= usize::from(self.is_idle_at(number));
+        self.kept.insert(number);
+        for ((kind, ..), open) in &mut self.open {
+            open.remove(self.free[number].of(*kind), number);
+        }
+    }
+
+    fn change(&mut self, number: usize, free: Devices) {
+        let was_idle = self.is_idle_at(number);
+        let before = std::mem::replace(&mut self.free[number], free);
+        self.n_idle = self.n_idle + usize::from(self.is_idle_at(number)) - usize::from(was_idle);
+        for (kind, (_, by_free)) in &mut self.by_devices {
+            let (before, free) = (before.of(*kind), free.of(*kind));
+            if before != free && by_free.get_mut(&before).is_some_and(|alike| alike.remove(number)) {
+                by_free.entry(free).or_default().insert(number);
+            }
+        }
         for ((kind, ..), open) in &mut self.open {
             let (before, free) = (before.of(*kind), free.of(*kind));
-            let is_moved = is_kept || before != free;
-            if is_moved && open.remove(before, number) && !is_kept {
+            if before != free && open.remove(before, number) {
                 open.insert(free, number);
             }
         }
     }
 
-    fn is_idle_at(&self, idx: usize) -> bool {
-        !self.kept[idx] && self.free[idx] != Devices::default()
+    fn is_idle_at(&self, number: usize) -> bool {
+        self.free[number] != Devices::default() && !self.kept.contains(number)
+    }
+}
+
+impl FromIterator<usize> for Numbers {
+    fn from_iter<I: IntoIterator<Item = usize>>(numbers: I) -> Self {
+        let mut all = Self::default();
+        numbers.into_iter().for_each(|number| all.insert(number));
+        all
     }
 }
 
@@ -309,7 +408,8 @@ mod tests {
                 let mixed = (idx as u64 * 7919 + order % 1000) % 997;
                 WorkerId::new(format!("w{mixed:03}-{idx}")).unwrap()
             };
-            let names: Vec<WorkerId> = (0..fleet.len()).map(name).collect();
+            let mut names: Vec<WorkerId> = (0..fleet.len()).map(name).collect();
+            names.sort_unstable();
             let zone = |zone: u32| BTreeMap::from([("zone".to_owned(), zone.to_string())]);
             let labels: Vec<BTreeMap<String, String>> = fleet.iter().map(|seat| zone(seat.4)).collect();
             let memory = BTreeMap::new();

@@ -16,15 +16,15 @@
 mod line;
 #[cfg(test)]
 mod tests;
+mod walk;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 
 use attune_spec::id::{Digest, WorkerId};
-use line::Line;
+use walk::Walk;
 
-use crate::project::{Fleet, Policy, Usage};
+use crate::project::{Policy, Usage};
 use crate::seats::{self, Seats};
 use crate::{Device, Devices, JobKey, Memory, Resources};
 
@@ -66,18 +66,17 @@ pub struct Tenant {
     pub policy: Policy,
     /// What it has.
     pub usage: Usage,
-    /// How many different things its queued jobs ask for, at most: its line is walked no further once each was looked for in vain.
-    pub n_wishes: usize,
 }
 
 impl Tenant {
     /// The kinds of devices, best first, of which the project may have as many more as a job asks for.
     pub fn kinds(&self, resources: &Resources) -> Vec<Device> {
-        let has_room = |kind: &Device| {
-            let used = self.usage.devices().of(*kind);
-            self.policy.max_of(*kind).is_none_or(|max| used.saturating_add(resources.n_total()) <= max)
-        };
-        resources.device.kinds().iter().copied().filter(has_room).collect()
+        resources.device.kinds().iter().copied().filter(|kind| self.has_room(resources, *kind)).collect()
+    }
+
+    fn has_room(&self, resources: &Resources, kind: Device) -> bool {
+        let used = self.usage.devices().of(kind);
+        self.policy.max_of(kind).is_none_or(|max| used.saturating_add(resources.n_total()) <= max)
     }
 }
 
@@ -105,6 +104,16 @@ pub struct Placement {
     pub device: Device,
     /// The workers, by rank.
     pub workers: Vec<WorkerId>,
+}
+
+/// The same by the places of its seats in the fleet.
+#[derive(Debug)]
+pub(crate) struct Gang<'a> {
+    /// What each of its jobs asks for.
+    pub(crate) resources: &'a Resources,
+    pub(crate) keys: Vec<&'a JobKey>,
+    pub(crate) device: Device,
+    pub(crate) seats: Vec<usize>,
 }
 
 /// What a walk through the queue finds.
@@ -135,89 +144,64 @@ pub enum Blocked {
     Gathering,
 }
 
-/// How many jobs that ask for the same are looked for, once nothing is free, that others may make way for: the next look finds the next
-/// ones.
-const MAX_WAITING: usize = 64;
+/// How far the queue is walked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// Until nobody behind can get a gang: the gangs that can be granted now, and of the jobs of a project that wait and ask for the same
+    /// the first at least.
+    Gangs,
+    /// Until no seat is left that somebody could have, with all jobs that wait; beyond that only for those of a higher priority than
+    /// `least`, that of the least urgent job that runs: some of those are to be known, as others may make way for them.
+    Waiting {
+        /// Jobs up to this priority are not looked at once no seat is left; none are where there is no such priority.
+        least: Option<i32>,
+    },
+}
 
-/// Walks the queue, given project by project, each in the order of priority and age, and returns the gangs that can be granted now. It
-/// goes no further once no seat is left that somebody could have, but for jobs of a higher priority than `least`, that of the least urgent
-/// job that runs: some of those are to be known, as others may make way for them.
+/// Walks the queue and returns the gangs that can be granted now. The queue is given project by project, of each the jobs that ask for the
+/// same together, in the order of priority and age; the seats in the order of their workers' names.
 pub fn place<'a, I: Iterator<Item = Ask<'a>>>(
-    queue: impl IntoIterator<Item = (Tenant, I)>,
+    queue: impl IntoIterator<Item = (Tenant, impl IntoIterator<Item = I>)>,
     seats: &'a [Seat<'a>],
     max_lanes: NonZeroU32,
-    least: Option<i32>,
+    extent: Extent,
 ) -> Placed<'a> {
-    let (mut fleet, whole) = (Seats::new(seats), Fleet::of(seats));
-    let mut lines: Vec<Line<'a, I>> = queue.into_iter().map(|(tenant, rest)| Line::new(tenant, rest, &whole)).collect();
-    let mut heads: BTreeSet<(Reverse<i32>, u64, u64, &JobKey, usize)> = BTreeSet::new();
-    let push = |heads: &mut BTreeSet<_>, lines: &mut [Line<'a, I>], idx: usize| {
-        let line = &mut lines[idx];
-        if let Some(ask) = line.head() {
-            heads.insert((Reverse(ask.priority), line.share(), ask.order, ask.key, idx));
-        }
+    let (gangs, waiting) = fill(&mut Seats::new(seats), queue, max_lanes, extent);
+    let placement = |Gang { keys, device, seats: gang, .. }| Placement {
+        keys: keys.into_iter().cloned().collect(),
+        device,
+        workers: gang.into_iter().map(|idx| seats[idx].worker.clone()).collect(),
     };
-    (0..lines.len()).for_each(|idx| push(&mut heads, &mut lines, idx));
-    let mut placed = Placed::default();
-    // What found no gang and kept no worker will not later in this walk either: seats only get fewer.
-    let mut hopeless: HashSet<&Resources> = HashSet::new();
-    let mut n_waiting: HashMap<&Resources, usize> = HashMap::new();
-    while let Some((Reverse(priority), .., idx)) = heads.pop_first() {
-        let is_idle = fleet.is_idle();
-        if !is_idle && least.is_none_or(|least| priority <= least) {
-            break;
-        }
-        let line = &mut lines[idx];
-        let Some((at, ask)) = line.take() else { continue };
-        if hopeless.contains(ask.resources) {
-            line.give_up(ask.resources);
-        }
-        let kinds = line.kinds(ask.resources);
-        if line.hopes(ask.resources) {
-            let gang = fleet.gang(&ask, &kinds);
-            let memory = |(device, gang): &(Device, Vec<usize>)| {
-                gang.iter().filter_map(|&idx| seats[idx].memory.get(device).copied()).min()
-            };
-            let limit = gang.as_ref().and_then(memory).unwrap_or(u64::MAX);
-            let lanes = line.lanes(at, max_lanes, limit);
-            let is_found = gang.is_some();
-            if let Some((device, gang)) = gang.filter(|_| lanes.is_gathered) {
-                let n_devices = ask.resources.n_devices.get();
-                gang.iter().for_each(|&idx| fleet.take(idx, device, n_devices));
-                let workers: Vec<WorkerId> = gang.into_iter().map(|idx| seats[idx].worker.clone()).collect();
-                line.charge(&Usage::of_gang(device, n_devices, workers.len(), lanes.memory), &whole);
-                placed.placements.push(Placement { keys: lanes.keys, device, workers });
-            } else if fleet.keep(&ask, &kinds) {
-                placed.waiting.extend((!is_found).then_some(ask.key));
-                let n_waiting = n_waiting.entry(ask.resources).or_default();
-                *n_waiting += 1;
-                if !is_idle && *n_waiting >= MAX_WAITING {
-                    line.give_up(ask.resources);
-                }
-            } else if !is_found {
-                line.give_up(ask.resources);
-                if kinds == ask.resources.device.kinds() {
-                    hopeless.insert(ask.resources);
-                }
-                // What its project may not have now it may have later.
-                let others = ask.resources.device.kinds().iter().filter(|kind| !kinds.contains(kind));
-                others.filter(|kind| fleet.could_hold(&ask, **kind)).for_each(|kind| line.keep(ask.resources, *kind));
-            }
-        }
-        push(&mut heads, &mut lines, idx);
+    Placed {
+        placements: gangs.into_iter().map(placement).collect(),
+        waiting: waiting.into_iter().map(|(key, _)| key).collect(),
     }
-    placed
+}
+
+/// The same on what is left of a fleet: the gangs, and the jobs that keep workers with what they ask for.
+pub(crate) fn fill<'a, I: Iterator<Item = Ask<'a>>>(
+    fleet: &mut Seats<'a>,
+    queue: impl IntoIterator<Item = (Tenant, impl IntoIterator<Item = I>)>,
+    max_lanes: NonZeroU32,
+    extent: Extent,
+) -> (Vec<Gang<'a>>, Vec<(&'a JobKey, &'a Resources)>) {
+    Walk::new(queue, fleet, max_lanes, extent).run()
 }
 
 /// Why a job of the queue is not granted, or nothing when it would be. `tenant` is its project; `queue` gives the queue as often as it
 /// is asked.
-pub fn blocked<'a, Q: IntoIterator<Item = (Tenant, I)>, I: Iterator<Item = Ask<'a>>>(
+pub fn blocked<'a, Q, G, I>(
     queue: impl Fn() -> Q,
     ask: &Ask<'a>,
     tenant: Tenant,
     seats: &'a [Seat<'a>],
     max_lanes: NonZeroU32,
-) -> Option<Blocked> {
+) -> Option<Blocked>
+where
+    Q: IntoIterator<Item = (Tenant, G)>,
+    G: IntoIterator<Item = I>,
+    I: Iterator<Item = Ask<'a>>,
+{
     let needed = ask.resources.n_workers.get() as usize;
     let Resources { n_devices, device, labels, .. } = ask.resources;
     let able = |kind: &Device| seats::able(seats, (*kind, n_devices.get(), labels)).count();
@@ -234,12 +218,12 @@ pub fn blocked<'a, Q: IntoIterator<Item = (Tenant, I)>, I: Iterator<Item = Ask<'
     } else if Seats::new(seats).gang(ask, &kinds).is_none() {
         Some(Blocked::Occupied)
     } else {
-        let placed = place(queue(), seats, max_lanes, None);
+        let placed = place(queue(), seats, max_lanes, Extent::Gangs);
         if placed.placements.iter().any(|placement| placement.keys.contains(ask.key)) {
             return None;
         }
         let waits = |other: Ask<'_>| other.fits(ask) && !other.gathers;
-        let is_gathering = ask.gathers && !queue().into_iter().flat_map(|(_, line)| line).any(waits);
+        let is_gathering = ask.gathers && !queue().into_iter().flat_map(|(_, groups)| groups).flatten().any(waits);
         Some(if is_gathering { Blocked::Gathering } else { Blocked::Behind })
     }
 }

@@ -1,6 +1,9 @@
 //! Placements by hand, by the plain definition, and their properties.
 
+use std::cmp::Reverse;
+
 use super::*;
+use crate::Fleet;
 use crate::Wanted;
 use attune_spec::id::{JobId, Project};
 use std::num::NonZeroU32;
@@ -15,17 +18,20 @@ fn ask((key, resources, prefer, share, gathers, memory, priority, order): &Asked
 
 static NOBODY: BTreeSet<WorkerId> = BTreeSet::new();
 
+/// A walk on which all jobs that wait are known.
+const ALL: Extent = Extent::Waiting { least: None };
+
 type Tenants = BTreeMap<Project, (Policy, Usage)>;
 
 /// The projects of some jobs with these, in their order.
-fn lines<'a>(asks: &'a [Asked], tenants: &Tenants) -> Vec<(Tenant, std::vec::IntoIter<Ask<'a>>)> {
+fn lines<'a>(asks: &'a [Asked], tenants: &Tenants) -> Vec<(Tenant, Vec<std::vec::IntoIter<Ask<'a>>>)> {
     let projects: BTreeSet<&Project> = asks.iter().map(|asked| &asked.0.project).collect();
     let line = |project: &Project| {
         let mut own: Vec<Ask<'a>> = asks.iter().filter(|asked| asked.0.project == *project).map(ask).collect();
-        own.sort_by_key(|ask| (Reverse(ask.priority), ask.order));
-        let n_wishes = own.iter().map(|ask| ask.resources).collect::<BTreeSet<_>>().len();
+        own.sort_by_key(|ask| (ask.resources, Reverse(ask.priority), ask.order));
+        let groups = own.chunk_by(|ask, next| ask.resources == next.resources);
         let (policy, usage) = tenants.get(project).copied().unwrap_or_default();
-        (Tenant { policy, usage, n_wishes }, own.into_iter())
+        (Tenant { policy, usage }, groups.map(|group| Vec::from(group).into_iter()).collect())
     };
     projects.into_iter().map(line).collect()
 }
@@ -99,9 +105,12 @@ fn rows(text: &str) -> Vec<Row> {
 }
 
 fn seats(rows: &[Row]) -> Vec<Seat<'_>> {
-    rows.iter()
+    let mut seats: Vec<Seat<'_>> = rows
+        .iter()
         .map(|(worker, devices, free, memory, labels)| Seat { worker, devices: *devices, free: *free, memory, labels })
-        .collect()
+        .collect();
+    seats.sort_by_key(|seat| seat.worker);
+    seats
 }
 
 fn placed(queue: &str, fleet: &str) -> String {
@@ -115,7 +124,7 @@ fn placed_for(projects: &str, queue: &str, fleet: &str) -> String {
         let jobs: Vec<&str> = p.keys.iter().map(|key| key.job.as_str()).collect();
         format!("{}={}@{}", jobs.join("+"), p.device, workers.join("+"))
     };
-    place(lines(&asks, &tenants(projects)), &seats(&rows), MAX_LANES, None)
+    place(lines(&asks, &tenants(projects)), &seats(&rows), MAX_LANES, ALL)
         .placements
         .iter()
         .map(text)
@@ -124,7 +133,7 @@ fn placed_for(projects: &str, queue: &str, fleet: &str) -> String {
 }
 
 /// The definition: all seats are looked at for each job, and all jobs for the one that is next.
-fn by_definition(queue: &[Ask<'_>], tenants: &Tenants, seats: &[Seat<'_>]) -> Vec<Placement> {
+fn by_definition<'a>(queue: &[Ask<'a>], tenants: &Tenants, seats: &[Seat<'_>]) -> Placed<'a> {
     let able = |ask: &Ask<'_>, kind: Device| -> Vec<usize> {
         let labels = &ask.resources.labels;
         let fits = |seat: &Seat<'_>| {
@@ -138,13 +147,14 @@ fn by_definition(queue: &[Ask<'_>], tenants: &Tenants, seats: &[Seat<'_>]) -> Ve
     let mut kept = vec![false; seats.len()];
     let mut kept_of_quota: Vec<(&Project, Device)> = Vec::new();
     let mut is_settled = vec![false; queue.len()];
-    let mut placements = Vec::new();
+    let mut placed = Placed::default();
     loop {
+        let is_idle = (0..seats.len()).any(|idx| !kept[idx] && free[idx] != Devices::default());
         let next = (0..queue.len()).filter(|&at| !is_settled[at]).min_by_key(|&at| {
             let (policy, usage) = tenants.entry(queue[at].key.project.clone()).or_default();
             (Reverse(queue[at].priority), usage.share(&fleet, policy.weight), queue[at].order)
         });
-        let Some(at) = next else { return placements };
+        let Some(at) = next.filter(|_| is_idle) else { return placed };
         is_settled[at] = true;
         let ask = &queue[at];
         let (n_workers, n_devices) = (ask.resources.n_workers.get() as usize, ask.resources.n_devices.get());
@@ -191,7 +201,7 @@ fn by_definition(queue: &[Ask<'_>], tenants: &Tenants, seats: &[Seat<'_>]) -> Ve
             let workers: Vec<WorkerId> = gang.iter().map(|&idx| seats[idx].worker.clone()).collect();
             let keys = lanes.iter().map(|&lane| queue[lane].key.clone()).collect();
             usage.add(&Usage::of_gang(device, n_devices, workers.len(), together));
-            placements.push(Placement { keys, device, workers });
+            placed.placements.push(Placement { keys, device, workers });
             continue;
         }
         let is_found = gang.is_some();
@@ -205,6 +215,7 @@ fn by_definition(queue: &[Ask<'_>], tenants: &Tenants, seats: &[Seat<'_>]) -> Ve
                 break;
             }
         }
+        placed.waiting.extend((keeps && !is_found).then_some(ask.key));
         if !keeps && !is_found {
             let may_later = |kind: &&Device| {
                 let is_within = policy.max_of(**kind).is_none_or(|max| needed <= max);
@@ -297,14 +308,14 @@ fn projects_share_the_fleet() {
 fn who_keeps_workers_is_named_in_order() {
     let (asks, few) = (asks("a:2x2:cpu b:9x1:cpu c!1:1x2:cpu d:1x1:cpu"), rows("v:1/2:0/0 w:1/2:0/0 x:0/2:0/0"));
     let seats = seats(&few);
-    let placed = place(lines(&asks, &Tenants::new()), &seats, MAX_LANES, None);
+    let placed = place(lines(&asks, &Tenants::new()), &seats, MAX_LANES, ALL);
     let names: Vec<&str> = placed.waiting.iter().map(|key| key.job.as_str()).collect();
     assert_eq!((names, placed.placements), (vec!["c", "a"], Vec::new()), "nobody can have nine workers");
     // Of a full fleet only those who are more urgent than what runs there.
     let full = rows("v:0/2:0/0 w:0/2:0/0");
     let seats = self::seats(&full);
     for (least, expected) in [(None, vec![]), (Some(1), vec![]), (Some(0), vec!["c"])] {
-        let placed = place(lines(&asks, &Tenants::new()), &seats, MAX_LANES, least);
+        let placed = place(lines(&asks, &Tenants::new()), &seats, MAX_LANES, Extent::Waiting { least });
         assert_eq!(placed.waiting.iter().map(|key| key.job.as_str()).collect::<Vec<_>>(), expected);
     }
 }
@@ -338,7 +349,7 @@ fn the_reason_for_waiting_is_named() {
         let all: Vec<Asked> = ahead.into_iter().chain(asked.iter().cloned()).zip(0..).map(numbered).collect();
         let tenants = tenants("small:1:1:0 full:1:2:1");
         let (policy, usage) = tenants.get(&asked[0].0.project).copied().unwrap_or_default();
-        let tenant = Tenant { policy, usage, n_wishes: 0 };
+        let tenant = Tenant { policy, usage };
         let found = blocked(|| lines(&all, &tenants), &ask(all.last().unwrap()), tenant, &rows, MAX_LANES);
         assert_eq!(found, expected, "{} on {fleet}", asked[0].0);
     }
@@ -377,13 +388,20 @@ proptest::proptest! {
             format!("{name}:{weight}:{max}:{used}")
         };
         let mut tenants = tenants(&projects.iter().zip(["p", "q", "r"]).map(tenant).collect::<Vec<_>>().join(" "));
-        let placements = place(lines(&asks, &tenants), &seats(&rows), MAX_LANES, None).placements;
+        let by_name = seats(&rows);
+        let placed = place(lines(&asks, &tenants), &by_name, MAX_LANES, ALL);
 
         let all: Vec<Ask<'_>> = asks.iter().map(ask).collect();
-        proptest::prop_assert_eq!(&placements, &by_definition(&all, &tenants, &seats(&rows)));
-        // The order in which workers are listed decides nothing.
-        let reversed: Vec<Row> = rows.iter().rev().cloned().collect();
-        proptest::prop_assert_eq!(&placements, &place(lines(&asks, &tenants), &seats(&reversed), MAX_LANES, None).placements);
+        proptest::prop_assert_eq!(&placed, &by_definition(&all, &tenants, &by_name));
+        // A short walk finds the same gangs, and what those that wait ask for.
+        let short = place(lines(&asks, &tenants), &by_name, MAX_LANES, Extent::Gangs);
+        let wishes = |waiting: &[&JobKey]| -> BTreeSet<(Project, Resources)> {
+            let asked = asks.iter().filter(|asked| waiting.contains(&&asked.0));
+            asked.map(|(key, resources, ..)| (key.project.clone(), resources.clone())).collect()
+        };
+        proptest::prop_assert_eq!(wishes(&short.waiting), wishes(&placed.waiting));
+        let placements = placed.placements;
+        proptest::prop_assert_eq!(&short.placements, &placements);
         for Placement { keys, device, workers } in &placements {
             let lanes: Vec<&Asked> = asks.iter().filter(|(asked, ..)| keys.contains(asked)).collect();
             let (_, resources, _, share, ..) = lanes[0];
@@ -412,7 +430,7 @@ proptest::proptest! {
         let rest: Vec<Asked> = asks.iter().filter(is_left).cloned().collect();
         // What a project got changes who goes next.
         if asks.iter().all(|asked| asked.0.project == asks[0].0.project) {
-            proptest::prop_assert_eq!(place(lines(&rest, &tenants), &seats(&rows), MAX_LANES, None).placements, Vec::new());
+            proptest::prop_assert_eq!(place(lines(&rest, &tenants), &seats(&rows), MAX_LANES, ALL).placements, Vec::new());
         }
     }
 }

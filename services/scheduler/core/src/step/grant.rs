@@ -2,7 +2,7 @@
 
 use attune_spec::id::{CohortId, WorkerId};
 
-use crate::placement::{self, Placed, Placement};
+use crate::placement::{self, Extent, Placed, Placement};
 use crate::plant::Plant;
 use crate::step::Draft;
 use crate::{Action, Attempt, Cohort, Core, Granted, JobKey, Occupied, Offer, Reason, Share, State};
@@ -14,9 +14,12 @@ impl Core {
             return;
         }
         loop {
-            let least = self.least_urgent();
+            // Who waits matters only to whoever makes way.
+            let may_make_way = self.may_make_way();
+            let extent = if may_make_way { Extent::Waiting { least: self.least_urgent() } } else { Extent::Gangs };
             let seats = self.seats();
-            let Placed { placements, waiting } = placement::place(self.lines(), &seats, self.settings.max_lanes, least);
+            let Placed { placements, waiting } =
+                placement::place(self.lines(), &seats, self.settings.max_lanes, extent);
             let waiting: Vec<JobKey> = waiting.into_iter().cloned().collect();
             // What a project gets changes who goes next, and what it may still have, and so what is kept for whom.
             let is_shared = self.queue.lines().nth(1).is_some() || !self.policies.is_empty();

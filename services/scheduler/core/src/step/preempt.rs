@@ -52,7 +52,7 @@ struct Wanted<'a> {
 impl Core {
     /// Makes way for jobs that wait for what others occupy, in this order.
     pub(super) fn make_way(&mut self, waiting: &[JobKey], draft: &mut Draft) {
-        let Some(least) = self.least_urgent() else { return };
+        let Some(least) = self.least_urgent().filter(|_| self.may_make_way()) else { return };
         let equals_too = self.has(Plant::EqualsPreempted);
         let is_urgent = |key: &JobKey| self.jobs[key].request.priority > least || equals_too;
         let Some(last) = waiting.iter().rposition(is_urgent) else { return };
@@ -69,7 +69,7 @@ impl Core {
                 continue;
             }
             let project = &ask.key.project;
-            let tenant = tenants.entry(project).or_insert_with(|| self.tenant(project, 0));
+            let tenant = tenants.entry(project).or_insert_with(|| self.tenant(project));
             let kinds = tenant.kinds(ask.resources);
             let Resources { n_workers, n_devices, ref labels, .. } = *ask.resources;
             let n_devices = n_devices.get();
@@ -108,10 +108,14 @@ impl Core {
         }
     }
 
-    /// The priority of the least urgent job that runs, if others may be asked to make way now.
+    /// Whether anybody may be asked to make way now.
+    pub(super) fn may_make_way(&self) -> bool {
+        self.settings.preempts && self.timers.get(&Timer::Way).is_none()
+    }
+
+    /// The priority of the least urgent job that runs.
     pub(super) fn least_urgent(&self) -> Option<i32> {
-        let may = self.settings.preempts && self.timers.get(&Timer::Way).is_none();
-        self.live.keys().next().copied().filter(|_| may)
+        self.live.keys().next().copied()
     }
 
     /// The seats, with what is free of them and will be without anybody being asked any more.

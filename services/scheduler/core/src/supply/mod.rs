@@ -28,7 +28,7 @@ use std::fmt;
 use std::time::Duration;
 
 use attune_spec::id::{Name, WorkerId};
-use need::Need;
+use need::{Absent, Need};
 
 use crate::{Core, Devices, Timestamp, Worker};
 
@@ -244,33 +244,16 @@ impl Supply {
     }
 
     /// What the queue would take of what is there and coming, and how many more.
-    fn need(&self, core: &Core, workers: &BTreeMap<&str, &Worker>, now: Timestamp) -> Need {
+    fn need<'c>(&self, core: &'c Core, workers: &BTreeMap<&str, &Worker>, now: Timestamp) -> Need<'c> {
         let coming = |(idx, lot): (usize, &Lot)| {
             let coming = lot.requests.iter().filter(|(_, request)| request.phase == Phase::Coming);
             coming.map(move |(id, _)| (idx, Some(id.clone()))).collect::<Vec<_>>()
         };
-        let mut coming: Vec<(usize, Option<RequestId>)> = self.lots.iter().enumerate().flat_map(coming).collect();
-        let mut room: Vec<u32> = self.lots.iter().map(|lot| lot.room(now)).collect();
-        let pools: Vec<&Pool> = self.pools().collect();
-        let mut asked = vec![0; pools.len()];
+        let coming = self.lots.iter().enumerate().flat_map(coming).collect();
+        let room: Vec<u32> = self.lots.iter().map(|lot| lot.room(now)).collect();
         // Those that are to be there whatever waits are asked for anyhow, and jobs will be placed on them.
-        let mut more: Vec<u32> =
-            self.lots.iter().zip(&room).map(|(lot, room)| lot.lacking(workers).min(*room)).collect();
-        loop {
-            // Where more workers are to come, jobs would be placed otherwise: so that the next step does not ask again, those count as coming
-            // until nothing is missing, each beside the others of its pool as the next step will see it.
-            for (idx, n) in more.into_iter().enumerate() {
-                asked[idx] += n;
-                room[idx] -= n;
-                coming.extend((0..n).map(|_| (idx, None)));
-            }
-            coming.sort_by_key(|(idx, _)| *idx);
-            let need = need::need(core, &pools, &coming, &room);
-            if need.asked.iter().all(|n| *n == 0) {
-                return Need { asked, ..need };
-            }
-            more = need.asked;
-        }
+        let more = self.lots.iter().zip(&room).map(|(lot, room)| lot.lacking(workers).min(*room)).collect();
+        need::need(core, &self.pools().collect::<Vec<_>>(), Absent { coming, room }, more)
     }
 }
 
@@ -352,7 +335,7 @@ impl Lot {
     fn order(
         &mut self,
         n_asked: u32,
-        need: &Need,
+        need: &Need<'_>,
         workers: &BTreeMap<&str, &Worker>,
         now: Timestamp,
         orders: &mut Vec<Order>,
@@ -365,7 +348,9 @@ impl Lot {
         for (id, request) in &mut self.requests {
             let is_needed = match (request.phase, workers.get(id.0.as_str())) {
                 (Phase::Coming, _) => need.coming.contains(id),
-                (Phase::Here, Some(worker)) => !worker.occupied.is_empty() || need.workers.contains(&worker.id),
+                (Phase::Here, Some(worker)) => {
+                    !worker.occupied.is_empty() || need.workers.binary_search(&&worker.id).is_ok()
+                }
                 _ => true,
             };
             request.spare = if is_needed { None } else { request.spare.or(Some(now)) };

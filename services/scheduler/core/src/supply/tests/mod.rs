@@ -1,6 +1,7 @@
 //! A fleet that comes and goes: step by step, and by chance.
 
 mod chance;
+mod plain;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
