@@ -15,8 +15,8 @@ use crate::queue::{Asked, Queue, Queued};
 use crate::step::Draft;
 use crate::timers::{Timer, Timers};
 use crate::{
-    Answer, Attempt, Backoff, Cohort, Effects, Input, Job, JobKey, Memory, RestoreError, State, Timestamp, Worker,
-    invariants,
+    Answer, Attempt, Backoff, Cohort, Devices, Effects, Input, Job, JobKey, Memory, RestoreError, State, Timestamp,
+    Worker, invariants,
 };
 
 /// The limits that a scheduler works with.
@@ -354,13 +354,18 @@ impl Core {
     }
 
     pub(crate) fn seats(&self) -> Vec<Seat<'_>> {
+        self.seats_with(Worker::free)
+    }
+
+    /// The workers that take new work, and what counts as free of each; by name.
+    pub(crate) fn seats_with(&self, free: impl Fn(&Worker) -> Devices) -> Vec<Seat<'_>> {
         let takes_work = |worker: &&Worker| {
             let is_told_off = worker.draining || worker.rests || worker.outdated;
             worker.connected && !is_told_off && !self.cordoned.contains(&worker.id)
         };
         let seat = |worker| {
             let Worker { id, devices, memory, labels, .. }: &Worker = worker;
-            Seat { worker: id, devices: *devices, free: worker.free(), memory, labels }
+            Seat { worker: id, devices: *devices, free: free(worker), memory, labels }
         };
         self.workers.values().filter(takes_work).map(seat).collect()
     }

@@ -2,7 +2,8 @@
 //!
 //! Jobs that ask for the same (a number of devices of a kind, and labels) see the same seats in the same order, so each such wish has them
 //! sorted once, and a seat that changes moves in each. A look for a gang then costs what the gang is large, however large the fleet
-//! is. Seats are numbered in the order of their workers' names, so that sets of them are bits and no name is compared twice.
+//! is. Seats are numbered in the order of their workers' names, so that sets of them are bits and no name is compared. The sets that a
+//! wish begins with are made of those of all seats by their devices, a word at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 

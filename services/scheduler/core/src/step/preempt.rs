@@ -58,7 +58,7 @@ impl Core {
         let Some(last) = waiting.iter().rposition(is_urgent) else { return };
         let seats = self.soon();
         let mut fleet = Seats::new(&seats);
-        let mut candidates = Candidates { rest: self.candidates(&seats), seen: Vec::new() };
+        let mut candidates: BTreeMap<Device, Candidates<_>> = BTreeMap::new();
         let mut tenants: BTreeMap<&Project, Tenant> = BTreeMap::new();
         let mut asked = BTreeSet::new();
         // What was looked for in vain will be for whoever is no more urgent.
@@ -76,8 +76,10 @@ impl Core {
             let gang = fleet.gang(&ask, &kinds).or_else(|| {
                 kinds.iter().find_map(|&kind| {
                     let wish = (kind, n_devices, labels);
+                    let of_kind = || Candidates { rest: self.candidates(&seats, kind), seen: Vec::new() };
+                    let candidates = candidates.entry(kind).or_insert_with(of_kind);
                     let wanted = Wanted { priority: ask.priority, n_workers: n_workers.get() as usize, wish };
-                    for at in self.way_for(&wanted, (&seats, &fleet), &mut candidates, &asked)? {
+                    for at in self.way_for(&wanted, (&seats, &fleet), candidates, &asked)? {
                         let Candidate { id, ref places, .. } = candidates.seen[at];
                         places.iter().for_each(|&(idx, kind, n)| fleet.give(idx, kind, n));
                         asked.insert(id);
@@ -126,14 +128,11 @@ impl Core {
         });
         let leaving: BTreeSet<CohortId> =
             stopping.filter(|id| self.staying(&self.cohorts[id]).next().is_none()).collect();
-        let mut seats = self.seats();
-        for seat in &mut seats {
-            let leaves = |(id, used): &(&CohortId, &Occupied)| used.releasing || leaving.contains(id);
-            for (_, used) in self.workers[seat.worker].occupied.iter().filter(leaves) {
-                seat.free = seat.free.with(used.device, used.n_devices);
-            }
-        }
-        seats
+        let leaves = |(id, used): &(&CohortId, &Occupied)| used.releasing || leaving.contains(id);
+        self.seats_with(|worker| {
+            let left = worker.occupied.iter().filter(leaves);
+            left.fold(worker.free(), |free, (_, used)| free.with(used.device, used.n_devices))
+        })
     }
 
     /// The jobs of a cohort that are not being stopped.
@@ -142,12 +141,16 @@ impl Core {
         jobs.filter(|job| !matches!(job.state, State::Stopping(_)))
     }
 
-    /// Who can be asked to make way.
-    fn candidates<'a>(&'a self, seats: &'a [Seat<'a>]) -> impl Iterator<Item = Candidate> + use<'a> {
+    /// Who can be asked to make way on devices of a kind.
+    fn candidates<'a>(&'a self, seats: &'a [Seat<'a>], kind: Device) -> impl Iterator<Item = Candidate> + use<'a> {
         let by_urgency =
             self.live.iter().flat_map(|(priority, cohorts)| cohorts.keys().rev().map(|id| (*priority, *id)));
-        by_urgency.filter_map(|(priority, id)| {
+        by_urgency.filter_map(move |(priority, id)| {
             let cohort = &self.cohorts[&id];
+            // Most that run may be of another kind: what they run is not looked up.
+            if cohort.shares.iter().all(|share| share.device != kind) {
+                return None;
+            }
             let has_moved = |job: &Job| job.preempted_at != Some(job.progress);
             // One of several priorities stands with the highest.
             let is_here = self.staying(cohort).map(|job| job.request.priority).max() == Some(priority);
