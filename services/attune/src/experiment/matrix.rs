@@ -129,9 +129,11 @@ impl Matrix {
         if let Some(axis) = &self.report.stability {
             let names = self.columns();
             if !names.contains(&axis.as_str()) || self.report.mean_over.is_empty() {
+                let known = if names.is_empty() { "there is none".to_owned() } else { names.join(", ") };
                 let message = format!(
-                    "is {axis}; expected one of the axes by which columns are made ({}), with another one, such as a seed, in `mean_over`",
-                    names.join(", ")
+                    "is {axis}; expected an axis that is neither that of the rows ({}) nor in `mean_over` ({known}), and another one, such as \
+                     a seed, in `mean_over`",
+                    self.rows()
                 );
                 faults.push(Fault::new("report.stability", message));
             }
@@ -257,8 +259,8 @@ report: {rows: d, stability: b}
             "`version` is 2; this build reads version 1",
             "`vary[1].name` is \"a\", as `vary[0]` is called; give each its own",
             "`report` names the axis \"d\"; the axes are a, a",
-            "`report.stability` is b; expected one of the axes by which columns are made (a, a), with another one, such as a seed, in \
-             `mean_over`",
+            "`report.stability` is b; expected an axis that is neither that of the rows (d) nor in `mean_over` (a, a), and another one, \
+             such as a seed, in `mean_over`",
         ];
         assert_eq!(faults, expected);
     }
