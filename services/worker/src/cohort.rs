@@ -324,7 +324,10 @@ impl Cohort {
                     }
                     Heard::Log(line) => {
                         tracing::debug!(folder = %self.folder.display(), "{line}");
-                        for lane in self.lanes.iter_mut().filter(|lane| lane.is_running()) {
+                        // The log and the messages are two pipes: what was written before the last message may be read after it.
+                        let is_alone = !self.is_shared();
+                        let hears = |lane: &&mut Lane| lane.is_running() || is_alone && !lane.is_over();
+                        for lane in self.lanes.iter_mut().filter(hears) {
                             lane.log(v1::Severity::Info, line.clone()).await;
                         }
                     }
