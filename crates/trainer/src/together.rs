@@ -133,13 +133,13 @@ fn do_all(pieces: Vec<Piece>) -> Vec<Outcome> {
 /// Which pieces go through the base in one pass: those that want the same of it, as many as have no more rows than a pass is
 /// meant to have. More rows would only take more memory.
 fn groups(pieces: &[Piece]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<((Option<Keep>, Purpose), usize, Vec<usize>)> = Vec::new();
+    /// What is wanted, the rows, and the places of the pieces.
+    type Group = ((Option<Keep>, Purpose), usize, Vec<usize>);
+    let mut groups: Vec<Group> = Vec::new();
     for (place, piece) in pieces.iter().enumerate() {
         let wants = (piece.wanted.as_ref().map(|wanted| wanted.keep), piece.purpose);
         let rows: usize = piece.layouts.iter().map(|layout| layout.n_rows()).sum();
-        let has_room = |group: &&mut ((Option<Keep>, Purpose), usize, Vec<usize>)| {
-            group.0 == wants && group.1 + rows <= ROWS_PER_PASS as usize
-        };
+        let has_room = |group: &&mut Group| group.0 == wants && group.1 + rows <= ROWS_PER_PASS as usize;
         match groups.iter_mut().find(has_room) {
             Some((_, sum, places)) => {
                 *sum += rows;

@@ -190,7 +190,7 @@ impl Kernels for Cpu {
         static LIKE: [OnceLock<Cpu>; 2] = [OnceLock::new(), OnceLock::new()];
         // As this process uses it, once for each way to multiply.
         let is_used = self.isa == cpu().isa;
-        let like = || &*LIKE[self.matmul as usize].get_or_init(|| Self { multiplies: false, ..*self });
+        let like = || LIKE[self.matmul as usize].get_or_init(|| Self { multiplies: false, ..*self });
         is_used.then(|| like() as &dyn Kernels)
     }
 
