@@ -197,7 +197,8 @@ impl Kernels for Cpu {
     fn gemm(&self, c_mn: ViewMut<'_, f32>, of: &Gemm<'_>) {
         match (self.multiplies, of.accumulate) {
             (true, _) => gemm::gemm(self, c_mn, of),
-            (false, true) => {}
+            // Memory is taken when it is written to.
+            (false, true) => self.scale(c_mn, 1.0),
             (false, false) => self.fill(c_mn, 0.0),
         }
     }
