@@ -123,10 +123,10 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             let infos = architecture.tensors();
             sites.retain(|site| infos.iter().any(|info| info.site == site.id));
         }
-        let count = |site: &Site, formula: &str| {
+        let names = |site: &Site| {
             let mut names = method.params.clone();
             names.extend(site.sizes(architecture));
-            expression::number(formula, &names).ok()
+            names
         };
         if !document.fused && !document.trains_base {
             // Norms and tables are small beside these, and attentions and MLPs as a whole take and give the stream.
@@ -139,10 +139,11 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             graph_numbers = graph_numbers.max((GRAPH_NUMBERS * widest) as u64);
         }
         for site in &sites {
-            let own = count(site, &document.parameters)?;
+            let names = names(site);
+            let own = expression::number(&document.parameters, &names).ok()?;
             parameters += own;
             if !document.fixed.is_empty() {
-                fixed += count(site, &document.fixed)?;
+                fixed += expression::number(&document.fixed, &names).ok()?;
             }
             if let Some((output, input)) = site.out_in().filter(|_| !document.trains_base) {
                 row_numbers += own / (output + input) as f64;
@@ -150,7 +151,7 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
         }
         // What is shared has the sizes of any site: those that it depends on are alike at all.
         if let Some(site) = sites.first().filter(|_| !document.shared.is_empty()) {
-            parameters += count(site, &document.shared)?;
+            parameters += expression::number(&document.shared, &names(site)).ok()?;
         }
         if !document.fixed_shared.is_empty() {
             let widths = sites.iter().filter_map(Site::out_in);

@@ -243,15 +243,14 @@ impl Mora {
 /// What a square adds to rows of `output` numbers.
 fn rows(form: Form, x_ti: &Tensor, m_nn: &Tensor, output: usize) -> attune_points::Result<Tensor> {
     let ((t, i), n) = (x_ti.dims2()?, m_nn.dim(0)?);
-    let chunks = i.div_ceil(n);
+    // With rope, what later chunks would give has no output.
+    let n_used = if form == Form::Rope { output.div_ceil(n) } else { usize::MAX };
+    let chunks = i.div_ceil(n).min(n_used);
     let whole = tiled(x_ti, 1, chunks * n)?;
     let h = if form == Form::Rope {
-        // What later chunks would give has no output.
-        let given = chunks.min(output.div_ceil(n));
-        let (cos, sin) = turns(given, n, x_ti)?;
-        let whole = whole.narrow(1, 0, given * n)?.contiguous()?;
-        let turned = ops::rope(&whole.reshape((t, given, n))?, &cos, &sin)?.contiguous()?.reshape((t * given, n))?;
-        ops::linear(&turned, m_nn, None)?.reshape((t, given * n))?
+        let (cos, sin) = turns(chunks, n, x_ti)?;
+        let turned = ops::rope(&whole.reshape((t, chunks, n))?, &cos, &sin)?.contiguous()?.reshape((t * chunks, n))?;
+        ops::linear(&turned, m_nn, None)?.reshape((t, chunks * n))?
     } else {
         let short_tn = match form.groups().0 {
             true => whole.reshape((t, n, chunks))?.sum(2)?,
@@ -314,10 +313,10 @@ impl WeightMap for Mora {
 fn change(form: Form, m_nn: &Tensor, (o, i): (usize, usize)) -> attune_points::Result<Tensor> {
     let n = m_nn.dim(0)?;
     let chunks = i.div_ceil(n);
-    // What later chunks would give has no output.
-    let given = chunks.min(o.div_ceil(n));
     let of_chunks = if form == Form::Rope {
-        let (cos, sin) = turns(chunks, n, m_nn)?;
+        // What later chunks would give has no output.
+        let given = chunks.min(o.div_ceil(n));
+        let (cos, sin) = turns(given, n, m_nn)?;
         let zeros = |count: usize| Tensor::zeros((n, count * n), m_nn.dtype(), m_nn.device());
         let of_chunk = |q: usize| -> candle_core::Result<Tensor> {
             // Columns of M are turned the other way round.

@@ -17,6 +17,12 @@ const SHORT: usize = 64 << 10;
 /// How long the mesh may take to tell that a process has died, after a link has failed because of that.
 const WORD_OF_DEATH: Duration = Duration::from_secs(2);
 
+/// A letter with the number of the process that it is for.
+pub type Letter<'a> = (u32, Cow<'a, [u8]>);
+
+/// Says whether who waits should go on, and why not.
+pub type Watch<'a> = dyn FnMut() -> Result<(), Error> + 'a;
+
 /// One end of what carries long letters between the processes of a run.
 pub trait Link: Send {
     /// What it is called.
@@ -28,12 +34,7 @@ pub trait Link: Send {
     ///
     /// # Errors
     /// [`Stopped`]. The link is of no further use then.
-    fn carry(
-        &mut self,
-        out: &[(u32, Cow<'_, [u8]>)],
-        into: &mut [(u32, Vec<u8>)],
-        watch: &mut dyn FnMut() -> Result<(), Error>,
-    ) -> Result<(), Stopped>;
+    fn carry(&mut self, out: &[Letter<'_>], into: &mut [(u32, Vec<u8>)], watch: &mut Watch<'_>) -> Result<(), Stopped>;
 }
 
 /// Why letters were not carried.
@@ -64,7 +65,7 @@ impl<L: Link> Carried<L> {
     }
 
     /// Carries the long letters of exchange `number`.
-    fn carry(&mut self, number: u64, out: &[(u32, Cow<'_, [u8]>)], into: &mut [(u32, Vec<u8>)]) -> Result<(), Error> {
+    fn carry(&mut self, number: u64, out: &[Letter<'_>], into: &mut [(u32, Vec<u8>)]) -> Result<(), Error> {
         let (mesh, within) = (&self.mesh, self.mesh.patience().exchange);
         let give_up = Instant::now() + within;
         let first = into.first().map(|(rank, _)| *rank).or_else(|| out.first().map(|(rank, _)| *rank));
@@ -100,15 +101,6 @@ pub(crate) fn pause() {
     std::thread::sleep(Duration::from_micros(50));
 }
 
-/// What the mesh says in place of a letter.
-#[derive(Debug, PartialEq, Eq)]
-enum Head<'a> {
-    /// The letter itself.
-    Short(&'a [u8]),
-    /// How long it is, and what it hashes to.
-    Long(u64, Checksum),
-}
-
 /// The letter is long.
 const LONG: u8 = 1;
 /// Its sender has a long letter for somebody.
@@ -139,15 +131,16 @@ fn head(letter: &[u8], sends_long: bool) -> Vec<u8> {
     [&[flags | LONG][..], &length, &checksum(&[], letter).0].concat()
 }
 
-/// What a head says, and whether its sender has a long letter for somebody.
-fn read(head: &[u8]) -> Option<(Head<'_>, bool)> {
+/// How long a long letter is and what it hashes to, by its head, which a short one follows; and whether the sender has a long letter for
+/// somebody.
+fn read(head: &[u8]) -> Option<(Option<(u64, Checksum)>, bool)> {
     let (flags, rest) = head.split_first()?;
     let sends_long = flags & SENDS_LONG != 0;
     if flags & LONG == 0 {
-        return Some((Head::Short(rest), sends_long));
+        return Some((None, sends_long));
     }
     let (length, sum) = rest.split_first_chunk::<8>()?;
-    Some((Head::Long(u64::from_le_bytes(*length), Checksum(sum.try_into().ok()?)), sends_long))
+    Some((Some((u64::from_le_bytes(*length), Checksum(sum.try_into().ok()?))), sends_long))
 }
 
 impl<L: Link> Wire for Carried<L> {
@@ -168,11 +161,11 @@ impl<L: Link> Wire for Carried<L> {
         let (mut into, mut sums, mut any_long) = (Vec::new(), Vec::new(), sends_long);
         for (rank, letter) in (0..).zip(&mut heard.letters).filter(|(rank, _)| *rank as usize != own) {
             let unclear = || Error::Unexpected { rank, what: "the head of a letter is cut off".to_owned() };
-            let (head, sends_long) = read(letter).ok_or_else(unclear)?;
+            let (long, sends_long) = read(letter).ok_or_else(unclear)?;
             any_long |= sends_long;
-            match head {
-                Head::Short(_) => drop(letter.drain(..1)),
-                Head::Long(length, sum) => {
+            match long {
+                None => drop(letter.drain(..1)),
+                Some((length, sum)) => {
                     into.push((rank, vec![0; usize::try_from(length).map_err(|_| unclear())?]));
                     sums.push(sum);
                 }

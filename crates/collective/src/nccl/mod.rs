@@ -9,7 +9,6 @@
 
 mod library;
 
-use std::borrow::Cow;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -18,15 +17,12 @@ use cudarc::driver::sys::{CUcontext, CUdeviceptr, CUresult, CUstream};
 
 use self::library::{Communicator, ID, Id, Nccl, nccl, spelt};
 use crate::Wire as _;
-use crate::carried::{Link, Stopped, pause};
-use crate::error::Error;
+use crate::carried::{Letter, Link, Stopped, Watch, pause};
 use crate::mesh::Mesh;
 use crate::way::End;
 
 /// Bytes of a letter that go at a time: each process has room for so many to and from each other one on its device.
 const PIECE: usize = 8 << 20;
-/// Where pieces begin.
-const ALIGNED: usize = 512;
 /// How long is waited for a communicator to end.
 const TO_END: Duration = Duration::from_secs(5);
 
@@ -35,6 +31,12 @@ pub(crate) struct Device {
     nccl: &'static Nccl,
     uuid: [u8; 16],
     context: CUcontext,
+}
+
+/// Makes this thread one of the device's.
+fn enter(context: CUcontext) -> Result<(), String> {
+    // SAFETY: contexts here live as long as the process.
+    unsafe { result::ctx::set_current(context) }.map_err(plain("its context"))
 }
 
 fn plain(what: &str) -> impl Fn(DriverError) -> String {
@@ -81,12 +83,15 @@ impl End for Device {
         let Ok(group) = group.try_into() else {
             return Err(failed(format!("a group of {} bytes of name; expected {ID}", group.len())));
         };
-        // SAFETY: the context lives as long as the process.
-        unsafe { result::ctx::set_current(self.context) }.map_err(|error| failed(plain("its context")(error)))?;
+        enter(self.context).map_err(failed)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
         let stream = stream.map_err(|error| failed(plain("a stream")(error)))?;
+        // To and from each, now: where there is no room, that is no surprise in the middle of a step.
+        // SAFETY: the address is this end's own.
+        let room = unsafe { result::malloc_sync(2 * mesh.size() as usize * PIECE) };
+        let room = room.map_err(|error| failed(plain("room for letters on their way")(error)))?;
         let communicator = self.nccl.begin(Id(group), mesh.rank(), mesh.size()).map_err(failed)?;
-        let joined = Joined { nccl: self.nccl, context: self.context, stream, communicator, room: (0, 0) };
+        let joined = Joined { nccl: self.nccl, context: self.context, stream, communicator, room };
         let (within, start) = (mesh.patience().join, Instant::now());
         let mut watch = || mesh.lost().map_or(Ok(()), Err);
         wait(&mut watch, || {
@@ -100,10 +105,7 @@ impl End for Device {
 }
 
 /// Waits until something is done, unless it fails or whoever watches ends it.
-fn wait(
-    watch: &mut dyn FnMut() -> Result<(), Error>,
-    mut is_done: impl FnMut() -> Result<bool, String>,
-) -> Result<(), Stopped> {
+fn wait(watch: &mut Watch<'_>, mut is_done: impl FnMut() -> Result<bool, String>) -> Result<(), Stopped> {
     loop {
         if is_done().map_err(Stopped::Failed)? {
             return Ok(());
@@ -119,8 +121,8 @@ pub(crate) struct Joined {
     context: CUcontext,
     stream: CUstream,
     communicator: Communicator,
-    /// Memory of the device for pieces on their way: address and bytes.
-    room: (CUdeviceptr, usize),
+    /// Memory of the device for pieces on their way: one to and one from each process of the group.
+    room: CUdeviceptr,
 }
 
 // SAFETY: the handles may be used from any thread, one at a time, that has made the context its current one, which `carry` does.
@@ -133,30 +135,6 @@ fn pieces(lengths: impl Iterator<Item = (u32, usize)>, round: usize) -> impl Ite
 }
 
 impl Joined {
-    fn enter(&self) -> Result<(), String> {
-        // SAFETY: the context lives as long as the process.
-        unsafe { result::ctx::set_current(self.context) }.map_err(plain("its context"))
-    }
-
-    /// Room for so many pieces.
-    fn room(&mut self, n_pieces: usize) -> Result<CUdeviceptr, String> {
-        let wanted = n_pieces * PIECE.next_multiple_of(ALIGNED);
-        let (at, has) = self.room;
-        if has >= wanted {
-            return Ok(at);
-        }
-        let refused = |error| format!("{wanted} bytes of the device for letters on their way: {error:?}");
-        // SAFETY: nothing is on its way in what is given back; the new address is this end's own.
-        unsafe {
-            if has > 0 {
-                self.room = (0, 0);
-                result::free_sync(at).map_err(refused)?;
-            }
-            self.room = (result::malloc_sync(wanted).map_err(refused)?, wanted);
-        }
-        Ok(self.room.0)
-    }
-
     /// Whether the stream has done what it was given.
     fn is_at_rest(&self) -> Result<bool, String> {
         // SAFETY: the stream is this end's own.
@@ -173,16 +151,11 @@ impl Link for Joined {
         "NCCL"
     }
 
-    fn carry(
-        &mut self,
-        out: &[(u32, Cow<'_, [u8]>)],
-        into: &mut [(u32, Vec<u8>)],
-        watch: &mut dyn FnMut() -> Result<(), Error>,
-    ) -> Result<(), Stopped> {
+    fn carry(&mut self, out: &[Letter<'_>], into: &mut [(u32, Vec<u8>)], watch: &mut Watch<'_>) -> Result<(), Stopped> {
         let failed = Stopped::Failed;
-        self.enter().map_err(failed)?;
-        let room = self.room(out.len() + into.len()).map_err(failed)?;
-        let place = |idx: usize| room + (idx * PIECE.next_multiple_of(ALIGNED)) as CUdeviceptr;
+        enter(self.context).map_err(failed)?;
+        let room = self.room;
+        let place = |idx: usize| room + (idx * PIECE) as CUdeviceptr;
         let lengths = out.iter().map(|(_, letter)| letter.len()).chain(into.iter().map(|(_, letter)| letter.len()));
         let n_rounds = lengths.max().unwrap_or_default().div_ceil(PIECE);
         let copied = |error: DriverError| Stopped::Failed(format!("a copy of a letter: {error:?}"));
@@ -192,7 +165,7 @@ impl Link for Joined {
             let taken: Vec<_> = pieces(into.iter().map(|(rank, letter)| (*rank, letter.len())), round).collect();
             let (begin, n_out) = (round * PIECE, out.len());
             for (idx, _, length) in &sent {
-                // SAFETY: the place has room for a piece, and the letter stays until the stream is at rest.
+                // SAFETY: the place has room for a piece, and of memory that is not pinned the driver has its own copy when this returns.
                 unsafe {
                     result::memcpy_htod_async(place(*idx), &out[*idx].1[begin..begin + length], self.stream)
                         .map_err(copied)?;
@@ -229,22 +202,18 @@ impl Drop for Joined {
         let (tell, told) = channel();
         std::thread::spawn(move || {
             let Last(nccl, communicator, context) = { last };
-            // SAFETY: the context lives as long as the process, and nobody has the communicator any more.
-            unsafe {
-                if result::ctx::set_current(context).is_ok() {
-                    nccl.abort(communicator);
-                }
+            if enter(context).is_ok() {
+                // SAFETY: nobody has the communicator any more.
+                unsafe { nccl.abort(communicator) };
             }
             let _ = tell.send(());
         });
         // One that hangs ends with the process, and so does what it holds.
-        if told.recv_timeout(TO_END).is_ok() && self.enter().is_ok() {
+        if told.recv_timeout(TO_END).is_ok() && enter(self.context).is_ok() {
             // SAFETY: nothing is on its way any more, and both are this end's own.
             unsafe {
                 let _ = result::stream::destroy(self.stream);
-                if self.room.1 > 0 {
-                    let _ = result::free_sync(self.room.0);
-                }
+                let _ = result::free_sync(self.room);
             }
         }
     }

@@ -1,6 +1,8 @@
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::*;
+use crate::error::Error;
 use crate::mesh::{Listening, Patience};
 
 /// Whether this machine has what is tested: `ATTUNE_CUDA=1` says that it has to.

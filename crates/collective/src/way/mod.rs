@@ -189,9 +189,9 @@ impl Link for Never {
 
     fn carry(
         &mut self,
-        _: &[(u32, std::borrow::Cow<'_, [u8]>)],
+        _: &[crate::carried::Letter<'_>],
         _: &mut [(u32, Vec<u8>)],
-        _: &mut dyn FnMut() -> Result<(), Error>,
+        _: &mut crate::carried::Watch<'_>,
     ) -> Result<(), Stopped> {
         match *self {}
     }
