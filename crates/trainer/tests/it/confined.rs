@@ -56,11 +56,24 @@ fn within(place: &Path, port: u16, seat: bool) -> Result<Tried, String> {
     note("its own state", std::fs::read("/proc/self/status").is_ok());
     note("what memory there is", std::fs::read("/proc/meminfo").is_ok());
     note("another program", Command::new("/bin/true").status().is_ok());
+    note("a copy of itself", is_copied());
+    note("a thread", std::thread::Builder::new().spawn(|| {}).is_ok_and(|thread| thread.join().is_ok()));
     note("a connection", TcpStream::connect(("127.0.0.1", port)).is_ok());
     note("a port", TcpListener::bind("127.0.0.1:0").is_ok());
     let parent = nix::unistd::Pid::from_raw(i32::try_from(parent).unwrap());
     note("a signal to the agent", nix::sys::signal::kill(parent, None).is_ok());
     Ok(tried)
+}
+
+/// Whether a copy of this process can be made, which ends at once.
+#[expect(unsafe_code, reason = "there is no other way to ask")]
+fn is_copied() -> bool {
+    // SAFETY: the copy does nothing but end.
+    match unsafe { nix::unistd::fork() } {
+        // SAFETY: nothing of this process runs on the way out.
+        Ok(nix::unistd::ForkResult::Child) => unsafe { nix::libc::_exit(0) },
+        copy => copy.is_ok(),
+    }
 }
 
 /// Runs this test again as the process within, or is that process; why nothing was tried, if so.
@@ -94,8 +107,8 @@ fn a_job_alone_runs_and_touches_nothing_but_its_own() {
         Ok(tried) => tried,
         Err(why) => return println!("{why}"),
     };
-    assert_eq!(possible(&tried), ["its own state", "the job", "what memory there is"], "{tried:?}");
-    assert_eq!(tried.len(), 11);
+    assert_eq!(possible(&tried), ["a thread", "its own state", "the job", "what memory there is"], "{tried:?}");
+    assert_eq!(tried.len(), 13);
 }
 
 #[test]
@@ -104,6 +117,6 @@ fn a_process_of_several_speaks_to_the_others() {
         Ok(tried) => tried,
         Err(why) => return println!("{why}"),
     };
-    let expected = ["a connection", "a port", "its own state", "what memory there is"];
+    let expected = ["a connection", "a port", "a thread", "its own state", "what memory there is"];
     assert_eq!(possible(&tried), expected, "{tried:?}");
 }

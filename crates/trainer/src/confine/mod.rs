@@ -2,12 +2,14 @@
 //!
 //! A model's or a data set's files come from strangers, and a fault in what reads them would be theirs to use. By the kernel's Landlock
 //! the process gives up, before it opens the first of them, every file that is not its own: those of other jobs, the tokens of the
-//! worker, its memory and environment in `/proc`. It starts no program, cannot signal or trace processes
+//! worker, its memory and environment in `/proc`. It starts no program and no other process of its own, cannot signal or trace processes
 //! beside it, and where nothing is read by URL and
 //! no other process takes part, it opens no TCP connection either.
 //!
-//! Kernels without Landlock confine nothing, older ones a part; which, [`Confined`] says. Processes that work on an NVIDIA device are not
+//! Kernels without Landlock confine nothing but what it starts, older ones a part; which, [`Confined`] says. Processes that work on an NVIDIA device are not
 //! confined: what its driver opens is not written down anywhere.
+
+mod alone;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -19,6 +21,17 @@ use landlock::{
 };
 
 use crate::protocol::Request;
+
+/// What the kernel refused, although it knows how.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// Landlock's rules.
+    #[error(transparent)]
+    Rules(#[from] RulesetError),
+    /// The filter of what it starts.
+    #[error(transparent)]
+    Filter(#[from] seccompiler::Error),
+}
 
 /// How far a process is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,11 +81,12 @@ const ENTRIES_MAX: usize = 100_000;
 /// Gives up what none of the requests names. It holds for this thread and all that it starts, so it comes before any other thread.
 ///
 /// # Errors
-/// What the kernel refused, although it knows how.
-pub fn confine(requests: &[Request]) -> Result<Confined, RulesetError> {
+/// [`Refused`].
+pub fn confine(requests: &[Request]) -> Result<Confined, Refused> {
     if requests.iter().any(|request| request.card.is_some()) {
         return Ok(Confined::OnDevice);
     }
+    alone::stay()?;
     let mut ruleset = Ruleset::default().handle_access(AccessFs::from_all(WANTED))?;
     let mut of_remote = Vec::new();
     if requests.iter().all(is_alone) {
