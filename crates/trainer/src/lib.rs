@@ -7,7 +7,7 @@
 //!
 //! Reading order: [`protocol`] (what goes in and out), [`attempt`] (the process), [`cohort`] (several runs in it)
 //! with `meeting` and `together`, `setup` (plan to parts) with `trained`, [`component`] and `calibration`, [`run`] (the loop), `engine`, [`steps`]
-//! with `answers` (what the model says by itself and what that is worth), `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`; apart from runs, [`audit`] (what some keep of their base that others do not)
+//! with `answers` (what the model says by itself and what that is worth), `copies` (losses of several copies of a text), `scope` (objectives that see a whole step), `guard`, `checkpoint`, `pin`, `evaluate`, `output`; apart from runs, [`audit`] (what trained models are like)
 //! [`combine`] (several adapters to one) and [`to_lora`] (one of whatever method to plain LoRA).
 //!
 //! As a library, a run is ten lines:

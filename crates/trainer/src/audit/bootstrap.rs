@@ -32,15 +32,26 @@ impl Bootstrap {
     /// What `statistic` makes of all of `items` things, by their numbers, and of draws of them; nothing if it makes nothing of all of
     /// them, or of half of the draws: a group that nobody is in.
     pub fn interval(&self, items: usize, statistic: impl Fn(&[usize]) -> Option<f64>) -> Option<Interval> {
-        let all: Vec<usize> = (0..items).collect();
-        let value = statistic(&all).filter(|_| items > 0)?;
+        self.between([items], |[drawn]| statistic(drawn))
+    }
+
+    /// The same of several sets of things that have nothing in common, each drawn by itself.
+    pub fn between<const N: usize>(
+        &self,
+        items: [usize; N],
+        statistic: impl Fn([&[usize]; N]) -> Option<f64>,
+    ) -> Option<Interval> {
+        let mut drawn = items.map(|items| (0..items).collect::<Vec<_>>());
+        let value = statistic(drawn.each_ref().map(Vec::as_slice)).filter(|_| !items.contains(&0))?;
         let stream = Rng::new(self.seed, "bootstrap");
-        let mut drawn = all;
         let mut made: Vec<f64> = (0..self.resamples)
             .filter_map(|draw| {
                 let mut rng = stream.sub(u64::from(draw));
-                drawn.fill_with(|| rng.below(items as u64) as usize);
-                statistic(&drawn).filter(|value| value.is_finite())
+                for drawn in &mut drawn {
+                    let items = drawn.len() as u64;
+                    drawn.fill_with(|| rng.below(items) as usize);
+                }
+                statistic(drawn.each_ref().map(Vec::as_slice)).filter(|value| value.is_finite())
             })
             .collect();
         if made.is_empty() || made.len() < self.resamples as usize / 2 {
@@ -105,6 +116,19 @@ mod tests {
         });
         let found = found.unwrap();
         assert!((found.value - 1.0).abs() < 1e-9 && (found.high - found.low).abs() < 1e-9, "{found:?}");
+    }
+
+    /// The difference of means of two sets that were drawn each by itself varies by both of their variances.
+    #[test]
+    fn sets_of_their_own_are_drawn_each_by_itself() {
+        let numbers = |count: usize| -> Vec<f64> { (0..count).map(|item| (item % 7) as f64).collect() };
+        let (one, other) = (numbers(70), numbers(140));
+        let found = bootstrap(2000, 2).between([70, 140], |[a, b]| Some(mean(&one, a)? - mean(&other, b)?)).unwrap();
+        // A variance of 4 in each: 4/70 + 4/140, and 1.645 deviations on each side.
+        let half = 1.645 * (4.0f64 / 70.0 + 4.0 / 140.0).sqrt();
+        assert!(found.value.abs() < 1e-12);
+        assert!((found.high - half).abs() < 0.15 * half && (found.low + half).abs() < 0.15 * half, "{found:?}, {half}");
+        assert_eq!(bootstrap(10, 1).between([0, 3], |_| Some(1.0)), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use attune_architecture::SiteKind;
 use attune_data::loader::in_order;
-use attune_data::{Dataset, Message};
+use attune_data::{ChatTemplate, Dataset, Encoder, Message, Reading, Source as Lines, Tokenizer};
 use attune_models::generate::{Request, generate_all};
 use attune_models::{Base, Model, Pass, Stack, stack};
 use attune_points::adapter::Merged;
@@ -12,16 +12,17 @@ use attune_points::generate::Sampling;
 use attune_points::layout::{NO_LABEL, Source};
 use attune_points::objective::{ChunkLoss, ChunkView, Denominator, Objective};
 use attune_points::{Layout, Row, TensorName, Theta};
-use attune_spec::job::Precision;
+use attune_spec::job::{OnBadRow, Precision};
 use candle_core::{DType, Tensor};
 
-use super::Words;
 use crate::component;
 use crate::error::Error;
 use crate::few;
 
 /// Rows of one pass.
 const ROWS: usize = 2048;
+/// Texts that are made side by side.
+const AT_ONCE: usize = 16;
 
 /// What was trained.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +31,25 @@ pub enum Folder {
     Model(PathBuf),
     /// An adapter on the base.
     Adapter(PathBuf),
+}
+
+/// How prompts become tokens.
+pub(super) struct Words<'w> {
+    pub(super) tokenizer: &'w Tokenizer,
+    pub(super) template: Option<&'w ChatTemplate>,
+}
+
+/// Which texts a model is to make of each prompt.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Draws {
+    /// How many.
+    pub(super) each: u32,
+    /// The most tokens of one.
+    pub(super) max_tokens: u32,
+    /// 0 takes the likeliest token each time.
+    pub(super) temperature: f64,
+    /// What is drawn by.
+    pub(super) seed: u64,
 }
 
 /// A model with what it computes with.
@@ -126,8 +146,8 @@ impl Trained {
         Ok(attune_tensor::ops::log_softmax(&logits.index_select(&rows, 0)?)?)
     }
 
-    /// The number of the option that is likeliest after each prompt; of equals the first.
-    pub(super) fn choices(&self, words: &Words<'_>, prompts: &[&str], options: &[String]) -> Result<Vec<usize>, Error> {
+    /// The loss of each option after each prompt.
+    fn options(&self, words: &Words<'_>, prompts: &[&str], options: &[String]) -> Result<Vec<Scored>, Error> {
         let before = self.model.rows_before(&self.theta);
         let mut texts = Vec::with_capacity(prompts.len() * options.len());
         for prompt in prompts {
@@ -142,7 +162,12 @@ impl Trained {
                 texts.push(text.begun_with(&before));
             }
         }
-        let losses = self.losses(&texts)?;
+        self.losses(&texts)
+    }
+
+    /// The number of the option that is likeliest after each prompt; of equals the first.
+    pub(super) fn choices(&self, words: &Words<'_>, prompts: &[&str], options: &[String]) -> Result<Vec<usize>, Error> {
+        let losses = self.options(words, prompts, options)?;
         let likeliest = |losses: &[Scored]| {
             let best = losses.iter().enumerate().min_by(|(_, a), (_, b)| a.sum.total_cmp(&b.sum));
             best.map_or(0, |(option, _)| option)
@@ -150,34 +175,46 @@ impl Trained {
         Ok(losses.chunks(options.len().max(1)).map(likeliest).collect())
     }
 
-    /// Several texts after each prompt.
-    pub(super) fn said(
+    /// How likely each option is after each prompt, of these options: their shares add up to 1.
+    pub(super) fn likely(
         &self,
         words: &Words<'_>,
         prompts: &[&str],
-        (each, max_tokens, seed): (u32, u32, u64),
-    ) -> Result<Vec<Vec<String>>, Error> {
+        options: &[String],
+    ) -> Result<Vec<Vec<f64>>, Error> {
+        let losses = self.options(words, prompts, options)?;
+        let shares = |losses: &[Scored]| {
+            let least = losses.iter().map(|loss| loss.sum).fold(f64::INFINITY, f64::min);
+            let weights: Vec<f64> = losses.iter().map(|loss| (least - loss.sum).exp()).collect();
+            let all: f64 = weights.iter().sum();
+            weights.into_iter().map(|weight| weight / all).collect()
+        };
+        Ok(losses.chunks(options.len().max(1)).map(shares).collect())
+    }
+
+    /// Several texts after each prompt.
+    pub(super) fn said(&self, words: &Words<'_>, prompts: &[&str], draws: Draws) -> Result<Vec<Vec<String>>, Error> {
         let stop = words.tokenizer.stops(words.template);
-        let mut all = Vec::with_capacity(prompts.len());
-        for (number, prompt) in (0u64..).zip(prompts) {
-            let prompt = words.prompt(prompt)?;
-            // The same numbers for every model: what differs is the models'.
-            let draw = |draw: u32| Sampling {
-                temperature: 1.0,
-                seed: seed.wrapping_add(number.wrapping_mul(u64::from(each)) + u64::from(draw)),
-                max_tokens: max_tokens as usize,
-                stop: stop.clone(),
-                ..Sampling::default()
-            };
-            let draws: Vec<Sampling> = (0..each).map(draw).collect();
-            let requests: Vec<Request<'_>> =
-                draws.iter().map(|sampling| Request { prompt: &prompt, sampling }).collect();
-            let made = generate_all(&self.model, &self.theta, &requests, |_, _| true)?;
-            let texts =
-                made.iter().map(|made| words.tokenizer.decode(&made.tokens, false)).collect::<Result<_, _>>()?;
-            all.push(texts);
+        let prompts = prompts.iter().map(|prompt| words.prompt(prompt)).collect::<Result<Vec<_>, _>>()?;
+        // The same numbers for every model: what differs is the models'.
+        let sampling = |seed: u64| Sampling {
+            temperature: draws.temperature,
+            seed: draws.seed.wrapping_add(seed),
+            max_tokens: draws.max_tokens as usize,
+            stop: stop.clone(),
+            ..Sampling::default()
+        };
+        let samplings: Vec<Sampling> = (0..).take(prompts.len() * draws.each as usize).map(sampling).collect();
+        let each_prompt = prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, draws.each as usize));
+        let requests: Vec<Request<'_>> =
+            each_prompt.zip(&samplings).map(|(prompt, sampling)| Request { prompt, sampling }).collect();
+        let mut texts = Vec::with_capacity(requests.len());
+        for some in requests.chunks(AT_ONCE) {
+            for made in generate_all(&self.model, &self.theta, some, |_, _| true)? {
+                texts.push(words.tokenizer.decode(&made.tokens, false)?);
+            }
         }
-        Ok(all)
+        Ok(texts.chunks(draws.each.max(1) as usize).map(<[String]>::to_vec).collect())
     }
 
     /// How the weight of each linear differs from the base's, site by site; nothing of a site whose component has no weight that would
@@ -206,6 +243,57 @@ impl Trained {
         }
         Ok(changes)
     }
+}
+
+/// The texts with what they give in the place of what is learned of them: each token that is not learned, but the first of a document.
+pub(super) fn inputs(texts: &[Layout]) -> Vec<Layout> {
+    let given = |text: &Layout| {
+        let (rows, labels) = (text.rows(), text.labels());
+        let mut given = Layout::new();
+        for doc in text.docs() {
+            let end = doc.rows.end as usize;
+            let own = (doc.rows.start as usize..end).map(|at| {
+                let next = match (rows[at], rows[..end].get(at + 1)) {
+                    (Row::Token(_), Some(Row::Token(next))) if labels[at] == NO_LABEL => *next,
+                    _ => NO_LABEL,
+                };
+                (rows[at], next)
+            });
+            let source = Source { group: Some(doc.group), ..Source::default() };
+            given.push(source, own);
+        }
+        given
+    };
+    texts.iter().map(given).collect()
+}
+
+/// The texts of a file, the first `rows` of them if that says how many.
+///
+/// # Errors
+/// [`Error`] naming the file and line at fault; a file without texts is one.
+pub(super) fn texts(file: &Path, encoder: &Encoder, rows: Option<u64>) -> Result<Dataset, Error> {
+    let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let reading = Reading { form: None, on_bad_row: OnBadRow::Fail, rows };
+    let data = Dataset::read(&Lines::cached(file, &name)?, encoder, reading)?;
+    if data.is_empty() {
+        let message = "has no rows".to_owned();
+        return Err(Error::Input { input: file.display().to_string(), message });
+    }
+    Ok(data)
+}
+
+/// The mean over tokens of some texts, or of all.
+pub(super) fn mean(of: &[Scored], items: Option<&[usize]>) -> Option<f64> {
+    let (mut sum, mut tokens) = (0.0, 0.0);
+    let mut add = |scored: &Scored| {
+        sum += scored.sum;
+        tokens += scored.tokens;
+    };
+    match items {
+        None => of.iter().for_each(&mut add),
+        Some(items) => items.iter().for_each(|&item| add(&of[item])),
+    }
+    (tokens > 0.0).then(|| sum / tokens)
 }
 
 /// A weight of the base, where it has one of this name.

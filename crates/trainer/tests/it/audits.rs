@@ -1,12 +1,16 @@
-//! Runs of few directions held against one of all weights, from what lies in their folders.
+//! What trained models are like, from what lies in their folders.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use attune_trainer::audit::answers::judge::{Verdict, verdict};
+use attune_trainer::audit::answers::{Answered, Item, Speakers};
 use attune_trainer::audit::bootstrap::Bootstrap;
-use attune_trainer::audit::report::Report;
-use attune_trainer::audit::toxicity::Lexicon;
-use attune_trainer::audit::verdict::{Against, Label};
-use attune_trainer::audit::{Audit, Decisions, Folder, Generations, Question};
+use attune_trainer::audit::drift::{self, Drift};
+use attune_trainer::audit::fairness::report::Report;
+use attune_trainer::audit::fairness::toxicity::Lexicon;
+use attune_trainer::audit::fairness::verdict::{Against, Label};
+use attune_trainer::audit::fairness::{Audit, Decisions, Generations, Question};
+use attune_trainer::audit::measure::Folder;
 
 use crate::outputs::unpack;
 use crate::support::{Small, metric};
@@ -153,4 +157,92 @@ fn the_largest_rank_stands_in_for_a_run_of_all_weights_and_is_called_so() {
         assert!(page.contains("nothing is said to be mitigated") && !page.contains("| mitigated |"), "{page}");
     }
     assert!(alone.changes.is_empty());
+}
+
+fn drift(small: &Small, trained: Option<&Folder>, (slice, seen): (&str, &str), most: f64) -> drift::Report {
+    let drift = Drift {
+        base: &small.path("base"),
+        trained,
+        slice: small.path(slice),
+        seen: small.path(seen),
+        rows: None,
+        max_length: 32,
+        most,
+        bootstrap: Bootstrap { resamples: 300, level: 0.95, seed: 1 },
+    };
+    drift.run().unwrap()
+}
+
+/// A model that has learned sums alone is at a loss with greetings, and not with sums; before it learned anything both were as hard.
+#[test]
+fn texts_of_another_kind_than_those_that_were_learned_have_drifted() {
+    let small = Small::with_weights();
+    let changes = [
+        ("tune.from_scratch", "false"),
+        ("tune.adapter", "{method: full}"),
+        ("tune.steps", "60"),
+        ("tune.schedule", "{method: constant}"),
+        ("data.domains", "[{name: sums, source: ./sums.jsonl}]"),
+    ];
+    let (_, files) = small.finish(small.plan(&changes), 1);
+    unpack(&files, "Result", &small.path("sums"));
+    let trained = Folder::Model(small.path("sums"));
+    let same = drift(&small, Some(&trained), ("sums.jsonl", "sums.jsonl"), 2.0);
+    let answers = same.answers.as_ref().unwrap();
+    assert_eq!((answers.label, answers.distance), (drift::Label::Within, 0.0), "{answers:?}");
+    assert!((answers.ratio.unwrap().value - 1.0).abs() < 1e-12 && !same.is_drifted());
+    // All of a plain text is learned.
+    assert_eq!(same.inputs, None);
+    let other = drift(&small, Some(&trained), ("sums.jsonl", "greetings.jsonl"), 2.0);
+    let answers = other.answers.as_ref().unwrap();
+    assert!(answers.label == drift::Label::Drifted && answers.distance > 0.9, "{answers:?}");
+    assert!(other.is_drifted() && other.markdown().contains("| answers | 12, 7 |"), "{}", other.markdown());
+    let before = drift(&small, None, ("sums.jsonl", "greetings.jsonl"), 2.0);
+    assert!(!before.is_drifted(), "{before:?}");
+}
+
+/// What a prompt and its completion have in tokens, all but the first are either given or learned.
+#[test]
+fn inputs_are_the_tokens_that_are_not_learned() {
+    let small = Small::with_weights();
+    let whole: String = ["Ada", "Bob", "Cy", "Dee", "Eve", "Flo", "Gus"]
+        .map(|name| format!("{{\"text\": \"Who? I am {name}.\"}}\n"))
+        .concat();
+    std::fs::write(small.path("whole.jsonl"), whole).unwrap();
+    let parts = drift(&small, None, ("greetings.jsonl", "greetings.jsonl"), 1.5);
+    let (inputs, answers) = (parts.inputs.unwrap(), parts.answers.unwrap());
+    assert_eq!(inputs.tokens, [7 * 3; 2]);
+    let whole = drift(&small, None, ("whole.jsonl", "whole.jsonl"), 1.5).answers.unwrap();
+    assert_eq!(whole.tokens[0], inputs.tokens[0] + answers.tokens[0]);
+    let sum = |of: &drift::Compared| of.perplexity[0].ln() * of.tokens[0] as f64;
+    assert!((sum(&whole) - sum(&inputs) - sum(&answers)).abs() < 1e-3, "{}", sum(&whole));
+}
+
+fn asked(base: &Path, own: Option<&Folder>, other: Option<&Folder>) -> Vec<Answered> {
+    let item = |prompt: &str| serde_json::from_value::<Item>(serde_json::json!({"prompt": prompt})).unwrap();
+    let items = ["Who?", "3 and 4 make", "5 and"].map(item);
+    let speakers = Speakers { base, own, other: Some(other), judge: Some(base), max_tokens: 8 };
+    speakers.answer(&items, |_| {}).unwrap()
+}
+
+/// The judge's own words about it are of a model that knows nothing: which of two it prefers is chance, and still the same in both orders.
+#[test]
+fn who_answers_first_makes_no_difference_and_the_same_answers_are_even() {
+    let small = Small::with_weights();
+    let (full, _) = trained(&small, "full", "{method: full}", "60");
+    let (base, full) = (small.path("base"), Folder::Model(full));
+    let one = asked(&base, Some(&full), None);
+    let other = asked(&base, None, Some(&full));
+    assert_eq!(one.len(), 3);
+    assert!(one.iter().any(|answered| Some(&answered.own) != answered.other.as_ref()), "{one:?}");
+    for (one, other) in one.iter().zip(&other) {
+        assert_eq!((Some(&one.own), &one.other), (other.other.as_ref(), &Some(other.own.clone())));
+        let ([a, b], [c, d]) = (one.judged.unwrap(), other.judged.unwrap());
+        assert!((a + d - 1.0).abs() < 1e-9 && (b + c - 1.0).abs() < 1e-9, "{one:?} {other:?}");
+        assert!((0.0..=1.0).contains(&a) && (0.0..=1.0).contains(&b));
+    }
+    for same in asked(&base, None, None) {
+        let [first, second] = same.judged.unwrap();
+        assert!((first + second - 1.0).abs() < 1e-9 && verdict([first, second]) == Verdict::Tie, "{same:?}");
+    }
 }

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use attune_proto::v1::ArtifactKind;
 use attune_spec::job::read_yaml;
 use attune_trainer::audit::bootstrap::Bootstrap;
-use attune_trainer::audit::toxicity::Lexicon;
-use attune_trainer::audit::verdict::Against;
-use attune_trainer::audit::{Audit, Decisions, Folder, Generations, Question};
+use attune_trainer::audit::fairness::toxicity::Lexicon;
+use attune_trainer::audit::fairness::verdict::Against;
+use attune_trainer::audit::fairness::{Audit, Decisions, Generations, Question};
+use attune_trainer::audit::measure::Folder;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 
+use super::looks;
 use crate::print::{Failure, Out, note};
 use crate::remote::{self, Server, block_on};
 
@@ -172,23 +173,6 @@ impl Beside<'_> {
             Trained::Adapter(text) => Folder::Adapter(self.place(text, ArtifactKind::Adapter).await?),
         })
     }
-
-    /// The rows of a file of JSON lines.
-    fn rows<T: DeserializeOwned>(&self, file: &Path) -> Result<Vec<T>, Failure> {
-        let path = self.folder.join(file);
-        let text = std::fs::read_to_string(&path).map_err(|error| Failure::file(&path, &error))?;
-        let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
-        let rows: Result<Vec<T>, Failure> = lines
-            .map(|(number, line)| {
-                let wrong = |error| Failure::usage(format!("{}:{number}: {error}", path.display()));
-                serde_json::from_str(line).map_err(wrong)
-            })
-            .collect();
-        match rows {
-            Ok(rows) if rows.is_empty() => Err(Failure::usage(format!("{}: has no rows", path.display()))),
-            rows => rows,
-        }
-    }
 }
 
 pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Result<(), Failure> {
@@ -219,7 +203,7 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     let lexicon = asked.generations.as_ref().map(|asked| lexicon(&beside.folder.join(&asked.lexicon))).transpose()?;
     let generations = match (&asked.generations, &lexicon) {
         (Some(asked), Some(lexicon)) => {
-            let prompts: Vec<PromptRow> = beside.rows(&asked.prompts)?;
+            let prompts: Vec<PromptRow> = looks::rows(&beside.folder.join(&asked.prompts))?;
             let prompts = prompts.into_iter().map(|row| row.prompt).collect();
             Some(Generations { prompts, each: asked.each, max_tokens: asked.max_tokens, scorer: lexicon })
         }
@@ -244,15 +228,7 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
     };
     let report = audit.run(|name| note(&format!("looking at {name}")))?;
     let to = arguments.to.clone().unwrap_or_else(|| file.with_extension(""));
-    std::fs::create_dir_all(&to).map_err(|error| Failure::file(&to, &error))?;
-    let mut json = serde_json::to_string_pretty(&report).unwrap_or_default();
-    json.push('\n');
-    let page = report.markdown();
-    for (name, text) in [("report.json", &json), ("report.md", &page)] {
-        let path = to.join(name);
-        std::fs::write(&path, text).map_err(|error| Failure::file(&path, &error))?;
-    }
-    if out.is_json() { out.document(&report) } else { out.text(&page) }
+    looks::tell(&report, &report.markdown(), Some(&to), out)
 }
 
 /// What is wrong with what is asked, if anything is.
@@ -282,7 +258,7 @@ fn check(asked: &Asked) -> Result<(), String> {
 }
 
 fn questions(asked: &AskedDecisions, beside: &Beside<'_>) -> Result<Decisions, Failure> {
-    let rows: Vec<QuestionRow> = beside.rows(&asked.questions)?;
+    let rows: Vec<QuestionRow> = looks::rows(&beside.folder.join(&asked.questions))?;
     let question = |QuestionRow { prompt, label, group }| Question { prompt, label, group };
     let questions: Vec<Question> = rows.into_iter().map(question).collect();
     if let Some(question) = questions.iter().find(|question| !asked.options.contains(&question.label)) {

@@ -1,5 +1,6 @@
 //! The commands, one file for each noun.
 
+mod answers;
 mod artifacts;
 mod attempt;
 mod audit;
@@ -9,11 +10,13 @@ mod convert;
 mod data;
 mod demo;
 mod doctor;
+mod drift;
 mod embed;
 mod experiment;
 mod fairness;
 mod generate;
 mod jobs;
+mod looks;
 mod made;
 mod merge;
 mod methods;
@@ -78,6 +81,8 @@ enum Command {
     #[command(subcommand)]
     Experiment(experiment::Command),
     Fairness(fairness::Arguments),
+    Answers(answers::Arguments),
+    Drift(drift::Arguments),
     Merge(merge::Arguments),
     Convert(convert::Arguments),
     #[command(subcommand)]
@@ -114,6 +119,8 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<(), Failure> {
         Command::Embed(arguments) => embed::run(&arguments, server, out),
         Command::Experiment(command) => experiment::run(&command, server, out),
         Command::Fairness(arguments) => fairness::run(&arguments, server, out),
+        Command::Answers(arguments) => answers::run(&arguments, server, out),
+        Command::Drift(arguments) => drift::run(&arguments, server, out),
         Command::Merge(arguments) => merge::run(&arguments, server, out),
         Command::Convert(arguments) => convert::run(&arguments, server, out),
         Command::Tokens(command) => tokens::run(&command, server, out),

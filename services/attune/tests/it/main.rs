@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod answers;
 mod attempt;
 mod data;
+mod drift;
 mod experiment;
 mod fairness;
 mod generate;

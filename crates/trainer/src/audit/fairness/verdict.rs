@@ -9,7 +9,7 @@
 
 use serde::Serialize;
 
-use super::bootstrap::{Bootstrap, Interval};
+use crate::audit::bootstrap::{Bootstrap, Interval};
 
 /// What a run is held against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
