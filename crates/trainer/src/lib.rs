@@ -52,6 +52,7 @@ mod fit;
 mod gang;
 mod guard;
 mod meeting;
+mod merged;
 mod output;
 mod pin;
 mod scope;

@@ -9,12 +9,12 @@ use attune_adapt::peft::{self, Part};
 use attune_adapt::{headed, held};
 use attune_artifacts::formats::card::Card;
 use attune_artifacts::formats::sentence_transformers;
-use attune_models::{Base, Slot, export, stack};
-use attune_points::adapter::{Compacted, Merged, Port};
-use attune_points::{BankKind, Params, TensorName, Theta, Weight};
+use attune_models::{Base, export};
+use attune_points::adapter::Compacted;
+use attune_points::{Params, Theta};
 use attune_spec::job::plan::Input;
 use attune_spec::job::{HeadTask, MergedInto};
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use serde::Serialize;
 
 use crate::calibration;
@@ -24,6 +24,7 @@ use crate::engine::params;
 use crate::error::Error;
 use crate::experts;
 use crate::few;
+use crate::merged;
 use crate::pin;
 use crate::protocol::{OutputKind, OutputRole, Request};
 use crate::setup::{Prepared, operated};
@@ -48,6 +49,24 @@ struct Report<'a> {
     ranks: &'a SharesOfSlots,
 }
 
+/// Whether what trains has no layout of its own, and is kept as a model.
+fn is_whole(prepared: &Prepared) -> bool {
+    let slots = prepared.shared.model.stack().slots();
+    prepared.trained_slots.iter().any(|at| slots[*at].adapter().peft().is_none())
+}
+
+/// Says before the first step what would come out after the last: that a component has to stay beside this base.
+///
+/// # Errors
+/// The sites that do not merge, and why.
+pub(crate) fn check(request: &Request, prepared: &Prepared, theta: &Theta) -> Result<(), Error> {
+    if !request.plan.merged && !is_whole(prepared) {
+        return Ok(());
+    }
+    let model = &prepared.shared.model;
+    merged::check(model.base(), model.stack(), theta, |at| !prepared.shared.turns.has(at))
+}
+
 /// Writes all outputs of a finished run, and what its steps have found out.
 pub(crate) fn write(
     request: &Request,
@@ -58,8 +77,7 @@ pub(crate) fn write(
 ) -> Result<Vec<Output>, Error> {
     let mut outputs = Vec::new();
     let dtype = attune_models::base::dtype(request.plan.precision);
-    let slots = prepared.shared.model.stack().slots();
-    let whole_model = prepared.trained_slots.iter().any(|at| slots[*at].adapter().peft().is_none());
+    let whole_model = is_whole(prepared);
     if whole_model {
         let folder = request.work.join("model");
         model(request, prepared, prepared.shared.model.base(), theta, dtype, &folder)?;
@@ -71,7 +89,7 @@ pub(crate) fn write(
             Input::Path(_) | Input::Url(_) => pin::content(&prepared.base_folder)?.to_string(),
         };
         // What trains modules whole goes with the first of the others; by itself it has a folder of its own.
-        let is_beside = |at: &&usize| slots[**at].adapter().is_kept_beside();
+        let is_beside = |at: &&usize| prepared.shared.model.stack().slots()[**at].adapter().is_kept_beside();
         let saved: Vec<usize> = prepared.trained_slots.iter().filter(is_beside).copied().collect();
         let (adapters, saved) = match prepared.trained_slots.iter().find(|at| !is_beside(at)) {
             Some(_) => (prepared.trained_slots.iter().filter(|at| !is_beside(at)).copied().collect(), saved),
@@ -242,13 +260,7 @@ fn model(
     folder: &Path,
 ) -> Result<(), Error> {
     let model = &prepared.shared.model;
-    let mut replaced: BTreeMap<TensorName, Tensor> = BTreeMap::new();
-    for stage in [Stage::Weight, Stage::Ends, Stage::Beside] {
-        for (index, slot) in model.stack().slots().iter().enumerate().filter(|(at, _)| !prepared.shared.turns.has(*at))
-        {
-            merge_slot(base, theta, index, slot, stage, &mut replaced)?;
-        }
-    }
+    let replaced = merged::weights(base, model.stack(), theta, |at| !prepared.shared.turns.has(at))?;
     // A model from scratch has no weights but those: all of them are written, trained or not.
     export::write(base, &replaced, dtype, &prepared.base_folder, folder)?;
     if let Some(head) = &request.plan.head {
@@ -259,98 +271,6 @@ fn model(
             let (width, pooling) = (base.architecture().hidden, head.pooling.unwrap_or_default());
             sentence_transformers::write(folder, width, pooling, Some(request.plan.max_length))
                 .map_err(attune_adapt::Error::from)?;
-        }
-    }
-    Ok(())
-}
-
-/// What is merged when, as in a pass: another weight of a site's first, then what stands at the ends of its product, then what is
-/// added beside that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Weight,
-    Ends,
-    Beside,
-}
-
-impl Stage {
-    fn of(port: &Port<'_>) -> Self {
-        match port {
-            Port::Weight(_) | Port::Table(_) => Self::Weight,
-            Port::Input(_) | Port::Output(_) => Self::Ends,
-            _ => Self::Beside,
-        }
-    }
-}
-
-/// The weight and the bias of a linear, as what was merged so far made them.
-struct Made {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Weight for Made {
-    fn shape(&self) -> (usize, usize) {
-        Weight::shape(&self.weight)
-    }
-
-    fn rows(&self, rows: std::ops::Range<usize>, dtype: DType) -> attune_points::Result<Tensor> {
-        self.weight.rows(rows, dtype)
-    }
-
-    fn bias(&self, dtype: DType) -> attune_points::Result<Option<Tensor>> {
-        Ok(self.bias.as_ref().map(|bias| bias.to_dtype(dtype)).transpose()?)
-    }
-}
-
-fn merge_slot(
-    base: &Base,
-    theta: &Theta,
-    index: usize,
-    slot: &Slot,
-    stage: Stage,
-    replaced: &mut BTreeMap<TensorName, Tensor>,
-) -> Result<(), Error> {
-    let Some(own) = params(theta, index) else { return Ok(()) };
-    if theta.banks.get(index).is_some_and(|bank| bank.kind == BankKind::Weights) {
-        if stage == Stage::Weight {
-            replaced.extend(own.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
-        }
-        return Ok(());
-    }
-    let sites = base.architecture().sites();
-    for at in slot.attachments() {
-        let Some(site) = sites.iter().find(|site| site.id == at.site) else { continue };
-        if Stage::of(&slot.adapter().port(at)) != stage {
-            continue;
-        }
-        let [name, bias] = ["weight", "bias"].map(|local| base.tensor_name(at.site.as_str(), local));
-        let made = Made {
-            weight: match replaced.get(&name) {
-                Some(weight) => weight.clone(),
-                None => base.tensor(&name, DType::F32)?,
-            },
-            bias: match replaced.get(&bias) {
-                Some(bias) => Some(bias.clone()),
-                None => base.weight(site).bias(DType::F32)?,
-            },
-        };
-        match slot.adapter().merge(at, &stack::locals(at, own)?, &made)? {
-            Merged::Factors { left, right, scale } => {
-                replaced.insert(name, (made.weight + (left.matmul(&right)? * scale)?)?);
-            }
-            Merged::Weight { weight, bias: own } => {
-                replaced.insert(name, weight);
-                replaced.extend(own.map(|own| (bias, own)));
-            }
-            Merged::No(why) => {
-                let message = format!("the component at {} does not merge: {why}", at.site);
-                return Err(attune_points::Error::Refused(message).into());
-            }
-            other => {
-                let message = format!("the component at {} merges to {other:?}, which is not known here", at.site);
-                return Err(attune_points::Error::Refused(message).into());
-            }
         }
     }
     Ok(())

@@ -246,6 +246,7 @@ impl<'a> Rank<'a> {
 
     /// Runs to the end. The leading rank returns it.
     fn run(mut self) -> Result<Option<End>, Error> {
+        output::check(self.request, self.prepared, &self.engine.theta)?;
         // From here to its outputs it computes; what it reads and writes before and after holds up nobody.
         self.engine.company.inspect(Company::enter);
         self.rehearse()?;

@@ -12,9 +12,10 @@ use attune_points::{Bank, BankKind, Layout, Theta};
 use attune_spec::id::Step;
 use attune_spec::job::Precision;
 use attune_spec::method::BuildCx;
+use attune_trainer::run::run;
 use candle_core::{Device, Tensor};
 
-use crate::support::{Small, metric};
+use crate::support::{Outside, Small, metric};
 
 /// Writes the files of one role into a folder.
 pub(crate) fn unpack(files: &BTreeMap<String, Vec<u8>>, role: &str, folder: &Path) {
@@ -211,5 +212,23 @@ fn adapters_on_parameters_of_experts_are_read_as_those_of_each_expert() {
         let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let off = largest_difference(&values(&logits), &values(&expected["logits"]));
         assert!(off < 1e-4, "{name} is off by {off}");
+    }
+}
+
+/// What would be found after the last step, where a base has no biases, is said before the first.
+#[test]
+fn a_component_that_does_not_merge_into_this_base_is_refused_before_it_trains() {
+    let small = Small::with_weights();
+    for (adapter, why) in [
+        ("{method: beft}", "the component at model.layers.0.self_attn.v_proj does not merge: the linear has no bias"),
+        ("{method: lora, rank: 2, bias: true, targets: [up_proj]}", "model.layers.0.mlp.up_proj does not merge"),
+    ] {
+        let changes = [("tune.from_scratch", "false"), ("tune.adapter", adapter), ("outputs.merged", "true")];
+        let (request, _work) = small.request(small.plan(&changes), 1, None);
+        let outside = Outside::default();
+        let failure = run(&request, &outside).unwrap_err();
+        assert!(failure.to_string().contains(why), "{failure}");
+        assert!(failure.to_string().contains("outputs.merged"), "{failure}");
+        assert!(metric(&outside.events.into_inner().unwrap(), "train/loss").is_empty());
     }
 }
