@@ -11,7 +11,7 @@ use crate::bits::{KINDS, checkpoint};
 use crate::support::{Outside, Small, files, metric};
 
 /// The adapters that have no job of their own among [`KINDS`], at the size of the small base.
-const FURTHER: &[&str] = &[
+pub(crate) const FURTHER: &[&str] = &[
     "{method: abba, rank_1: 2, rank_2: 3}",
     "{method: beft}",
     "{method: boft, block_size: 4}",
@@ -67,9 +67,9 @@ const FURTHER: &[&str] = &[
 ];
 
 /// Adapters that blend others, which are made first: `adapters_that_were_trained_one_by_one_are_mixed`.
-const BLENDS: [&str; 3] = ["adapterfusion", "arrow", "xlora"];
+pub(crate) const BLENDS: [&str; 3] = ["adapterfusion", "arrow", "xlora"];
 
-fn named(text: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn named(text: &str) -> impl Iterator<Item = &str> {
     let ends = |c: char| !(c.is_ascii_alphanumeric() || c == '-');
     text.split("method: ").skip(1).filter_map(move |rest| rest.split(ends).next())
 }

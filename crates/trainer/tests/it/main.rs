@@ -8,6 +8,7 @@ mod attempt;
 mod audits;
 mod bits;
 mod calibration;
+mod capabilities;
 mod classes;
 mod cohort;
 mod combined;

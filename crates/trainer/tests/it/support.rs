@@ -91,16 +91,21 @@ impl Small {
 
     /// The plan of the small job with some fields changed.
     pub(crate) fn plan(&self, changes: &[(&str, &str)]) -> Plan {
+        self.try_plan(changes).unwrap_or_else(|refusal| panic!("{refusal}"))
+    }
+
+    /// The same, or why it is refused.
+    pub(crate) fn try_plan(&self, changes: &[(&str, &str)]) -> Result<Plan, String> {
         let mut value = read_yaml(JOB).unwrap();
         for (path, text) in changes {
             set_path(&mut value, path, text).unwrap();
         }
-        let spec = read_value(&value, Catalogue::embedded()).unwrap_or_else(|error| panic!("{error}"));
+        let spec = read_value(&value, Catalogue::embedded()).map_err(|error| error.to_string())?;
         let resolve = |reference: &attune_spec::job::Reference| {
             let text = reference.to_string();
             Ok(Input::Path(self.path(text.trim_start_matches("./")).display().to_string()))
         };
-        Plan::resolve(&spec, Catalogue::embedded(), resolve).unwrap()
+        Plan::resolve(&spec, Catalogue::embedded(), resolve).map_err(|faults| format!("{faults:?}"))
     }
 
     pub(crate) fn request(&self, plan: Plan, ranks: u32, resume: Option<&Path>) -> (Request, tempfile::TempDir) {
