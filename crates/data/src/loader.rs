@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::classes::Labelled;
 use crate::dataset::{Dataset, Document};
 use crate::error::Error;
-use crate::stream::{Counters, Drawn, Stream};
+use crate::stream::{Cap, Counters, Drawn, Stream};
 
 /// The room that answers take which the model gives to a row's prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +108,12 @@ impl Loader {
             Length::Steps(_) | Length::Tokens(_) => u64::MAX,
         };
         Self { domains, stream, mixing, packing, feedback: Feedback::default(), documents_max }
+    }
+
+    /// The same with bounds on the documents of some domains.
+    #[must_use]
+    pub fn capped(self, caps: Vec<Cap>) -> Self {
+        Self { stream: self.stream.capped(caps), ..self }
     }
 
     /// The micro-batches of step `step` for all logical shards, in order; number `a * logical_shards + s` is the part of

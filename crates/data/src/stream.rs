@@ -40,11 +40,21 @@ struct Domain {
     order: Option<(u64, Permutation)>,
 }
 
+/// The most that documents of some domains may be of all that are drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cap {
+    /// The domains, by their numbers.
+    pub domains: Vec<usize>,
+    /// The share, above 0.
+    pub share: f64,
+}
+
 /// Draws documents.
 #[derive(Debug, Clone)]
 pub struct Stream {
     seed: u64,
     domains: Vec<Domain>,
+    caps: Vec<Cap>,
     counters: Counters,
 }
 
@@ -54,13 +64,36 @@ impl Stream {
         let domain = |(name, size): (String, usize)| Domain { name, size: size as u64, order: None };
         let domains: Vec<Domain> = domains.into_iter().map(domain).collect();
         let counters = Counters { draws: 0, documents: vec![0; domains.len()], tokens: vec![0; domains.len()] };
-        Self { seed, domains, counters }
+        Self { seed, domains, caps: Vec::new(), counters }
+    }
+
+    /// The same with bounds, which all drawn so far keep to within one document.
+    #[must_use]
+    pub fn capped(self, caps: Vec<Cap>) -> Self {
+        Self { caps, ..self }
+    }
+
+    /// The shares without those domains of which one more document would be too many; as they are if that leaves none.
+    fn open(&self, shares: &Simplex) -> Option<Simplex> {
+        let next = (self.counters.draws + 1) as f64;
+        let is_full = |cap: &&Cap| {
+            let drawn: u64 = cap.domains.iter().map(|domain| self.counters.documents[*domain]).sum();
+            (drawn + 1) as f64 > cap.share * next
+        };
+        let mut open = shares.shares().to_vec();
+        let mut is_cut = false;
+        for domain in self.caps.iter().filter(is_full).flat_map(|cap| &cap.domains) {
+            is_cut |= open[*domain] > 0.0;
+            open[*domain] = 0.0;
+        }
+        Simplex::new(open).ok().filter(|_| is_cut)
     }
 
     /// The document that comes next under these shares. Asking changes nothing.
     pub fn peek(&mut self, shares: &Simplex) -> Drawn {
         let u = Rng::keyed(self.seed, "mixing", 0, self.counters.draws).uniform();
-        let domain = shares.pick(u);
+        let open = self.open(shares);
+        let domain = open.as_ref().unwrap_or(shares).pick(u);
         let Domain { name, size, order } = &mut self.domains[domain];
         let taken = self.counters.documents[domain];
         let (epoch, place) = (taken / *size, taken % *size);
@@ -143,6 +176,35 @@ mod tests {
         }
         let other = Stream::new(3, [("a".to_owned(), 5)]);
         assert!(stream().restore(other.counters().clone()).is_err());
+    }
+
+    /// At each draw, of one class and of two, also where their caps leave no room but for each other; what no cap is about is as before.
+    #[test]
+    fn classes_keep_to_their_caps_within_one_document() {
+        let three = || Stream::new(3, [("a".to_owned(), 5), ("b".to_owned(), 3), ("c".to_owned(), 7)]);
+        let shares = Simplex::new(vec![5.0, 4.0, 1.0]).unwrap();
+        let cap = |domains: &[usize], share| Cap { domains: domains.to_vec(), share };
+        for caps in [
+            vec![cap(&[0], 0.25)],
+            vec![cap(&[0, 1], 0.5)],
+            vec![cap(&[0], 0.3), cap(&[1, 2], 0.7)],
+            vec![cap(&[0], 0.1), cap(&[1], 0.2)],
+        ] {
+            let mut stream = three().capped(caps.clone());
+            for draws in 1..=500 {
+                draw(&mut stream, &shares, 1);
+                for Cap { domains, share } in &caps {
+                    let drawn: u64 = domains.iter().map(|domain| stream.counters().documents[*domain]).sum();
+                    assert!(drawn as f64 <= share * f64::from(draws) + 1.0, "{drawn} of {draws}: {caps:?}");
+                }
+            }
+            // A cap below the share of its domains is made use of.
+            let Cap { domains, share } = &caps[0];
+            let drawn: u64 = domains.iter().map(|domain| stream.counters().documents[*domain]).sum();
+            assert!(drawn as f64 >= share * 500.0 - 6.0, "{drawn}: {caps:?}");
+        }
+        let roomy = draw(&mut three().capped(vec![cap(&[0], 1.0)]), &shares, 200);
+        assert_eq!(roomy, draw(&mut three(), &shares, 200));
     }
 
     /// 3,000 draws at a share of 2/3; five standard errors are a false alarm in fewer than one of a million seeds.

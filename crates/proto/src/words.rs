@@ -95,6 +95,7 @@ words! {
     v1::Precision => "PRECISION_",
     v1::RefusalReason => "REFUSAL_REASON_",
     v1::RowForm => "ROW_FORM_",
+    v1::ProvenanceClass => "PROVENANCE_CLASS_",
     v1::Severity => "SEVERITY_",
     v1::SiteKind => "SITE_KIND_",
     v1::TokenRole => "TOKEN_ROLE_",

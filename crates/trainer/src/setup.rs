@@ -8,6 +8,7 @@ use attune_adapt::peft;
 use attune_architecture::{Architecture, HeadKind};
 use attune_artifacts::canonical;
 use attune_data::loader::{Domain, Room, in_order};
+use attune_data::stream::Cap;
 use attune_data::{ChatTemplate, Dataset, Encoder, Loader, MIXINGS, Packing, Reading, Source, Tokenizer};
 use attune_models::pass::walk::Keep;
 use attune_models::{Base, LoadBalance, Model, Stack, surgery};
@@ -16,8 +17,8 @@ use attune_optim::{OPTIMIZERS, SCHEDULES};
 use attune_points::engine::Job;
 use attune_points::{Bank, BankKind, Owner, Row, TensorId, Theta};
 use attune_spec::id::{Digest, Name, Step};
-use attune_spec::job::plan::{Input, Length, PlanReward, PlanSlot};
-use attune_spec::job::{Activations, Form, HeadSpec, Matmul, MergedInto, Plan, Precision};
+use attune_spec::job::plan::{Input, Length, PlanDomain, PlanReward, PlanSlot};
+use attune_spec::job::{Activations, Form, HeadSpec, Matmul, MergedInto, Plan, Precision, ProvenanceClass};
 use attune_spec::method::{BuildCx, Catalogue};
 use attune_spec::{Fault, FieldPath};
 
@@ -448,7 +449,17 @@ pub(crate) fn loader_of(plan: &Plan, domains: Vec<Domain>, packing: Packing, len
     // How the shares develop may depend on the number of steps only after that number is known, which needs the shares.
     let cx = BuildCx { steps: Step(0), domains: &weights, words: None };
     let mixing = MIXINGS.build(&plan.mixing, &"data.mixing".into(), &cx).map_err(Error::Faults)?;
-    Ok(Loader::new(plan.seed, domains, mixing, packing, length))
+    Ok(Loader::new(plan.seed, domains, mixing, packing, length).capped(caps(plan)))
+}
+
+/// The bounds on documents by where they come from.
+fn caps(plan: &Plan) -> Vec<Cap> {
+    let class = |domain: &PlanDomain| domain.provenance.as_ref().map(|provenance| provenance.class);
+    let of = |wanted: ProvenanceClass| {
+        let domains = plan.domains.iter().enumerate();
+        domains.filter(|(_, domain)| class(domain) == Some(wanted)).map(|(at, _)| at).collect()
+    };
+    plan.caps.iter().map(|(wanted, share)| Cap { domains: of(*wanted), share: *share }).collect()
 }
 
 pub(crate) fn weights(plan: &Plan) -> Vec<(Name, f64)> {

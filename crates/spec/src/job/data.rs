@@ -1,8 +1,11 @@
 //! `data:` — what to learn from.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::provenance::{Provenance, ProvenanceClass};
 use super::reference::Reference;
 use crate::id::Name;
 use crate::method::MethodRef;
@@ -90,6 +93,9 @@ pub struct DomainSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub rows: Option<u64>,
+    /// Where the rows come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provenance: Option<Provenance>,
 }
 
 /// A validation set.
@@ -120,6 +126,9 @@ pub struct DataSpec {
     /// The parts of the mixture.
     #[schemars(length(min = 1, max = 1000))]
     pub domains: Vec<DomainSpec>,
+    /// The most that documents of a class may be of all that are drawn, whatever the mixture says.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub caps: BTreeMap<ProvenanceClass, f64>,
     /// Which domain the next document comes from.
     #[serde(default = "static_mixing")]
     pub mixing: MethodRef,

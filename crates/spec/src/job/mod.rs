@@ -6,6 +6,7 @@
 
 pub mod data;
 pub mod plan;
+pub mod provenance;
 pub mod read;
 pub mod reference;
 pub mod resources;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 pub use data::{DataSpec, DomainSpec, Form, OnBadRow, TooLong, ValidationSpec};
 pub use plan::Plan;
+pub use provenance::{Provenance, ProvenanceClass};
 pub use read::{ReadError, read_stage, read_value, read_yaml, set_path};
 pub use reference::Reference;
 pub use resources::{Bounds, Device, Limits, MergedInto, Outputs, Resources};

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::data::{Form, OnBadRow, TooLong};
+use super::provenance::{Provenance, ProvenanceClass};
 use super::reference::Reference;
 use super::resources::{Bounds, MergedInto};
 use super::targets::Targets;
@@ -53,6 +54,9 @@ pub struct PlanDomain {
     /// How many rows are learned from; `None` for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<u64>,
+    /// Where they come from, if anybody says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provenance: Option<Provenance>,
 }
 
 /// A validation set.
@@ -122,6 +126,9 @@ pub struct Plan {
     pub surgery: Option<MethodRef>,
     /// The training mixture.
     pub domains: Vec<PlanDomain>,
+    /// The most that documents of a class may be of all that are drawn.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub caps: BTreeMap<ProvenanceClass, f64>,
     /// Which domain the next document comes from.
     pub mixing: MethodRef,
     /// The validation sets.
@@ -280,6 +287,7 @@ impl Plan {
             weight: domain.weight,
             form: domain.form,
             rows: domain.rows,
+            provenance: domain.provenance.clone(),
         });
         let domains = domains.collect();
         let validation = spec.data.validation.iter().enumerate().map(|(index, set)| PlanValidation {
@@ -327,6 +335,7 @@ impl Plan {
             head: tune.head.clone(),
             surgery: tune.surgery.as_ref().map(|surgery| catalogue.resolve(surgery)),
             domains,
+            caps: spec.data.caps.clone(),
             mixing: catalogue.resolve(&spec.data.mixing),
             validation,
             max_length: spec.data.max_length,

@@ -29,6 +29,8 @@
 //! Fictitious Synthetic Data Can Improve LLM Factuality via Prerequisite Learning. Yujian Liu, Shiyu Chang, Tommi Jaakkola,
 //! Yang Zhang. 2024.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -165,8 +167,10 @@ impl PrereqTune {
             weight: 1.0,
             form: Some(Form::Text),
             rows: None,
+            provenance: None,
         };
-        let mut data = DataSpec { domains: vec![domain], validation: Vec::new(), ..job.data.clone() };
+        let mut data =
+            DataSpec { domains: vec![domain], caps: BTreeMap::new(), validation: Vec::new(), ..job.data.clone() };
         data.max_length = self.config.max_length.unwrap_or(data.max_length);
         let of_text = TuneSpec::default();
         let tune =

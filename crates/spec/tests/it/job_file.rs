@@ -88,6 +88,22 @@ fn each_fault_has_its_path_and_says_what_would_do() {
             json!("ftp://x"),
             "`data.domains[0].source` is wrong: reference \"ftp://x\" is not valid",
         ),
+        (
+            "data.domains[0].provenance",
+            json!({"class": "distilled"}),
+            "`data.domains[0].provenance.teacher` is missing: rows of the class distilled have it",
+        ),
+        (
+            "data.domains[0].provenance",
+            json!({"class": "expert", "round": 2}),
+            "`data.domains[0].provenance.round` is given, and rows of the class expert have none",
+        ),
+        (
+            "data.caps",
+            json!({"distilled": 0.5}),
+            "`data.caps.distilled` bounds rows of which the job has none: no domain has `provenance.class: distilled`",
+        ),
+        ("data.caps", json!({"experts": 0.5}), "`data.caps."),
         ("data.max_length", json!(8192), "`tune.batch_tokens` is 4096; expected at least data.max_length = 8192"),
         ("version", json!(2), "`version` is 2; this build reads version 1"),
         ("name", json!("Not A Name"), "`name` is wrong: name \"Not A Name\" is not valid"),
@@ -352,4 +368,19 @@ fn a_job_survives_being_written_and_read_again() {
     let spec = read(SMALL).unwrap();
     let value = serde_json::to_value(&spec).unwrap();
     assert_eq!(read_value(&value, Catalogue::embedded()).unwrap(), spec);
+}
+
+/// Shares that are none, and caps that leave documents to nobody.
+#[test]
+fn caps_of_classes_leave_room_for_every_document() {
+    let domain =
+        |provenance: serde_json::Value| json!([{"name": "a", "source": "./a.jsonl", "provenance": provenance}]);
+    let distilled = domain(json!({"class": "distilled", "teacher": "large"}));
+    let found = |share: f64| faults(&[("data.domains", distilled.clone()), ("data.caps", json!({"distilled": share}))]);
+    assert_eq!(found(1.0), [""; 0]);
+    let less = found(0.5);
+    let expected =
+        "`data.caps` leave room for 0.5 of the documents; expected 1 or more, or a domain that none is about";
+    assert!(less.iter().any(|fault| fault == expected), "{less:#?}");
+    assert!(found(1.5)[0].starts_with("`data.caps.distilled` is 1.5; expected a share"), "{:#?}", found(1.5));
 }

@@ -168,7 +168,7 @@ fn in_turn(small: &Small, own: &[Change<'_>]) -> Result<Ran, String> {
     unpack(&first.files, "Result", &small.path("first"));
     let further: Vec<Change<'_>> = own.iter().copied().filter(|(field, _)| *field != "tune.adapter").collect();
     // All weights are a model, which is the next one's base.
-    let from = match small.path("first/adapter_config.json").exists() {
+    let from = match small.path("first/adapter_config.json").try_exists().unwrap() {
         true => ("tune.adapter", "{from: ./first}"),
         false => ("base", "./first"),
     };

@@ -232,3 +232,20 @@ fn a_component_that_does_not_merge_into_this_base_is_refused_before_it_trains() 
         assert!(metric(&outside.events.into_inner().unwrap(), "train/loss").is_empty());
     }
 }
+
+/// The mixture asks for two thirds of greetings; they are a quarter of the documents, and the report says where all came from.
+#[test]
+fn documents_of_a_class_keep_to_their_cap() {
+    let small = Small::with_weights();
+    let domains = "[{name: greetings, source: ./greetings.jsonl, weight: 2, provenance: {class: distilled, teacher: large}}, \
+                    {name: sums, source: ./sums.jsonl, provenance: {class: expert}}]";
+    let changes = [("data.domains", domains), ("data.caps", "{distilled: 0.25}"), ("tune.steps", "20")];
+    let (_, files) = small.finish(small.plan(&changes), 1);
+    let report: serde_json::Value = serde_json::from_slice(&files["Report/report.json"]).unwrap();
+    let drawn = |domain: &str| report["documents"][domain].as_f64().unwrap();
+    let all = drawn("greetings") + drawn("sums");
+    assert!(all > 40.0 && (drawn("greetings") - all / 4.0).abs() <= 1.0, "{report}");
+    let (_, free) = small.finish(small.plan(&[("tune.steps", "20")]), 1);
+    let report: serde_json::Value = serde_json::from_slice(&free["Report/report.json"]).unwrap();
+    assert!(report["documents"]["greetings"].as_f64() > report["documents"]["sums"].as_f64(), "{report}");
+}

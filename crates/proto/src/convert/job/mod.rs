@@ -27,8 +27,10 @@ after: [j-1]
 base: "base:latest"
 data:
   domains:
-    - {name: packages, source: "packages:latest", weight: 2.5, form: chat}
-    - {name: manual, source: "s3://bucket/manual.parquet"}
+    - {name: packages, source: "packages:latest", weight: 2.5, form: chat, provenance: {class: distilled, teacher: large}}
+    - {name: manual, source: "s3://bucket/manual.parquet", provenance: {class: expert}}
+    - {name: own, source: "own:latest", provenance: {class: self_improved, round: 2, filter: shorter than 80 words}}
+  caps: {distilled: 0.5, self_improved: 0.25}
   mixing: {method: static}
   validation: [{name: held-out, source: "valid:latest", rows: 40}]
   max_length: 256

@@ -131,14 +131,33 @@ impl Reader {
         let path = FieldPath::from("data");
         let mut domains = Vec::new();
         for (index, domain) in spec.domains.iter().enumerate() {
-            let form = path.field("domains").index(index).field("form");
+            let own = path.field("domains").index(index);
+            let (form, class) = (own.field("form"), own.field("provenance").field("class"));
             domains.push(given! {
                 "name": Some(&domain.name),
                 "source": Some(&domain.source),
                 "weight": domain.weight,
                 "form": self.word::<v1::RowForm>(domain.form, form.as_str()),
                 "rows": domain.rows,
+                "provenance": domain.provenance.as_ref().map(|of| given! {
+                    "class": self.word::<v1::ProvenanceClass>(of.class, class.as_str()),
+                    "teacher": of.teacher.as_ref(),
+                    "round": of.round,
+                    "filter": of.filter.as_ref(),
+                }),
             });
+        }
+        let mut caps = Map::new();
+        for (index, cap) in spec.caps.iter().enumerate() {
+            let class = path.field("caps").index(index).field("class");
+            match self.word::<v1::ProvenanceClass>(cap.class, class.as_str()) {
+                Some(word) if caps.contains_key(&word) => {
+                    self.faults.push(Fault::new(class, format!("is {word} for the second time")));
+                }
+                Some(word) => drop(caps.insert(word, json!(cap.share))),
+                None if cap.class == 0 => self.faults.push(Fault::new(class, "is missing")),
+                None => {}
+            }
         }
         let mut validation = Vec::new();
         for (index, set) in spec.validation.iter().enumerate() {
@@ -158,6 +177,7 @@ impl Reader {
             "too_long": self.word::<v1::TooLong>(spec.too_long, "data.too_long"),
             "on_bad_row": self.word::<v1::OnBadRow>(spec.on_bad_row, "data.on_bad_row"),
             "template": spec.template.as_ref(),
+            "caps": (!caps.is_empty()).then_some(caps),
         }
     }
 

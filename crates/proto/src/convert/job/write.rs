@@ -2,8 +2,8 @@
 
 use attune_spec::job::{
     Activations, Bounds, CheckpointSpec, DataSpec, Device, DomainSpec, EvaluateSpec, Form, HeadPooling, HeadSpec,
-    HeadTask, JobKind, JobSpec, Limits, Matmul, MergedInto, OnBadRow, Outputs, Precision, Resources, SlotSpec, Targets,
-    TooLong, TuneSpec, ValidationSpec,
+    HeadTask, JobKind, JobSpec, Limits, Matmul, MergedInto, OnBadRow, Outputs, Precision, Provenance, ProvenanceClass,
+    Resources, SlotSpec, Targets, TooLong, TuneSpec, ValidationSpec,
 };
 use attune_spec::method::MethodRef;
 use attune_spec::{Fault, FieldPath};
@@ -63,6 +63,7 @@ fn data(spec: &DataSpec, faults: &mut Faults) -> v1::DataSpec {
         weight: Some(domain.weight),
         form: form(domain.form),
         rows: domain.rows,
+        provenance: domain.provenance.as_ref().map(provenance),
     };
     let set = |set: &ValidationSpec| v1::ValidationSpec {
         name: set.name.to_string(),
@@ -84,7 +85,21 @@ fn data(spec: &DataSpec, faults: &mut Faults) -> v1::DataSpec {
             OnBadRow::Skip => v1::OnBadRow::Skip,
         } as i32,
         template: spec.template.clone(),
+        caps: spec.caps.iter().map(|(of, share)| v1::ProvenanceCap { class: class(*of), share: *share }).collect(),
     }
+}
+
+const fn class(of: ProvenanceClass) -> i32 {
+    match of {
+        ProvenanceClass::Expert => v1::ProvenanceClass::Expert as i32,
+        ProvenanceClass::Distilled => v1::ProvenanceClass::Distilled as i32,
+        ProvenanceClass::SelfImproved => v1::ProvenanceClass::SelfImproved as i32,
+    }
+}
+
+fn provenance(of: &Provenance) -> v1::Provenance {
+    let Provenance { class: of_class, teacher, round, filter } = of.clone();
+    v1::Provenance { class: class(of_class), teacher, round, filter }
 }
 
 fn slot(spec: &SlotSpec, path: &FieldPath, faults: &mut Faults) -> v1::SlotSpec {

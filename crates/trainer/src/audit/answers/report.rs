@@ -16,6 +16,9 @@ const FEW: usize = 30;
 /// Deviations of a normal distribution on each side that hold 95 % of it.
 const DEVIATIONS: f64 = 1.959_963_984_540_054;
 
+/// An item, and what was said to it.
+type Pair<'p> = (&'p Item, &'p Answered);
+
 /// A number that is made of some items.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Number {
@@ -101,21 +104,21 @@ pub struct Report {
 impl Report {
     /// Of items, and what was said to each of them in turn.
     pub fn of(items: &[Item], answered: &[Answered], phrases: &Phrases, bootstrap: &Bootstrap) -> Self {
-        let both: Vec<(&Item, &Answered)> = items.iter().zip(answered).collect();
-        let mut slices: BTreeMap<String, BTreeMap<String, Vec<(&Item, &Answered)>>> = BTreeMap::new();
+        let both: Vec<Pair<'_>> = items.iter().zip(answered).collect();
+        let mut slices: BTreeMap<String, BTreeMap<String, Vec<Pair<'_>>>> = BTreeMap::new();
         for &(item, answered) in &both {
             for (name, value) in &item.slices {
                 slices.entry(name.clone()).or_default().entry(value.clone()).or_default().push((item, answered));
             }
         }
-        let part = |of: &[(&Item, &Answered)]| Part::of(of, phrases, bootstrap);
+        let part = |of: &[Pair<'_>]| Part::of(of, phrases, bootstrap);
         let parts = |of: BTreeMap<String, Vec<_>>| of.into_iter().map(|(value, of)| (value, part(&of))).collect();
         Self { all: part(&both), slices: slices.into_iter().map(|(name, of)| (name, parts(of))).collect() }
     }
 }
 
 impl Part {
-    fn of(both: &[(&Item, &Answered)], phrases: &Phrases, bootstrap: &Bootstrap) -> Self {
+    fn of(both: &[Pair<'_>], phrases: &Phrases, bootstrap: &Bootstrap) -> Self {
         let own: Vec<(&Item, &str)> = both.iter().map(|(item, answered)| (*item, &*answered.own)).collect();
         let other: Option<Vec<(&Item, &str)>> =
             both.iter().map(|(item, answered)| Some((*item, answered.other.as_deref()?))).collect();
