@@ -9,12 +9,12 @@ use attune_spec::method::{Catalogue, MethodDocument, SiteKind, expression};
 
 use crate::admit::{self, Admitted};
 
-/// Bytes that each trained parameter takes beside gradients of shards: value, sum of gradients and two moments in f32, and the value
-/// once more where it is written.
-const TRAINED_BYTES: u64 = 20;
+/// Bytes that each trained parameter takes beside gradients of shards: value, sum of gradients and two moments in f32, and in part the
+/// value once more where it is written.
+const TRAINED_BYTES: u64 = 18;
 /// The same in each process of a gang, but for the moments, which one of them has: value, sum, and what of gradients and values is
 /// on its way.
-const SHARED_BYTES: u64 = 12;
+const SHARED_BYTES: u64 = 10;
 /// Bytes of the moments.
 const MOMENTS_BYTES: u64 = 8;
 /// Bytes of a gradient, of which each logical shard of a pass has its own.
@@ -25,12 +25,18 @@ const FIXED_BYTES: f64 = 8.0;
 
 /// Bytes of a process beside weights and passes: the program, a tokenizer, data, the allocator, threads and their scratch. Measured as
 /// what jobs of several sizes took beside the rest, in the development profile.
-const PROCESS_BYTES: u64 = 112 << 20;
+const PROCESS_BYTES: u64 = 80 << 20;
 
-/// Numbers that the graph of a component holds at once for each row of a pass, of as many as its site takes and gives: what these are, what
-/// it makes of them, and the gradients by both. Measured as what seventy components took, on two shapes, beside a LoRA of as many
-/// parameters: their own are between two and ten.
-const GRAPH_NUMBERS: usize = 5;
+/// What the graphs of components hold beside what they train, measured as what forty of them took on two shapes and in batches of two
+/// sizes: for each row of a pass some numbers of as many as a linear takes and gives, or as a block does, which has more of them at once;
+const ROW_NUMBERS: usize = 2;
+/// see [`ROW_NUMBERS`];
+const BLOCK_NUMBERS: usize = 7;
+/// at the largest linear some weights of its shape, whatever the rows: what is made of a weight, what that is made of, and gradients by
+/// both. Those that make little hold three, those that make much of it twenty and more;
+const WEIGHTS_AT_ONCE: usize = 7;
+/// and what the allocator keeps of all this for the next one.
+const GRAPH_BYTES: u64 = 16 << 20;
 
 /// What training takes of memory; nothing when the base's structure is not known here.
 pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
@@ -58,13 +64,14 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
 
 /// Bytes of what trains, in one process through which so many rows of so many logical shards go at a time.
 fn trained_bytes(admitted: &Admitted, rows: u64, shards: u64) -> Option<u64> {
-    let Trainable { parameters: n, fixed, row_numbers, graph_numbers } = trainable(admitted)?;
+    let Trainable { parameters: n, fixed, row_numbers, graph } = trainable(admitted)?;
     let resources = &admitted.spec.resources;
     // Ranks that share a process have all moments each.
     let workers = if resources.devices_per_worker == 1 { u64::from(resources.workers) } else { 1 };
     let of_one = if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES };
-    let of_rows = (rows as f64 * row_numbers) as u64 + rows * graph_numbers;
-    Some(of_one + n * GRADIENT_BYTES * shards + of_rows * 4 + (fixed * FIXED_BYTES) as u64)
+    let of_graphs = (rows * graph.row_numbers + graph.numbers) * 4 + graph.bytes;
+    let of_rows = (rows as f64 * row_numbers) as u64 * 4;
+    Some(of_one + n * GRADIENT_BYTES * shards + of_rows + of_graphs + (fixed * FIXED_BYTES) as u64)
 }
 
 /// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.
@@ -103,14 +110,51 @@ struct Trainable {
     fixed: f64,
     /// Numbers that components on linears keep of each row of a pass: as many as a LoRA of as many parameters would.
     row_numbers: f64,
-    /// Numbers that the largest graph of a component holds of each row while it runs.
-    graph_numbers: u64,
+    /// What the largest graph of a component holds while it runs.
+    graph: Graph,
+}
+
+/// What a graph holds while it runs.
+#[derive(Debug, Clone, Copy, Default)]
+struct Graph {
+    /// Numbers of each row.
+    row_numbers: u64,
+    /// Numbers whatever the rows.
+    numbers: u64,
+    /// Bytes that the allocator keeps of it.
+    bytes: u64,
+}
+
+impl Graph {
+    /// At one site: norms and tables are small beside linears, and attentions and MLPs as a whole take and give the stream.
+    fn at(site: &Site, hidden: usize) -> Self {
+        match (site.offers(), site.out_in()) {
+            (SiteKind::Linear, Some((output, input))) => Self {
+                row_numbers: (ROW_NUMBERS * (output + input)) as u64,
+                numbers: (WEIGHTS_AT_ONCE * output * input) as u64,
+                bytes: GRAPH_BYTES,
+            },
+            (SiteKind::Mlp, _) => {
+                Self { row_numbers: (BLOCK_NUMBERS * 2 * hidden) as u64, numbers: 0, bytes: GRAPH_BYTES }
+            }
+            (SiteKind::Attention, _) => Self { row_numbers: (ROW_NUMBERS * 2 * hidden) as u64, numbers: 0, bytes: 0 },
+            _ => Self::default(),
+        }
+    }
+
+    fn largest(self, other: Self) -> Self {
+        Self {
+            row_numbers: self.row_numbers.max(other.row_numbers),
+            numbers: self.numbers.max(other.numbers),
+            bytes: self.bytes.max(other.bytes),
+        }
+    }
 }
 
 /// What trains; nothing when somebody does not say how many parameters that are.
 fn trainable(admitted: &Admitted) -> Option<Trainable> {
     let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
-    let (mut parameters, mut fixed, mut row_numbers, mut graph_numbers) = (0.0, 0.0, 0.0, 0);
+    let (mut parameters, mut fixed, mut row_numbers, mut graph) = (0.0, 0.0, 0.0, Graph::default());
     for slot in plan.stack.iter().filter(|slot| slot.train) {
         let method = slot.method.as_ref()?;
         let document = Catalogue::embedded().get(&method.method)?;
@@ -129,14 +173,7 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             names
         };
         if !document.fused && !document.trains_base {
-            // Norms and tables are small beside these, and attentions and MLPs as a whole take and give the stream.
-            let widths = |site: &Site| match site.offers() {
-                SiteKind::Linear => site.out_in().map_or(0, |(output, input)| output + input),
-                SiteKind::Attention | SiteKind::Mlp => 2 * architecture.hidden,
-                _ => 0,
-            };
-            let widest = sites.iter().map(widths).max().unwrap_or_default();
-            graph_numbers = graph_numbers.max((GRAPH_NUMBERS * widest) as u64);
+            graph = sites.iter().map(|site| Graph::at(site, architecture.hidden)).fold(graph, Graph::largest);
         }
         for site in &sites {
             let names = names(site);
@@ -161,7 +198,7 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             fixed += expression::number(&document.fixed_shared, &names).ok()?;
         }
     }
-    Some(Trainable { parameters: parameters.max(0.0) as u64, fixed, row_numbers: row_numbers.max(0.0), graph_numbers })
+    Some(Trainable { parameters: parameters.max(0.0) as u64, fixed, row_numbers: row_numbers.max(0.0), graph })
 }
 
 /// Bytes of what components have measured before the first step; nothing when somebody does not say how many they are.
