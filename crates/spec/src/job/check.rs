@@ -6,11 +6,9 @@ use std::sync::LazyLock;
 use jsonschema::Validator;
 use serde_json::Value;
 
-use super::data::{DataSpec, DomainSpec};
 use super::plan::{HEAD, head_slot, logical_shards, longest};
-use super::provenance::{Provenance, ProvenanceClass};
 use super::tune::{RewardSpec, SlotSpec};
-use super::{Bounds, Device, Form, HeadSpec, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION};
+use super::{Bounds, Device, Form, HeadSpec, JobKind, JobSpec, MergedInto, Precision, Reference, VERSION, data};
 use crate::fault::{Fault, FieldPath};
 use crate::method::{Catalogue, Merges, MethodRef, Point, schema};
 use crate::stages;
@@ -124,7 +122,7 @@ pub(super) fn stage_relations(spec: &JobSpec, catalogue: &Catalogue) -> Vec<Faul
     let mut faults = Vec::new();
     length(spec, &mut faults);
     slots(spec, catalogue, &mut faults);
-    data(spec, &mut faults);
+    data::check(&spec.data, &mut faults);
     answers(spec, catalogue, &mut faults);
     beside(spec, catalogue, &mut faults);
     shards(spec, catalogue, &mut faults);
@@ -204,56 +202,6 @@ fn slots(spec: &JobSpec, catalogue: &Catalogue, faults: &mut Vec<Fault>) {
         if slot.method.is_some() && slot.from.is_none() && !slot.train {
             faults.push(Fault::new(path.field("train"), "is false for a fresh component, which would do nothing"));
         }
-    }
-}
-
-fn data(spec: &JobSpec, faults: &mut Vec<Fault>) {
-    let data = FieldPath::from("data");
-    let mut check = |list: &str, names: Vec<String>| {
-        let mut seen = BTreeSet::new();
-        for (index, name) in names.into_iter().enumerate() {
-            if !seen.insert(name.clone()) {
-                let path = data.field(list).index(index).field("name");
-                faults.push(Fault::new(path, format!("is {name:?} for the second time; give each its own")));
-            }
-        }
-    };
-    check("domains", spec.data.domains.iter().map(|domain| domain.name.to_string()).collect());
-    check("validation", spec.data.validation.iter().map(|set| set.name.to_string()).collect());
-    if spec.data.domains.iter().all(|domain| domain.weight == 0.0) {
-        faults.push(Fault::new("data.domains", "all have weight 0; expected one above"));
-    }
-    caps(&spec.data, faults);
-}
-
-/// A cap is of rows that the job has, and all of them together leave room for every document.
-fn caps(data: &DataSpec, faults: &mut Vec<Fault>) {
-    let path = FieldPath::from("data").field("caps");
-    let class = |domain: &DomainSpec| domain.provenance.as_ref().map(|provenance| provenance.class);
-    for (index, domain) in data.domains.iter().enumerate() {
-        let path = FieldPath::from("data").field("domains").index(index).field("provenance");
-        let found = domain.provenance.iter().flat_map(Provenance::faults);
-        faults.extend(found.map(|(field, message)| Fault::new(path.field(field), message)));
-    }
-    for (of, share) in &data.caps {
-        if !(*share > 0.0 && *share <= 1.0) {
-            let message = format!("is {share}; expected a share of the documents above 0, and 1 at most");
-            faults.push(Fault::new(path.field(of.name()), message));
-        }
-        if !data.domains.iter().any(|domain| class(domain) == Some(*of)) {
-            let message =
-                format!("bounds rows of which the job has none: no domain has `provenance.class: {}`", of.name());
-            faults.push(Fault::new(path.field(of.name()), message));
-        }
-    }
-    let drawn = data.domains.iter().filter(|domain| domain.weight > 0.0);
-    let classes: BTreeSet<Option<ProvenanceClass>> = drawn.map(class).collect();
-    let room = |class: &Option<ProvenanceClass>| class.and_then(|class| data.caps.get(&class)).copied().unwrap_or(1.0);
-    let all: f64 = classes.iter().map(room).sum();
-    if !data.caps.is_empty() && !classes.is_empty() && all < 1.0 - 1e-9 {
-        let message =
-            format!("leave room for {all} of the documents; expected 1 or more, or a domain that none is about");
-        faults.push(Fault::new(path, message));
     }
 }
 

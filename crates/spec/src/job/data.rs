@@ -1,12 +1,13 @@
 //! `data:` — what to learn from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::provenance::{Provenance, ProvenanceClass};
+use super::provenance::{self, Provenance, ProvenanceClass};
 use super::reference::Reference;
+use crate::fault::{Fault, FieldPath};
 use crate::id::Name;
 use crate::method::MethodRef;
 
@@ -160,4 +161,24 @@ const fn max_length() -> u32 {
 
 fn static_mixing() -> MethodRef {
     MethodRef::named("static")
+}
+
+/// Names are unique, something is drawn, and classes of rows are as they can be.
+pub(super) fn check(spec: &DataSpec, faults: &mut Vec<Fault>) {
+    let data = FieldPath::from("data");
+    let mut check = |list: &str, names: Vec<String>| {
+        let mut seen = BTreeSet::new();
+        for (index, name) in names.into_iter().enumerate() {
+            if !seen.insert(name.clone()) {
+                let path = data.field(list).index(index).field("name");
+                faults.push(Fault::new(path, format!("is {name:?} for the second time; give each its own")));
+            }
+        }
+    };
+    check("domains", spec.domains.iter().map(|domain| domain.name.to_string()).collect());
+    check("validation", spec.validation.iter().map(|set| set.name.to_string()).collect());
+    if spec.domains.iter().all(|domain| domain.weight == 0.0) {
+        faults.push(Fault::new("data.domains", "all have weight 0; expected one above"));
+    }
+    provenance::check(spec, faults);
 }

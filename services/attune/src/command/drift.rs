@@ -7,7 +7,7 @@ use attune_trainer::audit::bootstrap::Bootstrap;
 use attune_trainer::audit::drift::Drift;
 
 use super::looks;
-use crate::print::{FAILED, Failure, Out};
+use crate::print::{FAILED, Failure, Out, USAGE};
 use crate::remote::{self, Place, Server, block_on};
 
 /// Says whether texts of now are still like those that a model learned.
@@ -73,7 +73,8 @@ pub(super) fn run(arguments: &Arguments, server: &Server, out: &mut Out) -> Resu
         most: arguments.most,
         bootstrap: Bootstrap { resamples: 2000, level: 0.95, seed: 0 },
     };
-    let report = drift.run()?;
+    // Whatever fails is about what was named here: a schedule has to tell that from a drift.
+    let report = drift.run().map_err(|error| Failure { status: USAGE, ..error.into() })?;
     looks::tell(&report, &report.markdown(), arguments.to.as_ref(), out)?;
     if report.is_drifted() { Err(Failure::silent(FAILED)) } else { Ok(()) }
 }

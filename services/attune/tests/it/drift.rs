@@ -17,7 +17,7 @@ fn what_is_looked_at_has_to_be_there() {
         (&[], "--seen <FILE>"),
     ] {
         let ran = drift(more);
-        assert!(ran.status != 0 && ran.stdout.is_empty(), "{}", ran.all());
+        assert_eq!((ran.status, ran.stdout.as_str()), (2, ""), "{}", ran.all());
         assert!(ran.stderr.contains(message), "{message}: {}", ran.all());
     }
 }

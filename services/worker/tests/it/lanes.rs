@@ -101,6 +101,7 @@ async fn an_attempt_that_is_over_leaves_the_process() {
     let rest = r#"
 read -r command
 echo "told: $command" >&2
+while [ ! -e go ]; do sleep 0.05; done
 finished 0
 finished 2
 "#;
@@ -113,6 +114,8 @@ finished 2
         _ => None,
     };
     assert_eq!(world.scheduler.report("note", told).await, r#"told: {"lane":1,"command":"leave"}"#);
+    // The log and the messages are two pipes: who has finished has no log any more.
+    std::fs::write(world.folder().join("worker/attempts/1/go"), "").unwrap();
     for lane in [0, 2] {
         assert!(matches!(world.scheduler.end_of(&attempts[lane]).await, (Outcome::Succeeded(_), false)));
     }
