@@ -321,8 +321,8 @@ fn words(refusal: &str, adapter: &str) -> String {
 
 fn page(cells: &[Cell]) -> String {
     let mut page = String::from(
-        "# What adapters can be used for\n\nA job of twenty steps on a small base for each adapter and setting. ✓ has a run behind it that did what the setting says: the loss of held-out\n\
-         texts fell, or the bytes were those of the job alone, or the merged folder had the job's loss. Numbers are refusals, by their words below; jobs\n\
+        "# What adapters can be used for\n\nA job of twenty steps (of answers four) on a small base for each adapter and setting. ✓ has a run behind it that did what the setting says: the\n\
+         loss of the validation set fell, or the bytes were those of the job alone, or the merged folder had the job's loss. Numbers are refusals, by their words below; jobs\n\
          that are refused say so before their first step. Evidence: [each run](evidence/capabilities.jsonl); made by\n\
          `ATTUNE_CAPABILITIES=1 cargo nextest run --profile long -E 'test(capabilities::)'` with the workspace's features. Adapters that mix others\n\
          (`adapterfusion`, `arrow`, `xlora`) begin from folders of these and have tests of their own.\n\n",
