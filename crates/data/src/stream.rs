@@ -73,20 +73,20 @@ impl Stream {
         Self { caps, ..self }
     }
 
-    /// The shares without those domains of which one more document would be too many; as they are if that leaves none.
+    /// The shares without those domains of which one more document would be too many; nothing if they are as they were, or if that
+    /// leaves none.
     fn open(&self, shares: &Simplex) -> Option<Simplex> {
         let next = (self.counters.draws + 1) as f64;
         let is_full = |cap: &&Cap| {
             let drawn: u64 = cap.domains.iter().map(|domain| self.counters.documents[*domain]).sum();
             (drawn + 1) as f64 > cap.share * next
         };
+        let mut full = self.caps.iter().filter(is_full).flat_map(|cap| &cap.domains).peekable();
+        // Most draws are of jobs without caps.
+        full.peek()?;
         let mut open = shares.shares().to_vec();
-        let mut is_cut = false;
-        for domain in self.caps.iter().filter(is_full).flat_map(|cap| &cap.domains) {
-            is_cut |= open[*domain] > 0.0;
-            open[*domain] = 0.0;
-        }
-        Simplex::new(open).ok().filter(|_| is_cut)
+        full.for_each(|domain| open[*domain] = 0.0);
+        Simplex::new(open).ok()
     }
 
     /// The document that comes next under these shares. Asking changes nothing.
