@@ -26,6 +26,19 @@ fn trains(job: &v1::Job) -> bool {
     job.state() == JobState::Running && !job.checkpoint.is_empty()
 }
 
+/// Fills the disk, and what room the job makes on it, until it fails for that. A job that removes what it has handed over would go
+/// on in the room of that.
+async fn fails_on(cluster: &Cluster, id: &str, disk: &Disk) -> v1::Job {
+    let fails = |job: &v1::Job| {
+        disk.fill();
+        job.failure.is_some()
+    };
+    let failed = cluster.wait(id, "failure", fails).await;
+    let failure = failed.failure.as_ref().unwrap();
+    assert_eq!(failure.cause(), FailureCause::DiskFull, "{failure:#?}");
+    failed
+}
+
 fn errors(output: &std::process::Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -46,10 +59,7 @@ async fn a_full_disk_of_a_worker_costs_attempts_and_no_checkpoint() {
 
     let id = cluster.submit(&file, &set);
     cluster.wait(&id, "checkpoint", trains).await;
-    disk.fill();
-    let failed = cluster.wait(&id, "failure", |job| job.failure.is_some()).await;
-    let failure = failed.failure.clone().unwrap();
-    assert_eq!(failure.cause(), FailureCause::DiskFull, "{failure:#?}");
+    let failed = fails_on(&cluster, &id, &disk).await;
     // The last checkpoint is whole.
     let pulled = cluster.run(["artifacts", "pull", &failed.checkpoint, "pulled"]);
     assert!(pulled.status.success(), "{pulled:?}");
@@ -75,13 +85,13 @@ async fn a_full_disk_of_the_database_refuses_changes_and_answers_questions() {
     let id = cluster.submit(&file, &set);
     cluster.wait(&id, "checkpoint", trains).await;
     let process = cluster.scheduler.as_ref().unwrap().id();
-    disk.fill();
     let changes = set.iter().flat_map(|set| ["--set", set]);
     let arguments = ["submit", file.to_str().unwrap()].into_iter().chain(changes);
     // What of the log is there already still has room for a little.
     let deadline = Instant::now() + PATIENCE;
     let mut taken = BTreeSet::new();
     let refused = loop {
+        disk.fill();
         let output = cluster.run(arguments.clone());
         if !output.status.success() {
             break output;
@@ -114,14 +124,11 @@ async fn a_full_disk_of_the_artifacts_leaves_nothing_half_written() {
 
     let id = cluster.submit(&file, &set);
     cluster.wait(&id, "checkpoint", trains).await;
-    disk.fill();
+    fails_on(&cluster, &id, &disk).await;
     // Rows that are not there yet: equal bytes need no room.
     std::fs::write(cluster.path("rows.jsonl"), "{\"text\": \"Rows of nobody else.\"}\n".repeat(1000)).unwrap();
     let output = cluster.run(["artifacts", "push", "rows.jsonl", "--tag", "rows"]);
     assert!(output.status.code() == Some(1) && errors(&output).contains("full"), "{output:?}");
-    let failed = cluster.wait(&id, "failure", |job| job.failure.is_some()).await;
-    let failure = failed.failure.clone().unwrap();
-    assert_eq!(failure.cause(), FailureCause::DiskFull, "{failure:#?}");
     disk.clear();
     assert!(cluster.run(["artifacts", "push", "rows.jsonl", "--tag", "rows"]).status.success());
     assert_eq!(outputs(&cluster.ends(&id, JobState::Succeeded).await), expected);

@@ -59,7 +59,7 @@ async fn slurm_is_asked_for_workers_that_train_and_are_given_back_and_may_be_kil
     cluster.wait(&id, "training", |job| job.state() == JobState::Running).await;
     assert!(matches!(&queue()[..], [(_, state)] if state == "RUNNING"), "{:?}", queue());
     let undisturbed = cluster.ends(&id, JobState::Succeeded).await;
-    assert_eq!((undisturbed.epoch, undisturbed.failed_attempts), (1, 0));
+    assert_eq!((undisturbed.epoch, undisturbed.failed_attempts), (1, 0), "{undisturbed:#?}");
 
     // It idles and is given back; its folder goes with it.
     until_the_queue_is_empty(&cluster).await;

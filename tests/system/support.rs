@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 /// Longest wait for anything that must happen; far beyond what it takes on a slow machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a lease lasts here.
-const LEASE_MS: &str = "3000";
+/// How long a lease lasts here: short for whoever waits for its end, long for a scheduler that has little of a processor.
+const LEASE_MS: &str = "6000";
 
 /// The built program.
 pub(crate) fn attune() -> Command {

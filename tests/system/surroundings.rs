@@ -86,6 +86,9 @@ impl Disk {
         // Whoever writes meanwhile may have made it larger than what is asked for.
         let is_full = |_| {
             let now = statvfs(&self.at).unwrap();
+            if now.blocks_free() == 0 {
+                return true;
+            }
             let used = (now.blocks() - now.blocks_free()).max(1) * now.fragment_size();
             self.resize(&used.to_string())
         };

@@ -128,23 +128,48 @@ pub(crate) struct Letter {
     pub(crate) reply: oneshot::Sender<Result<Reply, Status>>,
 }
 
+/// Where letters arrive. Signs of life go before everything else, which may have much to store: a worker whose sign waits for
+/// longer than its lease ends what it runs.
+#[derive(Debug)]
+pub(crate) struct Mail {
+    beats: mpsc::Receiver<Letter>,
+    letters: mpsc::Receiver<Letter>,
+}
+
+impl Mail {
+    /// The next letter; none once nobody can write any more. Loses nothing when it is dropped.
+    pub(crate) async fn next(&mut self) -> Option<Letter> {
+        tokio::select! {
+            biased;
+            Some(letter) = self.beats.recv() => Some(letter),
+            letter = self.letters.recv() => letter,
+        }
+    }
+}
+
 /// Cheap to clone; all clones speak with the same desk.
 #[derive(Debug, Clone)]
 pub(crate) struct Front {
+    beats: mpsc::Sender<Letter>,
     letters: mpsc::Sender<Letter>,
 }
 
 impl Front {
-    /// A front, and where its letters arrive; `waiting` of them may wait.
-    pub(crate) fn new(waiting: usize) -> (Self, mpsc::Receiver<Letter>) {
+    /// A front, and where its letters arrive; `waiting` of each kind may wait.
+    pub(crate) fn new(waiting: usize) -> (Self, Mail) {
         let (letters, arrive) = mpsc::channel(waiting.max(1));
-        (Self { letters }, arrive)
+        let (beats, beating) = mpsc::channel(waiting.max(1));
+        (Self { beats, letters }, Mail { beats: beating, letters: arrive })
     }
 
     async fn ask(&self, ask: Ask) -> Result<Reply, Status> {
-        let (reply, answer) = oneshot::channel();
-        self.letters.send(Letter { ask, reply }).await.map_err(|_| status::shuts_down())?;
-        answer.await.map_err(|_| status::shuts_down())?
+        asked(&self.letters, ask).await
+    }
+
+    /// A worker's sign of life, which is heard before what anybody else asks.
+    pub(crate) async fn beat(&self, input: Input) -> Result<Answer, Status> {
+        let ask = Ask::Step { input: Box::new(input), extra: Box::default() };
+        answer(asked(&self.beats, ask).await?)
     }
 
     /// One step of the core; its changes are stored when this returns.
@@ -266,6 +291,12 @@ impl Front {
     }
 }
 
+async fn asked(letters: &mpsc::Sender<Letter>, ask: Ask) -> Result<Reply, Status> {
+    let (reply, answer) = oneshot::channel();
+    letters.send(Letter { ask, reply }).await.map_err(|_| status::shuts_down())?;
+    answer.await.map_err(|_| status::shuts_down())?
+}
+
 fn answer(reply: Reply) -> Result<Answer, Status> {
     match reply {
         Reply::Answer(answer) => Ok(answer),
@@ -276,4 +307,28 @@ fn answer(reply: Reply) -> Result<Answer, Status> {
 fn unexpected(reply: &Reply) -> Status {
     tracing::error!(?reply, "the desk answered another question");
     attune_proto::Class::Internal.status("the scheduler mixed up two answers")
+}
+
+#[cfg(test)]
+mod tests {
+    use attune_scheduler_core::Session;
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn signs_of_life_go_before_what_came_earlier() {
+        let (front, mut mail) = Front::new(4);
+        let mut asked = Box::pin(front.workers());
+        let worker = WorkerId::new("w").unwrap();
+        let input = Input::Heartbeat { worker, session: Session(0), beat: 1, holding: Vec::new() };
+        let mut beaten = Box::pin(front.beat(input));
+        assert!((&mut asked).now_or_never().is_none() && (&mut beaten).now_or_never().is_none());
+        let mut next = || mail.next().now_or_never().flatten().map(|letter| letter.ask);
+        assert!(matches!(next(), Some(Ask::Step { .. })));
+        assert!(matches!(next(), Some(Ask::Workers)));
+        drop((asked, beaten));
+        drop(front);
+        assert!(matches!(mail.next().now_or_never(), Some(None)), "nobody can write any more");
+    }
 }

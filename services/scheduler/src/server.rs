@@ -30,7 +30,7 @@ use crate::desk::Desk;
 use crate::error::Error;
 use crate::follow;
 use crate::frames::Counted;
-use crate::front::{Front, Letter};
+use crate::front::{Front, Mail};
 use crate::guard::{self, GuardLayer};
 use crate::hub::Hub;
 use crate::incoming;
@@ -130,7 +130,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
 struct Lead {
     config: Config,
     context: Arc<Context>,
-    letters: mpsc::Receiver<Letter>,
+    mail: Mail,
     /// The tasks that go on until the last connection has ended.
     inner: TaskGroup,
     /// The task that has workers.
@@ -141,7 +141,7 @@ struct Lead {
 
 impl Lead {
     async fn begin(self) -> Result<(), Error> {
-        let Self { config, context, letters, inner, suppliers, url } = self;
+        let Self { config, context, mail, inner, suppliers, url } = self;
         if let Auth::Tokens(tokens) = &config.auth {
             guard::first_admin(&context.store, tokens.admin_file.as_deref()).await?;
         }
@@ -149,7 +149,7 @@ impl Lead {
         let due = Arc::new(Notify::new());
         let (store, hub) = (context.store.clone(), context.hub.clone());
         let desk = Desk::open(&config, store, hub, Clock::start(), prune, Arc::clone(&due)).await?;
-        inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(letters, inner.stop()));
+        inner.spawn(Task::new("desk").shutdown_on_error(), desk.run(mail, inner.stop()));
         keep(&inner, "checkpoints", sweep::checkpoints(Arc::clone(&context), to_prune));
         keep(&inner, "housekeeping", sweep::keep_house(Arc::clone(&context), config.timings));
         keep(&inner, "limits", limits::keep(Arc::clone(&context)));
@@ -200,7 +200,7 @@ async fn run(
         None => None,
     };
     let blobs = BlobStore::open(&config.artifacts).await?;
-    let (front, letters) = Front::new(config.limits.waiting_requests);
+    let (front, mail) = Front::new(config.limits.waiting_requests);
     let hub = Hub::default();
     // Two groups: connections end first, then what they speak with.
     let (connections, inner, suppliers) = (TaskGroup::new(), TaskGroup::new(), TaskGroup::new());
@@ -220,7 +220,7 @@ async fn run(
     let lead = Lead {
         config: config.clone(),
         context: Arc::clone(&context),
-        letters,
+        mail,
         inner: inner.clone(),
         suppliers: suppliers.clone(),
         url,

@@ -457,8 +457,10 @@ impl Agent {
             Hear::KillCohort(kill) => self.killed(CohortId(kill.cohort_id)),
             Hear::ReportAck(ack) => {
                 let Ok(attempt) = id::attempt("attempt", ack.attempt.as_ref()) else { return Ok(()) };
-                if let Some(member) = self.cohorts.values_mut().find_map(|cohort| cohort.member(&attempt)) {
+                let found = self.cohorts.iter_mut().find_map(|(id, cohort)| Some((*id, cohort.member(&attempt)?)));
+                if let Some((id, member)) = found {
                     member.outbox.acknowledged(ack.sequence);
+                    self.send_reports(id);
                 }
             }
             Hear::DrainWorker(drain) => {

@@ -6,6 +6,11 @@ use attune_proto::v1::{self, attempt_report::Report};
 
 /// Most reports that are kept; beyond it notes and metrics are the first to go.
 const REPORTS_MAX: usize = 4096;
+/// Most reports that are sent and not acknowledged. Behind them progress and metrics become one report each: a scheduler that is
+/// slow has less to store.
+const WINDOW: usize = 64;
+/// Most metric points of a report.
+const POINTS_MAX: usize = 1000;
 
 /// The reports of one attempt that are not acknowledged yet.
 #[derive(Debug, Default)]
@@ -20,22 +25,39 @@ pub(crate) struct Outbox {
 impl Outbox {
     /// Takes a report.
     pub(crate) fn push(&mut self, mut report: Report) {
-        // Progress that nobody has seen is replaced by newer progress under its number.
-        if let (Report::Progress(_), Some((number, Report::Progress(old)))) = (&report, self.kept.back_mut())
-            && *number > self.sent
-        {
-            let Report::Progress(new) = report else { return };
-            *old = new;
-            return;
-        }
         if let Report::Metrics(metrics) = &mut report {
             metrics.dropped += std::mem::take(&mut self.dropped);
+        }
+        if self.merge(&mut report) {
+            return;
         }
         if self.kept.len() >= REPORTS_MAX {
             self.thin();
         }
         self.last += 1;
         self.kept.push_back((self.last, report));
+    }
+
+    /// Puts progress and metrics into a report of their kind that nobody has seen, if only such follow it: newer progress takes
+    /// the place of the older.
+    fn merge(&mut self, report: &mut Report) -> bool {
+        let unseen = self.kept.iter_mut().rev().take_while(|(number, _)| *number > self.sent);
+        for (_, kept) in unseen {
+            match (kept, &mut *report) {
+                (Report::Progress(old), Report::Progress(new)) => {
+                    *old = std::mem::take(new);
+                    return true;
+                }
+                (Report::Metrics(old), Report::Metrics(new)) if old.points.len() + new.points.len() <= POINTS_MAX => {
+                    old.points.append(&mut new.points);
+                    old.dropped += new.dropped;
+                    return true;
+                }
+                (Report::Metrics(_), Report::Progress(_)) | (Report::Progress(_), Report::Metrics(_)) => {}
+                _ => return false,
+            }
+        }
+        false
     }
 
     /// Drops the oldest report that may be lost.
@@ -49,16 +71,17 @@ impl Outbox {
         }
     }
 
-    /// The reports that the present connection has not carried, which counts as done now.
+    /// The next reports that the present connection has not carried, which count as sent now; the rest follows what is
+    /// acknowledged.
     pub(crate) fn take_unsent(&mut self, attempt: &v1::AttemptRef) -> Vec<v1::AttemptReport> {
-        let unsent = self.kept.iter().filter(|(number, _)| *number > self.sent);
+        let unsent = self.kept.iter().take(WINDOW).filter(|(number, _)| *number > self.sent);
         let reports = unsent.map(|(number, report)| v1::AttemptReport {
             attempt: Some(attempt.clone()),
             sequence: *number,
             report: Some(report.clone()),
         });
-        let reports = reports.collect();
-        self.sent = self.last;
+        let reports: Vec<_> = reports.collect();
+        self.sent = reports.last().map_or(self.sent, |report| report.sequence);
         reports
     }
 
@@ -115,20 +138,59 @@ mod tests {
     }
 
     #[test]
+    fn a_slow_scheduler_is_sent_less() {
+        let mut outbox = Outbox::default();
+        let metrics = |step| {
+            let points = vec![v1::MetricPoint { step, ..Default::default() }];
+            Report::Metrics(v1::AttemptMetrics { points, dropped: 0 })
+        };
+        for step in 0..WINDOW as u64 {
+            outbox.push(Report::Note(v1::JobNote::default()));
+            assert_eq!(numbers(&mut outbox), [step + 1]);
+        }
+        for step in 0..100 {
+            outbox.push(metrics(step));
+            outbox.push(progress(step));
+        }
+        assert_eq!(numbers(&mut outbox), [0; 0], "as many as may be on their way are");
+        outbox.acknowledged(1);
+        let [told] = &outbox.take_unsent(&v1::AttemptRef::default())[..] else { panic!("room for one") };
+        let Some(Report::Metrics(told)) = &told.report else { panic!("{told:?}") };
+        assert!(told.points.iter().map(|point| point.step).eq(0..100), "nothing is lost, and in order");
+        outbox.push(metrics(100));
+        outbox.push(Report::Note(v1::JobNote::default()));
+        outbox.push(metrics(101));
+        outbox.acknowledged(WINDOW as u64 + 1);
+        let sent = outbox.take_unsent(&v1::AttemptRef::default());
+        let kinds = sent.iter().map(|report| match report.report.as_ref().unwrap() {
+            Report::Progress(told) => ("progress", told.step),
+            Report::Metrics(told) => ("metrics", told.points[0].step),
+            _ => ("note", 0),
+        });
+        let expected = [("progress", 99), ("metrics", 100), ("note", 0), ("metrics", 101)];
+        assert!(
+            kinds.clone().eq(expected),
+            "what came after something else stays after it: {:?}",
+            kinds.collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
     fn a_long_silence_keeps_what_must_not_be_lost() {
         let mut outbox = Outbox::default();
         outbox.push(Report::Checkpoint(v1::CheckpointCommitted::default()));
-        for _ in 0..REPORTS_MAX + 10 {
+        for _ in 0..REPORTS_MAX / 2 + 10 {
             let points = vec![v1::MetricPoint::default()];
             outbox.push(Report::Metrics(v1::AttemptMetrics { points, dropped: 0 }));
+            outbox.push(Report::Note(v1::JobNote::default()));
         }
-        let sent = outbox.take_unsent(&v1::AttemptRef::default());
-        assert_eq!(sent.len(), REPORTS_MAX);
-        assert!(matches!(sent[0].report, Some(Report::Checkpoint(_))));
-        let dropped: u64 = sent
+        assert_eq!(outbox.kept.len(), REPORTS_MAX);
+        assert!(matches!(outbox.kept[0].1, Report::Checkpoint(_)));
+        let dropped: u64 = outbox
+            .kept
             .iter()
-            .map(|report| match &report.report {
-                Some(Report::Metrics(metrics)) => metrics.dropped,
+            .map(|(_, report)| match report {
+                Report::Metrics(metrics) => metrics.dropped,
                 _ => 0,
             })
             .sum();

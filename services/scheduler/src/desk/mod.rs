@@ -23,7 +23,7 @@ use tonic::Status;
 use crate::clock::{self, Clock};
 use crate::config::Config;
 use crate::error::Error;
-use crate::front::{Ask, Letter, Reply, Seen, Standing, Stock, Submission};
+use crate::front::{Ask, Letter, Mail, Reply, Seen, Standing, Stock, Submission};
 use crate::hub::Hub;
 use crate::ledger::{self, Extra, Ledger, NEXT_COHORT, NEXT_ORDER, Output, Transaction};
 use crate::links::Links;
@@ -94,7 +94,7 @@ impl Desk {
     }
 
     /// Works until `stop`, or until the database fails for good.
-    pub(crate) async fn run(mut self, mut letters: mpsc::Receiver<Letter>, stop: Stop) -> Result<(), Error> {
+    pub(crate) async fn run(mut self, mut mail: Mail, stop: Stop) -> Result<(), Error> {
         loop {
             let wake = self.core.wake().map(|wake| wake.since(self.clock.now()));
             // All arms are safe to drop: a letter is taken whole or not at all, and the others hold nothing.
@@ -107,7 +107,7 @@ impl Desk {
                         self.act(actions).await;
                     }
                 }
-                letter = letters.recv() => match letter {
+                letter = mail.next() => match letter {
                     Some(letter) => self.take(letter).await?,
                     None => return Ok(()),
                 },
@@ -325,6 +325,7 @@ impl Desk {
     }
 
     async fn write(&self, writes: &[Write]) -> Result<(), Status> {
+        fail::fail_point!("scheduler::before_writes");
         let applied = self.store.apply(writes).await.map_err(status::store)?;
         let told = applied.events.into_iter().filter_map(|event| Some((event.event.project, event.event.job?)));
         let measured = writes.iter().filter_map(|write| match write {

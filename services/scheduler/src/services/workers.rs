@@ -9,7 +9,7 @@ use attune_proto::v1::worker_service_server::WorkerService;
 use attune_proto::v1::{self, connect_request::Message as Said};
 use attune_proto::{Class, WORKER_PROTOCOL_VERSION, WORKER_PROTOCOL_VERSION_BEFORE};
 use attune_scheduler_core::{
-    self as core, Answer, Cause, Declined, Device, Devices, Holding, Input, JobKey, Refusal, RefusalKind, Session,
+    self as core, Answer, Cause, Declined, Device, Devices, Holding, Input, JobKey, RefusalKind, Session,
 };
 use attune_spec::Fault;
 use attune_spec::id::{CohortId, Name, WorkerId};
@@ -123,6 +123,19 @@ impl Connection {
         let worker = self.register().await?;
         *registered = Some(worker.clone());
         let mut reports = Reports::new(Arc::clone(&self.context), worker.clone(), self.link.outgoing.clone());
+        // Reports take as long as the database does. What else is said is heard meanwhile: no sign of life waits behind them.
+        let (reported, mut waiting) = mpsc::channel(self.context.waiting_messages);
+        let kept = async {
+            while let Some(report) = waiting.recv().await {
+                reports.take(report).await?;
+            }
+            Ok(())
+        };
+        tokio::try_join!(self.listen(&worker, reported), kept).map(drop)
+    }
+
+    /// Hears what comes, and passes reports on.
+    async fn listen(&mut self, worker: &WorkerId, reported: mpsc::Sender<v1::AttemptReport>) -> Result<(), End> {
         while let Ok(Some(message)) = self.incoming.message().await {
             // A message of a newer worker says nothing to us.
             let Some(said) = message.message else { continue };
@@ -133,8 +146,9 @@ impl Connection {
                 Said::Register(_) => {
                     return Err(invalid("register: came twice on one connection".to_owned()));
                 }
-                Said::AttemptReport(report) => reports.take(report).await?,
-                other => self.hear(&worker, other).await?,
+                // Whoever keeps them has failed, which is said below.
+                Said::AttemptReport(report) => drop(reported.send(report).await),
+                other => self.hear(worker, other).await?,
             }
         }
         Ok(())
@@ -194,12 +208,11 @@ impl Connection {
         let session = self.link.session;
         let worker = worker.clone();
         let input = match said {
-            Said::Heartbeat(heartbeat) => Input::Heartbeat {
-                worker,
-                session,
-                beat: heartbeat.sequence,
-                holding: heartbeat.running.iter().map(|cohort| CohortId(cohort.cohort_id)).collect(),
-            },
+            Said::Heartbeat(heartbeat) => {
+                let holding = heartbeat.running.iter().map(|cohort| CohortId(cohort.cohort_id)).collect();
+                let beat = Input::Heartbeat { worker, session, beat: heartbeat.sequence, holding };
+                return settled(self.context.front.beat(beat).await?);
+            }
             Said::LeaseAccepted(lease) => Input::OfferAccepted { worker, cohort: CohortId(lease.cohort_id) },
             Said::LeaseRefused(lease) => return self.refused(worker, &lease).await,
             Said::GangPeer(peer) => return self.context.front.relay(worker, peer).await.map_err(End::from),
@@ -207,10 +220,7 @@ impl Connection {
             Said::CohortGone(gone) => Input::CohortGone { worker, session, cohort: CohortId(gone.cohort_id) },
             Said::Register(_) | Said::AttemptReport(_) => return Ok(()),
         };
-        match self.context.front.step(input).await? {
-            Answer::Done | Answer::Repeated => Ok(()),
-            Answer::Refused(refusal) => settle(&refusal),
-        }
+        settled(self.context.front.step(input).await?)
     }
 
     /// The worker does not want an offer.
@@ -229,15 +239,13 @@ impl Connection {
         };
         let extra = Extra { failure: Some(failure), ..Extra::default() };
         let input = Input::OfferRefused { worker, cohort: CohortId(lease.cohort_id), why };
-        match self.context.front.step_with(input, extra).await? {
-            Answer::Done | Answer::Repeated => Ok(()),
-            Answer::Refused(refusal) => settle(&refusal),
-        }
+        settled(self.context.front.step_with(input, extra).await?)
     }
 }
 
-/// What a refusal means for the connection.
-fn settle(refusal: &Refusal) -> Result<(), End> {
+/// What an answer means for the connection.
+fn settled(answer: Answer) -> Result<(), End> {
+    let Answer::Refused(refusal) = answer else { return Ok(()) };
     // The scheduler has given the worker up, or started anew: both sides meet again at a registration.
     if refusal.kind() == RefusalKind::Unregistered {
         return Err(End::Failed(Class::Unavailable.status(format!("{refusal}; connect again"))));

@@ -1,6 +1,8 @@
 //! A database that cannot be written, at the worst moments (`--features failpoints`).
 
 use attune_proto::error::Class;
+use attune_proto::v1::connect_request::Message as Said;
+use attune_proto::v1::connect_response::Message;
 use attune_proto::v1::{self, JobState};
 
 use crate::fixtures::{create, events, get, inputs, job, states, until};
@@ -79,6 +81,45 @@ async fn a_running_job_survives_a_scheduler_that_starts_anew_within() {
     assert_eq!(get(&client, &made.job_id).await.unwrap().state(), JobState::Succeeded);
     scenario.teardown();
 }
+
+#[tokio::test]
+async fn a_sign_of_life_is_answered_before_reports_are_stored() {
+    let scenario = fail::FailScenario::setup();
+    let server = Server::start();
+    let client = server.client().await;
+    inputs(&client).await;
+    let mut worker = Worker::connect(&client, "w-1").await;
+    create(&client, "r1", &job()).await.unwrap();
+    let offer = worker.offer().await;
+    let attempt = attempt(&offer);
+    worker.begin(&attempt).await;
+    fail::cfg("scheduler::before_writes", "sleep(50)").unwrap();
+    let mut number = 0;
+    for step in 1..=N_REPORTS {
+        let told = v1::JobProgress { step, total_steps: N_REPORTS, ..Default::default() };
+        let report = Some(v1::attempt_report::Report::Progress(told));
+        let sequence = worker.next_number(&attempt);
+        number = sequence;
+        let said = v1::AttemptReport { attempt: Some(attempt.clone()), sequence, report };
+        worker.say(Said::AttemptReport(said)).await;
+    }
+    worker.beat(&[running(&offer)]).await;
+    let last = |message: &Message| matches!(message, Message::ReportAck(ack) if ack.sequence == number);
+    assert!(!worker.has_heard(last), "it was answered behind all reports");
+    // They are stored all the same, in order.
+    worker.expect(|message| last(message).then_some(())).await;
+    worker.succeed(&offer).await;
+    let seen = events(&client, &attempt.job_id, 0, usize::MAX).await;
+    let steps = seen.iter().filter_map(|event| match &event.event {
+        Some(v1::job_event::Event::Progress(told)) => Some(told.step),
+        _ => None,
+    });
+    assert!(steps.eq(1..=N_REPORTS), "{seen:?}");
+    scenario.teardown();
+}
+
+/// Reports that take seconds to store.
+const N_REPORTS: u64 = 40;
 
 #[tokio::test]
 async fn bytes_without_a_row_are_not_seen() {

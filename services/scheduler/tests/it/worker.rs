@@ -143,10 +143,15 @@ impl Worker {
 
     /// Sends a report and waits until it is recorded.
     pub(crate) async fn report(&mut self, attempt: &v1::AttemptRef, report: v1::attempt_report::Report) {
+        let number = self.next_number(attempt);
+        self.report_as(attempt, number, report).await;
+    }
+
+    /// The number of the next report.
+    pub(crate) fn next_number(&mut self, attempt: &v1::AttemptRef) -> u64 {
         let number = self.reports.entry((attempt.job_id.clone(), attempt.epoch)).or_default();
         *number += 1;
-        let number = *number;
-        self.report_as(attempt, number, report).await;
+        *number
     }
 
     /// The same, with a number of one's choice.
@@ -234,9 +239,14 @@ pub(crate) fn attempt(offer: &v1::LeaseOffer) -> v1::AttemptRef {
 }
 
 impl Worker {
+    /// Whether a message like this has come before the one that was waited for last.
+    pub(crate) fn has_heard(&self, wanted: impl Fn(&Message) -> bool) -> bool {
+        self.heard.iter().any(wanted)
+    }
+
     /// Whether a message like this has come within a moment.
     pub(crate) async fn has(&mut self, wanted: impl Fn(&Message) -> bool) -> bool {
-        if self.heard.iter().any(&wanted) {
+        if self.has_heard(&wanted) {
             return true;
         }
         let moment = std::time::Duration::from_millis(200);
