@@ -19,6 +19,23 @@ pub struct Fresh {
     pub requantized: Params,
 }
 
+impl Fresh {
+    /// Takes in what one site starts as.
+    fn add(&mut self, at: &Attachment, tensors: &Locals, edit: BaseEdit) -> Result<()> {
+        insert(&mut self.own, at, tensors)?;
+        match edit {
+            BaseEdit::None => Ok(()),
+            BaseEdit::Beside(tensors) => insert(&mut self.beside, at, &tensors),
+            BaseEdit::Requantized(tensors) => insert(&mut self.requantized, at, &tensors),
+            other => {
+                let message =
+                    format!("the initialisation at {} asks for {other:?}, which this engine does not", at.site);
+                Err(Error::Refused(message))
+            }
+        }
+    }
+}
+
 /// The starting parameters of a component at its attachments: by `init` if it is given, else by the component's own.
 /// Each site's numbers depend on `rng` and the site's name only. `weight` gives the base weight of a site, and
 /// `stats` what either asked for.
@@ -43,23 +60,19 @@ pub fn fresh<'w>(
         }
     };
     let together = if init.is_none() { adapter.init_together(attachments, &weight, rng)? } else { None };
-    let started: Vec<Result<(Locals, BaseEdit)>> = match together {
-        Some(started) => started.into_iter().map(Ok).collect(),
-        // Sites know nothing of each other: decompositions of their weights go side by side.
-        None => attachments.par_iter().map(start).collect(),
-    };
     let mut fresh = Fresh::default();
-    for (at, started) in attachments.iter().zip(started) {
-        let (tensors, edit) = started?;
-        insert(&mut fresh.own, at, &tensors)?;
-        match edit {
-            BaseEdit::None => {}
-            BaseEdit::Beside(tensors) => insert(&mut fresh.beside, at, &tensors)?,
-            BaseEdit::Requantized(tensors) => insert(&mut fresh.requantized, at, &tensors)?,
-            other => {
-                let message =
-                    format!("the initialisation at {} asks for {other:?}, which this engine does not", at.site);
-                return Err(Error::Refused(message));
+    if let Some(started) = together {
+        for (at, (tensors, edit)) in attachments.iter().zip(started) {
+            fresh.add(at, &tensors, edit)?;
+        }
+    } else {
+        // Sites know nothing of each other: decompositions of their weights go side by side. Few at a time, since each makes
+        // what all of them share anew, of which one is kept.
+        for some in attachments.chunks(rayon::current_num_threads()) {
+            let started: Vec<Result<(Locals, BaseEdit)>> = some.par_iter().map(start).collect();
+            for (at, started) in some.iter().zip(started) {
+                let (tensors, edit) = started?;
+                fresh.add(at, &tensors, edit)?;
             }
         }
     }

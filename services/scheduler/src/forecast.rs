@@ -6,6 +6,7 @@ use attune_scheduler_core::Memory;
 use attune_spec::job::plan::{Length, ROWS_PER_PASS};
 use attune_spec::job::{Activations, Plan, Precision};
 use attune_spec::method::{Catalogue, MethodDocument, SiteKind, expression};
+use serde_json::{Map, Value};
 
 use crate::admit::{self, Admitted};
 
@@ -20,6 +21,8 @@ const MOMENTS_BYTES: u64 = 8;
 /// Bytes of a gradient, of which each logical shard of a pass has its own.
 const GRADIENT_BYTES: u64 = 4;
 
+/// Bytes of a number that a graph makes.
+const NUMBER_BYTES: u64 = 4;
 /// Bytes of a number that a component holds and never trains: in use, and where it is written.
 const FIXED_BYTES: f64 = 8.0;
 
@@ -27,13 +30,12 @@ const FIXED_BYTES: f64 = 8.0;
 /// what jobs of several sizes took beside the rest, in the development profile.
 const PROCESS_BYTES: u64 = 80 << 20;
 
-/// What the graphs of components hold beside what they train, measured as what forty of them took on two shapes and in batches of two
-/// sizes: for each row of a pass some numbers of as many as a linear takes and gives, or as a block does, which has more of them at once;
+/// What the graphs of components hold beside what they train where their cards do not say it, measured as what forty of them took on two
+/// shapes and in batches of two sizes: for each row of a pass some numbers of as many as a linear takes and gives, or as a block does, which has more of them at once;
 const ROW_NUMBERS: usize = 2;
 /// see [`ROW_NUMBERS`];
 const BLOCK_NUMBERS: usize = 7;
-/// at the largest linear some weights of its shape, whatever the rows: what is made of a weight, what that is made of, and gradients by
-/// both. Those that make little hold three, those that make much of it twenty and more;
+/// at the largest linear some weights of its shape, whatever the rows;
 const WEIGHTS_AT_ONCE: usize = 7;
 /// and what the allocator keeps of all this for the next one.
 const GRAPH_BYTES: u64 = 16 << 20;
@@ -53,10 +55,11 @@ pub(crate) fn memory(admitted: &Admitted) -> Option<Memory> {
     let all = admitted.spec.resources.workers * here;
     let rows = if copies > 1 { copies * shard } else { plan.rows_at_once(all) * u64::from(here) };
     let shards = if copies > 1 { u64::from(here) } else { rows / shard.max(1) };
+    // What components have measured is gone when they train, and no pass runs while they begin.
+    let begun = statistics(admitted)? + start(admitted)?.saturating_sub(pass(rows));
     Some(Memory {
         base: PROCESS_BYTES + weights(admitted)?,
-        // What components have measured is gone when they train.
-        own: trained_bytes(admitted, rows, shards)?.max(statistics(admitted)?),
+        own: trained_bytes(admitted, rows, shards)?.max(begun),
         pass: pass(rows),
         full_pass: pass(rows.max(ROWS_PER_PASS.into())),
     })
@@ -69,9 +72,30 @@ fn trained_bytes(admitted: &Admitted, rows: u64, shards: u64) -> Option<u64> {
     // Ranks that share a process have all moments each.
     let workers = if resources.devices_per_worker == 1 { u64::from(resources.workers) } else { 1 };
     let of_one = if workers > 1 { n * SHARED_BYTES + n * MOMENTS_BYTES / workers } else { n * TRAINED_BYTES };
-    let of_graphs = (rows * graph.row_numbers + graph.numbers) * 4 + graph.bytes;
+    let of_graphs = (rows * graph.row_numbers + graph.numbers) * NUMBER_BYTES + graph.bytes;
     let of_rows = (rows as f64 * row_numbers) as u64 * 4;
     Some(of_one + n * GRADIENT_BYTES * shards + of_rows + of_graphs + (fixed * FIXED_BYTES) as u64)
+}
+
+/// Bytes of what components hold before the first step and not later, at one linear after the other; nothing when somebody does not say
+/// how many they are.
+fn start(admitted: &Admitted) -> Option<u64> {
+    let (architecture, plan) = (admitted.architecture.as_ref()?, admitted.plan.as_ref()?);
+    let mut numbers: f64 = 0.0;
+    for slot in plan.stack.iter().filter(|slot| slot.train) {
+        for asks in slot.method.iter().chain(&slot.init) {
+            let document = Catalogue::embedded().get(&asks.method)?;
+            if document.start_numbers.is_empty() {
+                continue;
+            }
+            for site in admit::sites(slot, architecture).ok()?.iter().filter(|site| site.out_in().is_some()) {
+                let mut names = asks.params.clone();
+                names.extend(site.sizes(architecture));
+                numbers = numbers.max(expression::number(&document.start_numbers, &names).ok()?);
+            }
+        }
+    }
+    Some(numbers as u64 * NUMBER_BYTES)
 }
 
 /// Bytes of the base's weights: of those in few bits twice, if the job has some quantised anew beside those that jobs share.
@@ -126,7 +150,8 @@ struct Graph {
 }
 
 impl Graph {
-    /// At one site: norms and tables are small beside linears, and attentions and MLPs as a whole take and give the stream.
+    /// At one site, where the card says nothing: norms and tables are small beside linears, and attentions and MLPs as a whole take and
+    /// give the stream.
     fn at(site: &Site, hidden: usize) -> Self {
         match (site.offers(), site.out_in()) {
             (SiteKind::Linear, Some((output, input))) => Self {
@@ -140,6 +165,16 @@ impl Graph {
             (SiteKind::Attention, _) => Self { row_numbers: (ROW_NUMBERS * 2 * hidden) as u64, numbers: 0, bytes: 0 },
             _ => Self::default(),
         }
+    }
+
+    /// As a card says it of a linear, by an expression that is linear in the rows; nothing when it cannot be read.
+    fn said(text: &str, mut names: Map<String, Value>) -> Option<Self> {
+        let mut numbers = |rows: u64| {
+            names.insert("rows".to_owned(), rows.into());
+            expression::number(text, &names).ok()
+        };
+        let (none, one) = (numbers(0)?, numbers(1)?);
+        Some(Self { row_numbers: (one - none).max(0.0) as u64, numbers: none.max(0.0) as u64, bytes: GRAPH_BYTES })
     }
 
     fn largest(self, other: Self) -> Self {
@@ -173,7 +208,13 @@ fn trainable(admitted: &Admitted) -> Option<Trainable> {
             names
         };
         if !document.fused && !document.trains_base {
-            graph = sites.iter().map(|site| Graph::at(site, architecture.hidden)).fold(graph, Graph::largest);
+            for site in &sites {
+                let at = match document.graph_numbers.as_str() {
+                    text if !text.is_empty() && site.offers() == SiteKind::Linear => Graph::said(text, names(site))?,
+                    _ => Graph::at(site, architecture.hidden),
+                };
+                graph = graph.largest(at);
+            }
         }
         for site in &sites {
             let names = names(site);

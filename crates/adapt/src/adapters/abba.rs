@@ -89,6 +89,8 @@ impl Method for Abba {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "(rank_1 + rank_2)*(i+o)",
+        graph_numbers: "2*rows*(i+o) + 22*o*i",
+        start_numbers: "56*o*i",
         merges: Merges::Factors,
         ..Card::new(
             "abba",

@@ -140,6 +140,7 @@ impl Method for Adamss {
         targets: "all-linear",
         parameters: "subspace_rank*(min(subspaces, o)*min(rank, o, i + b) + o)",
         fixed: "(i + b)*min(rank, o, i + b)",
+        start_numbers: "41*o*i",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         rules: &[Rule {

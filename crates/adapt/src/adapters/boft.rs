@@ -85,6 +85,7 @@ impl Method for Boft {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "factors*i*(block_size + min(blocks, 1)*i/max(blocks, 1)) + o",
+        graph_numbers: "rows*(i+o) + 15*o*i",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         rules: &[Rule {

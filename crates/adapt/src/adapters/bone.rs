@@ -105,6 +105,7 @@ impl Method for Bone {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "if(form == \"mini\", rank*mini, rank*o)",
+        graph_numbers: "4*o*i",
         merges: Merges::Factors,
         peft_type: Some("MISS"),
         rules: &[Rule {

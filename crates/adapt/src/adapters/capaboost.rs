@@ -101,6 +101,7 @@ impl Method for Capaboost {
         targets: "all-linear",
         parameters: "rank*(i+o)",
         fixed: "branches*rank*(i+o)",
+        graph_numbers: "2*rows*(i+o) + 2*o*i",
         merges: Merges::Factors,
         rules: &[Rule {
             when: r#"pattern == "two_of_four""#,

@@ -111,6 +111,7 @@ impl Method for Dora {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank*(i+o) + o",
+        graph_numbers: "rows*(i+o) + 19*o*i",
         merges: Merges::Weight,
         peft_type: Some("LORA"),
         ..Card::new(

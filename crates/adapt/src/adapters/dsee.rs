@@ -166,6 +166,7 @@ impl Method for Dsee {
         targets: "all-linear",
         parameters: "rank*(i+o) + entries + if(prune_heads > 0, (out - down)*h, 0) + if(prune_neurons > 0, down*i, 0)",
         fixed: "entries",
+        start_numbers: "38*o*i",
         merges: Merges::Weight,
         rules: &[
             Rule {

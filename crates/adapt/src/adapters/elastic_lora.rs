@@ -203,6 +203,7 @@ impl Method for ElasticLora {
         targets: "all-linear",
         parameters: "rank*(i+o)",
         input_statistics: "8*i*(sparsity > 0)",
+        graph_numbers: "o*i",
         merges: Merges::Factors,
         stays_beside: "sparsity > 0 and not masked",
         rules: &[

@@ -101,6 +101,8 @@ impl Method for Frod {
         targets: "all-linear",
         parameters: "i + if(density > 0, max(1, min(floor(i*i*density), i*i - i)), 0)",
         fixed: "o*i + (i*i + if(density > 0, 2*max(1, min(floor(i*i*density), i*i - i)), 0))/model_layers",
+        graph_numbers: "17*i*i + 6*o*i",
+        start_numbers: "49*i*i",
         merges: Merges::Weight,
         ..Card::new(
             "frod",

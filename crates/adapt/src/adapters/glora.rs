@@ -140,6 +140,7 @@ impl Method for Glora {
         parameters: "2*(if(weight == \"low_rank\", rank*(i + o), 0) + o*(weight == \"vector\") + (weight == \"constant\")) \
                      + b*(if(coupling == \"low_rank\", rank*(i + 1), 0) + i*(coupling == \"vector\") \
                      + 2*(o*(bias == \"vector\") + (bias == \"constant\")))",
+        graph_numbers: "rows*(i+o) + 15*o*i",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         ..Card::new(

@@ -82,6 +82,7 @@ impl Method for Hira {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "rank*(i+o)",
+        graph_numbers: "rows*(i+o) + 17*o*i",
         merges: Merges::Weight,
         peft_type: Some("HIRA"),
         ..Card::new(

@@ -82,6 +82,7 @@ impl Method for Hra {
         targets: "all-linear",
         parameters: "rank*i",
         moves: Some("pairs of reflections undo each other up to rounding"),
+        graph_numbers: "18*o*i",
         merges: Merges::Factors,
         peft_type: Some(PEFT_TYPE),
         ..Card::new(

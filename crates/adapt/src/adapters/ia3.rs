@@ -69,6 +69,7 @@ impl Method for Ia3 {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "down*i + (1-down)*o",
+        graph_numbers: "4*rows*(i+o) + 7*o*i",
         merges: Merges::Weight,
         peft_type: Some("IA3"),
         ..Card::new(

@@ -124,6 +124,7 @@ impl Method for Kasa {
         parameters: "rank*(i+o) + rank",
         moves: Some("the smallest singular values of each weight are taken out"),
         fixed: "rank*(i+o)",
+        start_numbers: "40*o*i",
         merges: Merges::Factors,
         peft_type: Some("LORA"),
         ..Card::new(

@@ -111,6 +111,7 @@ impl Method for Lorma {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: r#"if(kind == "complete", if(side == "output", o*o, i*i), 2*rank*if(side == "output", o, i))"#,
+        graph_numbers: "16*o*i",
         merges: Merges::Factors,
         rules: &[Rule {
             when: r#"kind == "shift" or kind == "plain""#,

@@ -144,6 +144,7 @@ impl Method for Mora {
         parameters: "if(form == \"rope\", \
                      4*floor(floor(sqrt(rank*(i+o)) + 0.5)/2)*floor(floor(sqrt(rank*(i+o)) + 0.5)/2), \
                      floor(sqrt(rank*(i+o)) + 0.5)*floor(sqrt(rank*(i+o)) + 0.5)*(1 + (every > 0)))",
+        graph_numbers: "19*o*i",
         merges: Merges::Weight,
         rules: &[Rule {
             when: "every > 0",

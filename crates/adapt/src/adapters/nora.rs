@@ -130,6 +130,7 @@ impl Method for Nora {
         parameters: "2*rank*inner_rank",
         input_statistics: "4*i*(i+3)*inputs",
         fixed: "rank*(i+o)",
+        start_numbers: "46*o*i",
         merges: Merges::Factors,
         rules: &[Rule {
             when: "true",

@@ -129,6 +129,7 @@ impl Method for Psoft {
         targets: "all-linear",
         parameters: "if(orthogonal, rank*(rank - 1)/2, rank*rank) + rank*(scale_in + scale_out)",
         fixed: "rank*(i+o)",
+        start_numbers: "42*o*i",
         merges: Merges::Factors,
         rules: &[
             Rule {

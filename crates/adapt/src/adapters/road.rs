@@ -94,6 +94,7 @@ impl Method for Road {
         applies: &[SiteKind::Linear],
         targets: "all-linear",
         parameters: "o*if(variant == \"road_1\", 1, if(variant == \"road_2\", 2, 4))",
+        graph_numbers: "7*rows*(i+o) + 10*o*i",
         merges: Merges::Weight,
         peft_type: Some("ROAD"),
         rules: &[Rule {

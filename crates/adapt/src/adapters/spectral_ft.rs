@@ -97,6 +97,7 @@ impl Method for SpectralFt {
         parameters: "if(inner_rank == 0, (rank + (rank == 0)*min(o, i))*(i + o), inner_rank*(i + o + 2*(rank + (rank == 0)*min(o, \
                      i))))",
         fixed: "(rank + (rank == 0)*min(o, i))*(i + o + 1)",
+        start_numbers: "52*o*i",
         merges: Merges::Factors,
         ..Card::new(
             "spectral-ft",

@@ -105,6 +105,7 @@ impl Method for Supertuning {
         targets: "all-linear",
         parameters: "floor(i*o*(1-sparsity)) + rank*(i+o)",
         fixed: "floor(i*o*(1-sparsity))",
+        start_numbers: "34*o*i",
         merges: Merges::Weight,
         peft_type: Some(PEFT_TYPE),
         ..Card::new(

@@ -97,6 +97,7 @@ impl Method for Tinylora {
         parameters: "0",
         shared: "numbers",
         fixed: "rank*(i+o) + numbers*rank*rank",
+        start_numbers: "44*o*i",
         merges: Merges::Factors,
         peft_type: Some("TINYLORA"),
         ..Card::new(

@@ -109,6 +109,7 @@ impl Method for Corda {
             year: 2024,
         }),
         input_statistics: "4*i*(i+3)",
+        start_numbers: "31*i*i",
         ..Card::new(
             "corda",
             Point::Init,

@@ -81,6 +81,7 @@ impl Method for Eva {
             year: 2024,
         }),
         input_statistics: "4*i*(i+3)",
+        start_numbers: "33*i*i",
         ..Card::new(
             "eva",
             Point::Init,

@@ -77,6 +77,7 @@ impl Method for Kore {
             year: 2025,
         }),
         input_statistics: "4*i*(i+3)",
+        start_numbers: "33*i*i",
         ..Card::new(
             "kore",
             Point::Init,

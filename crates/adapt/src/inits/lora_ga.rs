@@ -125,6 +125,7 @@ impl Method for LoraGa {
             year: 2024,
         }),
         weight_statistics: "4*i*o",
+        start_numbers: "50*o*i",
         ..Card::new(
             "lora-ga",
             Point::Init,

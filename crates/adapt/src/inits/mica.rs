@@ -50,6 +50,7 @@ impl Method for Mica {
             authors: "Sten Rüdiger, Sebastian Raschka",
             year: 2026,
         }),
+        start_numbers: "42*o*i",
         ..Card::new(
             "mica",
             Point::Init,

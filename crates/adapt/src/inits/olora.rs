@@ -51,6 +51,7 @@ impl Method for Olora {
             authors: "Kerim Büyükakyüz",
             year: 2024,
         }),
+        start_numbers: "33*o*i",
         ..Card::new(
             "olora",
             Point::Init,

@@ -59,6 +59,7 @@ impl Method for Pissa {
             authors: "Fanxu Meng, Zhaohui Wang, Muhan Zhang",
             year: 2024,
         }),
+        start_numbers: "38*o*i",
         ..Card::new(
             "pissa",
             Point::Init,

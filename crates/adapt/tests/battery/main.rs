@@ -361,12 +361,39 @@ fn cost_of(card: &Card, method: &Value) -> Result<(), Failed> {
         assert_eq!(count(true) as f64, shared, "shared at {}", at.site);
     }
     fixed(card, &document, method, &setup)?;
+    held(card, &document, &setup)?;
     // What is shared is there once.
     let mut all: Vec<TensorName> = Vec::new();
     all.extend(setup.attachments.iter().flat_map(|at| at.tensors.iter().map(|spec| spec.name(at.site.as_str()))));
     all.sort();
     all.dedup();
     assert_eq!(all.len(), setup.params().len());
+    Ok(())
+}
+
+/// What a card says of the numbers that it holds for a while can be read, and grows with the rows.
+fn held(card: &Card, document: &MethodDocument, setup: &Setup) -> Result<(), Failed> {
+    let architecture = setup.model.base().architecture();
+    let defaults = document.defaults.as_object().cloned().unwrap_or_default();
+    for at in &setup.attachments {
+        let site = architecture.site(at.site.as_str()).ok_or("no site")?;
+        let of = |text: &str, rows: u64| {
+            let mut names = defaults.clone();
+            names.extend(site.sizes(architecture));
+            names.insert("rows".to_owned(), rows.into());
+            if text.is_empty() { Ok(0.0) } else { expression::number(text, &names) }
+        };
+        let said = [
+            of(card.start_numbers, 0)?,
+            of(card.graph_numbers, 0)?,
+            of(card.graph_numbers, 1)?,
+            of(card.graph_numbers, 2)?,
+        ];
+        let [_, none, one, two] = said;
+        if said.iter().any(|n| !n.is_finite() || *n < 0.0) || one < none || two - one != one - none {
+            return Err(format!("{}: it is said to hold {said:?} numbers", at.site).into());
+        }
+    }
     Ok(())
 }
 

@@ -222,6 +222,12 @@ pub struct Card {
     /// Numbers that all its sites share and that do not train, as such an expression over the largest `i` and the largest `o` of them; empty
     /// for none.
     pub fixed_shared: &'static str,
+    /// Numbers that its graph at a linear holds at once for a pass of `rows`: what it makes of them and of the weight, what that is made of,
+    /// and gradients by both; as such an expression. Empty for `2*rows*(i+o) + 7*o*i`, as most hold.
+    pub graph_numbers: &'static str,
+    /// Numbers that it holds for a linear before the first step and not later, to take the weight apart or to draw from, as such an
+    /// expression. Empty for few.
+    pub start_numbers: &'static str,
     /// Whether it takes part within the products of a pass, where others run by graphs of their own.
     pub fused: bool,
     /// How many times the largest pass of a step rule holds a micro-batch, as an expression over its parameters; empty for once.
@@ -284,6 +290,8 @@ impl Card {
             shared: "",
             fixed: "",
             fixed_shared: "",
+            graph_numbers: "",
+            start_numbers: "",
             copies: "",
             passes: "",
             input_statistics: "",

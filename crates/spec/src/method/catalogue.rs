@@ -220,6 +220,8 @@ mod tests {
             shared: String::new(),
             fixed: String::new(),
             fixed_shared: String::new(),
+            graph_numbers: String::new(),
+            start_numbers: String::new(),
             copies: String::new(),
             passes: String::new(),
             input_statistics: String::new(),

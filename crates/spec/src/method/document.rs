@@ -80,6 +80,12 @@ pub struct MethodDocument {
     /// Numbers that all its sites share and that do not train, as an expression over their largest widths; empty for none.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub fixed_shared: String,
+    /// Numbers that its graph at a linear holds at once for a pass of `rows`, as an expression; empty for as many as most hold.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub graph_numbers: String,
+    /// Numbers that it holds for a linear before the first step and not later, as an expression; empty for few.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub start_numbers: String,
     /// How many times the largest pass of a step rule holds a micro-batch, as an expression; empty for once.
     pub copies: String,
     /// How many passes over a step's batch a step rule makes, as an expression; empty for one.
@@ -161,6 +167,8 @@ impl MethodDocument {
             shared: card.shared.to_owned(),
             fixed: card.fixed.to_owned(),
             fixed_shared: card.fixed_shared.to_owned(),
+            graph_numbers: card.graph_numbers.to_owned(),
+            start_numbers: card.start_numbers.to_owned(),
             copies: card.copies.to_owned(),
             passes: card.passes.to_owned(),
             input_statistics: card.input_statistics.to_owned(),
