@@ -19,6 +19,8 @@ pub(crate) struct Outbox {
     kept: VecDeque<(u64, Report)>,
     /// Reports up to this number were sent on the present connection.
     sent: u64,
+    /// Reports up to this number were sent on some connection: what they say may be stored under their numbers.
+    told: u64,
     dropped: u64,
 }
 
@@ -41,7 +43,7 @@ impl Outbox {
     /// Puts progress and metrics into a report of their kind that nobody has seen, if only such follow it: newer progress takes
     /// the place of the older.
     fn merge(&mut self, report: &mut Report) -> bool {
-        let unseen = self.kept.iter_mut().rev().take_while(|(number, _)| *number > self.sent);
+        let unseen = self.kept.iter_mut().rev().take_while(|(number, _)| *number > self.told);
         for (_, kept) in unseen {
             match (kept, &mut *report) {
                 (Report::Progress(old), Report::Progress(new)) => {
@@ -82,6 +84,7 @@ impl Outbox {
         });
         let reports: Vec<_> = reports.collect();
         self.sent = reports.last().map_or(self.sent, |report| report.sequence);
+        self.told = self.told.max(self.sent);
         reports
     }
 
@@ -135,6 +138,10 @@ mod tests {
         assert_eq!((sent.len(), sent[0].report.clone()), (1, Some(progress(2))));
         outbox.push(progress(3));
         assert_eq!(numbers(&mut outbox), [2]);
+        // What an earlier connection carried may be stored.
+        outbox.reconnected();
+        outbox.push(progress(4));
+        assert_eq!(numbers(&mut outbox), [1, 2, 3]);
     }
 
     #[test]
